@@ -1,0 +1,1 @@
+"""From PEFT files to the serving form and into the device pool."""

@@ -1,0 +1,105 @@
+"""Frozen settings of the runtime. Values are checked here once and never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_runtime.errors import ConfigError
+
+Quantization = Literal["nf4", "none"]
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}", field=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseConfig:
+    """Which base model to hold, and how."""
+
+    model: str = "smollm2-135m"
+    """Catalog name, local folder, GGUF file or hub id."""
+    quantization: Quantization = "nf4"
+    """Format of the inner linear layers; embeddings and lm_head stay unquantised."""
+    dtype: DtypeName = "auto"
+    """Compute dtype. `auto`: bfloat16 where the device multiplies it natively, else float32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dequantized_cache: bool = True
+    """CPU only: keep a private dequantised copy of the weights for speed (counted as resident)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = 16
+    """Tokens in one block."""
+    num_blocks: int | None = None
+    """Blocks in the cache; None derives it from `kv_bytes`."""
+    kv_bytes: int = 1 << 30
+    """Bytes for keys and values when `num_blocks` is None."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_size > 0, "block_size", self.block_size, "positive")
+        _require(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "positive")
+        _require(self.kv_bytes > 0, "kv_bytes", self.kv_bytes, "positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one engine step and of the queue."""
+
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 512
+    """Tokens in one step, decode rows and prefill chunks together."""
+    max_model_len: int | None = None
+    """Longest prompt + output; None takes the base's own limit."""
+    max_queued_requests: int = 1024
+    """Requests that may wait; one more is refused as overloaded."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs > 0, "max_num_seqs", self.max_num_seqs, "positive")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"at least max_num_seqs ({self.max_num_seqs})",
+        )
+        _require(
+            self.max_model_len is None or self.max_model_len > 1,
+            "max_model_len",
+            self.max_model_len,
+            "at least 2",
+        )
+        _require(
+            self.max_queued_requests > 0, "max_queued_requests", self.max_queued_requests, "positive"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The device pool that holds adapters, and its bookkeeping."""
+
+    pool_bytes: int = 512 << 20
+    """Device bytes for adapter weights; a rank-r adapter takes exactly r rows a module."""
+    max_slots: int = 256
+    """Adapters resident on the device at once."""
+
+    def __post_init__(self) -> None:
+        _require(self.pool_bytes > 0, "pool_bytes", self.pool_bytes, "positive")
+        _require(self.max_slots > 0, "max_slots", self.max_slots, "positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is built from."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)

@@ -1,0 +1,266 @@
+"""The nouns shared by every part of the runtime. Plain Python: ints and strings, no tensors.
+
+Request (what a client asked) → Sequence (its state in the engine) → ScheduledBatch (the plan of
+one step) → StepOutput (what the step gave one request).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lora_runtime.errors import InvalidRequest, LoramuxError
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Checked on construction; raises InvalidRequest naming the field."""
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ends the output; the base's own end tokens are added by the caller unless ignored."""
+    num_logprobs: int | None = None
+    """None: no logprobs; n ≥ 0: the sampled token's and the n most likely."""
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[str, object, bool, str]] = [
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive"),
+            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            ("logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 20, "between 0 and 20"),
+        ]
+        for name, value, is_valid, rule in checks:
+            if not is_valid:
+                raise InvalidRequest(
+                    f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUse:
+    """One adapter applied to one request."""
+
+    digest: str
+    weight: float = 1.0
+    start_position: int = 0
+    """First token position it acts on (aLoRA); positions before it see the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asked, in token ids. `adapters` empty means the base."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapters: tuple[AdapterUse, ...] = ()
+    tenant: str = ""
+    deadline: float | None = None
+    """`time.monotonic()` after which the request is cancelled."""
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class SequenceStatus(StrEnum):
+    """Where a sequence stands in the engine."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's state in the engine. `token_ids` is the prompt and everything generated."""
+
+    request: Request
+    token_ids: list[int]
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    """Leading tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    slots: tuple[int, ...] = ()
+    """Device slot of each of the request's adapters, while running."""
+    num_preemptions: int = 0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Sequence:
+        return cls(request, list(request.prompt_token_ids))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of `sequence` from position `start` run in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the chunk reaches the last known token, so the step gives a new one."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlacement:
+    """A resident adapter: its slot and, per module shape, nothing of tensors, only row starts."""
+
+    digest: str
+    slot: int
+    starts: tuple[int, ...]
+    """First pool row of each module, in the order of the adapter's modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """The plan of one step."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    evictions: tuple[AdapterPlacement, ...] = ()
+    loads: tuple[AdapterPlacement, ...] = ()
+    """Adapters to copy into the device pool before the forward; evictions come first."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(scheduled.num_tokens for scheduled in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probabilities of one sampled position."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTiming:
+    """Seconds a finished request spent in each phase."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step gave one request. Exactly one output of a request has a `finish_reason`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: LoramuxError | None = None
+    """Set if and only if `finish_reason` is ERROR."""
+    timing: RequestTiming | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What changes the keys and values of a token beside the base: part of a KV block's key."""
+
+    adapters: tuple[tuple[str, float], ...] = ()
+    """(digest, weight) of each adapter active there, sorted."""
+    layer_map: tuple[int, ...] | None = None
+    patches: tuple[str, ...] = ()
+    """Digests of embedding patches."""
+
+
+BASE_EFFECT = Effect()
+
+
+def effect_at(request: Request, position: int, layer_map: tuple[int, ...] | None = None) -> Effect:
+    """The effect active at a token position; before an aLoRA's start it is the base's."""
+    active = [(use.digest, use.weight) for use in request.adapters if position >= use.start_position]
+    return Effect(adapters=tuple(sorted(active)), layer_map=layer_map)
+
+
+BlockKey = bytes
+
+
+def block_key(
+    parent: BlockKey | None, token_ids: AbstractSequence[int], effect: Effect, salt: str
+) -> BlockKey:
+    """Key of a full KV block: SHA-256 of (salt, parent key, tokens, effect).
+
+    Two blocks with equal keys hold equal keys and values, so a prefix cache may share them.
+    `salt` separates tenants. A block whose tokens do not all have the same effect must not be
+    keyed: its caller splits or skips it.
+    """
+    content = [
+        salt,
+        parent.hex() if parent else None,
+        list(token_ids),
+        [[digest, repr(weight)] for digest, weight in effect.adapters],
+        list(effect.layer_map) if effect.layer_map is not None else None,
+        list(effect.patches),
+    ]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Sizes of one linear layer that adapters may target."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSpec:
+    """What adapters, training and the server need to know of the loaded base; no tensors."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 over every parameter and persistent buffer, the config and the quantiser settings."""
+    linears: dict[str, LinearShape]
+    """Module path in the transformers model (`model.layers.0.self_attn.q_proj`) → its sizes."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    quantization: str
+    dtype: str
+    device: str
+    model_type: str
+    """`config.model_type` of the checkpoint: llama, qwen3, gemma2 …"""

@@ -1,0 +1,1 @@
+"""step = schedule → run → commit, on a thread of its own."""

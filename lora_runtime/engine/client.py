@@ -1,0 +1,98 @@
+"""How the rest of the world talks to an engine, wherever the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lora_runtime.core import BaseSpec, Request, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts that stay the same while an engine lives."""
+
+    base: BaseSpec
+    kernel_backend: str
+    """`torch`, `cpu-avx2`, … as chosen at import."""
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    pool_bytes: int
+    max_slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedAdapter:
+    """What loading an adapter's files gave."""
+
+    digest: str
+    variant: str
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    """Last path components of the modules it touches, sorted."""
+    num_parameters: int
+    nbytes: int
+    """Bytes it takes in the device pool."""
+    honoured: dict[str, str]
+    inert: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of a running engine."""
+
+    is_alive: bool
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    pool_bytes_used: int
+    pool_bytes_total: int
+    num_preemptions: int
+    num_steps: int
+    running_adapters: tuple[str, ...]
+    """Digests with at least one running request."""
+    waiting_adapters: tuple[str, ...]
+    resident_adapters: tuple[str, ...]
+    """Digests in the device pool."""
+
+
+class EngineClient(Protocol):
+    """Every method is safe to call from one asyncio event loop; none blocks it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def generate(self, request: Request) -> AsyncIterator[StepOutput]:
+        """Stream a request's outputs; the last one, and only it, has a finish_reason.
+
+        Raises before the first output: InvalidRequest (prompt empty or too long, max_tokens too
+        large), AdapterNotFound (unknown digest), Overloaded (queue full), Unavailable. After that
+        every failure is a terminal output with `error`. Closing the iterator cancels the request.
+        """
+        ...
+
+    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+        """Read, check and keep an adapter. Content loaded before only gains a reference.
+
+        Raises AdapterRefused (and its kinds), AdapterTooLarge, Overloaded, Unavailable.
+        """
+        ...
+
+    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
+        """Drop one reference; with the last, drain (or cancel) its requests and free its memory.
+
+        Returns when the memory is free. New requests for it fail at once.
+        """
+        ...
+
+    async def close(self, *, drain_s: float) -> None:
+        """Stop admitting, let running requests finish for `drain_s` seconds, cancel the rest."""
+        ...

@@ -1,0 +1,94 @@
+"""Every error the project raises on purpose. `server/errors.py` maps each class to a wire status.
+
+LoramuxError
+├── InvalidRequest              a client sent a value that cannot be used
+│   └── UnsupportedFeature      a value that is understood but not served yet
+├── ConfigError                 an operator's setting, file or flag cannot be used
+├── BaseRefused                 this base model cannot be served
+├── AdapterError
+│   ├── AdapterNotFound         no adapter of that name
+│   ├── AdapterExists           the name is taken by other content
+│   ├── AdapterRefused          its files cannot be honoured exactly
+│   │   ├── AdapterSourceRefused  its location is not allowed
+│   │   └── BaseMismatch        it was made for another base
+│   ├── AdapterTooLarge         it can never fit the adapter pool
+│   └── AdapterFailed           it produced non-finite values while serving
+├── DataError                   a training example cannot be used
+├── Overloaded                  a queue or a pool is full; try again later
+└── Unavailable                 the engine is stopping or has died
+"""
+
+from __future__ import annotations
+
+
+class LoramuxError(Exception):
+    """Base of all errors raised on purpose.
+
+    `message` says what is wrong and what to change; `field` is the dotted name of the offending
+    input where one is known, for example `sampling.temperature`.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequest(LoramuxError):
+    """A client sent a value that cannot be used."""
+
+
+class UnsupportedFeature(InvalidRequest):
+    """A client asked for something that is defined but not served yet."""
+
+
+class ConfigError(LoramuxError):
+    """An operator's setting, file or flag cannot be used."""
+
+
+class BaseRefused(LoramuxError):
+    """This base model cannot be served; the message names the module or setting."""
+
+
+class AdapterError(LoramuxError):
+    """Something about one adapter."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name is loaded."""
+
+
+class AdapterExists(AdapterError):
+    """The name is taken by an adapter with other content."""
+
+
+class AdapterRefused(AdapterError):
+    """The adapter's files cannot be honoured exactly; `field` names the key or tensor."""
+
+
+class AdapterSourceRefused(AdapterRefused):
+    """The adapter's location is missing, outside the allowed roots, or not plain files."""
+
+
+class BaseMismatch(AdapterRefused):
+    """The adapter was made for another base than the one served."""
+
+
+class AdapterTooLarge(AdapterError):
+    """The adapter can never fit the adapter pool, however empty it is."""
+
+
+class AdapterFailed(AdapterError):
+    """The adapter produced non-finite values; only its own requests fail."""
+
+
+class DataError(LoramuxError):
+    """A training example cannot be used; the message names file and line."""
+
+
+class Overloaded(LoramuxError):
+    """A queue or pool is full for now; the same call may succeed later."""
+
+
+class Unavailable(LoramuxError):
+    """The engine is stopping or has died."""

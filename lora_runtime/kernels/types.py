@@ -1,0 +1,112 @@
+"""What the ops take: the adapter pool of one module shape, and the tables of one step.
+
+Names: T tokens of the step, E entries (one token under one adapter), K segments (consecutive
+entries of one adapter), S slots, R replicas, P pool rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RankPool:
+    """Adapter weights of all modules of one shape; an adapter's run is `rank` consecutive rows.
+
+    a (P, in), b (P, out): row p holds A[k, :] and B'[:, k] of the run that owns p, with every
+    scaling folded into B'. gains (G, out) and biases (Q, out) float32: one row per run that has one.
+    """
+
+    a: Tensor
+    b: Tensor
+    gains: Tensor
+    biases: Tensor
+
+
+NO_RUN = (0, 0, -1, -1)
+"""Entry of a run table for a module that an adapter does not touch: start, rank, gain, bias."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """`num_tokens` tokens from row `first_token` of the step, under the adapter in `slot`.
+
+    `replica` counts how often the row's own layer map has visited this layer before.
+    """
+
+    slot: int
+    first_token: int
+    num_tokens: int
+    weight: float = 1.0
+    replica: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeta:
+    """Which adapters act on which tokens; shared by all modules of one plan step.
+
+    tokens, slots, replicas (E,) int32 and weights (E,) float32, sorted by (slot, replica, token);
+    segment_starts (K + 1,) int32: entries of one (slot, replica) are consecutive. A token may
+    have several entries (a composition) or none (a base row, or before an aLoRA's start).
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    replicas: Tensor
+    weights: Tensor
+    segment_starts: Tensor
+
+    @classmethod
+    def build(cls, spans: Iterable[Span], device: torch.device | str = "cpu") -> StepMeta | None:
+        """Tables of a step from its spans, or None when every row is the base's."""
+        ordered = sorted(
+            (span for span in spans if span.num_tokens > 0),
+            key=lambda span: (span.slot, span.replica, span.first_token),
+        )
+        if not ordered:
+            return None
+        lengths = torch.tensor([span.num_tokens for span in ordered])
+        ends = torch.cumsum(lengths, 0)
+        first = torch.tensor([span.first_token for span in ordered])
+        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(first - (ends - lengths), lengths)
+
+        def per_entry(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+            return torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths).to(device)
+
+        return cls(
+            tokens=tokens.to(device, torch.int32),
+            slots=per_entry([span.slot for span in ordered], torch.int32),
+            replicas=per_entry([span.replica for span in ordered], torch.int32),
+            weights=per_entry([span.weight for span in ordered], torch.float32),
+            segment_starts=torch.tensor(_segment_starts(ordered), dtype=torch.int32, device=device),
+        )
+
+
+def _segment_starts(ordered: list[Span]) -> list[int]:
+    starts, position, previous = [], 0, None
+    for span in ordered:
+        if (span.slot, span.replica) != previous:
+            starts.append(position)
+            previous = (span.slot, span.replica)
+        position += span.num_tokens
+    return [*starts, position]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """Where each token of the step reads and writes keys and values.
+
+    rows (T,) int32: sequence row of each token. positions (T,) int32: its position in that
+    sequence. slot_mapping (T,) int64: cache slot (block · block_size + offset) its key and value
+    go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
+    """
+
+    rows: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    block_size: int

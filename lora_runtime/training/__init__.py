@@ -1,0 +1,1 @@
+"""One loop trains N adapters on the base that serves."""

@@ -1,0 +1,1 @@
+"""Wires and words around the runtime: gRPC, CLI, metrics."""
