@@ -142,7 +142,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlacement:
-    """A resident adapter: its slot and, per module shape, nothing of tensors, only row starts."""
+    """Where an adapter sits in the device pool."""
 
     digest: str
     slot: int
@@ -155,13 +155,22 @@ class ScheduledBatch:
     """The plan of one step."""
 
     sequences: tuple[ScheduledSequence, ...]
-    evictions: tuple[AdapterPlacement, ...] = ()
     loads: tuple[AdapterPlacement, ...] = ()
-    """Adapters to copy into the device pool before the forward; evictions come first."""
+    """Adapters to copy into the device pool before the forward."""
 
     @property
     def num_tokens(self) -> int:
         return sum(scheduled.num_tokens for scheduled in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the sampler gave one row."""
+
+    token_id: int
+    is_finite: bool
+    """False when the row's logits held NaN or infinity: its request fails, no other does."""
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,9 @@ class ModuleForm:
         return 0 if self.a is None else self.a.shape[0]
 
     @property
-    def nbytes(self) -> int:
+    def tensors(self) -> tuple[Tensor, ...]:
         parts = (self.a, self.b, self.gain, self.bias)
-        return sum(part.nbytes for part in parts if part is not None)
+        return tuple(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,11 @@ class ServingForm:
 
     @property
     def nbytes(self) -> int:
-        return sum(module.nbytes for module in self.modules.values())
+        return sum(t.nbytes for module in self.modules.values() for t in module.tensors)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.numel() for module in self.modules.values() for t in module.tensors)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +70,7 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def generate(self, request: Request) -> AsyncIterator[StepOutput]:
+    def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Stream a request's outputs; the last one, and only it, has a finish_reason.
 
         Raises before the first output: InvalidRequest (prompt empty or too long, max_tokens too

@@ -1,17 +1,30 @@
-"""The public ops of the runtime. The backend is chosen once, when the module is imported.
+"""The public ops of the runtime.
 
-`reference.py` defines every op; a faster backend gives the same values within rounding. A test
-names another backend with `use_backend`.
+`reference.py` defines every op in torch; `cpu.py` is a compiled backend that gives the same values
+within rounding and runs whenever it can (CPU tensors, no gradients).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lora_runtime.kernels import reference
+from lora_runtime.kernels import cpu, reference
 from lora_runtime.kernels.types import NO_RUN, AttentionMeta, RankPool, Span, StepMeta
 
-__all__ = ["NO_RUN", "AttentionMeta", "RankPool", "Span", "StepMeta", "apply_adapters"]
+__all__ = [
+    "BACKEND",
+    "NO_RUN",
+    "AttentionMeta",
+    "RankPool",
+    "Span",
+    "StepMeta",
+    "apply_adapters",
+    "paged_attention",
+    "write_kv",
+]
+
+BACKEND = cpu.name() or "torch"
+"""The fastest backend of this installation."""
 
 
 def apply_adapters(
@@ -28,4 +41,35 @@ def apply_adapters(
     entry are exactly base + bias, whatever values other rows or free pool rows hold.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    return reference.apply_adapters(base, x, bias, pool, runs, meta)
+    backend = cpu if cpu.can_run(base, x, pool.a, pool.b) else reference
+    return backend.apply_adapters(base, x, bias, pool, runs, meta)
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """Store this step's keys and values, in place: keys[slot_mapping[t]] = k[t], values likewise.
+
+    Shapes: keys, values (cache slots, G, D) of one layer, k, v (T, G, D), slot_mapping (T,) int64.
+    """
+    reference.write_kv(keys, values, k, v, slot_mapping)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal grouped-query attention of every token over its own row's cached positions.
+
+    out[t, h] = Σ_j softmax_j(c(scale · q[t, h] · K_j)) V_j over the positions j ≤ positions[t] of
+    row rows[t], the last `window` of them if given; c(s) = softcap · tanh(s / softcap) or s.
+    Shapes: q (T, H, D), keys and values (cache slots, G, D) of one layer, H a multiple of G;
+    tokens of a row are consecutive. Returns (T, H, D) in q's dtype; softmax and sums in float32.
+    Cache slots that the row does not own may hold anything, NaN included.
+    Source: PagedAttention, arXiv:2309.06180.
+    """
+    backend = cpu if cpu.can_run(q, keys, values) else reference
+    return backend.paged_attention(q, keys, values, meta, scale, window, softcap)

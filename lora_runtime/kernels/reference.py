@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import RankPool, StepMeta
+from lora_runtime.kernels.types import AttentionMeta, RankPool, StepMeta
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -52,3 +52,61 @@ def _delta(
         shift = shift if bias is None else shift - bias.to(dtype)
         delta = shift if delta is None else delta + shift
     return delta
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """See `lora_runtime.kernels.write_kv`."""
+    keys[slot_mapping] = k
+    values[slot_mapping] = v
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.paged_attention`. Gathers every row's keys, padded to the longest."""
+    dtype = _accumulator(q.dtype)
+    num_heads, num_kv_heads = q.shape[1], keys.shape[1]
+    row_keys, row_values = (_gather(cache, meta).to(dtype) for cache in (keys, values))
+    query, place = _by_row(q.to(dtype), meta)
+    grouped = query.unflatten(2, (num_kv_heads, num_heads // num_kv_heads))
+    scores = torch.einsum("nqghd,nlgd->nghql", grouped, row_keys) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    is_visible = _visible(place, meta, row_keys.shape[1], window)[:, None, None]
+    weights = torch.softmax(scores.masked_fill(~is_visible, float("-inf")), dim=-1)
+    weights = weights.masked_fill(~is_visible, 0.0)
+    is_used = is_visible.any(dim=3)[:, 0, 0, :, None, None]
+    out = torch.einsum("nghql,nlgd->nqghd", weights, row_values.masked_fill(~is_used, 0.0))
+    return out.flatten(2, 3)[meta.rows.long(), place].to(q.dtype)
+
+
+def _gather(cache: Tensor, meta: AttentionMeta) -> Tensor:
+    """(N, M · block_size, G, D): each row's cache slots in order of position."""
+    offsets = torch.arange(meta.block_size, device=cache.device)
+    slots = meta.block_tables.long()[:, :, None] * meta.block_size + offsets
+    return cache[slots.flatten(1)]
+
+
+def _by_row(q: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
+    """(N, Q, H, D) padded queries, and each token's place (T,) among its row's queries."""
+    rows = meta.rows.long()
+    counts = torch.bincount(rows, minlength=meta.block_tables.shape[0])
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(rows), device=q.device) - starts[rows]
+    padded = q.new_zeros(len(counts), int(counts.max()), *q.shape[1:])
+    padded[rows, place] = q
+    return padded, place
+
+
+def _visible(place: Tensor, meta: AttentionMeta, length: int, window: int | None) -> Tensor:
+    """(N, Q, length) bool: the cache positions each padded query may see; none for padding."""
+    positions = meta.positions.new_full((meta.block_tables.shape[0], int(place.max()) + 1), -1)
+    positions[meta.rows.long(), place] = meta.positions
+    distance = positions[:, :, None] - torch.arange(length, device=place.device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_runtime.core import BASE_EFFECT, AdapterUse, Effect, Request, block_key, effect_at
-from lora_runtime.kernels import NO_RUN, RankPool, Span, StepMeta, apply_adapters
+from lora_runtime.kernels import NO_RUN, RankPool, Span, StepMeta, apply_adapters, cpu, reference
 
 IN, OUT = 24, 40
 PLAIN, REPLICATED, DORA, BIAS_ONLY, ALORA = range(5)
@@ -76,20 +76,24 @@ def dense(base, x, bias, pool, runs, spans):
     return y
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.35}
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.35)]
+    ("backend", "dtype"),
+    [(reference, dtype) for dtype in TOLERANCES] + [(cpu, torch.float32), (cpu, torch.bfloat16)],
 )
-def test_every_kind_of_row_in_one_step(dtype, tolerance, has_bias):
+def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
     pool, runs = build_pool(dtype)
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
     x = torch.randn(NUM_TOKENS, IN, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
-    y = apply_adapters(base, x, bias, pool, runs, StepMeta.build(SPANS))
+    y = backend.apply_adapters(base, x, bias, pool, runs, StepMeta.build(SPANS))
     expected = dense(base, x, bias, pool, runs, SPANS)
     assert y.dtype == dtype
-    assert (y.double() - expected).abs().max() <= tolerance
+    assert (y.double() - expected).abs().max() <= TOLERANCES[dtype]
     untouched = [0, 7, 8, 12]
     plain = base if bias is None else (base.float() + bias.float()).to(dtype)
     if dtype != torch.float64:

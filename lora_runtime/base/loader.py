@@ -1,0 +1,243 @@
+"""From a checkpoint folder to a base ready for adapters.
+
+transformers owns the model's definition; its inner linears, attention and rotary tables are
+replaced by ours. Before quantising, the result is compared with the untouched model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_runtime.base import attention
+from lora_runtime.base.adapted_linear import AdaptedLinear, StepContext
+from lora_runtime.base.attention import Attention, KVCache, VarlenAttention
+from lora_runtime.base.catalog import resolve_base
+from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.quant_linear import DenseLinear, FrozenLinear, QuantLinear
+from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.config import BaseConfig
+from lora_runtime.core import BaseSpec, LinearShape
+from lora_runtime.errors import BaseRefused, ConfigError
+
+Progress = Callable[[str], None]
+
+SELF_CHECK_LENGTHS = (5, 23)
+SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
+"""Largest logit difference, relative to the largest logit, between surgery and original."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A frozen base whose inner linears accept adapters through `context`."""
+
+    model: PreTrainedModel
+    spec: BaseSpec
+    context: StepContext
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, batch: Attention, logits_at: Tensor
+    ) -> Tensor:
+        """Run all rows laid end to end: token_ids, position_ids (T,) → logits (n, vocab).
+
+        `logits_at` (n,) int64 picks the tokens whose logits are wanted. Differentiable in the
+        adapters of `context`.
+        """
+        out = self.model(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            use_cache=False,
+            batch=batch,
+            logits_to_keep=logits_at,
+        )
+        return out.logits[0]
+
+    def allocate_kv(self, num_slots: int) -> KVCache:
+        """An empty paged cache of `num_slots` token slots a layer."""
+        heads, head_dim = kv_shape(self.model)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return KVCache.allocate(self.spec.num_layers, num_slots, heads, head_dim, like)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in all layers."""
+        heads, head_dim = kv_shape(self.model)
+        return 2 * self.spec.num_layers * heads * head_dim * self.dtype.itemsize
+
+
+def load_base(config: BaseConfig, on_progress: Progress | None = None) -> Base:
+    """Find, load, check and quantise a base.
+
+    Raises BaseRefused for a model that cannot be served, ConfigError for a setting that cannot
+    be used on this machine.
+    """
+    say = on_progress or (lambda _: None)
+    resolved = resolve_base(config.model, on_progress=on_progress)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    say(f"loading {resolved.name}")
+    model = AutoModelForCausalLM.from_pretrained(
+        resolved.folder, dtype=dtype, local_files_only=True, attn_implementation="eager"
+    ).to(device)
+    return prepare_base(model, config, resolved.name, resolved.folder, on_progress=say)
+
+
+def prepare_base(
+    model: PreTrainedModel,
+    config: BaseConfig,
+    name: str,
+    folder: Path,
+    on_progress: Progress = lambda _: None,
+) -> Base:
+    """Operate on a loaded transformers model, which becomes the base (`config.model` is unused)."""
+    model.eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    max_model_len = int(text_config.max_position_embeddings)
+    fix_rotary(model, max_model_len)
+    layers = _decoder_layers(model)
+    _refuse_unsupported(model, layers)
+    on_progress("checking against the original model")
+    original = _original_logits(model)
+    context = StepContext()
+    linears = dict(_replace_linears(model, layers, context))
+    model.set_attn_implementation(attention.NAME)
+    _self_check(model, original)
+    if config.quantization == "nf4":
+        on_progress("quantising to NF4")
+        _quantize(linears.values(), keep_dense=config.dequantized_cache and model.device.type == "cpu")
+    on_progress("fingerprinting")
+    spec = BaseSpec(
+        name=name,
+        fingerprint=fingerprint(model, config.quantization),
+        linears={path: LinearShape(m.in_features, m.out_features) for path, m in linears.items()},
+        num_layers=len(layers),
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        max_model_len=max_model_len,
+        quantization=config.quantization,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        model_type=model.config.model_type,
+    )
+    return Base(
+        model=model,
+        spec=spec,
+        context=context,
+        folder=folder,
+        device=model.device,
+        dtype=model.dtype,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a setting. Raises ConfigError when the machine lacks it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {error}", field="device") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a setting; `auto` is bfloat16 where the device multiplies it natively."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(key-value heads, head size) of every layer."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise BaseRefused(
+            f"{model.config.model_type} has no list of decoder layers; "
+            "only dense decoder-only models are served"
+        )
+    return layers
+
+
+def _refuse_unsupported(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Raise BaseRefused for weights that are not in an nn.Linear: experts, Conv1D, state spaces."""
+    for path, module in layers.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and type(module) is not nn.Linear:
+                raise BaseRefused(
+                    f"{model.config.model_type} keeps weights in {path}.{name} "
+                    f"({type(module).__name__}), which adapters cannot act on; mixture-of-experts "
+                    "and convolutional layers are not served"
+                )
+
+
+def _replace_linears(
+    model: PreTrainedModel, layers: nn.ModuleList, context: StepContext
+) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers."""
+    prefix = next(path for path, module in model.named_modules() if module is layers)
+    inner = [(path, m) for path, m in layers.named_modules() if type(m) is nn.Linear]
+    for path, linear in inner:
+        parent, _, name = path.rpartition(".")
+        adapted = AdaptedLinear(
+            f"{prefix}.{path}", DenseLinear(linear.weight, linear.bias), context
+        )
+        setattr(layers.get_submodule(parent), name, adapted)
+        yield adapted.path, adapted
+
+
+def _quantize(linears: Iterator[AdaptedLinear], *, keep_dense: bool) -> None:
+    for adapted in linears:
+        dense: FrozenLinear = adapted.linear
+        adapted.linear = QuantLinear(dense.weight_values(), dense.bias, keep_dense=keep_dense)
+
+
+def _check_rows(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    rows = [torch.randint(vocab_size, (n,), generator=generator) for n in SELF_CHECK_LENGTHS]
+    return [row.to(model.device) for row in rows]
+
+
+@torch.no_grad()
+def _original_logits(model: PreTrainedModel) -> list[Tensor]:
+    return [model(row[None], use_cache=False).logits[0, -1] for row in _check_rows(model)]
+
+
+@torch.no_grad()
+def _self_check(model: PreTrainedModel, original: list[Tensor]) -> None:
+    """Run a short row beside a long one through the replaced modules; both must be unchanged."""
+    rows = _check_rows(model)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    out = model(
+        torch.cat(rows)[None],
+        position_ids=torch.cat([torch.arange(len(row), device=model.device) for row in rows])[None],
+        use_cache=False,
+        batch=VarlenAttention(lengths.tolist()),
+        logits_to_keep=lengths.cumsum(0) - 1,
+    )
+    scale = max(float(logits.abs().max()) for logits in original)
+    for row, logits in enumerate(original):
+        error = float((out.logits[0, row] - logits).abs().max()) / scale
+        if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
+            raise BaseRefused(
+                f"{model.config.model_type} does not give its own logits with our attention and "
+                f"linear layers (relative error {error:.2g} on a row of {SELF_CHECK_LENGTHS[row]} "
+                "tokens); this architecture is not served"
+            )

@@ -1,0 +1,196 @@
+"""The engine: step = schedule → run → commit. Single-threaded; `loop.py` gives it a thread."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lora_runtime.adapters.host_cache import HostCache
+from lora_runtime.adapters.pool import AdapterPool, footprint, rows_per_shape
+from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.adapters.slot_table import SlotTable
+from lora_runtime.base.loader import Base
+from lora_runtime.config import EngineConfig
+from lora_runtime.core import FinishReason, Request, Sequence, StepOutput
+from lora_runtime.engine.block_manager import BlockManager
+from lora_runtime.engine.client import EngineInfo, EngineStats
+from lora_runtime.engine.model_runner import ModelRunner
+from lora_runtime.engine.scheduler import Scheduler
+from lora_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, LoramuxError
+from lora_runtime.kernels import BACKEND
+
+
+class Engine:
+    """Requests in, step outputs out, over one base and the adapters added to it."""
+
+    def __init__(self, base: Base, config: EngineConfig) -> None:
+        self.base, self.config = base, config
+        num_blocks = _num_blocks(base, config)
+        rows = rows_per_shape(base.spec.linears, config.adapters.pool_bytes, base.dtype.itemsize)
+        like = torch.empty(0, dtype=base.dtype, device=base.device)
+        self.host = HostCache()
+        self.pool = AdapterPool(base.spec.linears, rows, config.adapters.max_slots, like)
+        self.blocks = BlockManager(num_blocks, config.cache.block_size)
+        self.slots = SlotTable(rows, config.adapters.max_slots)
+        self.scheduler = Scheduler(config.scheduler, self.blocks, self.slots)
+        cache = base.allocate_kv(num_blocks * config.cache.block_size)
+        self.runner = ModelRunner(base, cache, config.cache.block_size, self.pool, self.host)
+        self.info = _info(base, config, num_blocks, self.pool.nbytes)
+        self._live: dict[str, Sequence] = {}
+        self._num_steps = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest, AdapterNotFound or Overloaded; then it is not in."""
+        self._check(request)
+        self.scheduler.add(request)
+        self._live[request.request_id] = self.scheduler.waiting[-1]
+
+    def abort(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.CANCELLED,
+        error: LoramuxError | None = None,
+    ) -> list[StepOutput]:
+        """End a request before its next step, freeing all it holds; no output if it is over."""
+        sequence = self._live.pop(request_id, None)
+        return [] if sequence is None else [self.scheduler.end(sequence, reason, error)]
+
+    def abort_all(self, error: LoramuxError) -> list[StepOutput]:
+        """End every request with `error`."""
+        return [
+            output
+            for request_id in list(self._live)
+            for output in self.abort(request_id, FinishReason.ERROR, error)
+        ]
+
+    def add_adapter(self, form: ServingForm) -> None:
+        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
+        if form.digest not in self.host:
+            self.slots.register(form.digest, footprint(form, self.base.spec.linears))
+        self.host.add(form)
+
+    def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
+        """Give up one reference. With the last one new requests fail, and `cancel` ends old ones."""
+        if not self.host.is_referenced(digest):
+            raise AdapterNotFound(f"no adapter with digest {digest[:12]} is loaded")
+        is_last = self.host.drop(digest)
+        users = [s.request.request_id for s in self._live.values() if _uses(s, digest)]
+        outputs = [o for user in users for o in self.abort(user)] if is_last and cancel else []
+        self.collect()
+        return outputs
+
+    def collect(self) -> list[str]:
+        """Free every dropped adapter that no live request uses; returns their digests."""
+        used = {use.digest for s in self._live.values() for use in s.request.adapters}
+        freed = [d for d in self.host.unreferenced() if d not in used]
+        for digest in freed:
+            self.slots.forget(digest)
+            self.host.remove(digest)
+        return freed
+
+    def step(self) -> list[StepOutput]:
+        """Run one step: plan it, do it, record it."""
+        outputs = self._expire()
+        plan = self.scheduler.schedule()
+        sampled = self.runner.run(plan)
+        outputs += self.scheduler.commit(plan, sampled)
+        self._num_steps += 1
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._live.pop(output.request_id, None)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics and people."""
+
+        def digests(sequences: list[Sequence]) -> tuple[str, ...]:
+            return tuple(sorted({use.digest for s in sequences for use in s.request.adapters}))
+
+        item_bytes = self.base.dtype.itemsize
+        return EngineStats(
+            is_alive=True,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self.blocks.num_used,
+            kv_blocks_total=self.blocks.num_blocks,
+            pool_bytes_used=self.slots.num_elements_used * item_bytes,
+            pool_bytes_total=self.pool.nbytes,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            running_adapters=digests(self.scheduler.running),
+            waiting_adapters=digests(list(self.scheduler.waiting)),
+            resident_adapters=self.slots.resident,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that all bookkeeping agrees. For tests and idle moments."""
+        self.scheduler.check_integrity()
+        assert set(map(id, self._live.values())) == set(map(id, self.scheduler.sequences()))
+
+    def _expire(self) -> list[StepOutput]:
+        now = time.monotonic()
+        late = [
+            request_id
+            for request_id, sequence in self._live.items()
+            if sequence.request.deadline is not None and sequence.request.deadline <= now
+        ]
+        return [output for request_id in late for output in self.abort(request_id)]
+
+    def _check(self, request: Request) -> None:
+        if request.request_id in self._live:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use; send another", field="request_id"
+            )
+        num_prompt, longest = len(request.prompt_token_ids), self.info.max_model_len
+        if not num_prompt:
+            raise InvalidRequest("the prompt is empty; send at least one token", field="prompt")
+        if num_prompt >= longest:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt} tokens; at most {longest - 1} fit", field="prompt"
+            )
+        if num_prompt + request.sampling.max_tokens > longest:
+            raise InvalidRequest(
+                f"sampling.max_tokens is {request.sampling.max_tokens}; after a prompt of "
+                f"{num_prompt} tokens at most {longest - num_prompt} fit",
+                field="sampling.max_tokens",
+            )
+        vocab_size = self.base.spec.vocab_size
+        if not all(0 <= token < vocab_size for token in request.prompt_token_ids):
+            raise InvalidRequest(f"token ids must be between 0 and {vocab_size - 1}", field="prompt")
+        for use in request.adapters:
+            if not self.host.is_referenced(use.digest):
+                raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")
+
+
+def _uses(sequence: Sequence, digest: str) -> bool:
+    return any(use.digest == digest for use in sequence.request.adapters)
+
+
+def _num_blocks(base: Base, config: EngineConfig) -> int:
+    block_bytes = base.kv_bytes_per_token() * config.cache.block_size
+    num_blocks = config.cache.num_blocks or config.cache.kv_bytes // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_bytes is {config.cache.kv_bytes}; one block takes {block_bytes}", field="kv_bytes"
+        )
+    return num_blocks
+
+
+def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) -> EngineInfo:
+    limit = config.scheduler.max_model_len or base.spec.max_model_len
+    return EngineInfo(
+        base=base.spec,
+        kernel_backend=BACKEND,
+        max_model_len=min(limit, base.spec.max_model_len, num_blocks * config.cache.block_size),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        block_size=config.cache.block_size,
+        num_blocks=num_blocks,
+        pool_bytes=pool_bytes,
+        max_slots=config.adapters.max_slots,
+    )

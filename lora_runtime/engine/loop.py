@@ -1,0 +1,209 @@
+"""Gives an engine a thread of its own, and asyncio callers a way to talk to it.
+
+Commands go in through one inbox and run between steps; outputs go out to one asyncio queue per
+request, with one wake-up of the event loop per step. The engine never runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.base.loader import load_base
+from lora_runtime.config import EngineConfig
+from lora_runtime.core import Request, StepOutput
+from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
+from lora_runtime.engine.engine import Engine
+from lora_runtime.errors import Unavailable
+
+Result = TypeVar("Result")
+Outputs = asyncio.Queue[StepOutput]
+POLL_S = 0.02
+"""How often `close` looks whether the engine is idle."""
+
+
+def start_engine(
+    config: EngineConfig, *, on_progress: Callable[[str], None] | None = None
+) -> InThreadEngine:
+    """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
+    return InThreadEngine(Engine(load_base(config.base, on_progress), config))
+
+
+class InThreadEngine:
+    """An EngineClient whose engine runs on a thread of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.base_folder = engine.base.folder
+        self._engine = engine
+        self._stats = engine.stats()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], object], Future]] = queue.SimpleQueue()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
+        self._unloading: dict[str, list[Future]] = {}
+        self._post_lock = threading.Lock()
+        self._failure: Unavailable | None = None
+        self._is_draining = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    def stats(self) -> EngineStats:
+        return replace(self._stats, is_alive=self._failure is None)
+
+    async def generate(self, request: Request) -> AsyncIterator[StepOutput]:
+        if self._is_draining:
+            raise Unavailable("the server is shutting down")
+        stream = (asyncio.get_running_loop(), Outputs())
+        is_over = False
+        try:
+            await self._call(lambda: self._submit(request, stream))
+            while not is_over:
+                output = await stream[1].get()
+                is_over = output.finish_reason is not None
+                yield output
+        finally:
+            if not is_over:
+                self._post(lambda: self._cancel(request.request_id, stream))
+
+    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+        form = await asyncio.to_thread(load_adapter, folder, self.info.base)
+        await self._call(lambda: self._engine.add_adapter(form))
+        return _summary(form, form.num_parameters * self._engine.base.dtype.itemsize)
+
+    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
+        freed: Future[None] = Future()
+        await self._call(lambda: self._drop(digest, cancel, freed))
+        await asyncio.wrap_future(freed)
+
+    async def close(self, *, drain_s: float) -> None:
+        self._is_draining = True
+        deadline = time.monotonic() + drain_s
+        try:
+            await self._call(lambda: None)
+            while self._streams and time.monotonic() < deadline:
+                await asyncio.sleep(POLL_S)
+            await self._call(self._stop)
+        except Unavailable:
+            pass  # it has died: there is nothing left to drain
+        await asyncio.to_thread(self._thread.join)
+
+    def _post(self, action: Callable[[], Result]) -> Future[Result]:
+        """Queue `action` for the engine thread; fails at once when the engine is gone."""
+        done: Future[Result] = Future()
+        with self._post_lock:
+            if self._failure is None:
+                self._inbox.put((action, done))
+            else:
+                done.set_exception(self._failure)
+        return done
+
+    async def _call(self, action: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._post(action))
+
+    # What follows runs on the engine thread.
+
+    def _run(self) -> None:
+        try:
+            while self._failure is None:
+                self._run_commands()
+                if not self._engine.is_idle:
+                    self._deliver(self._engine.step())
+                self._resolve_unloads()
+                self._stats = self._engine.stats()
+        except Exception as error:
+            self._fail(Unavailable(f"the engine has died: {type(error).__name__}: {error}"))
+            raise
+
+    def _run_commands(self) -> None:
+        """Run all queued commands; wait for one when there is nothing else to do."""
+        should_wait = self._engine.is_idle
+        while should_wait or not self._inbox.empty():
+            action, done = self._inbox.get()
+            should_wait = False
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+    def _submit(self, request: Request, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
+        self._engine.add_request(request)
+        self._streams[request.request_id] = stream
+
+    def _cancel(self, request_id: str, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._engine.abort(request_id)
+
+    def _drop(self, digest: str, cancel: bool, freed: Future) -> None:
+        self._deliver(self._engine.drop_adapter(digest, cancel=cancel))
+        self._unloading.setdefault(digest, []).append(freed)
+
+    def _resolve_unloads(self) -> None:
+        """Tell those who wait for a drop that it is done: the memory is free, or still in use by
+        another load of the same content.
+        """
+        if not self._unloading:
+            return
+        self._engine.collect()
+        for digest in list(self._unloading):
+            if digest not in self._engine.host or self._engine.host.is_referenced(digest):
+                for freed in self._unloading.pop(digest):
+                    freed.set_result(None)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """Hand outputs to their streams, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Outputs, StepOutput]]] = {}
+        for output in outputs:
+            is_over = output.finish_reason is not None
+            find = self._streams.pop if is_over else self._streams.get
+            stream = find(output.request_id, None)
+            if stream is not None:
+                by_loop.setdefault(stream[0], []).append((stream[1], output))
+        for loop, pairs in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, pairs)
+
+    def _stop(self) -> None:
+        self._fail(Unavailable("the server is shutting down"))
+
+    def _fail(self, error: Unavailable) -> None:
+        """End every request and refuse every later command with `error`."""
+        with self._post_lock:
+            self._failure = error
+        self._deliver(self._engine.abort_all(error))
+        while not self._inbox.empty():
+            self._inbox.get()[1].set_exception(error)
+        for waiting in self._unloading.values():
+            for freed in waiting:
+                freed.set_exception(error)
+
+
+def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
+    for outputs, output in pairs:
+        outputs.put_nowait(output)
+
+
+def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
+    return LoadedAdapter(
+        digest=form.digest,
+        variant=form.variant,
+        ranks=form.ranks,
+        target_modules=tuple(sorted({key.path.rpartition(".")[2] for key in form.modules})),
+        num_parameters=form.num_parameters,
+        nbytes=pool_bytes,
+        honoured={key: str(value) for key, value in form.honoured.items()},
+        inert=dict(form.inert),
+    )

@@ -1,0 +1,45 @@
+"""The one place of the engine that touches the device: copies, forward, sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.host_cache import HostCache
+from lora_runtime.adapters.pool import AdapterPool
+from lora_runtime.base.attention import KVCache, PagedAttention
+from lora_runtime.base.loader import Base
+from lora_runtime.core import SampledToken, ScheduledBatch
+from lora_runtime.engine.batch import ForwardBatch, build_batch
+from lora_runtime.engine.sampler import sample
+
+
+class ModelRunner:
+    """Does what a plan says with the base, the cache and the adapter pool. It never decides."""
+
+    def __init__(
+        self, base: Base, cache: KVCache, block_size: int, pool: AdapterPool, host: HostCache
+    ) -> None:
+        self.base, self.cache, self.block_size = base, cache, block_size
+        self.pool, self.host = pool, host
+
+    @torch.inference_mode()
+    def run(self, plan: ScheduledBatch) -> list[SampledToken]:
+        """Load the plan's adapters, run its tokens, and sample the rows that are due, in order."""
+        for placement in plan.loads:
+            self.pool.load(placement, self.host[placement.digest])
+        if not plan.sequences:
+            return []
+        sampling = [row.sequence for row in plan.sequences if row.samples]
+        logits = self.forward(build_batch(plan, self.block_size, self.base.device))
+        return sample(logits, sampling) if sampling else []
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits (n, vocab) of the rows that sample; writes the cache."""
+        with self.base.context.effect(batch.adapters, self.pool.bindings):
+            return self.base.forward(
+                batch.token_ids,
+                batch.positions,
+                PagedAttention(self.cache, batch.attention),
+                batch.logits_at,
+            )

@@ -1,0 +1,214 @@
+"""Which tokens run in the next step. Bookkeeping only: ints, no tensors, no device.
+
+Running sequences come first, then waiting ones in order of arrival; a long prompt is split into
+chunks that share the step with other rows. When cache blocks run out, the youngest running
+sequence gives up its blocks and is computed again later (recompute preemption).
+Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as AbstractSequence
+
+from lora_runtime.adapters.slot_table import SlotTable
+from lora_runtime.config import SchedulerConfig
+from lora_runtime.core import (
+    AdapterPlacement,
+    FinishReason,
+    Request,
+    RequestTiming,
+    SampledToken,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    StepOutput,
+)
+from lora_runtime.engine.block_manager import BlockManager
+from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded
+
+
+class Scheduler:
+    """Waiting and running sequences, and the blocks and slots they hold."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, slots: SlotTable) -> None:
+        self._config, self._blocks, self._slots = config, blocks, slots
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded when the queue is full."""
+        if len(self.waiting) >= self._config.max_queued_requests:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
+        self.waiting.append(Sequence.of(request))
+
+    def sequences(self) -> list[Sequence]:
+        """Every live sequence, running ones first."""
+        return [*self.running, *self.waiting]
+
+    def end(
+        self, sequence: Sequence, reason: FinishReason, error: LoramuxError | None = None
+    ) -> StepOutput:
+        """Finish a sequence now, free all it holds and give its terminal output."""
+        self._remove(sequence)
+        return _terminal(sequence, (), reason, error)
+
+    def schedule(self) -> ScheduledBatch:
+        """Plan one step. The plan may be empty when nothing can run yet."""
+        budget = self._config.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        planned: list[ScheduledSequence] = []
+        for sequence in list(self.running):
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if num_tokens > 0 and self._make_room(sequence, num_tokens):
+                planned.append(_chunk(sequence, num_tokens))
+                budget -= num_tokens
+        loads: list[AdapterPlacement] = []
+        if self.num_preemptions == num_preemptions:
+            while budget > 0 and self._admit(loads):
+                sequence = self.running[-1]
+                num_tokens = min(sequence.num_uncomputed_tokens, budget)
+                self._blocks.grow(sequence, num_tokens)
+                planned.append(_chunk(sequence, num_tokens))
+                budget -= num_tokens
+        return ScheduledBatch(tuple(planned), tuple(loads))
+
+    def commit(
+        self, batch: ScheduledBatch, sampled: AbstractSequence[SampledToken]
+    ) -> list[StepOutput]:
+        """Record a step's results: `sampled` has one entry per sequence that samples, in order."""
+        outputs, results = [], iter(sampled)
+        for scheduled in batch.sequences:
+            sequence = scheduled.sequence
+            sequence.num_computed_tokens += scheduled.num_tokens
+            if scheduled.samples:
+                outputs.append(self._accept(sequence, next(results)))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, slots and pins agree with the live sequences."""
+        self._blocks.check_integrity(self.running)
+        self._slots.check_integrity()
+        assert not any(sequence.block_table for sequence in self.waiting)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Grow the sequence's blocks, preempting younger ones; False if it is preempted itself."""
+        while sequence.status is SequenceStatus.RUNNING:
+            if self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens):
+                return True
+            self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _admit(self, loads: list[AdapterPlacement]) -> bool:
+        """Move the first waiting sequence to running if its blocks and adapters fit."""
+        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+            return False
+        sequence = self.waiting[0]
+        if self._blocks.num_missing(sequence, len(sequence.token_ids)) > self._blocks.num_free:
+            return False
+        slots = self._acquire_slots(sequence, loads)
+        if slots is None:
+            return False
+        sequence.slots, sequence.status = slots, SequenceStatus.RUNNING
+        sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _acquire_slots(
+        self, sequence: Sequence, loads: list[AdapterPlacement]
+    ) -> tuple[int, ...] | None:
+        acquired = []
+        for use in sequence.request.adapters:
+            got = self._slots.acquire(use.digest)
+            if got is None:
+                for taken in sequence.request.adapters[: len(acquired)]:
+                    self._slots.release(taken.digest)
+                return None
+            if got.load is not None:
+                loads.append(got.load)
+            acquired.append(got.slot)
+        return tuple(acquired)
+
+    def _accept(self, sequence: Sequence, result: SampledToken) -> StepOutput:
+        if not result.is_finite:
+            error = AdapterFailed(
+                "the model gave non-finite logits for this request; its adapter's weights overflow"
+                if sequence.request.adapters
+                else "the model gave non-finite logits for this request"
+            )
+            return self.end(sequence, FinishReason.ERROR, error)
+        sequence.token_ids.append(result.token_id)
+        sequence.first_token = sequence.first_token or time.monotonic()
+        reason = _finish_reason(sequence)
+        logprobs = () if result.logprob is None else (result.logprob,)
+        if reason is None:
+            return StepOutput(
+                request_id=sequence.request.request_id,
+                token_ids=(result.token_id,),
+                logprobs=logprobs,
+            )
+        self._remove(sequence)
+        return _terminal(sequence, (result.token_id,), reason, None, logprobs)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence)
+        for use in sequence.request.adapters:
+            self._slots.release(use.digest)
+        sequence.slots = ()
+
+
+def _chunk(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    sampling = sequence.request.sampling
+    if sequence.token_ids[-1] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if sequence.num_output_tokens >= sampling.max_tokens else None
+
+
+def _terminal(
+    sequence: Sequence,
+    token_ids: tuple[int, ...],
+    reason: FinishReason,
+    error: LoramuxError | None,
+    logprobs: tuple = (),
+) -> StepOutput:
+    now, arrival = time.monotonic(), sequence.request.arrival
+    scheduled = sequence.first_scheduled or now
+    first_token = sequence.first_token or now
+    timing = RequestTiming(
+        queue_s=scheduled - arrival, prefill_s=first_token - scheduled, decode_s=now - first_token
+    )
+    return StepOutput(
+        request_id=sequence.request.request_id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason=reason,
+        error=error,
+        timing=timing,
+    )

@@ -1,0 +1,101 @@
+"""The compiled CPU backend: a small C++ library behind ctypes, built with the package.
+
+It is optional: without a compiler the install goes through and `reference` serves. Gradients are
+never asked of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lora_runtime.kernels.types import AttentionMeta, RankPool, StepMeta
+
+ABI = 1
+LEVELS = ("baseline", "avx2", "avx512")
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None if it was not built or is of another version."""
+    spec = importlib.util.find_spec("lora_runtime.kernels._cpu")
+    if spec is None or spec.origin is None:
+        return None
+    found = ctypes.CDLL(spec.origin)
+    return found if found.loramux_abi() == ABI else None
+
+
+def name() -> str | None:
+    """`cpu-avx2` and the like; None without the library."""
+    found = library()
+    return None if found is None else f"cpu-{LEVELS[found.loramux_level()]}"
+
+
+def can_run(*tensors: Tensor) -> bool:
+    """True when the library is there and takes these tensors: CPU, one dtype, no gradients."""
+    if library() is None or any(t.device.type != "cpu" for t in tensors):
+        return False
+    if tensors[0].dtype not in SUFFIXES or any(t.dtype != tensors[0].dtype for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def apply_adapters(
+    base: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, runs: Tensor, meta: StepMeta
+) -> Tensor:
+    """See `lora_runtime.kernels.apply_adapters`."""
+    base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
+    y = torch.empty_like(base)
+    _function("apply_adapters", base.dtype)(
+        *_pointers(y, base, x, bias, pool.a, pool.b, pool.gains, pool.biases, runs),
+        runs.shape[1],
+        *_pointers(meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts),
+        len(meta.segment_starts) - 1,
+        *base.shape[:1],
+        x.shape[1],
+        base.shape[1],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.paged_attention`."""
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    _function("attention", q.dtype)(
+        *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables),
+        *q.shape[:2],
+        *keys.shape[1:],
+        meta.block_size,
+        meta.block_tables.shape[1],
+        window or 0,
+        ctypes.c_float(scale),
+        ctypes.c_float(softcap or 0.0),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+@cache
+def _function(op: str, dtype: torch.dtype):  # noqa: ANN202
+    function = getattr(library(), f"loramux_{op}_{SUFFIXES[dtype]}")
+    function.restype = None
+    return function

@@ -1,0 +1,104 @@
+"""The operated model against the untouched transformers model, for every shape."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_runtime.base.attention import VarlenAttention
+from lora_runtime.base.loader import load_base, prepare_base, resolve_device, resolve_dtype
+from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.config import BaseConfig
+from lora_runtime.errors import BaseRefused, ConfigError
+from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
+
+
+def packed_logits(base, rows):
+    lengths = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    return base.forward(torch.cat(rows), positions, VarlenAttention(lengths), ends)
+
+
+@pytest.mark.parametrize("shape", CONFIGS)
+@torch.no_grad()
+def test_packed_rows_equal_the_original_model_alone(shape):
+    """Short rows beside a long one, longrope too, where the original's frequencies are fixed."""
+    base = tiny_base(shape)
+    twin = dense_twin(base, shape)
+    fix_rotary(twin, base.spec.max_model_len)
+    rows = [torch.randint(VOCAB_SIZE, (n,)) for n in (3, 100, 17)]
+    logits = packed_logits(base, rows)
+    for row, got in zip(rows, logits, strict=True):
+        torch.testing.assert_close(got, twin(row[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_long_neighbour_moves_the_original_longrope_but_not_ours():
+    model = tiny_model("phi3-longrope")
+    row = torch.randint(VOCAB_SIZE, (1, 10))
+    before = model(row).logits
+    positions = torch.cat([torch.arange(10), torch.arange(90, 100)])[None]
+    both = torch.cat([row, row], 1)
+    untouched = copy.deepcopy(model)(both, position_ids=positions).logits[:, :10]
+    assert (untouched - before).abs().max() > 1e-2, "the trap this guards against is gone"
+    base = tiny_base("phi3-longrope")
+    alone = packed_logits(base, [row[0]])
+    beside = packed_logits(base, [row[0], torch.randint(VOCAB_SIZE, (100,))])
+    torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-5)
+
+
+def test_fingerprint_is_the_same_in_every_dtype_and_sees_every_change():
+    prints = {tiny_base("llama", dtype=d).spec.fingerprint for d in (torch.float32, torch.bfloat16)}
+    assert len(prints) == 1
+    others = [
+        tiny_base("llama", seed=1),
+        tiny_base("llama", quantization="none"),
+        tiny_base("mistral"),
+    ]
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[0] += 0.5
+        others.append(prepare_base(model, BaseConfig(), "x", "."))
+    assert len({*prints, *(base.spec.fingerprint for base in others)}) == len(others) + 1
+
+
+def test_a_checkpoint_on_disk_gives_the_same_base(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "tiny", "llama")
+    base = load_base(BaseConfig(model=str(folder), dtype="float32", device="cpu"))
+    assert base.spec.fingerprint == tiny_base("llama").spec.fingerprint
+    assert base.spec.max_model_len == 512 and base.spec.vocab_size == VOCAB_SIZE
+    assert base.spec.linears["model.layers.2.mlp.down_proj"].in_features == 128
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_mixture_of_experts_and_conv1d_are_refused_by_name():
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    experts = AutoConfig.for_model(
+        "mixtral", intermediate_size=32, num_key_value_heads=2, num_local_experts=2, **small
+    )
+    conv = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    for config in (experts, conv):
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(BaseRefused, match=config.model_type):
+            prepare_base(model, BaseConfig(), "x", ".")
+
+
+def test_a_model_whose_attention_we_do_not_express_is_refused(monkeypatch):
+    """The self-check stands between a silent difference and a served model."""
+    forget_window = lambda q, k, v, scale, window, softcap: torch.zeros_like(q)  # noqa: E731
+    monkeypatch.setattr("lora_runtime.base.attention._masked_attention", forget_window)
+    with pytest.raises(BaseRefused, match="does not give its own logits"):
+        tiny_base("gemma2")
+
+
+def test_device_and_dtype_settings():
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda:99")
+    assert caught.value.field == "device"
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16

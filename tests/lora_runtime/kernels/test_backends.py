@@ -1,0 +1,150 @@
+"""The compiled backend against the torch definition, and both against dense torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_runtime import kernels
+from lora_runtime.kernels import AttentionMeta, RankPool, Span, StepMeta, cpu, reference
+
+BACKENDS = [reference, cpu]
+
+
+def test_compiled_backend_exists_where_a_compiler_does():
+    if shutil.which("g++"):
+        assert importlib.util.find_spec("lora_runtime.kernels._cpu"), "the C++ extension is missing"
+        assert kernels.BACKEND.startswith("cpu-")
+
+
+def popularity(kind: str, num_tokens: int) -> list[int]:
+    """Tokens of each adapter: how a batch is spread over adapters."""
+    if kind == "distinct":
+        return [1] * num_tokens
+    if kind == "identical":
+        return [num_tokens]
+    if kind == "uniform":
+        width = max(1, round(num_tokens**0.5))
+        return [width] * (num_tokens // width) + [num_tokens % width] * (num_tokens % width > 0)
+    counts, size = [], 1.0
+    while sum(counts) + int(size) < num_tokens:
+        counts.append(int(size))
+        size *= 1.5
+    return [*counts, num_tokens - sum(counts)]
+
+
+@pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 133])
+@pytest.mark.parametrize("sizes", [(64, 48), (33, 17), (5, 130)])
+def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
+    generator = torch.Generator().manual_seed(num_tokens)
+    in_features, out_features = sizes
+    counts = popularity(kind, num_tokens)
+    ranks = [int(r) for r in torch.randint(1, 20, (len(counts),), generator=generator)]
+    pool = RankPool(
+        torch.randn(sum(ranks) + 3, in_features, generator=generator),
+        torch.randn(sum(ranks) + 3, out_features, generator=generator),
+        torch.empty(0, out_features),
+        torch.empty(0, out_features),
+    )
+    starts = [3 + sum(ranks[:i]) for i in range(len(ranks))]
+    runs = torch.tensor([[[s, r, -1, -1]] for s, r in zip(starts, ranks, strict=True)])
+    order = torch.randperm(num_tokens, generator=generator).tolist()
+    spans, position = [], 0
+    for slot, count in enumerate(counts):
+        spans += [Span(slot=slot, first_token=t, num_tokens=1) for t in order[position:position + count]]
+        position += count
+    meta = StepMeta.build(spans)
+    x = torch.randn(num_tokens, in_features, generator=generator)
+    base = torch.randn(num_tokens, out_features, generator=generator)
+    expected = base.double()
+    for span in spans:
+        start, rank = starts[span.slot], ranks[span.slot]
+        t = span.first_token
+        hidden = pool.a[start : start + rank].double() @ x[t].double()
+        expected[t] += hidden @ pool.b[start : start + rank].double()
+    for backend in BACKENDS:
+        y = backend.apply_adapters(base, x, None, pool, runs.int(), meta)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
+    pool = RankPool(torch.randn(32, 40), torch.randn(32, 24), torch.empty(0, 24), torch.empty(0, 24))
+    runs = torch.tensor([[[0, 16, -1, -1]], [[16, 9, -1, -1]]], dtype=torch.int32)
+    x, base = torch.randn(11, 40), torch.randn(11, 24)
+    spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
+    together = cpu.apply_adapters(base, x, None, pool, runs, StepMeta.build(spans))
+    for t in range(11):
+        alone = StepMeta.build([Span(slot=int(t >= 6), first_token=0, num_tokens=1)])
+        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, pool, runs, alone)
+        assert torch.equal(y[0], together[t])
+
+
+def attention_case(num_heads, num_kv_heads, head_dim, dtype):
+    """Rows of 1, 9 and 30 cached positions in scattered blocks, every other cache slot NaN."""
+    generator = torch.Generator().manual_seed(7)
+    block_size, lengths, chunk = 4, [1, 9, 30], [1, 1, 11]
+    tables = torch.zeros(3, 8, dtype=torch.int32)
+    blocks = (torch.randperm(20, generator=generator) + 1).tolist()
+    keys = torch.full((21 * block_size, num_kv_heads, head_dim), float("nan"), dtype=dtype)
+    values = keys.clone()
+    rows, positions, dense = [], [], []
+    for row, length in enumerate(lengths):
+        for i in range(-(-length // block_size)):
+            tables[row, i] = blocks.pop()
+        k, v = torch.randn(2, length, num_kv_heads, head_dim, generator=generator).to(dtype)
+        slots = [int(tables[row, p // block_size]) * block_size + p % block_size for p in range(length)]
+        keys[slots], values[slots] = k, v
+        dense.append((k, v))
+        rows += [row] * chunk[row]
+        positions += range(length - chunk[row], length)
+    meta = AttentionMeta(
+        rows=torch.tensor(rows, dtype=torch.int32),
+        positions=torch.tensor(positions, dtype=torch.int32),
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        block_tables=tables,
+        block_size=block_size,
+    )
+    q = torch.randn(len(rows), num_heads, head_dim, generator=generator).to(dtype)
+    return q, keys, values, meta, dense
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("heads", "head_dim"), [((6, 2), 64), ((4, 4), 20), ((3, 1), 16)])
+def test_paged_attention_equals_dense_attention(backend, window, softcap, heads, head_dim):
+    q, keys, values, meta, dense = attention_case(*heads, head_dim, torch.float32)
+    out = backend.paged_attention(q, keys, values, meta, 0.3, window, softcap)
+    for token, (row, position) in enumerate(zip(meta.rows, meta.positions, strict=True)):
+        begin = 0 if window is None else max(0, int(position) + 1 - window)
+        k, v = (part[begin : position + 1].double() for part in dense[row])
+        k, v = (part.repeat_interleave(heads[0] // heads[1], dim=1) for part in (k, v))
+        scores = torch.einsum("hd,lhd->hl", q[token].double(), k) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        expected = torch.einsum("hl,lhd->hd", scores.softmax(1), v)
+        torch.testing.assert_close(out[token].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_paged_attention_in_bfloat16_is_within_rounding_of_torch(backend):
+    q, keys, values, meta, dense = attention_case(6, 2, 64, torch.bfloat16)
+    out = backend.paged_attention(q, keys, values, meta, 0.125, None, None)
+    k, v = (part.transpose(0, 1)[None] for part in dense[2])
+    chunk = q[2:].transpose(0, 1)[None]
+    mask = torch.ones(11, 30, dtype=torch.bool).tril(19)
+    expected = F.scaled_dot_product_attention(chunk, k, v, mask, scale=0.125, enable_gqa=True)
+    torch.testing.assert_close(out[2:].transpose(0, 1), expected[0], rtol=0.02, atol=0.02)
+
+
+def test_write_kv_touches_only_its_slots():
+    keys, values = torch.zeros(2, 10, 2, 3)
+    k, v = torch.randn(2, 2, 2, 3)
+    kernels.write_kv(keys, values, k, v, torch.tensor([7, 2]))
+    assert torch.equal(keys[[7, 2]], k) and torch.equal(values[[7, 2]], v)
+    assert not keys[[0, 1, 3, 4, 5, 6, 8, 9]].any()

@@ -1,0 +1,109 @@
+"""Tiny random models of every supported shape, and bases made of them. No network, no files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lora_runtime.base.loader import Base, prepare_base
+from lora_runtime.config import BaseConfig
+
+VOCAB_SIZE = 300
+_COMMON = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.15,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict] = {
+    "llama": dict(model_type="llama", tie_word_embeddings=True),
+    "llama-bias": dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    "mistral": dict(model_type="mistral", sliding_window=24, head_dim=16),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=32),
+    "gemma2": dict(
+        model_type="gemma2", head_dim=16, sliding_window=20, query_pre_attn_scalar=16,
+        attn_logit_softcapping=30.0, final_logit_softcapping=20.0,
+    ),
+    "gemma3": dict(
+        model_type="gemma3_text", head_dim=16, sliding_window=20, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "phi3": dict(model_type="phi3", rope_parameters={**_ROPE, "partial_rotary_factor": 1.0}),
+    "phi3-longrope": dict(
+        model_type="phi3",
+        original_max_position_embeddings=64,
+        rope_parameters={**_LONGROPE, "partial_rotary_factor": 1.0},
+    ),
+}  # fmt: skip
+SHAPES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
+"""One of every family that must be served."""
+
+
+def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model whose weights are exact in bfloat16, so that every dtype starts equal."""
+    options = {**_COMMON, **CONFIGS[shape]}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.copy_(parameter.bfloat16())
+    return _cast_parameters(model, dtype).eval()
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast as loading with `dtype=` does: parameters only, rotary buffers stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def tiny_base(
+    shape: str,
+    *,
+    quantization: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    folder: Path = Path("."),
+) -> Base:
+    """A served base made of `tiny_model(shape)`."""
+    model = tiny_model(shape, seed=seed, dtype=dtype)
+    return prepare_base(model, BaseConfig(quantization=quantization), shape, folder)
+
+
+def tiny_checkpoint(folder: Path, shape: str = "llama", *, seed: int = 0) -> Path:
+    """The same model as a bfloat16 checkpoint on disk, without a tokenizer."""
+    tiny_model(shape, seed=seed, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def dense_twin(base: Base, shape: str, *, seed: int = 0, dtype: torch.dtype | None = None):
+    """The untouched transformers model with the base's dequantised weights: PEFT's oracle base."""
+    twin = copy.deepcopy(tiny_model(shape, seed=seed, dtype=dtype or base.dtype))
+    with torch.no_grad():
+        for path in base.spec.linears:
+            values = base.model.get_submodule(path).linear.weight_values()
+            twin.get_submodule(path).weight.copy_(values)
+    return twin
