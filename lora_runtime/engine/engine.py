@@ -27,8 +27,8 @@ class Engine:
     def __init__(self, base: Base, config: EngineConfig) -> None:
         self.base, self.config = base, config
         num_blocks = _num_blocks(base, config)
-        rows = rows_per_shape(base.spec.linears, config.adapters.pool_bytes, base.dtype.itemsize)
-        like = torch.empty(0, dtype=base.dtype, device=base.device)
+        like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
+        rows = rows_per_shape(base.spec.linears, config.adapters.pool_bytes, like.itemsize)
         self.host = HostCache()
         self.pool = AdapterPool(base.spec.linears, rows, config.adapters.max_slots, like)
         self.blocks = BlockManager(num_blocks, config.cache.block_size)
@@ -111,7 +111,7 @@ class Engine:
         def digests(sequences: list[Sequence]) -> tuple[str, ...]:
             return tuple(sorted({use.digest for s in sequences for use in s.request.adapters}))
 
-        item_bytes = self.base.dtype.itemsize
+        item_bytes = adapter_dtype(self.base).itemsize
         return EngineStats(
             is_alive=True,
             num_running=len(self.scheduler.running),
@@ -165,6 +165,13 @@ class Engine:
         for use in request.adapters:
             if not self.host.is_referenced(use.digest):
                 raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")
+
+
+def adapter_dtype(base: Base) -> torch.dtype:
+    """Dtype of adapter weights in the pool: float32 on a CPU, where rounding them to bfloat16
+    would cost more accuracy than the memory is worth; the compute dtype elsewhere.
+    """
+    return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
 def _uses(sequence: Sequence, digest: str) -> bool:

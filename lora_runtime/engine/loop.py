@@ -7,10 +7,11 @@ request, with one wake-up of the event loop per step. The engine never runs on t
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from lora_runtime.base.loader import load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
-from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.engine import Engine, adapter_dtype
 from lora_runtime.errors import Unavailable
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Outputs = asyncio.Queue[StepOutput]
 POLL_S = 0.02
@@ -61,7 +63,7 @@ class InThreadEngine:
     def stats(self) -> EngineStats:
         return replace(self._stats, is_alive=self._failure is None)
 
-    async def generate(self, request: Request) -> AsyncIterator[StepOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
         stream = (asyncio.get_running_loop(), Outputs())
@@ -79,7 +81,7 @@ class InThreadEngine:
     async def load_adapter(self, folder: Path) -> LoadedAdapter:
         form = await asyncio.to_thread(load_adapter, folder, self.info.base)
         await self._call(lambda: self._engine.add_adapter(form))
-        return _summary(form, form.num_parameters * self._engine.base.dtype.itemsize)
+        return _summary(form, form.num_parameters * adapter_dtype(self._engine.base).itemsize)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
@@ -121,9 +123,9 @@ class InThreadEngine:
                     self._deliver(self._engine.step())
                 self._resolve_unloads()
                 self._stats = self._engine.stats()
-        except Exception as error:
-            self._fail(Unavailable(f"the engine has died: {type(error).__name__}: {error}"))
-            raise
+        except Exception:
+            log.exception("the engine has died")
+            self._fail(Unavailable("the engine has died; the server's log says why"))
 
     def _run_commands(self) -> None:
         """Run all queued commands; wait for one when there is nothing else to do."""

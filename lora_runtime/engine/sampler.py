@@ -77,7 +77,7 @@ def _draw(logits: Tensor, params: list[SamplingParams], numbers: list[float]) ->
     cumulative = kept.double().cumsum(dim=1)
     target = column(numbers).double() * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)
-    last_kept = is_kept.int().sum(dim=1, keepdim=True) - 1
+    last_kept = (is_kept.int().sum(dim=1, keepdim=True) - 1).clamp(min=0)  # a NaN row keeps none
     return order.gather(1, torch.minimum(place, last_kept))[:, 0]
 
 

@@ -41,7 +41,7 @@ def apply_adapters(
     entry are exactly base + bias, whatever values other rows or free pool rows hold.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    backend = cpu if cpu.can_run(base, x, pool.a, pool.b) else reference
+    backend = cpu if cpu.can_run(base, x, weights=(pool.a, pool.b)) else reference
     return backend.apply_adapters(base, x, bias, pool, runs, meta)
 
 

@@ -36,13 +36,21 @@ def name() -> str | None:
     return None if found is None else f"cpu-{LEVELS[found.loramux_level()]}"
 
 
-def can_run(*tensors: Tensor) -> bool:
-    """True when the library is there and takes these tensors: CPU, one dtype, no gradients."""
-    if library() is None or any(t.device.type != "cpu" for t in tensors):
-        return False
-    if tensors[0].dtype not in SUFFIXES or any(t.dtype != tensors[0].dtype for t in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
+    """True when the library is there and takes these tensors.
+
+    It takes CPU tensors without gradients: activations of one dtype, float32 or bfloat16, and
+    adapter weights in float32.
+    """
+    tensors, dtype = (*activations, *weights), activations[0].dtype
+    return (
+        library() is not None
+        and dtype in SUFFIXES
+        and all(t.device.type == "cpu" for t in tensors)
+        and all(t.dtype == dtype for t in activations)
+        and all(w.dtype == torch.float32 for w in weights)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
 
 
 def apply_adapters(

@@ -21,8 +21,8 @@ inline void store(bf16* to, float x) {  // round to nearest even, keep NaN
 }
 
 // out[j] = row · xs[j] for N vectors of length n.
-template <class T, int N>
-inline void dots(const T* row, const T* const* xs, int n, float* out) {
+template <class W, class T, int N>
+inline void dots(const W* row, const T* const* xs, int n, float* out) {
   float sums[N][LANES] = {};
   int i = 0;
   for (; i + LANES <= n; i += LANES)
@@ -38,18 +38,18 @@ inline void dots(const T* row, const T* const* xs, int n, float* out) {
 }
 
 // ys[j][c] += Σ_k hidden[j][k] · rows[k][c] for N tokens and `width` ≤ LANES columns.
-template <class T, int N>
-inline void expand(float* const* ys, const float* const* hidden, const T* rows, int rank,
+template <int N>
+inline void expand(float* const* ys, const float* const* hidden, const float* rows, int rank,
                    long stride, int width) {
   float sums[N][LANES] = {};
   if (width == LANES) {
     for (int k = 0; k < rank; k++)
       for (int j = 0; j < N; j++)
-        for (int c = 0; c < LANES; c++) sums[j][c] += hidden[j][k] * value(rows[k * stride + c]);
+        for (int c = 0; c < LANES; c++) sums[j][c] += hidden[j][k] * rows[k * stride + c];
   } else {
     for (int k = 0; k < rank; k++)
       for (int j = 0; j < N; j++)
-        for (int c = 0; c < width; c++) sums[j][c] += hidden[j][k] * value(rows[k * stride + c]);
+        for (int c = 0; c < width; c++) sums[j][c] += hidden[j][k] * rows[k * stride + c];
   }
   for (int j = 0; j < N; j++)
     for (int c = 0; c < width; c++) ys[j][c] += sums[j][c];
@@ -60,10 +60,10 @@ void shrink_block(const Adapters<T>& p, const Segment& s, int first, int count) 
   const T* xs[TOKENS];
   for (int j = 0; j < count; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
   for (int k = 0; k < s.rank; k++) {
-    const T* row = p.a + long(s.start + k) * p.in;
+    const float* row = p.a + long(s.start + k) * p.in;
     float out[TOKENS];
-    if (count == TOKENS) dots<T, TOKENS>(row, xs, p.in, out);
-    else for (int j = 0; j < count; j++) dots<T, 1>(row, xs + j, p.in, out + j);
+    if (count == TOKENS) dots<float, T, TOKENS>(row, xs, p.in, out);
+    else for (int j = 0; j < count; j++) dots<float, T, 1>(row, xs + j, p.in, out + j);
     for (int j = 0; j < count; j++)
       p.hidden[s.hidden + long(first + j - s.first) * s.rank + k] = p.weights[first + j] * out[j];
   }
@@ -77,9 +77,9 @@ void expand_block(const Adapters<T>& p, const Segment& s, int first, int count, 
     ys[j] = p.sums + long(p.tokens[first + j]) * p.out + column;
     hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
   }
-  const T* rows = p.b + long(s.start) * p.out + column;
-  if (count == TOKENS) expand<T, TOKENS>(ys, hidden, rows, s.rank, p.out, width);
-  else for (int j = 0; j < count; j++) expand<T, 1>(ys + j, hidden + j, rows, s.rank, p.out, width);
+  const float* rows = p.b + long(s.start) * p.out + column;
+  if (count == TOKENS) expand<TOKENS>(ys, hidden, rows, s.rank, p.out, width);
+  else for (int j = 0; j < count; j++) expand<1>(ys + j, hidden + j, rows, s.rank, p.out, width);
   for (int j = 0; j < count; j++)
     for (int c = 0; c < width; c++) {
       float shift = 0;
@@ -153,7 +153,7 @@ void attend(const Attention<T>& p, const int32_t* table, const T* q, T* out, int
   float largest = -INFINITY;
   for (int j = begin; j < end; j++) {
     float score;
-    dots<T, 1>(p.keys + slot(j), &q, p.head_dim, &score);
+    dots<T, T, 1>(p.keys + slot(j), &q, p.head_dim, &score);
     score *= p.scale;
     if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
     scores[j - begin] = score;

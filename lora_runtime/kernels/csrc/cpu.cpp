@@ -18,8 +18,8 @@ struct Block { const Segment* segment; int first; };
 template <class T>
 struct Adapters {
   T* y;
-  const T *base, *x, *bias, *a, *b;
-  const float *gains, *biases, *weights;
+  const T *base, *x, *bias;
+  const float *a, *b, *gains, *biases, *weights;
   const int32_t* tokens;
   const std::vector<Segment>* segments;
   float *hidden, *sums;
@@ -105,8 +105,8 @@ float* buffer(std::vector<float>& storage, long size) {
 }
 
 template <class T>
-void apply_adapters(T* y, const T* base, const T* x, const T* bias, const T* a, const T* b,
-                    const float* gains, const float* biases, const int32_t* runs, int num_replicas,
+void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float* a,
+                    const float* b, const float* gains, const float* biases, const int32_t* runs, int num_replicas,
                     const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
                     const float* weights, const int32_t* starts, int num_segments, int num_tokens,
                     int in, int out, int num_threads) {
@@ -124,8 +124,8 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const T* a, 
 }  // namespace
 
 #define ADAPTER_ARGS(T)                                                                          \
-  T *y, const T *base, const T *x, const T *bias, const T *a, const T *b, const float *gains,    \
-      const float *biases, const int32_t *runs, int num_replicas, const int32_t *tokens,         \
+  T *y, const T *base, const T *x, const T *bias, const float *a, const float *b,                \
+      const float *gains, const float *biases, const int32_t *runs, int num_replicas, const int32_t *tokens,         \
       const int32_t *slots, const int32_t *replicas, const float *weights, const int32_t *starts, \
       int num_segments, int num_tokens, int in, int out, int num_threads
 #define ADAPTER_NAMES                                                                            \

@@ -39,7 +39,8 @@ def build_pool(dtype):
                 pool.gains[gain] = 1 + 0.3 * random(OUT)
             if bias >= 0:
                 pool.biases[bias] = random(OUT)
-    pool = RankPool(pool.a.to(dtype), pool.b.to(dtype), pool.gains.float(), pool.biases.float())
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    pool = RankPool(pool.a.to(weights), pool.b.to(weights), pool.gains.float(), pool.biases.float())
     return pool, torch.tensor(table, dtype=torch.int32)
 
 

@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(wildcard lora_runtime/kernels/csrc/*)
+PROTOS := $(wildcard protos/loramux/v1/*.proto)
+SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint protos clean
+
+help:
+	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
+	@echo "make test    run the whole test suite        (ARGS='-k name -x' goes to pytest)"
+	@echo "make lint    ruff, mypy and buf lint"
+	@echo "make protos  regenerate the code of protos/"
+	@echo "make clean   remove $(VENV), build outputs and caches"
+
+demo: $(VENV)/installed
+	$(BIN)/python deploy/demo/run.py $(ARGS)
+
+test: $(VENV)/installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+
+protos: $(VENV)/installed-test
+	$(BIN)/buf lint protos
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=protos $(SERVICES)
+	sed -i.bak -E 's/^from loramux\.v1 import /from . import /' protos/loramux/v1/*_pb2*.py*
+	rm -f protos/loramux/v1/*.bak
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramux needs Python 3.11 or newer; say which with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	@echo "Installing loramux into $(VENV) (about a minute, 1.5 GB) ..."
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "Installing the test tools ..."
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find lora_runtime server protos tests bench deploy -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f lora_runtime/kernels/*.so

@@ -1,0 +1,227 @@
+"""Which modules an adapter's names and patterns mean: PEFT's rules, in bounded time.
+
+Knows names and patterns; knows no tensor and no config file. Patterns come from untrusted files
+and `re` has no time limit, so they run on `regex`, which has. Source: peft 0.21.2,
+`check_target_module_exists`, `get_pattern_key`, `_maybe_include_all_linear_layers`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import regex
+
+from lora_runtime.errors import AdapterRefused
+
+MAX_PATTERN_LENGTH = 8192
+MAX_MATCH_S = 0.1
+"""One match takes microseconds; a tenth of a second means catastrophic backtracking."""
+MAX_TOTAL_S = 10.0
+
+UNSERVED_MODULES = ("lm_head", "embed_tokens")
+"""Last names of modules that a target may select but that are not adapted yet."""
+
+_READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{[a-z]|--|&&|~~|\|\|")
+"""Nested sets, POSIX classes and fuzzy counts mean something to `regex`, but not to PEFT's `re`."""
+_FIRST_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
+_INDEX_AFTER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The fields that decide which modules are adapted; a tuple is a list, a string a pattern."""
+
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+
+
+class PatternMatcher:
+    """Compiles and matches one config's regular expressions within one time budget.
+
+    Every method raises AdapterRefused, naming `field`, for a pattern that is too long, invalid,
+    ambiguous between regex engines, or too slow.
+    """
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + MAX_TOTAL_S
+
+    def compile(
+        self, pattern: str, field: str, template: str = "{}", *, is_whole: bool = False
+    ) -> Callable[[str], regex.Match[str] | None]:
+        """Return a matcher of `template` with `pattern` in its braces.
+
+        It matches from the start of a name, or the whole of it.
+        """
+        self._check(pattern, field)
+        whole = template.replace("{}", pattern)
+        try:
+            re.compile(whole)
+            compiled = regex.compile(whole)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise AdapterRefused(
+                f"{field} holds {pattern[:80]!r}, which is not a regular expression: {error}",
+                field=field,
+            ) from None
+        run = compiled.fullmatch if is_whole else compiled.match
+
+        def match(name: str) -> regex.Match[str] | None:
+            self._check_time(field)
+            try:
+                return run(name, timeout=MAX_MATCH_S)
+            except TimeoutError:
+                raise _too_slow(field) from None
+
+        return match
+
+    def first_match(
+        self, patterns: Mapping[str, Value], field: str
+    ) -> Callable[[str], Value | None]:
+        """Return a lookup of the first pattern that a name ends with, after a dot or as a whole."""
+        compiled = [
+            (self.compile(pattern, field, r"(.*\.)?({})$"), value)
+            for pattern, value in patterns.items()
+        ]
+        return lambda name: next((value for match, value in compiled if match(name)), None)
+
+    def _check(self, pattern: str, field: str) -> None:
+        self._check_time(field)
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise AdapterRefused(
+                f"{field} holds a pattern of {len(pattern)} characters; "
+                f"at most {MAX_PATTERN_LENGTH} are accepted",
+                field=field,
+            )
+        if _READ_DIFFERENTLY.search(pattern):
+            raise AdapterRefused(
+                f"{field} holds {pattern[:80]!r}, which regex engines read differently; "
+                "write it without nested sets, POSIX classes and '{letter'",
+                field=field,
+            )
+
+    def _check_time(self, field: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise _too_slow(field)
+
+
+def select_modules(
+    selection: Selection, names: Collection[str], num_layers: int, matcher: PatternMatcher
+) -> frozenset[str]:
+    """Return the names that a selection adapts.
+
+    Raises: AdapterRefused for a target or layer that matches nothing, and for the embeddings and
+    the output head, which are not adapted yet.
+    """
+    _check_layers(selection.layers_to_transform, num_layers)
+    candidates = (*names, *UNSERVED_MODULES)
+    is_target = _target_test(selection, candidates, matcher)
+    is_excluded = _exclusion_test(selection.exclude_modules, matcher)
+    is_in_layers = _layer_test(selection, matcher)
+    selected = [
+        name
+        for name in candidates
+        if is_target(name) and not is_excluded(name) and is_in_layers(name)
+    ]
+    for name in selected:
+        if _last(name) in UNSERVED_MODULES:
+            raise AdapterRefused(
+                f"target_modules selects {name!r}; embeddings and the output head are not "
+                "adapted yet",
+                field="target_modules",
+            )
+    if not selected:
+        raise AdapterRefused(
+            "target_modules, exclude_modules and layers_to_transform together select no module",
+            field="target_modules",
+        )
+    return frozenset(selected)
+
+
+def _too_slow(field: str) -> AdapterRefused:
+    return AdapterRefused(
+        f"{field} holds patterns that take too long to match; write plain module names", field=field
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _tails(name: str) -> Iterator[str]:
+    """Yield `a.b.c`, `b.c`, `c`: what a list entry may be to mean this name."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _target_test(
+    selection: Selection, candidates: Collection[str], matcher: PatternMatcher
+) -> Callable[[str], bool]:
+    targets, field = selection.target_modules, "target_modules"
+    if isinstance(targets, tuple):
+        entries = set(targets)
+        _check_entries(entries, candidates)
+        return lambda name: not entries.isdisjoint(_tails(name))
+    if targets.lower() == "all-linear":
+        return lambda name: _last(name) not in UNSERVED_MODULES
+    match = matcher.compile(targets, field, is_whole=True)
+    if not any(match(name) for name in candidates):
+        raise AdapterRefused(
+            f"target_modules is {targets[:80]!r}, which matches no linear of this base", field=field
+        )
+    return lambda name: match(name) is not None
+
+
+def _check_entries(entries: set[str], candidates: Collection[str]) -> None:
+    unmatched = entries.difference(tail for name in candidates for tail in _tails(name))
+    if unmatched:
+        raise AdapterRefused(
+            f"target_modules names {min(unmatched)[:80]!r}, which is no linear of this base",
+            field="target_modules",
+        )
+
+
+def _exclusion_test(
+    excluded: str | tuple[str, ...], matcher: PatternMatcher
+) -> Callable[[str], bool]:
+    if isinstance(excluded, tuple):
+        entries = set(excluded)
+        return lambda name: not entries.isdisjoint(_tails(name))
+    match = matcher.compile(excluded, "exclude_modules", is_whole=True)
+    return lambda name: match(name) is not None
+
+
+def _layer_test(selection: Selection, matcher: PatternMatcher) -> Callable[[str], bool]:
+    layers = selection.layers_to_transform
+    if not layers:
+        return lambda name: True
+    field = "layers_pattern"
+    patterns = [matcher.compile(p, field, _INDEX_AFTER) for p in selection.layers_pattern]
+    patterns = patterns or [matcher.compile(_FIRST_INDEX, field)]
+
+    def is_in_layers(name: str) -> bool:
+        if name in selection.target_modules:  # PEFT: a whole name is adapted in any layer
+            return True
+        found = next((match for pattern in patterns if (match := pattern(name))), None)
+        index = found["idx"] if found else None
+        return index is not None and int(index) in layers
+
+    return is_in_layers
+
+
+def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise AdapterRefused(
+            f"layers_to_transform names layer {outside[0]}; this base has layers 0 to "
+            f"{num_layers - 1}",
+            field="layers_to_transform",
+        )

@@ -1,0 +1,37 @@
+"""JSON from untrusted bytes, with one meaning only."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from lora_runtime.errors import AdapterRefused
+
+
+def parse_object(content: bytes, source: str) -> dict[str, object]:
+    """Parse a JSON object with no key twice, no NaN or infinity and no broken Unicode.
+
+    Raises: AdapterRefused naming `source`, the file it came from.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
+            raise ValueError("a key appears twice")
+        return parsed
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is not a finite number")
+        return value
+
+    try:
+        parsed = json.loads(
+            content.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+        )
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise AdapterRefused(f"{source} is not usable JSON: {error}", field=source) from None
+    if not isinstance(parsed, dict):
+        raise AdapterRefused(f"{source} must hold a JSON object", field=source)
+    return parsed

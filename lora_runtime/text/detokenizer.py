@@ -1,0 +1,92 @@
+"""Token ids to text while they arrive: never half a character, never the start of a stop string.
+
+Works for byte-level and for byte-fallback vocabularies. The text of a token depends on its
+neighbours, so a window of recent tokens is decoded each time: constant cost a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_runtime.text.tokenizer import Tokenizer
+
+_INVALID = "\N{REPLACEMENT CHARACTER}"
+_KEEP = 8
+"""Tokens of context that are decoded with a new one."""
+_TRIM_AT = 16
+"""Window length at which the oldest tokens are dropped."""
+_MAX_INCOMPLETE = 3
+"""A UTF-8 character has at most four bytes, so at most three can be waiting for the rest."""
+
+
+class Detokenizer:
+    """The text of one output stream. `stopped` turns True when a stop string is met."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._window = list(prompt_token_ids[-_KEEP:])
+        self._released = _without_incomplete(tokenizer.decode(self._window))
+        """The window's text that was given out already, or belongs to the prompt."""
+        self._held = ""
+        """Text that may begin a stop string."""
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take new tokens, return the text that is certain by now; "" once stopped."""
+        return "".join(self._past_stops(self._release(token_id)) for token_id in token_ids)
+
+    def flush(self) -> str:
+        """Return the rest, an incomplete character as U+FFFD; the stream has ended."""
+        text = self._tokenizer.decode(self._window)
+        rest = self._past_stops(text[len(self._released) :])
+        self._released = text
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if not text.startswith(self._released) and text.endswith(_INVALID):
+            # Byte-fallback decoders call a whole run of bytes invalid until it is complete.
+            return ""
+        certain = _without_incomplete(text)
+        fresh = certain[len(self._released) :]
+        self._released = certain
+        if len(self._window) >= _TRIM_AT:
+            self._trim(text)
+        return fresh
+
+    def _trim(self, text: str) -> None:
+        """Drop the oldest tokens, unless the rest reads differently without them."""
+        tail = self._window[-_KEEP:]
+        tail_text = self._tokenizer.decode(tail)
+        num_waiting = len(text) - len(self._released)
+        if text.endswith(tail_text) and num_waiting <= len(tail_text):
+            self._window = tail
+            self._released = tail_text[: len(tail_text) - num_waiting]
+
+    def _past_stops(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [start for start in map(text.find, self._stop) if start >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+def _without_incomplete(text: str) -> str:
+    num_invalid = len(text) - len(text.rstrip(_INVALID))
+    return text[: len(text) - min(num_invalid, _MAX_INCOMPLETE)]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that ends `text`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

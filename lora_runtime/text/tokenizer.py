@@ -1,0 +1,174 @@
+"""Text to token ids and back, chat templates, and which tokens of an example are to be learned.
+
+Chat templates are foreign code: transformers renders them in jinja2's ImmutableSandboxedEnvironment
+(`transformers.utils.chat_template_utils`), nothing here evaluates them otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+"""Roles a message may have; the base's template may accept fewer."""
+
+Message = Mapping[str, str]
+
+
+class Tokenizer:
+    """The base's own tokenizer, read from its checkpoint folder."""
+
+    def __init__(self, inner: PreTrainedTokenizerBase, eos_token_ids: frozenset[int]) -> None:
+        self._inner = inner
+        self.eos_token_ids = eos_token_ids
+        """Every id that ends an output: the tokenizer's and those of the generation config."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer in `folder`; no network, no code from the folder.
+
+        Raises BaseRefused when there is none or it needs code of its own.
+        """
+        try:
+            inner = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise BaseRefused(f"no usable tokenizer in {folder}: {error}") from error
+        configured = _configured_eos_ids(folder)
+        own = () if inner.eos_token_id is None else (inner.eos_token_id,)
+        return cls(inner, configured.union(own))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return len(self._inner)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._inner.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, with the leading token the base expects, if it does."""
+        return self._encode(text, add_special_tokens=True)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
+        return self._inner.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation in the base's own format.
+
+        Raises InvalidRequest (field `messages`): no template, an unknown role or key, or whatever
+        the template itself refuses.
+        """
+        return self._encode(self._render(messages, add_generation_prompt), add_special_tokens=False)
+
+    def split_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and True for each token the assistant produces.
+
+        A turn's tokens are those after exactly what serving would send as its prompt, up to its
+        end-of-turn token. Raises DataError when that prompt is no prefix of the conversation (the
+        template rewrites earlier turns) or there is no assistant turn.
+        """
+        try:
+            token_ids = self.apply_chat_template(messages, add_generation_prompt=False)
+            mask = [False] * len(token_ids)
+            for start, end in self._assistant_spans(messages, token_ids):
+                mask[start:end] = [True] * (end - start)
+        except InvalidRequest as error:
+            raise DataError(error.message, field=error.field) from error
+        if not any(mask):
+            raise DataError("no message of role assistant to learn from", field="messages")
+        return token_ids, mask
+
+    def split_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        """Token ids of a prompt and its completion, and True for the completion's tokens.
+
+        The prompt's ids are those serving sends; the completion ends with the end token.
+        """
+        end = self._inner.eos_token_id
+        if end is None:
+            raise DataError("the base's tokenizer has no end token, so a completion cannot end")
+        prompt_ids = self.encode(prompt)
+        target_ids = [*self._encode(completion, add_special_tokens=False), end]
+        return prompt_ids + target_ids, [False] * len(prompt_ids) + [True] * len(target_ids)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if not self.has_chat_template:
+            raise _refused("the base has no chat template; send text or token ids instead")
+        _check_messages(messages)
+        try:
+            return self._inner.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is foreign code and may raise anything
+            raise _refused(f"the base's chat template refuses the messages: {error}") from error
+
+    def _assistant_spans(
+        self, messages: Sequence[Message], token_ids: list[int]
+    ) -> Iterator[tuple[int, int]]:
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.apply_chat_template(messages[:index])
+            turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
+            if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
+                raise DataError(
+                    f"messages[{index}]: the base's template renders this turn otherwise while "
+                    "training than while serving. Split the conversation into single turns and "
+                    "remove leading white space from the assistant's text.",
+                    field="messages",
+                )
+            yield len(prompt), self._turn_end(turn, len(prompt))
+
+    def _turn_end(self, turn: list[int], start: int) -> int:
+        """Index after the turn's last end token; templates may add a line break behind it."""
+        ends = [index for index in range(start, len(turn)) if turn[index] in self.eos_token_ids]
+        return ends[-1] + 1 if ends else len(turn)
+
+
+def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
+    return whole[: len(prefix)] == prefix
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise _refused("messages is empty; send at least one")
+    for index, message in enumerate(messages):
+        if set(message) != {"role", "content"}:
+            found = ", ".join(sorted(map(str, message))) or "nothing"
+            raise _refused(f"messages[{index}] has {found}; it must have exactly role and content")
+        if not all(isinstance(value, str) for value in message.values()):
+            raise _refused(f"messages[{index}]: role and content must be strings")
+        if message["role"] not in ROLES:
+            known = ", ".join(sorted(ROLES))
+            raise _refused(f"messages[{index}].role is {message['role']!r}; known are {known}")
+
+
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(message, field="messages")
+
+
+def _configured_eos_ids(folder: Path) -> frozenset[int]:
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)

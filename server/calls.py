@@ -1,0 +1,147 @@
+"""What callers ask of the service and what it tells them, without any wire format.
+
+`codec.py` translates these to and from protobuf; the HTTP gateway will do the same for JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
+from lora_runtime.engine.client import EngineInfo, LoadedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text, without a template."""
+
+    field: ClassVar[str] = "text"
+    text: str
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.text
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation for the base's chat template: mappings with `role` and `content`."""
+
+    field: ClassVar[str] = "messages"
+    messages: tuple[Mapping[str, str], ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.messages
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    field: ClassVar[str] = "token_ids"
+    token_ids: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.token_ids
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+"""`field` is the prompt's name in requests and in errors about it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One request for text."""
+
+    prompt: Prompt
+    adapter: str | None = None
+    """A loaded adapter's name; None is the base."""
+    sampling: SamplingParams
+    has_max_tokens: bool = True
+    """False: `sampling.max_tokens` is only the default, to be cut to what fits."""
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    request_id: str | None = None
+    """The caller's name for it; None makes one."""
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The engine accepted the request."""
+
+    request_id: str
+    num_prompt_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """More of the output; `text` may lag behind `token_ids`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The output is complete. `timing` is None where the service cut it at a stop string."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    timing: RequestTiming | None
+
+
+Event = Started | Delta | Finished
+"""An accepted request is one Started, some Deltas and one Finished, or an error in its place."""
+
+
+class AdapterState(StrEnum):
+    """Where an adapter stands on this server."""
+
+    REGISTERED = "registered"
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"
+    LOADED = "loaded"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class AdapterRecord:
+    """What the server knows of one adapter. Changed by the registry only."""
+
+    name: str
+    source: str
+    """As the caller wrote it."""
+    state: AdapterState
+    loaded: LoadedAdapter | None = None
+    """What its files gave; None before that."""
+    loaded_at_s: float = 0.0
+    """Seconds since 1970; 0 before."""
+    num_in_flight: int = 0
+    """Requests that use it now."""
+    error: str = ""
+    """Why it failed; empty unless FAILED."""
+
+    @property
+    def digest(self) -> str:
+        return self.loaded.digest if self.loaded else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server is and what it can do."""
+
+    versions: Mapping[str, str]
+    base_name: str
+    engine: EngineInfo
+    has_chat_template: bool
+    num_loaded_adapters: int

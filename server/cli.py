@@ -1,0 +1,98 @@
+"""The command `loramux`. Heavy imports wait for the command that needs them, so help is quick."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from lora_runtime.config import DtypeName, Quantization
+from lora_runtime.errors import LoramuxError
+from server import cli_client, cli_doctor, cli_train
+from server.config import LogFormat, LogLevel, ServerConfig, load_config
+from server.logs import setup_logging
+
+
+class Commands(typer.core.TyperGroup):
+    """Commands whose expected failures are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error raised on purpose needs no traceback."""
+        try:
+            return super().invoke(ctx)
+        except (LoramuxError, TimeoutError) as error:
+            field = getattr(error, "field", None)
+            where = f"{field}: " if field and field not in str(error) else ""
+            stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+            stderr.print(f"error: {where}{error}", style="red", markup=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="loramux",
+    cls=Commands,
+    help="Serve and train many LoRA adapters over one quantized base model.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.add_typer(cli_client.adapters, name="adapters")
+app.command()(cli_client.generate)
+app.command()(cli_train.train)
+app.command()(cli_doctor.doctor)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; None takes the process's own arguments."""
+    app(arguments, prog_name="loramux")
+
+
+def _setting(name: str, *flags: str) -> Any:
+    """An option whose help and default are those of the setting `name`."""
+    field = ServerConfig.model_fields[name]
+    default = field.default or "none"
+    return typer.Option(*flags, help=f"{field.description} Default: {default}.")
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    base: Annotated[str | None, _setting("base")] = None,
+    quantization: Annotated[Quantization | None, _setting("quantization")] = None,
+    dtype: Annotated[DtypeName | None, _setting("dtype")] = None,
+    device: Annotated[str | None, _setting("device")] = None,
+    dequantized_cache: Annotated[bool | None, _setting("dequantized_cache")] = None,
+    grpc_address: Annotated[str | None, _setting("grpc_address")] = None,
+    http_address: Annotated[str | None, _setting("http_address")] = None,
+    adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", "--adapter-root")] = None,
+    max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
+    max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
+    max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
+    block_size: Annotated[int | None, _setting("block_size")] = None,
+    kv_bytes: Annotated[int | None, _setting("kv_bytes")] = None,
+    adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
+    max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
+    drain_s: Annotated[float | None, _setting("drain_s")] = None,
+    log_level: Annotated[LogLevel | None, _setting("log_level")] = None,
+    log_format: Annotated[LogFormat | None, _setting("log_format")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show the settings and end.")
+    ] = False,
+) -> None:
+    """Serve the base and its adapters over gRPC, with metrics and probes over HTTP.
+
+    Settings come from the YAML file, then LORAMUX_<SETTING> in the environment, then these flags.
+    SIGTERM drains; a second one ends at once.
+    """
+    flags = {name: value for name, value in locals().items() if name in ServerConfig.model_fields}
+    settings = load_config(config, flags)
+    if print_config:
+        typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
+        return
+    setup_logging(level=settings.log_level, log_format=settings.log_format)
+    from server.app import serve as serve_until_stopped
+
+    asyncio.run(serve_until_stopped(settings))

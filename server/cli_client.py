@@ -1,0 +1,177 @@
+"""`loramux generate` and `loramux adapters`: what a person asks of a running server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
+from server.client import DEFAULT_TARGET, Client
+from server.client_requests import Sampling
+
+Address = Annotated[
+    str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
+]
+Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
+
+adapters = typer.Typer(
+    help="Load, unload and show the adapters of a running server.", no_args_is_help=True
+)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="A loaded adapter. Default: the base.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--text", help="A user's message, or text to be continued.")
+    ] = True,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep tokens up to this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely at least.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
+    ignore_eos: Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
+    ] = None,
+    address: Address = DEFAULT_TARGET,
+) -> None:
+    """Stream a running server's answer: text to stdout, one line of counts to stderr."""
+    content = sys.stdin.read() if prompt == "-" else prompt
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop,
+        "ignore_eos": ignore_eos,
+    }
+    given = cast(Sampling, {key: value for key, value in sampling.items() if value is not None})
+    with Client(address) as client:
+        if chat:
+            messages = [*_turn("system", system), *_turn("user", content)]
+            _show_stream(client.generate(messages=messages, adapter=adapter, **given))
+        else:
+            _show_stream(client.generate(content, adapter=adapter, **given))
+
+
+def _turn(role: str, content: str | None) -> list[dict[str, str]]:
+    return [] if content is None else [{"role": role, "content": content}]
+
+
+def _show_stream(responses: Iterable[generation_pb2.GenerateResponse]) -> None:
+    for response in responses:
+        if response.HasField("started"):
+            for note in response.started.notes:
+                typer.echo(f"note: {note}", err=True)
+        elif response.HasField("delta"):
+            sys.stdout.write(response.delta.text)
+            sys.stdout.flush()
+        else:
+            typer.echo()
+            typer.echo(_summary(response.finished), err=True)
+
+
+def _summary(finished: generation_pb2.Finished) -> str:
+    reason = types_pb2.FinishReason.Name(finished.finish_reason)
+    usage = finished.usage
+    return (
+        f"{usage.prompt_tokens} prompt + {usage.output_tokens} output tokens, "
+        f"{reason.removeprefix('FINISH_REASON_').lower()}"
+    )
+
+
+@adapters.command("load")
+def load(
+    name: Annotated[str, typer.Argument(help="The name that requests will use.")],
+    source: Annotated[
+        str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
+    ],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Swap a name that holds other content.")
+    ] = False,
+    address: Address = DEFAULT_TARGET,
+) -> None:
+    """Load an adapter while the server runs."""
+    with Client(address) as client:
+        response = client.load_adapter(name, source, replace=replace)
+    if response.already_loaded:
+        typer.echo(f"{name} was loaded already, with the same content")
+    Console(markup=False).print(_table([response.adapter]))
+
+
+@adapters.command("unload")
+def unload(
+    name: Name,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="End its running requests instead of draining.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return only when its memory is free.")
+    ] = False,
+    address: Address = DEFAULT_TARGET,
+) -> None:
+    """Take a name away; new requests for it fail at once."""
+    with Client(address) as client:
+        client.unload_adapter(name, cancel=cancel, wait=wait)
+    typer.echo(f"{name} is unloaded")
+
+
+@adapters.command("list")
+def list_adapters(address: Address = DEFAULT_TARGET) -> None:
+    """Show every adapter: loaded, loading, draining and failed ones."""
+    with Client(address) as client:
+        Console(markup=False).print(_table(client.list_adapters()))
+
+
+@adapters.command("show")
+def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
+    """Show everything the server knows of one adapter."""
+    with Client(address) as client:
+        info = client.get_adapter(name)
+    table = Table("field", "value", title=name)
+    for field, value in _facts(info).items():
+        table.add_row(field, value)
+    for key, value in sorted(info.honoured.items()):
+        table.add_row(f"honoured {key}", value)
+    for key, reason in sorted(info.inert.items()):
+        table.add_row(f"inert {key}", reason)
+    Console(markup=False).print(table)
+
+
+def _table(infos: Iterable[adapters_pb2.AdapterInfo]) -> Table:
+    columns = ("name", "state", "variant", "ranks", "size", "in flight", "error")
+    table = Table(*columns)
+    for info in infos:
+        facts = _facts(info)
+        table.add_row(*(facts[column] for column in columns))
+    return table
+
+
+def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:
+    state = adapters_pb2.AdapterState.Name(info.state)
+    return {
+        "name": info.name,
+        "state": state.removeprefix("ADAPTER_STATE_").lower(),
+        "digest": info.digest,
+        "source": info.source,
+        "variant": info.variant,
+        "ranks": ", ".join(map(str, info.ranks)),
+        "modules": ", ".join(info.target_modules),
+        "parameters": f"{info.num_parameters:,}",
+        "size": decimal(info.num_bytes),
+        "in flight": str(info.num_in_flight),
+        "error": info.error,
+    }

@@ -1,0 +1,299 @@
+"""Python clients of a loramux server: `Client` blocks, `AsyncClient` is its asyncio twin.
+
+Results are the messages of protos/loramux/v1. A failed call raises the class of
+lora_runtime.errors that the server raised, with its `field`; TimeoutError past the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lora_runtime.errors import Unavailable
+from protos.loramux.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from server.client_requests import Messages, Sampling, generate_request, tokenize_request
+from server.errors import from_rpc_error
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 300.0
+GENERATE_TIMEOUT_S = 600.0
+READY_PERIOD_S = 0.1
+HEALTH_REQUEST = health_pb2.HealthCheckRequest()
+SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+]
+
+
+class Generation:
+    """A running generation. Iterate it once for its events, or take its whole text."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[generation_pb2.GenerateResponse]:
+        with typed_errors():
+            try:
+                yield from self._call
+            finally:
+                self._call.cancel()  # leaving early frees the row; no effect at the end
+
+    def text(self) -> str:
+        """Return the whole output; waits for its end."""
+        return "".join(event.delta.text for event in self)
+
+    def cancel(self) -> None:
+        """End it now; whoever iterates it gets concurrent.futures.CancelledError."""
+        self._call.cancel()
+
+
+class AsyncGeneration:
+    """The asyncio twin of Generation."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def __aiter__(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        with typed_errors():
+            try:
+                async for event in self._call:
+                    yield event
+            finally:
+                self._call.cancel()
+
+    async def text(self) -> str:
+        """Return the whole output; waits for its end."""
+        return "".join([event.delta.text async for event in self])
+
+    def cancel(self) -> None:
+        """End it now; whoever iterates it gets asyncio.CancelledError."""
+        self._call.cancel()
+
+
+class Client:
+    """A blocking client; use it as a context manager, or `close` it."""
+
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        self._channel = dial(grpc, target, credentials)
+        self._stubs = Stubs(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **sampling: Unpack[Sampling],
+    ) -> Generation:
+        """Continue a text, a conversation or token ids with an adapter or the base (None)."""
+        request = generate_request(text, messages, token_ids, adapter, request_id, sampling)
+        return Generation(self._stubs.generation.Generate(request, timeout=timeout_s))
+
+    def tokenize(self, text: str | None = None, *, messages: Messages | None = None) -> list[int]:
+        """Return the token ids of a text or a conversation."""
+        request = tokenize_request(text, messages)
+        response = self._call(self._stubs.generation.Tokenize, request)
+        return list(response.token_ids)
+
+    def load_adapter(
+        self, name: str, source: str, *, replace: bool = False, timeout_s: float = LOAD_TIMEOUT_S
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Load an adapter's folder, as the server sees it, under a name."""
+        request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
+        return self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
+
+    def unload_adapter(
+        self, name: str, *, cancel: bool = False, wait: bool = False, timeout_s: float = TIMEOUT_S
+    ) -> adapters_pb2.AdapterInfo:
+        """Take a name away; `cancel` ends its requests, `wait` returns when its memory is free."""
+        request = adapters_pb2.UnloadAdapterRequest(name=name, cancel=cancel, wait=wait)
+        return self._call(self._stubs.adapters.UnloadAdapter, request, timeout_s).adapter
+
+    def list_adapters(self) -> list[adapters_pb2.AdapterInfo]:
+        """Return every adapter by name."""
+        request = adapters_pb2.ListAdaptersRequest()
+        return list(self._call(self._stubs.adapters.ListAdapters, request).adapters)
+
+    def get_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
+        """Return one adapter."""
+        request = adapters_pb2.GetAdapterRequest(name=name)
+        return self._call(self._stubs.adapters.GetAdapter, request).adapter
+
+    def server_info(self) -> server_pb2.GetServerInfoResponse:
+        """Return versions, base, limits and features of the server."""
+        return self._call(self._stubs.server.GetServerInfo, server_pb2.GetServerInfoRequest())
+
+    def is_serving(self, *, timeout_s: float = TIMEOUT_S) -> bool:
+        """Tell whether the server answers and calls itself healthy."""
+        try:
+            health = self._call(self._stubs.health.Check, HEALTH_REQUEST, timeout_s)
+        except (Unavailable, TimeoutError):
+            return False
+        return health == SERVING
+
+    def wait_ready(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Return once the server is SERVING. Raises Unavailable after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_serving(timeout_s=1):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the server was not ready after {timeout_s:g} seconds")
+            time.sleep(READY_PERIOD_S)
+
+    def _call(
+        self, method: Callable[..., Any], request: object, timeout_s: float = TIMEOUT_S
+    ) -> Any:
+        with typed_errors():
+            return method(request, timeout=timeout_s)
+
+
+class AsyncClient:
+    """The asyncio twin of Client; make and use it in one event loop."""
+
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        self._channel = dial(grpc.aio, target, credentials)
+        self._stubs = Stubs(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        await self._channel.close()
+
+    def generate(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGeneration:
+        """Continue a text, a conversation or token ids with an adapter or the base (None)."""
+        request = generate_request(text, messages, token_ids, adapter, request_id, sampling)
+        return AsyncGeneration(self._stubs.generation.Generate(request, timeout=timeout_s))
+
+    async def tokenize(
+        self, text: str | None = None, *, messages: Messages | None = None
+    ) -> list[int]:
+        """Return the token ids of a text or a conversation."""
+        request = tokenize_request(text, messages)
+        response = await self._call(self._stubs.generation.Tokenize, request)
+        return list(response.token_ids)
+
+    async def load_adapter(
+        self, name: str, source: str, *, replace: bool = False, timeout_s: float = LOAD_TIMEOUT_S
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Load an adapter's folder, as the server sees it, under a name."""
+        request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
+        return await self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
+
+    async def unload_adapter(
+        self, name: str, *, cancel: bool = False, wait: bool = False, timeout_s: float = TIMEOUT_S
+    ) -> adapters_pb2.AdapterInfo:
+        """Take a name away; `cancel` ends its requests, `wait` returns when its memory is free."""
+        request = adapters_pb2.UnloadAdapterRequest(name=name, cancel=cancel, wait=wait)
+        return (await self._call(self._stubs.adapters.UnloadAdapter, request, timeout_s)).adapter
+
+    async def list_adapters(self) -> list[adapters_pb2.AdapterInfo]:
+        """Return every adapter by name."""
+        request = adapters_pb2.ListAdaptersRequest()
+        response = await self._call(self._stubs.adapters.ListAdapters, request)
+        return list(response.adapters)
+
+    async def get_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
+        """Return one adapter."""
+        request = adapters_pb2.GetAdapterRequest(name=name)
+        return (await self._call(self._stubs.adapters.GetAdapter, request)).adapter
+
+    async def server_info(self) -> server_pb2.GetServerInfoResponse:
+        """Return versions, base, limits and features of the server."""
+        return await self._call(self._stubs.server.GetServerInfo, server_pb2.GetServerInfoRequest())
+
+    async def is_serving(self, *, timeout_s: float = TIMEOUT_S) -> bool:
+        """Tell whether the server answers and calls itself healthy."""
+        try:
+            health = await self._call(self._stubs.health.Check, HEALTH_REQUEST, timeout_s)
+        except (Unavailable, TimeoutError):
+            return False
+        return health == SERVING
+
+    async def wait_ready(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Return once the server is SERVING. Raises Unavailable after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not await self.is_serving(timeout_s=1):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the server was not ready after {timeout_s:g} seconds")
+            await asyncio.sleep(READY_PERIOD_S)
+
+    async def _call(
+        self, method: Callable[..., Any], request: object, timeout_s: float = TIMEOUT_S
+    ) -> Any:
+        with typed_errors():
+            return await method(request, timeout=timeout_s)
+
+
+def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None) -> Any:
+    """Open a channel of `grpc_api`, which is grpc or grpc.aio."""
+    if credentials is None:
+        return grpc_api.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc_api.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+
+
+class Stubs:
+    """The generated stubs of every service on one channel."""
+
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+        self.generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
+        self.server = server_pb2_grpc.ServerServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Raise what the server raised in place of grpc's own error."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None

@@ -1,0 +1,276 @@
+"""Between protobuf messages and the service's words: pure functions, no I/O.
+
+A field that is defined but not served is refused by name here unless it holds its default, so
+that nothing is ever dropped silently.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
+from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
+from server.calls import (
+    AdapterRecord,
+    AdapterState,
+    ChatPrompt,
+    Delta,
+    Event,
+    GenerateCall,
+    Prompt,
+    ServerInfo,
+    Started,
+    TextPrompt,
+    TokenPrompt,
+)
+
+UNSERVED_SAMPLING: dict[str, float] = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "n": 1,
+}
+"""Sampling scalars that are refused unless they hold this default."""
+UNSERVED_REQUEST: dict[str, str | int] = {"cache_salt": "", "priority": 0}
+REFUSED_FEATURES = (
+    *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
+    "sampling.logit_bias",
+    *UNSERVED_REQUEST,
+    "adapters[1]",
+    "adapters[0].weight",
+    "UploadAdapter",
+    "RollbackAdapter",
+)
+FEATURES = (
+    "text",
+    "messages",
+    "token_ids",
+    "adapters[0].name",
+    "request_id",
+    *(
+        name
+        for field in types_pb2.SamplingParams.DESCRIPTOR.fields
+        if (name := f"sampling.{field.name}") not in REFUSED_FEATURES
+    ),
+)
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_REQUEST_ID = re.compile(r"[ -~]{1,128}")
+_FINISH_REASONS = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: types_pb2.FINISH_REASON_CANCELLED,
+}
+_STATES = {
+    state: adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState
+}
+
+
+def decode_generate(
+    request: generation_pb2.GenerateRequest, timeout_s: float | None
+) -> GenerateCall:
+    """Translate a request; `timeout_s` is what is left of its deadline.
+
+    Raises InvalidRequest naming the field, UnsupportedFeature for what is not served yet.
+    """
+    _refuse_unserved(request, UNSERVED_REQUEST, "")
+    sampling = request.sampling
+    return GenerateCall(
+        prompt=decode_prompt(request),
+        adapter=_adapter(request),
+        sampling=_sampling(sampling),
+        has_max_tokens=sampling.HasField("max_tokens"),
+        stop=_stops(sampling),
+        ignore_eos=sampling.ignore_eos,
+        request_id=_request_id(request),
+        timeout_s=timeout_s,
+    )
+
+
+def decode_prompt(
+    request: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest,
+) -> Prompt:
+    """Translate the input of a request. Raises InvalidRequest (field `input`) when it has none."""
+    match request.WhichOneof("input"):
+        case "text":
+            return TextPrompt(request.text)
+        case "messages":
+            turns = request.messages.messages
+            return ChatPrompt(tuple({"role": turn.role, "content": turn.content} for turn in turns))
+        case "token_ids":
+            return TokenPrompt(tuple(request.token_ids.ids))
+    raise InvalidRequest("the request has no input; send text or messages", field="input")
+
+
+def adapter_name(name: str, field: str = "name") -> str:
+    """Return a well-formed adapter name. Raises InvalidRequest naming `field`."""
+    if not name:
+        raise InvalidRequest(f"{field} is empty; name an adapter", field=field)
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{field} is {name[:128]!r}; use up to 128 letters, digits, '.', '_' and '-', "
+            "a letter or digit first",
+            field=field,
+        )
+    return name
+
+
+def encode_event(event: Event) -> generation_pb2.GenerateResponse:
+    """Translate one event of a generation."""
+    if isinstance(event, Started):
+        started = generation_pb2.Started(
+            request_id=event.request_id, prompt_tokens=event.num_prompt_tokens, notes=event.notes
+        )
+        return generation_pb2.GenerateResponse(started=started)
+    if isinstance(event, Delta):
+        logprobs = [_logprob(logprob) for logprob in event.logprobs]
+        delta = generation_pb2.Delta(text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+        return generation_pb2.GenerateResponse(delta=delta)
+    usage = types_pb2.Usage(
+        prompt_tokens=event.num_prompt_tokens, output_tokens=event.num_output_tokens
+    )
+    finished = generation_pb2.Finished(
+        finish_reason=_FINISH_REASONS[event.finish_reason],
+        usage=usage,
+        timing=_timing(event.timing),
+    )
+    return generation_pb2.GenerateResponse(finished=finished)
+
+
+def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
+    """Translate what is known of an adapter."""
+    info = adapters_pb2.AdapterInfo(
+        name=record.name,
+        state=_STATES[record.state],
+        source=record.source,
+        loaded_at_s=record.loaded_at_s,
+        num_in_flight=record.num_in_flight,
+        error=record.error,
+    )
+    if record.loaded is not None:
+        info.digest = record.loaded.digest
+        info.variant = record.loaded.variant
+        info.ranks.extend(record.loaded.ranks)
+        info.target_modules.extend(record.loaded.target_modules)
+        info.num_parameters = record.loaded.num_parameters
+        info.num_bytes = record.loaded.nbytes
+        info.honoured.update(record.loaded.honoured)
+        info.inert.update(record.loaded.inert)
+    return info
+
+
+def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
+    """Translate the facts about a server."""
+    engine, base = info.engine, info.engine.base
+    return server_pb2.GetServerInfoResponse(
+        versions=info.versions,
+        base=server_pb2.BaseInfo(
+            name=info.base_name,
+            fingerprint=base.fingerprint,
+            quantization=base.quantization,
+            dtype=base.dtype,
+            device=base.device,
+            model_type=base.model_type,
+            num_layers=base.num_layers,
+            hidden_size=base.hidden_size,
+            vocab_size=base.vocab_size,
+            has_chat_template=info.has_chat_template,
+        ),
+        limits=server_pb2.Limits(
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            block_size=engine.block_size,
+            num_blocks=engine.num_blocks,
+            pool_bytes=engine.pool_bytes,
+            max_slots=engine.max_slots,
+        ),
+        kernel_backend=engine.kernel_backend,
+        num_loaded_adapters=info.num_loaded_adapters,
+        features=FEATURES,
+        refused_features=REFUSED_FEATURES,
+    )
+
+
+def _refuse_unserved(
+    message: generation_pb2.GenerateRequest | types_pb2.SamplingParams,
+    defaults: dict[str, float] | dict[str, str | int],
+    prefix: str,
+) -> None:
+    for name, default in defaults.items():
+        value = getattr(message, name)
+        if message.HasField(name) and value != default:
+            raise _unserved(f"{prefix}{name}", f"is {value!r}; leave it at {default!r}")
+
+
+def _unserved(field: str, why: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{field} {why}: it is not served yet", field=field)
+
+
+def _adapter(request: generation_pb2.GenerateRequest) -> str | None:
+    if not request.adapters:
+        return None
+    selection = request.adapters[0]
+    name = adapter_name(selection.name, "adapters[0].name")
+    if selection.HasField("weight") and selection.weight != 1.0:
+        raise _unserved("adapters[0].weight", f"is {selection.weight!r}; leave it at 1.0")
+    if len(request.adapters) > 1:
+        raise _unserved("adapters[1]", "is a second adapter; name one")
+    return name
+
+
+def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
+    _refuse_unserved(sampling, UNSERVED_SAMPLING, "sampling.")
+    if sampling.logit_bias:
+        raise _unserved("sampling.logit_bias", "is set; leave it empty")
+    scalars = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    given = {name: getattr(sampling, name) for name in scalars if sampling.HasField(name)}
+    return SamplingParams(
+        **given,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+    )
+
+
+def _stops(sampling: types_pb2.SamplingParams) -> tuple[str, ...]:
+    if len(sampling.stop) > MAX_STOPS:
+        raise InvalidRequest(
+            f"sampling.stop has {len(sampling.stop)} texts; at most {MAX_STOPS} are allowed",
+            field="sampling.stop",
+        )
+    for index, stop in enumerate(sampling.stop):
+        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+            raise InvalidRequest(
+                f"sampling.stop[{index}] has {len(stop)} characters; "
+                f"it must have 1 to {MAX_STOP_LENGTH}",
+                field=f"sampling.stop[{index}]",
+            )
+    return tuple(sampling.stop)
+
+
+def _request_id(request: generation_pb2.GenerateRequest) -> str | None:
+    if not request.HasField("request_id"):
+        return None
+    if not _REQUEST_ID.fullmatch(request.request_id):
+        raise InvalidRequest(
+            "request_id must be 1 to 128 printable ASCII characters", field="request_id"
+        )
+    return request.request_id
+
+
+def _logprob(logprob: TokenLogprob) -> types_pb2.TokenLogprob:
+    top = [
+        types_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top
+    ]
+    return types_pb2.TokenLogprob(logprob=logprob.logprob, top=top)
+
+
+def _timing(timing: RequestTiming | None) -> types_pb2.Timing | None:
+    if timing is None:
+        return None
+    return types_pb2.Timing(
+        queue_s=timing.queue_s, prefill_s=timing.prefill_s, decode_s=timing.decode_s
+    )

@@ -1,0 +1,187 @@
+"""The server's settings: YAML file < environment (LORAMUX_*) < flags; checked once, then frozen.
+
+The only user of pydantic-settings. The runtime sees none of it, only the EngineConfig made here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    DirectoryPath,
+    Field,
+    PositiveInt,
+    ValidationError,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from lora_runtime.config import (
+    AdapterConfig,
+    BaseConfig,
+    CacheConfig,
+    DtypeName,
+    EngineConfig,
+    Quantization,
+    SchedulerConfig,
+)
+from lora_runtime.errors import ConfigError
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split `host:port`; an IPv6 host stands in brackets. Raises ValueError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be host:port with a port from 0 (any free one) to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _checked_address(address: str) -> str:
+    split_address(address)
+    return address
+
+
+def _split_paths(value: object) -> object:
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+Address = Annotated[str, AfterValidator(_checked_address)]
+Paths = Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_split_paths)]
+
+
+class ServerConfig(BaseSettings):
+    """Everything `loramux serve` can be told. Field names are the YAML keys and the flags."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAMUX_", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    base: str = "smollm2-135m"
+    """Catalog name, local folder, GGUF file or hub id."""
+    quantization: Quantization = "nf4"
+    """Format of the inner linear layers."""
+    dtype: DtypeName = "auto"
+    """Compute dtype."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dequantized_cache: bool = True
+    """CPU only: keep a dequantised copy of the weights; faster, more memory."""
+
+    grpc_address: Address = "127.0.0.1:50051"
+    """host:port of the gRPC services."""
+    http_address: Address = "127.0.0.1:8080"
+    """host:port of /metrics, /healthz and /readyz."""
+    adapter_roots: Paths = ()
+    """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
+
+    max_num_seqs: PositiveInt = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: PositiveInt = 512
+    """Tokens in one engine step."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt + output; none: the base's own limit."""
+    block_size: PositiveInt = 16
+    """Tokens in one KV block."""
+    kv_bytes: PositiveInt = 1 << 30
+    """Bytes of the KV cache."""
+    adapter_pool_bytes: PositiveInt = 512 << 20
+    """Bytes of device memory for adapters."""
+    max_queued_requests: PositiveInt = 1024
+    """Requests that may wait before new ones are refused."""
+
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+    log_level: LogLevel = "info"
+    """Least severe messages to log."""
+    log_format: LogFormat = "auto"
+    """`auto`: console on a terminal, JSON elsewhere."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_args: PydanticBaseSettingsSource,
+        **_others: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from the constructor only; `load_config` reads file and environment."""
+        return (init_settings,)
+
+    def to_engine_config(self) -> EngineConfig:
+        """The part of the settings that the engine is built from. Raises ConfigError."""
+        return EngineConfig(
+            base=BaseConfig(
+                model=self.base,
+                quantization=self.quantization,
+                dtype=self.dtype,
+                device=self.device,
+                dequantized_cache=self.dequantized_cache,
+            ),
+            cache=CacheConfig(block_size=self.block_size, kv_bytes=self.kv_bytes),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                max_queued_requests=self.max_queued_requests,
+            ),
+            adapters=AdapterConfig(pool_bytes=self.adapter_pool_bytes),
+        )
+
+
+def load_config(
+    file: Path | None = None, flags: Mapping[str, object] | None = None
+) -> ServerConfig:
+    """Merge YAML file, environment and flags (None = not given) into checked settings.
+
+    Raises ConfigError; `field` is the key, the message says where it was set and what to change.
+    """
+    layers: dict[str, Mapping[str, Any]] = {
+        str(file): _read_yaml(file) if file else {},
+        "the environment": EnvSettingsSource(ServerConfig)(),
+        "the flags": {name: value for name, value in (flags or {}).items() if value is not None},
+    }
+    merged = {name: value for layer in layers.values() for name, value in layer.items()}
+    try:
+        config = ServerConfig(**merged)
+    except ValidationError as error:
+        raise _config_error(error, layers) from None
+    config.to_engine_config()
+    return config
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read settings from {file}: {error}", field="config") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{file} must hold `key: value` lines", field="config")
+    return content
+
+
+def _config_error(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -> ConfigError:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    origin = [source for source, layer in layers.items() if name in layer][-1]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, ServerConfig.model_fields, n=1, cutoff=0.0)
+        message = f"{name} (in {origin}) is not a setting; did you mean {near[0]}?"
+    else:
+        message = f"{name} (in {origin}) is {first['input']!r}: {first['msg']}"
+    return ConfigError(message, field=name)

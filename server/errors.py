@@ -1,0 +1,128 @@
+"""Errors on the wire and back: one table from exception class to gRPC code, HTTP status, reason.
+
+A reason belongs to exactly one class, so a client gets back the class that was raised. Messages
+of errors that are the server's own fault are logged and withheld.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from lora_runtime import errors
+
+DOMAIN = "loramux"
+ADAPTER_RESOURCE = "loramux.v1.Adapter"
+RETRY_AFTER_S = 1
+MAX_MESSAGE_BYTES = 1024
+"""Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
+MAX_FIELD_LENGTH = 200
+INTERNAL_MESSAGE = "internal error; the server's log has it"
+
+logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """How one exception class looks to clients."""
+
+    code: grpc.StatusCode
+    http_status: int
+    reason: str
+
+
+_Code = grpc.StatusCode
+
+WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
+    {
+        errors.LoramuxError: WireError(_Code.INTERNAL, 500, "INTERNAL"),
+        errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
+        # 400, not 501: HTTP clients retry what is 500 and above.
+        errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, 400, "UNSUPPORTED_FEATURE"),
+        errors.ConfigError: WireError(_Code.INTERNAL, 500, "CONFIG_ERROR"),
+        errors.BaseRefused: WireError(_Code.INTERNAL, 500, "BASE_REFUSED"),
+        errors.DataError: WireError(_Code.INTERNAL, 500, "DATA_ERROR"),
+        errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_ERROR"),
+        errors.AdapterNotFound: WireError(_Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
+        errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, 409, "ADAPTER_EXISTS"),
+        errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, 400, "ADAPTER_REFUSED"),
+        errors.AdapterSourceRefused: WireError(
+            _Code.INVALID_ARGUMENT, 400, "ADAPTER_SOURCE_REFUSED"
+        ),
+        errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, 422, "BASE_MISMATCH"),
+        errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, 413, "ADAPTER_TOO_LARGE"),
+        errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_FAILED"),
+        errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
+        errors.Unavailable: WireError(_Code.UNAVAILABLE, 503, "UNAVAILABLE"),
+    }
+)
+
+_CLASSES = {wire.reason: kind for kind, wire in WIRE_ERRORS.items()}
+_UNEXPLAINED: Mapping[grpc.StatusCode, type[Exception]] = {
+    _Code.UNAVAILABLE: errors.Unavailable,
+    _Code.DEADLINE_EXCEEDED: TimeoutError,
+    _Code.CANCELLED: CancelledError,
+}
+"""What a status without our details means: it came from the transport."""
+
+
+def wire_error(error: BaseException) -> WireError:
+    """Return how an exception looks to clients; unknown ones are INTERNAL."""
+    known = (WIRE_ERRORS[kind] for kind in type(error).__mro__ if kind in WIRE_ERRORS)
+    return next(known, WIRE_ERRORS[errors.LoramuxError])
+
+
+def public_message(error: BaseException) -> str:
+    """Return what a client may read of an error; log and withhold the server's own faults."""
+    if not isinstance(error, errors.LoramuxError) or wire_error(error).code is _Code.INTERNAL:
+        logger.error("request failed", exc_info=error)
+        return INTERNAL_MESSAGE
+    return error.message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+
+
+def rich_status(error: BaseException) -> status_pb2.Status:
+    """Return the google.rpc.Status of an error, details included."""
+    wire, message = wire_error(error), public_message(error)
+    field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
+    status = status_pb2.Status(code=wire.code.value[0], message=message)
+    for detail in _details(wire, message, field):
+        status.details.add().Pack(detail)
+    return status
+
+
+def grpc_status(error: BaseException) -> grpc.Status:
+    """Return what a gRPC servicer aborts with."""
+    return rpc_status.to_status(rich_status(error))
+
+
+def from_rpc_error(error: grpc.RpcError) -> Exception:
+    """Return the exception a server raised, with its field; TimeoutError past the deadline."""
+    code, text = error.code(), error.details() or error.code().name
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
+            return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+    return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
+
+
+def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
+    metadata = {"field": field} if field else {}
+    yield error_details_pb2.ErrorInfo(reason=wire.reason, domain=DOMAIN, metadata=metadata)
+    if field and wire.code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+        yield error_details_pb2.BadRequest(field_violations=[violation])
+    if wire.code is _Code.NOT_FOUND:
+        yield error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, description=message)
+    if wire.code in (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromSeconds(RETRY_AFTER_S)
+        yield retry

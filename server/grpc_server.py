@@ -1,0 +1,278 @@
+"""The gRPC side of a server: servicers decode, call the service and encode; nothing else.
+
+One interceptor stands at the boundary: it parses requests itself, because grpc answers text that
+is not UTF-8 with UNKNOWN, and turns every exception into a typed status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lora_runtime.errors import ConfigError, InvalidRequest, UnsupportedFeature
+from protos.loramux.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from server import codec
+from server.errors import grpc_status
+from server.service import Service
+
+MAX_MESSAGE_BYTES = 8 << 20
+HEALTH_PERIOD_S = 0.5
+"""How often health asks whether the engine is alive."""
+PACKAGE_PREFIX = "/loramux."
+SERVICE_NAMES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (generation_pb2, "GenerationService"),
+        (adapters_pb2, "AdapterService"),
+        (server_pb2, "ServerService"),
+    )
+)
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+async def start_grpc(
+    service: Service,
+    address: str,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> GrpcServer:
+    """Serve on `host:port` and return the running server; port 0 takes any free one.
+
+    Raises ConfigError (field `grpc_address`) when the address cannot be bound.
+    """
+    server = grpc.aio.server(interceptors=[Boundary()], options=_options(max_message_bytes))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection(
+        (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    try:
+        port = _bind(server, address, credentials)
+    except RuntimeError:
+        raise ConfigError(
+            f"cannot listen on {address}; choose another address or port", field="grpc_address"
+        ) from None
+    running = GrpcServer(server, health_servicer, service, port)
+    await running.start()
+    return running
+
+
+class GrpcServer:
+    """A running gRPC server, listening on `port`."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        health_servicer: health.aio.HealthServicer,
+        service: Service,
+        port: int,
+    ) -> None:
+        self.port = port
+        self._server = server
+        self._health = health_servicer
+        self._service = service
+
+    async def start(self) -> None:
+        """Begin to serve, health included."""
+        await self._show_health(self._service.is_alive())
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._follow_engine())
+
+    async def stop(self, grace_s: float) -> None:
+        """Turn health to NOT_SERVING, refuse new calls, give running ones `grace_s` seconds."""
+        self._health_task.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Return when the server has stopped."""
+        await self._server.wait_for_termination()
+
+    async def _follow_engine(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_PERIOD_S)
+            await self._show_health(self._service.is_alive())
+
+    async def _show_health(self, is_alive: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse.ServingStatus
+        status = statuses.SERVING if is_alive else statuses.NOT_SERVING
+        for name in ("", *SERVICE_NAMES):
+            await self._health.set(name, status)
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """loramux.v1.GenerationService over a Service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
+        """Stream one generation; the call's deadline is the request's."""
+        call = codec.decode_generate(request, context.time_remaining())
+        async with aclosing(self._service.generate(call)) as events:
+            async for event in events:
+                await context.write(codec.encode_event(event))
+
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        """Show a prompt's token ids."""
+        token_ids = await self._service.tokenize(codec.decode_prompt(request))
+        return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """loramux.v1.AdapterService over a Service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: Context
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Load a folder under a name."""
+        record, already_loaded = await self._service.load_adapter(
+            codec.adapter_name(request.name), request.source, replace=request.replace
+        )
+        return adapters_pb2.LoadAdapterResponse(
+            adapter=codec.encode_adapter(record), already_loaded=already_loaded
+        )
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        """Take a name away."""
+        record = await self._service.unload_adapter(
+            codec.adapter_name(request.name), cancel=request.cancel, wait=request.wait
+        )
+        return adapters_pb2.UnloadAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """List every adapter."""
+        records = self._service.list_adapters()
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[codec.encode_adapter(record) for record in records]
+        )
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: Context
+    ) -> adapters_pb2.GetAdapterResponse:
+        """Show one adapter."""
+        record = self._service.get_adapter(codec.adapter_name(request.name))
+        return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def UploadAdapter(self, request_iterator: Any, context: Context) -> None:
+        """Refuse by name, before a part is read."""
+        raise UnsupportedFeature("UploadAdapter is not served yet; use LoadAdapter")
+
+    async def RollbackAdapter(
+        self, request: adapters_pb2.RollbackAdapterRequest, context: Context
+    ) -> None:
+        """Refuse by name."""
+        raise UnsupportedFeature(
+            "RollbackAdapter is not served yet; load the former adapter with replace"
+        )
+
+
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """loramux.v1.ServerService over a Service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def GetServerInfo(
+        self, request: server_pb2.GetServerInfoRequest, context: Context
+    ) -> server_pb2.GetServerInfoResponse:
+        """Show what this server is."""
+        return codec.encode_server_info(self._service.server_info())
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Parses the requests of our own services and gives every failure its typed status."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap a handler of our own; others, and unknown methods, pass as they are."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
+            return handler
+        make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
+        parse = None if handler.request_streaming else handler.request_deserializer
+        return make(
+            _guarded(behaviour, parse),
+            request_deserializer=handler.request_deserializer if parse is None else None,
+            response_serializer=handler.response_serializer,
+        )
+
+
+_KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]] = {
+    (False, False): lambda h: (grpc.unary_unary_rpc_method_handler, h.unary_unary),
+    (False, True): lambda h: (grpc.unary_stream_rpc_method_handler, h.unary_stream),
+    (True, False): lambda h: (grpc.stream_unary_rpc_method_handler, h.stream_unary),
+}
+
+
+def _guarded(
+    behaviour: Callable[[Any, Context], Awaitable[Message | None]],
+    parse: Callable[[bytes], Message] | None,
+) -> Callable[[Any, Context], Awaitable[Message | None]]:
+    async def guarded(request: Any, context: Context) -> Any:
+        try:
+            return await behaviour(request if parse is None else _parsed(parse, request), context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await context.abort_with_status(grpc_status(error))
+
+    return guarded
+
+
+def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
+    try:
+        return parse(data)
+    except DecodeError:
+        raise InvalidRequest(
+            "the request cannot be parsed; every text in it must be valid UTF-8"
+        ) from None
+
+
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a share
+        ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished; their rows are freed
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

@@ -1,0 +1,255 @@
+"""Every Prometheus series of the server; the only user of prometheus_client.
+
+Counts what the service reports and reads the engine's numbers when it is scraped. Names with
+`vllm:` mean what vLLM's mean, so its dashboards and routers work; `loramux:` ones are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from lora_runtime.core import FinishReason, RequestTiming
+from lora_runtime.engine.client import EngineClient, EngineStats
+
+MAX_ADAPTER_LABELS = 200
+"""Adapters with series of their own; the rest are counted under `OTHER`."""
+BASE = ""
+OTHER = "_other"
+"""No adapter name starts with an underscore."""
+
+TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
+    120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+
+VLLM_REASONS = {FinishReason.CANCELLED.value: "abort"}
+"""Where vLLM's word for a finish reason differs from ours."""
+
+
+class Metrics:
+    """Hears how requests and adapters fare (`RequestObserver`) and renders it for a scrape."""
+
+    def __init__(
+        self, engine: EngineClient, *, max_adapter_labels: int = MAX_ADAPTER_LABELS
+    ) -> None:
+        self._registry = CollectorRegistry()
+        self._max_adapter_labels = max_adapter_labels
+        self._digests: dict[str, str] = {}
+        self._labelled: set[str] = set()
+        self._totals = _Totals(self._registry, engine.info.base.name)
+        self._adapters = _AdapterSeries(self._registry)
+        self._registry.register(_EngineCollector(engine, self._digests))
+        ProcessCollector(registry=self._registry)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the exposition and its content type, in the format an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def on_started(self, adapter: str | None) -> None:
+        """Count a request that goes to the engine."""
+        self._adapters.started.labels(self._label(adapter)).inc()
+
+    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+        """Observe the time to a request's first token."""
+        self._totals.first_token.observe(seconds)
+
+    def on_tokens(
+        self, adapter: str | None, num_tokens: int, seconds_since_last: float | None
+    ) -> None:
+        """Count new tokens; `seconds_since_last` is None for a request's first ones."""
+        self._totals.output_tokens.inc(num_tokens)
+        self._adapters.output_tokens.labels(self._label(adapter)).inc(num_tokens)
+        if seconds_since_last is not None:
+            for _ in range(num_tokens):
+                self._totals.inter_token.observe(seconds_since_last / num_tokens)
+
+    def on_finished(
+        self,
+        adapter: str | None,
+        reason: str,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        e2e_s: float,
+        timing: RequestTiming | None,
+    ) -> None:
+        """Count an ended request; its output tokens were counted as they came."""
+        label = self._label(adapter)
+        self._adapters.finished.labels(label, reason).inc()
+        self._adapters.prompt_tokens.labels(label).inc(num_prompt_tokens)
+        self._totals.finish(reason, num_prompt_tokens, e2e_s, timing)
+
+    def on_adapter_loaded(self, name: str, digest: str, nbytes: int, seconds: float) -> None:
+        """Give a loaded adapter series of its own while the cap allows."""
+        self._digests[name] = digest
+        if len(self._labelled) < self._max_adapter_labels:
+            self._labelled.add(name)
+        if name in self._labelled:
+            self._adapters.nbytes.labels(name).set(nbytes)
+        self._totals.adapter_load.observe(seconds)
+
+    def on_adapter_unloaded(self, name: str) -> None:
+        """Delete the adapter's series; what its last requests still do counts as `OTHER`."""
+        self._digests.pop(name, None)
+        self._labelled.discard(name)
+        self._adapters.forget(name)
+
+    def _label(self, adapter: str | None) -> str:
+        if adapter is None:
+            return BASE
+        return adapter if adapter in self._labelled else OTHER
+
+
+class _Totals:
+    """Series over all requests, labelled with the base's name as vLLM's are."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(name, text, ["model_name"], buckets=buckets, registry=registry)
+            return made.labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
+
+        self._model_name = model_name
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of ended requests.")
+        self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.success = Counter(
+            "vllm:request_success",
+            "Ended requests by reason.",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        self.first_token = histogram(
+            "vllm:time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token = histogram(
+            "vllm:inter_token_latency_seconds", "Between tokens of a request.", TOKEN_BUCKETS
+        )
+        self.e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", REQUEST_BUCKETS)
+        self.queue = histogram(
+            "vllm:request_queue_time_seconds", "Arrival to first step.", REQUEST_BUCKETS
+        )
+        self.prefill = histogram(
+            "vllm:request_prefill_time_seconds", "First step to first token.", REQUEST_BUCKETS
+        )
+        self.decode = histogram(
+            "vllm:request_decode_time_seconds", "First token to last.", REQUEST_BUCKETS
+        )
+        self.adapter_load = histogram(
+            "loramux:adapter_load_seconds", "Reading and checking an adapter.", REQUEST_BUCKETS
+        )
+
+    def finish(
+        self, reason: str, num_prompt_tokens: int, e2e_s: float, timing: RequestTiming | None
+    ) -> None:
+        self.success.labels(self._model_name, VLLM_REASONS.get(reason, reason)).inc()
+        self.prompt_tokens.inc(num_prompt_tokens)
+        self.e2e.observe(e2e_s)
+        if timing is not None:
+            self.queue.observe(timing.queue_s)
+            self.prefill.observe(timing.prefill_s)
+            self.decode.observe(timing.decode_s)
+
+
+class _AdapterSeries:
+    """Series labelled with an adapter's name: "" is the base."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"loramux:{name}", text, ["adapter", *labels], registry=registry)
+
+        self.started = counter("requests_started", "Requests given to the engine.")
+        self.finished = counter("requests", "Ended requests by reason.", "finished_reason")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self.output_tokens = counter("generation_tokens", "Tokens generated.")
+        self.nbytes = Gauge(
+            "loramux:adapter_bytes",
+            "Bytes a loaded adapter takes on the device.",
+            ["adapter"],
+            registry=registry,
+        )
+
+    def forget(self, name: str) -> None:
+        for metric in vars(self).values():
+            metric.remove_by_labels({"adapter": name})
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's own numbers at the moment of a scrape."""
+
+    def __init__(self, engine: EngineClient, digests: dict[str, str]) -> None:
+        self._engine = engine
+        self._digests = digests
+        """Adapter name → digest, kept by `Metrics`."""
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        model_name = self._engine.info.base.name
+        for name, text, value in _gauges(stats):
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([model_name], value)
+            yield gauge
+        for name, text, count in _counters(stats):
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([model_name], count)
+            yield counter
+        yield self._cache_config()
+        yield self._lora_requests(stats)
+
+    def _cache_config(self) -> Metric:
+        info = self._engine.info
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache.", labels=["block_size", "num_gpu_blocks"]
+        )
+        family.add_metric([str(info.block_size), str(info.num_blocks)], 1)
+        return family
+
+    def _lora_requests(self, stats: EngineStats) -> Metric:
+        """vLLM's routers read adapter names from the labels and freshness from the value."""
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info", "Adapters with requests; value: now.", labels=labels
+        )
+        running, waiting = (
+            self._names(digests) for digests in (stats.running_adapters, stats.waiting_adapters)
+        )
+        family.add_metric([str(self._engine.info.max_slots), running, waiting], time.time())
+        return family
+
+    def _names(self, digests: tuple[str, ...]) -> str:
+        return ",".join(sorted(name for name, d in self._digests.items() if d in digests))
+
+
+def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
+    cache_share = stats.kv_blocks_used / max(stats.kv_blocks_total, 1)
+    return [
+        ("vllm:num_requests_running", "Requests that run now.", stats.num_running),
+        ("vllm:num_requests_waiting", "Requests that wait now.", stats.num_waiting),
+        ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", cache_share),
+        ("loramux:engine_up", "1 while the engine lives.", stats.is_alive),
+        ("loramux:adapter_pool_used_bytes", "Adapter pool in use.", stats.pool_bytes_used),
+        ("loramux:adapter_pool_total_bytes", "Adapter pool.", stats.pool_bytes_total),
+        ("loramux:adapters_resident", "Adapters on the device.", len(stats.resident_adapters)),
+    ]
+
+
+def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
+    return [
+        ("vllm:num_preemptions", "Requests sent back to the queue.", stats.num_preemptions),
+        ("loramux:engine_steps", "Steps the engine has run.", stats.num_steps),
+    ]

@@ -1,0 +1,129 @@
+"""One request on its way out: engine outputs become text, and the observer hears of its course."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from lora_runtime.core import FinishReason, RequestTiming, StepOutput
+from server.calls import Delta
+from server.registry import AdapterObserver
+
+if TYPE_CHECKING:
+    from lora_runtime.text.detokenizer import Detokenizer
+
+
+class RequestObserver(AdapterObserver, Protocol):
+    """Told how requests and adapters fare; for metrics. `adapter` is a name, None the base."""
+
+    def on_started(self, adapter: str | None) -> None:
+        """A valid request goes to the engine; exactly one on_finished will follow."""
+
+    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+        """Its first token came `seconds` after on_started."""
+
+    def on_tokens(
+        self, adapter: str | None, num_tokens: int, seconds_since_last: float | None
+    ) -> None:
+        """Tokens came, the first ones too; `seconds_since_last` is None for those."""
+
+    def on_finished(
+        self,
+        adapter: str | None,
+        reason: str,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        e2e_s: float,
+        timing: RequestTiming | None,
+    ) -> None:
+        """It ended. `reason` is a FinishReason's value; `timing` is None unless the engine ended
+        it, so at a stop string, when the caller went away and on most errors."""
+
+
+class RequestMeter:
+    """Reports one request to an observer, from entering the context to leaving it."""
+
+    def __init__(
+        self, observer: RequestObserver, adapter: str | None, num_prompt_tokens: int
+    ) -> None:
+        self.num_output_tokens = 0
+        self._observer = observer
+        self._adapter = adapter
+        self._num_prompt_tokens = num_prompt_tokens
+        self._reason: FinishReason | None = None
+        self._timing: RequestTiming | None = None
+
+    def __enter__(self) -> RequestMeter:
+        self._begun = time.monotonic()
+        self._last: float | None = None
+        self._observer.on_started(self._adapter)
+        return self
+
+    def tokens(self, num_tokens: int) -> None:
+        """Report new tokens."""
+        if num_tokens == 0:
+            return
+        now = time.monotonic()
+        if self._last is None:
+            self._observer.on_first_token(self._adapter, now - self._begun)
+        since_last = None if self._last is None else now - self._last
+        self._observer.on_tokens(self._adapter, num_tokens, since_last)
+        self.num_output_tokens += num_tokens
+        self._last = now
+
+    def finish(self, reason: FinishReason, timing: RequestTiming | None) -> None:
+        """Keep why the request ended, to be reported on leaving."""
+        self._reason = reason
+        self._timing = timing
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._observer.on_finished(
+            self._adapter,
+            self._reason or _reason_of(error),
+            self._num_prompt_tokens,
+            self.num_output_tokens,
+            time.monotonic() - self._begun,
+            self._timing,
+        )
+
+
+class OutputText:
+    """Turns the outputs of one request into deltas, up to a stop string."""
+
+    def __init__(self, detokenizer: Detokenizer, stop_token_ids: frozenset[int]) -> None:
+        self._detokenizer = detokenizer
+        self._stop_token_ids = stop_token_ids
+
+    def finish_reason(self, output: StepOutput) -> FinishReason | None:
+        """Return why the request ends with this output, pushed before, or None."""
+        return FinishReason.STOP if self._detokenizer.stopped else output.finish_reason
+
+    def push(self, output: StepOutput) -> Delta | None:
+        """Return what the output adds for the caller, or None when it adds nothing."""
+        text = self._detokenizer.push(self._shown(output))
+        if output.finish_reason is not None and not self._detokenizer.stopped:
+            text += self._detokenizer.flush()
+        if not text and not output.token_ids:
+            return None
+        return Delta(text=text, token_ids=output.token_ids, logprobs=output.logprobs)
+
+    def _shown(self, output: StepOutput) -> tuple[int, ...]:
+        """The tokens whose text is shown: all but the stop token that ended the output."""
+        token_ids = output.token_ids
+        ends_here = output.finish_reason is FinishReason.STOP and token_ids
+        if ends_here and token_ids[-1] in self._stop_token_ids:
+            return token_ids[:-1]
+        return token_ids
+
+
+def _reason_of(error: BaseException | None) -> FinishReason:
+    if isinstance(error, GeneratorExit | asyncio.CancelledError):
+        return FinishReason.CANCELLED
+    return FinishReason.ERROR

@@ -1,0 +1,226 @@
+"""Stand-ins for the parts around the server: a scripted engine and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+from lora_runtime.core import (
+    BaseSpec,
+    FinishReason,
+    Request,
+    RequestTiming,
+    StepOutput,
+    TokenLogprob,
+)
+from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
+from lora_runtime.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterTooLarge,
+    BaseMismatch,
+    InvalidRequest,
+    LoramuxError,
+    Overloaded,
+    Unavailable,
+)
+
+EOS_ID = 256
+VOCAB_SIZE = 257
+
+
+class ByteTokenizer:
+    """Token ids are the bytes of the text; 256 ends an output."""
+
+    eos_token_ids = frozenset({EOS_ID})
+    vocab_size = VOCAB_SIZE
+    has_chat_template = True
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(i for i in token_ids if i < EOS_ID).decode(errors="replace")
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if any(message["role"] not in ("system", "user", "assistant") for message in messages):
+            raise InvalidRequest("unknown role", field="messages")
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+
+class ScriptedEngine:
+    """Repeats the prompt's tokens for ever; under an adapter, the first letter of its digest.
+
+    Nothing goes on while `gate` is clear. A folder's weights file scripts its load: its bytes are
+    the content, except that `!Class` makes the load fail with that error.
+    """
+
+    def __init__(self, *, max_model_len: int = 512, max_queued: int = 1000) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.load_gate = asyncio.Event()
+        self.load_gate.set()
+        self.failure: LoramuxError | Exception | None = None
+        """Ends every stream after its second token, as an error of the request."""
+        self.vanishes = False
+        """Streams end after the second token without a result, as if the engine had died."""
+        self.is_alive = True
+        self.references: Counter[str] = Counter()
+        self.running: dict[str, Request] = {}
+        self.aborted: list[str] = []
+        self.seen: list[Request] = []
+        self._cancelled: set[str] = set()
+        self._max_queued = max_queued
+        self._info = _info(max_model_len)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            is_alive=self.is_alive,
+            num_running=len(self.running),
+            num_waiting=0,
+            kv_blocks_used=0,
+            kv_blocks_total=self._info.num_blocks,
+            pool_bytes_used=0,
+            pool_bytes_total=self._info.pool_bytes,
+            num_preemptions=0,
+            num_steps=0,
+            running_adapters=(),
+            waiting_adapters=(),
+            resident_adapters=tuple(self.references),
+        )
+
+    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        self._admit(request)
+        self.running[request.request_id] = request
+        is_over = False
+        try:
+            for index in range(request.sampling.max_tokens):
+                await asyncio.sleep(0)
+                await self.gate.wait()
+                output = self._step(request, index)
+                is_over = output.finish_reason is not None
+                yield output
+                if is_over or (self.vanishes and index == 1):
+                    return
+        finally:
+            del self.running[request.request_id]
+            if not is_over:
+                self.aborted.append(request.request_id)
+
+    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+        await self.load_gate.wait()
+        content = (folder / "adapter_model.safetensors").read_bytes()
+        if content.startswith(b"!"):
+            raise _load_error(content[1:].decode(), folder)
+        digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
+        self.references[digest] += 1
+        return LoadedAdapter(
+            digest=digest,
+            variant="lora",
+            ranks=(4, 8),
+            target_modules=("q_proj",),
+            num_parameters=100,
+            nbytes=200,
+            honoured={"r": "8"},
+            inert={"lora_dropout": "only acts in training"},
+        )
+
+    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
+        assert self.references[digest] > 0, "more unloads than loads"
+        self.references[digest] -= 1
+        if self.references[digest]:
+            return
+        del self.references[digest]
+        if cancel:
+            self._cancelled |= {r.request_id for r in self._using(digest)}
+        while self._using(digest):
+            await asyncio.sleep(0.001)
+
+    async def close(self, *, drain_s: float) -> None:
+        self.is_alive = False
+
+    def _using(self, digest: str) -> list[Request]:
+        return [r for r in self.running.values() if any(a.digest == digest for a in r.adapters)]
+
+    def _admit(self, request: Request) -> None:
+        self.seen.append(request)
+        if not self.is_alive:
+            raise Unavailable("the engine has died")
+        if len(self.running) >= self._max_queued:
+            raise Overloaded("the queue is full")
+        for use in request.adapters:
+            if use.digest not in self.references:
+                raise AdapterNotFound(f"no adapter with digest {use.digest}")
+
+    def _step(self, request: Request, index: int) -> StepOutput:
+        if request.request_id in self._cancelled:
+            return StepOutput(request_id=request.request_id, finish_reason=FinishReason.CANCELLED)
+        prompt = request.prompt_token_ids
+        token = (
+            ord(request.adapters[0].digest[0]) if request.adapters else prompt[index % len(prompt)]
+        )
+        reason = None
+        if token in request.sampling.stop_token_ids:
+            reason = FinishReason.STOP
+        elif index + 1 == request.sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        error = self.failure if index == 1 else None
+        if error is not None and not isinstance(error, LoramuxError):
+            raise error
+        if error is not None:
+            reason = FinishReason.ERROR
+        num_logprobs = request.sampling.num_logprobs
+        top = () if not num_logprobs else ((token, -0.5),) * num_logprobs
+        return StepOutput(
+            request_id=request.request_id,
+            token_ids=(token,),
+            logprobs=() if num_logprobs is None else (TokenLogprob(-0.5, top),),
+            finish_reason=reason,
+            error=error,
+            timing=RequestTiming(queue_s=0.1, prefill_s=0.2, decode_s=0.3) if reason else None,
+        )
+
+
+def _load_error(kind: str, folder: Path) -> Exception:
+    weights = folder / "adapter_model.safetensors"
+    errors = {
+        "AdapterRefused": AdapterRefused(f"{weights}: header is cut short", field="lora_A"),
+        "BaseMismatch": BaseMismatch(f"{folder} was made for another base", field="base"),
+        "AdapterTooLarge": AdapterTooLarge(f"{folder} needs more than the pool", field="r"),
+        "OSError": OSError(5, "I/O error", str(weights)),
+    }
+    return errors[kind]
+
+
+def _info(max_model_len: int) -> EngineInfo:
+    base = BaseSpec(
+        name="tiny",
+        fingerprint="f" * 64,
+        linears={},
+        num_layers=2,
+        hidden_size=8,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=max_model_len,
+        quantization="nf4",
+        dtype="float32",
+        device="cpu",
+        model_type="llama",
+    )
+    return EngineInfo(
+        base=base,
+        kernel_backend="scripted",
+        max_model_len=max_model_len,
+        max_num_seqs=64,
+        max_num_batched_tokens=128,
+        block_size=16,
+        num_blocks=1000,
+        pool_bytes=1 << 20,
+        max_slots=16,
+    )

@@ -1,0 +1,78 @@
+"""Adapters written by the real `peft` on tiny random models, and what PEFT says they do."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.core import BaseSpec, LinearShape
+
+
+def base_spec(model: PreTrainedModel, fingerprint: str = "f" * 64) -> BaseSpec:
+    """What adapters need to know of a plain transformers model."""
+    linears = {
+        path: LinearShape(module.in_features, module.out_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+    config = model.config
+    return BaseSpec(
+        name="tiny",
+        fingerprint=fingerprint,
+        linears=linears,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_position_embeddings,
+        quantization="none",
+        dtype="float32",
+        device="cpu",
+        model_type=config.model_type,
+    )
+
+
+def write_peft_adapter(
+    model: PreTrainedModel, config: peft.LoraConfig, folder: Path, *, seed: int = 1
+) -> dict[str, Tensor]:
+    """Save an adapter with random weights; return PEFT's own ΔW of every module."""
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return peft_deltas(adapted)
+
+
+def read_peft_adapter(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """PEFT's ΔW of every module after PEFT loads the folder."""
+    return peft_deltas(peft.PeftModel.from_pretrained(copy.deepcopy(model), folder))
+
+
+def peft_deltas(adapted: peft.PeftModel) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {
+            name.removeprefix("base_model.model."): module.get_delta_weight("default")
+            for name, module in adapted.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+
+def form_deltas(form: ServingForm) -> dict[str, Tensor]:
+    """ΔW = B'A of every module of a serving form."""
+    return {key.path: module.b @ module.a for key, module in form.modules.items()}
+
+
+def assert_same_deltas(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for path, delta in expected.items():
+        assert delta.abs().max() > 1e-3, f"{path} has no effect to compare"
+        torch.testing.assert_close(found[path], delta, rtol=1e-5, atol=1e-6)

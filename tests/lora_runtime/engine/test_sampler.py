@@ -1,0 +1,95 @@
+"""The sampler against transformers' own logits processors and plain probability."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lora_runtime.core import Request, SamplingParams, Sequence
+from lora_runtime.engine.sampler import sample, uniform
+
+VOCAB_SIZE = 50
+
+
+def row(**sampling) -> Sequence:
+    return Sequence.of(
+        Request(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(**sampling))
+    )
+
+
+def random_logits(num_rows, seed=0):
+    return 2 * torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_temperature_zero_is_argmax_and_rows_do_not_see_each_other():
+    logits = random_logits(3)
+    greedy, random_row = row(temperature=0.0), row(temperature=1.0, seed=5)
+    together = sample(logits, [greedy, random_row, greedy])
+    assert [together[i].token_id for i in (0, 2)] == logits[[0, 2]].argmax(1).tolist()
+    assert together[1].token_id == sample(logits[1:2], [random_row])[0].token_id
+
+
+@pytest.mark.parametrize(
+    ("params", "warper"),
+    [
+        (dict(top_k=5), TopKLogitsWarper(5)),
+        (dict(top_p=0.7), TopPLogitsWarper(0.7)),
+        (dict(min_p=0.1), MinPLogitsWarper(0.1)),
+        (dict(), TemperatureLogitsWarper(1.0)),
+    ],
+)
+def test_draws_follow_the_distribution_of_transformers(params, warper):
+    logits = random_logits(1)
+    scores = warper(torch.zeros(1, 1, dtype=torch.long), TemperatureLogitsWarper(0.8)(None, logits))
+    expected = scores.softmax(1)[0]
+    num_draws = 4000
+    rows = [row(temperature=0.8, seed=seed, **params) for seed in range(num_draws)]
+    drawn = Counter(r.token_id for r in sample(logits.expand(num_draws, -1), rows))
+    assert all(expected[token] > 0 for token in drawn)
+    found = torch.tensor([drawn[token] / num_draws for token in range(VOCAB_SIZE)])
+    assert (found - expected).abs().max() < 0.03
+
+
+def test_a_seed_repeats_and_positions_differ():
+    first, again, other = row(seed=1), row(seed=1), row(seed=2)
+    assert uniform(first) == uniform(again) != uniform(other)
+    again.token_ids.append(7)
+    assert uniform(first) != uniform(again)
+    unseeded = row()
+    assert uniform(unseeded) != uniform(unseeded)
+
+
+def test_stop_tokens_wait_for_min_tokens():
+    logits = random_logits(1)
+    best, second = logits[0].topk(2).indices.tolist()
+    sequence = row(temperature=0.0, stop_token_ids=frozenset([best]), min_tokens=1, max_tokens=4)
+    assert sample(logits, [sequence])[0].token_id == second
+    sequence.token_ids.append(second)
+    assert sample(logits, [sequence])[0].token_id == best
+
+
+def test_logprobs_are_of_the_unmodified_distribution():
+    logits = random_logits(2)
+    rows = [row(temperature=0.0, num_logprobs=3), row(temperature=0.5, seed=1)]
+    first, second = sample(logits, rows)
+    expected = logits.log_softmax(1)[0]
+    assert first.logprob.logprob == pytest.approx(float(expected[first.token_id]), abs=1e-5)
+    values, ids = expected.topk(3)
+    assert [token for token, _ in first.logprob.top] == ids.tolist()
+    assert [p for _, p in first.logprob.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert second.logprob is None
+
+
+def test_non_finite_rows_are_marked_and_others_are_not():
+    logits = random_logits(3)
+    logits[1, 4] = float("nan")
+    results = sample(logits, [row(seed=1), row(seed=1), row(temperature=0.0)])
+    assert [r.is_finite for r in results] == [True, False, True]

@@ -1,0 +1,58 @@
+"""Adapters written by the real `peft` library, with weights that visibly act."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **config) -> Path:
+    """Save a random PEFT adapter for `model`: B of standard deviation scale / √rank / alpha·r."""
+    options = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**{**options, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                rank = parameter.shape[1]
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(scale * noise / rank)
+            elif "lora_A" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def load_in_peft(model, folder: Path):
+    """The oracle: peft's own reading of the adapter over `model`."""
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+
+
+def four_adapters(model, folder: Path, *, fused: bool = False, scale: float = 1.0) -> list[Path]:
+    """Ranks 4, 8, 16 and 64 over different targets, one rsLoRA, one with patterns."""
+    every = FUSED if fused else SEPARATE
+    mlp = every[2:] if fused else every[4:]
+    attention = every[:2] if fused else every[:4]
+    options = [
+        dict(r=4, lora_alpha=8, target_modules=attention),
+        dict(r=8, lora_alpha=16, target_modules=every, use_rslora=True),
+        dict(r=16, lora_alpha=16, target_modules=mlp),
+        dict(
+            r=64,
+            lora_alpha=64,
+            target_modules=every,
+            rank_pattern={"down_proj": 24},
+            alpha_pattern={"o_proj": 96},
+        ),
+    ]
+    return [
+        write_adapter(model, folder / f"a{index}", seed=index, scale=scale, **option)
+        for index, option in enumerate(options)
+    ]

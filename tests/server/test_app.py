@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lora_runtime.errors import BaseRefused, ConfigError, Unavailable
+from server import app
+from server.app import Ports
+from server.client import AsyncClient
+from server.config import load_config
+from tests.fakes import ScriptedEngine
+from tests.server.world import until
+from tests.tiny_tokenizer import write_tokenizer
+
+
+class LocalEngine(ScriptedEngine):
+    """A scripted engine that a server can start and close."""
+
+    def __init__(self, base_folder: Path) -> None:
+        super().__init__()
+        self.base_folder = base_folder
+        self.num_closed = 0
+
+    async def close(self, *, drain_s: float) -> None:
+        self.num_closed += 1
+
+
+class Running:
+    """A server in this process, and what a test asks of it."""
+
+    def __init__(self, engine: LocalEngine, task: asyncio.Task, ports: Ports) -> None:
+        self.engine = engine
+        self.task = task
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}")
+        self.target = f"127.0.0.1:{ports.grpc}"
+        self.client = AsyncClient(self.target)
+
+    async def status(self, path: str) -> int:
+        return (await self.http.get(path)).status_code
+
+    async def start_stream(self, max_tokens: int) -> asyncio.Task:
+        async def collect() -> list:
+            generation = self.client.generate(token_ids=[5, 6], max_tokens=max_tokens)
+            return [event async for event in generation]
+
+        stream = asyncio.create_task(collect())
+        await until(lambda: bool(self.engine.running))
+        return stream
+
+
+@pytest.fixture
+def engine(tmp_path):
+    write_tokenizer(tmp_path)
+    return LocalEngine(tmp_path)
+
+
+@asynccontextmanager
+async def running(engine: LocalEngine, **flags) -> AsyncIterator[Running]:
+    listen = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
+    ports: asyncio.Future[Ports] = asyncio.get_running_loop().create_future()
+    config = load_config(flags={**listen, **flags})
+    starting = app.serve(config, start=lambda *_, **__: engine, on_ready=ports.set_result)
+    task = asyncio.create_task(starting)
+    await asyncio.wait([task, ports], return_when=asyncio.FIRST_COMPLETED)
+    if not ports.done():
+        await task
+    server = Running(engine, task, ports.result())
+    try:
+        async with server.http, server.client:
+            yield server
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+async def test_both_ports_answer_and_metrics_follow_requests(engine):
+    async with running(engine) as server:
+        assert await server.status("/healthz") == 200
+        assert await server.status("/readyz") == 200
+        assert await server.client.is_serving()
+        await (await server.start_stream(7))
+        page = (await server.http.get("/metrics")).text
+        assert 'loramux:generation_tokens_total{adapter=""} 7.0' in page
+        assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0' in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains_and_then_the_server_ends(engine, number):
+    async with running(engine) as server:
+        engine.gate.clear()
+        stream = await server.start_stream(20)
+        send(number)
+        async with asyncio.timeout(5):
+            while await server.status("/readyz") == 200:
+                await asyncio.sleep(0.01)
+        assert await server.status("/healthz") == 200
+        async with AsyncClient(server.target) as late:
+            with pytest.raises(Unavailable):
+                await late.generate(token_ids=[1], max_tokens=1).text()
+        assert not server.task.done()
+        engine.gate.set()
+        events = await stream
+        assert events[-1].finished.usage.output_tokens == 20
+        await asyncio.wait_for(server.task, 10)
+        assert engine.num_closed == 1
+
+
+async def test_what_has_not_ended_when_the_drain_ends_is_cut(engine):
+    async with running(engine, drain_s=0.2) as server:
+        engine.gate.clear()
+        stream = await server.start_stream(20)
+        send(signal.SIGTERM)
+        await asyncio.wait_for(server.task, 10)
+        assert not engine.running
+        (outcome,) = await asyncio.gather(stream, return_exceptions=True)
+        assert isinstance(outcome, BaseException)
+
+
+async def test_a_second_signal_ends_the_process_at_once(engine, monkeypatch):
+    codes = []
+    monkeypatch.setattr(app.os, "_exit", codes.append)
+    async with running(engine, drain_s=30) as server:
+        engine.gate.clear()
+        stream = await server.start_stream(2)
+        send(signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        assert codes == []
+        send(signal.SIGTERM)
+        await until(lambda: codes == [128 + signal.SIGTERM])
+        engine.gate.set()
+        await stream
+        await asyncio.wait_for(server.task, 10)
+
+
+async def test_a_signal_before_the_server_is_up_ends_the_process_at_once(engine, monkeypatch):
+    codes = []
+    monkeypatch.setattr(app.os, "_exit", codes.append)
+
+    def start(*_, **__):
+        send(signal.SIGTERM)
+        while not codes:
+            time.sleep(0.01)
+        raise BaseRefused("a process that had ended would not come here")
+
+    with pytest.raises(BaseRefused):
+        await app.serve(load_config(), start=start)
+    assert codes == [128 + signal.SIGTERM]
+
+
+async def test_a_dead_engine_ends_the_server_with_an_error(engine):
+    async with running(engine) as server:
+        engine.is_alive = False
+        with pytest.raises(Unavailable, match="engine has died"):
+            await asyncio.wait_for(server.task, 10)
+        assert engine.num_closed == 1
+
+
+@pytest.mark.parametrize("setting", ["grpc_address", "http_address"])
+async def test_an_address_in_use_is_named_and_everything_is_undone(engine, setting):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=address) as caught:
+            async with running(engine, **{setting: address}):
+                pass
+    assert caught.value.field == setting
+    assert engine.num_closed == 1
+
+
+async def test_a_base_that_cannot_be_served_is_reported_as_such():
+    def start(*_, **__):
+        raise BaseRefused("no such architecture")
+
+    with pytest.raises(BaseRefused, match="no such architecture"):
+        await app.serve(load_config(), start=start)

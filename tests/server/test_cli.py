@@ -1,0 +1,232 @@
+"""The command line against a real server process with a real, tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_runtime.training import trainer
+from lora_runtime.training.report import UnitResult
+from lora_runtime.training.units import UnitStatus
+from server.cli import app
+from server.config import ServerConfig
+from tests.peft_adapters import write_adapter
+from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny_tokenizer import write_tokenizer
+
+REPO = Path(__file__).parents[2]
+SECRET = "the captain keeps a parrot"
+
+
+@dataclass
+class Server:
+    """A server process: where it listens, and what it has logged."""
+
+    process: subprocess.Popen
+    log: Path
+    ready: dict
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ready['grpc_port']}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    write_tokenizer(tiny_checkpoint(folder / "base"))
+    write_adapter(tiny_model("llama"), folder / "adapters" / "parrot", seed=0, r=4)
+    settings = folder / "serve.yaml"
+    settings.write_text(
+        f"base: {folder / 'base'}\nadapter_roots: [{folder / 'adapters'}]\ndtype: float32\n"
+        "grpc_address: 127.0.0.1:0\nhttp_address: 127.0.0.1:0\nlog_format: json\n"
+        "max_num_batched_tokens: 64\nkv_bytes: 4000000\nadapter_pool_bytes: 4000000\n"
+    )
+    log = folder / "log"
+    command = [sys.executable, "-m", "server", "--config", str(settings), "--log-level", "debug"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=REPO, stderr=stream, stdout=stream)
+    try:
+        yield Server(process, log, wait_until_ready(process, log))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, log.read_text()
+        assert events(log)[-1]["event"] == "stopped"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def events(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+
+
+def wait_until_ready(process: subprocess.Popen, log: Path) -> dict:
+    for _ in range(900):
+        for event in events(log):
+            if event["event"] == "ready":
+                return event
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str, **options):
+        return CliRunner().invoke(app, list(arguments), **options)
+
+    return call
+
+
+@pytest.fixture
+def ask(server, invoke, monkeypatch):
+    """Run a command that talks to the server."""
+    monkeypatch.setenv("LORAMUX_ADDRESS", server.address)
+    return invoke
+
+
+def test_an_adapter_comes_serves_and_goes(ask):
+    loaded = ask("adapters", "load", "polly", "parrot")
+    assert loaded.exit_code == 0, loaded.output
+    assert "already" in ask("adapters", "load", "polly", "parrot").stdout
+    listed = ask("adapters", "list").stdout
+    assert re.search(r"polly.*loaded.*lora.*4", listed)
+    shown = ask("adapters", "show", "polly").stdout
+    assert re.search(r"digest +│ [0-9a-f]{64}", shown) and "lora_alpha" in shown
+    sampling = ("--max-tokens", "16", "--temperature", "0", "--ignore-eos")
+    with_adapter = ask("generate", SECRET, "--adapter", "polly", *sampling)
+    without = ask("generate", SECRET, *sampling)
+    assert with_adapter.exit_code == without.exit_code == 0
+    assert with_adapter.stdout != without.stdout
+    assert ask("adapters", "unload", "polly", "--wait").exit_code == 0
+    gone = ask("generate", SECRET, "--adapter", "polly", *sampling)
+    assert gone.exit_code == 1 and "polly" in gone.stderr and gone.stdout == ""
+    assert "polly" not in ask("adapters", "list").stdout
+
+
+def test_text_goes_to_stdout_and_counts_to_stderr(ask):
+    result = ask("generate", SECRET, "--text", "--max-tokens", "3", "--ignore-eos", "--seed", "1")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"\d+ prompt \+ 3 output tokens, length\n", result.stderr)
+    piped = ask("generate", "-", "--text", "--max-tokens", "3", "--ignore-eos", "--seed", "1",
+                input=SECRET)  # fmt: skip
+    assert piped.stdout == result.stdout
+
+
+def test_chat_goes_through_the_template(ask):
+    tokens = {
+        mode: int(ask("generate", "Ahoy", mode, "--max-tokens", "1").stderr.split()[0])
+        for mode in ("--chat", "--text")
+    }
+    assert tokens["--chat"] > tokens["--text"]
+
+
+def test_a_refused_value_is_one_line_that_names_its_field(ask):
+    result = ask("generate", "Ahoy", "--temperature", "-1")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: .*sampling\.temperature.*\n", result.stderr)
+
+
+def test_prompts_are_not_logged(ask, server):
+    ask("generate", SECRET, "--max-tokens", "2")
+    ask("generate", SECRET, "--adapter", "nobody")
+    assert "parrot" not in re.sub(r"adapters/parrot", "", server.log.read_text())
+
+
+def test_no_server_is_one_line_that_names_the_address(invoke):
+    result = invoke("adapters", "list", "--address", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "generate", "adapters", "adapters load", "adapters unload", "adapters list",
+     "adapters show", "train", "doctor"],
+)  # fmt: skip
+def test_every_command_and_option_explains_itself(invoke, command):
+    result = invoke(*command.split(), "--help")
+    assert result.exit_code == 0
+    options = re.findall(r"│ \*? *(--[\w-]+).*?(?:<.+?>)(.*)│", result.stdout)
+    assert options and all(text.strip() for _, text in options)
+
+
+def test_every_setting_is_a_flag_of_serve(invoke):
+    page = invoke("serve", "--help").stdout
+    for name in ServerConfig.model_fields:
+        assert f"--{name.replace('_', '-').replace('roots', 'root')}" in page
+
+
+def test_settings_can_be_shown_and_are_checked(invoke):
+    shown = invoke("serve", "--print-config", "--block-size", "8")
+    assert "block_size: 8\n" in shown.stdout
+    refused = invoke("serve", "--block-size", "0")
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: block_size")
+    assert invoke("serve", "--block-size", "x").exit_code == 2
+
+
+def test_doctor_names_what_is_here(invoke):
+    result = invoke("doctor", "--base", "/does/not/exist")
+    assert result.exit_code == 0
+    for what in ("torch", "transformers", "device", "kernel backend", "memory", "not here"):
+        assert what in result.stdout
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Training runs that were asked for; none is made."""
+    asked = []
+
+    def record(config, console):
+        asked.append(config)
+        return [
+            UnitResult(
+                name=unit.name,
+                status=UnitStatus.FAILED if unit.name == "bad" else UnitStatus.DONE,
+                error="loss is not finite" if unit.name == "bad" else None,
+                folder=None if unit.name == "bad" else config.output / unit.name,
+                data="",
+                num_parameters=1,
+                num_steps=1,
+                records=(),
+            )
+            for unit in config.units
+        ]
+
+    monkeypatch.setattr(trainer, "train", record)
+    return asked
+
+
+def test_train_by_flags(invoke, runs, tmp_path):
+    result = invoke("train", "--data", "d.jsonl", "--output", str(tmp_path), "--rank", "4",
+                    "--variant", "rslora", "--base", "b", "--seed", "7", "--name", "a")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (run,) = runs
+    (unit,) = run.units
+    assert (run.output, run.base.model, run.seed, run.resume) == (tmp_path, "b", 7, False)
+    assert (unit.name, unit.rank, unit.variant, unit.data) == ("a", 4, "rslora", Path("d.jsonl"))
+
+
+def test_train_by_file(invoke, runs, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("output: out\nunits: [{name: good, data: a}, {name: bad, data: b}]\n")
+    result = invoke("train", str(file), "--resume")
+    assert result.exit_code == 1 and "loss is not finite" in result.stdout
+    assert runs[0].resume and [unit.name for unit in runs[0].units] == ["good", "bad"]
+    assert invoke("train", str(file), "--rank", "4").exit_code == 2
+    assert invoke("train", "--data", "d.jsonl").exit_code == 2
+    file.write_text("output: out\nunit: []\n")
+    refused = invoke("train", str(file))
+    assert refused.exit_code == 1 and "units" in refused.stderr

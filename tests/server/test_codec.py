@@ -1,0 +1,155 @@
+"""Requests become calls; what is not served is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_runtime.core import FinishReason
+from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from protos.loramux.v1.generation_pb2 import GenerateRequest
+from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
+from protos.loramux.v1.types_pb2 import FinishReason as WireReason
+from server.calls import AdapterState, ChatPrompt, Finished, TextPrompt, TokenPrompt
+from server.codec import FEATURES, REFUSED_FEATURES, adapter_name, decode_generate, encode_event
+
+
+def decode(**fields: object):
+    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), timeout_s=None)
+
+
+def test_an_empty_request_has_the_documented_defaults() -> None:
+    call = decode()
+    assert call.prompt == TextPrompt("hi")
+    assert (call.adapter, call.stop, call.ignore_eos, call.request_id) == (None, (), False, None)
+    sampling = call.sampling
+    assert (sampling.max_tokens, call.has_max_tokens, sampling.min_tokens) == (256, False, 0)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
+    assert (sampling.seed, sampling.num_logprobs) == (None, None)
+
+
+def test_every_served_field_arrives() -> None:
+    sampling = SamplingParams(
+        max_tokens=7, min_tokens=2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=3,
+        stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0,
+    )  # fmt: skip
+    call = decode(sampling=sampling, adapters=[AdapterSelection(name="a.b-c_1")], request_id="id 1")
+    got = call.sampling
+    assert (got.max_tokens, got.min_tokens, got.temperature, got.top_k) == (7, 2, 0.7, 5)
+    assert (got.top_p, got.min_p, got.seed, got.num_logprobs) == (0.9, 0.1, 3, 0)
+    assert got.stop_token_ids == {8, 9}
+    assert (call.stop, call.ignore_eos, call.has_max_tokens) == (("\n", "end"), True, True)
+    assert (call.adapter, call.request_id) == ("a.b-c_1", "id 1")
+
+
+def test_the_three_kinds_of_input() -> None:
+    chat = GenerateRequest()
+    chat.messages.messages.add(role="user", content="hi")
+    tokens = GenerateRequest(token_ids={"ids": [1, 2]})
+    assert decode_generate(chat, None).prompt == ChatPrompt(({"role": "user", "content": "hi"},))
+    assert decode_generate(tokens, None).prompt == TokenPrompt((1, 2))
+    with pytest.raises(InvalidRequest) as caught:
+        decode_generate(GenerateRequest(), None)
+    assert caught.value.field == "input"
+
+
+def test_every_sampling_field_is_either_served_or_refused() -> None:
+    fields = {f"sampling.{field.name}" for field in SamplingParams.DESCRIPTOR.fields}
+    served = {name for name in FEATURES if name.startswith("sampling.")}
+    refused = {name for name in REFUSED_FEATURES if name.startswith("sampling.")}
+    assert served | refused == fields
+    assert not served & refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sampling": SamplingParams(presence_penalty=0.5)}, "sampling.presence_penalty"),
+        ({"sampling": SamplingParams(frequency_penalty=-0.5)}, "sampling.frequency_penalty"),
+        ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
+        ({"sampling": SamplingParams(n=2)}, "sampling.n"),
+        ({"sampling": SamplingParams(n=0)}, "sampling.n"),
+        ({"sampling": SamplingParams(logit_bias={1: 2.0})}, "sampling.logit_bias"),
+        ({"cache_salt": "x"}, "cache_salt"),
+        ({"priority": 1}, "priority"),
+        ({"adapters": [AdapterSelection(name="a", weight=0.5)]}, "adapters[0].weight"),
+        ({"adapters": [AdapterSelection(name="a", weight=float("nan"))]}, "adapters[0].weight"),
+        ({"adapters": [AdapterSelection(name=n) for n in "ab"]}, "adapters[1]"),
+    ],
+)
+def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        decode(**fields)
+    assert caught.value.field == field
+    assert field in caught.value.message
+    assert field in REFUSED_FEATURES
+
+
+def test_unserved_fields_may_hold_their_default() -> None:
+    neutral = SamplingParams(
+        presence_penalty=0, frequency_penalty=0, repetition_penalty=1, n=1, logit_bias={}
+    )
+    decode(
+        sampling=neutral,
+        cache_salt="",
+        priority=0,
+        adapters=[AdapterSelection(name="a", weight=1)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sampling": SamplingParams(temperature=-0.1)}, "sampling.temperature"),
+        ({"sampling": SamplingParams(temperature=float("nan"))}, "sampling.temperature"),
+        ({"sampling": SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
+        ({"sampling": SamplingParams(max_tokens=2, min_tokens=3)}, "sampling.min_tokens"),
+        ({"sampling": SamplingParams(top_p=0)}, "sampling.top_p"),
+        ({"sampling": SamplingParams(min_p=1.5)}, "sampling.min_p"),
+        ({"sampling": SamplingParams(seed=-1)}, "sampling.seed"),
+        ({"sampling": SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": SamplingParams(stop=["ok", ""])}, "sampling.stop[1]"),
+        ({"sampling": SamplingParams(stop=["x" * 257])}, "sampling.stop[0]"),
+        ({"sampling": SamplingParams(stop=["x"] * 17)}, "sampling.stop"),
+        ({"adapters": [AdapterSelection()]}, "adapters[0].name"),
+        ({"adapters": [AdapterSelection(name="")]}, "adapters[0].name"),
+        ({"adapters": [AdapterSelection(name="../x")]}, "adapters[0].name"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "a\nb"}, "request_id"),
+        ({"request_id": "x" * 129}, "request_id"),
+    ],
+)
+def test_bad_values_name_their_field(fields: dict, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(**fields)
+    assert caught.value.field == field
+    assert not isinstance(caught.value, UnsupportedFeature)
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128])
+def test_good_adapter_names(name: str) -> None:
+    assert adapter_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".a", "-a", "a/b", "a b", "a\n", "\N{DIGIT ONE}\u0661", "x" * 129]
+)
+def test_bad_adapter_names(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        adapter_name(name)
+    assert caught.value.field == "name"
+
+
+@pytest.mark.parametrize("reason", [r for r in FinishReason if r is not FinishReason.ERROR])
+def test_every_reason_an_output_can_end_with_has_a_wire_name(reason: FinishReason) -> None:
+    event = Finished(finish_reason=reason, num_prompt_tokens=1, num_output_tokens=2, timing=None)
+    message = encode_event(event).finished
+    assert WireReason.Name(message.finish_reason) == f"FINISH_REASON_{reason.name}"
+    assert not message.HasField("timing")
+
+
+def test_every_state_has_a_wire_name() -> None:
+    from protos.loramux.v1.adapters_pb2 import AdapterState as WireState
+
+    assert {f"ADAPTER_STATE_{state.name}" for state in AdapterState} == set(WireState.keys()) - {
+        "ADAPTER_STATE_UNSPECIFIED"
+    }

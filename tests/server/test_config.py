@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_runtime.errors import ConfigError
+from server.config import ServerConfig, load_config, split_address
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch):
+    for name in ServerConfig.model_fields:
+        monkeypatch.delenv(f"LORAMUX_{name.upper()}", raising=False)
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "serve.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_file_then_environment_then_flags(tmp_path, monkeypatch):
+    file = write(tmp_path, "max_num_seqs: 1\nmax_queued_requests: 1\nblock_size: 1\n")
+    monkeypatch.setenv("LORAMUX_MAX_QUEUED_REQUESTS", "2")
+    monkeypatch.setenv("LORAMUX_BLOCK_SIZE", "2")
+    config = load_config(file, {"block_size": 3, "device": None})
+    assert (config.max_num_seqs, config.max_queued_requests, config.block_size) == (1, 2, 3)
+    assert config.device == "auto"
+
+
+def test_every_setting_reaches_the_engine(tmp_path):
+    config = load_config(
+        flags={
+            "base": "some/base",
+            "quantization": "none",
+            "dtype": "float32",
+            "device": "cpu",
+            "dequantized_cache": False,
+            "max_num_seqs": 3,
+            "max_num_batched_tokens": 33,
+            "max_model_len": 77,
+            "block_size": 8,
+            "kv_bytes": 4096,
+            "adapter_pool_bytes": 9999,
+            "max_queued_requests": 5,
+        }
+    )
+    engine = config.to_engine_config()
+    base = engine.base
+    assert (base.model, base.quantization, base.dtype, base.device, base.dequantized_cache) == (
+        "some/base", "none", "float32", "cpu", False,
+    )  # fmt: skip
+    scheduler = engine.scheduler
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 33)
+    assert (scheduler.max_model_len, scheduler.max_queued_requests) == (77, 5)
+    assert (engine.cache.block_size, engine.cache.kv_bytes) == (8, 4096)
+    assert engine.adapters.pool_bytes == 9999
+
+
+@pytest.mark.parametrize("given", ["list", "text"])
+def test_adapter_roots_from_a_list_or_a_path_variable(tmp_path, monkeypatch, given):
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root in roots:
+        root.mkdir()
+    if given == "text":
+        monkeypatch.setenv("LORAMUX_ADAPTER_ROOTS", f"{roots[0]}:{roots[1]}")
+        assert load_config().adapter_roots == tuple(roots)
+    else:
+        file = write(tmp_path, f"adapter_roots: [{roots[0]}, {roots[1]}]")
+        assert load_config(file).adapter_roots == tuple(roots)
+
+
+def test_a_wrong_key_is_refused_with_the_nearest_valid_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"max_num_seq .*serve.yaml.*mean max_num_seqs") as caught:
+        load_config(write(tmp_path, "max_num_seq: 4"))
+    assert caught.value.field == "max_num_seq"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("block_size", 0),
+        ("kv_bytes", "much"),
+        ("max_model_len", 1),
+        ("drain_s", -1),
+        ("dtype", "float16"),
+        ("quantization", "int3"),
+        ("grpc_address", "localhost"),
+        ("http_address", "localhost:http"),
+        ("grpc_address", "localhost:65536"),
+        ("adapter_roots", ["/does/not/exist"]),
+        ("max_num_batched_tokens", 1),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(setting, value):
+    with pytest.raises(ConfigError, match=setting) as caught:
+        load_config(flags={setting: value})
+    assert caught.value.field == setting
+
+
+def test_the_error_says_where_the_value_was_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAMUX_BLOCK_SIZE", "none")
+    with pytest.raises(ConfigError, match="in the environment"):
+        load_config(write(tmp_path, "block_size: 4"))
+    with pytest.raises(ConfigError, match="in the flags"):
+        load_config(flags={"block_size": -4})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [", "1: 2", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"serve\.yaml"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_is_refused_and_an_empty_one_is_not(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml"):
+        load_config(tmp_path / "none.yaml")
+    assert load_config(write(tmp_path, "# nothing\n")) == load_config()
+
+
+def test_addresses():
+    assert split_address("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert split_address("[::1]:50051") == ("::1", 50051)
+
+
+def test_the_settings_cannot_change_later():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config().block_size = 4

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+import structlog
+
+from server.logs import setup_logging
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def logged(log_format: str, level: str = "info") -> str:
+    stream = io.StringIO()
+    setup_logging(level=level, log_format=log_format, stream=stream)
+    ours = structlog.get_logger("server.part")
+    ours.info("ready", port=7)
+    ours.debug("detail")
+    logging.getLogger("some.library").info("chatter")
+    logging.getLogger("some.library").warning("a library's %s", "warning")
+    try:
+        prompt = "the secret prompt"
+        raise ValueError(f"of {len(prompt)} letters")
+    except ValueError:
+        ours.exception("failed")
+    return stream.getvalue()
+
+
+def test_json_is_one_object_a_line_from_us_and_from_libraries():
+    events = [json.loads(line) for line in logged("json").splitlines()]
+    assert [event["event"] for event in events] == ["ready", "a library's warning", "failed"]
+    assert events[0]["port"] == 7 and events[0]["level"] == "info"
+    assert events[0]["logger"] == "server.part" and "timestamp" in events[0]
+    assert "ValueError: of 17 letters" in events[2]["exception"]
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_tracebacks_show_no_values_of_variables(log_format):
+    text = logged(log_format)
+    assert "ValueError: of 17 letters" in text
+    assert "the secret prompt" not in text
+
+
+def test_auto_is_json_where_there_is_no_terminal():
+    assert logged("auto").startswith("{")
+    assert not logged("console").startswith("{")
+
+
+def test_levels():
+    assert "ready" not in logged("json", level="warning")
+    assert "chatter" not in logged("json") and "detail" not in logged("json")
+    debugged = logged("json", level="debug")
+    assert "chatter" in debugged and "detail" in debugged

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lora_runtime.core import BaseSpec, RequestTiming
+from lora_runtime.engine.client import EngineInfo, EngineStats
+from server.metrics import Metrics
+
+SPEC = BaseSpec(
+    name="tiny",
+    fingerprint="f" * 64,
+    linears={},
+    num_layers=2,
+    hidden_size=8,
+    vocab_size=100,
+    max_model_len=64,
+    quantization="nf4",
+    dtype="float32",
+    device="cpu",
+    model_type="llama",
+)
+INFO = EngineInfo(
+    base=SPEC,
+    kernel_backend="torch",
+    max_model_len=64,
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    block_size=16,
+    num_blocks=40,
+    pool_bytes=1000,
+    max_slots=8,
+)
+STATS = EngineStats(
+    is_alive=True,
+    num_running=3,
+    num_waiting=2,
+    kv_blocks_used=10,
+    kv_blocks_total=40,
+    pool_bytes_used=250,
+    pool_bytes_total=1000,
+    num_preemptions=7,
+    num_steps=99,
+    running_adapters=("d1", "d2"),
+    waiting_adapters=("d2",),
+    resident_adapters=("d1", "d2", "d3"),
+)
+TINY = {"model_name": "tiny"}
+
+
+class QuietEngine:
+    """An engine that only has numbers."""
+
+    info = INFO
+
+    def __init__(self):
+        self.now = STATS
+
+    def stats(self):
+        return self.now
+
+
+@pytest.fixture
+def engine():
+    return QuietEngine()
+
+
+@pytest.fixture
+def metrics(engine):
+    return Metrics(engine)
+
+
+def scrape(metrics: Metrics) -> dict[tuple[str, frozenset], float]:
+    """Read the page with Prometheus's own parser."""
+    text = metrics.render()[0].decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return scrape(metrics).get((name, frozenset(labels.items())))
+
+
+def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
+    return {dict(labels)[label] for found, labels in scrape(metrics) if found == name}
+
+
+def test_the_engine_is_read_at_every_scrape(metrics, engine):
+    assert value(metrics, "vllm:num_requests_running", **TINY) == 3
+    assert value(metrics, "vllm:num_requests_waiting", **TINY) == 2
+    assert value(metrics, "vllm:kv_cache_usage_perc", **TINY) == 0.25
+    assert value(metrics, "vllm:num_preemptions_total", **TINY) == 7
+    assert value(metrics, "loramux:adapter_pool_used_bytes", **TINY) == 250
+    assert value(metrics, "loramux:adapter_pool_total_bytes", **TINY) == 1000
+    assert value(metrics, "loramux:adapters_resident", **TINY) == 3
+    assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="40") == 1
+    engine.now = dataclasses.replace(STATS, num_running=0, is_alive=False)
+    assert value(metrics, "vllm:num_requests_running", **TINY) == 0
+    assert value(metrics, "loramux:engine_up", **TINY) == 0
+
+
+def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):
+    metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
+    for adapter, num_tokens in ((None, 4), ("pirate", 5)):
+        metrics.on_started(adapter)
+        metrics.on_first_token(adapter, 0.05)
+        metrics.on_tokens(adapter, 1, None)
+        metrics.on_tokens(adapter, num_tokens - 1, 0.3)
+        timing = RequestTiming(queue_s=1.0, prefill_s=2.0, decode_s=4.0)
+        metrics.on_finished(adapter, "stop", 10, num_tokens, 7.0, timing)
+    for adapter, num_tokens in (("", 4), ("pirate", 5)):
+        assert value(metrics, "loramux:requests_started_total", adapter=adapter) == 1
+        ended = value(metrics, "loramux:requests_total", adapter=adapter, finished_reason="stop")
+        assert ended == 1
+        assert value(metrics, "loramux:prompt_tokens_total", adapter=adapter) == 10
+        assert value(metrics, "loramux:generation_tokens_total", adapter=adapter) == num_tokens
+    assert value(metrics, "loramux:adapter_bytes", adapter="pirate") == 500
+    assert value(metrics, "vllm:prompt_tokens_total", **TINY) == 20
+    assert value(metrics, "vllm:generation_tokens_total", **TINY) == 9
+    assert value(metrics, "vllm:request_success_total", **TINY, finished_reason="stop") == 2
+    assert value(metrics, "vllm:time_to_first_token_seconds_count", **TINY) == 2
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum", **TINY) == 14
+    assert value(metrics, "vllm:request_queue_time_seconds_sum", **TINY) == 2
+    assert value(metrics, "vllm:request_prefill_time_seconds_sum", **TINY) == 4
+    assert value(metrics, "vllm:request_decode_time_seconds_sum", **TINY) == 8
+
+
+def test_time_between_tokens_is_per_token_and_leaves_out_the_first(metrics):
+    metrics.on_tokens(None, 2, None)
+    assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 0
+    metrics.on_tokens(None, 3, 0.6)
+    assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 3
+    total = value(metrics, "vllm:inter_token_latency_seconds_sum", **TINY)
+    assert total == pytest.approx(0.6)
+    at_most_200_ms = value(metrics, "vllm:inter_token_latency_seconds_bucket", **TINY, le="0.15")
+    assert at_most_200_ms == 0
+
+
+def test_a_cancelled_request_has_vllms_word_for_it_and_no_phases(metrics):
+    metrics.on_finished(None, "cancelled", 3, 0, 0.5, None)
+    assert value(metrics, "vllm:request_success_total", **TINY, finished_reason="abort") == 1
+    ours = value(metrics, "loramux:requests_total", adapter="", finished_reason="cancelled")
+    assert ours == 1
+    assert value(metrics, "vllm:request_queue_time_seconds_count", **TINY) == 0
+
+
+def test_series_of_an_unloaded_adapter_are_deleted_and_do_not_come_back(metrics):
+    metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
+    metrics.on_started("pirate")
+    metrics.on_finished("pirate", "stop", 1, 1, 1.0, None)
+    assert b'"pirate"' in metrics.render()[0]
+    metrics.on_adapter_unloaded("pirate")
+    metrics.on_tokens("pirate", 5, 0.1)
+    metrics.on_finished("pirate", "cancelled", 1, 6, 1.0, None)
+    assert b"pirate" not in metrics.render()[0]
+    assert value(metrics, "loramux:generation_tokens_total", adapter="_other") == 5
+
+
+def test_adapters_beyond_the_cap_share_one_label(engine):
+    metrics = Metrics(engine, max_adapter_labels=2)
+    for number in range(50):
+        metrics.on_adapter_loaded(f"a{number}", f"d{number}", 1, 0.1)
+        metrics.on_started(f"a{number}")
+    name = "loramux:requests_started_total"
+    assert labels_of(metrics, name, "adapter") == {"a0", "a1", "_other"}
+    assert value(metrics, name, adapter="_other") == 48
+    metrics.on_adapter_unloaded("a0")
+    metrics.on_adapter_loaded("new", "d", 1, 0.1)
+    metrics.on_started("new")
+    assert labels_of(metrics, name, "adapter") == {"new", "a1", "_other"}
+
+
+def test_names_nobody_loaded_make_no_series(metrics):
+    for number in range(50):
+        metrics.on_started(f"ghost{number}")
+    assert labels_of(metrics, "loramux:requests_started_total", "adapter") == {"_other"}
+
+
+def test_routers_see_adapter_names_and_a_fresh_timestamp(metrics):
+    metrics.on_adapter_loaded("pirate", "d2", 1, 0.1)
+    metrics.on_adapter_loaded("haiku", "d1", 1, 0.1)
+    metrics.on_adapter_loaded("idle", "d3", 1, 0.1)
+    shown = value(
+        metrics,
+        "vllm:lora_requests_info",
+        max_lora="8",
+        running_lora_adapters="haiku,pirate",
+        waiting_lora_adapters="pirate",
+    )
+    assert shown is not None and abs(shown - time.time()) < 5
+
+
+def test_a_replaced_adapter_keeps_its_series_under_its_new_content(metrics):
+    metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
+    metrics.on_started("pirate")
+    metrics.on_adapter_loaded("pirate", "d9", 700, 0.1)
+    assert value(metrics, "loramux:requests_started_total", adapter="pirate") == 1
+    assert value(metrics, "loramux:adapter_bytes", adapter="pirate") == 700
+    assert labels_of(metrics, "vllm:lora_requests_info", "running_lora_adapters") == {""}
+
+
+def test_openmetrics_is_given_when_asked_for(metrics):
+    body, content_type = metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")

@@ -1,0 +1,184 @@
+"""Names come, swap and go while requests run, and the engine's references always add up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from lora_runtime.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidRequest
+from server.calls import AdapterState
+from server.registry import MAX_FAILED_RECORDS, Registry
+from tests.fakes import ScriptedEngine
+
+
+class NoObserver:
+    def on_adapter_loaded(self, name: str, digest: str, nbytes: int, seconds: float) -> None: ...
+
+    def on_adapter_unloaded(self, name: str) -> None: ...
+
+
+def make(engine: ScriptedEngine) -> Registry:
+    return Registry(engine=engine, observer=NoObserver(), base_name="tiny")
+
+
+def folder(tmp_path: Path, content: str) -> Path:
+    path = tmp_path / f"adapter-{content}"
+    path.mkdir(exist_ok=True)
+    (path / "adapter_model.safetensors").write_text(content)
+    return path
+
+
+async def load(registry: Registry, name: str, path: Path, **options: bool):
+    return await registry.load(name, path, source="given", **options)
+
+
+async def test_loading_the_same_content_again_is_idempotent(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    registry = make(engine)
+    first, was_there = await load(registry, "x", folder(tmp_path, "a"))
+    again, was_there_again = await load(registry, "x", folder(tmp_path, "a"))
+    assert (was_there, was_there_again) == (False, True)
+    assert again is first
+    assert engine.references == {first.digest: 1}
+
+
+async def test_other_content_needs_replace(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    registry = make(engine)
+    old, _ = await load(registry, "x", folder(tmp_path, "a"))
+    with pytest.raises(AdapterExists) as caught:
+        await load(registry, "x", folder(tmp_path, "b"))
+    assert caught.value.field == "name"
+    assert registry.resolve("x") is old
+    assert engine.references == {old.digest: 1}
+    new, was_there = await load(registry, "x", folder(tmp_path, "b"), replace=True)
+    assert registry.resolve("x") is new and not was_there
+    await asyncio.sleep(0.01)
+    assert engine.references == {new.digest: 1}
+
+
+async def test_two_names_may_share_content(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    registry = make(engine)
+    one, _ = await load(registry, "one", folder(tmp_path, "a"))
+    two, _ = await load(registry, "two", folder(tmp_path, "a"))
+    assert engine.references == {one.digest: 2}
+    await registry.unload("one", wait=True)
+    assert registry.resolve("two") is two
+    assert engine.references == {two.digest: 1}
+
+
+async def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    old, _ = await load(registry, "x", folder(tmp_path, "a"))
+    with pytest.raises(AdapterRefused):
+        await load(registry, "x", folder(tmp_path, "!AdapterRefused"), replace=True)
+    assert registry.resolve("x") is old
+    assert [record.state for record in registry.records()] == [AdapterState.LOADED]
+
+
+async def test_a_failed_load_shows_why_without_host_paths(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    with pytest.raises(AdapterRefused) as caught:
+        await load(registry, "x", folder(tmp_path, "!AdapterRefused"))
+    assert caught.value.message == "given/adapter_model.safetensors: header is cut short"
+    assert caught.value.field == "lora_A"
+    record = registry.get("x")
+    assert (record.state, record.error) == (AdapterState.FAILED, caught.value.message)
+    with pytest.raises(OSError):
+        await load(registry, "y", folder(tmp_path, "!OSError"))
+    assert str(tmp_path) not in registry.get("y").error
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("x")
+    await load(registry, "x", folder(tmp_path, "a"))
+    assert registry.resolve("x").error == ""
+
+
+async def test_failed_records_are_bounded(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    for index in range(MAX_FAILED_RECORDS + 10):
+        with pytest.raises(AdapterRefused):
+            await load(registry, f"x{index}", folder(tmp_path, "!AdapterRefused"))
+    assert len(registry.records()) == MAX_FAILED_RECORDS
+    with pytest.raises(AdapterNotFound):
+        registry.get("x0")
+
+
+async def test_the_bases_name_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await load(make(ScriptedEngine()), "tiny", folder(tmp_path, "a"))
+    assert caught.value.field == "name"
+
+
+async def test_a_load_goes_on_when_its_caller_leaves(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    engine.load_gate.clear()
+    registry = make(engine)
+    caller = asyncio.create_task(load(registry, "x", folder(tmp_path, "a")))
+    await asyncio.sleep(0.01)
+    assert registry.get("x").state is AdapterState.VERIFYING
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    engine.load_gate.set()
+    await asyncio.sleep(0.01)
+    assert registry.resolve("x").state is AdapterState.LOADED
+
+
+async def test_calls_for_one_name_take_turns_and_others_do_not_wait(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    engine.load_gate.clear()
+    registry = make(engine)
+    loads = [asyncio.create_task(load(registry, "x", folder(tmp_path, c))) for c in "ab"]
+    unload = asyncio.create_task(registry.unload("x"))
+    await asyncio.sleep(0.01)
+    engine.load_gate.set()
+    await load(registry, "other", folder(tmp_path, "c"))
+    first, second = await asyncio.gather(*loads, return_exceptions=True)
+    assert first[0].digest.startswith("a")
+    assert isinstance(second, AdapterExists)
+    assert (await unload) is first[0]
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("x")
+
+
+async def test_close_ends_background_work(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    engine.load_gate.clear()
+    registry = make(engine)
+    task = asyncio.create_task(load(registry, "x", folder(tmp_path, "a")))
+    await asyncio.sleep(0.01)
+    await registry.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) -> None:
+    """Model: a dictionary from name to content."""
+    rng, engine = random.Random(seed), ScriptedEngine()
+    registry, model = make(engine), {}
+    for _ in range(200):
+        name, content = rng.choice("xyz"), rng.choice(["a", "b", "c", "!AdapterRefused"])
+        replace, known = rng.random() < 0.5, model.get(name)
+        try:
+            if rng.random() < 0.4:
+                await registry.unload(name, wait=True)
+                assert model.pop(name, None) is not None
+            else:
+                await load(registry, name, folder(tmp_path, content), replace=replace)
+                assert known in (None, content) or replace
+                model[name] = content
+        except AdapterNotFound:
+            assert known is None
+        except AdapterExists:
+            assert known not in (None, content) and not replace
+        except AdapterRefused:
+            assert content == "!AdapterRefused"
+    await asyncio.sleep(0.01)
+    held = [registry.resolve(name).digest[0] for name in model]
+    assert sorted(held) == sorted(model.values())
+    assert sorted(d[0] for d in engine.references.elements()) == sorted(model.values())

@@ -1,0 +1,91 @@
+"""A whole server over a real socket, around a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.client import AsyncClient
+from server.grpc_server import GrpcServer, start_grpc
+from server.registry import Registry
+from server.service import Service
+from server.sources import Sources
+from tests.fakes import ByteTokenizer, ScriptedEngine
+
+
+@dataclass
+class RecordingObserver:
+    """Keeps every call as (name, arguments)."""
+
+    calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return lambda *args: self.calls.append((name, args))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [args for called, args in self.calls if called == name]
+
+
+@dataclass
+class World:
+    """A running server and its parts."""
+
+    engine: ScriptedEngine
+    service: Service
+    registry: Registry
+    observer: RecordingObserver
+    server: GrpcServer
+    client: AsyncClient
+    root: Path
+    """The one folder adapters may be loaded from."""
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def write_adapter(self, folder: str, content: str) -> str:
+        """Write an adapter's files, return its source."""
+        path = self.root / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "adapter_config.json").write_text("{}")
+        (path / "adapter_model.safetensors").write_text(content)
+        return folder
+
+    async def load(self, name: str, content: str, **options: bool) -> Any:
+        source = self.write_adapter(f"{name}-{abs(hash(content))}", content)
+        return await self.client.load_adapter(name, source, **options)
+
+
+@asynccontextmanager
+async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
+    """Run a server whose adapter root lies in `folder`."""
+    root = folder / "allowed" / "adapters"
+    root.mkdir(parents=True, exist_ok=True)
+    engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
+    registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    service = Service(
+        engine=engine,
+        tokenizer=ByteTokenizer(),
+        registry=registry,
+        sources=Sources([root]),
+        observer=observer,
+        base_name="tiny",
+    )
+    server = await start_grpc(service, "127.0.0.1:0")
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        yield World(engine, service, registry, observer, server, client, root)
+    await server.stop(0)
+    await registry.close()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until a condition holds; fails when it never does."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
