@@ -45,7 +45,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _require(self.block_size > 0, "block_size", self.block_size, "positive")
-        _require(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "positive")
+        _require(
+            self.num_blocks is None or self.num_blocks > 0,
+            "num_blocks",
+            self.num_blocks,
+            "positive",
+        )
         _require(self.kv_bytes > 0, "kv_bytes", self.kv_bytes, "positive")
 
 
@@ -77,7 +82,10 @@ class SchedulerConfig:
             "at least 2",
         )
         _require(
-            self.max_queued_requests > 0, "max_queued_requests", self.max_queued_requests, "positive"
+            self.max_queued_requests > 0,
+            "max_queued_requests",
+            self.max_queued_requests,
+            "positive",
         )
 
 

@@ -46,13 +46,33 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks: list[tuple[str, object, bool, str]] = [
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            (
+                "min_tokens",
+                self.min_tokens,
+                0 <= self.min_tokens <= self.max_tokens,
+                "between 0 and max_tokens",
+            ),
+            (
+                "temperature",
+                self.temperature,
+                0.0 <= self.temperature <= 100.0,
+                "between 0 and 100",
+            ),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            ("logprobs", self.num_logprobs, self.num_logprobs is None or 0 <= self.num_logprobs <= 20, "between 0 and 20"),
+            (
+                "seed",
+                self.seed,
+                self.seed is None or 0 <= self.seed < 2**63,
+                "between 0 and 2^63 - 1",
+            ),
+            (
+                "logprobs",
+                self.num_logprobs,
+                self.num_logprobs is None or 0 <= self.num_logprobs <= 20,
+                "between 0 and 20",
+            ),
         ]
         for name, value, is_valid, rule in checks:
             if not is_valid:
@@ -220,7 +240,9 @@ BASE_EFFECT = Effect()
 
 def effect_at(request: Request, position: int, layer_map: tuple[int, ...] | None = None) -> Effect:
     """The effect active at a token position; before an aLoRA's start it is the base's."""
-    active = [(use.digest, use.weight) for use in request.adapters if position >= use.start_position]
+    active = [
+        (use.digest, use.weight) for use in request.adapters if position >= use.start_position
+    ]
     return Effect(adapters=tuple(sorted(active)), layer_map=layer_map)
 
 

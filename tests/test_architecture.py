@@ -23,8 +23,9 @@ PRODUCT = ("lora_runtime", "server")
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 MAX_MEDIAN_FUNCTION_LINES = 10
-MAX_RUNTIME_LINES = 5000
-MAX_KERNEL_LINES = 150
+MAX_RUNTIME_CODE_LINES = 5000
+"""Of lora_runtime without kernels, blank lines, comments and docstrings."""
+MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
     ["lora_runtime.errors"],
@@ -69,12 +70,14 @@ DOORS = {
     "protos": ["server.*"],
     "pydantic": ["server.config"],
     "pydantic_settings": ["server.config"],
+    "regex": ["lora_runtime.adapters.matching"],
     "rich": ["server.cli", "server.cli_*", "lora_runtime.training.report",
              "lora_runtime.training.trainer"],
     "safetensors": ["lora_runtime.adapters.files", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
     "starlette": ["server.http_gateway", "server.app"],
     "structlog": ["server.*"],
+    "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
     "transformers": ["lora_runtime.base.*", "lora_runtime.text.tokenizer",
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
@@ -99,6 +102,7 @@ DISTRIBUTIONS = {
 }
 """Import name → distribution, where they differ."""
 
+ESTABLISHED_NAMES = {"lora_runtime.engine.block_manager"}
 BANNED_WORDS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 OUTSIDE = ".." + "/shared"
 
@@ -125,6 +129,20 @@ class Module:
     def is_kernel(self) -> bool:
         """Kernel bodies (Triton here, C++ elsewhere) are counted apart."""
         return self.name.startswith("lora_runtime.kernels.") and "triton" in self.imports
+
+    @cached_property
+    def num_code_lines(self) -> int:
+        """Lines that are neither blank nor comment nor docstring."""
+        documentation = {
+            line
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            for line in range(node.lineno, node.end_lineno + 1)
+        }
+        return sum(
+            bool(line.strip()) and not line.lstrip().startswith("#") and number not in documentation
+            for number, line in enumerate(self.source.splitlines(), start=1)
+        )
 
     @cached_property
     def imports(self) -> set[str]:
@@ -285,17 +303,18 @@ def _last_name(node: ast.expr) -> str:
 
 def oversized(modules: Iterable[Module]) -> Iterator[str]:
     for module in modules:
-        limit = MAX_KERNEL_LINES if module.is_kernel else MAX_FILE_LINES
-        if module.num_lines > limit:
-            yield f"{module.name} has {module.num_lines} lines, over {limit}"
+        if module.num_lines > MAX_FILE_LINES:
+            yield f"{module.name} has {module.num_lines} lines, over {MAX_FILE_LINES}"
+        limit = MAX_KERNEL_BODY_LINES if module.is_kernel else MAX_FUNCTION_LINES
         for name, num_lines in module.functions:
-            if num_lines > MAX_FUNCTION_LINES:
-                yield f"{name} has {num_lines} lines, over {MAX_FUNCTION_LINES}"
+            if num_lines > limit:
+                yield f"{name} has {num_lines} lines, over {limit}"
 
 
 def badly_named(modules: Iterable[Module]) -> Iterator[str]:
     for module in modules:
-        if banned := BANNED_WORDS & set(re.split(r"[._]", module.name)):
+        banned = BANNED_WORDS & set(re.split(r"[._]", module.name))
+        if banned and module.name not in ESTABLISHED_NAMES:
             yield f"{module.name} is called {', '.join(banned)}"
 
 
@@ -389,10 +408,8 @@ def test_names_say_something(modules):
 
 def test_sizes(modules):
     assert complaints(oversized(modules)) == ""
-    runtime = sum(
-        m.num_lines for m in modules if is_within(m.name, "lora_runtime") and not m.is_kernel
-    )
-    assert runtime <= MAX_RUNTIME_LINES
+    runtime = [m for m in modules if is_within(m.name, "lora_runtime") and not m.is_kernel]
+    assert sum(module.num_code_lines for module in runtime) <= MAX_RUNTIME_CODE_LINES
 
 
 @pytest.mark.parametrize("package", PRODUCT)
@@ -401,9 +418,9 @@ def test_functions_are_short(modules, package):
     assert statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
 
 
-def test_c_kernels_are_small():
-    for path in (REPO / "lora_runtime").rglob("*.cpp"):
-        assert len(path.read_text().splitlines()) <= MAX_KERNEL_LINES, path.name
+def test_c_files_are_small():
+    for path in (REPO / "lora_runtime" / "kernels" / "csrc").iterdir():
+        assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path.name
 
 
 def test_nothing_refers_to_files_outside_the_repository():
@@ -444,7 +461,7 @@ BAD_SOURCES = {
     oversized: [
         ("server.app", "\n" * 301),
         ("server.app", "def f():\n" + "    x = 1\n" * 50),
-        ("lora_runtime.kernels.lora", "import triton\n" + "\n" * 150),
+        ("lora_runtime.kernels.lora", "import triton\ndef f():\n" + "    x = 1\n" * 150),
     ],
     badly_named: [("server.text_utils", ""), ("lora_runtime.common.text", "")],
 }
@@ -466,6 +483,7 @@ def test_a_torch_free_module_may_not_reach_torch_through_another():
     assert complaints(tensors_in_torch_free(modules)) != ""
 
 
-def test_a_docstring_does_not_count_as_length():
+def test_documentation_does_not_count_as_length():
     long = 'def f():\n    """' + "words\n" * 60 + '"""\n    return 1\n'
-    assert Module("server.app", long).functions == [("server.app.f", 2)]
+    module = Module("server.app", "# why\n\n" + long)
+    assert module.functions == [("server.app.f", 2)] and module.num_code_lines == 2

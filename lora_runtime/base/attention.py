@@ -139,7 +139,7 @@ class VarlenAttention:
         return torch.cat([row[:length] for row, length in rows])
 
     def _padded(self, packed: Tensor) -> Tensor:
-        """(T, H, D) → (N, H, longest, D), zeros after each row's end: causal rows never see them."""
+        """(T, H, D) → (N, H, longest, D); causal rows never see the zeros after their end."""
         return pad_sequence(packed.split(self.lengths), batch_first=True).transpose(1, 2)
 
 

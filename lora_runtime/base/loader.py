@@ -111,7 +111,9 @@ def prepare_base(
     _self_check(model, original)
     if config.quantization == "nf4":
         on_progress("quantising to NF4")
-        _quantize(linears.values(), keep_dense=config.dequantized_cache and model.device.type == "cpu")
+        _quantize(
+            linears.values(), keep_dense=config.dequantized_cache and model.device.type == "cpu"
+        )
     on_progress("fingerprinting")
     spec = BaseSpec(
         name=name,
@@ -144,12 +146,14 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {error}", field="device") from error
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {error}", field="device"
+        ) from error
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of a setting; `auto` is bfloat16 where the device multiplies it natively."""
+    """The compute dtype of a setting; `auto` is bfloat16 where it is native."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":

@@ -67,7 +67,9 @@ def _slot_mapping(rows: tuple[ScheduledSequence, ...], block_size: int) -> list[
 def _block_tables(rows: tuple[ScheduledSequence, ...]) -> Tensor:
     tables = [row.sequence.block_table for row in rows]
     longest = max(len(table) for table in tables)
-    return torch.tensor([table + [0] * (longest - len(table)) for table in tables], dtype=torch.int32)
+    return torch.tensor(
+        [table + [0] * (longest - len(table)) for table in tables], dtype=torch.int32
+    )
 
 
 def _spans(rows: tuple[ScheduledSequence, ...], starts: list[int]) -> list[Span]:

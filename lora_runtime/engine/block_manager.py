@@ -25,7 +25,7 @@ class BlockManager:
         return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to hold `num_tokens` tokens; False, and no change, if it cannot."""
+        """Extend the block table to hold `num_tokens` tokens; False if it cannot."""
         missing = self.num_missing(sequence, num_tokens)
         if missing > self.num_free:
             return False

@@ -45,7 +45,7 @@ class Engine:
         return self.scheduler.is_idle
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest, AdapterNotFound or Overloaded; then it is not in."""
+        """Queue a request. Raises InvalidRequest, AdapterNotFound or Overloaded."""
         self._check(request)
         self.scheduler.add(request)
         self._live[request.request_id] = self.scheduler.waiting[-1]
@@ -75,7 +75,7 @@ class Engine:
         self.host.add(form)
 
     def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
-        """Give up one reference. With the last one new requests fail, and `cancel` ends old ones."""
+        """Give up one reference. With the last, new requests fail and `cancel` ends old ones."""
         if not self.host.is_referenced(digest):
             raise AdapterNotFound(f"no adapter with digest {digest[:12]} is loaded")
         is_last = self.host.drop(digest)
@@ -161,7 +161,9 @@ class Engine:
             )
         vocab_size = self.base.spec.vocab_size
         if not all(0 <= token < vocab_size for token in request.prompt_token_ids):
-            raise InvalidRequest(f"token ids must be between 0 and {vocab_size - 1}", field="prompt")
+            raise InvalidRequest(
+                f"token ids must be between 0 and {vocab_size - 1}", field="prompt"
+            )
         for use in request.adapters:
             if not self.host.is_referenced(use.digest):
                 raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")

@@ -25,6 +25,7 @@ from lora_runtime.core import (
     Sequence,
     SequenceStatus,
     StepOutput,
+    TokenLogprob,
 )
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded
@@ -132,7 +133,7 @@ class Scheduler:
     def _acquire_slots(
         self, sequence: Sequence, loads: list[AdapterPlacement]
     ) -> tuple[int, ...] | None:
-        acquired = []
+        acquired: list[int] = []
         for use in sequence.request.adapters:
             got = self._slots.acquire(use.digest)
             if got is None:
@@ -196,7 +197,7 @@ def _terminal(
     token_ids: tuple[int, ...],
     reason: FinishReason,
     error: LoramuxError | None,
-    logprobs: tuple = (),
+    logprobs: tuple[TokenLogprob, ...] = (),
 ) -> StepOutput:
     now, arrival = time.monotonic(), sequence.request.arrival
     scheduled = sequence.first_scheduled or now

@@ -103,7 +103,7 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 
 @cache
-def _function(op: str, dtype: torch.dtype):  # noqa: ANN202
+def _function(op: str, dtype: torch.dtype):
     function = getattr(library(), f"loramux_{op}_{SUFFIXES[dtype]}")
     function.restype = None
     return function

@@ -69,7 +69,7 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """See `lora_runtime.kernels.paged_attention`. Gathers every row's keys, padded to the longest."""
+    """See `lora_runtime.kernels.paged_attention`. Pads every row's keys to the longest."""
     dtype = _accumulator(q.dtype)
     num_heads, num_kv_heads = q.shape[1], keys.shape[1]
     row_keys, row_values = (_gather(cache, meta).to(dtype) for cache in (keys, values))

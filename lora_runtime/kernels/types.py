@@ -18,7 +18,7 @@ class RankPool:
     """Adapter weights of all modules of one shape; an adapter's run is `rank` consecutive rows.
 
     a (P, in), b (P, out): row p holds A[k, :] and B'[:, k] of the run that owns p, with every
-    scaling folded into B'. gains (G, out) and biases (Q, out) float32: one row per run that has one.
+    scaling folded into B'. gains (G, out), biases (Q, out) float32: a row for each run that has one.
     """
 
     a: Tensor
@@ -72,7 +72,9 @@ class StepMeta:
         lengths = torch.tensor([span.num_tokens for span in ordered])
         ends = torch.cumsum(lengths, 0)
         first = torch.tensor([span.first_token for span in ordered])
-        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(first - (ends - lengths), lengths)
+        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(
+            first - (ends - lengths), lengths
+        )
 
         def per_entry(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
             return torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths).to(device)

@@ -5,6 +5,7 @@
 
 constexpr int LANES = 16;  // partial sums of a dot product; columns of an expand block
 constexpr int TOKENS = 4;  // tokens that share each load of an adapter row
+constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
 inline float value(float x) { return x; }
 inline float value(bf16 x) {
@@ -109,15 +110,21 @@ void apply_columns(const Adapters<T>& p, int column, int width) {
 
 template <class T>
 void apply_adapters(const Adapters<T>& p, int num_threads) {
-  std::vector<Block> blocks;
-  for (const Segment& s : *p.segments)
+  static thread_local std::vector<Block> blocks;
+  blocks.clear();
+  long work = p.num_tokens * p.out;
+  for (const Segment& s : *p.segments) {
+    work += long(s.last - s.first) * s.rank * (p.in + p.out);
     for (int first = s.first; first < s.last; first += TOKENS) blocks.push_back({&s, first});
+  }
+  if (work < MIN_PARALLEL_WORK) num_threads = 1;
+  const std::vector<Block>& shared = blocks;  // the caller's, seen by every thread
 #pragma omp parallel num_threads(num_threads)
   {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < blocks.size(); i++)
-      shrink_block(p, *blocks[i].segment, blocks[i].first,
-                   std::min(TOKENS, blocks[i].segment->last - blocks[i].first));
+    for (size_t i = 0; i < shared.size(); i++)
+      shrink_block(p, *shared[i].segment, shared[i].first,
+                   std::min(TOKENS, shared[i].segment->last - shared[i].first));
 #pragma omp for schedule(static)
     for (int column = 0; column < p.out; column += LANES)
       apply_columns(p, column, std::min(LANES, p.out - column));
@@ -177,6 +184,8 @@ void attend(const Attention<T>& p, const int32_t* table, const T* q, T* out, int
 template <class T>
 void paged_attention(const Attention<T>& p, int num_threads) {
   const int group = p.num_heads / p.num_kv_heads;
+  const long work = long(p.num_tokens) * p.num_heads * p.head_dim * p.block_size;
+  if (work < MIN_PARALLEL_WORK) num_threads = 1;
 #pragma omp parallel num_threads(num_threads)
   {
     std::vector<float> scores(p.table_width * p.block_size);

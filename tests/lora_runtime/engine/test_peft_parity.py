@@ -21,7 +21,9 @@ PROMPT_LENGTHS = [5, 33, 12, 70, 3, 9]
 
 def prompts():
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    return [
+        torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS
+    ]
 
 
 def serve_mixed(base, folders, max_tokens):
@@ -46,7 +48,9 @@ def test_float32_logits_and_greedy_tokens_equal_peft(shape, tmp_path):
     folders = four_adapters(twin, tmp_path, fused=shape.startswith("phi3"))
     oracles = [load_in_peft(twin, folder) for folder in folders]
     effects = []
-    for prompt, (owner, trace) in zip(prompts(), serve_mixed(base, folders, NUM_STEPS), strict=True):
+    for prompt, (owner, trace) in zip(
+        prompts(), serve_mixed(base, folders, NUM_STEPS), strict=True
+    ):
         oracle = twin if owner is None else oracles[owner]
         expected = teacher_forced(oracle, prompt, trace.token_ids)
         assert (torch.stack(trace.logits) - expected).abs().max() <= 2e-4

@@ -56,7 +56,9 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
     order = torch.randperm(num_tokens, generator=generator).tolist()
     spans, position = [], 0
     for slot, count in enumerate(counts):
-        spans += [Span(slot=slot, first_token=t, num_tokens=1) for t in order[position:position + count]]
+        spans += [
+            Span(slot=slot, first_token=t, num_tokens=1) for t in order[position : position + count]
+        ]
         position += count
     meta = StepMeta.build(spans)
     x = torch.randn(num_tokens, in_features, generator=generator)
@@ -73,7 +75,9 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
 
 
 def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
-    pool = RankPool(torch.randn(32, 40), torch.randn(32, 24), torch.empty(0, 24), torch.empty(0, 24))
+    pool = RankPool(
+        torch.randn(32, 40), torch.randn(32, 24), torch.empty(0, 24), torch.empty(0, 24)
+    )
     runs = torch.tensor([[[0, 16, -1, -1]], [[16, 9, -1, -1]]], dtype=torch.int32)
     x, base = torch.randn(11, 40), torch.randn(11, 24)
     spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
@@ -97,7 +101,9 @@ def attention_case(num_heads, num_kv_heads, head_dim, dtype):
         for i in range(-(-length // block_size)):
             tables[row, i] = blocks.pop()
         k, v = torch.randn(2, length, num_kv_heads, head_dim, generator=generator).to(dtype)
-        slots = [int(tables[row, p // block_size]) * block_size + p % block_size for p in range(length)]
+        slots = [
+            int(tables[row, p // block_size]) * block_size + p % block_size for p in range(length)
+        ]
         keys[slots], values[slots] = k, v
         dense.append((k, v))
         rows += [row] * chunk[row]

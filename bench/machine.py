@@ -1,0 +1,74 @@
+"""What every result carries: when, on what, with which versions, and this machine's ceilings."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lora_runtime.kernels import BACKEND
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def facts() -> dict[str, object]:
+    """Date, commit, CPU and versions of this run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel_backend": BACKEND,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+
+
+def best_seconds(action: Callable[[], object], repeats: int) -> float:
+    """The fastest of `repeats` runs: ceilings are about the machine, not about its noise."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all threads read from memory, from a sum over 512 MiB."""
+    values = torch.ones(128 << 20)
+    return values.nbytes / best_seconds(values.sum, 5)
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds a second of a large matrix product."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    return 1024**3 / best_seconds(lambda: a @ b, 5)
+
+
+def save(name: str, result: dict[str, object]) -> Path:
+    """Print `result` as one JSON line and keep it under bench/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    stamp = str(result["date"]).replace(":", "").replace("+0000", "Z")
+    path = RESULTS / f"{name}-{stamp}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return path
