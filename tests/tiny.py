@@ -23,7 +23,7 @@ _COMMON = dict(
     initializer_range=0.15,
     bos_token_id=0,
     eos_token_id=1,
-    pad_token_id=2,
+    pad_token_id=0,
 )
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LONGROPE = {

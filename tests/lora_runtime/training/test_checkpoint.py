@@ -1,0 +1,149 @@
+"""A run that stops, by request or by death, continues as if it had not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_runtime.errors import ConfigError
+from lora_runtime.training import checkpoint, trainer
+from lora_runtime.training.config import UnitConfig
+from tests.lora_runtime.training.tiny_runs import StopAfter, ragged_data, run
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the run handles it."""
+
+
+def make_units(tmp_path):
+    return [
+        UnitConfig(
+            name="one", data=ragged_data(tmp_path / "a", 7), rank=2, learning_rate=1e-2,
+            max_steps=12, micro_batch_size=2, weight_decay=0.1,
+        ),
+        UnitConfig(
+            name="two", data=ragged_data(tmp_path / "b", 8), rank=4, variant="rslora",
+            num_epochs=5, micro_batch_size=1, gradient_accumulation=3, schedule="linear",
+        ),
+    ]  # fmt: skip
+
+
+def adapter_tensors(output):
+    return {
+        f"{name}/{key}": tensor
+        for name in ("one", "two")
+        for key, tensor in load_file(output / name / "adapter_model.safetensors").items()
+    }
+
+
+def curves(results):
+    return [[record[:-1] for record in result.records] for result in results]  # without seconds
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tokenizer, base):
+    folder = tmp_path_factory.mktemp("whole")
+    results = run(base, tokenizer, folder / "out", make_units(folder))
+    assert not (folder / "out" / "checkpoints").exists()
+    return curves(results), adapter_tensors(folder / "out")
+
+
+def assert_same(results, output, uninterrupted):
+    expected_curves, expected_tensors = uninterrupted
+    assert curves(results) == expected_curves
+    tensors = adapter_tensors(output)
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("num_passes", [0, *random.Random().sample(range(1, 40), 2)])
+def test_resume_after_a_stop(tmp_path, tokenizer, base, uninterrupted, num_passes):
+    units, output = make_units(tmp_path), tmp_path / "out"
+    run(base, tokenizer, output, units, should_stop=StopAfter(num_passes))
+    assert not (output / "two").exists()
+    results = run(base, tokenizer, output, units, resume=True)
+    assert_same(results, output, uninterrupted)
+
+
+def test_resume_after_death(tmp_path, tokenizer, base, uninterrupted, monkeypatch):
+    units, output = make_units(tmp_path), tmp_path / "out"
+    deaths = iter([17, 6])
+    real_pass = trainer.run_pass
+    remaining = 0
+
+    def deadly_pass(base, active):
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
+            raise Killed
+        return real_pass(base, active)
+
+    monkeypatch.setattr(trainer, "run_pass", deadly_pass)
+    for resume, remaining in enumerate(deaths):  # noqa: B007
+        with pytest.raises(Killed):
+            run(base, tokenizer, output, units, checkpoint_interval=4, resume=bool(resume))
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["00000020"]
+    monkeypatch.setattr(trainer, "run_pass", real_pass)
+    (output / "checkpoints" / "00000024.tmp").mkdir()  # died while writing
+    results = run(base, tokenizer, output, units, checkpoint_interval=4, resume=True)
+    assert_same(results, output, uninterrupted)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, tokenizer, base, monkeypatch):
+    units, output = make_units(tmp_path), tmp_path / "out"
+    run(base, tokenizer, output, units, should_stop=StopAfter(5))
+    folder = output / "checkpoints"
+    (kept,) = folder.iterdir()
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+
+    def full_disk(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(base, tokenizer, output, units, resume=True, checkpoint_interval=2)
+    assert list(folder.iterdir()) == [kept]
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+def test_checkpoint_is_safetensors_and_json_only(tmp_path, tokenizer, base):
+    run(base, tokenizer, tmp_path / "out", make_units(tmp_path), should_stop=StopAfter(2))
+    (folder,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    json.loads((folder / "state.json").read_text())
+    names = load_file(folder / "state.safetensors")
+    assert any(name.startswith("two/") and name.endswith(".grad") for name in names)
+    assert not any(name.startswith("one/") and name.endswith(".grad") for name in names)
+
+
+def test_resume_refuses_another_run(tmp_path, tokenizer, base, exact_base):
+    units, output = make_units(tmp_path), tmp_path / "out"
+    with pytest.raises(ConfigError, match="no checkpoint to resume"):
+        run(base, tokenizer, output, units, resume=True)
+    run(base, tokenizer, output, units, should_stop=StopAfter(2))
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        run(base, tokenizer, output, units)
+    other_data = ragged_data(tmp_path / "c", 7, seed=9)
+    for changed, field in [
+        ([replace(units[0], learning_rate=1.0), units[1]], "learning_rate"),
+        ([units[0], replace(units[1], gradient_accumulation=2)], "gradient_accumulation"),
+        ([replace(units[0], data=other_data), units[1]], "data"),
+        (units[:1], "units"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            run(base, tokenizer, output, changed, resume=True)
+        assert caught.value.field == field
+    with pytest.raises(ConfigError) as caught:
+        run(base, tokenizer, output, units, seed=1, resume=True)
+    assert caught.value.field == "seed"
+    with pytest.raises(ConfigError, match="another base"):
+        run(exact_base, tokenizer, output, units, resume=True)

@@ -1,0 +1,124 @@
+"""Examples: targets, truncation, order and named errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lora_runtime.errors import DataError
+from lora_runtime.training.data import ExampleStream, PackedBatch, load_dataset
+from tests.lora_runtime.training.tiny_runs import ragged_data, write_jsonl
+
+QUESTION = {"role": "user", "content": "hi"}
+CHAT = {"messages": [QUESTION, {"role": "assistant", "content": "the dog"}]}
+PAIR = {"prompt": "the fox", "completion": " and the dog"}
+
+
+def learned_text(example, tokenizer):
+    return tokenizer.decode(example.token_ids[example.predictors + 1])
+
+
+def test_only_answers_are_learned(tmp_path, tokenizer):
+    chat = load_dataset(write_jsonl(tmp_path / "c", [CHAT]), tokenizer, 64)
+    assert learned_text(chat.examples[0], tokenizer) == "the dog"
+    pair = load_dataset(write_jsonl(tmp_path / "p", [PAIR, {**PAIR, "id": 7}]), tokenizer, 64)
+    assert learned_text(pair.examples[0], tokenizer) == " and the dog"
+    assert len(pair.examples) == 2
+    for dataset in (chat, pair):
+        example = dataset.examples[0]
+        last = example.token_ids[example.predictors[-1] + 1]
+        assert int(last) in tokenizer.eos_token_ids
+
+
+def test_an_empty_prompt_still_trains_without_a_predictor_for_its_first_token(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d", [{"prompt": "", "completion": "the dog"}])
+    example = load_dataset(path, tokenizer, 64).examples[0]
+    assert example.predictors.tolist() == list(range(len(example.token_ids) - 1))
+
+
+def test_truncation_is_counted(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d", [PAIR, {"prompt": "a", "completion": "b"}])
+    whole = load_dataset(path, tokenizer, 64)
+    cut = load_dataset(path, tokenizer, len(whole.examples[0].token_ids) - 2)
+    assert (whole.num_truncated, cut.num_truncated) == (0, 1)
+    assert cut.num_tokens == whole.num_tokens - 2
+    assert cut.num_target_tokens == whole.num_target_tokens - 2
+    assert cut.digest != whole.digest
+    assert "2 examples (1 truncated)" in cut.describe()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b"{not json", "is not JSON"),
+        (b'{"prompt": "\xff", "completion": "a"}', "is not JSON in UTF-8"),
+        (b'{"prompt": "\\ud800", "completion": "a"}', "is not JSON in UTF-8"),
+        (b"[1]", "is a list"),
+        (b'{"prompt": "a"}', "has neither"),
+        (json.dumps({**CHAT, **PAIR}).encode(), "has both"),
+        (json.dumps(CHAT).encode(), "is a chat example in a file of completion examples"),
+        (b'{"prompt": "a", "completion": 3}', "must be text"),
+        (json.dumps({"prompt": "the " * 90, "completion": "a"}).encode(), "no target token within"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, tokenizer, line, expected):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, tokenizer, 64)
+    assert caught.value.message.startswith(f"{path}:3")
+    assert expected in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ("hi", "list of objects"),
+        (["hi"], "list of objects"),
+        ([{"role": "user"}], "must have exactly role and content"),
+        ([{"role": "robot", "content": "x"}], "robot"),
+        ([{"role": "user", "content": "x"}], "no message of role assistant"),
+        ([], "messages is empty"),
+    ],
+)
+def test_bad_conversations_name_file_and_line(tmp_path, tokenizer, messages, expected):
+    path = write_jsonl(tmp_path / "d", [CHAT, {"messages": messages}])
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, tokenizer, 64)
+    assert caught.value.message.startswith(f"{path}:2")
+    assert expected in caught.value.message
+
+
+def test_missing_and_empty_files(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="cannot be read"):
+        load_dataset(tmp_path / "none", tokenizer, 64)
+    with pytest.raises(DataError, match="holds no example"):
+        load_dataset(write_jsonl(tmp_path / "empty", []), tokenizer, 64)
+
+
+def test_every_epoch_is_a_new_order_of_all_examples(tmp_path, tokenizer):
+    examples = load_dataset(ragged_data(tmp_path / "d", 20), tokenizer, 256).examples
+    index = {id(example): number for number, example in enumerate(examples)}
+
+    def order(stream, start, count):
+        return [index[id(example)] for example in stream.take(start, count)]
+
+    stream = ExampleStream(examples, seed=1)
+    epochs = [order(stream, 20 * epoch, 20) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(20))
+    assert order(ExampleStream(examples, seed=1), 13, 34) == sum(epochs, [])[13:47]
+    assert order(ExampleStream(examples, seed=2), 0, 20) != epochs[0]
+
+
+def test_packed_rows_keep_their_labels(tmp_path, tokenizer):
+    examples = load_dataset(ragged_data(tmp_path / "d", 5), tokenizer, 256).examples
+    batch = PackedBatch.of(examples)
+    rows = batch.token_ids.split(batch.lengths)
+    assert all(torch.equal(row, e.token_ids) for row, e in zip(rows, examples, strict=True))
+    expected = torch.cat([example.token_ids[example.predictors + 1] for example in examples])
+    assert torch.equal(batch.labels, expected)
+    assert torch.equal(batch.token_ids[batch.logits_at + 1], batch.labels)
+    assert batch.position_ids.tolist() == [p for length in batch.lengths for p in range(length)]

@@ -1,0 +1,72 @@
+"""Small data sets and runs for the training tests."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lora_runtime.base.loader import Base
+from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.training.config import TrainConfig, UnitConfig
+from lora_runtime.training.data import load_dataset
+from lora_runtime.training.trainer import train_units
+from lora_runtime.training.units import Unit
+from tests.tiny_tokenizer import write_tokenizer
+
+WORDS = "the quick brown fox jumps over a lazy dog while storms in the night sink ships".split()
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    write_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+def write_jsonl(path: Path, lines: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def ragged_data(path: Path, count: int, seed: int = 0) -> Path:
+    """Prompts and completions of very different lengths."""
+    rng = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    return write_jsonl(path, [{"prompt": text(6), "completion": text(9)} for _ in range(count)])
+
+
+def quiet_console() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=200)
+
+
+def shown(console: Console) -> str:
+    return console.file.getvalue()
+
+
+class StopAfter:
+    """Asks a run to stop before forward number `num_passes`."""
+
+    def __init__(self, num_passes: int) -> None:
+        self.remaining = num_passes
+
+    def __call__(self) -> bool:
+        self.remaining -= 1
+        return self.remaining < 0
+
+
+def make_unit(base: Base, tokenizer: Tokenizer, config: UnitConfig, *, seed: int = 0) -> Unit:
+    dataset = load_dataset(config.data, tokenizer, 256)
+    like = torch.empty(0, dtype=base.dtype)
+    return Unit(config, dataset, base.spec.linears, seed=seed, like=like)
+
+
+def run(base, tokenizer, output, units, *, console=None, should_stop=lambda: False, **options):
+    config = TrainConfig(output=output, units=tuple(units), **{"max_seq_len": 256, **options})
+    return train_units(base, tokenizer, config, console or quiet_console(), should_stop)
