@@ -5,6 +5,7 @@ All ops here are differentiable. Accumulation is float32, or float64 for float64
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -27,31 +28,26 @@ def apply_adapters(
     for begin, end in pairwise(meta.segment_starts.tolist()):
         tokens = meta.tokens[begin:end].long()
         run = runs[int(meta.slots[begin]), int(meta.replicas[begin])].tolist()
-        delta = _delta(product[tokens], x[tokens], bias, pool, run)
-        if delta is not None:
-            weight = meta.weights[begin:end, None].to(dtype)
-            y = y.index_add(0, tokens, weight * delta)
+        for delta in _deltas(product, x, bias, pool, run, tokens):
+            y = y.index_add(0, tokens, meta.weights[begin:end, None].to(dtype) * delta)
     return y.to(base.dtype)
 
 
-def _delta(
-    product: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, run: list[int]
-) -> Tensor | None:
-    """What one adapter adds to Wx + bias for its tokens, or None where it does nothing."""
+def _deltas(
+    product: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, run: list[int], tokens: Tensor
+) -> Iterator[Tensor]:
+    """What one adapter adds to W x + bias for its tokens: low-rank, gain and bias parts."""
     start, rank, gain_row, bias_row = run
     dtype = product.dtype
-    delta = None
     if rank > 0:
-        shrunk = x.to(dtype) @ pool.a[start : start + rank].to(dtype).T
-        delta = shrunk @ pool.b[start : start + rank].to(dtype)
+        shrunk = x[tokens].to(dtype) @ pool.a[start : start + rank].to(dtype).T
+        yield shrunk @ pool.b[start : start + rank].to(dtype)
     if gain_row >= 0:
-        gained = (pool.gains[gain_row].to(dtype) - 1) * product
-        delta = gained if delta is None else delta + gained
+        yield (pool.gains[gain_row].to(dtype) - 1) * product[tokens]
     if bias_row >= 0:
-        shift = pool.biases[bias_row].to(dtype).expand_as(product)
+        shift = pool.biases[bias_row].to(dtype)
         shift = shift if bias is None else shift - bias.to(dtype)
-        delta = shift if delta is None else delta + shift
-    return delta
+        yield shift.expand(len(tokens), -1)
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import load_base
-from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
+from lora_runtime.config import (
+    AdapterConfig,
+    BaseConfig,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+)
 from lora_runtime.engine.engine import Engine
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.driver import greedy, run, teacher_forced
@@ -23,6 +30,12 @@ QUESTIONS = [
     "How do I boil an egg? " * 12,
     "Hi",
     "Tell me about horses.",
+]
+TEXTS = [
+    "The river runs past the old mill and under a bridge that nobody has crossed for years.",
+    "def area(radius): return 3.14159 * radius ** 2  # the area of a circle, in square metres",
+    "Dear Sir, thank you for your letter of the third of May about the delivery of two pianos.",
+    "1. Heat the oil. 2. Add the onions and stir. 3. Pour in the stock and let it simmer.",
 ]
 OWNERS = [0, None, 1, 2, 3, None]
 
@@ -41,36 +54,43 @@ def chat(base):
     return [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in QUESTIONS]
 
 
-def serve(base, folders, prompts, num_steps):
-    """One mixed batch; the packed bits of every layer must be what they were."""
+def engine_with(base, folders):
     config = EngineConfig(
-        cache=CacheConfig(num_blocks=128), adapters=AdapterConfig(pool_bytes=256 << 20)
+        cache=CacheConfig(num_blocks=128),
+        scheduler=SchedulerConfig(max_num_batched_tokens=1024),
+        adapters=AdapterConfig(pool_bytes=256 << 20),
     )
     engine = Engine(base, config)
     forms = [load_adapter(folder, base.spec) for folder in folders]
     for form in forms:
         engine.add_adapter(form)
+    return engine, [form.digest for form in forms]
+
+
+def serve(base, folders, rows, num_steps):
+    """One mixed batch of (prompt, adapter index or None) rows; the packed bits must not change."""
+    engine, digests = engine_with(base, folders)
     packed = [base.model.get_submodule(path).linear.packed.clone() for path in base.spec.linears]
     requests = [
-        greedy(str(i), prompt, None if owner is None else forms[owner].digest, num_steps)
-        for i, (prompt, owner) in enumerate(zip(prompts, OWNERS, strict=True))
+        greedy(str(i), prompt, None if owner is None else digests[owner], num_steps)
+        for i, (prompt, owner) in enumerate(rows)
     ]
     traces = run(engine, requests)
     for path, before in zip(base.spec.linears, packed, strict=True):
         assert torch.equal(base.model.get_submodule(path).linear.packed, before)
-    return [traces[str(i)] for i in range(len(OWNERS))]
+    return [traces[str(i)] for i in range(len(rows))]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
     base = load_base(BaseConfig(dtype="float32", device="cpu"))
-    return four_adapters(dense(base, torch.float32), tmp_path_factory.mktemp("smollm2"), scale=2.0)
+    return four_adapters(dense(base, torch.float32), tmp_path_factory.mktemp("smollm2"), scale=1.0)
 
 
 def test_float32_logits_and_greedy_tokens_equal_peft(folders):
     base = load_base(BaseConfig(dtype="float32", device="cpu"))
     prompts, model = chat(base), dense(base, torch.float32)
-    traces = serve(base, folders, prompts, 64)
+    traces = serve(base, folders, list(zip(prompts, OWNERS, strict=True)), 64)
     for index, owner in enumerate(OWNERS):
         trace = traces[index]
         oracle = model if owner is None else load_in_peft(model, folders[owner])
@@ -82,20 +102,51 @@ def test_float32_logits_and_greedy_tokens_equal_peft(folders):
             assert (expected - unadapted).abs().max() >= 1.0
 
 
+def logits_everywhere(engine, requests):
+    """Logits at every prompt position of each request, all prompts in one mixed step."""
+    runner, captured = engine.runner, []
+
+    def forward(batch):
+        everywhere = replace(batch, logits_at=torch.arange(len(batch.token_ids)))
+        captured.append(type(runner).forward(runner, everywhere))
+        return captured[0][batch.logits_at]
+
+    runner.forward = forward
+    for request in requests:
+        engine.add_request(request)
+    engine.step()
+    assert engine.is_idle
+    return captured[0].split([len(request.prompt_token_ids) for request in requests])
+
+
+@torch.no_grad()
 def test_bfloat16_error_is_within_a_quarter_of_pefts(folders, capsys):
+    """At every position of four texts, under every adapter and the base, all in one batch."""
     base = load_base(BaseConfig(dtype="bfloat16", device="cpu"))
-    prompts, exact_model = chat(base), dense(base, torch.float64)
-    model = dense(base, torch.bfloat16)
-    traces = serve(base, folders, prompts, 8)
-    for index, owner in enumerate(OWNERS):
-        token_ids = traces[index].token_ids
-        oracles = [
-            m if owner is None else load_in_peft(m, folders[owner]) for m in (exact_model, model)
+    tokenizer = Tokenizer.load(base.folder)
+    engine, digests = engine_with(base, folders)
+    owners = (None, 0, 1, 2, 3)
+    rows = [(tokenizer.encode(text), owner) for owner in owners for text in TEXTS]
+    requests = [
+        greedy(str(i), prompt, None if owner is None else digests[owner], 1)
+        for i, (prompt, owner) in enumerate(rows)
+    ]
+    served = logits_everywhere(engine, requests)
+    models = dense(base, torch.float64), dense(base, torch.bfloat16)
+    for owner in owners:
+        exact_model, peft_model = (
+            m if owner is None else load_in_peft(m, folders[owner]) for m in models
+        )
+        mine = [
+            (torch.tensor([p]), z) for (p, o), z in zip(rows, served, strict=True) if o == owner
         ]
-        exact = teacher_forced(oracles[0].double(), prompts[index], token_ids)
-        theirs = teacher_forced(oracles[1], prompts[index], token_ids)
-        ours = torch.stack(traces[index].logits)
-        our_rms, peft_rms = ((x.double() - exact).pow(2).mean().sqrt() for x in (ours, theirs))
+        exact = torch.cat([exact_model.double()(ids).logits[0] for ids, _ in mine])
+        theirs = rms(torch.cat([peft_model(ids).logits[0] for ids, _ in mine]) - exact)
+        ours = rms(torch.cat([logits for _, logits in mine]) - exact)
         with capsys.disabled():
-            print(f"\nSmolLM2 row {index}: bfloat16 error {our_rms:.4f}, peft's {peft_rms:.4f}")
-        assert our_rms <= 1.25 * peft_rms
+            print(f"\nSmolLM2, adapter {owner}: bfloat16 error {ours:.4f}, peft's {theirs:.4f}")
+        assert ours <= 1.25 * theirs
+
+
+def rms(error):
+    return float(error.double().pow(2).mean().sqrt())
