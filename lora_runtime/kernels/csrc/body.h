@@ -3,9 +3,14 @@
 // A value never depends on the block it was computed in: every sum runs over one token's own
 // elements in one fixed order, so a row's result is bit-equal whatever rows stand beside it.
 
-constexpr int LANES = 16;  // partial sums of a dot product; columns of an expand block
-constexpr int TOKENS = 4;  // tokens that share each load of an adapter row
+constexpr int LANES = VECTOR_BYTES / 4;  // floats of a vector
+constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipliers busy
+constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t bits32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t bits16 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 inline float value(float x) { return x; }
 inline float value(bf16 x) {
@@ -20,79 +25,111 @@ inline void store(bf16* to, float x) {  // round to nearest even, keep NaN
   std::memcpy(&bits, &x, 4);
   to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline vec load(const float* from) {
+  vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline vec load(const bf16* from) {
+  bits16 narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  const bits32 wide = __builtin_convertvector(narrow, bits32) << 16;
+  vec v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+template <class T>
+inline vec load_part(const T* from, int width) {
+  vec v = {};
+  for (int i = 0; i < width; i++) v[i] = value(from[i]);
+  return v;
+}
+inline float sum(vec v) {
+  float parts[LANES];
+  std::memcpy(parts, &v, sizeof v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
+}
 
 // out[j] = row · xs[j] for N vectors of length n.
-template <class W, class T, int N>
+template <int N, class W, class T>
 inline void dots(const W* row, const T* const* xs, int n, float* out) {
-  float sums[N][LANES] = {};
+  vec even[N] = {}, odd[N] = {};
   int i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < N; j++)
-      for (int lane = 0; lane < LANES; lane++)
-        sums[j][lane] += value(row[i + lane]) * value(xs[j][i + lane]);
+  for (; i + WIDE <= n; i += WIDE) {
+    const vec first = load(row + i), second = load(row + i + LANES);
+    for (int j = 0; j < N; j++) even[j] += first * load(xs[j] + i);
+    for (int j = 0; j < N; j++) odd[j] += second * load(xs[j] + i + LANES);
+  }
+  for (; i < n; i += LANES) {
+    const int width = std::min(LANES, n - i);
+    const vec first = load_part(row + i, width);
+    for (int j = 0; j < N; j++) even[j] += first * load_part(xs[j] + i, width);
+  }
+  for (int j = 0; j < N; j++) out[j] = sum(even[j] + odd[j]);
+}
+
+// sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and `width` ≤ WIDE.
+template <int N, class Row>
+inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[WIDE]) {
+  vec left[N] = {}, right[N] = {};
+  if (width == WIDE)
+    for (int k = 0; k < count; k++) {
+      const vec first = load(row(k)), second = load(row(k) + LANES);
+      for (int j = 0; j < N; j++) left[j] += scales[j][k] * first;
+      for (int j = 0; j < N; j++) right[j] += scales[j][k] * second;
+    }
+  else
+    for (int k = 0; k < count; k++) {
+      const vec first = load_part(row(k), std::min(width, LANES));
+      const vec second = load_part(row(k) + LANES, width - LANES);
+      for (int j = 0; j < N; j++) left[j] += scales[j][k] * first;
+      for (int j = 0; j < N; j++) right[j] += scales[j][k] * second;
+    }
   for (int j = 0; j < N; j++) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += sums[j][lane];
-    for (int k = i; k < n; k++) sum += value(row[k]) * value(xs[j][k]);
-    out[j] = sum;
+    std::memcpy(sums[j], &left[j], sizeof(vec));
+    std::memcpy(sums[j] + LANES, &right[j], sizeof(vec));
   }
 }
 
-// ys[j][c] += Σ_k hidden[j][k] · rows[k][c] for N tokens and `width` ≤ LANES columns.
-template <int N>
-inline void expand(float* const* ys, const float* const* hidden, const float* rows, int rank,
-                   long stride, int width) {
-  float sums[N][LANES] = {};
-  if (width == LANES) {
-    for (int k = 0; k < rank; k++)
-      for (int j = 0; j < N; j++)
-        for (int c = 0; c < LANES; c++) sums[j][c] += hidden[j][k] * rows[k * stride + c];
-  } else {
-    for (int k = 0; k < rank; k++)
-      for (int j = 0; j < N; j++)
-        for (int c = 0; c < width; c++) sums[j][c] += hidden[j][k] * rows[k * stride + c];
-  }
-  for (int j = 0; j < N; j++)
-    for (int c = 0; c < width; c++) ys[j][c] += sums[j][c];
-}
-
-template <class T>
-void shrink_block(const Adapters<T>& p, const Segment& s, int first, int count) {
-  const T* xs[TOKENS];
-  for (int j = 0; j < count; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
+template <int N, class T>
+void shrink_block(const Adapters<T>& p, const Segment& s, int first) {
+  const T* xs[N];
+  for (int j = 0; j < N; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
   for (int k = 0; k < s.rank; k++) {
-    const float* row = p.a + long(s.start + k) * p.in;
-    float out[TOKENS];
-    if (count == TOKENS) dots<float, T, TOKENS>(row, xs, p.in, out);
-    else for (int j = 0; j < count; j++) dots<float, T, 1>(row, xs + j, p.in, out + j);
-    for (int j = 0; j < count; j++)
+    float out[N];
+    dots<N>(p.a + long(s.start + k) * p.in, xs, p.in, out);
+    for (int j = 0; j < N; j++)
       p.hidden[s.hidden + long(first + j - s.first) * s.rank + k] = p.weights[first + j] * out[j];
   }
 }
 
+// (g − 1) · base + (b − bias) of one column.
 template <class T>
-void expand_block(const Adapters<T>& p, const Segment& s, int first, int count, int column, int width) {
-  float* ys[TOKENS];
-  const float* hidden[TOKENS];
-  for (int j = 0; j < count; j++) {
-    ys[j] = p.sums + long(p.tokens[first + j]) * p.out + column;
-    hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  }
+inline float shift(const Adapters<T>& p, const Segment& s, long token, int column) {
+  float total = 0;
+  if (s.gain >= 0)
+    total += (p.gains[long(s.gain) * p.out + column] - 1) * value(p.base[token * p.out + column]);
+  if (s.bias >= 0)
+    total += p.biases[long(s.bias) * p.out + column] - (p.bias ? value(p.bias[column]) : 0.f);
+  return total;
+}
+
+template <int N, class T>
+void expand_block(const Adapters<T>& p, const Segment& s, int first, int column, int width) {
+  const float* hidden[N];
+  float sums[N][WIDE];
+  for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
   const float* rows = p.b + long(s.start) * p.out + column;
-  if (count == TOKENS) expand<TOKENS>(ys, hidden, rows, s.rank, p.out, width);
-  else for (int j = 0; j < count; j++) expand<1>(ys + j, hidden + j, rows, s.rank, p.out, width);
-  for (int j = 0; j < count; j++)
-    for (int c = 0; c < width; c++) {
-      float shift = 0;
-      const long token = p.tokens[first + j];
-      if (s.gain >= 0)
-        shift += (p.gains[long(s.gain) * p.out + column + c] - 1) * value(p.base[token * p.out + column + c]);
-      if (s.bias >= 0) {
-        shift += p.biases[long(s.bias) * p.out + column + c];
-        if (p.bias) shift -= value(p.bias[column + c]);
-      }
-      if (s.gain >= 0 || s.bias >= 0) ys[j][c] += p.weights[first + j] * shift;
-    }
+  combine<N>(hidden, s.rank, width, [&](int k) { return rows + long(k) * p.out; }, sums);
+  for (int j = 0; j < N; j++) {
+    const long token = p.tokens[first + j];
+    float* y = p.sums + token * p.out + column;
+    for (int c = 0; c < width; c++) y[c] += sums[j][c];
+    if (s.gain >= 0 || s.bias >= 0)
+      for (int c = 0; c < width; c++) y[c] += p.weights[first + j] * shift(p, s, token, column + c);
+  }
 }
 
 template <class T>
@@ -100,9 +137,11 @@ void apply_columns(const Adapters<T>& p, int column, int width) {
   for (long t = 0; t < p.num_tokens; t++)
     for (int c = column; c < column + width; c++)
       p.sums[t * p.out + c] = value(p.base[t * p.out + c]) + (p.bias ? value(p.bias[c]) : 0.f);
-  for (const Segment& s : *p.segments)
-    for (int first = s.first; first < s.last; first += TOKENS)
-      expand_block(p, s, first, std::min(TOKENS, s.last - first), column, width);
+  for (const Segment& s : *p.segments) {
+    int first = s.first;
+    for (; first + TOKENS <= s.last; first += TOKENS) expand_block<TOKENS>(p, s, first, column, width);
+    for (; first < s.last; first++) expand_block<1>(p, s, first, column, width);
+  }
   if (reinterpret_cast<void*>(p.y) != reinterpret_cast<void*>(p.sums))
     for (long t = 0; t < p.num_tokens; t++)
       for (int c = column; c < column + width; c++) store(p.y + t * p.out + c, p.sums[t * p.out + c]);
@@ -110,24 +149,27 @@ void apply_columns(const Adapters<T>& p, int column, int width) {
 
 template <class T>
 void apply_adapters(const Adapters<T>& p, int num_threads) {
-  static thread_local std::vector<Block> blocks;
-  blocks.clear();
+  static thread_local std::vector<Block> own;
+  own.clear();
   long work = p.num_tokens * p.out;
   for (const Segment& s : *p.segments) {
     work += long(s.last - s.first) * s.rank * (p.in + p.out);
-    for (int first = s.first; first < s.last; first += TOKENS) blocks.push_back({&s, first});
+    for (int first = s.first; first < s.last; first += TOKENS) own.push_back({&s, first});
   }
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
-  const std::vector<Block>& shared = blocks;  // the caller's, seen by every thread
+  const std::vector<Block>& blocks = own;  // the caller's, seen by every thread
 #pragma omp parallel num_threads(num_threads)
   {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < shared.size(); i++)
-      shrink_block(p, *shared[i].segment, shared[i].first,
-                   std::min(TOKENS, shared[i].segment->last - shared[i].first));
+    for (size_t i = 0; i < blocks.size(); i++) {
+      const Segment& s = *blocks[i].segment;
+      int first = blocks[i].first;
+      if (first + TOKENS <= s.last) shrink_block<TOKENS>(p, s, first);
+      else for (; first < s.last; first++) shrink_block<1>(p, s, first);
+    }
 #pragma omp for schedule(static)
-    for (int column = 0; column < p.out; column += LANES)
-      apply_columns(p, column, std::min(LANES, p.out - column));
+    for (int column = 0; column < p.out; column += WIDE)
+      apply_columns(p, column, std::min(WIDE, p.out - column));
   }
 }
 
@@ -149,54 +191,70 @@ inline float exp_negative(float x) {
   return x >= -87.f ? e : x != x ? x : 0.f;
 }
 
-// One query head of one token over the cached positions [begin, end) of its row.
+// scores[0:count] → unnormalised softmax weights; returns their sum. NaN or ∞ gives NaN.
 template <class T>
-void attend(const Attention<T>& p, const int32_t* table, const T* q, T* out, int head, int begin,
-            int end, float* scores) {
-  const long stride = long(p.num_kv_heads) * p.head_dim;
-  auto slot = [&](int j) {
-    return (long(table[j / p.block_size]) * p.block_size + j % p.block_size) * stride + head * p.head_dim;
-  };
-  float largest = -INFINITY;
-  for (int j = begin; j < end; j++) {
-    float score;
-    dots<T, T, 1>(p.keys + slot(j), &q, p.head_dim, &score);
-    score *= p.scale;
-    if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
-    scores[j - begin] = score;
-    largest = !(score <= largest) ? score : largest;  // a NaN score stays
+inline float soften(const Attention<T>& p, float* scores, int count) {
+  float largest = -INFINITY, total = 0;
+  if (p.softcap > 0)
+    for (int i = 0; i < count; i++) scores[i] = p.softcap * std::tanh(scores[i] / p.softcap);
+  for (int i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
+  for (int i = 0; i < count; i++) scores[i] = exp_negative(scores[i] - largest);
+  for (int i = 0; i < count; i++) total += scores[i];
+  return total;
+}
+
+// N query heads of one token that share a key-value head, over `count` cached positions.
+template <int N, class T>
+void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int count, float* buffer) {
+  const T* queries[N];
+  float* scores[N];
+  float totals[N];
+  for (int j = 0; j < N; j++) queries[j] = q + long(j) * p.head_dim;
+  for (int j = 0; j < N; j++) scores[j] = buffer + long(j) * count;
+  for (int i = 0; i < count; i++) {
+    float found[N];
+    dots<N>(p.keys + slots[i], queries, p.head_dim, found);
+    for (int j = 0; j < N; j++) scores[j][i] = found[j] * p.scale;
   }
-  float total = 0;
-  for (int j = 0; j < end - begin; j++) scores[j] = exp_negative(scores[j] - largest);
-  for (int j = 0; j < end - begin; j++) total += scores[j];
-  for (int d = 0; d < p.head_dim; d += LANES) {
-    const int width = std::min(LANES, p.head_dim - d);
-    float sums[LANES] = {};
-    for (int j = begin; j < end; j++) {
-      const T* v = p.values + slot(j) + d;
-      if (width == LANES) for (int c = 0; c < LANES; c++) sums[c] += scores[j - begin] * value(v[c]);
-      else for (int c = 0; c < width; c++) sums[c] += scores[j - begin] * value(v[c]);
-    }
-    for (int c = 0; c < width; c++) store(out + d + c, sums[c] / total);
+  for (int j = 0; j < N; j++) totals[j] = soften(p, scores[j], count);
+  for (int d = 0; d < p.head_dim; d += WIDE) {
+    const int width = std::min(WIDE, p.head_dim - d);
+    float sums[N][WIDE];
+    combine<N>(scores, count, width, [&](int i) { return p.values + slots[i] + d; }, sums);
+    for (int j = 0; j < N; j++)
+      for (int c = 0; c < width; c++) store(out + long(j) * p.head_dim + d + c, sums[j][c] / totals[j]);
   }
 }
 
 template <class T>
-void paged_attention(const Attention<T>& p, int num_threads) {
+void attend_token(const Attention<T>& p, int token, int kv_head, long* slots, float* buffer) {
+  const int end = p.positions[token] + 1, begin = p.window > 0 ? std::max(0, end - p.window) : 0;
+  const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
+  for (int i = begin; i < end; i++) {
+    const long slot = long(table[i / p.block_size]) * p.block_size + i % p.block_size;
+    slots[i - begin] = (slot * p.num_kv_heads + kv_head) * p.head_dim;
+  }
   const int group = p.num_heads / p.num_kv_heads;
+  const long at = (long(token) * p.num_heads + kv_head * group) * p.head_dim;
+  int head = 0;
+  for (; head + TOKENS <= group; head += TOKENS)
+    attend<TOKENS>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
+  for (; head + 3 <= group; head += 3)
+    attend<3>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
+  for (; head < group; head++)
+    attend<1>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
+}
+
+template <class T>
+void paged_attention(const Attention<T>& p, int num_threads) {
   const long work = long(p.num_tokens) * p.num_heads * p.head_dim * p.block_size;
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> scores(p.table_width * p.block_size);
+    std::vector<long> slots(long(p.table_width) * p.block_size);
+    std::vector<float> buffer(TOKENS * slots.size());
 #pragma omp for schedule(dynamic, 4)
-    for (int task = 0; task < p.num_tokens * p.num_heads; task++) {
-      const int token = task / p.num_heads, head = task % p.num_heads;
-      const int end = p.positions[token] + 1;
-      const int begin = p.window > 0 ? std::max(0, end - p.window) : 0;
-      const long at = (long(token) * p.num_heads + head) * p.head_dim;
-      attend(p, p.tables + long(p.rows[token]) * p.table_width, p.q + at, p.out + at, head / group,
-             begin, end, scores.data());
-    }
+    for (int task = 0; task < p.num_tokens * p.num_kv_heads; task++)
+      attend_token(p, task / p.num_kv_heads, task % p.num_kv_heads, slots.data(), buffer.data());
   }
 }

@@ -36,6 +36,7 @@ struct Attention {
   float scale, softcap;
 };
 
+#define VECTOR_BYTES 32
 namespace baseline {
 #include "body.h"
 }
@@ -49,6 +50,8 @@ namespace avx2 {
 }
 #pragma GCC pop_options
 #pragma GCC push_options
+#undef VECTOR_BYTES
+#define VECTOR_BYTES 64
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 #include "body.h"
