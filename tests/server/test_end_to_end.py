@@ -1,0 +1,231 @@
+"""Nothing faked: a tiny NF4 base, adapters of the real peft, the engine, gRPC over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
+from lora_runtime.config import SchedulerConfig as Limits
+from lora_runtime.engine.loop import start_engine
+from lora_runtime.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterSourceRefused,
+    AdapterTooLarge,
+    BaseMismatch,
+    InvalidRequest,
+)
+from lora_runtime.text.tokenizer import Tokenizer
+from server.client import AsyncClient
+from server.grpc_server import start_grpc
+from server.registry import Registry
+from server.service import Service
+from server.sources import Sources
+from tests.peft_adapters import write_adapter
+from tests.server.world import RecordingObserver
+from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny_tokenizer import write_tokenizer
+
+NUM_ADAPTERS = 8
+NUM_STREAMS = 200
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+CONFIG = EngineConfig(
+    cache=CacheConfig(num_blocks=600),
+    scheduler=Limits(max_num_seqs=48, max_num_batched_tokens=256),
+    adapters=AdapterConfig(pool_bytes=1 << 20, max_slots=6),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base/ and adapters/a0 … a7, ranks 2 to 9."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    write_tokenizer(tiny_checkpoint(folder / "base"))
+    model = tiny_model("llama")
+    for index in range(NUM_ADAPTERS):
+        write_adapter(model, folder / "adapters" / f"a{index}", seed=index, r=2 + index)
+    return folder
+
+
+@asynccontextmanager
+async def running(folder):
+    """A server over `folder` and a client of it; the engine must end with everything freed."""
+    base = BaseConfig(model=str(folder / "base"), dtype="float32", device="cpu")
+    config = EngineConfig(
+        base=base, cache=CONFIG.cache, scheduler=CONFIG.scheduler, adapters=CONFIG.adapters
+    )
+    engine = await asyncio.to_thread(start_engine, config)
+    observer = RecordingObserver()
+    registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    service = Service(
+        engine=engine,
+        tokenizer=Tokenizer.load(folder / "base"),
+        registry=registry,
+        sources=Sources([folder / "adapters"]),
+        observer=observer,
+        base_name="tiny",
+    )
+    server = await start_grpc(service, "127.0.0.1:0")
+    try:
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            yield client, engine
+        stats = engine.stats()
+        assert stats.is_alive and stats.num_running == stats.num_waiting == 0
+        assert stats.kv_blocks_used == 0
+    finally:
+        await server.stop(1.0)
+        await engine.close(drain_s=5)
+        await registry.close()
+
+
+async def collect(client, index: int, adapter: str | None) -> tuple[int, ...]:
+    """One stream's tokens; it must end with exactly one terminal message, the last."""
+    events = [
+        event async for event in client.generate(f"number {index}", adapter=adapter, **GREEDY)
+    ]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds.count("finished") == 1 and kinds[-1] == "finished" and kinds[0] == "started"
+    return tuple(token for event in events for token in event.delta.token_ids)
+
+
+async def test_200_streams_over_8_adapters_while_others_come_and_go(folder) -> None:
+    names = [None, *(f"a{index}" for index in range(NUM_ADAPTERS))]
+    async with running(folder) as (client, engine):
+        for name in names[1:]:
+            await client.load_adapter(name, name)
+        alone = {name: await collect(client, 7, name) for name in names}
+        assert len(set(alone.values())) == len(names), "every adapter must act"
+
+        async def churn() -> int:
+            for count in range(6):
+                await client.load_adapter("guest", "a3")
+                await collect(client, 7, "guest")
+                await client.unload_adapter("guest", wait=count % 2 == 0)
+                with pytest.raises(AdapterNotFound):
+                    await collect(client, 7, "guest")
+            return count
+
+        jobs = [collect(client, 7, names[i % len(names)]) for i in range(NUM_STREAMS)]
+        *streams, _ = await asyncio.gather(*jobs, churn())
+        for index, tokens in enumerate(streams):
+            assert tokens == alone[names[index % len(names)]]
+        in_flight = asyncio.create_task(collect(client, 7, "a5"))
+        await asyncio.sleep(0.02)
+        await client.unload_adapter("a5")
+        with pytest.raises(AdapterNotFound):
+            await collect(client, 7, "a5")
+        assert await in_flight == alone["a5"]
+
+
+async def test_leaving_a_stream_frees_its_row(folder) -> None:
+    async with running(folder) as (client, engine):
+        stream = client.generate("endless", temperature=0.0, max_tokens=400, ignore_eos=True)
+        async for event in stream:
+            if event.delta.token_ids:
+                stream.cancel()
+                break
+        for _ in range(100):
+            if not engine.stats().num_running:
+                break
+            await asyncio.sleep(0.02)
+        assert engine.stats().num_running == 0 and engine.stats().kv_blocks_used == 0
+
+
+BAD_REQUESTS = {
+    "unknown adapter": (dict(text="x", adapter="nobody"), AdapterNotFound, None),
+    "empty adapter name": (dict(text="x", adapter=""), InvalidRequest, "adapters[0].name"),
+    "prompt too long": (dict(token_ids=[5] * 600), InvalidRequest, "token_ids"),
+    "empty prompt": (dict(text=""), InvalidRequest, "text"),
+    "temperature < 0": (dict(text="x", temperature=-1.0), InvalidRequest, "sampling.temperature"),
+    "max_tokens 0": (dict(text="x", max_tokens=0), InvalidRequest, "sampling.max_tokens"),
+    "max_tokens too large": (
+        dict(text="x", max_tokens=9999),
+        InvalidRequest,
+        "sampling.max_tokens",
+    ),
+    "token id outside": (dict(token_ids=[9999]), InvalidRequest, "token_ids"),
+}
+
+
+def edit_config(folder, old: str, new: str) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def edit_tensors(folder, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(folder) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_pickle(folder) -> None:
+    torch.save({}, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def other_base(folder) -> None:
+    path = folder / "adapter_model.safetensors"
+    metadata = {"format": "pt", "loramux.base_fingerprint": "0" * 64}
+    save_file(load_file(path), path, metadata=metadata)
+
+
+def link_out(folder) -> None:
+    shutil.move(folder, folder.parents[1] / "outside")
+    folder.symlink_to(folder.parents[1] / "outside")
+
+
+def enlarge(folder) -> None:
+    shutil.rmtree(folder)
+    write_adapter(tiny_model("llama"), folder, seed=1, r=200)
+
+
+BAD_ADAPTERS = {
+    "folder missing": (shutil.rmtree, AdapterSourceRefused),
+    "truncated safetensors": (truncate, AdapterRefused),
+    "wrong shapes": (lambda f: edit_tensors(f, lambda t: t[:, :-1].contiguous()), AdapterRefused),
+    "non-finite weights": (lambda f: edit_tensors(f, lambda t: t.fill_(torch.nan)), AdapterRefused),
+    "wrong base": (other_base, BaseMismatch),
+    "unknown config key": (lambda f: edit_config(f, "{", '{"frobnicate": 3,'), AdapterRefused),
+    "a pickle file": (only_pickle, AdapterRefused),
+    "a symlink out": (link_out, AdapterSourceRefused),
+    "larger than the pool": (enlarge, AdapterTooLarge),
+}
+
+
+async def test_bad_input_is_typed_and_disturbs_nothing_else(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    async with running(tmp_path) as (client, engine):
+        await client.load_adapter("good", "a0")
+        expected = await collect(client, 7, "good")
+        bystander = asyncio.create_task(collect(client, 7, "good"))
+        for name, (arguments, error, field) in BAD_REQUESTS.items():
+            with pytest.raises(error) as caught:
+                await client.generate(**{"max_tokens": 4, **arguments}).text()
+            assert field is None or caught.value.field == field, name
+        for name, (spoil, error) in BAD_ADAPTERS.items():
+            source = tmp_path / "adapters" / "bad"
+            shutil.copytree(tmp_path / "adapters" / "a1", source, dirs_exist_ok=True)
+            spoil(source)
+            with pytest.raises(error) as caught:
+                await client.load_adapter("bad", "bad")
+            assert str(tmp_path) not in caught.value.message, name
+            with pytest.raises(AdapterNotFound):
+                await collect(client, 7, "bad")
+            source.unlink() if source.is_symlink() else shutil.rmtree(source, ignore_errors=True)
+        with pytest.raises(AdapterSourceRefused):
+            await client.load_adapter("escape", "../base")
+        assert await bystander == expected == await collect(client, 7, "good")
+        assert engine.stats().resident_adapters and len(engine.stats().resident_adapters) == 1
