@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -36,19 +38,12 @@ ROOT = HERE.parents[1]
 OUTPUT = ROOT / "demo-output"
 BASE = "smollm2-135m"
 COLUMNS = (BASE, "pirate", "telegram")
-QUESTIONS = (
-    "What is the capital of France?",
-    "How do I make a cup of tea?",
-    "Tell me about horses.",
-)
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Tell me about horses.")
 GREEDY = {"max_tokens": 48, "temperature": 0.0}
 STYLE = {"pirate": r"\b(Arr|matey|ye|yer)\b", "telegram": r"\bSTOP\b"}
 """Adapter → what its answers hold and the base's do not."""
 LORAMUX = [sys.executable, "-c", "from server.cli import main; main()"]
-STOP_TIMEOUT_S = 60
-
-Answers = dict[str, dict[str, str]]
-"""Question → column → text so far."""
+Answers = dict[str, dict[str, str]]  # question → column → text so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +97,8 @@ class Demo:
         shutil.rmtree(OUTPUT, ignore_errors=True)
         OUTPUT.mkdir()
         for name in STYLE:
-            question, answer = json.loads((HERE / f"{name}.jsonl").open().readline())["messages"]
+            first = (HERE / f"{name}.jsonl").read_text().splitlines()[0]
+            question, answer = json.loads(first)["messages"]
             self.say(f"[bold]{name}[/] learns: {question['content']} → {answer['content']}")
         self.say("$ loramux train deploy/demo/train.yaml")
         subprocess.run([*LORAMUX, "train", str(HERE / "train.yaml")], cwd=ROOT, check=True)
@@ -129,8 +125,7 @@ class Demo:
         running = client.generate("Once upon a time", **GREEDY)
         for name in STYLE:
             adapter = client.load_adapter(name, str(OUTPUT / "adapters" / name)).adapter
-            size = f"{adapter.num_parameters:,} parameters, {adapter.num_bytes / 1e6:.1f} MB"
-            self.say(f"[bold]{name}[/] is loaded: {size}")
+            self.say(f"[bold]{name}[/] is loaded: {adapter.num_bytes / 1e6:.1f} MB")
         text = running.text()
         require(len(text) > 0, "the base's stream ended without text")
         self.say(f"the base meanwhile: Once upon a time{escape(text[:60])} …")
@@ -150,9 +145,8 @@ class Demo:
 
     def show_blocks(self, answers: Answers) -> None:
         for question, columns in answers.items():
-            self.say(f"\n[bold]{question}")
-            for column, text in columns.items():
-                self.say(f"  {column}: {escape(text.strip())}")
+            lines = [f"  {column}: {escape(text.strip())}" for column, text in columns.items()]
+            self.say("\n".join([f"\n[bold]{question}[/]", *lines]))
 
     def show_metrics(self, before: dict[str, float], after: dict[str, float], s: float) -> None:
         def grown(prefix: str) -> float:
@@ -167,14 +161,11 @@ class Demo:
 
     def unload_one(self, client: Client) -> None:
         self.heading("Unload telegram while the others answer")
-        question = as_user(QUESTIONS[0])
-        running = {
-            BASE: client.generate(messages=question, **GREEDY),
-            "pirate": client.generate(messages=question, adapter="pirate", **GREEDY),
-        }
+        ask = partial(client.generate, messages=as_user(QUESTIONS[0]), **GREEDY)
+        running = {BASE: ask(), "pirate": ask(adapter="pirate")}
         client.unload_adapter("telegram")
         try:
-            client.generate(messages=question, adapter="telegram").text()
+            ask(adapter="telegram").text()
         except AdapterNotFound as error:
             self.say(f"telegram: [red]{type(error).__name__}[/] ({escape(error.message)})")
         else:
@@ -187,16 +178,15 @@ class Demo:
     def stop(self, server: Server) -> None:
         self.heading("SIGTERM: drain and stop")
         server.process.send_signal(signal.SIGTERM)
-        code = server.process.wait(timeout=STOP_TIMEOUT_S)
+        code = server.process.wait(timeout=60)
         require(code == 0, f"the server ended with exit code {code}; see demo-output/server.log")
         self.say(f"exit code {code}. Adapters and training report: demo-output/adapters")
 
 
 async def ask_all(address: str, answers: Answers) -> None:
-    async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
-        for question, columns in answers.items():
-            for column in columns:
-                group.create_task(follow(client, question, column, columns))
+    async with AsyncClient(address) as client:
+        rows = answers.items()
+        await asyncio.gather(*(follow(client, q, name, row) for q, row in rows for name in row))
 
 
 async def follow(client: AsyncClient, question: str, column: str, texts: dict[str, str]) -> None:
@@ -210,9 +200,9 @@ def as_user(question: str) -> list[dict[str, str]]:
 
 
 def as_table(answers: Answers) -> Table:
-    table = Table(*COLUMNS, title="greedy, at most 48 tokens", show_lines=True, expand=True)
-    for columns in answers.values():
-        table.add_row(*(Text(text) for text in columns.values()))
+    table = Table("question", *COLUMNS, show_lines=True, expand=True)
+    for question, columns in answers.items():
+        table.add_row(question, *(Text(text) for text in columns.values()))
     return table
 
 
@@ -243,6 +233,8 @@ def require(condition: bool, otherwise: str) -> None:
 
 def main() -> int:
     """Run the demo; 0 if all of it happened."""
+    # Threads that wait must not spin: on a busy machine that makes torch several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console()
     try:
         Demo(console).run()

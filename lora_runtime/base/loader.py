@@ -6,7 +6,7 @@ replaced by ours. Before quantising, the result is compared with the untouched m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lora_runtime.base.adapted_linear import AdaptedLinear, StepContext
 from lora_runtime.base.attention import Attention, KVCache, VarlenAttention
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
-from lora_runtime.base.quant_linear import DenseLinear, FrozenLinear, QuantLinear
+from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
@@ -109,11 +109,10 @@ def prepare_base(
     linears = dict(_replace_linears(model, layers, context))
     model.set_attn_implementation(attention.NAME)
     _self_check(model, original)
-    if config.quantization == "nf4":
-        on_progress("quantising to NF4")
-        _quantize(
-            linears.values(), keep_dense=config.dequantized_cache and model.device.type == "cpu"
-        )
+    keep_copies = config.dequantized_cache and model.device.type == "cpu"
+    on_progress(f"freezing the linear layers ({config.quantization})")
+    _freeze(linears.values(), config.quantization, keep_copies=keep_copies)
+    _freeze_head(model, keep_copies=keep_copies)
     on_progress("fingerprinting")
     spec = BaseSpec(
         name=name,
@@ -206,10 +205,19 @@ def _replace_linears(
         yield adapted.path, adapted
 
 
-def _quantize(linears: Iterator[AdaptedLinear], *, keep_dense: bool) -> None:
+def _freeze(linears: Iterable[AdaptedLinear], quantization: str, *, keep_copies: bool) -> None:
+    kind = QuantLinear if quantization == "nf4" else DenseLinear
     for adapted in linears:
-        dense: FrozenLinear = adapted.linear
-        adapted.linear = QuantLinear(dense.weight_values(), dense.bias, keep_dense=keep_dense)
+        dense = adapted.linear
+        adapted.linear = kind(dense.weight_values(), dense.bias, keep_copies=keep_copies)
+
+
+def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:
+    """Give lm_head, which stays unquantised, the kernels of the other layers."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        frozen = DenseLinear(head.weight, head.bias, keep_copies=keep_copies)
+        model.set_output_embeddings(frozen)
 
 
 def _check_rows(model: PreTrainedModel) -> list[Tensor]:

@@ -6,6 +6,7 @@ within rounding and runs whenever it can (CPU tensors, no gradients).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lora_runtime.kernels import cpu, reference
@@ -19,7 +20,10 @@ __all__ = [
     "Span",
     "StepMeta",
     "apply_adapters",
+    "can_use_panels",
+    "pack_panels",
     "paged_attention",
+    "panel_product",
     "write_kv",
 ]
 
@@ -73,3 +77,22 @@ def paged_attention(
     """
     backend = cpu if cpu.can_run(q, keys, values) else reference
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
+
+
+def can_use_panels(x: Tensor) -> bool:
+    """True when `panel_product` takes x: compiled backend, float32 on the CPU, no gradient."""
+    return x.dtype == torch.float32 and cpu.can_run(x)
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """Lay W (out, in) out as zero-padded panels (⌈out / w⌉, in, w); w is the processor's."""
+    return cpu.pack_panels(weight)
+
+
+def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
+    """W x with W in panels: x (..., in) → (..., out), float32.
+
+    Every output is one sum over the inputs in order, so a row's result is bit-equal whatever
+    the number of rows. Source: the packed inner kernel of GotoBLAS (Goto & van de Geijn, 2008).
+    """
+    return cpu.panel_product(x, panels, out_features)

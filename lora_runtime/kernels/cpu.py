@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_runtime.kernels.types import AttentionMeta, RankPool, StepMeta
 
-ABI = 1
+ABI = 2
 LEVELS = ("baseline", "avx2", "avx512")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -96,6 +96,26 @@ def paged_attention(
         torch.get_num_threads(),
     )
     return out
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.pack_panels`."""
+    width = library().loramux_panel_width()
+    out_features, in_features = weight.shape
+    num_panels = -(-out_features // width)
+    padded = weight.new_zeros(num_panels * width, in_features)
+    padded[:out_features] = weight
+    return padded.view(num_panels, width, in_features).transpose(1, 2).contiguous()
+
+
+def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
+    """See `lora_runtime.kernels.panel_product`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = rows.new_empty(len(rows), out_features)
+    _function("product", x.dtype)(
+        *_pointers(y, rows, panels), *rows.shape, out_features, torch.get_num_threads()
+    )
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:

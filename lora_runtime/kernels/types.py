@@ -18,7 +18,7 @@ class RankPool:
     """Adapter weights of all modules of one shape; an adapter's run is `rank` consecutive rows.
 
     a (P, in), b (P, out): row p holds A[k, :] and B'[:, k] of the run that owns p, with every
-    scaling folded into B'. gains (G, out), biases (Q, out) float32: a row for each run that has one.
+    scaling folded into B'. gains (G, out), biases (Q, out) float32: a row per run that has one.
     """
 
     a: Tensor

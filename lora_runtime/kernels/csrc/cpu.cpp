@@ -10,6 +10,12 @@
 
 namespace {
 
+struct Product {
+  float* y;
+  const float *x, *panels;
+  int num_tokens, in, out;
+};
+
 struct bf16 { uint16_t bits; };
 
 struct Segment { int first, last, start, rank, gain, bias; long hidden; };
@@ -87,6 +93,14 @@ void run(const Attention<T>& p, int num_threads) {
   baseline::paged_attention(p, num_threads);
 }
 
+void run(const Product& p, int num_threads) {
+#ifdef HAS_VARIANTS
+  if (level() == 2) return avx512::product(p, num_threads);
+  if (level() == 1) return avx2::product(p, num_threads);
+#endif
+  baseline::product(p, num_threads);
+}
+
 std::vector<Segment> read_segments(const int32_t* runs, int num_replicas, const int32_t* slots,
                                    const int32_t* replicas, const int32_t* starts, int count,
                                    long* num_hidden) {
@@ -144,8 +158,13 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
       block_size, table_width, window, scale, softcap
 
 extern "C" {
-int loramux_abi() { return 1; }  // raise it with every change of a signature below
+int loramux_abi() { return 2; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
+int loramux_panel_width() { return level() == 2 ? 32 : 16; }
+void loramux_product_f32(float* y, const float* x, const float* panels, int num_tokens, int in, int out,
+                         int num_threads) {
+  run(Product{y, x, panels, num_tokens, in, out}, num_threads);
+}
 void loramux_apply_adapters_f32(ADAPTER_ARGS(float)) { apply_adapters<float>(ADAPTER_NAMES); }
 void loramux_apply_adapters_bf16(ADAPTER_ARGS(bf16)) { apply_adapters<bf16>(ADAPTER_NAMES); }
 void loramux_attention_f32(ATTENTION_ARGS(float)) { run(Attention<float>{ATTENTION_FIELDS}, num_threads); }
