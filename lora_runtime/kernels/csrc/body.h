@@ -177,8 +177,12 @@ void apply_columns(const Adapters<T>& p, int column, int width) {
       p.sums[t * p.out + c] = value(p.base[t * p.out + c]) + (p.bias ? value(p.bias[c]) : 0.f);
   for (const Segment& s : *p.segments) {
     int first = s.first;
-    for (; first + TOKENS <= s.last; first += TOKENS) expand_block<TOKENS>(p, s, first, column, width);
-    for (; first < s.last; first++) expand_block<1>(p, s, first, column, width);
+    for (; first + TOKENS <= s.last; first += TOKENS)
+      for (int c = column; c < column + width; c += WIDE)
+        expand_block<TOKENS>(p, s, first, c, std::min(WIDE, column + width - c));
+    for (; first < s.last; first++)
+      for (int c = column; c < column + width; c += WIDE)
+        expand_block<1>(p, s, first, c, std::min(WIDE, column + width - c));
   }
   if (reinterpret_cast<void*>(p.y) != reinterpret_cast<void*>(p.sums))
     for (long t = 0; t < p.num_tokens; t++)
@@ -196,6 +200,7 @@ void apply_adapters(const Adapters<T>& p, int num_threads) {
   }
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
   const std::vector<Block>& blocks = own;  // the caller's, seen by every thread
+  const int share = (p.out + num_threads * WIDE - 1) / (num_threads * WIDE) * WIDE;  // columns each
 #pragma omp parallel num_threads(num_threads)
   {
 #pragma omp for schedule(dynamic)
@@ -206,8 +211,8 @@ void apply_adapters(const Adapters<T>& p, int num_threads) {
       else for (; first < s.last; first++) shrink_block<1>(p, s, first);
     }
 #pragma omp for schedule(static)
-    for (int column = 0; column < p.out; column += WIDE)
-      apply_columns(p, column, std::min(WIDE, p.out - column));
+    for (int column = 0; column < p.out; column += share)
+      apply_columns(p, column, std::min(share, p.out - column));
   }
 }
 
