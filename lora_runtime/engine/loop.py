@@ -119,10 +119,11 @@ class InThreadEngine:
         try:
             while self._failure is None:
                 self._run_commands()
-                if not self._engine.is_idle:
-                    self._deliver(self._engine.step())
-                self._resolve_unloads()
+                outputs = [] if self._engine.is_idle else self._engine.step()
+                self._engine.collect()
                 self._stats = self._engine.stats()
+                self._deliver(outputs)
+                self._resolve_unloads()
         except Exception:
             log.exception("the engine has died")
             self._fail(Unavailable("the engine has died; the server's log says why"))
@@ -157,9 +158,6 @@ class InThreadEngine:
         """Tell those who wait for a drop that it is done: the memory is free, or still in use by
         another load of the same content.
         """
-        if not self._unloading:
-            return
-        self._engine.collect()
         for digest in list(self._unloading):
             if digest not in self._engine.host or self._engine.host.is_referenced(digest):
                 for freed in self._unloading.pop(digest):

@@ -44,7 +44,10 @@ struct Attention {
 
 #define VECTOR_BYTES 32
 namespace baseline {
-#include "body.h"
+#include "vectors.h"
+#include "product.h"
+#include "adapters.h"
+#include "attention.h"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -52,7 +55,10 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-#include "body.h"
+#include "vectors.h"
+#include "product.h"
+#include "adapters.h"
+#include "attention.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -60,7 +66,10 @@ namespace avx2 {
 #define VECTOR_BYTES 64
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
-#include "body.h"
+#include "vectors.h"
+#include "product.h"
+#include "adapters.h"
+#include "attention.h"
 }
 #pragma GCC pop_options
 #endif
