@@ -131,10 +131,9 @@ class Workload:
         num_tokens = (out.shape[1] - self.prompts.shape[1]) * out.shape[0]
         return num_tokens / (time.perf_counter() - start)
 
-    def floor(self, *, is_mixed: bool) -> float:
+    def floor(self, bandwidth: float, rate: float, *, is_mixed: bool) -> float:
         """Output tokens a second that the machine's ceilings allow, over the whole run."""
         args, spec = self.args, self.base.spec
-        bandwidth, rate = machine.read_bandwidth(), machine.gemm_rate(self.base.dtype)
         linear_size = sum(s.in_features * s.out_features for s in spec.linears.values())
         head_size = spec.hidden_size * spec.vocab_size
         adapter_size = args.rank * sum(
@@ -187,9 +186,10 @@ def main() -> None:
                 if round_number:
                     speeds[name].append(round(speed, 1))
     median = {name: statistics.median(values) for name, values in speeds.items()}
+    ceilings = machine.read_bandwidth(), machine.gemm_rate(base.dtype)
     floors = {
-        "mixed": round(workload.floor(is_mixed=True), 1),
-        "base_only": round(workload.floor(is_mixed=False), 1),
+        "mixed": round(workload.floor(*ceilings, is_mixed=True), 1),
+        "base_only": round(workload.floor(*ceilings, is_mixed=False), 1),
     }
     result = {
         **machine.facts(),
@@ -198,6 +198,8 @@ def main() -> None:
         "dtype": base.spec.dtype,
         "tokens_per_s": speeds,
         "median": median,
+        "read_bytes_per_s": round(ceilings[0]),
+        "multiply_adds_per_s": round(ceilings[1]),
         "floor": floors,
         "mixed_over_peft": round(median["ours_mixed"] / median["peft_mixed"], 2),
         "mixed_over_base_only": round(median["ours_mixed"] / median["ours_base_only"], 3),
