@@ -86,8 +86,11 @@ class Engine:
 
     def collect(self) -> list[str]:
         """Free every dropped adapter that no live request uses; returns their digests."""
+        dropped = self.host.unreferenced()
+        if not dropped:
+            return []
         used = {use.digest for s in self._live.values() for use in s.request.adapters}
-        freed = [d for d in self.host.unreferenced() if d not in used]
+        freed = [digest for digest in dropped if digest not in used]
         for digest in freed:
             self.slots.forget(digest)
             self.host.remove(digest)
