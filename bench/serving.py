@@ -83,7 +83,7 @@ class Workload:
         )
         self.digests = []
         for folder in folders:
-            form = load_adapter(folder, base.spec)
+            form = load_adapter(folder, base.spec, base.weights)
             self.engine.add_adapter(form)
             self.digests.append(form.digest)
         self.dense = dense_model(base)

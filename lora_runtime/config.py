@@ -7,7 +7,7 @@ from typing import Literal
 
 from lora_runtime.errors import ConfigError
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "nf4-double", "none"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
@@ -42,6 +42,8 @@ class CacheConfig:
     """Blocks in the cache; None derives it from `kv_bytes`."""
     kv_bytes: int = 1 << 30
     """Bytes for keys and values when `num_blocks` is None."""
+    prefix_cache: bool = True
+    """Keep full blocks after their request, and share them with requests that begin alike."""
 
     def __post_init__(self) -> None:
         _require(self.block_size > 0, "block_size", self.block_size, "positive")
@@ -94,7 +96,7 @@ class AdapterConfig:
     """The device pool that holds adapters, and its bookkeeping."""
 
     pool_bytes: int = 512 << 20
-    """Device bytes for adapter weights; a rank-r adapter takes exactly r rows a module."""
+    """Device bytes for adapters; each takes the bytes of its own tensors, whatever its rank."""
     max_slots: int = 256
     """Adapters resident on the device at once."""
 

@@ -6,8 +6,6 @@ one step) → StepOutput (what the step gave one request).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
@@ -99,7 +97,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterUse, ...] = ()
-    tenant: str = ""
+    cache_salt: str = ""
+    """Requests share cached prefixes only under equal salts."""
     deadline: float | None = None
     """`time.monotonic()` after which the request is cancelled."""
     arrival: float = field(default_factory=time.monotonic)
@@ -122,7 +121,16 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache."""
+    layer_map: tuple[int, ...] | None = None
+    """Base layers in the order in which this row visits them; None: each once."""
+    num_planes: int = 1
+    """Cache blocks a token block takes: the layer map's depth over the base's, rounded up."""
     block_table: list[int] = field(default_factory=list)
+    """Plane k of token block i is entry i · num_planes + k."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of the leading token blocks, as far as they were asked for."""
+    num_cached_blocks: int = 0
+    """Leading token blocks that were found in the prefix cache or offered to it."""
     slots: tuple[int, ...] = ()
     """Device slot of each of the request's adapters, while running."""
     num_preemptions: int = 0
@@ -130,8 +138,12 @@ class Sequence:
     first_token: float | None = None
 
     @classmethod
-    def of(cls, request: Request) -> Sequence:
-        return cls(request, list(request.prompt_token_ids))
+    def of(
+        cls, request: Request, layer_map: tuple[int, ...] | None = None, num_planes: int = 1
+    ) -> Sequence:
+        """A new row for `request`; a base row visits each layer once and has one plane."""
+        tokens = list(request.prompt_token_ids)
+        return cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -166,8 +178,8 @@ class AdapterPlacement:
 
     digest: str
     slot: int
-    starts: tuple[int, ...]
-    """First pool row of each module, in the order of the adapter's modules."""
+    address: int
+    """First byte of its run in the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,51 +236,6 @@ class StepOutput:
     timing: RequestTiming | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """What changes the keys and values of a token beside the base: part of a KV block's key."""
-
-    adapters: tuple[tuple[str, float], ...] = ()
-    """(digest, weight) of each adapter active there, sorted."""
-    layer_map: tuple[int, ...] | None = None
-    patches: tuple[str, ...] = ()
-    """Digests of embedding patches."""
-
-
-BASE_EFFECT = Effect()
-
-
-def effect_at(request: Request, position: int, layer_map: tuple[int, ...] | None = None) -> Effect:
-    """The effect active at a token position; before an aLoRA's start it is the base's."""
-    active = [
-        (use.digest, use.weight) for use in request.adapters if position >= use.start_position
-    ]
-    return Effect(adapters=tuple(sorted(active)), layer_map=layer_map)
-
-
-BlockKey = bytes
-
-
-def block_key(
-    parent: BlockKey | None, token_ids: AbstractSequence[int], effect: Effect, salt: str
-) -> BlockKey:
-    """Key of a full KV block: SHA-256 of (salt, parent key, tokens, effect).
-
-    Two blocks with equal keys hold equal keys and values, so a prefix cache may share them.
-    `salt` separates tenants. A block whose tokens do not all have the same effect must not be
-    keyed: its caller splits or skips it.
-    """
-    content = [
-        salt,
-        parent.hex() if parent else None,
-        list(token_ids),
-        [[digest, repr(weight)] for digest, weight in effect.adapters],
-        list(effect.layer_map) if effect.layer_map is not None else None,
-        list(effect.patches),
-    ]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
-
-
 @dataclass(frozen=True, slots=True)
 class LinearShape:
     """Sizes of one linear layer that adapters may target."""
@@ -286,6 +253,12 @@ class BaseSpec:
     """SHA-256 over every parameter and persistent buffer, the config and the quantiser settings."""
     linears: dict[str, LinearShape]
     """Module path in the transformers model (`model.layers.0.self_attn.q_proj`) → its sizes."""
+    embedding: str
+    """Path of the input embedding: `model.embed_tokens`."""
+    head: str
+    """Path of the output layer: `lm_head`."""
+    is_tied: bool
+    """True when the head's weight is the embedding's."""
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -295,3 +268,24 @@ class BaseSpec:
     device: str
     model_type: str
     """`config.model_type` of the checkpoint: llama, qwen3, gemma2 …"""
+
+    @property
+    def shapes(self) -> dict[str, LinearShape]:
+        """Every module an adapter may act on; the embedding is a linear layer of one-hot tokens."""
+        ends = {
+            self.embedding: LinearShape(self.vocab_size, self.hidden_size),
+            self.head: LinearShape(self.hidden_size, self.vocab_size),
+        }
+        return {**self.linears, **ends}
+
+
+def activation_start(
+    token_ids: AbstractSequence[int], invocation: AbstractSequence[int]
+) -> int | None:
+    """First position of the last occurrence of `invocation` in a prompt, or None.
+
+    An activated LoRA acts from there on, and not at all without it. Source: arXiv:2504.12397.
+    """
+    tokens, wanted = list(token_ids), list(invocation)
+    starts = range(len(tokens) - len(wanted), -1, -1)
+    return next((s for s in starts if tokens[s : s + len(wanted)] == wanted), None)

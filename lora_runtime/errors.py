@@ -10,7 +10,8 @@ LoramuxError
 │   ├── AdapterExists           the name is taken by other content
 │   ├── AdapterRefused          its files cannot be honoured exactly
 │   │   ├── AdapterSourceRefused  its location is not allowed
-│   │   └── BaseMismatch        it was made for another base
+│   │   ├── BaseMismatch        it was made for another base
+│   │   └── ParityFailed        it does not do here what it did where it was made
 │   ├── AdapterTooLarge         it can never fit the adapter pool
 │   └── AdapterFailed           it produced non-finite values while serving
 ├── DataError                   a training example cannot be used
@@ -72,6 +73,10 @@ class AdapterSourceRefused(AdapterRefused):
 
 class BaseMismatch(AdapterRefused):
     """The adapter was made for another base than the one served."""
+
+
+class ParityFailed(AdapterRefused):
+    """The adapter's effect here is not the one recorded beside it where it was made."""
 
 
 class AdapterTooLarge(AdapterError):

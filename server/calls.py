@@ -28,7 +28,7 @@ class TextPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation for the base's chat template: mappings with `role` and `content`."""
+    """A conversation for a chat template: mappings with `role` and `content`."""
 
     field: ClassVar[str] = "messages"
     messages: tuple[Mapping[str, str], ...]
@@ -54,13 +54,21 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 """`field` is the prompt's name in requests and in errors about it."""
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """A loaded adapter's name, and the factor on its effect."""
+
+    name: str
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
     """One request for text."""
 
     prompt: Prompt
-    adapter: str | None = None
-    """A loaded adapter's name; None is the base."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """Their effects add up; none is the base."""
     sampling: SamplingParams
     has_max_tokens: bool = True
     """False: `sampling.max_tokens` is only the default, to be cut to what fits."""
@@ -68,6 +76,8 @@ class GenerateCall:
     ignore_eos: bool = False
     request_id: str | None = None
     """The caller's name for it; None makes one."""
+    cache_salt: str = ""
+    """Prompts share cached work only under equal salts."""
     timeout_s: float | None = None
 
 
@@ -130,6 +140,8 @@ class AdapterRecord:
     """Requests that use it now."""
     error: str = ""
     """Why it failed; empty unless FAILED."""
+    notes: tuple[str, ...] = ()
+    """What its users should know."""
 
     @property
     def digest(self) -> str:

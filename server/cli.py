@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lora_runtime.config import DtypeName, Quantization
 from lora_runtime.errors import LoramuxError
-from server import cli_client, cli_doctor, cli_train
+from server import cli_adapters, cli_client, cli_doctor, cli_train
 from server.config import LogFormat, LogLevel, ServerConfig, load_config
 from server.logs import setup_logging
 
@@ -40,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(cli_client.adapters, name="adapters")
+cli_client.adapters.command()(cli_adapters.verify)
+cli_client.adapters.command()(cli_adapters.convert)
 app.command()(cli_client.generate)
 app.command()(cli_train.train)
 app.command()(cli_doctor.doctor)

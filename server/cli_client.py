@@ -28,7 +28,11 @@ adapters = typer.Typer(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Annotated[
-        str | None, typer.Option(help="A loaded adapter. Default: the base.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="A loaded adapter; repeat it to add up several. Default: the base.",
+        ),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--text", help="A user's message, or text to be continued.")
@@ -59,12 +63,29 @@ def generate(
         "ignore_eos": ignore_eos,
     }
     given = cast(Sampling, {key: value for key, value in sampling.items() if value is not None})
+    chosen = _weights(adapter or [])
     with Client(address) as client:
         if chat:
             messages = [*_turn("system", system), *_turn("user", content)]
-            _show_stream(client.generate(messages=messages, adapter=adapter, **given))
+            _show_stream(client.generate(messages=messages, adapters=chosen, **given))
         else:
-            _show_stream(client.generate(content, adapter=adapter, **given))
+            _show_stream(client.generate(content, adapters=chosen, **given))
+
+
+def _weights(adapters: Iterable[str]) -> dict[str, float]:
+    """Read `name` and `name=weight`; a name given twice would lose its first weight."""
+    weights: dict[str, float] = {}
+    for text in adapters:
+        name, separator, weight = text.partition("=")
+        if name in weights:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint="--adapter")
+        try:
+            weights[name] = float(weight) if separator else 1.0
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r}: the weight must be a number", param_hint="--adapter"
+            ) from None
+    return weights
 
 
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:
@@ -148,6 +169,8 @@ def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
         table.add_row(f"honoured {key}", value)
     for key, reason in sorted(info.inert.items()):
         table.add_row(f"inert {key}", reason)
+    for note in info.notes:
+        table.add_row("note", note)
     Console(markup=False).print(table)
 
 
@@ -170,6 +193,9 @@ def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:
         "variant": info.variant,
         "ranks": ", ".join(map(str, info.ranks)),
         "modules": ", ".join(info.target_modules),
+        "layers": str(info.num_layers or "the base's"),
+        "invocation tokens": ", ".join(map(str, info.invocation_tokens)),
+        "chat template": "its own" if info.has_chat_template else "the base's",
         "parameters": f"{info.num_parameters:,}",
         "size": decimal(info.num_bytes),
         "in flight": str(info.num_in_flight),

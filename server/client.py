@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, Unpack
 
@@ -24,7 +24,7 @@ from protos.loramux.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from server.client_requests import Messages, Sampling, generate_request, tokenize_request
+from server.client_requests import Messages, Options, choose, generate_request, tokenize_request
 from server.errors import from_rpc_error
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -113,12 +113,12 @@ class Client:
         messages: Messages | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str | None = None,
-        request_id: str | None = None,
+        adapters: Mapping[str, float] | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[Options],
     ) -> Generation:
-        """Continue a text, a conversation or token ids with an adapter or the base (None)."""
-        request = generate_request(text, messages, token_ids, adapter, request_id, sampling)
+        """Continue a prompt with an adapter, several (name to weight) or, without any, the base."""
+        request = generate_request(text, messages, token_ids, choose(adapter, adapters), options)
         return Generation(self._stubs.generation.Generate(request, timeout=timeout_s))
 
     def tokenize(self, text: str | None = None, *, messages: Messages | None = None) -> list[int]:
@@ -205,12 +205,12 @@ class AsyncClient:
         messages: Messages | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str | None = None,
-        request_id: str | None = None,
+        adapters: Mapping[str, float] | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[Options],
     ) -> AsyncGeneration:
-        """Continue a text, a conversation or token ids with an adapter or the base (None)."""
-        request = generate_request(text, messages, token_ids, adapter, request_id, sampling)
+        """Continue a prompt with an adapter, several (name to weight) or, without any, the base."""
+        request = generate_request(text, messages, token_ids, choose(adapter, adapters), options)
         return AsyncGeneration(self._stubs.generation.Generate(request, timeout=timeout_s))
 
     async def tokenize(

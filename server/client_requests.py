@@ -32,32 +32,48 @@ class Sampling(TypedDict, total=False):
     n: int
 
 
+class Options(Sampling, total=False):
+    """What else a request may say; meanings and defaults: `GenerateRequest` in generation.proto."""
+
+    request_id: str | None
+    cache_salt: str | None
+
+
 def generate_request(
     text: str | None,
     messages: Messages | None,
     token_ids: Sequence[int] | None,
-    adapter: str | None,
-    request_id: str | None,
-    sampling: Sampling,
+    adapters: Mapping[str, float],
+    options: Options,
 ) -> generation_pb2.GenerateRequest:
     """Build a request. Raises InvalidRequest: several inputs, or a value that cannot be sent."""
     if sum(given is not None for given in (text, messages, token_ids)) > 1:
         raise InvalidRequest("give one of text, messages and token_ids", field="input")
-    values: dict[str, Any] = {**sampling}
+    values: dict[str, Any] = {**options}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
-    selected = [] if adapter is None else [types_pb2.AdapterSelection(name=adapter)]
+    request_id, cache_salt = values.pop("request_id", None), values.pop("cache_salt", None)
     try:
         return generation_pb2.GenerateRequest(
             text=text,
             messages=_chat(messages),
             token_ids=None if token_ids is None else types_pb2.TokenIds(ids=token_ids),
-            adapters=selected,
+            adapters=[
+                types_pb2.AdapterSelection(name=name, weight=w) for name, w in adapters.items()
+            ],
             sampling=types_pb2.SamplingParams(**values),
             request_id=request_id,
+            cache_salt=cache_salt,
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"a value cannot be sent: {error}") from None
+
+
+def choose(adapter: str | None, adapters: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the weight of each adapter. Raises InvalidRequest where both arguments name some."""
+    if adapter is not None and adapters is not None:
+        raise InvalidRequest("give one of adapter and adapters", field="adapters")
+    return adapters or {} if adapter is None else {adapter: 1.0}
 
 
 def tokenize_request(text: str | None, messages: Messages | None) -> generation_pb2.TokenizeRequest:

@@ -12,6 +12,7 @@ from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, Token
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.calls import (
+    AdapterChoice,
     AdapterRecord,
     AdapterState,
     ChatPrompt,
@@ -24,6 +25,7 @@ from server.calls import (
     TextPrompt,
     TokenPrompt,
 )
+from server.composition import check_choices
 
 UNSERVED_SAMPLING: dict[str, float] = {
     "presence_penalty": 0.0,
@@ -32,13 +34,11 @@ UNSERVED_SAMPLING: dict[str, float] = {
     "n": 1,
 }
 """Sampling scalars that are refused unless they hold this default."""
-UNSERVED_REQUEST: dict[str, str | int] = {"cache_salt": "", "priority": 0}
+UNSERVED_REQUEST: dict[str, float] = {"priority": 0}
 REFUSED_FEATURES = (
     *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
     "sampling.logit_bias",
     *UNSERVED_REQUEST,
-    "adapters[1]",
-    "adapters[0].weight",
     "UploadAdapter",
     "RollbackAdapter",
 )
@@ -46,8 +46,10 @@ FEATURES = (
     "text",
     "messages",
     "token_ids",
-    "adapters[0].name",
+    "adapters[].name",
+    "adapters[].weight",
     "request_id",
+    "cache_salt",
     *(
         name
         for field in types_pb2.SamplingParams.DESCRIPTOR.fields
@@ -58,7 +60,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-_REQUEST_ID = re.compile(r"[ -~]{1,128}")
+_PRINTABLE = re.compile(r"[ -~]{0,128}")
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
@@ -80,12 +82,13 @@ def decode_generate(
     sampling = request.sampling
     return GenerateCall(
         prompt=decode_prompt(request),
-        adapter=_adapter(request),
+        adapters=_adapters(request),
         sampling=_sampling(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         stop=_stops(sampling),
         ignore_eos=sampling.ignore_eos,
         request_id=_request_id(request),
+        cache_salt=_printable(request.cache_salt, "cache_salt"),
         timeout_s=timeout_s,
     )
 
@@ -149,6 +152,7 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         loaded_at_s=record.loaded_at_s,
         num_in_flight=record.num_in_flight,
         error=record.error,
+        notes=record.notes,
     )
     if record.loaded is not None:
         info.digest = record.loaded.digest
@@ -159,6 +163,9 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         info.num_bytes = record.loaded.nbytes
         info.honoured.update(record.loaded.honoured)
         info.inert.update(record.loaded.inert)
+        info.invocation_tokens.extend(record.loaded.invocation_tokens)
+        info.has_chat_template = record.loaded.chat_template is not None
+        info.num_layers = record.loaded.num_layers
     return info
 
 
@@ -197,7 +204,7 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
 
 def _refuse_unserved(
     message: generation_pb2.GenerateRequest | types_pb2.SamplingParams,
-    defaults: dict[str, float] | dict[str, str | int],
+    defaults: dict[str, float],
     prefix: str,
 ) -> None:
     for name, default in defaults.items():
@@ -210,16 +217,16 @@ def _unserved(field: str, why: str) -> UnsupportedFeature:
     return UnsupportedFeature(f"{field} {why}: it is not served yet", field=field)
 
 
-def _adapter(request: generation_pb2.GenerateRequest) -> str | None:
-    if not request.adapters:
-        return None
-    selection = request.adapters[0]
-    name = adapter_name(selection.name, "adapters[0].name")
-    if selection.HasField("weight") and selection.weight != 1.0:
-        raise _unserved("adapters[0].weight", f"is {selection.weight!r}; leave it at 1.0")
-    if len(request.adapters) > 1:
-        raise _unserved("adapters[1]", "is a second adapter; name one")
-    return name
+def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, ...]:
+    choices = tuple(
+        AdapterChoice(
+            adapter_name(selection.name, f"adapters[{index}].name"),
+            selection.weight if selection.HasField("weight") else 1.0,
+        )
+        for index, selection in enumerate(request.adapters)
+    )
+    check_choices(choices)
+    return choices
 
 
 def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
@@ -254,11 +261,15 @@ def _stops(sampling: types_pb2.SamplingParams) -> tuple[str, ...]:
 def _request_id(request: generation_pb2.GenerateRequest) -> str | None:
     if not request.HasField("request_id"):
         return None
-    if not _REQUEST_ID.fullmatch(request.request_id):
-        raise InvalidRequest(
-            "request_id must be 1 to 128 printable ASCII characters", field="request_id"
-        )
-    return request.request_id
+    if not request.request_id:
+        raise InvalidRequest("request_id is empty; leave it out", field="request_id")
+    return _printable(request.request_id, "request_id")
+
+
+def _printable(text: str, field: str) -> str:
+    if not _PRINTABLE.fullmatch(text):
+        raise InvalidRequest(f"{field} must be at most 128 printable ASCII characters", field=field)
+    return text
 
 
 def _logprob(logprob: TokenLogprob) -> types_pb2.TokenLogprob:

@@ -58,6 +58,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
             _Code.INVALID_ARGUMENT, 400, "ADAPTER_SOURCE_REFUSED"
         ),
         errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, 422, "BASE_MISMATCH"),
+        errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, 422, "PARITY_FAILED"),
         errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, 413, "ADAPTER_TOO_LARGE"),
         errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_FAILED"),
         errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),

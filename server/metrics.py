@@ -21,7 +21,9 @@ MAX_ADAPTER_LABELS = 200
 """Adapters with series of their own; the rest are counted under `OTHER`."""
 BASE = ""
 OTHER = "_other"
-"""No adapter name starts with an underscore."""
+COMPOSITION = "_composition"
+"""Requests with several adapters, whichever they are: a label for every combination that callers
+make up would have no bound. No adapter name starts with an underscore."""
 
 TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
@@ -60,27 +62,27 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
-    def on_started(self, adapter: str | None) -> None:
+    def on_started(self, adapters: tuple[str, ...]) -> None:
         """Count a request that goes to the engine."""
-        self._adapters.started.labels(self._label(adapter)).inc()
+        self._adapters.started.labels(self._label(adapters)).inc()
 
-    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+    def on_first_token(self, adapters: tuple[str, ...], seconds: float) -> None:
         """Observe the time to a request's first token."""
         self._totals.first_token.observe(seconds)
 
     def on_tokens(
-        self, adapter: str | None, num_tokens: int, seconds_since_last: float | None
+        self, adapters: tuple[str, ...], num_tokens: int, seconds_since_last: float | None
     ) -> None:
         """Count new tokens; `seconds_since_last` is None for a request's first ones."""
         self._totals.output_tokens.inc(num_tokens)
-        self._adapters.output_tokens.labels(self._label(adapter)).inc(num_tokens)
+        self._adapters.output_tokens.labels(self._label(adapters)).inc(num_tokens)
         if seconds_since_last is not None:
             for _ in range(num_tokens):
                 self._totals.inter_token.observe(seconds_since_last / num_tokens)
 
     def on_finished(
         self,
-        adapter: str | None,
+        adapters: tuple[str, ...],
         reason: str,
         num_prompt_tokens: int,
         num_output_tokens: int,
@@ -88,7 +90,7 @@ class Metrics:
         timing: RequestTiming | None,
     ) -> None:
         """Count an ended request; its output tokens were counted as they came."""
-        label = self._label(adapter)
+        label = self._label(adapters)
         self._adapters.finished.labels(label, reason).inc()
         self._adapters.prompt_tokens.labels(label).inc(num_prompt_tokens)
         self._totals.finish(reason, num_prompt_tokens, e2e_s, timing)
@@ -108,10 +110,13 @@ class Metrics:
         self._labelled.discard(name)
         self._adapters.forget(name)
 
-    def _label(self, adapter: str | None) -> str:
-        if adapter is None:
-            return BASE
-        return adapter if adapter in self._labelled else OTHER
+    def _label(self, adapters: tuple[str, ...]) -> str:
+        match adapters:
+            case ():
+                return BASE
+            case (name,):
+                return name if name in self._labelled else OTHER
+        return COMPOSITION
 
 
 class _Totals:
@@ -167,7 +172,7 @@ class _Totals:
 
 
 class _AdapterSeries:
-    """Series labelled with an adapter's name: "" is the base."""
+    """Series labelled with an adapter's name; "", `OTHER` and `COMPOSITION` are no names."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -251,5 +256,7 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
 def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
     return [
         ("vllm:num_preemptions", "Requests sent back to the queue.", stats.num_preemptions),
+        ("vllm:prefix_cache_queries", "Tokens looked up in the cache.", stats.num_prefix_queries),
+        ("vllm:prefix_cache_hits", "Those found there.", stats.num_prefix_hits),
         ("loramux:engine_steps", "Steps the engine has run.", stats.num_steps),
     ]

@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class RequestObserver(AdapterObserver, Protocol):
-    """Told how requests and adapters fare; for metrics. `adapter` is a name, None the base."""
+    """Told how requests and adapters fare; for metrics. `adapters` are names, none is the base."""
 
-    def on_started(self, adapter: str | None) -> None:
+    def on_started(self, adapters: tuple[str, ...]) -> None:
         """A valid request goes to the engine; exactly one on_finished will follow."""
 
-    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+    def on_first_token(self, adapters: tuple[str, ...], seconds: float) -> None:
         """Its first token came `seconds` after on_started."""
 
     def on_tokens(
-        self, adapter: str | None, num_tokens: int, seconds_since_last: float | None
+        self, adapters: tuple[str, ...], num_tokens: int, seconds_since_last: float | None
     ) -> None:
         """Tokens came, the first ones too; `seconds_since_last` is None for those."""
 
     def on_finished(
         self,
-        adapter: str | None,
+        adapters: tuple[str, ...],
         reason: str,
         num_prompt_tokens: int,
         num_output_tokens: int,
@@ -46,11 +46,11 @@ class RequestMeter:
     """Reports one request to an observer, from entering the context to leaving it."""
 
     def __init__(
-        self, observer: RequestObserver, adapter: str | None, num_prompt_tokens: int
+        self, observer: RequestObserver, adapters: tuple[str, ...], num_prompt_tokens: int
     ) -> None:
         self.num_output_tokens = 0
         self._observer = observer
-        self._adapter = adapter
+        self._adapters = adapters
         self._num_prompt_tokens = num_prompt_tokens
         self._reason: FinishReason | None = None
         self._timing: RequestTiming | None = None
@@ -58,7 +58,7 @@ class RequestMeter:
     def __enter__(self) -> RequestMeter:
         self._begun = time.monotonic()
         self._last: float | None = None
-        self._observer.on_started(self._adapter)
+        self._observer.on_started(self._adapters)
         return self
 
     def tokens(self, num_tokens: int) -> None:
@@ -67,9 +67,9 @@ class RequestMeter:
             return
         now = time.monotonic()
         if self._last is None:
-            self._observer.on_first_token(self._adapter, now - self._begun)
+            self._observer.on_first_token(self._adapters, now - self._begun)
         since_last = None if self._last is None else now - self._last
-        self._observer.on_tokens(self._adapter, num_tokens, since_last)
+        self._observer.on_tokens(self._adapters, num_tokens, since_last)
         self.num_output_tokens += num_tokens
         self._last = now
 
@@ -85,7 +85,7 @@ class RequestMeter:
         traceback: TracebackType | None,
     ) -> None:
         self._observer.on_finished(
-            self._adapter,
+            self._adapters,
             self._reason or _reason_of(error),
             self._num_prompt_tokens,
             self.num_output_tokens,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -22,6 +22,9 @@ from server.calls import AdapterRecord, AdapterState
 from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
+
+Review: TypeAlias = Callable[[LoadedAdapter], tuple[str, ...]]
+"""Gives notes on new content. Runs in a thread; raises nothing."""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
@@ -57,16 +60,15 @@ class Registry:
         return record
 
     @contextmanager
-    def in_flight(self, record: AdapterRecord | None) -> Iterator[None]:
-        """Count a request of `record` while it runs; None is the base."""
-        if record is None:
-            yield
-            return
-        record.num_in_flight += 1
+    def in_flight(self, records: Sequence[AdapterRecord]) -> Iterator[None]:
+        """Count a request under each of its adapters while it runs."""
+        for record in records:
+            record.num_in_flight += 1
         try:
             yield
         finally:
-            record.num_in_flight -= 1
+            for record in records:
+                record.num_in_flight -= 1
 
     def get(self, name: str) -> AdapterRecord:
         """Return the record of a name, failed or loading too. Raises AdapterNotFound."""
@@ -80,17 +82,23 @@ class Registry:
         return sorted([*self._records.values(), *self._draining], key=lambda record: record.name)
 
     async def load(
-        self, name: str, folder: Path, *, source: str, replace: bool = False
+        self,
+        name: str,
+        folder: Path,
+        *,
+        source: str,
+        replace: bool = False,
+        review: Review = lambda loaded: (),
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
         Other content under a known name is refused unless `replace`; then the name is swapped at
-        once and the old content leaves when its last request ends.
+        once and the old content leaves when its last request ends. `review` adds to its notes.
         Raises AdapterExists, InvalidRequest (the base's name) and whatever the engine raises.
         """
         if name == self._base_name:
             raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
-        return await self._finish(self._load(name, folder, source, replace))
+        return await self._finish(self._load(name, folder, source, replace, review))
 
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
         """Take a name away at once; its memory is freed when its requests ended or, with
@@ -107,13 +115,13 @@ class Registry:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool
+        self, name: str, folder: Path, source: str, replace: bool, review: Review
     ) -> tuple[AdapterRecord, bool]:
         async with self._lock(name):
             begun = time.monotonic()
             loaded = await self._read(name, folder, source)
             held = self._held(name)
-            if held is not None and held.digest == loaded.digest:
+            if held is not None and held.loaded == loaded:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
                 return held, True
             if held is not None and not replace:
@@ -121,7 +129,8 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} holds other content; load it with replace", field="name"
                 )
-            record = self._install(name, source, loaded)
+            notes = (*loaded.notes, *await asyncio.to_thread(review, loaded))
+            record = self._install(name, source, loaded, notes)
             self._observer.on_adapter_loaded(
                 name, loaded.digest, loaded.nbytes, time.monotonic() - begun
             )
@@ -176,13 +185,16 @@ class Registry:
         record = self._records.get(name)
         return record if record is not None and record.state is AdapterState.LOADED else None
 
-    def _install(self, name: str, source: str, loaded: LoadedAdapter) -> AdapterRecord:
+    def _install(
+        self, name: str, source: str, loaded: LoadedAdapter, notes: tuple[str, ...]
+    ) -> AdapterRecord:
         self._records[name] = AdapterRecord(
             name=name,
             source=source,
             state=AdapterState.LOADED,
             loaded=loaded,
             loaded_at_s=time.time(),
+            notes=notes,
         )
         return self._records[name]
 

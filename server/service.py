@@ -1,7 +1,7 @@
 """What the server does, without any wire: gRPC and HTTP both translate to these calls.
 
-Tokenises, applies stop strings and limits, resolves adapter names, and gives every request
-exactly one end. Knows no protobuf, no Prometheus and no tensors.
+Tokenises, applies stop strings and limits, resolves adapter names and their chat templates, and
+gives every request exactly one end. Knows no protobuf, no Prometheus and no tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
-from lora_runtime.core import AdapterUse, Request, SamplingParams
-from lora_runtime.engine.client import EngineClient, EngineInfo
+from lora_runtime.core import Request, SamplingParams
+from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.errors import InvalidRequest, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ from server.calls import (
     TextPrompt,
     TokenPrompt,
 )
+from server.composition import chat_template, depth, request_notes, uses
 from server.output import OutputText, RequestMeter, RequestObserver
 from server.registry import Registry
 from server.sources import Sources
@@ -40,6 +41,11 @@ __all__ = ["RequestObserver", "Service"]
 
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
+
+TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
+"""What an adapter's own chat template must render when it is loaded."""
+MAX_TRIAL_ERROR = 300
+"""Characters of a template's complaint that are kept."""
 
 PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes", "grpcio", "protobuf")
 
@@ -72,25 +78,33 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        prompt = await self.tokenize(call.prompt)
-        sampling = self._sampling(call, len(prompt))
-        # Nothing may be awaited from here to the engine: the name could be unloaded meanwhile.
-        record = self._record(call.adapter)
+        prompt, records = await self._prepare(call)
+        # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
-            sampling=sampling,
-            adapters=(AdapterUse(digest=record.digest),) if record else (),
+            sampling=self._sampling(call, len(prompt), depth(records)),
+            adapters=uses(records, call.adapters),
+            cache_salt=call.cache_salt,
             deadline=deadline,
         )
-        meter = RequestMeter(self._observer, call.adapter, len(prompt))
-        with self._registry.in_flight(record), meter:
-            async with aclosing(self._run(request, call, meter)) as events:
+        started = Started(
+            request_id=call.request_id or request.request_id,
+            num_prompt_tokens=len(prompt),
+            notes=tuple(request_notes(records, call.prompt, prompt)),
+        )
+        names = tuple(choice.name for choice in call.adapters)
+        meter = RequestMeter(self._observer, names, len(prompt))
+        with self._registry.in_flight(records), meter:
+            async with aclosing(self._run(request, call, started, meter)) as events:
                 async for event in events:
                     yield event
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids. Raises InvalidRequest naming the prompt's field."""
+    async def tokenize(self, prompt: Prompt, template: str | None = None) -> list[int]:
+        """Return a prompt's token ids; `template` renders conversations in place of the base's.
+
+        Raises InvalidRequest naming the prompt's field.
+        """
         if prompt.is_empty:
             raise InvalidRequest(f"{prompt.field} is empty", field=prompt.field)
         match prompt:
@@ -99,7 +113,8 @@ class Service:
             case TextPrompt(text=text):
                 return await asyncio.to_thread(self._tokenizer.encode, text)
             case ChatPrompt(messages=messages):
-                return await asyncio.to_thread(self._tokenizer.apply_chat_template, messages)
+                render = self._tokenizer.apply_chat_template
+                return await asyncio.to_thread(render, messages, template)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
 
@@ -108,7 +123,9 @@ class Service:
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         folder = await asyncio.to_thread(self._sources.resolve, source)
-        return await self._registry.load(name, folder, source=source, replace=replace)
+        return await self._registry.load(
+            name, folder, source=source, replace=replace, review=self._try_template
+        )
 
     async def unload_adapter(
         self, name: str, *, cancel: bool = False, wait: bool = False
@@ -139,10 +156,35 @@ class Service:
         """Tell whether the engine works; health follows it."""
         return self._engine.stats().is_alive
 
-    def _record(self, adapter: str | None) -> AdapterRecord | None:
-        if adapter is None:
-            return None
-        return self._registry.resolve(adapter, field="adapters[0].name")
+    async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:
+        """Return a call's tokens and the adapters that are to answer.
+
+        The tokens are rendered with those adapters' own template: a name may be swapped while they
+        are made, and then they are made again.
+        """
+        records = self._records(call)
+        while True:
+            template = chat_template(records)
+            prompt = await self.tokenize(call.prompt, template)
+            records = self._records(call)
+            if chat_template(records) == template:
+                return prompt, records
+
+    def _records(self, call: GenerateCall) -> list[AdapterRecord]:
+        return [
+            self._registry.resolve(choice.name, field=f"adapters[{index}].name")
+            for index, choice in enumerate(call.adapters)
+        ]
+
+    def _try_template(self, loaded: LoadedAdapter) -> tuple[str, ...]:
+        """Note on a chat template that does not compile or refuses one plain user message."""
+        if loaded.chat_template is None:
+            return ()
+        try:
+            self._tokenizer.apply_chat_template(TRIAL_CHAT, loaded.chat_template)
+        except InvalidRequest as error:
+            return (f"its own template failed a trial: {error.message[:MAX_TRIAL_ERROR]}",)
+        return ()
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._engine.info.base.vocab_size
@@ -154,9 +196,11 @@ class Service:
                 )
         return list(token_ids)
 
-    def _sampling(self, call: GenerateCall, num_prompt_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, call: GenerateCall, num_prompt_tokens: int, num_layers: int
+    ) -> SamplingParams:
         """The request's parameters with the defaults that depend on prompt and base filled in."""
-        limit = token_limit(self._engine.info)
+        limit = token_limit(self._engine.info, num_layers)
         room = limit - num_prompt_tokens
         if room < 1:
             raise InvalidRequest(
@@ -178,10 +222,9 @@ class Service:
         )
 
     async def _run(
-        self, request: Request, call: GenerateCall, meter: RequestMeter
+        self, request: Request, call: GenerateCall, started: Started, meter: RequestMeter
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        num_prompt_tokens = len(request.prompt_token_ids)
         detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
         reason, timing, is_started = None, None, False
@@ -189,10 +232,7 @@ class Service:
             async for output in outputs:
                 if not is_started:
                     is_started = True
-                    yield Started(
-                        request_id=call.request_id or request.request_id,
-                        num_prompt_tokens=num_prompt_tokens,
-                    )
+                    yield started
                 meter.tokens(len(output.token_ids))
                 if delta := text.push(output):
                     yield delta
@@ -206,15 +246,20 @@ class Service:
         meter.finish(reason, timing)
         yield Finished(
             finish_reason=reason,
-            num_prompt_tokens=num_prompt_tokens,
+            num_prompt_tokens=started.num_prompt_tokens,
             num_output_tokens=meter.num_output_tokens,
             timing=timing,
         )
 
 
-def token_limit(info: EngineInfo) -> int:
-    """Return the most tokens one request may have: the model's limit, or the KV cache's."""
-    return min(info.max_model_len, info.num_blocks * info.block_size)
+def token_limit(info: EngineInfo, num_layers: int = 0) -> int:
+    """Return the most tokens one request may have: the model's limit, or the KV cache's.
+
+    A block holds a token's keys and values of the base's layers: a request of `num_layers` (0: the
+    base's) needs so many blocks for the same tokens that all its layers have room.
+    """
+    blocks_per_token = max(1, -(-num_layers // info.base.num_layers))
+    return min(info.max_model_len, info.num_blocks // blocks_per_token * info.block_size)
 
 
 def installed_versions() -> dict[str, str]:

@@ -30,7 +30,11 @@ def tiny_engine(base: Base, *, poison: bool = True, **options) -> Engine:
     engine = Engine(
         base,
         EngineConfig(
-            cache=CacheConfig(block_size=4, num_blocks=options.pop("num_blocks", 400)),
+            cache=CacheConfig(
+                block_size=4,
+                num_blocks=options.pop("num_blocks", 400),
+                prefix_cache=options.pop("prefix_cache", True),
+            ),
             scheduler=SchedulerConfig(
                 max_num_seqs=options.pop("max_num_seqs", 16),
                 max_num_batched_tokens=options.pop("max_num_batched_tokens", 32),
@@ -44,12 +48,10 @@ def tiny_engine(base: Base, *, poison: bool = True, **options) -> Engine:
 
 
 def poison_free_memory(engine: Engine) -> None:
-    """Fill all cache blocks and pool rows with NaN. Only before anything is loaded."""
+    """Fill all cache blocks and the adapter pool with NaN. Only before anything is loaded."""
     for tensor in (engine.runner.cache.keys, engine.runner.cache.values):
         tensor.fill_(float("nan"))
-    for binding in engine.pool.bindings.values():
-        binding.pool.a.fill_(float("nan"))
-        binding.pool.b.fill_(float("nan"))
+    engine.pool.memory.weights.fill_(float("nan"))
 
 
 def greedy(request_id: str, prompt: list[int], digest: str | None = None, max_tokens: int = 64):
@@ -95,8 +97,8 @@ def record_logits(engine: Engine, traces: dict[str, Trace]) -> None:
         due[:] = [row.sequence.request.request_id for row in plan.sequences if row.samples]
         return type(runner).run(runner, plan)
 
-    def forward(batch):
-        logits = original(runner, batch)
+    def forward(batch, planned=None):
+        logits = original(runner, batch, planned)
         for request_id, row in zip(due, logits, strict=True):
             traces[request_id].logits.append(row.clone())
         return logits

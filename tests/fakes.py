@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_runtime.core import (
@@ -33,7 +35,7 @@ VOCAB_SIZE = 257
 
 
 class ByteTokenizer:
-    """Token ids are the bytes of the text; 256 ends an output."""
+    """Token ids are the bytes of the text; 256 ends an output. A template is a format string."""
 
     eos_token_ids = frozenset({EOS_ID})
     vocab_size = VOCAB_SIZE
@@ -45,17 +47,24 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(i for i in token_ids if i < EOS_ID).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], template: str | None = None
+    ) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise InvalidRequest("unknown role", field="messages")
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+        form = "<{role}>{content}" if template is None else template
+        try:
+            return self.encode("".join(form.format(**message) for message in messages))
+        except (KeyError, ValueError) as error:
+            raise InvalidRequest(f"bad template: {error!r}", field="messages") from error
 
 
 class ScriptedEngine:
-    """Repeats the prompt's tokens for ever; under an adapter, the first letter of its digest.
+    """Repeats the prompt's tokens for ever; under adapters, the first letters of their digests.
 
     Nothing goes on while `gate` is clear. A folder's weights file scripts its load: its bytes are
-    the content, except that `!Class` makes the load fail with that error.
+    the content, except that `!Class` makes the load fail with that error. Its configuration gives
+    fields of LoadedAdapter.
     """
 
     def __init__(self, *, max_model_len: int = 512, max_queued: int = 1000) -> None:
@@ -69,6 +78,7 @@ class ScriptedEngine:
         """Streams end after the second token without a result, as if the engine had died."""
         self.is_alive = True
         self.references: Counter[str] = Counter()
+        self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.seen: list[Request] = []
@@ -90,6 +100,8 @@ class ScriptedEngine:
             pool_bytes_used=0,
             pool_bytes_total=self._info.pool_bytes,
             num_preemptions=0,
+            num_prefix_queries=0,
+            num_prefix_hits=0,
             num_steps=0,
             running_adapters=(),
             waiting_adapters=(),
@@ -121,16 +133,8 @@ class ScriptedEngine:
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         self.references[digest] += 1
-        return LoadedAdapter(
-            digest=digest,
-            variant="lora",
-            ranks=(4, 8),
-            target_modules=("q_proj",),
-            num_parameters=100,
-            nbytes=200,
-            honoured={"r": "8"},
-            inert={"lora_dropout": "only acts in training"},
-        )
+        self.loaded[digest] = replace(_PLAIN, digest=digest, **_facts(folder))
+        return self.loaded[digest]
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         assert self.references[digest] > 0, "more unloads than loads"
@@ -158,14 +162,15 @@ class ScriptedEngine:
         for use in request.adapters:
             if use.digest not in self.references:
                 raise AdapterNotFound(f"no adapter with digest {use.digest}")
+        if len({self.loaded[use.digest].num_layers for use in request.adapters}) > 1:
+            raise InvalidRequest("the adapters' layer maps differ", field="adapters")
 
     def _step(self, request: Request, index: int) -> StepOutput:
         if request.request_id in self._cancelled:
             return StepOutput(request_id=request.request_id, finish_reason=FinishReason.CANCELLED)
-        prompt = request.prompt_token_ids
-        token = (
-            ord(request.adapters[0].digest[0]) if request.adapters else prompt[index % len(prompt)]
-        )
+        letters = [ord(use.digest[0]) for use in request.adapters]
+        cycle = letters or request.prompt_token_ids
+        token = cycle[index % len(cycle)]
         reason = None
         if token in request.sampling.stop_token_ids:
             reason = FinishReason.STOP
@@ -188,6 +193,24 @@ class ScriptedEngine:
         )
 
 
+_PLAIN = LoadedAdapter(
+    digest="",
+    variant="lora",
+    ranks=(4, 8),
+    target_modules=("q_proj",),
+    num_parameters=100,
+    nbytes=200,
+    honoured={"r": "8"},
+    inert={"lora_dropout": "only acts in training"},
+)
+
+
+def _facts(folder: Path) -> dict:
+    path = folder / "adapter_config.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+
+
 def _load_error(kind: str, folder: Path) -> Exception:
     weights = folder / "adapter_model.safetensors"
     errors = {
@@ -204,6 +227,9 @@ def _info(max_model_len: int) -> EngineInfo:
         name="tiny",
         fingerprint="f" * 64,
         linears={},
+        embedding="model.embed_tokens",
+        head="lm_head",
+        is_tied=True,
         num_layers=2,
         hidden_size=8,
         vocab_size=VOCAB_SIZE,

@@ -23,8 +23,10 @@ PRODUCT = ("lora_runtime", "server")
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 MAX_MEDIAN_FUNCTION_LINES = 10
-MAX_RUNTIME_CODE_LINES = 5000
-"""Of lora_runtime without kernels, blank lines, comments and docstrings."""
+MAX_CODE_LINES = {"adapters": 2500, "training": 2500, "": 3200}
+"""Of lora_runtime's packages without blank lines, comments and docstrings; "" is all others: the
+road of a request, which a newcomer should read in one sitting.
+"""
 MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
@@ -49,6 +51,7 @@ TORCH_FREE = [
     "lora_runtime.adapters.peft_config",
     "lora_runtime.adapters.slot_table",
     "lora_runtime.engine",
+    "lora_runtime.engine.block_key",
     "lora_runtime.engine.block_manager",
     "lora_runtime.engine.scheduler",
 ]
@@ -408,8 +411,12 @@ def test_names_say_something(modules):
 
 def test_sizes(modules):
     assert complaints(oversized(modules)) == ""
-    runtime = [m for m in modules if is_within(m.name, "lora_runtime") and not m.is_kernel]
-    assert sum(module.num_code_lines for module in runtime) <= MAX_RUNTIME_CODE_LINES
+    totals = dict.fromkeys(MAX_CODE_LINES, 0)
+    for module in modules:
+        if is_within(module.name, "lora_runtime") and not module.is_kernel:
+            package = module.name.split(".")[1] if "." in module.name else ""
+            totals[package if package in totals else ""] += module.num_code_lines
+    assert all(totals[package] <= limit for package, limit in MAX_CODE_LINES.items()), totals
 
 
 @pytest.mark.parametrize("package", PRODUCT)

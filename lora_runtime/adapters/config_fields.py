@@ -47,22 +47,30 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "layers_to_transform": FieldRule(_HONOURED, "layers that target_modules is limited to"),
         "layers_pattern": FieldRule(_HONOURED, "where layers_to_transform finds the layer index"),
         "task_type": FieldRule(_REFUSED, "only text generation is served", ("CAUSAL_LM",)),
-        "init_lora_weights": FieldRule(
-            _INERT,
-            "the start of training: without effect if it left the base as it was; else save with "
-            "PEFT's path_initial_model_for_weight_conversion",
-            (True, "gaussian", "eva", "orthogonal", "mica"),
+        "loftq_config": FieldRule(
+            _HONOURED, "with the init 'loftq': how its quantised base was made"
         ),
+        "init_lora_weights": FieldRule(
+            _HONOURED,
+            "the start of training: PiSSA and OLoRA took it out of the base, so it is subtracted; "
+            "without effect for those that left the base as it was",
+        ),
+        "bias": FieldRule(_HONOURED, "trained biases replace the base's"),
+        "lora_bias": FieldRule(_HONOURED, "biases of lora_B, scaled like it"),
+        "use_dora": FieldRule(_HONOURED, "rows of W + ΔW are rescaled to a trained magnitude"),
+        "modules_to_save": FieldRule(_HONOURED, "the embedding or output layer it replaces"),
+        "trainable_token_indices": FieldRule(_HONOURED, "the vocabulary rows it replaces"),
+        "ensure_weight_tying": FieldRule(
+            _HONOURED, "on a tied base, the embedding and the output layer change together"
+        ),
+        "layer_replication": FieldRule(_HONOURED, "the order in which layers are visited"),
+        "alora_invocation_tokens": FieldRule(_HONOURED, "where in the prompt it begins to act"),
         "lora_dropout": FieldRule(_INERT, "acts only while training"),
         "eva_config": FieldRule(_INERT, "used only to initialise training"),
         "corda_config": FieldRule(_INERT, "read only with the init 'corda', refused there"),
         "lora_ga_config": FieldRule(_INERT, "read only with the init 'lora_ga', refused there"),
-        "loftq_config": FieldRule(_INERT, "read only with the init 'loftq', refused there"),
         "qalora_group_size": FieldRule(_INERT, "read only with use_qalora, refused there"),
         "megatron_core": FieldRule(_INERT, "read only with megatron_config, refused there"),
-        "ensure_weight_tying": FieldRule(
-            _INERT, "acts only on embeddings and modules_to_save, refused there"
-        ),
         "base_model_name_or_path": FieldRule(_INERT, "names a base; the fingerprint decides"),
         "revision": FieldRule(_INERT, "names a base; the fingerprint decides"),
         "peft_version": FieldRule(_INERT, "says who wrote the files"),
@@ -70,13 +78,6 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "inference_mode": FieldRule(_INERT, "freezes parameters in training"),
         "runtime_config": FieldRule(_INERT, "describes the process that wrote it"),
         "fan_in_fan_out": FieldRule(_REFUSED, "Conv1D models are not served"),
-        "bias": FieldRule(_REFUSED, "trained biases are not served yet", ("none",)),
-        "lora_bias": FieldRule(_REFUSED, "biases of lora_B are not served yet"),
-        "use_dora": FieldRule(_REFUSED, "DoRA is not served yet"),
-        "modules_to_save": FieldRule(_REFUSED, "whole replaced modules are not served yet"),
-        "trainable_token_indices": FieldRule(_REFUSED, "trained tokens are not served yet"),
-        "layer_replication": FieldRule(_REFUSED, "layer replication is not served yet"),
-        "alora_invocation_tokens": FieldRule(_REFUSED, "activated LoRA is not served yet"),
         "target_parameters": FieldRule(_REFUSED, "bare parameters (MoE) are not served"),
         "megatron_config": FieldRule(_REFUSED, "Megatron layers are not served"),
         "use_qalora": FieldRule(_REFUSED, "QALoRA is not served"),

@@ -52,9 +52,33 @@ def read_adapter(folder: Path, *, max_bytes: int = MAX_TENSORS_BYTES) -> Adapter
     its content is not what it must be; `field` names the file or tensor. Messages hold no paths.
     """
     with _open_folder(folder) as directory:
-        _refuse_pickle(directory)
-        config = _read_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
-        data = _read_file(directory, TENSORS_FILE, max_bytes)
+        return _read_adapter(directory, max_bytes)
+
+
+def read_initial_adapter(
+    folder: Path, name: str, *, max_bytes: int = MAX_TENSORS_BYTES
+) -> AdapterFiles | None:
+    """Read the sub-folder with the adapter's state before training; None if there is none."""
+    with _open_folder(folder) as directory:
+        if name not in os.listdir(directory):
+            return None
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            inner = os.open(name, flags, dir_fd=directory)
+        except OSError as error:
+            raise AdapterSourceRefused(
+                f"{name} is a link or no folder: {error.strerror}", field=name
+            ) from None
+    try:
+        return _read_adapter(inner, max_bytes)
+    finally:
+        os.close(inner)
+
+
+def _read_adapter(directory: int, max_bytes: int) -> AdapterFiles:
+    _refuse_pickle(directory)
+    config = _read_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
+    data = _read_file(directory, TENSORS_FILE, max_bytes)
     tensors, metadata = _load_tensors(data)
     return AdapterFiles(
         config=parse_object(config, CONFIG_FILE),
@@ -84,6 +108,18 @@ def write_adapter(
         _replacing(folder / CONFIG_FILE, text.encode()),
     ):
         (folder / CONFIG_FILE).unlink(missing_ok=True)
+
+
+def read_optional(folder: Path, name: str, max_bytes: int) -> bytes | None:
+    """Read another file of an adapter's folder as strictly as the two; None when there is none."""
+    with _open_folder(folder) as directory:
+        return _read_file(directory, name, max_bytes) if name in os.listdir(directory) else None
+
+
+def write_file(folder: Path, name: str, content: bytes) -> None:
+    """Write another file of an adapter's folder, whole or not at all."""
+    with _replacing(folder / name, content):
+        pass
 
 
 @contextmanager

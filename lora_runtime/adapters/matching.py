@@ -22,9 +22,6 @@ MAX_MATCH_S = 0.1
 """One match takes microseconds; a tenth of a second means catastrophic backtracking."""
 MAX_TOTAL_S = 10.0
 
-UNSERVED_MODULES = ("lm_head", "embed_tokens")
-"""Last names of modules that a target may select but that are not adapted yet."""
-
 _READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{[a-z]|--|&&|~~|\|\|")
 """Nested sets, POSIX classes and fuzzy counts mean something to `regex`, but not to PEFT's `re`."""
 _FIRST_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -112,30 +109,24 @@ class PatternMatcher:
 
 
 def select_modules(
-    selection: Selection, names: Collection[str], num_layers: int, matcher: PatternMatcher
+    selection: Selection,
+    names: Collection[str],
+    num_layers: int,
+    matcher: PatternMatcher,
+    *,
+    ends: Collection[str] = (),
 ) -> frozenset[str]:
-    """Return the names that a selection adapts.
+    """Return the names that a selection adapts; "all-linear" leaves out `ends`.
 
-    Raises: AdapterRefused for a target or layer that matches nothing, and for the embeddings and
-    the output head, which are not adapted yet.
+    Raises: AdapterRefused for a target or layer that matches nothing.
     """
     _check_layers(selection.layers_to_transform, num_layers)
-    candidates = (*names, *UNSERVED_MODULES)
-    is_target = _target_test(selection, candidates, matcher)
+    is_target = _target_test(selection, names, ends, matcher)
     is_excluded = _exclusion_test(selection.exclude_modules, matcher)
     is_in_layers = _layer_test(selection, matcher)
     selected = [
-        name
-        for name in candidates
-        if is_target(name) and not is_excluded(name) and is_in_layers(name)
+        name for name in names if is_target(name) and not is_excluded(name) and is_in_layers(name)
     ]
-    for name in selected:
-        if _last(name) in UNSERVED_MODULES:
-            raise AdapterRefused(
-                f"target_modules selects {name!r}; embeddings and the output head are not "
-                "adapted yet",
-                field="target_modules",
-            )
     if not selected:
         raise AdapterRefused(
             "target_modules, exclude_modules and layers_to_transform together select no module",
@@ -150,11 +141,7 @@ def _too_slow(field: str) -> AdapterRefused:
     )
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _tails(name: str) -> Iterator[str]:
+def tails(name: str) -> Iterator[str]:
     """Yield `a.b.c`, `b.c`, `c`: what a list entry may be to mean this name."""
     yield name
     while "." in name:
@@ -163,28 +150,29 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _target_test(
-    selection: Selection, candidates: Collection[str], matcher: PatternMatcher
+    selection: Selection, names: Collection[str], ends: Collection[str], matcher: PatternMatcher
 ) -> Callable[[str], bool]:
     targets, field = selection.target_modules, "target_modules"
     if isinstance(targets, tuple):
         entries = set(targets)
-        _check_entries(entries, candidates)
-        return lambda name: not entries.isdisjoint(_tails(name))
+        _check_entries(entries, names)
+        return lambda name: not entries.isdisjoint(tails(name))
     if targets.lower() == "all-linear":
-        return lambda name: _last(name) not in UNSERVED_MODULES
+        return lambda name: name not in ends
     match = matcher.compile(targets, field, is_whole=True)
-    if not any(match(name) for name in candidates):
+    if not any(match(name) for name in names):
         raise AdapterRefused(
-            f"target_modules is {targets[:80]!r}, which matches no linear of this base", field=field
+            f"target_modules is {targets[:80]!r}, which matches no module of this base", field=field
         )
     return lambda name: match(name) is not None
 
 
-def _check_entries(entries: set[str], candidates: Collection[str]) -> None:
-    unmatched = entries.difference(tail for name in candidates for tail in _tails(name))
+def _check_entries(entries: set[str], names: Collection[str]) -> None:
+    unmatched = entries.difference(tail for name in names for tail in tails(name))
     if unmatched:
         raise AdapterRefused(
-            f"target_modules names {min(unmatched)[:80]!r}, which is no linear of this base",
+            f"target_modules names {min(unmatched)[:80]!r}, which is no linear layer, "
+            "embedding or output layer of this base",
             field="target_modules",
         )
 
@@ -194,7 +182,7 @@ def _exclusion_test(
 ) -> Callable[[str], bool]:
     if isinstance(excluded, tuple):
         entries = set(excluded)
-        return lambda name: not entries.isdisjoint(_tails(name))
+        return lambda name: not entries.isdisjoint(tails(name))
     match = matcher.compile(excluded, "exclude_modules", is_whole=True)
     return lambda name: match(name) is not None
 

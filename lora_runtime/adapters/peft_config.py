@@ -7,19 +7,24 @@ Source: peft 0.21.2, `LoraConfig` and `LoraModel._create_and_replace`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
+from lora_runtime.adapters import config_values as read
+from lora_runtime.adapters.config_conflicts import check_conflicts, mutates_base
 from lora_runtime.adapters.config_fields import FIELDS, Treatment
-from lora_runtime.adapters.matching import PatternMatcher, Selection, select_modules
-from lora_runtime.core import LinearShape
+from lora_runtime.adapters.config_values import Config, is_neutral, shown
+from lora_runtime.adapters.field_verdicts import field_refusals
+from lora_runtime.adapters.layer_sites import Site, parse_layer_map, sites_of
+from lora_runtime.adapters.matching import PatternMatcher, Selection
+from lora_runtime.adapters.target_sites import select_sites
+from lora_runtime.adapters.vocabulary_fields import VocabularySpec, parse_vocabulary
+from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 
-MAX_RANK = 1 << 16
-MAX_ALPHA = 1e12
-
-Number = TypeVar("Number", int, float)
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Inits that leave the base as it was, beside true and false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +42,22 @@ class AdapterSpec:
     """What a config asks for, on one base."""
 
     variant: str
-    """`lora` or `rslora`."""
-    targets: Mapping[str, TargetSpec]
-    """Module path in the base → its numbers, in the base's order."""
+    """`lora`, `rslora`, `dora+pissa`, …: for people."""
+    sites: tuple[Site, ...]
+    """Every module at every visit, adapted or not."""
+    targets: Mapping[Site, TargetSpec]
+    """The adapted ones, in the order of `sites`."""
+    ties_head: bool
+    """True when the output layer's A and B are the embedding's, transposed."""
+    initialisation: str
+    """`pissa`, `pissa_niter_N` or `olora` where the base was changed at the start, else empty."""
+    use_dora: bool
+    bias: str
+    """Whose trained biases the files hold: `none`, `lora_only` (of the targets) or `all`."""
+    lora_bias: bool
+    vocabulary: VocabularySpec
+    layer_map: tuple[int, ...] | None
+    invocation_tokens: tuple[int, ...]
     honoured: Mapping[str, object]
     """Fields that decide the result; sets are sorted, patterns keep their order."""
     inert: Mapping[str, str]
@@ -47,100 +65,161 @@ class AdapterSpec:
 
 
 def parse_config(
-    config: Mapping[str, object],
-    linears: Mapping[str, LinearShape],
-    num_layers: int,
-    *,
-    trained_names: Mapping[str, str] | None = None,
+    config: Config, base: BaseSpec, *, trained_names: Mapping[str, str] | None = None
 ) -> AdapterSpec:
-    """Resolve a config against the base's linears, exactly as PEFT would, or refuse it.
+    """Resolve a config against a base, exactly as PEFT would, or refuse it.
 
-    `trained_names` maps a base path to the module's name in the model the adapter was trained in,
-    where that differs: patterns are matched against that name.
+    `trained_names` maps every path of `base.shapes` to the module's name in the model the adapter
+    was trained in, where that differs: patterns are matched against that name.
 
     Raises: AdapterRefused; `field` is the key of the config.
     """
     _check_fields(config)
-    fields = _read_honoured(config)
-    names = {(trained_names or {}).get(path, path): path for path in linears}
+    names = trained_names or {path: path for path in base.shapes}
+    layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
+    sites = sites_of(base, names, layer_map)
+    scalings = _Scalings.of(config)
+    selection = _selection(config)
+    vocabulary = parse_vocabulary(config, base, names)
+    initialisation = _initialisation(config, base)
     matcher = PatternMatcher()
-    selected = select_modules(fields.selection, names, num_layers, matcher)
+    depth = base.num_layers if layer_map is None else len(layer_map)
+    chosen, ties_head = select_sites(selection, sites, depth, base, vocabulary, config, matcher)
     return AdapterSpec(
-        variant="rslora" if fields.use_rslora else "lora",
-        targets=_targets(fields, {n: path for n, path in names.items() if n in selected}, matcher),
-        honoured=_honoured(fields),
+        variant=_variant(config, initialisation),
+        sites=sites,
+        targets=scalings.targets(chosen, matcher),
+        ties_head=ties_head,
+        initialisation=initialisation,
+        use_dora=read.flag(config, "use_dora"),
+        bias=_bias(config),
+        lora_bias=read.flag(config, "lora_bias"),
+        vocabulary=vocabulary,
+        layer_map=layer_map,
+        invocation_tokens=_invocation_tokens(config, base),
+        honoured=_honoured(config, scalings, selection),
         inert=_inert(config),
     )
 
 
-def _is_neutral(value: object) -> bool:
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _check_fields(config: Mapping[str, object]) -> None:
-    for name, value in config.items():
-        if _is_neutral(value):
-            continue
-        rule = FIELDS.get(name)
-        if rule is None:
-            raise AdapterRefused(
-                f"{_shown(name)} is {_shown(value)}; no such field is known, so its effect cannot "
-                "be honoured. Remove it if it has none",
-                field=name[:80],
-            )
-        is_open = rule.treatment is not Treatment.REFUSED and not rule.accepted
-        if not is_open and value not in rule.accepted:
-            raise AdapterRefused(f"{name} is {_shown(value)}: {rule.reason}", field=name)
+def _check_fields(config: Config) -> None:
+    for refusal in field_refusals(config):
+        raise refusal
     if config.get("peft_type") != "LORA":
         raise AdapterRefused("peft_type is missing; it must be 'LORA'", field="peft_type")
+    check_conflicts(config)
 
 
-def _inert(config: Mapping[str, object]) -> dict[str, str]:
-    return {
+def _initialisation(config: Config, base: BaseSpec) -> str:
+    field, value = "init_lora_weights", config.get("init_lora_weights")
+    if value is None or isinstance(value, bool) or value in PLAIN_INITS:
+        return ""
+    if isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d{1,4})?|olora", value):
+        return value
+    if value == "loftq":
+        _check_loftq(config.get("loftq_config"), base)
+        return ""
+    raise AdapterRefused(
+        f"{field} is {shown(value)}, which changed the base in a way that cannot be recovered from "
+        "the adapter; save it with PEFT's path_initial_model_for_weight_conversion",
+        field=field,
+    )
+
+
+def _check_loftq(value: object, base: BaseSpec) -> None:
+    """LoftQ of one iteration leaves the base at q(W), which is what an nf4 base serves."""
+    settings = value if isinstance(value, dict) else {}
+    is_served = settings.get("loftq_bits", 4) == 4 and settings.get("loftq_iter", 1) == 1
+    if not is_served or settings.keys() - {"loftq_bits", "loftq_iter"}:
+        raise AdapterRefused(
+            f"loftq_config is {shown(value)}: only 4 bits and one iteration leave the quantised "
+            "base as it is; more iterations train on a base of their own. Train with loftq_iter 1",
+            field="loftq_config",
+        )
+    if base.quantization != "nf4":
+        raise AdapterRefused(
+            f"init_lora_weights is 'loftq', whose base is the nf4 one; this base is held as "
+            f"{base.quantization!r}. Serve it with quantization nf4",
+            field="init_lora_weights",
+        )
+
+
+def _bias(config: Config) -> str:
+    value = config.get("bias") or "none"
+    if value not in ("none", "all", "lora_only"):
+        raise read.wrong_value("bias", value, "'none', 'all' or 'lora_only'")
+    return str(value)
+
+
+def _invocation_tokens(config: Config, base: BaseSpec) -> tuple[int, ...]:
+    field = "alora_invocation_tokens"
+    value = config.get(field)
+    return () if is_neutral(value) else read.token_ids(value, field, base.vocab_size)
+
+
+def _variant(config: Config, initialisation: str) -> str:
+    facts = {
+        "alora": not is_neutral(config.get("alora_invocation_tokens")),
+        "dora": bool(config.get("use_dora")),
+        initialisation.partition("_")[0]: bool(initialisation),
+        "loftq": config.get("init_lora_weights") == "loftq",
+        "rslora": bool(config.get("use_rslora")),
+        "replicated": not is_neutral(config.get("layer_replication")),
+    }
+    return "+".join(name for name, holds in facts.items() if holds) or "lora"
+
+
+def _inert(config: Config) -> dict[str, str]:
+    inert = {
         name: rule.reason
         for name, rule in FIELDS.items()
-        if rule.treatment is Treatment.INERT and not _is_neutral(config.get(name))
+        if rule.treatment is Treatment.INERT and not is_neutral(config.get(name))
     }
+    if not is_neutral(config.get("init_lora_weights")) and not mutates_base(config):
+        inert["init_lora_weights"] = FIELDS["init_lora_weights"].reason
+    return inert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _HonouredFields:
-    """The honoured fields, typed, with PEFT's defaults filled in."""
+class _Scalings:
+    """The fields that decide ranks and scalings, with PEFT's defaults filled in."""
 
     r: int
     lora_alpha: float
     use_rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    selection: Selection
+
+    @classmethod
+    def of(cls, config: Config) -> _Scalings:
+        return cls(
+            r=read.rank(config.get("r", 8), "r"),
+            lora_alpha=read.alpha(config.get("lora_alpha", 8), "lora_alpha"),
+            use_rslora=read.flag(config, "use_rslora"),
+            rank_pattern=read.patterns(config, "rank_pattern", read.rank),
+            alpha_pattern=read.patterns(config, "alpha_pattern", read.alpha),
+        )
+
+    def targets(self, sites: tuple[Site, ...], matcher: PatternMatcher) -> dict[Site, TargetSpec]:
+        rank_of = matcher.first_match(self.rank_pattern, "rank_pattern")
+        alpha_of = matcher.first_match(self.alpha_pattern, "alpha_pattern")
+        targets = {}
+        for site in sites:
+            rank, alpha = rank_of(site.name), alpha_of(site.name)
+            rank = self.r if rank is None else rank
+            alpha = self.lora_alpha if alpha is None else alpha
+            scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            targets[site] = TargetSpec(rank, alpha, scaling)
+        return targets
 
 
-def _read_honoured(config: Mapping[str, object]) -> _HonouredFields:
-    use_rslora = config.get("use_rslora") or False
-    if use_rslora not in (True, False):
-        raise _wrong_type("use_rslora", use_rslora, "true or false")
-    return _HonouredFields(
-        r=_rank(config.get("r", 8), "r"),
-        lora_alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
-        use_rslora=bool(use_rslora),
-        rank_pattern=_pattern_values(config, "rank_pattern", _rank),
-        alpha_pattern=_pattern_values(config, "alpha_pattern", _alpha),
-        selection=_selection(config),
-    )
-
-
-def _selection(config: Mapping[str, object]) -> Selection:
-    targets = _names(config, "target_modules")
-    layers_pattern = _names(config, "layers_pattern")
+def _selection(config: Config) -> Selection:
+    targets = read.names(config, "target_modules")
+    layers_pattern = read.names(config, "layers_pattern")
     selection = Selection(
         target_modules=targets,
-        exclude_modules=_names(config, "exclude_modules"),
-        layers_to_transform=_layers(config.get("layers_to_transform")),
+        exclude_modules=read.names(config, "exclude_modules"),
+        layers_to_transform=read.layers(config, "layers_to_transform"),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
     )
     if not targets:
@@ -159,80 +238,32 @@ def _selection(config: Mapping[str, object]) -> Selection:
     return selection
 
 
-def _honoured(fields: _HonouredFields) -> dict[str, object]:
+_VERBATIM = (
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
+    "alora_invocation_tokens", "use_dora", "lora_bias",
+)  # fmt: skip
+"""Honoured fields that name an adapter by the value they have in the file."""
+
+
+def _honoured(config: Config, scalings: _Scalings, selection: Selection) -> dict[str, object]:
     """What decides the result, as plain JSON values: the part of a config that names an adapter."""
-    selection = fields.selection
     values: dict[str, object] = {
         "peft_type": "LORA",
-        "r": fields.r,
-        "lora_alpha": fields.lora_alpha,
-        "use_rslora": fields.use_rslora,
-        "rank_pattern": fields.rank_pattern,
-        "alpha_pattern": fields.alpha_pattern,
+        "r": scalings.r,
+        "lora_alpha": scalings.lora_alpha,
+        "use_rslora": scalings.use_rslora,
+        "rank_pattern": scalings.rank_pattern,
+        "alpha_pattern": scalings.alpha_pattern,
         "target_modules": _as_json(selection.target_modules),
         "exclude_modules": _as_json(selection.exclude_modules),
         "layers_to_transform": sorted(selection.layers_to_transform),
         "layers_pattern": list(selection.layers_pattern),
+        "bias": None if _bias(config) == "none" else _bias(config),
+        "init_lora_weights": config["init_lora_weights"] if mutates_base(config) else None,
+        **{name: config.get(name) for name in _VERBATIM},
     }
-    return {name: value for name, value in values.items() if not _is_neutral(value)}
+    return {name: value for name, value in values.items() if not is_neutral(value)}
 
 
 def _as_json(names: str | tuple[str, ...]) -> str | list[str]:
     return names if isinstance(names, str) else sorted(set(names))
-
-
-def _targets(
-    fields: _HonouredFields, paths: Mapping[str, str], matcher: PatternMatcher
-) -> dict[str, TargetSpec]:
-    rank_of = matcher.first_match(fields.rank_pattern, "rank_pattern")
-    alpha_of = matcher.first_match(fields.alpha_pattern, "alpha_pattern")
-    targets = {}
-    for name, path in paths.items():
-        rank, alpha = rank_of(name), alpha_of(name)
-        rank = fields.r if rank is None else rank
-        alpha = fields.lora_alpha if alpha is None else alpha
-        scaling = alpha / (math.sqrt(rank) if fields.use_rslora else rank)
-        targets[path] = TargetSpec(rank, alpha, scaling)
-    return targets
-
-
-def _wrong_type(field: str, value: object, expected: str) -> AdapterRefused:
-    return AdapterRefused(f"{field} is {_shown(value)}; it must be {expected}", field=field)
-
-
-def _rank(value: object, field: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
-        raise _wrong_type(field, value, f"an integer from 1 to {MAX_RANK}")
-    return value
-
-
-def _alpha(value: object, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        raise _wrong_type(field, value, f"a number of at most {MAX_ALPHA:g}")
-    return value
-
-
-def _pattern_values(
-    config: Mapping[str, object], field: str, read: Callable[[object, str], Number]
-) -> dict[str, Number]:
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise _wrong_type(field, patterns, "an object of patterns and numbers")
-    return {pattern: read(value, field) for pattern, value in patterns.items()}
-
-
-def _names(config: Mapping[str, object], field: str) -> str | tuple[str, ...]:
-    value = config.get(field) or ()
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    raise _wrong_type(field, value, "a pattern or a list of names")
-
-
-def _layers(value: object) -> tuple[int, ...]:
-    layers = [] if value is None else value if isinstance(value, list) else [value]
-    for layer in layers:
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise _wrong_type("layers_to_transform", layer, "a layer index or a list of them")
-    return tuple(layers)

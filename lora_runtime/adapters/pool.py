@@ -1,81 +1,152 @@
-"""The device memory that holds resident adapters: one rank pool per module shape."""
+"""The device memory that holds resident adapters: one buffer, and a run table per module.
+
+An adapter is one run of bytes, its tensors end to end at their true sizes: nothing is padded to a
+largest rank, and no module's memory is set aside for adapters that do not touch it.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from lora_runtime.adapters.serving_form import ModuleKey, ServingForm
-from lora_runtime.adapters.slot_table import Footprint
+from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
 from lora_runtime.base.adapted_linear import Binding
-from lora_runtime.core import AdapterPlacement, LinearShape
-from lora_runtime.kernels import NO_RUN, RankPool
+from lora_runtime.base.loader import Base
+from lora_runtime.core import AdapterPlacement
+from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
+
+ALIGNMENT = 16
+"""Bytes; every tensor starts at a multiple, which vector loads want."""
 
 
-def rows_per_shape(
-    linears: Mapping[str, LinearShape], pool_bytes: int, item_bytes: int
-) -> dict[LinearShape, int]:
-    """Pool rows of each shape, so that adapters on all linears fill every pool at once.
+class Place(NamedTuple):
+    """Where a tensor lies within its adapter's run: bytes from its start, seen through `view`."""
 
-    rows[s] = (layers of shape s) · pool_bytes / (item_bytes · Σ over layers of (in + out)).
+    tensor: Tensor
+    values: Tensor
+    """What is stored: the tensor, or its transpose for B'."""
+    view: str
+    """The view of AdapterMemory: weights, vectors or indices."""
+    start: int
+
+
+def adapter_dtype(base: Base) -> torch.dtype:
+    """Dtype of adapter weights in the pool: float32 on a CPU, where rounding them to bfloat16
+    would cost more accuracy than the memory is worth; the compute dtype elsewhere.
     """
-    per_rank = sum(shape.in_features + shape.out_features for shape in linears.values())
-    total_rank = pool_bytes // (per_rank * item_bytes)
-    return {shape: count * total_rank for shape, count in Counter(linears.values()).items()}
+    return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
-def ordered_modules(form: ServingForm) -> list[ModuleKey]:
-    """The adapter's modules in the order of its footprint and placements."""
-    return sorted(form.modules)
+def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
+    """Bytes an adapter takes in the pool: `weight_bytes` a weight, 4 a gain, bias or row id."""
+    return sum(_aligned(p.tensor, p.view, weight_bytes) for p in _places(form, weight_bytes))
 
 
-def footprint(form: ServingForm, linears: Mapping[str, LinearShape]) -> Footprint:
-    """(shape, rank) of every module of the adapter."""
-    return tuple((linears[key.path], form.modules[key].rank) for key in ordered_modules(form))
+def num_replicas(form: ServingForm) -> int:
+    """How often the adapter's layer map visits one layer at most."""
+    return 1 + max((key.replica for key in form.modules), default=0)
 
 
 class AdapterPool:
-    """Rank pools and run tables of all linears. It never decides: it does what it is told."""
+    """The buffer and the run tables. It never decides: it does what it is told.
+
+    runs (modules, slots, replicas, 8) int64, a Run each.
+    """
 
     def __init__(
-        self,
-        linears: Mapping[str, LinearShape],
-        rows: Mapping[LinearShape, int],
-        max_slots: int,
-        like: torch.Tensor,
+        self, paths: Iterable[str], num_bytes: int, max_slots: int, like: torch.Tensor
     ) -> None:
-        self._index = {path: index for index, path in enumerate(linears)}
-        self._linears = linears
-        self.runs = torch.tensor(NO_RUN, dtype=torch.int32, device=like.device).repeat(
-            len(linears), max_slots, 1, 1
-        )
-        self._pools = {
-            shape: RankPool(
-                a=like.new_empty(count, shape.in_features),
-                b=like.new_empty(count, shape.out_features),
-                gains=like.new_empty(0, shape.out_features, dtype=torch.float32),
-                biases=like.new_empty(0, shape.out_features, dtype=torch.float32),
-            )
-            for shape, count in rows.items()
-        }
-        self.bindings = {
-            path: Binding(self._pools[shape], self.runs[self._index[path]])
-            for path, shape in linears.items()
-        }
-
-    @property
-    def nbytes(self) -> int:
-        return sum(pool.a.nbytes + pool.b.nbytes for pool in self._pools.values())
+        """`like` gives the device and the dtype of the weights."""
+        size = num_bytes // ALIGNMENT * ALIGNMENT
+        storage = torch.empty(size, dtype=torch.uint8, device=like.device)
+        self.nbytes = size
+        self.memory = AdapterMemory.over(storage, like.dtype)
+        self._index = {path: index for index, path in enumerate(paths)}
+        self._touched: list[set[str]] = [set() for _ in range(max_slots)]
+        self.runs = _empty_tables(len(self._index), max_slots, 1, like.device)
+        self.bindings: dict[str, Binding] = {}
 
     def load(self, placement: AdapterPlacement, form: ServingForm) -> None:
-        """Copy an adapter into its rows and make its slot point at them, in place."""
-        runs = torch.tensor(NO_RUN, dtype=torch.int32).repeat(len(self._index), 1, 1)
-        for key, start in zip(ordered_modules(form), placement.starts, strict=True):
-            module = form.modules[key]
-            pool = self._pools[self._linears[key.path]]
-            pool.a[start : start + module.rank] = module.a
-            pool.b[start : start + module.rank] = module.b.T
-            runs[self._index[key.path], key.replica] = torch.tensor((start, module.rank, -1, -1))
+        """Copy an adapter to its place and make its slot point at it, in place."""
+        self._make_room_for(num_replicas(form))
+        offsets = {}
+        for place in _places(form, self.memory.weights.itemsize):
+            target: Tensor = getattr(self.memory, place.view)
+            offset = (placement.address + place.start) // target.itemsize
+            target[offset : offset + place.values.numel()] = place.values.flatten()
+            offsets[id(place.tensor)] = offset
+        runs = _empty_tables(len(self._index), 1, self.runs.shape[2], torch.device("cpu"))[:, 0]
+        for key, module in form.modules.items():
+            runs[self._index[key.path], key.replica] = torch.tensor(_run(module, offsets))
         self.runs[:, placement.slot] = runs.to(self.runs.device)
+        self._touched[placement.slot] = {key.path for key in form.modules}
+        self._bind()
+
+    def _make_room_for(self, replicas: int) -> None:
+        num_modules, max_slots, old_replicas, _ = self.runs.shape
+        if replicas > old_replicas:
+            tables = _empty_tables(num_modules, max_slots, replicas, self.runs.device)
+            tables[:, :, :old_replicas] = self.runs
+            self.runs = tables
+
+    def _bind(self) -> None:
+        """Leave out modules that no slot touches: they run as the base's own."""
+        touched = set[str]().union(*self._touched)
+        self.bindings = {
+            path: Binding(self.memory, self.runs[self._index[path]]) for path in touched
+        }
+
+
+def _empty_tables(modules: int, slots: int, replicas: int, device: torch.device) -> Tensor:
+    return torch.tensor(NO_RUN, device=device).repeat(modules, slots, replicas, 1)
+
+
+def _places(form: ServingForm, weight_bytes: int) -> Iterator[Place]:
+    """Every tensor once, in the order of the modules, though modules may share some."""
+    start, seen = 0, set()
+    for key in sorted(form.modules):
+        for tensor, values, view in _parts(form.modules[key]):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield Place(tensor, values, view, start)
+                start += _aligned(tensor, view, weight_bytes)
+
+
+def _parts(module: ModuleForm) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """(tensor, what is stored of it, view) of each part the module has."""
+    if module.a is not None and module.b is not None:
+        yield module.a, module.a, "weights"
+        yield module.b, module.b.T, "weights"
+    for vector in (module.gain, module.bias):
+        if vector is not None:
+            yield vector, vector, "vectors"
+    if module.patch is not None:
+        yield module.patch.values, module.patch.values, "weights"
+        if module.patch.ids is not None:
+            yield module.patch.ids, module.patch.ids, "indices"
+
+
+def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
+    num_bytes = tensor.numel() * (weight_bytes if view == "weights" else 4)
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _run(module: ModuleForm, offsets: dict[int, int]) -> Run:
+    patch = module.patch
+
+    def offset(tensor: Tensor | None) -> int:
+        return -1 if tensor is None else offsets[id(tensor)]
+
+    return Run(
+        rank=module.rank,
+        a=offset(module.a),
+        b=offset(module.b),
+        gain=offset(module.gain),
+        bias=offset(module.bias),
+        num_rows=0 if patch is None else len(patch.values),
+        rows=offset(patch and patch.values),
+        row_ids=offset(patch and patch.ids),
+    )

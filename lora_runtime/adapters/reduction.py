@@ -1,41 +1,45 @@
 """An adapter's files → its serving form, and a trained adapter → its files.
 
-Knows PEFT's tensor names and the scaling of each variant; knows neither the device nor the pool.
-Source: peft 0.21.2, `save_and_load.py`; rsLoRA arXiv:2312.03732.
+Knows PEFT's tensor names and the order of the steps; knows neither the device nor the pool.
+Source: peft 0.21.2, `save_and_load.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.files import MAX_TENSORS_BYTES, AdapterFiles, read_adapter
-from lora_runtime.adapters.peft_config import AdapterSpec, TargetSpec, parse_config
+from lora_runtime.adapters.adapter_tensors import AdapterTensors
+from lora_runtime.adapters.companion_files import own_chat_template
+from lora_runtime.adapters.files import (
+    MAX_TENSORS_BYTES,
+    AdapterFiles,
+    read_adapter,
+    read_initial_adapter,
+)
+from lora_runtime.adapters.layer_sites import Site
+from lora_runtime.adapters.module_forms import Reduced, collect, reduce_module
+from lora_runtime.adapters.peft_config import AdapterSpec, parse_config
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
-from lora_runtime.core import BaseSpec, LinearShape
+from lora_runtime.adapters.tensor_names import Part, trained_names
+from lora_runtime.adapters.vocabulary import row_patches
+from lora_runtime.base.weights import BaseWeights
+from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 
 FINGERPRINT_KEY = "loramux.base_fingerprint"
 VERSION_KEY = "loramux.version"
 
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-"""Where a text decoder sits: in multimodal models of transformers 5 and 4, and alone. An adapter
-trained in one of them fits the same decoder in another. The longest match comes first."""
-
-Part = Literal["A", "B"]
-_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
-
 
 def load_adapter(
-    folder: Path, base: BaseSpec, *, max_bytes: int = MAX_TENSORS_BYTES
+    folder: Path, base: BaseSpec, weights: BaseWeights, *, max_bytes: int = MAX_TENSORS_BYTES
 ) -> ServingForm:
     """Read a folder written by PEFT or by our trainer and reduce it for one base.
 
@@ -43,34 +47,120 @@ def load_adapter(
     """
     files = read_adapter(folder, max_bytes=max_bytes)
     _check_fingerprint(files.metadata, base)  # another base explains every mismatch after this
-    names = trained_names(files.tensors, base.linears)
-    spec = parse_config(files.config, base.linears, base.num_layers, trained_names=names)
-    return reduce_adapter(spec, files, base)
+    tensors = AdapterTensors(files.tensors)
+    names = trained_names(tensors.names, base)
+    spec = parse_config(files.config, base, trained_names=names)
+    initial = _initial_adapter(folder, spec, max_bytes)
+    start = None if initial is None else AdapterTensors(initial.tensors)
+    form = reduce_adapter(spec, tensors, base, weights, start)
+    hashes = [file.tensors_sha256 for file in (files, initial) if file is not None]
+    return replace(
+        form,
+        digest=_digest(spec.honoured, hashes),
+        chat_template=own_chat_template(folder, weights.folder, base.vocab_size),
+    )
 
 
-def reduce_adapter(spec: AdapterSpec, files: AdapterFiles, base: BaseSpec) -> ServingForm:
-    """Fold every scaling into B' = scaling · B, in float32.
+def reduce_adapter(
+    spec: AdapterSpec,
+    tensors: AdapterTensors,
+    base: BaseSpec,
+    weights: BaseWeights,
+    initial: AdapterTensors | None = None,
+) -> ServingForm:
+    """Reduce each module on its own, then add replaced biases and vocabulary rows.
 
-    Each target needs A (rank, in) and B (out, rank); no other tensor may be there.
-    The digest is the SHA-256 of the canonical JSON of [honoured fields, SHA-256 of the tensors'
-    file].
+    Every tensor must be asked for by the config. `initial`: the adapter before training, where its
+    init changed the base. The digest is left empty.
 
-    Raises: BaseMismatch where the files name another base's fingerprint; AdapterRefused naming the
-    tensor that is missing, unknown or of the wrong shape.
+    Raises: AdapterRefused naming the tensor that is missing, unknown or of the wrong shape.
     """
-    _check_fingerprint(files.metadata, base)
-    names = trained_names(files.tensors, base.linears)
-    _check_tensor_names(files.tensors, [names[path] for path in spec.targets])
-    modules = {
-        ModuleKey(path): _module_form(names[path], target, base.linears[path], files.tensors)
-        for path, target in spec.targets.items()
-    }
+    modules = collect(spec, base, tensors)
+    biases = _trained_biases(spec, base, weights, tensors)
+    patches = row_patches(spec, base, weights, tensors)
+    tensors.refuse_rest()
+    untouched = {base.embedding, *patches}  # PEFT saves what it made of a head beside the adapter
+    reduced = {}
+    for raw in modules:
+        started = "" if raw.site.path in untouched else spec.initialisation
+        bias = biases.get(_key(raw.site))
+        reduced[_key(raw.site)] = reduce_module(raw, started, base, weights, initial, bias)
+    forms = {key: one.form for key, one in reduced.items()}
+    for key, bias in biases.items():
+        forms.setdefault(key, ModuleForm(bias=bias))
+    for path, patch in patches.items():
+        key = ModuleKey(path)
+        forms[key] = replace(forms.get(key, ModuleForm()), patch=patch)
     return ServingForm(
-        digest=_digest(spec.honoured, files.tensors_sha256),
+        digest="",
         variant=spec.variant,
-        modules=modules,
+        modules=forms,
         honoured=spec.honoured,
         inert=spec.inert,
+        layer_map=spec.layer_map,
+        invocation_tokens=spec.invocation_tokens,
+        notes=_notes(spec, reduced.values(), initial),
+    )
+
+
+def _key(site: Site) -> ModuleKey:
+    return ModuleKey(site.path, site.replica)
+
+
+def _initial_adapter(folder: Path, spec: AdapterSpec, max_bytes: int) -> AdapterFiles | None:
+    """The state before training, in `pissa_init` or `olora_init`; `pissa_niter_N` needs it."""
+    if not spec.initialisation:
+        return None
+    kind = spec.initialisation.partition("_")[0]
+    found = read_initial_adapter(folder, f"{kind}_init", max_bytes=max_bytes)
+    if found is None and spec.initialisation != kind:
+        raise AdapterRefused(
+            f"init_lora_weights is {spec.initialisation!r}, which is random: put the adapter as "
+            f"it was before training into {kind}_init/, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion",
+            field="init_lora_weights",
+        )
+    return found
+
+
+def _trained_biases(
+    spec: AdapterSpec, base: BaseSpec, weights: BaseWeights, tensors: AdapterTensors
+) -> dict[ModuleKey, Tensor]:
+    """Biases that replace the base's: of the targets, of every module, or of a replaced head."""
+    biases: dict[ModuleKey, Tensor] = {}
+    for site in spec.sites:
+        is_wanted = spec.bias == "all" or (spec.bias == "lora_only" and site in spec.targets)
+        is_wanted = is_wanted or site.path in spec.vocabulary.replaced
+        if is_wanted and weights.bias(site.path) is not None:
+            size = (base.shapes[site.path].out_features,)
+            biases[_key(site)] = tensors.take(site.name, Part.BIAS, size).float()
+    for key, bias in biases.items():
+        if not torch.equal(bias, biases.get(ModuleKey(key.path), bias)):
+            raise AdapterRefused(
+                f"the visits of {key.path} share one bias, and the file holds different ones",
+                field="bias",
+            )
+    return biases
+
+
+def _notes(
+    spec: AdapterSpec, reduced: Iterable[Reduced], initial: AdapterTensors | None
+) -> tuple[str, ...]:
+    if not spec.initialisation:
+        return ()
+    if initial is not None:
+        return (f"{spec.initialisation}: its first factors were in the folder and are subtracted",)
+    error = max(one.error for one in reduced)
+    if not error < 1:
+        raise AdapterRefused(
+            f"init_lora_weights is {spec.initialisation!r}, whose first factors cannot be told "
+            "from this base's weights; save it with PEFT's "
+            "path_initial_model_for_weight_conversion",
+            field="init_lora_weights",
+        )
+    return (
+        f"{spec.initialisation}: its first factors were recomputed from the checkpoint and "
+        f"subtracted; relative error of the change at most {error:.1g}",
     )
 
 
@@ -108,30 +198,10 @@ def peft_files(
     }
     named = {}
     for path, (a, b) in tensors.items():
-        named[_tensor_name(path, "A")] = a
-        named[_tensor_name(path, "B")] = b
+        named[f"base_model.model.{path}.{Part.A}"] = a
+        named[f"base_model.model.{path}.{Part.B}"] = b
     facts = {FINGERPRINT_KEY: base.fingerprint, VERSION_KEY: _version()}
     return config, named, {**(metadata or {}), **facts}
-
-
-def trained_names(
-    tensor_names: Iterable[str], linears: Mapping[str, LinearShape]
-) -> dict[str, str]:
-    """Return base path → the module's name in the model that the tensors were trained in."""
-    matches = (_TENSOR_NAME.fullmatch(name) for name in tensor_names)
-    paths = {match["path"] for match in matches if match}
-    same = {path: path for path in linears}
-    dialects = [{path: _with_prefix(path, prefix) for path in linears} for prefix in TEXT_PREFIXES]
-    return next((names for names in (same, *dialects) if paths & set(names.values())), same)
-
-
-def _with_prefix(path: str, prefix: str) -> str:
-    ours = next((known for known in TEXT_PREFIXES if path.startswith(known)), "")
-    return prefix + path.removeprefix(ours)
-
-
-def _tensor_name(name: str, part: Part) -> str:
-    return f"base_model.model.{name}.lora_{part}.weight"
 
 
 def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
@@ -144,49 +214,12 @@ def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
         )
 
 
-def _check_tensor_names(found: Iterable[str], targets: Iterable[str]) -> None:
-    expected = {_tensor_name(name, part) for name in targets for part in ("A", "B")}
-    unknown = sorted(set(found) - expected)
-    if unknown:
-        raise AdapterRefused(
-            f"tensor {unknown[0]} belongs to no module that the config adapts on this base "
-            f"({len(unknown)} such tensors)",
-            field=unknown[0],
-        )
-    missing = sorted(expected.difference(found))
-    if missing:
-        raise AdapterRefused(
-            f"tensor {missing[0]} is missing, though the config adapts its module "
-            f"({len(missing)} such tensors)",
-            field=missing[0],
-        )
+def _digest(honoured: Mapping[str, object], hashes: Sequence[str]) -> str:
+    """SHA-256 of the honoured fields and of the tensors' files.
 
-
-def _module_form(
-    name: str, target: TargetSpec, shape: LinearShape, tensors: Mapping[str, Tensor]
-) -> ModuleForm:
-    a_name, b_name = _tensor_name(name, "A"), _tensor_name(name, "B")
-    a, b = tensors[a_name], tensors[b_name]
-    _check_shape(a_name, a, (target.rank, shape.in_features))
-    _check_shape(b_name, b, (shape.out_features, target.rank))
-    scaled = b.float() * target.scaling
-    if not torch.isfinite(scaled).all():
-        raise AdapterRefused(f"tensor {b_name} overflows float32 when scaled", field=b_name)
-    return ModuleForm(a=a.float(), b=scaled)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise AdapterRefused(
-            f"tensor {name} has shape {tuple(tensor.shape)}; the config and this base expect "
-            f"{expected}",
-            field=name,
-        )
-
-
-def _digest(honoured: Mapping[str, object], tensors_sha256: str) -> str:
-    """Top-level keys are sorted; patterns keep their order, because the first match decides."""
-    content = [[[name, honoured[name]] for name in sorted(honoured)], tensors_sha256]
+    Top-level keys are sorted; patterns keep their order, because the first match decides.
+    """
+    content = [[[name, honoured[name]] for name in sorted(honoured)], *hashes]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 

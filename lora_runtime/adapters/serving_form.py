@@ -1,6 +1,7 @@
 """The one form every adapter is reduced to before the engine sees it.
 
-Per target module y = g ∘ (W x) + B'(A x) + b, with every scaling folded into B'.
+Per target module y = g ∘ (W x) + B'(A x) + b, with every scaling folded into B'; the embedding is
+a linear layer of one-hot tokens, and it and the output layer may have whole rows replaced.
 """
 
 from __future__ import annotations
@@ -13,20 +14,35 @@ from torch import Tensor
 
 
 class ModuleKey(NamedTuple):
-    """A base linear, and which visit to it by the adapter's layer map (0 without a map)."""
+    """A module of the base, and which visit to it by the adapter's layer map (0 without a map)."""
 
     path: str
     replica: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RowPatch:
+    """Vocabulary rows of the embedding's or head's weight, replaced.
+
+    values (n, hidden); ids (n,) int32 ascending, or None when all rows are replaced in order.
+    """
+
+    values: Tensor
+    ids: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleForm:
-    """a (r, in) and b (out, r), or both None; gain (out,) float32 or None; bias (out,) or None."""
+    """a (r, in) and b (out, r), or both None; gain (out,) float32 or None; bias (out,) or None.
+
+    `patch`: for the embedding and the head only.
+    """
 
     a: Tensor | None = None
     b: Tensor | None = None
     gain: Tensor | None = None
     bias: Tensor | None = None
+    patch: RowPatch | None = None
 
     @property
     def rank(self) -> int:
@@ -34,7 +50,8 @@ class ModuleForm:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        parts = (self.a, self.b, self.gain, self.bias)
+        patch = (self.patch.values, self.patch.ids) if self.patch else ()
+        parts = (self.a, self.b, self.gain, self.bias, *patch)
         return tuple(part for part in parts if part is not None)
 
 
@@ -44,22 +61,41 @@ class ServingForm:
 
     digest: str
     variant: str
-    """`lora`, `rslora`, …: shown to people, never branched on."""
+    """`lora`, `rslora`, `dora`, …: shown to people, never branched on."""
     modules: Mapping[ModuleKey, ModuleForm]
     honoured: Mapping[str, object]
     """Fields of adapter_config.json that changed the result, and their values."""
     inert: Mapping[str, str]
     """Fields present that do not matter at serving, each with its reason."""
     layer_map: tuple[int, ...] | None = None
+    """Base layers in the order in which this adapter's rows visit them; None: each once."""
+    invocation_tokens: tuple[int, ...] = ()
+    """aLoRA: the adapter acts from the last occurrence of these tokens in the prompt."""
+    chat_template: str | None = None
+    """The adapter's own chat template, where it differs from the base's."""
+    notes: tuple[str, ...] = ()
+    """What people should know, for example the error bound of a recovered initialisation."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor once, though modules may share some."""
+        every = {id(t): t for module in self.modules.values() for t in module.tensors}
+        return tuple(every.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for module in self.modules.values() for t in module.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def num_parameters(self) -> int:
-        return sum(t.numel() for module in self.modules.values() for t in module.tensors)
+        return sum(t.numel() for t in self.tensors if t.is_floating_point())
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({module.rank for module in self.modules.values()}))
+        return tuple(sorted({module.rank for module in self.modules.values()} - {0}))
+
+    @property
+    def has_whole_patch(self) -> bool:
+        """True when it replaces all rows of the embedding or the head."""
+        patches = (module.patch for module in self.modules.values())
+        return any(patch is not None and patch.ids is None for patch in patches)

@@ -1,36 +1,34 @@
-"""Which adapter sits in which device slot and pool rows. Bookkeeping only: ints, no tensors.
+"""Which adapter sits in which device slot, and where in the pool. Ints only, no tensors.
 
-Memory is proportional to the true rank: a module of rank r takes r consecutive rows of the pool
-of its shape. Adapters without a running request are evicted, least recently used first.
+An adapter takes one run of bytes, as many as its tensors have. Adapters without a running request
+are evicted, least recently used first.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
-from lora_runtime.core import AdapterPlacement, LinearShape
+from lora_runtime.core import AdapterPlacement
 from lora_runtime.errors import AdapterTooLarge
 
-Footprint = tuple[tuple[LinearShape, int], ...]
-"""(shape, rank) of each module of an adapter, in the order of its modules."""
 
+class SpaceAllocator:
+    """First-fit allocation of runs out of `size` bytes."""
 
-class RowAllocator:
-    """First-fit allocation of consecutive rows out of `num_rows`."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self._holes: list[tuple[int, int]] = [(0, num_rows)] if num_rows else []
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._holes: list[tuple[int, int]] = [(0, size)] if size else []
 
     @property
     def num_free(self) -> int:
         return sum(length for _, length in self._holes)
 
     def allocate(self, length: int) -> int | None:
-        """The first row of a free run of `length` rows, or None if there is none."""
+        """The first byte of a free run of `length` bytes, or None if there is none."""
         if length == 0:
             return 0
         for index, (start, size) in enumerate(self._holes):
@@ -63,12 +61,13 @@ class Acquired:
 
 
 class SlotTable:
-    """Slots and rows of the device pool: residency, pins, least-recently-used eviction."""
+    """Slots and bytes of the device pool: residency, pins, least-recently-used eviction."""
 
-    def __init__(self, rows: Mapping[LinearShape, int], max_slots: int) -> None:
-        self._rows = {shape: RowAllocator(count) for shape, count in rows.items()}
+    def __init__(self, num_bytes: int, max_slots: int) -> None:
+        self._space = SpaceAllocator(num_bytes)
+        self._max_slots = max_slots
         self._free_slots = list(reversed(range(max_slots)))
-        self._footprints: dict[str, Footprint] = {}
+        self._sizes: dict[str, int] = {}
         self._resident: OrderedDict[str, AdapterPlacement] = OrderedDict()
         self._pins: dict[str, int] = {}
 
@@ -77,37 +76,64 @@ class SlotTable:
         return tuple(self._resident)
 
     @property
-    def num_elements_used(self) -> int:
-        """Weights in use: rows times (in + out), over all shapes."""
-        return sum(
-            (rows.num_rows - rows.num_free) * (shape.in_features + shape.out_features)
-            for shape, rows in self._rows.items()
-        )
+    def num_bytes_used(self) -> int:
+        return self._space.size - self._space.num_free
 
-    def register(self, digest: str, footprint: Footprint) -> None:
+    def register(self, digest: str, num_bytes: int) -> None:
         """Make an adapter known. Raises AdapterTooLarge if it could never fit."""
-        needed: dict[LinearShape, int] = {}
-        for shape, rank in footprint:
-            needed[shape] = needed.get(shape, 0) + rank
-        for shape, count in needed.items():
-            available = self._rows[shape].num_rows
-            if count > available:
-                raise AdapterTooLarge(
-                    f"the adapter needs {count} rank rows for its "
-                    f"{shape.in_features}x{shape.out_features} layers and the pool has "
-                    f"{available}; raise the adapter pool size or lower the rank"
-                )
-        self._footprints[digest] = footprint
+        if num_bytes > self._space.size:
+            raise AdapterTooLarge(
+                f"the adapter takes {num_bytes} bytes and the adapter pool has "
+                f"{self._space.size}; raise the pool size or lower the rank"
+            )
+        self._sizes[digest] = num_bytes
 
     def forget(self, digest: str) -> None:
-        """Remove an adapter that no request pins; its slot and rows become free."""
+        """Remove an adapter that no request pins; its slot and bytes become free."""
         assert digest not in self._pins, "forgetting a pinned adapter"
         if digest in self._resident:
             self._evict(digest)
-        del self._footprints[digest]
+        del self._sizes[digest]
 
-    def acquire(self, digest: str) -> Acquired | None:
-        """Pin an adapter in a slot, evicting unpinned ones if it must; None if there is no room."""
+    def check_fits(self, digests: Collection[str]) -> None:
+        """Raise AdapterTooLarge if these adapters could never be resident together."""
+        num_bytes = sum(self._sizes[digest] for digest in digests)
+        if num_bytes > self._space.size or len(digests) > self._max_slots:
+            raise AdapterTooLarge(
+                f"the request's {len(digests)} adapters take {num_bytes} bytes together; the pool "
+                f"has {self._space.size} bytes and {self._max_slots} slots",
+                field="adapters",
+            )
+
+    def acquire(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
+        """Pin the adapters of one request, evicting unpinned ones if it must; None if there is no
+        room. With nothing pinned what fits an empty pool always finds room.
+        """
+        acquired = self._acquire_each(digests)
+        if acquired is None and not self._pins:
+            for resident in list(self._resident):
+                self._evict(resident)
+            acquired = self._acquire_each(digests)
+        return acquired
+
+    def _acquire_each(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
+        acquired: list[Acquired] = []
+        for digest in digests:
+            got = self._acquire(digest)
+            if got is None:
+                self._undo(digests, acquired)
+                return None
+            acquired.append(got)
+        return acquired
+
+    def _undo(self, digests: AbstractSequence[str], acquired: AbstractSequence[Acquired]) -> None:
+        """Release what was acquired; what was only now placed is not loaded, so it goes again."""
+        for digest, got in zip(digests, acquired, strict=False):
+            self.release(digest)
+            if got.load is not None:
+                self._evict(digest)
+
+    def _acquire(self, digest: str) -> Acquired | None:
         load = None
         if digest not in self._resident:
             while (load := self._place(digest)) is None:
@@ -120,7 +146,7 @@ class SlotTable:
         return Acquired(self._resident[digest].slot, load)
 
     def release(self, digest: str) -> None:
-        """Undo one `acquire`; the adapter stays resident until it is evicted."""
+        """Unpin an adapter of one request; it stays resident until it is evicted."""
         self._pins[digest] -= 1
         if self._pins[digest] == 0:
             del self._pins[digest]
@@ -132,33 +158,19 @@ class SlotTable:
     def _place(self, digest: str) -> AdapterPlacement | None:
         if not self._free_slots:
             return None
-        starts: list[int] = []
-        footprint = self._footprints[digest]
-        for shape, rank in footprint:
-            start = self._rows[shape].allocate(rank)
-            if start is None:
-                self._free_rows(footprint, starts)
-                return None
-            starts.append(start)
-        placement = AdapterPlacement(digest, self._free_slots.pop(), tuple(starts))
+        address = self._space.allocate(self._sizes[digest])
+        if address is None:
+            return None
+        placement = AdapterPlacement(digest, self._free_slots.pop(), address)
         self._resident[digest] = placement
         return placement
 
     def _evict(self, digest: str) -> None:
         placement = self._resident.pop(digest)
-        self._free_rows(self._footprints[digest], placement.starts)
+        self._space.free(placement.address, self._sizes[digest])
         self._free_slots.append(placement.slot)
 
-    def _free_rows(self, footprint: Footprint, starts: tuple[int, ...] | list[int]) -> None:
-        for (shape, rank), start in zip(footprint, starts, strict=False):
-            self._rows[shape].free(start, rank)
-
     def check_integrity(self) -> None:
-        """Assert that free and resident rows and slots add up to all of them."""
-        used: dict[LinearShape, int] = dict.fromkeys(self._rows, 0)
-        for digest in self._resident:
-            for shape, rank in self._footprints[digest]:
-                used[shape] += rank
-        for shape, rows in self._rows.items():
-            assert rows.num_free + used[shape] == rows.num_rows
+        """Assert that free and resident bytes add up, and that what is pinned is resident."""
+        assert self.num_bytes_used == sum(self._sizes[digest] for digest in self._resident)
         assert set(self._pins) <= set(self._resident)

@@ -87,12 +87,24 @@ class KVCache:
         shape = (num_layers, num_slots, num_kv_heads, head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
+    @property
+    def num_slots(self) -> int:
+        """Token slots of each layer."""
+        return self.keys.shape[1]
+
+    def as_one_layer(self) -> KVCache:
+        """The same memory as one layer of L · num_slots slots; layer l begins at l · num_slots."""
+        return KVCache(self.keys.flatten(0, 1)[None], self.values.flatten(0, 1)[None])
+
 
 class PagedAttention:
-    """Attention over the paged cache; writes this step's keys and values first."""
+    """Attention over the paged cache; writes this step's keys and values first.
 
-    def __init__(self, cache: KVCache, meta: AttentionMeta) -> None:
-        self.cache, self.meta = cache, meta
+    `layer`: the cache's layer to use, whichever layer of the model asks.
+    """
+
+    def __init__(self, cache: KVCache, meta: AttentionMeta, layer: int | None = None) -> None:
+        self.cache, self.meta, self.layer = cache, meta, layer
 
     def attend(
         self,
@@ -105,6 +117,7 @@ class PagedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        layer = layer if self.layer is None else self.layer
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         write_kv(keys, values, k, v, self.meta.slot_mapping)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)

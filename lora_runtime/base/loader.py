@@ -6,8 +6,9 @@ replaced by ours. Before quantising, the result is compared with the untouched m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,18 +16,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_runtime.base import attention
-from lora_runtime.base.adapted_linear import AdaptedLinear, StepContext
+from lora_runtime.base.adapted_linear import (
+    AdaptedEmbedding,
+    AdaptedHead,
+    AdaptedLinear,
+    StepContext,
+)
 from lora_runtime.base.attention import Attention, KVCache, VarlenAttention
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.planned_model import PlannedBatch, planned_model
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import BaseRefused, ConfigError
 
 Progress = Callable[[str], None]
 
+MAX_PLANNED_MODELS = 64
 SELF_CHECK_LENGTHS = (5, 23)
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
 """Largest logit difference, relative to the largest logit, between surgery and original."""
@@ -39,19 +48,29 @@ class Base:
     model: PreTrainedModel
     spec: BaseSpec
     context: StepContext
+    weights: BaseWeights
+    planned: Callable[[tuple[int, ...]], PreTrainedModel]
+    """The model with these base layers instead of its own; see `planned_model`."""
     folder: Path
     device: torch.device
     dtype: torch.dtype
 
     def forward(
-        self, token_ids: Tensor, position_ids: Tensor, batch: Attention, logits_at: Tensor
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        batch: Attention | PlannedBatch,
+        logits_at: Tensor,
+        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Run all rows laid end to end: token_ids, position_ids (T,) → logits (n, vocab).
 
-        `logits_at` (n,) int64 picks the tokens whose logits are wanted. Differentiable in the
-        adapters of `context`.
+        `logits_at` (n,) int64 picks the tokens whose logits are wanted. `layers`, with a
+        PlannedBatch: the base layers to run instead of each once. Differentiable in the adapters
+        of `context`.
         """
-        out = self.model(
+        model = self.model if layers is None else self.planned(layers)
+        out = model(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
@@ -98,9 +117,7 @@ def prepare_base(
 ) -> Base:
     """Operate on a loaded transformers model, which becomes the base (`config.model` is unused)."""
     model.eval().requires_grad_(False)
-    text_config = model.config.get_text_config()
-    max_model_len = int(text_config.max_position_embeddings)
-    fix_rotary(model, max_model_len)
+    fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
     layers = _decoder_layers(model)
     _refuse_unsupported(model, layers)
     on_progress("checking against the original model")
@@ -114,27 +131,52 @@ def prepare_base(
     _freeze(linears.values(), config.quantization, keep_copies=keep_copies)
     _freeze_head(model, keep_copies=keep_copies)
     on_progress("fingerprinting")
-    spec = BaseSpec(
-        name=name,
-        fingerprint=fingerprint(model, config.quantization),
-        linears={path: LinearShape(m.in_features, m.out_features) for path, m in linears.items()},
-        num_layers=len(layers),
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
-        max_model_len=max_model_len,
-        quantization=config.quantization,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
-        model_type=model.config.model_type,
-    )
+    spec = _spec(model, config.quantization, name, linears)
+    _adapt_vocabulary(model, spec, context)
     return Base(
         model=model,
         spec=spec,
         context=context,
+        weights=BaseWeights(model, spec, folder),
+        planned=lru_cache(MAX_PLANNED_MODELS)(lambda plan: planned_model(model, plan, context)),
         folder=folder,
         device=model.device,
         dtype=model.dtype,
     )
+
+
+def _spec(
+    model: PreTrainedModel, quantization: str, name: str, linears: Mapping[str, AdaptedLinear]
+) -> BaseSpec:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    return BaseSpec(
+        name=name,
+        fingerprint=fingerprint(model, quantization),
+        linears={path: LinearShape(m.in_features, m.out_features) for path, m in linears.items()},
+        embedding=_path_of(model, embedding),
+        head=_path_of(model, head),
+        is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
+        num_layers=len(_decoder_layers(model)),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_model_len=int(config.max_position_embeddings),
+        quantization=quantization,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        model_type=model.config.model_type,
+    )
+
+
+def _adapt_vocabulary(model: PreTrainedModel, spec: BaseSpec, context: StepContext) -> None:
+    """Let adapters act on the embedding and the output layer too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.set_input_embeddings(AdaptedEmbedding(spec.embedding, embedding, context))
+    model.set_output_embeddings(AdaptedHead(spec.head, head, context))
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
 
 
 def resolve_device(name: str) -> torch.device:

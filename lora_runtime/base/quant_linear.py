@@ -8,7 +8,8 @@ Source: QLoRA, arXiv:2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import bitsandbytes.functional as bnb
 import torch
@@ -19,6 +20,8 @@ from lora_runtime.kernels import can_use_panels, pack_panels, panel_product
 
 BLOCK_SIZE = 64
 """Weights that share one absmax."""
+ROW_BLOCK = 256
+"""Rows that are dequantised at once: a multiple of BLOCK_SIZE, so that no absmax is split."""
 
 
 class FrozenLinear(nn.Module):
@@ -47,6 +50,16 @@ class FrozenLinear(nn.Module):
 
     def weight_values(self) -> Tensor:
         """W (out, in) in the compute dtype."""
+        raise TypeError(f"{type(self).__name__} has no weight")
+
+    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield all rows of `weight_values`, some at a time, with where they are."""
+        for start in range(0, self.out_features, ROW_BLOCK):
+            rows = slice(start, min(start + ROW_BLOCK, self.out_features))
+            yield rows, self.row_values(rows)
+
+    def row_values(self, rows: slice) -> Tensor:
+        """Rows of `weight_values`; the slice starts at a multiple of ROW_BLOCK."""
         raise TypeError(f"{type(self).__name__} has no weight")
 
     def kept_values(self) -> Tensor:
@@ -94,51 +107,101 @@ class DenseLinear(FrozenLinear):
     def weight_values(self) -> Tensor:
         return self.weight
 
+    def row_values(self, rows: slice) -> Tensor:
+        return self.weight[rows]
+
 
 class QuantLinear(FrozenLinear):
     """An NF4 layer. W = fp32(code × absmax), rounded once to the compute dtype.
 
     packed (out · in / 2,) uint8: two codes a byte, high nibble first; absmax (out · in / 64,)
-    float32. The quantiser's input is the bfloat16 checkpoint weight, whatever the compute dtype.
+    float32, or with `is_nested` (double quantisation) 8-bit codes of absmax − offset, (out · in /
+    64,) uint8, under a second absmax of 256 codes each. The quantiser's input is the bfloat16
+    checkpoint weight, whatever the compute dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_copies: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        keep_copies: bool = False,
+        is_nested: bool = False,
+    ) -> None:
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
+        self.is_nested = is_nested
         packed, state = bnb.quantize_4bit(
-            weight.detach().to(torch.bfloat16), blocksize=BLOCK_SIZE, quant_type="nf4"
+            weight.detach().to(torch.bfloat16),
+            blocksize=BLOCK_SIZE,
+            quant_type="nf4",
+            compress_statistics=is_nested,
         )
         self.register_buffer("packed", packed.flatten())
         self.register_buffer("absmax", state.absmax)
         self.register_buffer("code", state.code, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        if is_nested:
+            self.register_buffer("nested_absmax", state.state2.absmax)
+            self.register_buffer("nested_code", state.state2.code, persistent=False)
+            self.register_buffer("nested_offset", state.offset)
+            self.nested_block_size = state.state2.blocksize
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)
 
+    def row_values(self, rows: slice) -> Tensor:
+        first, last = rows.start * self.in_features, rows.stop * self.in_features
+        packed = self.packed[first // 2 : -(-last // 2)]
+        absmax = self.block_scales()[first // BLOCK_SIZE : -(-last // BLOCK_SIZE)]
+        rounded = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        return self._dequantized(packed, absmax, rows.stop - rows.start, rounded).to(self.dtype)
+
     def dequantize(self) -> Tensor:
         """fp32(code × absmax), (out, in) float32."""
+        return self._dequantized(self.packed, self.block_scales(), self.out_features, torch.float32)
+
+    def block_scales(self) -> Tensor:
+        """The absmax of every block, (out · in / 64,) float32."""
+        if not self.is_nested:
+            return self.absmax
         state = bnb.QuantState(
-            absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            absmax=self.nested_absmax,
+            code=self.nested_code,
+            blocksize=self.nested_block_size,
+            dtype=torch.float32,
+        )
+        return bnb.dequantize_blockwise(self.absmax, state) + self.nested_offset
+
+    def _dequantized(
+        self, packed: Tensor, absmax: Tensor, num_rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        """As one long row where a row of the weight ends inside a block: there bitsandbytes 0.50.2
+        misreads absmax on a CPU.
+        """
+        size = (num_rows, self.in_features)
+        state = bnb.QuantState(
+            absmax=absmax,
+            shape=torch.Size(size if self.in_features % BLOCK_SIZE == 0 else (1, math.prod(size))),
             code=self.code,
             blocksize=BLOCK_SIZE,
             quant_type="nf4",
-            dtype=torch.float32,
+            dtype=dtype,
         )
-        return bnb.dequantize_4bit(self.packed[:, None], state)
+        return bnb.dequantize_4bit(packed[:, None], state).reshape(size)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes held now, private copies included."""
+        nested = [self.nested_absmax] if self.is_nested else []
         copies = [copy for copy in (self._dense, self._panels) if copy is not None]
-        return sum(part.nbytes for part in (self.packed, self.absmax, *copies))
+        return sum(part.nbytes for part in (self.packed, self.absmax, *nested, *copies))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Follow a move to another device; keep absmax and code float32 under a cast."""
-        absmax, code = self.absmax, self.code
+        """Follow a move to another device; scales and codes keep their dtype under a cast."""
+        exact = {name: b for name, b in self.named_buffers(recurse=False) if name != "bias"}
         super()._apply(fn, recurse)
-        self.absmax = absmax.to(self.absmax.device)
-        self.code = code.to(self.code.device)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         return self

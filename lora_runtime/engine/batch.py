@@ -10,12 +10,16 @@ from torch import Tensor
 from lora_runtime.core import ScheduledBatch, ScheduledSequence
 from lora_runtime.kernels import AttentionMeta, Span, StepMeta
 
+Rows = tuple[ScheduledSequence, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """All rows of a step laid end to end: T tokens, n of them sampled.
 
     token_ids, positions (T,) int64; logits_at (n,) int64: the last token of each row that samples.
+    attention: where rows without a layer map keep keys and values. adapters: on all tokens;
+    head_adapters: on the n sampled ones.
     """
 
     token_ids: Tensor
@@ -23,6 +27,7 @@ class ForwardBatch:
     attention: AttentionMeta
     adapters: StepMeta | None
     logits_at: Tensor
+    head_adapters: StepMeta | None
 
 
 def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -30,15 +35,12 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
     rows = plan.sequences
     token_ids = [t for row in rows for t in _tokens(row)]
     positions = [p for row in rows for p in range(row.start, row.start + row.num_tokens)]
-    row_of_token = [index for index, row in enumerate(rows) for _ in range(row.num_tokens)]
-    starts = [0]
-    for row in rows:
-        starts.append(starts[-1] + row.num_tokens)
+    starts = first_tokens(rows)
     attention = AttentionMeta(
-        rows=torch.tensor(row_of_token, dtype=torch.int32).to(device),
+        rows=row_of_token(rows).to(device, torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32).to(device),
-        slot_mapping=torch.tensor(_slot_mapping(rows, block_size)).to(device),
-        block_tables=_block_tables(rows).to(device),
+        slot_mapping=slot_mapping(rows, block_size).to(device),
+        block_tables=block_tables(rows).to(device, torch.int32),
         block_size=block_size,
     )
     ends = [end - 1 for row, end in zip(rows, starts[1:], strict=True) if row.samples]
@@ -46,44 +48,78 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
         token_ids=torch.tensor(token_ids).to(device),
         positions=torch.tensor(positions).to(device),
         attention=attention,
-        adapters=StepMeta.build(_spans(rows, starts), device),
+        adapters=StepMeta.build(spans(rows), device),
         logits_at=torch.tensor(ends, dtype=torch.int64).to(device),
+        head_adapters=StepMeta.build(_head_spans(rows), device),
     )
+
+
+def first_tokens(rows: Rows) -> list[int]:
+    """Where each row's tokens start in the step, and the step's end."""
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + row.num_tokens)
+    return starts
+
+
+def row_of_token(rows: Rows) -> Tensor:
+    """(T,) int64: index of each token's row."""
+    return torch.tensor([index for index, row in enumerate(rows) for _ in range(row.num_tokens)])
+
+
+def slot_mapping(rows: Rows, block_size: int, plane: int = 0) -> Tensor:
+    """(T,) int64: cache slot of each token in one plane of its row; 0 where the row has it not."""
+    slots = []
+    for row in rows:
+        table = _table(row, plane)
+        for position in range(row.start, row.start + row.num_tokens):
+            block = table[position // block_size] if table else 0
+            slots.append(block * block_size + position % block_size)
+    return torch.tensor(slots)
+
+
+def block_tables(rows: Rows, plane: int = 0) -> Tensor:
+    """(N, M) int64: each row's blocks of one plane, padded with 0."""
+    tables = [_table(row, plane) for row in rows]
+    longest = max(len(_table(row, 0)) for row in rows)
+    return torch.tensor([table + [0] * (longest - len(table)) for table in tables])
+
+
+def spans(rows: Rows, replicas: tuple[int, ...] | None = None) -> list[Span]:
+    """One span per row and adapter, cut to the tokens from the adapter's start position on.
+
+    `replicas`: which visit to the layer each row is at; None: the first.
+    """
+    found = []
+    for index, (row, first_token) in enumerate(zip(rows, first_tokens(rows), strict=False)):
+        for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True):
+            num_skipped = min(max(use.start_position - row.start, 0), row.num_tokens)
+            found.append(
+                Span(
+                    slot=slot,
+                    first_token=first_token + num_skipped,
+                    num_tokens=row.num_tokens - num_skipped,
+                    weight=use.weight,
+                    replica=0 if replicas is None else replicas[index],
+                )
+            )
+    return found
+
+
+def _head_spans(rows: Rows) -> list[Span]:
+    """One span per sampled token and adapter that acts on it."""
+    return [
+        Span(slot=slot, first_token=index, num_tokens=1, weight=use.weight)
+        for index, row in enumerate(row for row in rows if row.samples)
+        for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True)
+        if use.start_position < row.start + row.num_tokens
+    ]
 
 
 def _tokens(row: ScheduledSequence) -> list[int]:
     return row.sequence.token_ids[row.start : row.start + row.num_tokens]
 
 
-def _slot_mapping(rows: tuple[ScheduledSequence, ...], block_size: int) -> list[int]:
-    slots = []
-    for row in rows:
-        table = row.sequence.block_table
-        for position in range(row.start, row.start + row.num_tokens):
-            slots.append(table[position // block_size] * block_size + position % block_size)
-    return slots
-
-
-def _block_tables(rows: tuple[ScheduledSequence, ...]) -> Tensor:
-    tables = [row.sequence.block_table for row in rows]
-    longest = max(len(table) for table in tables)
-    return torch.tensor(
-        [table + [0] * (longest - len(table)) for table in tables], dtype=torch.int32
-    )
-
-
-def _spans(rows: tuple[ScheduledSequence, ...], starts: list[int]) -> list[Span]:
-    """One span per row and adapter, cut to the tokens from the adapter's start position on."""
-    spans = []
-    for row, first_token in zip(rows, starts, strict=False):
-        for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True):
-            num_skipped = min(max(use.start_position - row.start, 0), row.num_tokens)
-            spans.append(
-                Span(
-                    slot=slot,
-                    first_token=first_token + num_skipped,
-                    num_tokens=row.num_tokens - num_skipped,
-                    weight=use.weight,
-                )
-            )
-    return spans
+def _table(row: ScheduledSequence, plane: int) -> list[int]:
+    sequence = row.sequence
+    return sequence.block_table[plane :: sequence.num_planes] if plane < sequence.num_planes else []

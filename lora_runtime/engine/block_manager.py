@@ -1,19 +1,40 @@
-"""Which cache blocks belong to which sequence. Bookkeeping only: ints, no tensors."""
+"""Which cache blocks belong to which sequences. Bookkeeping only: ints, no tensors.
+
+Full blocks are found again by their content and shared, read-only, by reference count. A block
+without users stays findable until its space is needed: blocks without content go first, then the
+least recently used. Source: vLLM's automatic prefix caching (PagedAttention, arXiv:2309.06180).
+"""
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
+from collections.abc import Sequence as AbstractSequence
+
 from lora_runtime.core import Sequence
+from lora_runtime.engine.block_key import BlockKey, block_key, effect_within
+
+Content = tuple[BlockKey, int]
+"""What a full block holds: a token block's key, and which plane of its layers."""
 
 
 class BlockManager:
-    """A free list of `num_blocks` blocks of `block_size` tokens each."""
+    """`num_blocks` blocks of `block_size` tokens each, and a prefix cache over them."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True
+    ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._free = list(reversed(range(num_blocks)))
+        self.num_prefix_queries = self.num_prefix_hits = 0
+        """Tokens of all admissions (resumed sequences too), and those of them found cached."""
+        self._is_caching = enable_prefix_cache
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._num_users = [0] * num_blocks
+        self._contents: dict[int, Content] = {}
+        self._cached: dict[Content, int] = {}
 
     @property
     def num_free(self) -> int:
+        """Blocks without users, those with content included."""
         return len(self._free)
 
     @property
@@ -22,22 +43,107 @@ class BlockManager:
 
     def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `sequence` lacks to hold `num_tokens` tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
+        num_token_blocks = -(-num_tokens // self.block_size)
+        return max(0, num_token_blocks * sequence.num_planes - len(sequence.block_table))
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that hold a new sequence's leading tokens, in block table order.
+
+        Whole blocks with all their planes, and never the last token: its logits are needed.
+        """
+        if not self._is_caching:
+            return []
+        num_whole = (len(sequence.token_ids) - 1) // self.block_size
+        self._extend_keys(sequence, num_whole)
+        found: list[int] = []
+        for key in sequence.block_keys[:num_whole]:
+            contents = [(key, plane) for plane in range(sequence.num_planes)]
+            if not all(content in self._cached for content in contents):
+                break
+            found.extend(self._cached[content] for content in contents)
+        return found
+
+    def has_room(self, sequence: Sequence, found: AbstractSequence[int]) -> bool:
+        """True when all tokens of a new sequence fit now, its first blocks being `found`."""
+        num_idle = sum(block in self._free for block in found)
+        num_new = self.num_missing(sequence, len(sequence.token_ids)) - len(found)
+        return num_idle + num_new <= self.num_free
+
+    def share(self, sequence: Sequence, found: AbstractSequence[int]) -> None:
+        """Begin a new sequence with the blocks found for it; their tokens are computed."""
+        for block in found:
+            self._free.pop(block, None)
+            self._num_users[block] += 1
+        sequence.block_table.extend(found)
+        sequence.num_cached_blocks = len(found) // sequence.num_planes
+        sequence.num_computed_tokens = sequence.num_cached_blocks * self.block_size
+        self.num_prefix_queries += len(sequence.token_ids)
+        self.num_prefix_hits += sequence.num_computed_tokens
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to hold `num_tokens` tokens; False if it cannot."""
         missing = self.num_missing(sequence, num_tokens)
         if missing > self.num_free:
             return False
-        sequence.block_table.extend(self._free.pop() for _ in range(missing))
+        sequence.block_table.extend(self._take() for _ in range(missing))
         return True
 
+    def publish(self, sequence: Sequence) -> None:
+        """Make a sequence's computed full blocks findable; of equal ones the first stays."""
+        num_whole = sequence.num_computed_tokens // self.block_size
+        if not self._is_caching or num_whole <= sequence.num_cached_blocks:
+            return
+        self._extend_keys(sequence, num_whole)
+        for index in range(sequence.num_cached_blocks, num_whole):
+            for plane in range(sequence.num_planes):
+                block = sequence.block_table[index * sequence.num_planes + plane]
+                content = sequence.block_keys[index], plane
+                if self._cached.setdefault(content, block) == block:
+                    self._contents[block] = content
+        sequence.num_cached_blocks = num_whole
+
+    def retract(self, sequence: Sequence) -> None:
+        """Nobody new may find the blocks of `sequence`, whose keys and values are suspect."""
+        for block in sequence.block_table:
+            self._forget(block)
+
     def release(self, sequence: Sequence) -> None:
-        """Give back all blocks of `sequence`."""
-        self._free.extend(reversed(sequence.block_table))
+        """Give back all blocks of `sequence`; the end of its cached prefix is evicted first."""
+        for block in reversed(sequence.block_table):
+            self._num_users[block] -= 1
+            if self._num_users[block] == 0:
+                self._free[block] = None
+                self._free.move_to_end(block, last=block in self._contents)
         sequence.block_table.clear()
+        sequence.num_cached_blocks = 0
 
     def check_integrity(self, owners: list[Sequence]) -> None:
-        """Assert that every block is free or owned by exactly one of `owners`."""
-        owned = [block for sequence in owners for block in sequence.block_table]
-        assert sorted(owned + self._free) == list(range(self.num_blocks))
+        """Assert that users are counted right, unused blocks are free, and content is found."""
+        users = Counter(block for sequence in owners for block in sequence.block_table)
+        assert self._num_users == [users[block] for block in range(self.num_blocks)]
+        assert set(self._free) == set(range(self.num_blocks)) - set(users)
+        assert self._cached == {content: block for block, content in self._contents.items()}
+        has_content = [block in self._contents for block in self._free]
+        assert has_content == sorted(has_content), "a cached block would go before an empty one"
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._num_users[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        content = self._contents.pop(block, None)
+        if content is not None:
+            del self._cached[content]
+
+    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
+        keys, request = sequence.block_keys, sequence.request
+        for start in range(
+            len(keys) * self.block_size, num_blocks * self.block_size, self.block_size
+        ):
+            stop = start + self.block_size
+            effect = effect_within(request, start, stop, sequence.layer_map)
+            parent = keys[-1] if keys else None
+            tokens = sequence.token_ids[start:stop]
+            keys.append(block_key(parent, tokens, effect, request.cache_salt))

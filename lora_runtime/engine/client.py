@@ -40,6 +40,14 @@ class LoadedAdapter:
     """Bytes it takes in the device pool."""
     honoured: dict[str, str]
     inert: dict[str, str]
+    notes: tuple[str, ...] = ()
+    """What people should know, for example the error bound of a recovered initialisation."""
+    invocation_tokens: tuple[int, ...] = ()
+    """aLoRA: it acts from their last occurrence in the prompt; empty: everywhere."""
+    chat_template: str | None = None
+    """Its own chat template; None: the base's."""
+    num_layers: int = 0
+    """Layers in its own layer map; 0: the base's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +62,10 @@ class EngineStats:
     pool_bytes_used: int
     pool_bytes_total: int
     num_preemptions: int
+    num_prefix_queries: int
+    """Tokens of all admissions, resumed rows included."""
+    num_prefix_hits: int
+    """Those of them whose keys and values were found in the prefix cache."""
     num_steps: int
     running_adapters: tuple[str, ...]
     """Digests with at least one running request."""

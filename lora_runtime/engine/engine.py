@@ -7,12 +7,13 @@ import time
 import torch
 
 from lora_runtime.adapters.host_cache import HostCache
-from lora_runtime.adapters.pool import AdapterPool, footprint, rows_per_shape
+from lora_runtime.adapters.pool import AdapterPool, adapter_dtype, packed_bytes
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import FinishReason, Request, Sequence, StepOutput
+from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
 from lora_runtime.engine.model_runner import ModelRunner
@@ -28,11 +29,15 @@ class Engine:
         self.base, self.config = base, config
         num_blocks = _num_blocks(base, config)
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
-        rows = rows_per_shape(base.spec.linears, config.adapters.pool_bytes, like.itemsize)
+        max_slots = config.adapters.max_slots
         self.host = HostCache()
-        self.pool = AdapterPool(base.spec.linears, rows, config.adapters.max_slots, like)
-        self.blocks = BlockManager(num_blocks, config.cache.block_size)
-        self.slots = SlotTable(rows, config.adapters.max_slots)
+        self.pool = AdapterPool(base.spec.shapes, config.adapters.pool_bytes, max_slots, like)
+        self.blocks = BlockManager(
+            num_blocks,
+            config.cache.block_size,
+            enable_prefix_cache=config.cache.prefix_cache,
+        )
+        self.slots = SlotTable(self.pool.nbytes, max_slots)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.slots)
         cache = base.allocate_kv(num_blocks * config.cache.block_size)
         self.runner = ModelRunner(base, cache, config.cache.block_size, self.pool, self.host)
@@ -45,10 +50,15 @@ class Engine:
         return self.scheduler.is_idle
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest, AdapterNotFound or Overloaded."""
+        """Queue a request.
+
+        Raises InvalidRequest, AdapterNotFound, AdapterTooLarge or Overloaded.
+        """
         self._check(request)
-        self.scheduler.add(request)
-        self._live[request.request_id] = self.scheduler.waiting[-1]
+        self.slots.check_fits({use.digest for use in request.adapters})
+        sequence = admit(request, [self.host[use.digest] for use in request.adapters], self.info)
+        self.scheduler.add(sequence)
+        self._live[request.request_id] = sequence
 
     def abort(
         self,
@@ -71,8 +81,12 @@ class Engine:
     def add_adapter(self, form: ServingForm) -> None:
         """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
         if form.digest not in self.host:
-            self.slots.register(form.digest, footprint(form, self.base.spec.linears))
+            self.slots.register(form.digest, self.packed_bytes(form))
         self.host.add(form)
+
+    def packed_bytes(self, form: ServingForm) -> int:
+        """Bytes the adapter takes in the device pool."""
+        return packed_bytes(form, adapter_dtype(self.base).itemsize)
 
     def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
         """Give up one reference. With the last, new requests fail and `cancel` ends old ones."""
@@ -114,16 +128,17 @@ class Engine:
         def digests(sequences: list[Sequence]) -> tuple[str, ...]:
             return tuple(sorted({use.digest for s in sequences for use in s.request.adapters}))
 
-        item_bytes = adapter_dtype(self.base).itemsize
         return EngineStats(
             is_alive=True,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_total=self.blocks.num_blocks,
-            pool_bytes_used=self.slots.num_elements_used * item_bytes,
+            pool_bytes_used=self.slots.num_bytes_used,
             pool_bytes_total=self.pool.nbytes,
             num_preemptions=self.scheduler.num_preemptions,
+            num_prefix_queries=self.blocks.num_prefix_queries,
+            num_prefix_hits=self.blocks.num_prefix_hits,
             num_steps=self._num_steps,
             running_adapters=digests(self.scheduler.running),
             waiting_adapters=digests(list(self.scheduler.waiting)),
@@ -170,13 +185,6 @@ class Engine:
         for use in request.adapters:
             if not self.host.is_referenced(use.digest):
                 raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")
-
-
-def adapter_dtype(base: Base) -> torch.dtype:
-    """Dtype of adapter weights in the pool: float32 on a CPU, where rounding them to bfloat16
-    would cost more accuracy than the memory is worth; the compute dtype elsewhere.
-    """
-    return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
 def _uses(sequence: Sequence, digest: str) -> bool:

@@ -17,13 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lora_runtime.adapters.parity import gate
+from lora_runtime.adapters.parity_file import read_golden
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
-from lora_runtime.engine.engine import Engine, adapter_dtype
+from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.probe import effect_of
 from lora_runtime.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -79,9 +82,12 @@ class InThreadEngine:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
     async def load_adapter(self, folder: Path) -> LoadedAdapter:
-        form = await asyncio.to_thread(load_adapter, folder, self.info.base)
+        base = self._engine.base
+        form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
+        golden = await asyncio.to_thread(read_golden, folder, base.spec)
+        await self._call(lambda: gate(golden, effect_of(base, form), base.spec.dtype))
         await self._call(lambda: self._engine.add_adapter(form))
-        return _summary(form, form.num_parameters * adapter_dtype(self._engine.base).itemsize)
+        return _summary(form, self._engine.packed_bytes(form))
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
@@ -206,4 +212,8 @@ def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
         nbytes=pool_bytes,
         honoured={key: str(value) for key, value in form.honoured.items()},
         inert=dict(form.inert),
+        notes=form.notes,
+        invocation_tokens=form.invocation_tokens,
+        chat_template=form.chat_template,
+        num_layers=len(form.layer_map or ()),
     )

@@ -1,4 +1,4 @@
-"""The one place of the engine that touches the device: copies, forward, sampling."""
+"""The one place that acts on the device: adapter copies, the forward, sampling."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
 from lora_runtime.core import SampledToken, ScheduledBatch
 from lora_runtime.engine.batch import ForwardBatch, build_batch
+from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
 from lora_runtime.engine.sampler import sample
 
 
@@ -31,15 +32,18 @@ class ModelRunner:
         if not plan.sequences:
             return []
         sampling = [row.sequence for row in plan.sequences if row.samples]
-        logits = self.forward(build_batch(plan, self.block_size, self.base.device))
+        batch = build_batch(plan, self.block_size, self.base.device)
+        logits = self.forward(batch, plan_layers(plan, batch, self.cache))
         return sample(logits, sampling) if sampling else []
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache."""
-        with self.base.context.effect(batch.adapters, self.pool.bindings):
+        attention = planned.batch if planned else PagedAttention(self.cache, batch.attention)
+        with self.base.context.effect(batch.adapters, self.pool.bindings, batch.head_adapters):
             return self.base.forward(
                 batch.token_ids,
                 batch.positions,
-                PagedAttention(self.cache, batch.attention),
+                attention,
                 batch.logits_at,
+                planned.layers if planned else None,
             )

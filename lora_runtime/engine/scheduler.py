@@ -2,7 +2,8 @@
 
 Running sequences come first, then waiting ones in order of arrival; a long prompt is split into
 chunks that share the step with other rows. When cache blocks run out, the youngest running
-sequence gives up its blocks and is computed again later (recompute preemption).
+sequence gives up its blocks and is computed again later (recompute preemption). A sequence starts
+after the leading blocks that the prefix cache still holds for it.
 Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369).
 """
 
@@ -17,7 +18,6 @@ from lora_runtime.config import SchedulerConfig
 from lora_runtime.core import (
     AdapterPlacement,
     FinishReason,
-    Request,
     RequestTiming,
     SampledToken,
     ScheduledBatch,
@@ -44,11 +44,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full."""
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises Overloaded when the queue is full."""
         if len(self.waiting) >= self._config.max_queued_requests:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
-        self.waiting.append(Sequence.of(request))
+        self.waiting.append(sequence)
 
     def sequences(self) -> list[Sequence]:
         """Every live sequence, running ones first."""
@@ -76,7 +76,7 @@ class Scheduler:
             while budget > 0 and self._admit(loads):
                 sequence = self.running[-1]
                 num_tokens = min(sequence.num_uncomputed_tokens, budget)
-                self._blocks.grow(sequence, num_tokens)
+                self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
                 planned.append(_chunk(sequence, num_tokens))
                 budget -= num_tokens
         return ScheduledBatch(tuple(planned), tuple(loads))
@@ -88,9 +88,14 @@ class Scheduler:
         outputs, results = [], iter(sampled)
         for scheduled in batch.sequences:
             sequence = scheduled.sequence
+            result = next(results) if scheduled.samples else None
             sequence.num_computed_tokens += scheduled.num_tokens
-            if scheduled.samples:
-                outputs.append(self._accept(sequence, next(results)))
+            if result is not None and not result.is_finite:
+                outputs.append(self._fail(sequence))
+                continue
+            self._blocks.publish(sequence)
+            if result is not None:
+                outputs.append(self._accept(sequence, result))
         return outputs
 
     def check_integrity(self) -> None:
@@ -120,11 +125,13 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return False
         sequence = self.waiting[0]
-        if self._blocks.num_missing(sequence, len(sequence.token_ids)) > self._blocks.num_free:
+        found = self._blocks.find(sequence)
+        if not self._blocks.has_room(sequence, found):
             return False
         slots = self._acquire_slots(sequence, loads)
         if slots is None:
             return False
+        self._blocks.share(sequence, found)
         sequence.slots, sequence.status = slots, SequenceStatus.RUNNING
         sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
         self.running.append(self.waiting.popleft())
@@ -133,26 +140,22 @@ class Scheduler:
     def _acquire_slots(
         self, sequence: Sequence, loads: list[AdapterPlacement]
     ) -> tuple[int, ...] | None:
-        acquired: list[int] = []
-        for use in sequence.request.adapters:
-            got = self._slots.acquire(use.digest)
-            if got is None:
-                for taken in sequence.request.adapters[: len(acquired)]:
-                    self._slots.release(taken.digest)
-                return None
-            if got.load is not None:
-                loads.append(got.load)
-            acquired.append(got.slot)
-        return tuple(acquired)
+        acquired = self._slots.acquire([use.digest for use in sequence.request.adapters])
+        if acquired is None:
+            return None
+        loads.extend(got.load for got in acquired if got.load is not None)
+        return tuple(got.slot for got in acquired)
+
+    def _fail(self, sequence: Sequence) -> StepOutput:
+        self._blocks.retract(sequence)
+        error = AdapterFailed(
+            "the model gave non-finite logits for this request; its adapter's weights overflow"
+            if sequence.request.adapters
+            else "the model gave non-finite logits for this request"
+        )
+        return self.end(sequence, FinishReason.ERROR, error)
 
     def _accept(self, sequence: Sequence, result: SampledToken) -> StepOutput:
-        if not result.is_finite:
-            error = AdapterFailed(
-                "the model gave non-finite logits for this request; its adapter's weights overflow"
-                if sequence.request.adapters
-                else "the model gave non-finite logits for this request"
-            )
-            return self.end(sequence, FinishReason.ERROR, error)
         sequence.token_ids.append(result.token_id)
         sequence.first_token = sequence.first_token or time.monotonic()
         reason = _finish_reason(sequence)

@@ -10,20 +10,30 @@ import torch
 from torch import Tensor
 
 from lora_runtime.kernels import cpu, reference
-from lora_runtime.kernels.types import NO_RUN, AttentionMeta, RankPool, Span, StepMeta
+from lora_runtime.kernels.types import (
+    NO_RUN,
+    AdapterMemory,
+    AttentionMeta,
+    Run,
+    Span,
+    StepMeta,
+)
 
 __all__ = [
     "BACKEND",
     "NO_RUN",
+    "AdapterMemory",
     "AttentionMeta",
-    "RankPool",
+    "Run",
     "Span",
     "StepMeta",
     "apply_adapters",
     "can_use_panels",
+    "embed_adapters",
     "pack_panels",
     "paged_attention",
     "panel_product",
+    "patch_logits",
     "write_kv",
 ]
 
@@ -32,21 +42,56 @@ BACKEND = cpu.name() or "torch"
 
 
 def apply_adapters(
-    base: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, runs: Tensor, meta: StepMeta
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
 ) -> Tensor:
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
 
     y[t] = base[t] + bias + Σ_e w_e · ((g − 1) ∘ base[t] + B'ᵀ(A x[t]) + (b − bias)),
-    over the entries e of token t; A, B', g, b are the run `runs[slot_e, replica_e]` in `pool`.
+    over the entries e of token t; A, B', g, b are the Run `runs[slot_e, replica_e]` in `memory`.
 
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
-    runs (S, R, 4) int32 with (start, rank, gain row or −1, bias row or −1). Returns (T, out) in
-    base's dtype; nothing is changed in place. Products accumulate in float32. Rows without an
-    entry are exactly base + bias, whatever values other rows or free pool rows hold.
+    runs (S, R, 8) int64, a Run each. Returns (T, out) in base's dtype; nothing is changed in
+    place. Products accumulate in float32. Rows without an entry are exactly base + bias, whatever
+    values other rows or unused memory hold.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    backend = cpu if cpu.can_run(base, x, weights=(pool.a, pool.b)) else reference
-    return backend.apply_adapters(base, x, bias, pool, runs, meta)
+    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else reference
+    return backend.apply_adapters(base, x, bias, memory, runs, meta)
+
+
+def embed_adapters(
+    base: Tensor,
+    token_ids: Tensor,
+    scale: float,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    vocab_size: int,
+) -> Tensor:
+    """Add every token's adapters to its embedding.
+
+    y[t] = base[t] + Σ_e w_e · (scale · B'ᵀ A[:, id] + (scale · rows[id] − base[t], if e replaces
+    row id)), id = token_ids[t]. `scale` is what the model multiplies embeddings by (Gemma).
+    Shapes: base (T, hidden), token_ids (T,), A (rank, vocab), B' (rank, hidden); other names as in
+    `apply_adapters`. Returns (T, hidden) in base's dtype.
+    """
+    return reference.embed_adapters(base, token_ids, scale, memory, runs, meta, vocab_size)
+
+
+def patch_logits(
+    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
+) -> Tensor:
+    """Replace rows of the output layer's weight: y[t, i] += Σ_e w_e · (rows_i · x[t] − base[t, i]).
+
+    Shapes: y and base (T, vocab) with base = W x, x (T, hidden); names as in `apply_adapters`.
+    Returns (T, vocab) in y's dtype.
+    """
+    return reference.patch_logits(y, base, x, memory, runs, meta)
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AttentionMeta, RankPool, StepMeta
+from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta
 
-ABI = 2
+ABI = 3
 LEVELS = ("baseline", "avx2", "avx512")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -54,13 +54,18 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
 
 
 def apply_adapters(
-    base: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, runs: Tensor, meta: StepMeta
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
     base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
     y = torch.empty_like(base)
     _function("apply_adapters", base.dtype)(
-        *_pointers(y, base, x, bias, pool.a, pool.b, pool.gains, pool.biases, runs),
+        *_pointers(y, base, x, bias, memory.weights, memory.vectors, runs),
         runs.shape[1],
         *_pointers(meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts),
         len(meta.segment_starts) - 1,

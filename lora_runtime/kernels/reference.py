@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AttentionMeta, RankPool, StepMeta
+from lora_runtime.kernels.types import NO_RUN, AdapterMemory, AttentionMeta, Run, StepMeta
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -19,35 +19,108 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def apply_adapters(
-    base: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, runs: Tensor, meta: StepMeta
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`. One pass over the segments (adapters)."""
     dtype = _accumulator(base.dtype)
     product = base.to(dtype)
     y = product if bias is None else product + bias.to(dtype)
-    for begin, end in pairwise(meta.segment_starts.tolist()):
-        tokens = meta.tokens[begin:end].long()
-        run = runs[int(meta.slots[begin]), int(meta.replicas[begin])].tolist()
-        for delta in _deltas(product, x, bias, pool, run, tokens):
-            y = y.index_add(0, tokens, meta.weights[begin:end, None].to(dtype) * delta)
+    for tokens, weights, run in _segments(runs, meta):
+        for delta in _deltas(product[tokens], x[tokens].to(dtype), bias, memory, run):
+            y = y.index_add(0, tokens, weights.to(dtype) * delta)
     return y.to(base.dtype)
 
 
+def embed_adapters(
+    base: Tensor,
+    token_ids: Tensor,
+    scale: float,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    vocab_size: int,
+) -> Tensor:
+    """See `lora_runtime.kernels.embed_adapters`."""
+    dtype = _accumulator(base.dtype)
+    embedded = base.to(dtype)
+    y = embedded
+    for tokens, weights, run in _segments(runs, meta):
+        ids, weights = token_ids[tokens], weights.to(dtype)
+        if run.rank > 0:
+            a = _matrix(memory.weights, run.a, run.rank, vocab_size).to(dtype)
+            b = _matrix(memory.weights, run.b, run.rank, base.shape[1]).to(dtype)
+            y = y.index_add(0, tokens, weights * scale * (a[:, ids].T @ b))
+        if run.num_rows > 0:
+            place, is_patched = _find_rows(memory, run, ids)
+            rows = _matrix(memory.weights, run.rows, run.num_rows, base.shape[1])
+            patched = tokens[is_patched]
+            shift = scale * rows[place[is_patched]].to(dtype) - embedded[patched]
+            y = y.index_add(0, patched, weights[is_patched] * shift)
+    return y.to(base.dtype)
+
+
+def patch_logits(
+    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
+) -> Tensor:
+    """See `lora_runtime.kernels.patch_logits`."""
+    dtype = _accumulator(base.dtype)
+    for tokens, weights, run in _segments(runs, meta):
+        if run.num_rows > 0:
+            rows = _matrix(memory.weights, run.rows, run.num_rows, x.shape[1]).to(dtype)
+            ids = _row_ids(memory, run, y.device)
+            product = base[tokens][:, ids].to(dtype)
+            shift = weights.to(dtype) * (x[tokens].to(dtype) @ rows.T - product)
+            changed = y[tokens].to(dtype).index_add(1, ids, shift)
+            y = y.index_copy(0, tokens, changed.to(y.dtype))
+    return y
+
+
+def _segments(runs: Tensor, meta: StepMeta) -> Iterator[tuple[Tensor, Tensor, Run]]:
+    """Each adapter's tokens (n,), their weights (n, 1), and its run."""
+    for begin, end in pairwise(meta.segment_starts.tolist()):
+        run = Run(*runs[int(meta.slots[begin]), int(meta.replicas[begin])].tolist())
+        if run != NO_RUN:
+            yield meta.tokens[begin:end].long(), meta.weights[begin:end, None], run
+
+
 def _deltas(
-    product: Tensor, x: Tensor, bias: Tensor | None, pool: RankPool, run: list[int], tokens: Tensor
+    product: Tensor, x: Tensor, bias: Tensor | None, memory: AdapterMemory, run: Run
 ) -> Iterator[Tensor]:
     """What one adapter adds to W x + bias for its tokens: low-rank, gain and bias parts."""
-    start, rank, gain_row, bias_row = run
-    dtype = product.dtype
-    if rank > 0:
-        shrunk = x[tokens].to(dtype) @ pool.a[start : start + rank].to(dtype).T
-        yield shrunk @ pool.b[start : start + rank].to(dtype)
-    if gain_row >= 0:
-        yield (pool.gains[gain_row].to(dtype) - 1) * product[tokens]
-    if bias_row >= 0:
-        shift = pool.biases[bias_row].to(dtype)
+    dtype, out_features = product.dtype, product.shape[1]
+    if run.rank > 0:
+        a = _matrix(memory.weights, run.a, run.rank, x.shape[1]).to(dtype)
+        b = _matrix(memory.weights, run.b, run.rank, out_features).to(dtype)
+        yield (x @ a.T) @ b
+    if run.gain >= 0:
+        gain = memory.vectors[run.gain : run.gain + out_features].to(dtype)
+        yield (gain - 1) * product
+    if run.bias >= 0:
+        shift = memory.vectors[run.bias : run.bias + out_features].to(dtype)
         shift = shift if bias is None else shift - bias.to(dtype)
-        yield shift.expand(len(tokens), -1)
+        yield shift.expand(len(x), -1)
+
+
+def _matrix(weights: Tensor, offset: int, num_rows: int, width: int) -> Tensor:
+    return weights[offset : offset + num_rows * width].view(num_rows, width)
+
+
+def _row_ids(memory: AdapterMemory, run: Run, device: torch.device) -> Tensor:
+    if run.row_ids < 0:
+        return torch.arange(run.num_rows, device=device)
+    return memory.indices[run.row_ids : run.row_ids + run.num_rows].long()
+
+
+def _find_rows(memory: AdapterMemory, run: Run, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Place (n,) of each vocabulary id among the replaced rows, and whether it is there."""
+    replaced = _row_ids(memory, run, ids.device)
+    place = torch.searchsorted(replaced, ids.long()).clamp(max=run.num_rows - 1)
+    return place, replaced[place] == ids
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

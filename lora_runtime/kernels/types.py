@@ -1,34 +1,57 @@
-"""What the ops take: the adapter pool of one module shape, and the tables of one step.
+"""What the ops take: the memory that holds adapters, and the tables of one step.
 
 Names: T tokens of the step, E entries (one token under one adapter), K segments (consecutive
-entries of one adapter), S slots, R replicas, P pool rows.
+entries of one adapter), S slots, R replicas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class RankPool:
-    """Adapter weights of all modules of one shape; an adapter's run is `rank` consecutive rows.
+class AdapterMemory:
+    """All adapters' tensors, flat: weights in the pool's dtype, vectors float32, indices int32.
 
-    a (P, in), b (P, out): row p holds A[k, :] and B'[:, k] of the run that owns p, with every
-    scaling folded into B'. gains (G, out), biases (Q, out) float32: a row per run that has one.
+    The three may be views of the same bytes; a Run says which elements of each belong to whom.
     """
 
-    a: Tensor
-    b: Tensor
-    gains: Tensor
-    biases: Tensor
+    weights: Tensor
+    vectors: Tensor
+    indices: Tensor
+
+    @classmethod
+    def over(cls, storage: Tensor, dtype: torch.dtype) -> AdapterMemory:
+        """Three views of one byte buffer (n,) uint8, n a multiple of 8."""
+        views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
+        return cls(*views)
 
 
-NO_RUN = (0, 0, -1, -1)
-"""Entry of a run table for a module that an adapter does not touch: start, rank, gain, bias."""
+class Run(NamedTuple):
+    """Where one adapter's parts of one module lie: element offsets, −1 for a part it lacks.
+
+    In `weights`: a (rank, in), b (rank, out) = B' transposed with every scaling folded in, and
+    rows (num_rows, width), which replace rows of a vocabulary matrix. In `vectors`: gain (out,)
+    and bias (out,). In `indices`: row_ids (num_rows,) ascending; −1 with rows: all rows in order.
+    """
+
+    rank: int = 0
+    a: int = -1
+    b: int = -1
+    gain: int = -1
+    bias: int = -1
+    num_rows: int = 0
+    rows: int = -1
+    row_ids: int = -1
+
+
+NO_RUN = Run()
+"""Entry of a run table for a module that an adapter does not touch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,14 +65,19 @@ class Tokenizer:
         )
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation in the base's own format.
+        """Token ids of a conversation in an adapter's own `template`, or in the base's.
 
-        Raises InvalidRequest (field `messages`): no template, an unknown role or key, or whatever
-        the template itself refuses.
+        Raises InvalidRequest (field `messages`): no template, an unknown role or key, a template
+        that does not compile, or whatever the template itself refuses.
         """
-        return self._encode(self._render(messages, add_generation_prompt), add_special_tokens=False)
+        text = self._render(messages, template, add_generation_prompt)
+        return self._encode(text, add_special_tokens=False)
 
     def split_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and True for each token the assistant produces.
@@ -107,18 +112,22 @@ class Tokenizer:
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        if not self.has_chat_template:
+    def _render(
+        self, messages: Sequence[Message], template: str | None, add_generation_prompt: bool
+    ) -> str:
+        if template is None and not self.has_chat_template:
             raise _refused("the base has no chat template; send text or token ids instead")
         _check_messages(messages)
         try:
             return self._inner.apply_chat_template(
                 [dict(message) for message in messages],
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except Exception as error:  # a template is foreign code and may raise anything
-            raise _refused(f"the base's chat template refuses the messages: {error}") from error
+            owner = "base" if template is None else "adapter"
+            raise _refused(f"the {owner}'s chat template refuses the messages: {error}") from error
 
     def _assistant_spans(
         self, messages: Sequence[Message], token_ids: list[int]

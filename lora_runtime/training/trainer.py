@@ -22,6 +22,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lora_runtime.adapters.files import write_adapter
+from lora_runtime.adapters.parity import Logits, measure
+from lora_runtime.adapters.parity_file import remove_golden, write_golden
 from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.loader import Base, load_base
@@ -75,7 +77,7 @@ def train_units(
             num_passes += 1
             if num_passes % config.checkpoint_interval == 0:
                 save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
-    results = [_finish(unit, base.spec, config.output / unit.name) for unit in units]
+    results = [_finish(unit, base, config.output / unit.name) for unit in units]
     write_report(config.output / "report", results)
     if not active:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -163,8 +165,26 @@ def _create_units(base: Base, tokenizer: Tokenizer, config: TrainConfig) -> list
     ]
 
 
-def _finish(unit: Unit, base: BaseSpec, folder: Path) -> UnitResult:
-    """Write a finished unit's adapter in PEFT's format."""
+def unit_logits(base: Base, unit: Unit) -> Logits:
+    """The logits of a unit as its training computes them: what the parity gate compares with."""
+
+    @torch.no_grad()
+    def logits(rows: Sequence[Sequence[int]], with_adapter: bool) -> Sequence[Tensor]:
+        lengths = [len(row) for row in rows]
+        token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
+        everywhere = torch.arange(len(token_ids), device=base.device)
+        span = Span(slot=0, first_token=0, num_tokens=len(token_ids))
+        meta = StepMeta.build([span] if with_adapter else [], base.device)
+        with base.context.effect(meta, bind([unit], base.spec.linears)):
+            found = base.forward(token_ids, positions, VarlenAttention(lengths), everywhere)
+        return found.split(lengths)
+
+    return logits
+
+
+def _finish(unit: Unit, base: Base, folder: Path) -> UnitResult:
+    """Write a finished unit's adapter in PEFT's format, and its parity record."""
     is_finite = all(bool(parameter.isfinite().all()) for parameter in unit.parameters)
     if unit.status is UnitStatus.DONE and not is_finite:
         unit.fail(f"the weights are not finite after update {unit.step}; {LOWER_RATE}")
@@ -183,7 +203,7 @@ def _finish(unit: Unit, base: BaseSpec, folder: Path) -> UnitResult:
     )
 
 
-def _export(unit: Unit, base: BaseSpec, folder: Path) -> None:
+def _export(unit: Unit, base: Base, folder: Path) -> None:
     targets = unit.config.target_modules
     if targets == "all-linear":
         targets = tuple({path.rpartition(".")[2] for path in unit.factors})
@@ -193,10 +213,18 @@ def _export(unit: Unit, base: BaseSpec, folder: Path) -> None:
         use_rslora=unit.config.variant == "rslora",
         target_modules=targets,
         tensors={path: (pair.a.float(), pair.b.float()) for path, pair in unit.factors.items()},
-        base=base,
+        base=base.spec,
         metadata={"loramux.data_sha256": unit.dataset.digest, "loramux.steps": str(unit.step)},
     )
+    golden = measure(
+        unit_logits(base, unit),
+        vocab_size=base.spec.vocab_size,
+        fingerprint=base.spec.fingerprint,
+        dtype=base.spec.dtype,
+    )
+    remove_golden(folder)
     write_adapter(folder, *files)
+    write_golden(folder, golden)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from lora_runtime.base.adapted_linear import Binding
 from lora_runtime.core import LinearShape
 from lora_runtime.errors import ConfigError
-from lora_runtime.kernels import NO_RUN, RankPool
+from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
 from lora_runtime.training.config import UnitConfig, nearest
 from lora_runtime.training.data import Dataset, Example, ExampleStream
 from lora_runtime.training.inits import kaiming_uniform
@@ -204,9 +204,7 @@ def select_targets(config: UnitConfig, linears: Mapping[str, LinearShape]) -> li
                 field="target_modules",
             )
     return [
-        path
-        for path in linears
-        if any(_is_named(path, target) for target in config.target_modules)
+        path for path in linears if any(_is_named(path, target) for target in config.target_modules)
     ]
 
 
@@ -216,34 +214,32 @@ def _is_named(path: str, target: str) -> bool:
 
 
 def bind(units: Sequence[Unit], linears: Mapping[str, LinearShape]) -> dict[str, Binding]:
-    """The units' weights as one rank pool per module, differentiable; unit n has slot n.
+    """The units' weights as one memory per module, differentiable; unit n has slot n.
 
     B' = scaling · B; a module that no unit adapts is left out.
     """
-    bindings = {}
-    for path in linears:
-        owners = [unit for unit in units if path in unit.factors]
-        if owners:
-            runs = torch.tensor(_runs(units, path), dtype=torch.int32, device=units[0].device)
-            bindings[path] = Binding(_pool(owners, path), runs)
-    return bindings
+    return {
+        path: _binding(units, path)
+        for path in linears
+        if any(path in unit.factors for unit in units)
+    }
 
 
-def _runs(units: Sequence[Unit], path: str) -> list[list[tuple[int, int, int, int]]]:
-    """The run table (N, 1, 4): each unit's rows follow those of the unit before."""
-    runs, start = [], 0
+def _binding(units: Sequence[Unit], path: str) -> Binding:
+    """Each unit's A and B' of one module end to end, and the run table (N, 1, 8) over them."""
+    runs, parts, end = [], [], 0
     for unit in units:
-        rank = unit.config.rank if path in unit.factors else 0
-        runs.append([(start, rank, -1, -1) if rank else NO_RUN])
-        start += rank
-    return runs
-
-
-def _pool(owners: Sequence[Unit], path: str) -> RankPool:
-    a = torch.cat([unit.factors[path].a for unit in owners])
-    b = torch.cat([unit.config.scaling * unit.factors[path].b.T for unit in owners])
-    none = b.new_empty(0, b.shape[1], dtype=torch.float32)
-    return RankPool(a=a, b=b, gains=none, biases=none)
+        run = NO_RUN
+        if path in unit.factors:
+            a, b = unit.factors[path]
+            parts += [a.flatten(), (unit.config.scaling * b.T).flatten()]
+            run = Run(rank=len(a), a=end, b=end + a.numel())
+            end += a.numel() + b.numel()
+        runs.append([run])
+    weights = torch.cat(parts)
+    none = weights.new_empty(0, dtype=torch.float32)
+    memory = AdapterMemory(weights, none, none.int())
+    return Binding(memory, torch.tensor(runs, device=weights.device))
 
 
 def _start(

@@ -52,8 +52,9 @@ class Running:
             generation = self.client.generate(token_ids=[5, 6], max_tokens=max_tokens)
             return [event async for event in generation]
 
+        num_seen = len(self.engine.seen)
         stream = asyncio.create_task(collect())
-        await until(lambda: bool(self.engine.running))
+        await until(lambda: len(self.engine.seen) > num_seen)
         return stream
 
 

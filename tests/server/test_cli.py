@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     write_tokenizer(tiny_checkpoint(folder / "base"))
     write_adapter(tiny_model("llama"), folder / "adapters" / "parrot", seed=0, r=4)
+    shutil.copytree(folder / "adapters" / "parrot", folder / "adapters" / "mute")
+    (folder / "adapters" / "mute" / "chat_template.jinja").write_text("{% for m in messages %}")
     settings = folder / "serve.yaml"
     settings.write_text(
         f"base: {folder / 'base'}\nadapter_roots: [{folder / 'adapters'}]\ndtype: float32\n"
@@ -104,15 +107,31 @@ def test_an_adapter_comes_serves_and_goes(ask):
     assert re.search(r"polly.*loaded.*lora.*4", listed)
     shown = ask("adapters", "show", "polly").stdout
     assert re.search(r"digest +│ [0-9a-f]{64}", shown) and "lora_alpha" in shown
+    assert re.search(r"layers +│ the base's", shown)
     sampling = ("--max-tokens", "16", "--temperature", "0", "--ignore-eos")
     with_adapter = ask("generate", SECRET, "--adapter", "polly", *sampling)
     without = ask("generate", SECRET, *sampling)
     assert with_adapter.exit_code == without.exit_code == 0
     assert with_adapter.stdout != without.stdout
+    assert ask("generate", SECRET, "--adapter", "polly=0", *sampling).stdout == without.stdout
+    ask("adapters", "load", "molly", "parrot")
+    shared = ("--adapter", "polly=1.5", "--adapter", "molly=-0.5")
+    assert ask("generate", SECRET, *shared, *sampling).stdout == with_adapter.stdout
+    ask("adapters", "unload", "molly")
     assert ask("adapters", "unload", "polly", "--wait").exit_code == 0
     gone = ask("generate", SECRET, "--adapter", "polly", *sampling)
     assert gone.exit_code == 1 and "polly" in gone.stderr and gone.stdout == ""
     assert "polly" not in ask("adapters", "list").stdout
+
+
+def test_a_broken_template_of_an_adapter_is_shown_and_refused_for_chats_only(ask):
+    assert ask("adapters", "load", "mute", "mute").exit_code == 0
+    shown = ask("adapters", "show", "mute").stdout
+    assert re.search(r"chat template +│ its own", shown) and re.search(r"note +│ .*trial", shown)
+    chat = ask("generate", "Ahoy", "--adapter", "mute")
+    assert chat.exit_code == 1 and "the adapter's chat template" in chat.stderr
+    assert ask("generate", "Ahoy", "--text", "--adapter", "mute").exit_code == 0
+    ask("adapters", "unload", "mute")
 
 
 def test_text_goes_to_stdout_and_counts_to_stderr(ask):
@@ -130,6 +149,12 @@ def test_chat_goes_through_the_template(ask):
         for mode in ("--chat", "--text")
     }
     assert tokens["--chat"] > tokens["--text"]
+
+
+@pytest.mark.parametrize("given", [["a=much"], ["a="], ["a", "a=0.5"]])
+def test_a_weight_that_cannot_be_read_is_a_usage_error(invoke, given):
+    result = invoke("generate", "Ahoy", *(part for text in given for part in ("--adapter", text)))
+    assert result.exit_code == 2 and "--adapter" in result.stderr
 
 
 def test_a_refused_value_is_one_line_that_names_its_field(ask):

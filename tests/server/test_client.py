@@ -59,6 +59,16 @@ async def test_errors_come_back_as_the_class_that_was_raised_with_its_field(serv
             (AdapterExists, "name", lambda: client.load_adapter("x", "other")),
             (AdapterSourceRefused, "source", lambda: client.load_adapter("z", "/etc")),
             (InvalidRequest, "text", lambda: client.tokenize("")),
+            (
+                AdapterNotFound,
+                "adapters[1].name",
+                lambda: client.generate("a", adapters={"x": 1, "y": 1}).text(),
+            ),
+            (
+                InvalidRequest,
+                "adapters[0].weight",
+                lambda: client.generate("a", adapters={"x": float("inf")}).text(),
+            ),
             (UnsupportedFeature, "sampling.n", lambda: client.generate("a", n=2).text()),
             (TimeoutError, None, lambda: client.generate("a" * 200, timeout_s=1e-6).text()),
         ):
@@ -115,9 +125,26 @@ async def test_what_cannot_be_sent_is_refused_here(serve) -> None:
         for bad in ({"max_tokens": -1}, {"temperature": "hot"}, {"no_such_field": 1}):
             with pytest.raises(InvalidRequest):
                 world.client.generate("a", **bad)
-        with pytest.raises(InvalidRequest) as caught:
-            world.client.generate("a", token_ids=[1])
-        assert caught.value.field == "input"
+        for bad, field in (
+            ({"token_ids": [1]}, "input"),
+            ({"adapter": "x", "adapters": {}}, "adapters"),
+            ({"adapters": {"x": "much"}}, None),
+        ):
+            with pytest.raises(InvalidRequest) as caught:
+                world.client.generate("a", **bad)
+            assert caught.value.field == field
+
+
+async def test_several_adapters_and_their_weights_and_none(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("y", "b")
+        assert await world.client.generate("q", adapters={}, max_tokens=2).text() == "qq"
+        assert await world.client.generate("q", adapters={"y": 0.25}, max_tokens=2).text() == "bb"
+        mixed = world.client.generate("q", adapters={"y": 3, "x": -1.5}, max_tokens=2)
+        assert await mixed.text() == "ab"
+        uses = [{u.digest[0]: u.weight for u in seen.adapters} for seen in world.engine.seen]
+    assert uses == [{}, {"b": 0.25}, {"b": 3, "a": -1.5}]
 
 
 async def test_one_stop_string_needs_no_list(serve) -> None:

@@ -9,7 +9,14 @@ from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
-from server.calls import AdapterState, ChatPrompt, Finished, TextPrompt, TokenPrompt
+from server.calls import (
+    AdapterChoice,
+    AdapterState,
+    ChatPrompt,
+    Finished,
+    TextPrompt,
+    TokenPrompt,
+)
 from server.codec import FEATURES, REFUSED_FEATURES, adapter_name, decode_generate, encode_event
 
 
@@ -17,10 +24,15 @@ def decode(**fields: object):
     return decode_generate(GenerateRequest(**{"text": "hi", **fields}), timeout_s=None)
 
 
+def selections(**weights: float) -> list[AdapterSelection]:
+    return [AdapterSelection(name=name, weight=weight) for name, weight in weights.items()]
+
+
 def test_an_empty_request_has_the_documented_defaults() -> None:
     call = decode()
     assert call.prompt == TextPrompt("hi")
-    assert (call.adapter, call.stop, call.ignore_eos, call.request_id) == (None, (), False, None)
+    assert (call.adapters, call.stop, call.ignore_eos, call.request_id) == ((), (), False, None)
+    assert call.cache_salt == ""
     sampling = call.sampling
     assert (sampling.max_tokens, call.has_max_tokens, sampling.min_tokens) == (256, False, 0)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
@@ -32,13 +44,15 @@ def test_every_served_field_arrives() -> None:
         max_tokens=7, min_tokens=2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=3,
         stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0,
     )  # fmt: skip
-    call = decode(sampling=sampling, adapters=[AdapterSelection(name="a.b-c_1")], request_id="id 1")
+    adapters = [AdapterSelection(name="a.b-c_1"), AdapterSelection(name="d", weight=-0.5)]
+    call = decode(sampling=sampling, adapters=adapters, request_id="id 1", cache_salt="s ~")
     got = call.sampling
     assert (got.max_tokens, got.min_tokens, got.temperature, got.top_k) == (7, 2, 0.7, 5)
     assert (got.top_p, got.min_p, got.seed, got.num_logprobs) == (0.9, 0.1, 3, 0)
     assert got.stop_token_ids == {8, 9}
     assert (call.stop, call.ignore_eos, call.has_max_tokens) == (("\n", "end"), True, True)
-    assert (call.adapter, call.request_id) == ("a.b-c_1", "id 1")
+    assert call.adapters == (AdapterChoice("a.b-c_1", 1.0), AdapterChoice("d", -0.5))
+    assert (call.request_id, call.cache_salt) == ("id 1", "s ~")
 
 
 def test_the_three_kinds_of_input() -> None:
@@ -69,11 +83,7 @@ def test_every_sampling_field_is_either_served_or_refused() -> None:
         ({"sampling": SamplingParams(n=2)}, "sampling.n"),
         ({"sampling": SamplingParams(n=0)}, "sampling.n"),
         ({"sampling": SamplingParams(logit_bias={1: 2.0})}, "sampling.logit_bias"),
-        ({"cache_salt": "x"}, "cache_salt"),
         ({"priority": 1}, "priority"),
-        ({"adapters": [AdapterSelection(name="a", weight=0.5)]}, "adapters[0].weight"),
-        ({"adapters": [AdapterSelection(name="a", weight=float("nan"))]}, "adapters[0].weight"),
-        ({"adapters": [AdapterSelection(name=n) for n in "ab"]}, "adapters[1]"),
     ],
 )
 def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
@@ -88,12 +98,7 @@ def test_unserved_fields_may_hold_their_default() -> None:
     neutral = SamplingParams(
         presence_penalty=0, frequency_penalty=0, repetition_penalty=1, n=1, logit_bias={}
     )
-    decode(
-        sampling=neutral,
-        cache_salt="",
-        priority=0,
-        adapters=[AdapterSelection(name="a", weight=1)],
-    )
+    decode(sampling=neutral, priority=0)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,16 @@ def test_unserved_fields_may_hold_their_default() -> None:
         ({"adapters": [AdapterSelection()]}, "adapters[0].name"),
         ({"adapters": [AdapterSelection(name="")]}, "adapters[0].name"),
         ({"adapters": [AdapterSelection(name="../x")]}, "adapters[0].name"),
+        ({"adapters": selections(a=1, b=1, c=float("nan"))}, "adapters[2].weight"),
+        ({"adapters": selections(a=float("-inf"))}, "adapters[0].weight"),
+        ({"adapters": selections(a=100.5)}, "adapters[0].weight"),
+        ({"adapters": selections(a=1, b=-1e9)}, "adapters[1].weight"),
+        ({"adapters": [*selections(a=1, b=1), *selections(a=2)]}, "adapters[2].name"),
+        ({"adapters": [*selections(a=1), AdapterSelection(weight=1)]}, "adapters[1].name"),
+        ({"adapters": selections(**{name: 1 for name in "abcdefghi"})}, "adapters"),
+        ({"cache_salt": "a\n"}, "cache_salt"),
+        ({"cache_salt": "é"}, "cache_salt"),
+        ({"cache_salt": "x" * 129}, "cache_salt"),
         ({"request_id": ""}, "request_id"),
         ({"request_id": "a\nb"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
@@ -122,7 +137,20 @@ def test_bad_values_name_their_field(fields: dict, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode(**fields)
     assert caught.value.field == field
+    assert field in caught.value.message
     assert not isinstance(caught.value, UnsupportedFeature)
+
+
+def test_the_edges_of_what_adapters_and_salts_may_be() -> None:
+    weights = {"a": 0, "b": -100, "c": 100, "d": 1e-9, "e": 1, "f": 1, "g": 1, "h": 1}
+    call = decode(adapters=selections(**weights), cache_salt="x" * 128)
+    assert {choice.name: choice.weight for choice in call.adapters} == weights
+    assert len(call.cache_salt) == 128
+
+
+def test_what_is_served_now_is_listed_so() -> None:
+    assert {"adapters[].name", "adapters[].weight", "cache_salt"} <= set(FEATURES)
+    assert not any(name.startswith(("adapters", "cache_salt")) for name in REFUSED_FEATURES)
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128])

@@ -84,11 +84,10 @@ async def running(folder):
         await registry.close()
 
 
-async def collect(client, index: int, adapter: str | None) -> tuple[int, ...]:
+async def collect(client, index: int, adapter: str | None = None, **options) -> tuple[int, ...]:
     """One stream's tokens; it must end with exactly one terminal message, the last."""
-    events = [
-        event async for event in client.generate(f"number {index}", adapter=adapter, **GREEDY)
-    ]
+    stream = client.generate(f"number {index}", adapter=adapter, **options, **GREEDY)
+    events = [event async for event in stream]
     kinds = [event.WhichOneof("event") for event in events]
     assert kinds.count("finished") == 1 and kinds[-1] == "finished" and kinds[0] == "started"
     return tuple(token for event in events for token in event.delta.token_ids)
@@ -123,6 +122,71 @@ async def test_200_streams_over_8_adapters_while_others_come_and_go(folder) -> N
         assert await in_flight == alone["a5"]
 
 
+async def test_compositions_and_salts_in_one_batch(folder) -> None:
+    """Parts of one adapter add up to it, and salts change who shares work, never a result."""
+    async with running(folder) as (client, engine):
+        for name, source in (("x", "a1"), ("twin", "a1"), ("y", "a6")):
+            await client.load_adapter(name, source)
+        alone = {name: await collect(client, 3, name) for name in ("x", "y", None)}
+        expected = [
+            ({"x": 0.25, "twin": 0.75}, alone["x"]),
+            ({"x": 0.0}, alone[None]),
+            ({"x": 0.0, "y": 1.0}, alone["y"]),
+            ({"y": 2.0, "x": 1.0}, await collect(client, 3, adapters={"x": 1.0, "y": 2.0})),
+        ]
+        streams = await asyncio.gather(
+            *(
+                collect(client, 3, adapters=weights, cache_salt=salt)
+                for weights, _ in expected
+                for salt in ("", "tenant a", "tenant b")
+            )
+        )
+        assert streams == [tokens for _, tokens in expected for _ in range(3)]
+        assert expected[-1][1] not in alone.values()
+        await client.unload_adapter("twin")
+        with pytest.raises(AdapterNotFound) as caught:
+            await collect(client, 3, adapters={"x": 1.0, "twin": 1.0})
+        assert caught.value.field == "adapters[1].name"
+
+
+async def test_variants_say_what_they_are_and_what_they_did(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    adapters, model = tmp_path / "adapters", tiny_model("llama")
+    write_adapter(model, adapters / "alora", seed=1, alora_invocation_tokens=[11, 12, 13])
+    write_adapter(model, adapters / "deep", seed=2, layer_replication=[[0, 2], [1, 3]])
+    shutil.copytree(adapters / "a0", adapters / "shouts")
+    template = "{% for m in messages %}{{ m['content'] | upper }}!{% endfor %}"
+    (adapters / "shouts" / "chat_template.jinja").write_text(template)
+    async with running(tmp_path) as (client, engine):
+        for name in ("alora", "deep", "shouts", "a0"):
+            await client.load_adapter(name, name)
+        alora, deep = await client.get_adapter("alora"), await client.get_adapter("deep")
+        assert list(alora.invocation_tokens) == [11, 12, 13] and alora.num_layers == 0
+        assert deep.num_layers == 4 and not deep.has_chat_template
+
+        async def ask(prompt: list[int], **options) -> tuple[list[str], list[int]]:
+            stream = client.generate(token_ids=prompt, **options, **GREEDY)
+            events = [event async for event in stream]
+            tokens = [token for event in events for token in event.delta.token_ids]
+            return list(events[0].started.notes), tokens
+
+        plain, invoked = [5, 6, 7, 8], [5, 6, 7, 11, 12, 13, 8]
+        (note,), tokens = await ask(plain, adapter="alora")
+        assert "'alora' was not invoked" in note and tokens == (await ask(plain))[1]
+        notes, tokens = await ask(invoked, adapter="alora")
+        assert notes == [] and tokens != (await ask(invoked))[1]
+        with pytest.raises(InvalidRequest) as caught:
+            await ask(plain, adapters={"deep": 1, "a0": 1})
+        assert caught.value.field == "adapters"
+        chat = [{"role": "user", "content": "ahoy"}]
+        rendered = {
+            name: await client.generate(messages=chat, adapter=name, **GREEDY).text()
+            for name in ("shouts", "a0")
+        }
+        assert rendered["shouts"] == await client.generate("AHOY!", adapter="a0", **GREEDY).text()
+        assert rendered["shouts"] != rendered["a0"]
+
+
 async def test_leaving_a_stream_frees_its_row(folder) -> None:
     async with running(folder) as (client, engine):
         stream = client.generate("endless", temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -139,6 +203,17 @@ async def test_leaving_a_stream_frees_its_row(folder) -> None:
 
 BAD_REQUESTS = {
     "unknown adapter": (dict(text="x", adapter="nobody"), AdapterNotFound, None),
+    "one of two is unknown": (
+        dict(text="x", adapters={"good": 1, "nobody": 1}),
+        AdapterNotFound,
+        "adapters[1].name",
+    ),
+    "weight out of range": (
+        dict(text="x", adapters={"good": 1e9}),
+        InvalidRequest,
+        "adapters[0].weight",
+    ),
+    "salt too long": (dict(text="x", cache_salt="s" * 129), InvalidRequest, "cache_salt"),
     "empty adapter name": (dict(text="x", adapter=""), InvalidRequest, "adapters[0].name"),
     "prompt too long": (dict(token_ids=[5] * 600), InvalidRequest, "token_ids"),
     "empty prompt": (dict(text=""), InvalidRequest, "text"),

@@ -41,8 +41,12 @@ def sampling(**fields: object) -> dict:
     return {"sampling": types_pb2.SamplingParams(**fields)}
 
 
-def adapter(name: str) -> dict:
-    return {"adapters": [types_pb2.AdapterSelection(name=name)]}
+def adapter(*names: str) -> dict:
+    return {"adapters": [types_pb2.AdapterSelection(name=name) for name in names]}
+
+
+def weighted(**weights: float) -> dict:
+    return {"adapters": [{"name": name, "weight": w} for name, w in weights.items()]}
 
 
 async def refusal(call) -> tuple[grpc.StatusCode, str | None, str]:
@@ -61,6 +65,13 @@ async def refusal(call) -> tuple[grpc.StatusCode, str | None, str]:
 BAD_REQUESTS = {
     "unknown adapter": (adapter("nobody"), Code.NOT_FOUND, "adapters[0].name"),
     "empty adapter name": (adapter(""), Code.INVALID_ARGUMENT, "adapters[0].name"),
+    "second is unknown": (adapter("a", "nobody"), Code.NOT_FOUND, "adapters[1].name"),
+    "twice the same": (adapter("a", "b", "a"), Code.INVALID_ARGUMENT, "adapters[2].name"),
+    "weight NaN": (weighted(a=1, b=float("nan")), Code.INVALID_ARGUMENT, "adapters[1].weight"),
+    "weight too large": (weighted(a=-101), Code.INVALID_ARGUMENT, "adapters[0].weight"),
+    "nine adapters": (adapter(*"abcdefghi"), Code.INVALID_ARGUMENT, "adapters"),
+    "different depths": (adapter("a", "deep"), Code.INVALID_ARGUMENT, "adapters"),
+    "salt of two lines": ({"cache_salt": "a\nb"}, Code.INVALID_ARGUMENT, "cache_salt"),
     "prompt too long": ({"text": "a" * 600}, Code.INVALID_ARGUMENT, "text"),
     "empty prompt": ({"text": ""}, Code.INVALID_ARGUMENT, "text"),
     "no prompt": ({"text": None}, Code.INVALID_ARGUMENT, "input"),
@@ -76,6 +87,8 @@ BAD_REQUESTS = {
 async def test_a_bad_request_is_refused_by_name_and_disturbs_nobody(serve, name: str) -> None:
     fields, code, field = BAD_REQUESTS[name]
     async with serve() as world, stubs_of(world) as stubs:
+        for loaded, facts in (("a", {}), ("b", {}), ("deep", {"num_layers": 3})):
+            await world.load(loaded, loaded, **facts)
         world.engine.gate.clear()
         neighbour = asyncio.create_task(world.client.generate("abc", max_tokens=6).text())
         await until(lambda: len(world.engine.running) == 1)
@@ -83,6 +96,7 @@ async def test_a_bad_request_is_refused_by_name_and_disturbs_nobody(serve, name:
         assert got[:2] == (code, field)
         world.engine.gate.set()
         assert await neighbour == "abcabc"
+        assert all(info.num_in_flight == 0 for info in await world.client.list_adapters())
 
 
 LOAD_FAILURES = {
@@ -237,8 +251,8 @@ async def test_an_unloaded_name_is_gone_at_once_while_its_streams_finish(serve) 
         assert draining.state == adapters_pb2.ADAPTER_STATE_DRAINING
         world.engine.gate.set()
         assert await running == "a" * 50
-        await until(lambda: not world.engine.references)
-        assert await world.client.list_adapters() == []
+        await until(lambda: not world.registry.records())
+        assert world.engine.references == {} and await world.client.list_adapters() == []
 
 
 async def test_unload_may_wait_or_cancel(serve) -> None:
@@ -276,6 +290,51 @@ async def test_replace_swaps_new_streams_and_leaves_old_ones_whole(serve) -> Non
         await until(lambda: [d[0] for d in world.engine.references] == ["b"])
 
 
+async def test_a_composition_is_in_flight_under_each_of_its_names(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("y", "b")
+        world.engine.gate.clear()
+        mixed = world.client.generate("q", adapters={"x": 0.5, "y": 2}, max_tokens=4)
+        running = asyncio.create_task(mixed.text())
+        await until(lambda: len(world.engine.running) == 1)
+        assert [info.num_in_flight for info in await world.client.list_adapters()] == [1, 1]
+        unload = asyncio.create_task(world.client.unload_adapter("y", wait=True))
+        await until(lambda: len(world.engine.references) == 1)
+        assert not unload.done()
+        with pytest.raises(AdapterNotFound) as caught:
+            await world.client.generate("q", adapters={"x": 1, "y": 1}).text()
+        assert caught.value.field == "adapters[1].name"
+        world.engine.gate.set()
+        assert await running == "abab"
+        assert (await unload).name == "y"
+        assert world.registry.resolve("x").num_in_flight == 0
+        (request, *_) = world.engine.seen
+    assert {use.digest[0]: use.weight for use in request.adapters} == {"a": 0.5, "b": 2}
+
+
+async def test_a_composition_ends_when_one_of_its_adapters_is_unloaded_with_cancel(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("y", "b")
+        world.engine.gate.clear()
+        events = asyncio.create_task(
+            _collect(world.client.generate("q", adapters={"x": 1, "y": 1}, max_tokens=50))
+        )
+        await until(lambda: len(world.engine.running) == 1)
+        await world.client.unload_adapter("y", cancel=True)
+        world.engine.gate.set()
+        assert (await events)[-1].finished.finish_reason == types_pb2.FINISH_REASON_CANCELLED
+        assert await world.client.generate("q", adapter="x", max_tokens=2).text() == "aa"
+
+
+async def test_salts_reach_the_engine(serve) -> None:
+    async with serve() as world:
+        for options in ({}, {"cache_salt": ""}, {"cache_salt": "tenant 1"}):
+            await world.client.generate("q", max_tokens=1, **options).text()
+    assert [request.cache_salt for request in world.engine.seen] == ["", "", "tenant 1"]
+
+
 async def test_cancelling_a_call_frees_its_row(serve) -> None:
     async with serve() as world, stubs_of(world) as stubs:
         for num_events in (0, 1, 3):
@@ -308,6 +367,8 @@ async def test_adapter_info_and_server_info(serve) -> None:
         assert (info.num_parameters, info.num_bytes) == (100, 200)
         assert dict(info.honoured) == {"r": "8"} and "lora_dropout" in info.inert
         assert info.state == adapters_pb2.ADAPTER_STATE_LOADED
+        assert (list(info.notes), list(info.invocation_tokens)) == ([], [])
+        assert (info.has_chat_template, info.num_layers) == (False, 0)
         assert (await world.load("x", "a")).already_loaded
         server = await world.client.server_info()
         assert (server.base.name, server.base.fingerprint) == ("tiny", "f" * 64)
@@ -316,6 +377,23 @@ async def test_adapter_info_and_server_info(serve) -> None:
         assert "sampling.temperature" in server.features
         assert "sampling.n" in server.refused_features
         assert server.versions["grpcio"] == grpc.__version__
+
+
+async def test_what_sets_an_adapter_apart_is_shown(serve) -> None:
+    facts = {"invocation_tokens": [7, 8], "chat_template": "{content}", "num_layers": 12}
+    async with serve() as world:
+        await world.load("x", "a", notes=["bound 1e-4"], **facts)
+        info = await world.client.get_adapter("x")
+    assert (list(info.notes), list(info.invocation_tokens)) == (["bound 1e-4"], [7, 8])
+    assert (info.has_chat_template, info.num_layers) == (True, 12)
+
+
+async def test_notes_reach_the_caller_before_the_text(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a", invocation_tokens=list(b"go"))
+        events = await _collect(world.client.generate("stay", adapter="x", max_tokens=2))
+    (note,) = events[0].started.notes
+    assert "'x'" in note and "not invoked" in note
 
 
 async def test_chat_tokens_and_logprobs(serve) -> None:

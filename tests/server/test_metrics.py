@@ -14,6 +14,9 @@ SPEC = BaseSpec(
     name="tiny",
     fingerprint="f" * 64,
     linears={},
+    embedding="model.embed_tokens",
+    head="lm_head",
+    is_tied=True,
     num_layers=2,
     hidden_size=8,
     vocab_size=100,
@@ -43,6 +46,8 @@ STATS = EngineStats(
     pool_bytes_used=250,
     pool_bytes_total=1000,
     num_preemptions=7,
+    num_prefix_queries=500,
+    num_prefix_hits=123,
     num_steps=99,
     running_adapters=("d1", "d2"),
     waiting_adapters=("d2",),
@@ -96,6 +101,8 @@ def test_the_engine_is_read_at_every_scrape(metrics, engine):
     assert value(metrics, "vllm:num_requests_waiting", **TINY) == 2
     assert value(metrics, "vllm:kv_cache_usage_perc", **TINY) == 0.25
     assert value(metrics, "vllm:num_preemptions_total", **TINY) == 7
+    assert value(metrics, "vllm:prefix_cache_queries_total", **TINY) == 500
+    assert value(metrics, "vllm:prefix_cache_hits_total", **TINY) == 123
     assert value(metrics, "loramux:adapter_pool_used_bytes", **TINY) == 250
     assert value(metrics, "loramux:adapter_pool_total_bytes", **TINY) == 1000
     assert value(metrics, "loramux:adapters_resident", **TINY) == 3
@@ -107,13 +114,13 @@ def test_the_engine_is_read_at_every_scrape(metrics, engine):
 
 def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):
     metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
-    for adapter, num_tokens in ((None, 4), ("pirate", 5)):
-        metrics.on_started(adapter)
-        metrics.on_first_token(adapter, 0.05)
-        metrics.on_tokens(adapter, 1, None)
-        metrics.on_tokens(adapter, num_tokens - 1, 0.3)
+    for adapters, num_tokens in (((), 4), (("pirate",), 5)):
+        metrics.on_started(adapters)
+        metrics.on_first_token(adapters, 0.05)
+        metrics.on_tokens(adapters, 1, None)
+        metrics.on_tokens(adapters, num_tokens - 1, 0.3)
         timing = RequestTiming(queue_s=1.0, prefill_s=2.0, decode_s=4.0)
-        metrics.on_finished(adapter, "stop", 10, num_tokens, 7.0, timing)
+        metrics.on_finished(adapters, "stop", 10, num_tokens, 7.0, timing)
     for adapter, num_tokens in (("", 4), ("pirate", 5)):
         assert value(metrics, "loramux:requests_started_total", adapter=adapter) == 1
         ended = value(metrics, "loramux:requests_total", adapter=adapter, finished_reason="stop")
@@ -132,9 +139,9 @@ def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):
 
 
 def test_time_between_tokens_is_per_token_and_leaves_out_the_first(metrics):
-    metrics.on_tokens(None, 2, None)
+    metrics.on_tokens((), 2, None)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 0
-    metrics.on_tokens(None, 3, 0.6)
+    metrics.on_tokens((), 3, 0.6)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 3
     total = value(metrics, "vllm:inter_token_latency_seconds_sum", **TINY)
     assert total == pytest.approx(0.6)
@@ -143,7 +150,7 @@ def test_time_between_tokens_is_per_token_and_leaves_out_the_first(metrics):
 
 
 def test_a_cancelled_request_has_vllms_word_for_it_and_no_phases(metrics):
-    metrics.on_finished(None, "cancelled", 3, 0, 0.5, None)
+    metrics.on_finished((), "cancelled", 3, 0, 0.5, None)
     assert value(metrics, "vllm:request_success_total", **TINY, finished_reason="abort") == 1
     ours = value(metrics, "loramux:requests_total", adapter="", finished_reason="cancelled")
     assert ours == 1
@@ -152,12 +159,12 @@ def test_a_cancelled_request_has_vllms_word_for_it_and_no_phases(metrics):
 
 def test_series_of_an_unloaded_adapter_are_deleted_and_do_not_come_back(metrics):
     metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
-    metrics.on_started("pirate")
-    metrics.on_finished("pirate", "stop", 1, 1, 1.0, None)
+    metrics.on_started(("pirate",))
+    metrics.on_finished(("pirate",), "stop", 1, 1, 1.0, None)
     assert b'"pirate"' in metrics.render()[0]
     metrics.on_adapter_unloaded("pirate")
-    metrics.on_tokens("pirate", 5, 0.1)
-    metrics.on_finished("pirate", "cancelled", 1, 6, 1.0, None)
+    metrics.on_tokens(("pirate",), 5, 0.1)
+    metrics.on_finished(("pirate",), "cancelled", 1, 6, 1.0, None)
     assert b"pirate" not in metrics.render()[0]
     assert value(metrics, "loramux:generation_tokens_total", adapter="_other") == 5
 
@@ -166,20 +173,35 @@ def test_adapters_beyond_the_cap_share_one_label(engine):
     metrics = Metrics(engine, max_adapter_labels=2)
     for number in range(50):
         metrics.on_adapter_loaded(f"a{number}", f"d{number}", 1, 0.1)
-        metrics.on_started(f"a{number}")
+        metrics.on_started((f"a{number}",))
     name = "loramux:requests_started_total"
     assert labels_of(metrics, name, "adapter") == {"a0", "a1", "_other"}
     assert value(metrics, name, adapter="_other") == 48
     metrics.on_adapter_unloaded("a0")
     metrics.on_adapter_loaded("new", "d", 1, 0.1)
-    metrics.on_started("new")
+    metrics.on_started(("new",))
     assert labels_of(metrics, name, "adapter") == {"new", "a1", "_other"}
 
 
 def test_names_nobody_loaded_make_no_series(metrics):
     for number in range(50):
-        metrics.on_started(f"ghost{number}")
+        metrics.on_started((f"ghost{number}",))
     assert labels_of(metrics, "loramux:requests_started_total", "adapter") == {"_other"}
+
+
+def test_every_composition_shares_one_label(metrics):
+    for name in ("a", "b", "c"):
+        metrics.on_adapter_loaded(name, f"d{name}", 1, 0.1)
+    for names in (("a", "b"), ("b", "c"), ("a", "b", "c"), ("a", "ghost")):
+        metrics.on_started(names)
+        metrics.on_tokens(names, 3, None)
+        metrics.on_finished(names, "stop", 5, 3, 1.0, None)
+    assert labels_of(metrics, "loramux:requests_started_total", "adapter") == {"_composition"}
+    assert value(metrics, "loramux:requests_started_total", adapter="_composition") == 4
+    assert value(metrics, "loramux:generation_tokens_total", adapter="_composition") == 12
+    assert value(metrics, "loramux:prompt_tokens_total", adapter="_composition") == 20
+    metrics.on_adapter_unloaded("a")
+    assert value(metrics, "loramux:requests_started_total", adapter="_composition") == 4
 
 
 def test_routers_see_adapter_names_and_a_fresh_timestamp(metrics):
@@ -198,7 +220,7 @@ def test_routers_see_adapter_names_and_a_fresh_timestamp(metrics):
 
 def test_a_replaced_adapter_keeps_its_series_under_its_new_content(metrics):
     metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
-    metrics.on_started("pirate")
+    metrics.on_started(("pirate",))
     metrics.on_adapter_loaded("pirate", "d9", 700, 0.1)
     assert value(metrics, "loramux:requests_started_total", adapter="pirate") == 1
     assert value(metrics, "loramux:adapter_bytes", adapter="pirate") == 700

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, content: str) -> Path:
     return path
 
 
-async def load(registry: Registry, name: str, path: Path, **options: bool):
+async def load(registry: Registry, name: str, path: Path, **options: object):
     return await registry.load(name, path, source="given", **options)
 
 
@@ -58,6 +59,50 @@ async def test_other_content_needs_replace(tmp_path: Path) -> None:
     assert registry.resolve("x") is new and not was_there
     await asyncio.sleep(0.01)
     assert engine.references == {new.digest: 1}
+
+
+def with_facts(path: Path, **facts: object) -> Path:
+    (path / "adapter_config.json").write_text(json.dumps(facts))
+    return path
+
+
+async def test_the_same_weights_with_another_template_are_other_content(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    registry = make(engine)
+    old, _ = await load(registry, "x", with_facts(folder(tmp_path, "a"), chat_template="1"))
+    changed = with_facts(folder(tmp_path, "a"), chat_template="2")
+    with pytest.raises(AdapterExists):
+        await load(registry, "x", changed)
+    new, was_there = await load(registry, "x", changed, replace=True)
+    assert (old.digest, was_there) == (new.digest, False)
+    assert registry.resolve("x").loaded.chat_template == "2"
+    await asyncio.sleep(0.01)
+    assert engine.references == {new.digest: 1}
+
+
+async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    path = with_facts(folder(tmp_path, "a"), notes=["from the engine"])
+    seen = []
+
+    def review(loaded):
+        seen.append(loaded)
+        return ("from the review",)
+
+    record, _ = await load(registry, "x", path, review=review)
+    assert record.notes == ("from the engine", "from the review")
+    again, was_there = await load(registry, "x", path, review=review)
+    assert again is record and was_there and seen == [record.loaded]
+
+
+async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    records = [(await load(registry, name, folder(tmp_path, name)))[0] for name in "ab"]
+    with pytest.raises(RuntimeError), registry.in_flight(records):
+        with registry.in_flight(records[:1]), registry.in_flight([]):
+            assert [record.num_in_flight for record in records] == [2, 1]
+        raise RuntimeError
+    assert [record.num_in_flight for record in records] == [0, 0]
 
 
 async def test_two_names_may_share_content(tmp_path: Path) -> None:

@@ -9,8 +9,17 @@ from dataclasses import replace
 import pytest
 
 from lora_runtime.core import FinishReason, SamplingParams
-from lora_runtime.errors import AdapterFailed, InvalidRequest, Unavailable
-from server.calls import ChatPrompt, Delta, Finished, GenerateCall, Started, TextPrompt, TokenPrompt
+from lora_runtime.errors import AdapterFailed, AdapterNotFound, InvalidRequest, Unavailable
+from server.calls import (
+    AdapterChoice,
+    ChatPrompt,
+    Delta,
+    Finished,
+    GenerateCall,
+    Started,
+    TextPrompt,
+    TokenPrompt,
+)
 from tests.fakes import EOS_ID
 
 
@@ -112,6 +121,22 @@ async def test_what_does_not_fit_is_refused_before_the_engine(serve, request_, f
         assert world.observer.of("on_started") == []
 
 
+async def test_a_deeper_row_has_room_for_fewer_tokens(serve) -> None:
+    """100 layers over a base of 2: 1000 blocks of 16 tokens hold 20 x 16 tokens of such a row."""
+    async with serve() as world:
+        await world.load("deep", "a", num_layers=100)
+        deep = replace(call("a" * 100), adapters=(AdapterChoice("deep"),))
+        assert (await events_of(world.service, deep))[-1].num_output_tokens == 220
+        assert (await events_of(world.service, call("a" * 100)))[-1].num_output_tokens == 256
+        too_long = replace(call("a" * 100, max_tokens=221), adapters=deep.adapters)
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, too_long)
+        assert caught.value.field == "sampling.max_tokens"
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, replace(call("a" * 320), adapters=deep.adapters))
+        assert caught.value.field == "text"
+
+
 async def test_a_prompt_deeper_than_the_kv_cache_is_refused(serve) -> None:
     async with serve(max_model_len=100_000) as world:
         with pytest.raises(InvalidRequest) as caught:
@@ -165,11 +190,11 @@ async def test_cancelling_a_task_that_waits_frees_the_row(serve) -> None:
 async def test_the_observer_hears_one_course_per_request(serve) -> None:
     async with serve() as world:
         await world.load("x", "a")
-        await events_of(world.service, replace(call(max_tokens=3), adapter="x"))
+        await events_of(world.service, replace(call(max_tokens=3), adapters=(AdapterChoice("x"),)))
     calls = [(name, args) for name, args in world.observer.calls if "adapter" not in name]
     names = [name for name, _ in calls]
     assert names == ["on_started", "on_first_token", *["on_tokens"] * 3, "on_finished"]
-    assert all(args[0] == "x" for _, args in calls)
+    assert all(args[0] == ("x",) for _, args in calls)
     gaps = [args[2] for args in world.observer.of("on_tokens")]
     assert gaps[0] is None and all(gap >= 0 for gap in gaps[1:])
     _, reason, num_prompt, num_output, e2e_s, timing = world.observer.of("on_finished")[0]
@@ -200,3 +225,146 @@ async def test_the_deadline_reaches_the_engine(serve) -> None:
         with_deadline, without = world.engine.seen
     assert 25 < with_deadline.deadline - with_deadline.arrival <= 30
     assert without.deadline is None
+
+
+def chat(*names: str, content: str = "hi") -> GenerateCall:
+    return replace(
+        call(max_tokens=1),
+        prompt=ChatPrompt(({"role": "user", "content": content},)),
+        adapters=tuple(AdapterChoice(name) for name in names),
+    )
+
+
+async def prompt_of(world, request: GenerateCall) -> str:
+    await events_of(world.service, request)
+    return bytes(world.engine.seen[-1].prompt_token_ids).decode()
+
+
+async def notes_of(world, request: GenerateCall) -> tuple[str, ...]:
+    return (await events_of(world.service, request))[0].notes
+
+
+async def test_a_conversation_takes_its_adapters_template_where_they_agree(serve) -> None:
+    async with serve() as world:
+        await world.load("plain", "a")
+        for name, template in (
+            ("own", "[{content}]"),
+            ("same", "[{content}]"),
+            ("other", "{role}"),
+        ):
+            await world.load(name, name, chat_template=template)
+        assert await prompt_of(world, chat()) == "<user>hi"
+        assert await prompt_of(world, chat("plain")) == "<user>hi"
+        assert await prompt_of(world, chat("own")) == "[hi]"
+        assert await prompt_of(world, chat("own", "same")) == "[hi]"
+        for names in (("own", "other"), ("own", "plain"), ("plain", "other", "own")):
+            assert await prompt_of(world, chat(*names)) == "<user>hi"
+            (note,) = await notes_of(world, chat(*names))
+            assert "template" in note
+        for names in (("own",), ("own", "same"), ("plain",), ()):
+            assert await notes_of(world, chat(*names)) == ()
+        both = replace(chat("own", "other"), prompt=TextPrompt("hi"))
+        assert await prompt_of(world, both) == "hi" and await notes_of(world, both) == ()
+
+
+async def test_a_template_that_fails_is_noted_at_load_and_refused_at_use(serve) -> None:
+    async with serve() as world:
+        loaded = await world.load("x", "a", chat_template="{nobody}", notes=["first"])
+        first, second = loaded.adapter.notes
+        assert first == "first" and "template" in second and "nobody" in second
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, chat("x"))
+        assert caught.value.field == "messages" and world.engine.seen == []
+        assert await prompt_of(world, replace(chat("x"), prompt=TextPrompt("hi"))) == "hi"
+        assert list((await world.load("y", "b", chat_template="{content}")).adapter.notes) == []
+
+
+class HeldTokenizer:
+    """Lets a test act while the first conversation is rendered: `meanwhile` runs before it is."""
+
+    def __init__(self, inner, meanwhile) -> None:
+        self._inner, self._meanwhile, self._loop = inner, [meanwhile], asyncio.get_running_loop()
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def apply_chat_template(self, messages, template=None) -> list[int]:
+        token_ids = self._inner.apply_chat_template(messages, template)
+        if messages[0]["content"] == "hi" and self._meanwhile:
+            work = self._meanwhile.pop()()
+            asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=5)
+        return token_ids
+
+
+@pytest.mark.parametrize("template", ["({content})", "[{content}]", None])
+async def test_an_adapter_swapped_while_its_prompt_is_made_is_never_mixed(serve, template) -> None:
+    """Content and template of a request belong together, whatever happens in between."""
+    async with serve() as world:
+        await world.load("x", "a", chat_template="[{content}]")
+        facts = {} if template is None else {"chat_template": template}
+        world.service._tokenizer = HeldTokenizer(
+            world.service._tokenizer, lambda: world.load("x", "b", replace=True, **facts)
+        )
+        events = await events_of(world.service, chat("x"))
+        (request,) = world.engine.seen
+    assert text_of(events) == "b" and request.adapters[0].digest.startswith("b")
+    expected = "<user>hi" if template is None else template.format(content="hi")
+    assert bytes(request.prompt_token_ids).decode() == expected
+
+
+async def test_an_adapter_unloaded_while_its_prompt_is_made_is_gone(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a", chat_template="[{content}]")
+        world.service._tokenizer = HeldTokenizer(
+            world.service._tokenizer, lambda: world.client.unload_adapter("x")
+        )
+        with pytest.raises(AdapterNotFound) as caught:
+            await events_of(world.service, chat("x"))
+    assert caught.value.field == "adapters[0].name" and world.engine.seen == []
+
+
+async def test_a_note_says_which_adapters_were_not_invoked(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a", invocation_tokens=list(b"<go>"))
+        await world.load("y", "b", invocation_tokens=list(b"run"))
+        await world.load("z", "c")
+
+        async def notes(text: str, *names: str) -> tuple[str, ...]:
+            choices = tuple(AdapterChoice(name) for name in names)
+            return await notes_of(world, replace(call(text, max_tokens=1), adapters=choices))
+
+        assert await notes("<go>", "x") == await notes("a <go> b <go>", "x") == ()
+        assert await notes("<go", "z") == await notes("<go") == ()
+        (alone,) = await notes("<g o>", "x")
+        assert alone == (
+            "adapter 'x' was not invoked: its invocation tokens are not in the prompt; "
+            "the base answers"
+        )
+        (mixed,) = await notes("run away", "z", "y", "x")
+        assert "'x'" in mixed and "does not act" in mixed
+        assert len(await notes("a", "x", "y")) == 2
+        assert all(use.start_position == 0 for seen in world.engine.seen for use in seen.adapters)
+
+
+async def test_two_names_of_one_content_act_as_one_with_the_sum_of_their_weights(serve) -> None:
+    async with serve() as world:
+        for name, content in (("x", "a"), ("y", "b"), ("z", "a")):
+            await world.load(name, content)
+        for order in (("x", "y", "z"), ("y", "z", "x")):
+            weights = {"x": 0.5, "y": 2.0, "z": -0.25}
+            choices = tuple(AdapterChoice(name, weights[name]) for name in order)
+            await events_of(world.service, replace(call(max_tokens=1), adapters=choices))
+        first, second = world.engine.seen
+    assert [(use.digest[0], use.weight) for use in first.adapters] == [("a", 0.25), ("b", 2.0)]
+    assert first.adapters == second.adapters
+
+
+async def test_an_engines_refusal_of_a_composition_comes_before_anything_else(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a", num_layers=3)
+        await world.load("y", "b", num_layers=4)
+        choices = (AdapterChoice("x"), AdapterChoice("y"))
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, replace(call(), adapters=choices))
+        assert caught.value.field == "adapters"
+        assert [record.num_in_flight for record in world.service.list_adapters()] == [0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,17 +50,17 @@ class World:
     def target(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
-    def write_adapter(self, folder: str, content: str) -> str:
-        """Write an adapter's files, return its source."""
+    def write_adapter(self, folder: str, content: str, **facts: Any) -> str:
+        """Write an adapter's files, return its source; `facts` are fields of LoadedAdapter."""
         path = self.root / folder
         path.mkdir(parents=True, exist_ok=True)
-        (path / "adapter_config.json").write_text("{}")
+        (path / "adapter_config.json").write_text(json.dumps(facts))
         (path / "adapter_model.safetensors").write_text(content)
         return folder
 
-    async def load(self, name: str, content: str, **options: bool) -> Any:
-        source = self.write_adapter(f"{name}-{abs(hash(content))}", content)
-        return await self.client.load_adapter(name, source, **options)
+    async def load(self, name: str, content: str, *, replace: bool = False, **facts: Any) -> Any:
+        source = self.write_adapter(f"{name}-{abs(hash(content))}", content, **facts)
+        return await self.client.load_adapter(name, source, replace=replace)
 
 
 @asynccontextmanager
@@ -78,10 +79,12 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
         base_name="tiny",
     )
     server = await start_grpc(service, "127.0.0.1:0")
-    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-        yield World(engine, service, registry, observer, server, client, root)
-    await server.stop(0)
-    await registry.close()
+    try:
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            yield World(engine, service, registry, observer, server, client, root)
+    finally:
+        await server.stop(0)
+        await registry.close()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

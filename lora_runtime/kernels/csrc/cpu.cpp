@@ -18,14 +18,16 @@ struct Product {
 
 struct bf16 { uint16_t bits; };
 
-struct Segment { int first, last, start, rank, gain, bias; long hidden; };
+// One adapter's run of one module, as in types.py: rank and element offsets, -1 for none.
+struct Run { int64_t rank, a, b, gain, bias, num_rows, rows, row_ids; };
+struct Segment { int first, last, rank; const Run* run; long hidden; };
 struct Block { const Segment* segment; int first; };
 
 template <class T>
 struct Adapters {
   T* y;
   const T *base, *x, *bias;
-  const float *a, *b, *gains, *biases, *weights;
+  const float *memory, *vectors, *weights;
   const int32_t* tokens;
   const std::vector<Segment>* segments;
   float *hidden, *sums;
@@ -110,17 +112,18 @@ void run(const Product& p, int num_threads) {
   baseline::product(p, num_threads);
 }
 
-std::vector<Segment> read_segments(const int32_t* runs, int num_replicas, const int32_t* slots,
+std::vector<Segment> read_segments(const int64_t* runs, int num_replicas, const int32_t* slots,
                                    const int32_t* replicas, const int32_t* starts, int count,
                                    long* num_hidden) {
   std::vector<Segment> segments;
   *num_hidden = 0;
   for (int i = 0; i < count; i++) {
     const int first = starts[i], last = starts[i + 1];
-    const int32_t* run = runs + 4 * (long(slots[first]) * num_replicas + replicas[first]);
-    if (run[1] == 0 && run[2] < 0 && run[3] < 0) continue;
-    segments.push_back({first, last, run[0], run[1], run[2], run[3], *num_hidden});
-    *num_hidden += long(last - first) * run[1];
+    const Run* run = reinterpret_cast<const Run*>(runs) +
+                     (long(slots[first]) * num_replicas + replicas[first]);
+    if (run->rank == 0 && run->gain < 0 && run->bias < 0) continue;
+    segments.push_back({first, last, int(run->rank), run, *num_hidden});
+    *num_hidden += long(last - first) * run->rank;
   }
   return segments;
 }
@@ -131,8 +134,8 @@ float* buffer(std::vector<float>& storage, long size) {
 }
 
 template <class T>
-void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float* a,
-                    const float* b, const float* gains, const float* biases, const int32_t* runs, int num_replicas,
+void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float* memory,
+                    const float* vectors, const int64_t* runs, int num_replicas,
                     const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
                     const float* weights, const int32_t* starts, int num_segments, int num_tokens,
                     int in, int out, int num_threads) {
@@ -142,7 +145,7 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
       read_segments(runs, num_replicas, slots, replicas, starts, num_segments, &num_hidden);
   float* accumulators = sizeof(T) == 4 ? reinterpret_cast<float*>(y)
                                        : buffer(sums, long(num_tokens) * out);
-  run(Adapters<T>{y, base, x, bias, a, b, gains, biases, weights, tokens, &segments,
+  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &segments,
                   buffer(hidden, num_hidden), accumulators, num_tokens, in, out},
       num_threads);
 }
@@ -150,12 +153,12 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
 }  // namespace
 
 #define ADAPTER_ARGS(T)                                                                          \
-  T *y, const T *base, const T *x, const T *bias, const float *a, const float *b,                \
-      const float *gains, const float *biases, const int32_t *runs, int num_replicas, const int32_t *tokens,         \
+  T *y, const T *base, const T *x, const T *bias, const float *memory, const float *vectors,     \
+      const int64_t *runs, int num_replicas, const int32_t *tokens,                              \
       const int32_t *slots, const int32_t *replicas, const float *weights, const int32_t *starts, \
       int num_segments, int num_tokens, int in, int out, int num_threads
 #define ADAPTER_NAMES                                                                            \
-  y, base, x, bias, a, b, gains, biases, runs, num_replicas, tokens, slots, replicas, weights,   \
+  y, base, x, bias, memory, vectors, runs, num_replicas, tokens, slots, replicas, weights,       \
       starts, num_segments, num_tokens, in, out, num_threads
 #define ATTENTION_ARGS(T)                                                                        \
   T *out, const T *q, const T *keys, const T *values, const int32_t *rows,                       \
@@ -167,7 +170,7 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
       block_size, table_width, window, scale, softcap
 
 extern "C" {
-int loramux_abi() { return 2; }  // raise it with every change of a signature below
+int loramux_abi() { return 3; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 int loramux_panel_width() { return level() == 2 ? 32 : 16; }
 void loramux_product_f32(float* y, const float* x, const float* panels, int num_tokens, int in, int out,

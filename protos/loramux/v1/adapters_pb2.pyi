@@ -25,7 +25,7 @@ ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_FAILED: AdapterState
 
 class AdapterInfo(_message.Message):
-    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error")
+    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error", "notes", "invocation_tokens", "has_chat_template", "num_layers")
     class HonouredEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,10 @@ class AdapterInfo(_message.Message):
     LOADED_AT_S_FIELD_NUMBER: _ClassVar[int]
     NUM_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     state: AdapterState
@@ -68,7 +72,11 @@ class AdapterInfo(_message.Message):
     loaded_at_s: float
     num_in_flight: int
     error: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    has_chat_template: bool
+    num_layers: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., num_layers: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace")

@@ -60,7 +60,7 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Continue a prompt with the base or an adapter.
+        """Continue a prompt with the base, an adapter or several.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

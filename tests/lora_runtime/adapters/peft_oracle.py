@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import peft
@@ -11,7 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_runtime.adapters.files import CONFIG_FILE
 from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
 
 
@@ -27,6 +31,9 @@ def base_spec(model: PreTrainedModel, fingerprint: str = "f" * 64) -> BaseSpec:
         name="tiny",
         fingerprint=fingerprint,
         linears=linears,
+        embedding="model.embed_tokens",
+        head="lm_head",
+        is_tied=bool(config.tie_word_embeddings),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -36,6 +43,24 @@ def base_spec(model: PreTrainedModel, fingerprint: str = "f" * 64) -> BaseSpec:
         device="cpu",
         model_type=config.model_type,
     )
+
+
+def base_weights(
+    model: PreTrainedModel, spec: BaseSpec, folder: Path = Path("no checkpoint")
+) -> BaseWeights:
+    """The weights of a plain model as those of an unquantised base."""
+    frozen = copy.deepcopy(model)
+    for path in (*spec.linears, spec.head):
+        parent, _, name = path.rpartition(".")
+        linear = frozen.get_submodule(path)
+        setattr(frozen.get_submodule(parent), name, DenseLinear(linear.weight, linear.bias))
+    return BaseWeights(frozen, spec, folder)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Change fields of a saved adapter_config.json."""
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def write_peft_adapter(

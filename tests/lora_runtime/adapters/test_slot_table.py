@@ -1,4 +1,4 @@
-"""Slots and rank rows under random loads, pins and unloads."""
+"""Slots and bytes under random loads, pins and unloads."""
 
 from __future__ import annotations
 
@@ -7,29 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lora_runtime.adapters.slot_table import RowAllocator, SlotTable
-from lora_runtime.core import LinearShape
+from lora_runtime.adapters.slot_table import SlotTable, SpaceAllocator
 from lora_runtime.errors import AdapterTooLarge
-
-WIDE, TALL = LinearShape(8, 16), LinearShape(16, 8)
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.randoms())
-def test_row_runs_never_overlap_and_all_come_back(lengths, random):
-    rows = RowAllocator(40)
+def test_runs_never_overlap_and_all_come_back(lengths, random):
+    space = SpaceAllocator(40)
     taken: dict[int, int] = {}
     for length in lengths:
-        start = rows.allocate(length)
+        start = space.allocate(length)
         if start is not None and length:
             assert all(start + length <= s or s + n <= start for s, n in taken.items())
             taken[start] = length
         if taken and random.random() < 0.3:
             start = random.choice(sorted(taken))
-            rows.free(start, taken.pop(start))
-        assert rows.num_free == 40 - sum(taken.values())
+            space.free(start, taken.pop(start))
+        assert space.num_free == 40 - sum(taken.values())
     for start, length in taken.items():
-        rows.free(start, length)
-    assert rows.allocate(40) == 0
+        space.free(start, length)
+    assert space.allocate(40) == 0
 
 
 class Slots(RuleBasedStateMachine):
@@ -37,15 +34,15 @@ class Slots(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = SlotTable({WIDE: 24, TALL: 12}, max_slots=3)
+        self.table = SlotTable(24, max_slots=3)
         self.pins: dict[str, int] = {}
         self.known: set[str] = set()
         self.slots: dict[str, int] = {}
 
-    @rule(name=st.sampled_from("abcdef"), wide=st.integers(0, 16), tall=st.integers(0, 8))
-    def register(self, name, wide, tall):
+    @rule(name=st.sampled_from("abcdef"), num_bytes=st.integers(0, 16))
+    def register(self, name, num_bytes):
         if name not in self.known:
-            self.table.register(name, ((WIDE, wide), (TALL, tall)))
+            self.table.register(name, num_bytes)
             self.known.add(name)
             self.pins[name] = 0
 
@@ -54,15 +51,28 @@ class Slots(RuleBasedStateMachine):
         if name not in self.known:
             return
         pinned = {n for n, count in self.pins.items() if count}
-        acquired = self.table.acquire(name)
+        acquired = self.table.acquire([name])
         if acquired is None:
-            assert name not in pinned
+            assert name not in pinned and pinned, "an empty pool takes any one adapter"
             return
+        acquired = acquired[0]
         if name in pinned:
             assert acquired.load is None and acquired.slot == self.slots[name]
         self.slots[name] = acquired.slot
         self.pins[name] += 1
         assert len({self.slots[n] for n in pinned | {name}}) == len(pinned | {name})
+
+    @rule(first=st.sampled_from("abcdef"), second=st.sampled_from("abcdef"))
+    def acquire_and_release_two(self, first, second):
+        if not {first, second} <= self.known:
+            return
+        before = {n for n, count in self.pins.items() if count}
+        acquired = self.table.acquire([first, second])
+        if acquired is not None:
+            assert first == second or acquired[0].slot != acquired[1].slot
+            self.table.release(first)
+            self.table.release(second)
+        assert {n for n in before if not self.table.is_pinned(n)} == set()
 
     @rule(name=st.sampled_from("abcdef"))
     def release(self, name):
@@ -87,25 +97,58 @@ TestSlots = Slots.TestCase
 
 
 def test_least_recently_used_is_evicted_and_pins_are_kept():
-    table = SlotTable({WIDE: 100}, max_slots=2)
+    table = SlotTable(100, max_slots=2)
     for name in "abc":
-        table.register(name, ((WIDE, 4),))
-    table.acquire("a")
-    table.acquire("b")
-    assert table.acquire("c") is None, "both residents are pinned"
+        table.register(name, 4)
+    table.acquire(["a"])
+    table.acquire(["b"])
+    assert table.acquire(["c"]) is None, "both residents are pinned"
     table.release("a")
     table.release("b")
-    table.acquire("a")
+    table.acquire(["a"])
     table.release("a")
-    acquired = table.acquire("c")
-    assert acquired is not None and acquired.load is not None
+    acquired = table.acquire(["c"])
+    assert acquired is not None and acquired[0].load is not None
     assert set(table.resident) == {"a", "c"}, "b was used longest ago"
 
 
 def test_an_adapter_that_can_never_fit_is_refused_at_once():
-    table = SlotTable({WIDE: 10}, max_slots=1)
-    with pytest.raises(AdapterTooLarge, match="needs 12 rank rows"):
-        table.register("big", ((WIDE, 6), (WIDE, 6)))
-    table.register("fits", ((WIDE, 5), (WIDE, 5)))
-    assert table.acquire("fits") is not None
-    assert table.num_elements_used == 10 * (8 + 16)
+    table = SlotTable(100, max_slots=1)
+    with pytest.raises(AdapterTooLarge, match="takes 112 bytes"):
+        table.register("big", 112)
+    table.register("fits", 100)
+    assert table.acquire(["fits"]) is not None
+    assert table.num_bytes_used == 100
+
+
+def test_a_composition_finds_room_in_a_fragmented_pool():
+    """x and a leave holes that hold neither a nor b beside each other."""
+    table = SlotTable(24, max_slots=3)
+    for name, num_bytes in (("x", 8), ("a", 8), ("b", 16)):
+        table.register(name, num_bytes)
+    for name in "xa":
+        table.acquire([name])
+        table.release(name)
+    acquired = table.acquire(["a", "b"])
+    assert acquired is not None and all(got.load is not None for got in acquired)
+    table.check_integrity()
+
+
+def test_a_composition_that_finds_no_room_leaves_no_trace():
+    table = SlotTable(24, max_slots=3)
+    for name, num_bytes in (("pinned", 16), ("a", 8), ("b", 16)):
+        table.register(name, num_bytes)
+    table.acquire(["pinned"])
+    assert table.acquire(["a", "b"]) is None
+    assert table.resident == ("pinned",) and not table.is_pinned("a")
+
+
+def test_adapters_that_can_never_be_resident_together_are_refused():
+    table = SlotTable(24, max_slots=2)
+    for name in "abc":
+        table.register(name, 8)
+    table.register("wide", 20)
+    table.check_fits({"a", "wide"} - {"a"})
+    for digests in ({"a", "wide"}, {"a", "b", "c"}):
+        with pytest.raises(AdapterTooLarge, match="together"):
+            table.check_fits(digests)

@@ -1,38 +1,173 @@
-"""Random operations on the block manager; every block always has exactly one owner."""
+"""Random operations on the block manager against a plain record of what every block holds."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lora_runtime.core import Request, Sequence
+from lora_runtime.core import AdapterUse, Request, Sequence
 from lora_runtime.engine.block_manager import BlockManager
 
-
-def sequence() -> Sequence:
-    return Sequence.of(Request(request_id="r", prompt_token_ids=(1,)))
+NUM_BLOCKS, BLOCK_SIZE = 12, 2
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=60))
-def test_blocks_are_never_lost_or_shared(operations):
-    blocks = BlockManager(num_blocks=12, block_size=4)
-    owners = [sequence() for _ in range(4)]
-    for index, num_tokens in operations:
-        owner, free = owners[index], blocks.num_free
-        if num_tokens == 0:
-            blocks.release(owner)
+def sequence(tokens=(1,), num_planes=1, **options) -> Sequence:
+    request = Request(request_id="r", prompt_token_ids=tuple(tokens), **options)
+    layer_map = None if num_planes == 1 else tuple(range(num_planes))
+    return Sequence.of(request, layer_map, num_planes)
+
+
+def begin(blocks: BlockManager, new: Sequence) -> int:
+    """Share what is found and compute the rest; returns the number of tokens found."""
+    blocks.share(new, blocks.find(new))
+    num_found = new.num_computed_tokens
+    assert blocks.grow(new, len(new.token_ids))
+    new.num_computed_tokens = len(new.token_ids)
+    blocks.publish(new)
+    return num_found
+
+
+def history(owner: Sequence, position: int, plane: int):
+    """All that the keys and values of one token depend on, and who may share them."""
+
+    def active(at):
+        uses = owner.request.adapters
+        return sorted((use.digest, use.weight) for use in uses if at >= use.start_position)
+
+    tokens = [(owner.token_ids[at], active(at)) for at in range(position + 1)]
+    return repr((owner.request.cache_salt, owner.layer_map, plane, tokens))
+
+
+ADAPTERS = st.lists(
+    st.builds(
+        AdapterUse,
+        digest=st.sampled_from("ab"),
+        weight=st.sampled_from([1.0, 0.0]),
+        start_position=st.integers(0, 5),
+    ),
+    max_size=1,
+)
+
+
+class Blocks(RuleBasedStateMachine):
+    """`memory[block]` is what was written there; `public` is the content that may be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
+        self.owners: list[Sequence] = []
+        self.memory = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
+        self.public: dict[tuple, int] = {}
+        self.num_offered: dict[Sequence, int] = {}
+
+    def contents(self, owner, index):
+        """For each plane of a token block, what its tokens must hold."""
+        positions = range(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
+        for plane in range(owner.num_planes):
+            yield tuple(history(owner, position, plane) for position in positions)
+
+    def unused(self):
+        used = {block for owner in self.owners for block in owner.block_table}
+        return set(range(NUM_BLOCKS)) - used
+
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        adapters=ADAPTERS,
+        num_planes=st.sampled_from([1, 1, 1, 2]),
+        salt=st.sampled_from(["", "", "", "tenant"]),
+    )
+    def start(self, tokens, adapters, num_planes, salt):
+        new = sequence(tokens, num_planes, adapters=tuple(adapters), cache_salt=salt)
+        found, expected = self.blocks.find(new), []
+        for index in range((len(tokens) - 1) // BLOCK_SIZE):
+            here = [self.public.get(content) for content in self.contents(new, index)]
+            if None in here:
+                break
+            expected += here
+        assert found == expected
+        total = -(-len(tokens) // BLOCK_SIZE) * num_planes
+        fits = len(self.unused() - set(found)) >= total - len(found)
+        assert self.blocks.has_room(new, found) == fits
+        if fits:
+            self.blocks.share(new, found)
+            self.owners.append(new)
+            self.num_offered[new] = len(found) // num_planes
+            assert new.num_computed_tokens * num_planes == len(found) * BLOCK_SIZE < total * 2
+
+    @rule(data=st.data(), num_tokens=st.integers(1, 6), output=st.integers(0, 1))
+    def compute(self, data, num_tokens, output):
+        if not self.owners:
+            return
+        owner = data.draw(st.sampled_from(self.owners))
+        start = owner.num_computed_tokens
+        stop = min(start + num_tokens, len(owner.token_ids))
+        if self.grow(owner, stop):
+            for position in range(start, stop):
+                self.write(owner, position)
+            owner.num_computed_tokens = stop
+            self.blocks.publish(owner)
+            self.record(owner)
+            if stop == len(owner.token_ids):
+                owner.token_ids.append(output)
+
+    def grow(self, owner, num_tokens):
+        before, free = list(owner.block_table), self.unused()
+        missing = self.blocks.num_missing(owner, num_tokens)
+        has_grown = self.blocks.grow(owner, num_tokens)
+        assert has_grown == (missing <= len(free))
+        taken = owner.block_table[len(before) :]
+        assert owner.block_table[: len(before)] == before
+        assert len(taken) == missing * has_grown and set(taken) <= free
+        cached = {block for block in self.public.values() if block in free}
+        num_evicted = len(cached & set(taken))
+        assert num_evicted == max(0, len(taken) - len(free - cached)), "empty blocks go first"
+        self.public = {c: block for c, block in self.public.items() if block not in taken}
+        return has_grown
+
+    def write(self, owner, position):
+        for plane in range(owner.num_planes):
+            block = owner.block_table[position // BLOCK_SIZE * owner.num_planes + plane]
+            assert sum(block in other.block_table for other in self.owners) == 1
+            assert block not in self.public.values(), "a findable block is written"
+            self.memory[block][position % BLOCK_SIZE] = history(owner, position, plane)
+
+    def record(self, owner):
+        """Each block is offered once, when it is full; of equal ones the first is found."""
+        for index in range(self.num_offered[owner], owner.num_computed_tokens // BLOCK_SIZE):
+            for plane, content in enumerate(self.contents(owner, index)):
+                block = owner.block_table[index * owner.num_planes + plane]
+                self.public.setdefault(content, block)
+            self.num_offered[owner] = index + 1
+
+    @rule(data=st.data(), is_suspect=st.booleans())
+    def release(self, data, is_suspect):
+        if self.owners:
+            owner = data.draw(st.sampled_from(self.owners))
+            mine = set(owner.block_table)
+            if is_suspect:
+                self.blocks.retract(owner)
+                self.public = {c: b for c, b in self.public.items() if b not in mine}
+            self.blocks.release(owner)
+            self.owners.remove(owner)
             assert owner.block_table == []
-        else:
-            missing = blocks.num_missing(owner, num_tokens)
-            assert blocks.grow(owner, num_tokens) == (missing <= free)
-            if missing <= free:
-                assert len(owner.block_table) * 4 >= num_tokens
-            else:
-                assert blocks.num_free == free
-        blocks.check_integrity(owners)
-    for owner in owners:
-        blocks.release(owner)
-    assert blocks.num_free == 12 and blocks.num_used == 0
+
+    @invariant()
+    def every_block_holds_what_its_users_and_its_key_say(self):
+        self.blocks.check_integrity(self.owners)
+        assert self.blocks.num_free == len(self.unused())
+        for owner in self.owners:
+            for position in range(owner.num_computed_tokens):
+                for plane in range(owner.num_planes):
+                    block = owner.block_table[position // BLOCK_SIZE * owner.num_planes + plane]
+                    held = self.memory[block][position % BLOCK_SIZE]
+                    assert held == history(owner, position, plane)
+        for content, block in self.public.items():
+            assert tuple(self.memory[block]) == content
+
+
+Blocks.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestBlocks = Blocks.TestCase
 
 
 def test_blocks_are_taken_only_as_needed():
@@ -41,3 +176,73 @@ def test_blocks_are_taken_only_as_needed():
     assert blocks.grow(owner, 17) and len(owner.block_table) == 2
     assert blocks.grow(owner, 5) and len(owner.block_table) == 2
     assert not blocks.grow(owner, 49)
+
+
+def test_a_deeper_row_takes_a_block_for_each_plane():
+    blocks, owner = BlockManager(num_blocks=7, block_size=4), sequence(num_planes=3)
+    assert blocks.num_missing(owner, 5) == 6
+    assert blocks.grow(owner, 4) and len(owner.block_table) == 3
+    assert blocks.grow(owner, 8) and len(set(owner.block_table)) == 6
+    assert not blocks.grow(owner, 9) and blocks.num_free == 1
+    blocks.release(owner)
+    assert blocks.num_free == 7
+
+
+def test_the_last_token_is_never_found():
+    blocks = BlockManager(num_blocks=20, block_size=4)
+    begin(blocks, sequence(range(12)))
+    found = {n: len(blocks.find(sequence(range(n)))) for n in (4, 5, 8, 9, 12, 13, 20)}
+    assert found == {4: 0, 5: 1, 8: 1, 9: 2, 12: 2, 13: 3, 20: 3}
+
+
+def test_the_least_recently_used_prefix_is_evicted_from_its_end():
+    blocks = BlockManager(num_blocks=6, block_size=2)
+    old, new = sequence([1] * 6), sequence([2] * 6)
+    for owner in (old, new):
+        begin(blocks, owner)
+    blocks.release(old)
+    blocks.release(new)
+    blocks.check_integrity([])
+    again = sequence([1] * 7)
+    begin(blocks, again)  # uses the old prefix, and evicts the end of the newer one
+    blocks.release(again)
+    assert len(blocks.find(sequence([2] * 7))) == 2
+    big = sequence([3] * 8)
+    assert begin(blocks, big) == 0
+    assert blocks.find(sequence([2] * 7)) == []
+    assert len(blocks.find(sequence([1] * 7))) == 2
+
+
+def test_of_equal_blocks_the_first_is_found_and_the_other_stays_private():
+    blocks = BlockManager(num_blocks=8, block_size=2)
+    first, second = sequence([1] * 4), sequence([1] * 4)
+    for owner in (first, second):  # both begin before either is published
+        blocks.share(owner, blocks.find(owner))
+        assert blocks.grow(owner, 4)
+        owner.num_computed_tokens = 4
+    for owner in (first, second):
+        blocks.publish(owner)
+    assert set(first.block_table).isdisjoint(second.block_table)
+    assert blocks.find(sequence([1] * 5)) == first.block_table
+    blocks.release(first)
+    assert len(blocks.find(sequence([1] * 5))) == 2
+    blocks.check_integrity([second])
+
+
+def test_one_lost_plane_makes_a_miss():
+    blocks = BlockManager(num_blocks=4, block_size=2)
+    deep = sequence([1, 2], num_planes=3)
+    begin(blocks, deep)
+    assert len(blocks.find(sequence([1, 2, 3], num_planes=3))) == 3
+    blocks.release(deep)
+    begin(blocks, sequence([5, 6, 7]))  # the empty block, then one plane
+    assert blocks.find(sequence([1, 2, 3], num_planes=3)) == []
+
+
+def test_counters_and_the_switch():
+    blocks = BlockManager(num_blocks=20, block_size=2)
+    assert [begin(blocks, sequence([1] * 7)) for _ in range(3)] == [0, 6, 6]
+    assert (blocks.num_prefix_queries, blocks.num_prefix_hits) == (21, 12)
+    off = BlockManager(num_blocks=20, block_size=2, enable_prefix_cache=False)
+    assert [begin(off, sequence([1] * 7)) for _ in range(3)] == [0, 0, 0]
+    assert off.num_prefix_hits == 0

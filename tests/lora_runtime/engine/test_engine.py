@@ -24,7 +24,7 @@ def base():
 @pytest.fixture(scope="module")
 def forms(base, tmp_path_factory):
     folders = four_adapters(dense_twin(base, "llama"), tmp_path_factory.mktemp("adapters"))
-    return [load_adapter(folder, base.spec) for folder in folders]
+    return [load_adapter(folder, base.spec, base.weights) for folder in folders]
 
 
 def prompt(length, seed=0):
@@ -186,7 +186,7 @@ def test_unload_with_cancel_ends_its_rows_only(base, forms):
 
 def test_overflowing_weights_fail_their_rows_only(base, forms, alone, tmp_path):
     folder = write_adapter(dense_twin(base, "llama"), tmp_path / "huge", seed=9, scale=1e30)
-    huge = load_adapter(folder, base.spec)
+    huge = load_adapter(folder, base.spec, base.weights)
     engine = with_adapters(base, [*forms, huge])
     requests = mixed_requests(forms)
     bad = [greedy("bad", prompt(6), huge.digest), greedy("bad too", prompt(40), huge.digest)]

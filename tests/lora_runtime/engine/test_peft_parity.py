@@ -29,7 +29,7 @@ def prompts():
 def serve_mixed(base, folders, max_tokens):
     """All adapters and two base rows in one engine; returns (adapter index or None, trace) rows."""
     engine = tiny_engine(base)
-    forms = [load_adapter(folder, base.spec) for folder in folders]
+    forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
     for form in forms:
         engine.add_adapter(form)
     owners = [0, None, 1, 2, 3, None]

@@ -18,7 +18,7 @@ def served(shape, dtype, folder):
     base = tiny_base(shape, dtype=dtype)
     twin = dense_twin(base, shape, dtype=torch.float32)
     folders = four_adapters(twin, folder, fused=shape.startswith("phi3"))
-    return base, [load_adapter(path, base.spec) for path in folders]
+    return base, [load_adapter(path, base.spec, base.weights) for path in folders]
 
 
 def rows(forms, num_copies=1):

@@ -61,7 +61,7 @@ def engine_with(base, folders):
         adapters=AdapterConfig(pool_bytes=256 << 20),
     )
     engine = Engine(base, config)
-    forms = [load_adapter(folder, base.spec) for folder in folders]
+    forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
     for form in forms:
         engine.add_adapter(form)
     return engine, [form.digest for form in forms]
@@ -106,7 +106,7 @@ def logits_everywhere(engine, requests):
     """Logits at every prompt position of each request, all prompts in one mixed step."""
     runner, captured = engine.runner, []
 
-    def forward(batch):
+    def forward(batch, planned=None):
         everywhere = replace(batch, logits_at=torch.arange(len(batch.token_ids)))
         captured.append(type(runner).forward(runner, everywhere))
         return captured[0][batch.logits_at]

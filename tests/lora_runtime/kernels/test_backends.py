@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_runtime import kernels
-from lora_runtime.kernels import AttentionMeta, RankPool, Span, StepMeta, cpu, reference
+from lora_runtime.kernels import AttentionMeta, Span, StepMeta, cpu, reference
+from tests.lora_runtime.kernels.scattered import Scattered, table
 
 BACKENDS = [reference, cpu]
 
@@ -45,14 +46,15 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
     in_features, out_features = sizes
     counts = popularity(kind, num_tokens)
     ranks = [int(r) for r in torch.randint(1, 20, (len(counts),), generator=generator)]
-    pool = RankPool(
-        torch.randn(sum(ranks) + 3, in_features, generator=generator),
-        torch.randn(sum(ranks) + 3, out_features, generator=generator),
-        torch.empty(0, out_features),
-        torch.empty(0, out_features),
-    )
-    starts = [3 + sum(ranks[:i]) for i in range(len(ranks))]
-    runs = torch.tensor([[[s, r, -1, -1]] for s, r in zip(starts, ranks, strict=True)])
+    factors = [
+        (
+            torch.randn(rank, in_features, generator=generator),
+            torch.randn(rank, out_features, generator=generator),
+        )
+        for rank in ranks
+    ]
+    scattered = Scattered()
+    runs = table([[scattered.run(a=a, b=b)] for a, b in factors])
     order = torch.randperm(num_tokens, generator=generator).tolist()
     spans, position = [], 0
     for slot, count in enumerate(counts):
@@ -65,26 +67,27 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
     base = torch.randn(num_tokens, out_features, generator=generator)
     expected = base.double()
     for span in spans:
-        start, rank = starts[span.slot], ranks[span.slot]
+        a, b = factors[span.slot]
         t = span.first_token
-        hidden = pool.a[start : start + rank].double() @ x[t].double()
-        expected[t] += hidden @ pool.b[start : start + rank].double()
+        expected[t] += a.double() @ x[t].double() @ b.double()
+    memory = scattered.memory(torch.float32)
     for backend in BACKENDS:
-        y = backend.apply_adapters(base, x, None, pool, runs.int(), meta)
+        y = backend.apply_adapters(base, x, None, memory, runs, meta)
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
-    pool = RankPool(
-        torch.randn(32, 40), torch.randn(32, 24), torch.empty(0, 24), torch.empty(0, 24)
+    scattered = Scattered()
+    runs = table(
+        [[scattered.run(a=torch.randn(r, 40), b=torch.randn(r, 24))] for r in (16, 9)],
     )
-    runs = torch.tensor([[[0, 16, -1, -1]], [[16, 9, -1, -1]]], dtype=torch.int32)
+    memory = scattered.memory(torch.float32)
     x, base = torch.randn(11, 40), torch.randn(11, 24)
     spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
-    together = cpu.apply_adapters(base, x, None, pool, runs, StepMeta.build(spans))
+    together = cpu.apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
     for t in range(11):
         alone = StepMeta.build([Span(slot=int(t >= 6), first_token=0, num_tokens=1)])
-        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, pool, runs, alone)
+        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, memory, runs, alone)
         assert torch.equal(y[0], together[t])
 
 

@@ -5,43 +5,49 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_runtime.core import BASE_EFFECT, AdapterUse, Effect, Request, block_key, effect_at
-from lora_runtime.kernels import NO_RUN, RankPool, Span, StepMeta, apply_adapters, cpu, reference
+from lora_runtime.kernels import (
+    NO_RUN,
+    Span,
+    StepMeta,
+    apply_adapters,
+    cpu,
+    embed_adapters,
+    patch_logits,
+    reference,
+)
+from tests.lora_runtime.kernels.scattered import Scattered, table
 
 IN, OUT = 24, 40
 PLAIN, REPLICATED, DORA, BIAS_ONLY, ALORA = range(5)
 
 
-def build_pool(dtype):
-    """Five adapters in one poisoned pool: runs are scattered, free rows hold NaN."""
+def build_adapters(dtype):
+    """Five adapters in one memory; returns it, the run table and each run's tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    pool = RankPool(
-        a=torch.full((64, IN), float("nan"), dtype=torch.float64),
-        b=torch.full((64, OUT), float("nan"), dtype=torch.float64),
-        gains=torch.full((3, OUT), float("nan"), dtype=torch.float64),
-        biases=torch.full((3, OUT), float("nan"), dtype=torch.float64),
-    )
-    table = [[NO_RUN, NO_RUN] for _ in range(5)]
-    table[PLAIN][0] = (3, 4, -1, -1)
-    table[REPLICATED] = [(10, 2, -1, -1), (20, 7, -1, -1)]
-    table[DORA][0] = (30, 8, 1, -1)
-    table[BIAS_ONLY][0] = (0, 0, -1, 2)
-    table[ALORA][0] = (50, 5, -1, -1)
-    for runs in table:
-        for start, rank, gain, bias in runs:
-            pool.a[start : start + rank] = random(rank, IN)
-            pool.b[start : start + rank] = random(rank, OUT)
-            if gain >= 0:
-                pool.gains[gain] = 1 + 0.3 * random(OUT)
-            if bias >= 0:
-                pool.biases[bias] = random(OUT)
-    weights = torch.float64 if dtype == torch.float64 else torch.float32
-    pool = RankPool(pool.a.to(weights), pool.b.to(weights), pool.gains.float(), pool.biases.float())
-    return pool, torch.tensor(table, dtype=torch.int32)
+    def low_rank(rank):
+        return {"a": random(rank, IN), "b": random(rank, OUT)}
+
+    def vector():
+        """Exact in float32, the dtype of gains and biases."""
+        return random(OUT).float().double()
+
+    parts = {
+        (PLAIN, 0): low_rank(4),
+        (REPLICATED, 0): low_rank(2),
+        (REPLICATED, 1): low_rank(7),
+        (DORA, 0): low_rank(8) | {"gain": vector()},
+        (BIAS_ONLY, 0): {"bias": vector()},
+        (ALORA, 0): low_rank(5),
+    }
+    scattered = Scattered()
+    runs = [[NO_RUN, NO_RUN] for _ in range(5)]
+    for (slot, replica), tensors in parts.items():
+        runs[slot][replica] = scattered.run(**tensors)
+    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(runs), parts
 
 
 SPANS = [
@@ -57,22 +63,21 @@ SPANS = [
 NUM_TOKENS = 13
 
 
-def dense(base, x, bias, pool, runs, spans):
-    """The formula of DESIGN's composition, token by token in float64."""
+def dense(base, x, bias, parts, spans):
+    """The formula of a composition, token by token in float64."""
     product, x = base.double(), x.double()
     b0 = torch.zeros(OUT, dtype=torch.float64) if bias is None else bias.double()
     y = product + b0
     for span in spans:
-        start, rank, gain, bias_row = runs[span.slot, span.replica].tolist()
+        run = parts[span.slot, span.replica]
         for t in range(span.first_token, span.first_token + span.num_tokens):
             effect = torch.zeros(OUT, dtype=torch.float64)
-            if gain >= 0:
-                effect += (pool.gains[gain].double() - 1) * product[t]
-            if rank:
-                a, b = pool.a[start : start + rank].double(), pool.b[start : start + rank].double()
-                effect += b.T @ (a @ x[t])
-            if bias_row >= 0:
-                effect += pool.biases[bias_row].double() - b0
+            if "gain" in run:
+                effect += (run["gain"] - 1) * product[t]
+            if "a" in run:
+                effect += run["b"].T @ (run["a"] @ x[t])
+            if "bias" in run:
+                effect += run["bias"] - b0
             y[t] += span.weight * effect
     return y
 
@@ -86,13 +91,13 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.35}
     [(reference, dtype) for dtype in TOLERANCES] + [(cpu, torch.float32), (cpu, torch.bfloat16)],
 )
 def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
-    pool, runs = build_pool(dtype)
+    memory, runs, parts = build_adapters(dtype)
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
     x = torch.randn(NUM_TOKENS, IN, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
-    y = backend.apply_adapters(base, x, bias, pool, runs, StepMeta.build(SPANS))
-    expected = dense(base, x, bias, pool, runs, SPANS)
+    y = backend.apply_adapters(base, x, bias, memory, runs, StepMeta.build(SPANS))
+    expected = dense(base, x, bias, parts, SPANS)
     assert y.dtype == dtype
     assert (y.double() - expected).abs().max() <= TOLERANCES[dtype]
     untouched = [0, 7, 8, 12]
@@ -102,10 +107,10 @@ def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
 
 
 def test_span_order_does_not_matter():
-    pool, runs = build_pool(torch.float32)
+    memory, runs, _ = build_adapters(torch.float32)
     base, x = torch.randn(NUM_TOKENS, OUT), torch.randn(NUM_TOKENS, IN)
-    forward = apply_adapters(base, x, None, pool, runs, StepMeta.build(SPANS))
-    backward = apply_adapters(base, x, None, pool, runs, StepMeta.build(reversed(SPANS)))
+    forward = apply_adapters(base, x, None, memory, runs, StepMeta.build(SPANS))
+    backward = apply_adapters(base, x, None, memory, runs, StepMeta.build(reversed(SPANS)))
     assert torch.equal(forward, backward)
 
 
@@ -114,27 +119,75 @@ def test_base_only_step_has_no_tables():
     assert StepMeta.build([Span(slot=0, first_token=0, num_tokens=0)]) is None
 
 
-def test_effect_follows_activation_and_order():
-    request = Request(
-        request_id="r",
-        prompt_token_ids=(1, 2, 3),
-        adapters=(AdapterUse(digest="b"), AdapterUse(digest="a", weight=0.5, start_position=2)),
-    )
-    assert effect_at(request, 1) == Effect(adapters=(("b", 1.0),))
-    assert effect_at(request, 2) == Effect(adapters=(("a", 0.5), ("b", 1.0)))
+VOCAB, HIDDEN = 30, 12
 
 
-def test_block_key_separates_everything_that_changes_keys_and_values():
-    plain = block_key(None, [1, 2], BASE_EFFECT, "")
-    others = [
-        block_key(plain, [1, 2], BASE_EFFECT, ""),
-        block_key(None, [1, 3], BASE_EFFECT, ""),
-        block_key(None, [12], BASE_EFFECT, ""),
-        block_key(None, [1, 2], BASE_EFFECT, "tenant"),
-        block_key(None, [1, 2], Effect(adapters=(("d", 1.0),)), ""),
-        block_key(None, [1, 2], Effect(adapters=(("d", 0.5),)), ""),
-        block_key(None, [1, 2], Effect(layer_map=(0, 1, 1)), ""),
-        block_key(None, [1, 2], Effect(patches=("d",)), ""),
+def vocabulary_adapters(random):
+    """A LoRA of rank 3, a patch of three rows, and both at once with every row replaced."""
+    return [
+        {"a": random(3, VOCAB), "b": random(3, HIDDEN)},
+        {"rows": random(3, HIDDEN), "row_ids": torch.tensor([2, 11, 29])},
+        {"a": random(2, VOCAB), "b": random(2, HIDDEN), "rows": random(VOCAB, HIDDEN)},
     ]
-    assert len({plain, *others}) == len(others) + 1
-    assert plain == block_key(None, (1, 2), Effect(), "")
+
+
+VOCABULARY_SPANS = [
+    Span(slot=0, first_token=1, num_tokens=2),
+    Span(slot=1, first_token=3, num_tokens=4),
+    Span(slot=2, first_token=7, num_tokens=2, weight=0.75),
+    Span(slot=0, first_token=9, num_tokens=1, weight=-0.5),
+    Span(slot=1, first_token=9, num_tokens=1, weight=2.0),
+]
+
+
+def patched(matrix, run):
+    """The matrix (vocab, hidden) with the rows of a run in place."""
+    result = matrix.double().clone()
+    if "rows" in run:
+        result[run.get("row_ids", torch.arange(len(run["rows"])))] = run["rows"]
+    return result
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)])
+def test_embedding_adapters_and_replaced_rows(dtype, tolerance):
+    generator = torch.Generator().manual_seed(2)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    parts, scale = vocabulary_adapters(random), 3.0
+    scattered = Scattered()
+    runs = table([[scattered.run(**part)] for part in parts])
+    weight = random(VOCAB, HIDDEN).to(dtype)
+    ids = torch.tensor([5, 11, 2, 2, 29, 3, 11, 0, 29, 2, 4])
+    base = scale * weight[ids]
+    y = embed_adapters(
+        base, ids, scale, scattered.memory(torch.float32), runs,
+        StepMeta.build(VOCABULARY_SPANS), VOCAB,
+    )  # fmt: skip
+    expected = base.double()
+    for span in VOCABULARY_SPANS:
+        part = parts[span.slot]
+        for t in range(span.first_token, span.first_token + span.num_tokens):
+            new = scale * patched(weight, part)[ids[t]]
+            if "a" in part:
+                new = new + scale * part["b"].T @ part["a"][:, ids[t]]
+            expected[t] += span.weight * (new - base[t].double())
+    assert y.dtype == dtype and (y.double() - expected).abs().max() <= tolerance
+    assert torch.equal(y[[0, 10]], base[[0, 10]])
+
+
+def test_patched_logits_replace_rows_of_the_output_layer():
+    generator = torch.Generator().manual_seed(3)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    parts = vocabulary_adapters(random)
+    scattered = Scattered()
+    runs = table([[scattered.run(**part)] for part in parts])
+    x, weight = random(11, HIDDEN).float(), random(VOCAB, HIDDEN).float()
+    base = x @ weight.T
+    meta = StepMeta.build(VOCABULARY_SPANS)
+    y = patch_logits(base + 1, base, x, scattered.memory(torch.float32), runs, meta)
+    expected = base.double() + 1
+    for span in VOCABULARY_SPANS:
+        shift = patched(weight, parts[span.slot]) - weight
+        for t in range(span.first_token, span.first_token + span.num_tokens):
+            expected[t] += span.weight * shift @ x[t].double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-5)
+    assert torch.equal(y[[0, 10]], (base + 1)[[0, 10]])

@@ -63,8 +63,12 @@ def assert_same(results, output, uninterrupted):
     assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("num_passes", [0, *random.Random().sample(range(1, 40), 2)])
-def test_resume_after_a_stop(tmp_path, tokenizer, base, uninterrupted, num_passes):
+@pytest.mark.parametrize("where", ["start", "early", "late"])
+def test_resume_after_a_stop(tmp_path, tokenizer, base, uninterrupted, where):
+    """At a random pass, so that every run of the suite tries another."""
+    places = {"start": (0, 0), "early": (1, 19), "late": (20, 39)}
+    num_passes = random.Random().randint(*places[where])
+    print(f"stopped after {num_passes} passes")
     units, output = make_units(tmp_path), tmp_path / "out"
     run(base, tokenizer, output, units, should_stop=StopAfter(num_passes))
     assert not (output / "two").exists()

@@ -229,7 +229,7 @@ def test_exported_adapter_gives_the_training_logits_in_peft(tmp_path, tokenizer,
 def test_exported_adapter_is_bound_to_its_base(tmp_path, tokenizer, base):
     config = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4), rank=3, max_steps=2)
     (result,) = run(base, tokenizer, tmp_path / "out", [config])
-    form = load_adapter(result.folder, base.spec)
+    form = load_adapter(result.folder, base.spec, base.weights)
     assert form.ranks == (3,) and len(form.modules) == len(base.spec.linears)
     assert form.num_parameters == result.num_parameters
     metadata = read_adapter(result.folder).metadata

@@ -1,0 +1,186 @@
+"""A serving form → the files of a plain PEFT LoRA for the unmodified base, where that is exact.
+
+Every scaling is 1: lora_alpha is the rank, per module where ranks differ. A bias change
+b − b₀ becomes lora_bias, replaced vocabulary rows trainable_token_indices, a replaced embedding or
+output layer modules_to_save. What a low-rank change cannot be is refused by name.
+Source: peft 0.21.2, `LoraConfig`, `set_additional_trainable_modules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.reduction import FINGERPRINT_KEY, peft_files
+from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
+from lora_runtime.adapters.tensor_names import Part
+from lora_runtime.base.weights import BaseWeights
+from lora_runtime.core import BaseSpec
+from lora_runtime.errors import AdapterRefused
+
+Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
+
+
+def plain_files(
+    form: ServingForm, base: BaseSpec, weights: BaseWeights, metadata: Mapping[str, str]
+) -> Files:
+    """Return config, tensors (float32) and metadata of the same adapter, for `write_adapter`.
+
+    `metadata`: the source's; the result is bound to a base's fingerprint only where the source is.
+
+    Raises: AdapterRefused naming the field that no plain LoRA can express.
+    """
+    _refuse_inexpressible(form)
+    adapted = _adapted(form, base, weights)
+    if not adapted:
+        raise _refused("target_modules", "PEFT needs a module with A and B")
+    ranks = {path: module.rank for path, module in adapted.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    config, tensors, facts = peft_files(
+        rank=rank,
+        alpha=rank,
+        use_rslora=False,
+        target_modules=_target_names(adapted, base),
+        tensors={},
+        base=base,
+        rank_pattern=patterns,
+        alpha_pattern=patterns,
+        metadata={key: value for key, value in metadata.items() if key != "format"},
+    )
+    tensors.update(named for path in adapted for named in _low_rank(path, adapted[path], base))
+    if any(module.bias is not None for module in adapted.values()):
+        config["lora_bias"] = True
+    _add_patches(form, base, weights, config, tensors)
+    if FINGERPRINT_KEY not in metadata:
+        del facts[FINGERPRINT_KEY]
+    return config, tensors, facts
+
+
+def _refuse_inexpressible(form: ServingForm) -> None:
+    if any(module.gain is not None for module in form.modules.values()):
+        raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
+    if form.layer_map is not None:
+        raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")
+    if form.invocation_tokens:
+        raise _refused("alora_invocation_tokens", "a plain LoRA acts on every token")
+
+
+def _refused(field: str, reason: str) -> AdapterRefused:
+    return AdapterRefused(f"{field} cannot be converted exactly: {reason}", field=field)
+
+
+def _adapted(form: ServingForm, base: BaseSpec, weights: BaseWeights) -> dict[str, ModuleForm]:
+    """Path → A, B and the change of the bias. PEFT wants biases on all modules or on none, and A
+    and B wherever there is one: what is missing is zero, of rank 1.
+    """
+    found = {
+        key.path: ModuleForm(a=module.a, b=module.b, bias=_bias_change(key.path, module, weights))
+        for key, module in form.modules.items()
+        if not _is_whole(module.patch)
+    }
+    found = {p: m for p, m in found.items() if m.a is not None or m.bias is not None}
+    if all(module.bias is None for module in found.values()):
+        return found
+    if base.embedding in found:
+        raise _refused("bias", "PEFT has no lora_bias beside LoRA on the embedding")
+    return {path: _with_zeros(path, module, base) for path, module in found.items()}
+
+
+def _bias_change(path: str, module: ModuleForm, weights: BaseWeights) -> Tensor | None:
+    own = weights.bias(path)
+    if module.bias is None or own is None:
+        return module.bias
+    return module.bias.float() - own
+
+
+def _with_zeros(path: str, module: ModuleForm, base: BaseSpec) -> ModuleForm:
+    shape = base.shapes[path]
+    a, b, bias = module.a, module.b, module.bias
+    if a is None or b is None:
+        a, b = torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1)
+    return ModuleForm(a=a, b=b, bias=torch.zeros(shape.out_features) if bias is None else bias)
+
+
+def _target_names(adapted: Mapping[str, ModuleForm], base: BaseSpec) -> Sequence[str]:
+    """Last names where they mean exactly the adapted modules, else whole paths."""
+    names = {_last(path) for path in adapted}
+    meant = {path for path in base.shapes if _last(path) in names}
+    return sorted(names if meant == adapted.keys() else adapted)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _low_rank(path: str, module: ModuleForm, base: BaseSpec) -> Iterator[tuple[str, Tensor]]:
+    is_embedding = path == base.embedding
+    parts = {
+        Part.EMBEDDING_A if is_embedding else Part.A: module.a,
+        Part.EMBEDDING_B if is_embedding else Part.B: module.b,
+        Part.B_BIAS: module.bias,
+    }
+    for part, tensor in parts.items():
+        if tensor is not None:
+            yield f"base_model.model.{path}.{part}", tensor.float().contiguous()
+
+
+def _is_whole(patch: RowPatch | None) -> bool:
+    return patch is not None and patch.ids is None
+
+
+def _add_patches(
+    form: ServingForm,
+    base: BaseSpec,
+    weights: BaseWeights,
+    config: dict[str, object],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Add replaced rows: whole tables to modules_to_save, some rows to trainable_token_indices."""
+    modules = {path: form.modules.get(ModuleKey(path)) for path in (base.embedding, base.head)}
+    patched = {path: module for path, module in modules.items() if module and module.patch}
+    for path, module in patched.items():
+        if module.a is not None:
+            raise _refused("modules_to_save", f"PEFT cannot adapt and replace {path} at once")
+    whole = {path: module for path, module in patched.items() if _is_whole(module.patch)}
+    for path, module in whole.items():
+        config["modules_to_save"] = sorted(_last(name) for name in whole)
+        tensors.update(_whole_module(path, module, weights))
+    rows = {p: m.patch for p, m in patched.items() if p not in whole and m.patch is not None}
+    tokens = _tokens(rows, base)
+    if tokens:
+        config["trainable_token_indices"] = {_last(path): ids for path, ids in tokens.items()}
+    for path in tokens:
+        tensors[f"base_model.model.{path}.{Part.TOKENS}"] = rows[path].values.float().contiguous()
+
+
+def _whole_module(
+    path: str, module: ModuleForm, weights: BaseWeights
+) -> Iterator[tuple[str, Tensor]]:
+    """The module's weight, a copy as it may be shared, and its bias, which PEFT wants beside it."""
+    assert module.patch is not None
+    yield f"base_model.model.{path}.{Part.WEIGHT}", module.patch.values.float().clone()
+    bias = weights.bias(path) if module.bias is None else module.bias
+    if bias is not None:
+        yield f"base_model.model.{path}.{Part.BIAS}", bias.float().contiguous()
+
+
+def _tokens(rows: Mapping[str, RowPatch], base: BaseSpec) -> dict[str, list[int]]:
+    """Module → token ids as PEFT is to be told. On a tied base it gives the output layer the rows
+    of the embedding, unless it is told of other tokens.
+    """
+    ids = {path: patch.ids.tolist() for path, patch in rows.items() if patch.ids is not None}
+    if not base.is_tied or base.embedding not in ids:
+        return ids
+    embedding, head = rows[base.embedding], rows.get(base.head)
+    if head is not None and ids[base.head] != ids[base.embedding]:
+        return ids
+    if head is None or not torch.equal(head.values, embedding.values):
+        raise _refused(
+            "trainable_token_indices", "PEFT ties the output layer's rows to the embedding's"
+        )
+    return {base.embedding: ids[base.embedding]}

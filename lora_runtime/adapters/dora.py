@@ -1,0 +1,23 @@
+"""The gain of DoRA, without making ΔW or W.
+
+Source: arXiv:2402.09353; the factored norm is arXiv:2603.22276's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.mutated_base import Factors
+from lora_runtime.base.weights import BaseWeights
+
+
+def dora_gain(weights: BaseWeights, path: str, delta: Factors, magnitude: Tensor) -> Tensor:
+    """g = m / ‖W + ΔW‖ per output row, (out,) float32; W is the serving weight, ΔW = b a.
+
+    ‖w_i + b_i a‖² = ‖w_i‖² + 2 Σ_k b_ik (W aᵀ)_ik + b_i (a aᵀ) b_iᵀ
+    """
+    a, b = delta
+    cross = 2 * weights.times_transposed(path, a) + b @ (a @ a.T)
+    squared = weights.squared_norms(path) + (b * cross).sum(1, dtype=torch.float64)
+    return (magnitude.double() / squared.clamp_min(0).sqrt()).float()

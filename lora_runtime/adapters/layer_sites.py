@@ -1,0 +1,85 @@
+"""Where an adapter may act: every module of the base, once for each visit of its layer map.
+
+Plain Python. Source: peft 0.21.2, `replicate_layers`: layers are renumbered in the new order, and
+each visit of a base layer has its own adapter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lora_runtime.core import BaseSpec
+from lora_runtime.errors import AdapterRefused
+
+MAX_DEPTH = 1024
+"""Layers of a replicated model."""
+
+
+class Site(NamedTuple):
+    """A module of the base at one visit, and its name in the model of the training."""
+
+    path: str
+    replica: int
+    name: str
+
+
+def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
+    """`layer_replication` [[start, end), …] → base layers in the order of their visits.
+
+    None where each layer is visited once, in order. Raises AdapterRefused.
+    """
+    if not value:
+        return None
+    ranges = value if isinstance(value, list) else [value]
+    spans = [_range(pair, num_layers) for pair in ranges]
+    if (depth := sum(len(span) for span in spans)) > MAX_DEPTH:
+        raise AdapterRefused(
+            f"layer_replication makes {depth} layers; at most {MAX_DEPTH} are served",
+            field="layer_replication",
+        )
+    layers = [layer for span in spans for layer in span]
+    return None if layers == list(range(num_layers)) else tuple(layers)
+
+
+def _range(pair: object, num_layers: int) -> range:
+    if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
+        start, end = pair
+        if 0 <= start < end <= num_layers:
+            return range(start, end)
+    raise AdapterRefused(
+        f"layer_replication holds {str(pair)[:40]}; each entry must be [start, end] with "
+        f"0 <= start < end <= {num_layers}, the layers of this base",
+        field="layer_replication",
+    )
+
+
+def sites_of(
+    base: BaseSpec, names: Mapping[str, str], layer_map: tuple[int, ...] | None
+) -> tuple[Site, ...]:
+    """Every site of a base under a layer map; `names`: base path → name in the training."""
+    if layer_map is None:
+        return tuple(Site(path, 0, names[path]) for path in base.shapes)
+    inside: dict[int, list[str]] = {}
+    for path in base.linears:
+        inside.setdefault(_layer_index(path), []).append(path)
+    visits: Counter[int] = Counter()
+    sites = []
+    for position, layer in enumerate(layer_map):
+        for path in inside.get(layer, []):
+            sites.append(Site(path, visits[layer], _moved(names[path], position)))
+        visits[layer] += 1
+    ends = (base.embedding, base.head)
+    return (*sites, *(Site(path, 0, names[path]) for path in ends))
+
+
+def _layer_index(path: str) -> int:
+    return next(int(piece) for piece in path.split(".") if piece.isdecimal())
+
+
+def _moved(name: str, position: int) -> str:
+    """The name with its layer index, the first number in it, replaced."""
+    pieces = name.split(".")
+    index = next(i for i, piece in enumerate(pieces) if piece.isdecimal())
+    return ".".join([*pieces[:index], str(position), *pieces[index + 1 :]])

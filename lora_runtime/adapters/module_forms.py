@@ -1,0 +1,166 @@
+"""One adapted module: scale → what was taken out of the base → gain → bias.
+
+Source: rsLoRA arXiv:2312.03732; peft 0.21.2, `lora/layer.py`, `lora/dora.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.adapter_tensors import AdapterTensors
+from lora_runtime.adapters.dora import dora_gain
+from lora_runtime.adapters.layer_sites import Site
+from lora_runtime.adapters.mutated_base import (
+    Factors,
+    cancels,
+    difference,
+    rebalanced,
+    recovered_initial,
+)
+from lora_runtime.adapters.peft_config import AdapterSpec, TargetSpec
+from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.tensor_names import Part
+from lora_runtime.base.weights import BaseWeights
+from lora_runtime.core import BaseSpec, LinearShape
+from lora_runtime.errors import AdapterRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawModule:
+    """The tensors of one adapted module as the file has them, of checked shape."""
+
+    site: Site
+    target: TargetSpec
+    factors: Factors
+    """Unscaled, float32."""
+    magnitude: Tensor | None
+    lora_bias: Tensor | None
+
+
+def collect(spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors) -> list[RawModule]:
+    """Take what the config asks for of every target. Raises AdapterRefused."""
+    modules = []
+    for site, target in spec.targets.items():
+        shape = base.shapes[site.path]
+        size = (shape.out_features,)
+        modules.append(
+            RawModule(
+                site=site,
+                target=target,
+                factors=_take_factors(site, target, spec, base, tensors),
+                magnitude=tensors.take(site.name, Part.MAGNITUDE, size) if spec.use_dora else None,
+                lora_bias=tensors.take(site.name, Part.B_BIAS, size) if spec.lora_bias else None,
+            )
+        )
+    return modules
+
+
+def take_factors(
+    site: Site, rank: int, shape: LinearShape, base: BaseSpec, tensors: AdapterTensors
+) -> Factors:
+    """A (r, in) and B (out, r) of one module, in float32."""
+    is_embedding = site.path == base.embedding
+    a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
+    a = tensors.take(site.name, a_part, (rank, shape.in_features))
+    b = tensors.take(site.name, b_part, (shape.out_features, rank))
+    return Factors(a.float(), b.float())
+
+
+def _take_factors(
+    site: Site, target: TargetSpec, spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors
+) -> Factors:
+    shape = base.shapes[site.path]
+    if not (spec.ties_head and site.path == base.head):
+        return take_factors(site, target.rank, shape, base, tensors)
+    embedding = next(s for s in spec.targets if s.path == base.embedding)
+    own = take_factors(
+        embedding, spec.targets[embedding].rank, base.shapes[base.embedding], base, tensors
+    )
+    tied = Factors(own.b.T.contiguous(), own.a.T.contiguous())
+    for part, tensor in ((Part.A, tied.a), (Part.B, tied.b)):
+        copy = tensors.take_if_there(site.name, part, tuple(tensor.shape))
+        if copy is not None and not torch.equal(copy.float(), tensor):
+            raise AdapterRefused(
+                f"tensor base_model.model.{site.name}.{part} differs from the embedding's, to "
+                "which ensure_weight_tying ties it",
+                field=f"base_model.model.{site.name}.{part}",
+            )
+    return tied
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A module's form, and the relative error of a recomputed start (0 where there was none)."""
+
+    form: ModuleForm
+    error: float
+
+
+def reduce_module(
+    raw: RawModule,
+    initialisation: str,
+    base: BaseSpec,
+    weights: BaseWeights,
+    initial: AdapterTensors | None,
+    trained_bias: Tensor | None,
+) -> Reduced:
+    """Fold everything into the serving form, in float32. Raises AdapterRefused.
+
+    `initialisation` names what was taken out of this module's base weight, or is empty;
+    `initial` has it where the files do.
+    """
+    path, scaling = raw.site.path, raw.target.scaling
+    delta = Factors(raw.factors.a, raw.factors.b * scaling)
+    error = 0.0
+    if initialisation:
+        _check_finite(raw.site, delta.b)
+        delta, error = _subtract_initial(delta, raw, initialisation, base, weights, initial)
+    elif cancels(delta):
+        delta = rebalanced(delta)
+    gain = None
+    if raw.magnitude is not None:
+        gain = dora_gain(weights, path, delta, raw.magnitude)
+        delta = Factors(delta.a, gain[:, None] * delta.b)
+    bias = trained_bias
+    if raw.lora_bias is not None:
+        bias = _with_lora_bias(trained_bias, raw.lora_bias.float() * scaling, weights.bias(path))
+    _check_finite(raw.site, delta.b, gain, bias)
+    return Reduced(ModuleForm(a=delta.a, b=delta.b, gain=gain, bias=bias), error)
+
+
+def _subtract_initial(
+    trained: Factors,
+    raw: RawModule,
+    initialisation: str,
+    base: BaseSpec,
+    weights: BaseWeights,
+    initial: AdapterTensors | None,
+) -> tuple[Factors, float]:
+    site, target = raw.site, raw.target
+    if initial is not None:
+        start = take_factors(site, target.rank, base.shapes[site.path], base, initial)
+        return difference(trained, Factors(start.a, start.b * target.scaling)), 0.0
+    weight = weights.original(site.path)
+    found = recovered_initial(initialisation, weight, target.rank, target.scaling)
+    delta = difference(trained, found.factors)
+    norms = float(weight.float().norm()), float((delta.b.T @ delta.b * (delta.a @ delta.a.T)).sum())
+    return delta, found.error * norms[0] / max(norms[1], 1e-30) ** 0.5
+
+
+def _with_lora_bias(trained: Tensor | None, extra: Tensor, own: Tensor | None) -> Tensor:
+    bias = own if trained is None else trained
+    return extra if bias is None else bias + extra
+
+
+def _check_finite(site: Site, *tensors: Tensor | None) -> None:
+    """A is finite in the file, and stays so; what was scaled or divided may not be."""
+    for tensor in tensors:
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise AdapterRefused(
+                f"the adapter of {site.name} overflows float32 when it is scaled and combined with "
+                "the base",
+                field=f"base_model.model.{site.name}.{Part.B}",
+            )

@@ -1,0 +1,118 @@
+"""The sidecar of the parity gate: written by the trainer, read without trust.
+
+Not part of an adapter's digest, and PEFT ignores it: an adapter without one loads unchecked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_runtime.adapters.files import read_optional, write_file
+from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, Golden, Position
+from lora_runtime.adapters.strict_json import parse_object
+from lora_runtime.core import BaseSpec
+from lora_runtime.errors import AdapterRefused, BaseMismatch
+
+SIDECAR_VERSION = 1
+MAX_SIDECAR_BYTES = 1 << 20
+MAX_ROWS = 8
+MAX_ROW_LENGTH = 1024
+MAX_POSITIONS = 64
+MAX_TOP = 1024
+
+
+def write_golden(folder: Path, golden: Golden) -> None:
+    """Write the sidecar of an adapter, whole or not at all."""
+    text = json.dumps({"version": SIDECAR_VERSION, **asdict(golden)}, allow_nan=False)
+    write_file(folder, SIDECAR_FILE, text.encode())
+
+
+def remove_golden(folder: Path) -> None:
+    """Remove the sidecar, if there is one: before other weights are written beside it."""
+    (folder / SIDECAR_FILE).unlink(missing_ok=True)
+
+
+def read_golden(folder: Path, base: BaseSpec) -> Golden | None:
+    """Read the sidecar of an adapter for `base`; None when there is none.
+
+    Raises: AdapterRefused where the file is not what it must be, AdapterSourceRefused where it is
+    not a plain file, BaseMismatch where it was recorded on another base.
+    """
+    content = read_optional(folder, SIDECAR_FILE, MAX_SIDECAR_BYTES)
+    if content is None:
+        return None
+    try:
+        golden = _parse(parse_object(content, SIDECAR_FILE), base)
+    except ValueError as error:
+        raise AdapterRefused(
+            f"{SIDECAR_FILE} is not a parity record of this base: {error}; remove it to load the "
+            "adapter without the check",
+            field=SIDECAR_FILE,
+        ) from None
+    if golden.base_fingerprint != base.fingerprint:
+        raise BaseMismatch(
+            f"{SIDECAR_FILE} was recorded on the base with fingerprint "
+            f"{golden.base_fingerprint[:12]!r}; this one, {base.name}, has "
+            f"{base.fingerprint[:12]!r}",
+            field=SIDECAR_FILE,
+        )
+    return golden
+
+
+def _parse(content: Mapping[str, Any], base: BaseSpec) -> Golden:
+    """Raises ValueError that says what is wrong."""
+    _check_keys(content, {"version", "base_fingerprint", "dtype", "rows", "positions"})
+    if content["version"] != SIDECAR_VERSION or content["dtype"] not in TOLERANCES:
+        raise ValueError(
+            f"version {content['version']!r} with dtype {content['dtype']!r}; known are version "
+            f"{SIDECAR_VERSION} with {', '.join(TOLERANCES)}"
+        )
+    longest = min(MAX_ROW_LENGTH, base.max_model_len)
+    rows = [_ids(row, longest, base.vocab_size) for row in _items(content["rows"], MAX_ROWS)]
+    places = _items(content["positions"], MAX_POSITIONS)
+    return Golden(
+        base_fingerprint=str(content["base_fingerprint"]),
+        dtype=content["dtype"],
+        rows=tuple(rows),
+        positions=tuple(_parse_position(place, rows, base.vocab_size) for place in places),
+    )
+
+
+def _parse_position(
+    content: Mapping[str, Any], rows: Sequence[Sequence[int]], vocab_size: int
+) -> Position:
+    _check_keys(content, {"row", "position", "token_ids", "base", "adapter"})
+    (row,) = _ids([content["row"]], 1, len(rows))
+    (position,) = _ids([content["position"]], 1, len(rows[row]))
+    token_ids = _ids(content["token_ids"], MAX_TOP, vocab_size)
+    base, adapter = (_floats(content[name], len(token_ids) + 1) for name in ("base", "adapter"))
+    return Position(row=row, position=position, token_ids=token_ids, base=base, adapter=adapter)
+
+
+def _check_keys(content: object, names: set[str]) -> None:
+    if not isinstance(content, dict) or content.keys() != names:
+        raise ValueError(f"an object in it must have exactly {', '.join(sorted(names))}")
+
+
+def _items(value: object, longest: int) -> list[Any]:
+    if not isinstance(value, list) or not 1 <= len(value) <= longest:
+        raise ValueError(f"a list in it must have 1 to {longest} entries")
+    return value
+
+
+def _ids(value: object, longest: int, end: int) -> tuple[int, ...]:
+    items = _items(value, longest)
+    if not all(type(item) is int and 0 <= item < end for item in items):
+        raise ValueError(f"an index in it is not an integer from 0 to {end - 1}")
+    return tuple(items)
+
+
+def _floats(value: object, count: int) -> tuple[float, ...]:
+    items = _items(value, count)
+    if len(items) != count or not all(type(item) is float for item in items):
+        raise ValueError(f"a list in it must have {count} decimal numbers")
+    return tuple(items)

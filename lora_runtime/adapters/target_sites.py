@@ -1,0 +1,90 @@
+"""Which sites an adapter targets, embedding and output layer included. Plain Python.
+
+Source: peft 0.21.2, `inject_adapter`, `_check_tied_modules`, `_add_targets_to_tie`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lora_runtime.adapters.config_conflicts import mutates_base
+from lora_runtime.adapters.config_values import Config, flag
+from lora_runtime.adapters.layer_sites import Site
+from lora_runtime.adapters.matching import PatternMatcher, Selection, select_modules
+from lora_runtime.adapters.vocabulary_fields import VocabularySpec
+from lora_runtime.core import BaseSpec
+from lora_runtime.errors import AdapterRefused
+
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+"""Last names by which PEFT knows the ends of a model."""
+
+
+def select_sites(
+    selection: Selection,
+    sites: tuple[Site, ...],
+    num_layers: int,
+    base: BaseSpec,
+    vocabulary: VocabularySpec,
+    config: Config,
+    matcher: PatternMatcher,
+) -> tuple[tuple[Site, ...], bool]:
+    """The targeted sites in their order, and whether the output layer shares the embedding's A, B.
+
+    `num_layers` counts the visits of the layer map.
+
+    Raises: AdapterRefused for a target that matches nothing or cannot be adapted as asked.
+    """
+    ends = {site.path: site.name for site in sites if site.path in (base.embedding, base.head)}
+    ties_head = flag(config, "ensure_weight_tying") and base.is_tied
+    ties_head = ties_head and not vocabulary.replaced and _targets_end(selection, matcher)
+    if ties_head and isinstance(selection.target_modules, tuple):
+        targets = (*selection.target_modules, ends[base.embedding])
+        selection = replace(selection, target_modules=targets)
+    names = [site.name for site in sites]
+    chosen = select_modules(selection, names, num_layers, matcher, ends=set(ends.values()))
+    if ties_head:
+        chosen = chosen | set(ends.values())
+    replaced = vocabulary.replaced
+    found = tuple(site for site in sites if site.name in chosen and site.path not in replaced)
+    _check_ends({site.path for site in found}, base, vocabulary, config)
+    return found, ties_head
+
+
+def _targets_end(selection: Selection, matcher: PatternMatcher) -> bool:
+    targets = selection.target_modules
+    if isinstance(targets, tuple):
+        return any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets)
+    match = matcher.compile(targets, "target_modules", is_whole=True)
+    return any(match(name) for name in EMBEDDING_LAYER_NAMES)
+
+
+def _check_ends(
+    targeted: set[str], base: BaseSpec, vocabulary: VocabularySpec, config: Config
+) -> None:
+    """Refuse what PEFT cannot do to the embedding and the output layer."""
+    if not targeted:
+        raise AdapterRefused(
+            "target_modules selects only what modules_to_save replaces", field="target_modules"
+        )
+    if targeted & {*vocabulary.tokens, *vocabulary.tied_to}:
+        raise _refused("target_modules", "a module whose rows are replaced cannot have A and B too")
+    if base.embedding in targeted:
+        _check_embedding(config)
+    if base.head in targeted and base.is_tied and mutates_base(config):
+        raise _refused(
+            "init_lora_weights",
+            "on the output layer of a base with tied weights it changed the embedding as well",
+        )
+
+
+def _check_embedding(config: Config) -> None:
+    if flag(config, "lora_bias"):
+        raise _refused("lora_bias", "PEFT has no lora_bias on an embedding")
+    if config.get("alora_invocation_tokens"):
+        raise _refused("alora_invocation_tokens", "PEFT has no activated LoRA on an embedding")
+    if config.get("init_lora_weights") == "loftq":
+        raise _refused("init_lora_weights", "PEFT has no LoftQ on an embedding")
+
+
+def _refused(field: str, reason: str) -> AdapterRefused:
+    return AdapterRefused(f"{field}: {reason}", field=field)

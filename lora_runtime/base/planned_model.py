@@ -1,0 +1,135 @@
+"""A base that runs its layers in another order, some of them several times, some for some rows.
+
+The plan is the caller's: planned_model lays out the layers once, and a PlannedBatch says for one
+forward which tokens run at which of them. See layer_plan.py for the shortest order of several maps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lora_runtime.base.adapted_linear import StepContext
+from lora_runtime.base.attention import Attention
+from lora_runtime.kernels import StepMeta
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStep:
+    """What one run of a layer acts on.
+
+    tokens (n,) int64, ascending: which of the forward's T tokens run here, None for all.
+    attention: over these tokens, in this order. adapters: of these tokens, None for no adapters.
+    """
+
+    tokens: Tensor | None
+    attention: Attention
+    adapters: StepMeta | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """The `batch=` of a planned model's forward: one LayerStep for each of its layers, in order."""
+
+    steps: Sequence[LayerStep]
+
+
+class PlannedLayer(nn.Module):
+    """Runs `layer` for the tokens of step `index`; the others keep their hidden state bit for bit.
+
+    To the decoder it looks like `layer`: it has the same attributes.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, context: StepContext) -> None:
+        super().__init__()
+        self.layer, self.index, self.context = layer, index, context
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["layer"], name)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        position_ids: Tensor,
+        batch: PlannedBatch,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, D), position_ids (1, T)
+        → (1, T, H).
+        """
+        step = batch.steps[self.index]
+        cos, sin = position_embeddings
+        with self.context.at(step.adapters):
+            out: Tensor = self.layer(
+                _select(hidden_states, step.tokens),
+                position_embeddings=(_select(cos, step.tokens), _select(sin, step.tokens)),
+                position_ids=_select(position_ids, step.tokens),
+                batch=step.attention,
+                **kwargs,
+            )
+        return out if step.tokens is None else hidden_states.index_copy(1, step.tokens, out)
+
+
+def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """The tokens of x (1, T, …). Select, never multiply: NaN of one row must not reach another."""
+    return x if tokens is None else x.index_select(1, tokens)
+
+
+def planned_model(
+    model: PreTrainedModel, layers: tuple[int, ...], context: StepContext
+) -> PreTrainedModel:
+    """`model` with the decoder layers `layers`, in this order, in the place of its own.
+
+    Parameters are shared, and neither the model nor its config is changed. Its forward wants a
+    PlannedBatch as `batch=`. `context` is the one that the model's adapted layers share.
+    """
+    decoder: Any = model.get_decoder()
+    configs: dict[int, Any] = {}
+    planned_decoder = _shallow_copy(decoder)
+    planned_decoder.config = _planned_config(decoder.config, layers, configs)
+    planned_decoder.layers = nn.ModuleList(
+        PlannedLayer(decoder.layers[layer], index, context) for index, layer in enumerate(layers)
+    )
+    planned: PreTrainedModel = _with_submodule(model, decoder, planned_decoder, configs)
+    return planned
+
+
+def _planned_config(
+    config: PreTrainedConfig, layers: tuple[int, ...], configs: dict[int, Any]
+) -> PreTrainedConfig:
+    """A copy of the decoder's config as if it had these layers."""
+    planned = copy.deepcopy(config, configs)
+    planned.num_hidden_layers = len(layers)
+    if layer_types := getattr(config, "layer_types", None):
+        planned.layer_types = [layer_types[layer] for layer in layers]
+    return planned
+
+
+def _shallow_copy(module: Any) -> Any:
+    """The same parameters, buffers and submodules; submodules can be replaced on the copy alone."""
+    copied = copy.copy(module)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied
+
+
+def _with_submodule(parent: Any, old: nn.Module, new: nn.Module, configs: dict[int, Any]) -> Any:
+    """A copy of `parent` that holds `new` where it holds `old`, at any depth.
+
+    `configs` is deepcopy's memo, so that a config which several modules share stays shared.
+    """
+    if parent is old:
+        return new
+    copied = _shallow_copy(parent)
+    copied.config = copy.deepcopy(parent.config, configs)
+    for name, child in parent.named_children():
+        if any(module is old for module in child.modules()):
+            setattr(copied, name, _with_submodule(child, old, new, configs))
+    return copied

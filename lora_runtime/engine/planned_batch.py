@@ -1,0 +1,125 @@
+"""A step whose rows visit the base's layers in different orders: which tokens run at which layer.
+
+Rows with a layer map (PEFT's layer replication) and plain rows share one forward over the shortest
+common supersequence of their maps; see `base/layer_plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_runtime.base.attention import KVCache, PagedAttention
+from lora_runtime.base.layer_plan import LayerMap, PlanStep, replicas, shortest_plan
+from lora_runtime.base.planned_model import LayerStep, PlannedBatch
+from lora_runtime.core import ScheduledBatch
+from lora_runtime.engine.batch import (
+    ForwardBatch,
+    Rows,
+    block_tables,
+    row_of_token,
+    slot_mapping,
+    spans,
+)
+from lora_runtime.kernels import AttentionMeta, StepMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Where the rows keep keys and values: a block holds as many layers as the base has, L, so
+    position p of a row's map is layer p mod L of its plane p // L.
+
+    cache: all layers as one, L · num_blocks blocks. slots (K, T), tables (K, N, M) int64 for each
+    plane, within one layer.
+    """
+
+    cache: KVCache
+    slots: Tensor
+    tables: Tensor
+    num_layers: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayers:
+    """The base layers to run, in order, and which tokens run at each."""
+
+    layers: tuple[int, ...]
+    batch: PlannedBatch
+
+
+def plan_layers(plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache) -> PlannedLayers | None:
+    """Lay out the layers of a step; None when every row visits each layer of the base once."""
+    rows = plan.sequences
+    if all(row.sequence.layer_map is None for row in rows):
+        return None
+    num_layers = cache.keys.shape[0]
+    maps = [row.sequence.layer_map or tuple(range(num_layers)) for row in rows]
+    steps = shortest_plan(frozenset(maps))
+    num_planes = max(row.sequence.num_planes for row in rows)
+    block_size = batch.attention.block_size
+    planes = Planes(
+        cache=cache.as_one_layer(),
+        slots=torch.stack([slot_mapping(rows, block_size, k) for k in range(num_planes)]),
+        tables=torch.stack([block_tables(rows, k) for k in range(num_planes)]),
+        num_layers=num_layers,
+        block_size=block_size,
+    )
+    adapters: dict[tuple, StepMeta | None] = {}
+    layer_steps = [_layer_step(step, rows, maps, planes, batch, adapters) for step in steps]
+    return PlannedLayers(tuple(step.layer for step in steps), PlannedBatch(layer_steps))
+
+
+def _layer_step(
+    step: PlanStep,
+    rows: Rows,
+    maps: list[LayerMap],
+    planes: Planes,
+    batch: ForwardBatch,
+    adapters: dict[tuple, StepMeta | None],
+) -> LayerStep:
+    """`adapters` keeps the tables of steps with the same rows at the same visits."""
+    device = batch.token_ids.device
+    places: Mapping[LayerMap, int] = dict(step.positions)
+    here = [index for index, layer_map in enumerate(maps) if layer_map in places]
+    own_rows = tuple(rows[index] for index in here)
+    visits = tuple(replicas(maps[index])[places[maps[index]]] for index in here)
+    if (key := (tuple(here), visits)) not in adapters:
+        adapters[key] = StepMeta.build(spans(own_rows, visits), device)
+    positions = torch.tensor([places[maps[index]] for index in here])
+    tokens = torch.isin(row_of_token(rows), torch.tensor(here)).nonzero()[:, 0]
+    meta = _attention(own_rows, here, positions, tokens, planes, batch)
+    everyone = len(here) == len(rows)
+    return LayerStep(
+        tokens=None if everyone else tokens.to(device),
+        attention=PagedAttention(planes.cache, meta, layer=0),
+        adapters=adapters[key],
+    )
+
+
+def _attention(
+    own_rows: Rows,
+    here: list[int],
+    positions: Tensor,
+    tokens: Tensor,
+    planes: Planes,
+    batch: ForwardBatch,
+) -> AttentionMeta:
+    """The tables of one plan step: rows `here`, each at its own position (n,) of its map."""
+    device = batch.token_ids.device
+    plane, layer = positions // planes.num_layers, positions % planes.num_layers
+    own_row = row_of_token(own_rows)
+    slots_in_layer = planes.cache.num_slots // planes.num_layers
+    slots = planes.slots[plane[own_row], tokens] + layer[own_row] * slots_in_layer
+    tables = planes.tables[plane, torch.tensor(here)]
+    tables = tables + layer[:, None] * (slots_in_layer // planes.block_size)
+    return AttentionMeta(
+        rows=own_row.to(device, torch.int32),
+        positions=batch.attention.positions[tokens.to(device)],
+        slot_mapping=slots.to(device),
+        block_tables=tables.to(device, torch.int32),
+        block_size=planes.block_size,
+    )

@@ -1,0 +1,223 @@
+"""`loramux adapters verify` and `convert`: an adapter's folder on the bench, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from lora_runtime.adapters.field_verdicts import field_refusals, field_verdicts
+from lora_runtime.config import DtypeName, EngineConfig, Quantization
+from lora_runtime.errors import AdapterRefused, ConfigError
+from server.config import load_config
+
+if TYPE_CHECKING:
+    from lora_runtime.adapters.parity import Parity
+    from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
+    from lora_runtime.base.loader import Base
+
+MAX_SHOWN = 60
+"""Characters of a field's value in the table."""
+
+Folder = Annotated[Path, typer.Argument(help="The adapter's folder.")]
+BaseName = Annotated[
+    str | None, typer.Option(help="As in `loramux serve`, whose settings hold here too.")
+]
+Format = Annotated[
+    Quantization | None, typer.Option(help="Format of the base's linear layers, as in serving.")
+]
+
+
+def verify(
+    path: Folder,
+    base: BaseName = None,
+    quantization: Format = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Compute dtype, as in serving.")] = None,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Judge the config's fields; load no base.")
+    ] = False,
+) -> None:
+    """Would it be served, and exactly how? Exit code 0 if so, 1 if it is refused.
+
+    Shows every field of its config, what it changes, and whether it does here what it did where it
+    was made.
+    """
+    console = Console(markup=False)
+    config = _read_config(path)
+    refusal = next(field_refusals(config), None)
+    if config_only or refusal:
+        console.print(_field_table(config))
+        if refusal:
+            raise refusal
+        return
+    settings = _settings(base, quantization, dtype)
+    try:
+        loaded, form = _load(path, settings)
+    except AdapterRefused as error:
+        console.print(_field_table(config, error=error))
+        raise
+    console.print(_field_table(config, form=form))
+    console.print(_module_table(form))
+    console.print(_fact_table(form, loaded, settings))
+    console.print(_parity_line(_check(path, form, loaded)))
+
+
+def convert(
+    path: Folder,
+    out: Annotated[Path, typer.Argument(help="A new folder for the converted adapter.")],
+    base: BaseName = None,
+    quantization: Format = None,
+) -> None:
+    """Make it a plain LoRA that PEFT loads on the unmodified base, where that is exact.
+
+    Scalings are folded in, and what PiSSA or OLoRA took out of the base becomes part of the
+    change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
+    """
+    from lora_runtime.adapters.companion_files import TEMPLATE_FILE
+    from lora_runtime.adapters.convert import plain_files
+    from lora_runtime.adapters.files import read_adapter, write_adapter, write_file
+    from lora_runtime.adapters.parity_file import read_golden, write_golden
+
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
+    loaded, form = _load(path, _settings(base, quantization, "float32"))
+    files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
+    golden = read_golden(path, loaded.spec)
+    write_adapter(out, *files)
+    if form.chat_template is not None:
+        write_file(out, TEMPLATE_FILE, form.chat_template.encode())
+    if golden is not None:
+        write_golden(out, golden)
+    typer.echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    """The config alone, so that its table is shown whatever is wrong with the tensors."""
+    from lora_runtime.adapters.files import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
+    from lora_runtime.adapters.strict_json import parse_object
+
+    content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
+    if content is None:
+        raise AdapterRefused(f"{CONFIG_FILE} is missing from the folder", field=CONFIG_FILE)
+    return parse_object(content, CONFIG_FILE)
+
+
+def _settings(base: str | None, quantization: str | None, dtype: str | None) -> EngineConfig:
+    flags = {"base": base, "quantization": quantization, "dtype": dtype}
+    return load_config(None, flags).to_engine_config()
+
+
+def _load(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+    from lora_runtime.adapters.reduction import load_adapter
+    from lora_runtime.base.loader import load_base
+
+    with Console(stderr=True).status("loading the base") as status:
+        base = load_base(settings.base, on_progress=status.update)
+        status.update("reducing the adapter")
+        return base, load_adapter(path, base.spec, base.weights)
+
+
+def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
+    """The parity gate. Raises ParityFailed."""
+    from lora_runtime.adapters.parity import gate
+    from lora_runtime.adapters.parity_file import read_golden
+    from lora_runtime.engine.probe import probe_logits
+
+    def logits(rows: Any, with_adapter: bool) -> Any:
+        return probe_logits(base, form if with_adapter else None, rows)
+
+    return gate(read_golden(path, base.spec), logits, base.spec.dtype)
+
+
+def _field_table(
+    config: Mapping[str, object],
+    *,
+    form: ServingForm | None = None,
+    error: AdapterRefused | None = None,
+) -> Table:
+    """One row a field. What a base was needed for comes from the form, or from its refusal."""
+    table = Table("field", "value", "verdict", "why", title="adapter_config.json")
+    for field in field_verdicts(config):
+        treatment, reason = str(field.treatment), field.reason
+        if form is not None and field.name in form.inert:
+            treatment, reason = "inert", form.inert[field.name]
+        if error is not None and field.name == error.field:
+            treatment, reason = "refused", error.message
+        table.add_row(field.name[:MAX_SHOWN], _short(field.value), treatment, reason)
+    return table
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def _module_table(form: ServingForm) -> Table:
+    """One row for each kind of module: how many, their ranks, and what else changes them."""
+    groups: dict[str, list[ModuleForm]] = {}
+    for key, module in form.modules.items():
+        groups.setdefault(key.path.rpartition(".")[2], []).append(module)
+    table = Table("modules", "count", "ranks", "and", title="what it changes")
+    for name, modules in sorted(groups.items()):
+        ranks = ", ".join(map(str, sorted({module.rank for module in modules} - {0})))
+        extras = sorted({extra for module in modules for extra in _extras(module)})
+        table.add_row(name, str(len(modules)), ranks, ", ".join(extras))
+    return table
+
+
+def _extras(module: ModuleForm) -> Iterator[str]:
+    if module.gain is not None:
+        yield "gain"
+    if module.bias is not None:
+        yield "bias"
+    if module.patch is not None:
+        ids = module.patch.ids
+        yield "all rows replaced" if ids is None else f"{len(ids)} rows replaced"
+
+
+def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
+    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it."""
+    from lora_runtime.adapters.pool import adapter_dtype, packed_bytes
+    from lora_runtime.adapters.slot_table import SlotTable
+
+    num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
+    SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
+    template = form.chat_template
+    facts = {
+        "digest": form.digest,
+        "variant": form.variant,
+        "base": f"{base.spec.name} ({base.spec.quantization}, {base.spec.dtype})",
+        "parameters": f"{form.num_parameters:,}",
+        "device memory": decimal(num_bytes),
+        "layer map": _layers(form.layer_map),
+        "invocation tokens": ", ".join(map(str, form.invocation_tokens)) or "none: acts everywhere",
+        "chat template": "the base's"
+        if template is None
+        else f"its own, {len(template)} characters",
+        "tokens": "the base's",
+        **{f"note {number}": note for number, note in enumerate(form.notes, start=1)},
+    }
+    table = Table("fact", "value")
+    for fact, value in facts.items():
+        table.add_row(fact, value)
+    return table
+
+
+def _layers(layer_map: tuple[int, ...] | None) -> str:
+    if layer_map is None:
+        return "the base's"
+    return f"{len(layer_map)} layers: {', '.join(map(str, layer_map))}"
+
+
+def _parity_line(parity: Parity | None) -> str:
+    if parity is None:
+        return "parity: no parity record"
+    return (
+        f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
+        f"limit {parity.limit:g}: passed"
+    )

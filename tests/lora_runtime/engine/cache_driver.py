@@ -1,0 +1,149 @@
+"""A model for the scheduler that knows nothing but the cache, and the same model without one.
+
+Its "keys and values" of a token are a digest of the token, the adapters on it, the row's layers
+and what the row's block table holds of the token before. One wrong block anywhere, and every later
+token of the row differs from the same recurrence without a cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+
+from lora_runtime.adapters.slot_table import SlotTable
+from lora_runtime.config import SchedulerConfig
+from lora_runtime.core import FinishReason, Request, SampledToken, SamplingParams, Sequence
+from lora_runtime.engine.block_manager import BlockManager
+from lora_runtime.engine.scheduler import Scheduler
+
+BLOCK_SIZE, VOCAB_SIZE = 4, 3
+BAD = "overflows"
+NAN = "nan"
+LAYER_MAPS = {1: None, 2: (0, 1, 1), 3: (0, 1, 0, 1, 0)}
+
+
+def cell(sequence, position, plane, before) -> str:
+    """Keys and values of one token in one plane; `before`: all planes of the token before."""
+    uses = sequence.request.adapters
+    acting = sorted((u.digest, u.weight) for u in uses if position >= u.start_position)
+    if NAN in before or any(digest == BAD for digest, _ in acting):
+        return NAN
+    content = repr((sequence.token_ids[position], acting, sequence.layer_map, plane, before))
+    return blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def next_token(cells) -> SampledToken:
+    if NAN in cells:
+        return SampledToken(token_id=0, is_finite=False)
+    return SampledToken(token_id=int(cells[0], 16) % VOCAB_SIZE, is_finite=True)
+
+
+def without_cache(sequence) -> tuple[list[int], FinishReason]:
+    """The output tokens of a fresh sequence and how it must end, computed in one go."""
+    cells: tuple = ()
+    for position in range(sequence.num_prompt_tokens + sequence.request.sampling.max_tokens - 1):
+        planes = range(sequence.num_planes)
+        cells = tuple(cell(sequence, position, plane, cells) for plane in planes)
+        if position >= sequence.num_prompt_tokens - 1:
+            if not next_token(cells).is_finite:
+                return sequence.token_ids[sequence.num_prompt_tokens :], FinishReason.ERROR
+            sequence.token_ids.append(next_token(cells).token_id)
+    return sequence.token_ids[sequence.num_prompt_tokens :], FinishReason.LENGTH
+
+
+class CacheDriver:
+    """Scheduler, memory and the recurrence over it; every step is checked."""
+
+    def __init__(self, num_blocks=200, *, budget=64, max_num_seqs=8, is_caching=True, max_slots=8):
+        self.budget = budget
+        config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_cache=is_caching)
+        self.slots = SlotTable(100, max_slots)
+        for digest in ("a", "b", "a reloaded", BAD):
+            self.slots.register(digest, 4)
+        self.scheduler = Scheduler(config, self.blocks, self.slots)
+        self.memory = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, list[FinishReason]] = {}
+        self.num_computed: Counter[str] = Counter()
+
+    def add(self, request: Request, num_planes: int = 1) -> Sequence:
+        sequence = Sequence.of(request, LAYER_MAPS[num_planes], num_planes)
+        self.scheduler.add(sequence)
+        self.tokens[request.request_id], self.ends[request.request_id] = [], []
+        return sequence
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule()
+        ids = [row.sequence.request.request_id for row in plan.sequences]
+        assert len(set(ids)) == len(ids) and plan.num_tokens <= self.budget
+        for row in plan.sequences:
+            self.write(row)
+        sampled = [
+            next_token(self.read(row.sequence, row.start + row.num_tokens - 1))
+            for row in plan.sequences
+            if row.samples
+        ]
+        for row in plan.sequences:
+            self.check(row)
+        for output in self.scheduler.commit(plan, sampled):
+            self.record(output)
+        self.scheduler.check_integrity()
+
+    def write(self, row) -> None:
+        for position in range(row.start, row.start + row.num_tokens):
+            before = self.read(row.sequence, position - 1) if position else ()
+            for plane in range(row.sequence.num_planes):
+                block = self.block(row.sequence, position, plane)
+                self.memory[block][position % BLOCK_SIZE] = cell(
+                    row.sequence, position, plane, before
+                )
+        self.num_computed[row.sequence.request.request_id] += row.num_tokens
+
+    def check(self, row) -> None:
+        """After all writes of a step: the row's whole history is its own."""
+        cells: tuple = ()
+        for position in range(row.start + row.num_tokens):
+            planes = range(row.sequence.num_planes)
+            cells = tuple(cell(row.sequence, position, plane, cells) for plane in planes)
+            assert self.read(row.sequence, position) == cells
+
+    def read(self, sequence, position) -> tuple:
+        planes = range(sequence.num_planes)
+        blocks = [self.block(sequence, position, plane) for plane in planes]
+        return tuple(self.memory[block][position % BLOCK_SIZE] for block in blocks)
+
+    @staticmethod
+    def block(sequence, position, plane) -> int:
+        return sequence.block_table[position // BLOCK_SIZE * sequence.num_planes + plane]
+
+    def record(self, output) -> None:
+        assert not self.ends[output.request_id], "an output after the terminal one"
+        self.tokens[output.request_id] += output.token_ids
+        if output.finish_reason is not None:
+            self.ends[output.request_id].append(output.finish_reason)
+
+    def finish(self) -> None:
+        for _ in range(3000):
+            if self.scheduler.is_idle:
+                assert self.blocks.num_used == 0
+                return
+            self.step()
+        raise AssertionError("the scheduler makes no progress")
+
+    def serve(self, *requests, num_planes=1) -> list[int]:
+        """Run requests one after another; returns how many tokens each had to compute."""
+        for request in requests:
+            self.add(request, num_planes)
+            self.finish()
+        return [self.num_computed[request.request_id] for request in requests]
+
+
+def ask(request_id, prompt, *adapters, salt="", max_tokens=1) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
+        adapters=tuple(adapters),
+        cache_salt=salt,
+    )

@@ -1,0 +1,293 @@
+"""Every variant that PEFT can write, all in one mixed batch with base rows on one NF4 base.
+
+float32: every logit within 2e-4 of the oracle, where each adapter's own effect is at least 1.0 and
+any two differ by at least 0.5; greedy tokens equal over 48 steps, rows in random order, prompts in
+chunks, some rows preempted and resumed. bfloat16: our error against float64 is at most 1.25 times
+PEFT's own.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.core import AdapterUse
+from lora_runtime.errors import AdapterFailed, InvalidRequest
+from tests.driver import greedy, run, teacher_forced, tiny_engine
+from tests.tiny import VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint
+from tests.variants import composed, write_variants
+
+NUM_STEPS = 48
+COMPOSITIONS = [
+    (("lora", 0.5), ("dora", 0.75)),
+    (("rslora", -0.6), ("patterns", 0.8)),
+    (("dora-bias", 1.25),),
+]
+
+
+class World:
+    """A base, every variant on it, and what each of them should say."""
+
+    def __init__(self, shape, dtype, folder):
+        checkpoint = tiny_checkpoint(folder / "base", shape)
+        self.base = tiny_base(shape, dtype=dtype, folder=checkpoint)
+        self.twin = dense_twin(self.base, shape)
+        self.variants = {v.name: v for v in write_variants(self.base, shape, folder / "adapters")}
+        self.forms = {
+            name: load_adapter(variant.folder, self.base.spec, self.base.weights)
+            for name, variant in self.variants.items()
+        }
+        compositions = [c for c in COMPOSITIONS if all(name in self.variants for name, _ in c)]
+        self.rows = [None, *((name, 1.0) for name in self.variants), None, *compositions, None]
+        self.rows = [
+            row if row is None or isinstance(row[0], tuple) else (row,) for row in self.rows
+        ]
+
+    def prompt(self, index):
+        """Random tokens; with the invocation tokens of an activated LoRA near their end."""
+        generator = torch.Generator().manual_seed(index)
+        length = int(torch.randint(2, 40, (), generator=generator))
+        tokens = torch.randint(3, VOCAB_SIZE, (length + 8,), generator=generator).tolist()
+        row = self.rows[index]
+        for name, _ in row or ():
+            invocation = self.forms[name].invocation_tokens
+            tokens[length : length + len(invocation)] = invocation
+        return tokens
+
+    def request(self, index, num_steps):
+        uses = tuple(
+            AdapterUse(digest=self.forms[name].digest, weight=weight)
+            for name, weight in self.rows[index] or ()
+        )
+        return replace(greedy(str(index), self.prompt(index), None, num_steps), adapters=uses)
+
+    def engine(self, **options):
+        options = {"max_num_seqs": 48, "max_num_batched_tokens": 48, "max_slots": 40, **options}
+        engine = tiny_engine(self.base, **options)
+        for form in self.forms.values():
+            engine.add_adapter(form)
+        return engine
+
+    @torch.no_grad()
+    def expected(self, index, token_ids, dtype):
+        row, prompt = self.rows[index], self.prompt(index)
+        if row is None:
+            twin = self.twin if dtype == self.twin.dtype else None
+            return teacher_forced(twin or dense_twin_of(self, dtype), prompt, token_ids)
+        if len(row) == 1 and row[0][1] == 1.0:
+            return self.variants[row[0][0]].expected(prompt, token_ids, dtype)
+        uses = [(self.variants[name], weight) for name, weight in row]
+        return composed(uses, prompt, token_ids, dtype)
+
+
+def dense_twin_of(world, dtype):
+    return dense_twin(world.base, world.base.spec.name, dtype=dtype)
+
+
+def shuffled(world, num_steps, seed=0):
+    requests = [world.request(index, num_steps) for index in range(len(world.rows))]
+    random.Random(seed).shuffle(requests)
+    return requests
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama-bias", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_float32_logits_and_greedy_tokens_equal_the_oracle(shape, tmp_path):
+    world = World(shape, torch.float32, tmp_path)
+    engine = world.engine(num_blocks=260)
+    requests = shuffled(world, NUM_STEPS)
+    arrivals = {request.request_id: 3 * (i % 4) for i, request in enumerate(requests)}
+    traces = run(engine, requests, arrivals=arrivals)
+    assert engine.scheduler.num_preemptions > 0, "the cache was not small enough to preempt"
+    for index, row in enumerate(world.rows):
+        trace = traces[str(index)]
+        assert trace.error is None, f"{row}: {trace.error}"
+        expected = world.expected(index, trace.token_ids, torch.float32)
+        error = (torch.stack(trace.logits) - expected).abs().max()
+        print(f"{shape} {row}: {error:.1e}")
+        assert error <= 2e-4, f"{row} is off by {error:.2e}"
+        assert trace.token_ids == expected.argmax(1).tolist(), row
+        if row is not None:
+            base = teacher_forced(world.twin, world.prompt(index), trace.token_ids)
+            assert (expected - base).abs().max() >= 1.0, f"{row} has no visible effect"
+
+
+def test_bfloat16_error_is_within_a_quarter_of_pefts(tmp_path):
+    """Over three texts a variant, because the errors of one text hang together."""
+    world = World("llama", torch.bfloat16, tmp_path)
+    rows, num_texts = world.rows, 3
+    world.rows = rows * num_texts
+    traces = run(world.engine(max_num_seqs=128, max_num_batched_tokens=512), shuffled(world, 16))
+    for index, row in enumerate(rows):
+        ours, theirs = [], []
+        for text in range(index, len(world.rows), len(rows)):
+            trace = traces[str(text)]
+            exact = world.expected(text, trace.token_ids, torch.float64)
+            theirs.append(world.expected(text, trace.token_ids, torch.bfloat16) - exact)
+            ours.append(torch.stack(trace.logits) - exact)
+        print(f"{row}: bfloat16 error {rms(ours) / rms(theirs):.2f} of the oracle's")
+        assert rms(ours) <= 1.25 * rms(theirs), row
+
+
+def rms(errors):
+    return float(torch.cat(errors).double().pow(2).mean().sqrt())
+
+
+def tokens(traces):
+    return {request_id: trace.token_ids for request_id, trace in traces.items()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World("llama", torch.float32, tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """Each row run by itself."""
+    result = {}
+    for index in range(len(world.rows)):
+        result |= tokens(run(world.engine(), [world.request(index, 16)]))
+    return result
+
+
+def test_adapters_differ_pairwise(world):
+    prompt = world.prompt(3)
+    for form in world.forms.values():
+        prompt = [*prompt, *form.invocation_tokens]
+    logits = {
+        name: variant.expected(prompt, prompt[:4], torch.float32)
+        for name, variant in world.variants.items()
+    }
+    for name, own in logits.items():
+        for other, theirs in logits.items():
+            if other != name:
+                assert (own - theirs).abs().max() >= 0.5, f"{name} and {other} are alike"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rows_are_independent_of_neighbours_and_order(world, alone, seed):
+    """Reordered, and with a third of the rows taken away."""
+    requests = shuffled(world, 16, seed)
+    assert tokens(run(world.engine(), requests)) == alone
+    fewer = requests[::3] + requests[1::3]
+    kept = {request.request_id for request in fewer}
+    found = tokens(run(world.engine(max_num_batched_tokens=128), fewer))
+    assert found == {name: token_ids for name, token_ids in alone.items() if name in kept}
+
+
+def test_cached_prefixes_change_no_token(world, alone):
+    """The same prompts again, under every adapter and composition, find their own blocks."""
+    engine = world.engine(num_blocks=2000)
+    assert tokens(run(engine, shuffled(world, 16))) == alone
+    hits = engine.stats().num_prefix_hits
+    assert tokens(run(engine, shuffled(world, 16, seed=5))) == alone
+    assert engine.stats().num_prefix_hits - hits > 0.5 * sum(
+        len(world.prompt(index)) for index in range(len(world.rows))
+    )
+
+
+def test_an_activated_lora_reuses_the_bases_blocks_up_to_its_start(world):
+    form = world.forms["alora"]
+    shared = torch.randint(3, VOCAB_SIZE, (41,)).tolist()
+    invoked = greedy("invoked", [*shared, *form.invocation_tokens, 9], form.digest, 12)
+    fresh = run(world.engine(prefix_cache=False), [invoked])["invoked"].token_ids
+    engine = world.engine()
+    run(engine, [greedy("base", shared, None, 4)])
+    before = engine.stats().num_prefix_hits
+    assert run(engine, [invoked])["invoked"].token_ids == fresh
+    assert engine.stats().num_prefix_hits - before == 40
+
+
+def test_an_activated_lora_without_its_invocation_is_the_base(world):
+    prompt = torch.randint(3, VOCAB_SIZE, (20,)).tolist()
+    traces = run(
+        world.engine(),
+        [greedy("alora", prompt, world.forms["alora"].digest, 8), greedy("base", prompt, None, 8)],
+    )
+    assert traces["alora"].token_ids == traces["base"].token_ids
+
+
+def test_other_salts_share_no_prefix(world):
+    prompt = torch.randint(3, VOCAB_SIZE, (40,)).tolist()
+    engine = world.engine()
+    for salt, expected_hits in (("a", 0), ("b", 0), ("a", 36)):
+        before = engine.stats().num_prefix_hits
+        request = replace(greedy("r" + salt, prompt, None, 2), cache_salt=salt)
+        run(engine, [request])
+        assert engine.stats().num_prefix_hits - before == expected_hits
+
+
+def test_base_rows_beside_replicated_rows_run_exactly_their_own_layers(world):
+    """Token-layer executions are counted, and the plan's calls are the fewest there can be."""
+    layers = world.base.model.get_decoder().layers
+    counts = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[1]))
+        for layer in layers
+    ]
+    names = ["replication", "replication-2"]
+    depths = [len(world.forms[name].layer_map) for name in names]
+    prompts = {name: 7 + index for index, name in enumerate(names)}
+    requests = [greedy("base", [5] * 11, None, 1)]
+    requests += [greedy(n, [5] * prompts[n], world.forms[n].digest, 1) for n in names]
+    run(world.engine(), requests)
+    for hook in hooks:
+        hook.remove()
+    own = [prompts[name] * depth for name, depth in zip(names, depths, strict=True)]
+    assert sum(counts) == 11 * len(layers) + sum(own)
+    assert len(counts) < len(layers) + sum(depths)
+
+
+def test_compositions_without_meaning_are_refused(world):
+    uses = lambda *names: tuple(AdapterUse(digest=world.forms[n].digest) for n in names)  # noqa: E731
+    for names in [
+        ("lora", "replication"),
+        ("replication", "replication-2"),
+        ("modules-to-save-head", "modules-to-save-embedding"),
+    ]:
+        request = replace(greedy("r", [5, 6], None, 2), adapters=uses(*names))
+        with pytest.raises(InvalidRequest) as caught:
+            world.engine().add_request(request)
+        assert caught.value.field == "adapters"
+
+
+def test_a_row_deeper_than_the_cache_is_refused_at_admission(world):
+    form = world.forms["replication"]
+    engine = world.engine(num_blocks=20)
+    engine.add_request(greedy("base", [5] * 40, None, 30))
+    with pytest.raises(InvalidRequest, match="layers") as caught:
+        engine.add_request(greedy("deep", [5] * 40, form.digest, 30))
+    assert caught.value.field == "adapters"
+
+
+def overflowing(form):
+    """The same adapter with finite weights that overflow when they act."""
+    modules = {
+        key: replace(
+            module,
+            b=None if module.b is None else module.b * 1e37,
+            patch=module.patch and replace(module.patch, values=module.patch.values * 1e37),
+        )
+        for key, module in form.modules.items()
+    }
+    return replace(form, digest=f"overflowing {form.digest}", modules=modules)
+
+
+def test_overflowing_weights_of_any_kind_fail_their_own_rows_only(world, alone):
+    names = ["dora", "alora", "patterns", "modules-to-save-head", "replication"]
+    bad = {name: overflowing(world.forms[name]) for name in names}
+    engine = world.engine(max_num_seqs=64, max_num_batched_tokens=64)
+    for form in bad.values():
+        engine.add_adapter(form)
+    prompt = [5, 9, *world.forms["alora"].invocation_tokens, 12, 4]
+    failing = [greedy(f"bad {name}", prompt, form.digest, 8) for name, form in bad.items()]
+    requests = shuffled(world, 16)
+    traces = run(engine, [*failing[:3], *requests, *failing[3:]])
+    for request in failing:
+        trace = traces.pop(request.request_id)
+        assert isinstance(trace.error, AdapterFailed), request.request_id
+    assert tokens(traces) == alone

@@ -1,0 +1,91 @@
+"""What training records beside an adapter is what PEFT and serving then give."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_runtime.adapters.files import TENSORS_FILE
+from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, check
+from lora_runtime.adapters.parity_file import read_golden
+from lora_runtime.training import trainer
+from lora_runtime.training.config import UnitConfig
+from tests.lora_runtime.training.tiny_runs import ragged_data, run
+from tests.peft_adapters import load_in_peft
+from tests.tiny import dense_twin, tiny_base
+
+
+def units(tmp_path):
+    return [
+        UnitConfig(
+            name=variant, data=ragged_data(tmp_path / variant, 8, seed=seed), variant=variant,
+            rank=4, max_steps=12, learning_rate=2e-2, micro_batch_size=4,
+        )
+        for seed, variant in enumerate(["lora", "rslora"])
+    ]  # fmt: skip
+
+
+def peft_logits(base, shape, folder):
+    model = load_in_peft(dense_twin(base, shape), folder)
+
+    @torch.no_grad()
+    def logits(rows, with_adapter):
+        if not with_adapter:
+            with model.disable_adapter():
+                return [model(torch.tensor([row])).logits[0] for row in rows]
+        return [model(torch.tensor([row])).logits[0] for row in rows]
+
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peft_gives_the_recorded_effect(tmp_path, tokenizer, dtype):
+    base = tiny_base("llama", dtype=dtype)
+    for result in run(base, tokenizer, tmp_path / "out", units(tmp_path)):
+        golden = read_golden(result.folder, base.spec)
+        tolerance = TOLERANCES[golden.dtype]
+        parity = check(golden, peft_logits(base, "llama", result.folder), tolerance)
+        assert parity.passed and parity.effect > 0.5
+        if dtype == torch.float32:
+            assert golden.dtype == "float32" and parity.error < 1e-4
+
+
+def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
+    (result, _) = run(base, tokenizer, tmp_path / "out", units(tmp_path))
+    tensors = load_file(result.folder / TENSORS_FILE)
+    name = next(name for name in tensors if "layers.2.mlp.down_proj.lora_B" in name)
+    tensors[name] *= 1.5
+    save_file(tensors, result.folder / TENSORS_FILE)
+    golden = read_golden(result.folder, base.spec)
+    assert not check(
+        golden, peft_logits(base, "llama", result.folder), TOLERANCES["float32"]
+    ).passed
+
+
+def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):
+    out = tmp_path / "out"
+    (result, _) = run(base, tokenizer, out, units(tmp_path))
+    before = (result.folder / SIDECAR_FILE).read_text()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "write_golden", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tokenizer, out, units(tmp_path), seed=5)
+    assert not (result.folder / SIDECAR_FILE).exists()
+    monkeypatch.undo()
+    run(base, tokenizer, out, units(tmp_path), seed=5)
+    assert (result.folder / SIDECAR_FILE).read_text() != before
+
+
+def test_a_record_holds_no_training_data(tmp_path, tokenizer, base):
+    """Its rows depend on the vocabulary alone: other data, the same rows."""
+    rows = {
+        json.dumps(json.loads((result.folder / SIDECAR_FILE).read_text())["rows"])
+        for result in run(base, tokenizer, tmp_path / "out", units(tmp_path))
+    }
+    assert len(rows) == 1
