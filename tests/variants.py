@@ -446,6 +446,9 @@ _RECIPES: dict[str, Callable[[_Setting, str, int], Variant]] = {
     "lora-bias": _plain(lora_bias=True),
     "embedding": _plain(target_modules=lambda s: ["embed_tokens", *_attention(s)]),
     "lm-head": _plain(target_modules=lambda s: ["lm_head", *s.modules[:1]]),
+    "dora-vocabulary": _plain(
+        use_dora=True, target_modules=lambda s: ["embed_tokens", "lm_head", *s.modules[:1]]
+    ),
     "modules-to-save-head": _plain(modules_to_save=["lm_head"]),
     "modules-to-save-embedding": _plain(modules_to_save=["embed_tokens"]),
     "trainable-tokens": _plain(target_modules=_attention, trainable_token_indices=_some_tokens),

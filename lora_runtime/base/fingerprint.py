@@ -15,11 +15,16 @@ UNHASHED_CONFIG = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type"}
 """Config entries of transformers itself: where and with what a model was loaded, not what it is."""
 
 
+QUANTIZER_STATE = (".absmax", ".nested_absmax", ".nested_offset")
+"""Buffers whose float32 values are the quantiser's own."""
+
+
 def fingerprint(model: PreTrainedModel, quantization: str) -> str:
     """SHA-256 over every parameter and persistent buffer, the config and the quantiser settings.
 
     Floating-point values are hashed as bfloat16, the precision of the quantiser's input, so that
-    a float32 and a bfloat16 load of one checkpoint agree; absmax is hashed as float32.
+    a float32 and a bfloat16 load of one checkpoint agree; the quantiser's own are hashed as they
+    are.
     """
     digest = hashlib.sha256()
     settings = {
@@ -39,7 +44,7 @@ def fingerprint(model: PreTrainedModel, quantization: str) -> str:
 
 
 def _canonical_bytes(name: str, tensor: Tensor) -> memoryview:
-    if tensor.is_floating_point() and not name.endswith(".absmax"):
+    if tensor.is_floating_point() and not name.endswith(QUANTIZER_STATE):
         tensor = tensor.to(torch.bfloat16)
     flat = tensor.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy())

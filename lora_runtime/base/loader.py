@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -133,11 +133,14 @@ def prepare_base(
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, linears)
     _adapt_vocabulary(model, spec, context)
+    weights = BaseWeights(model, spec, folder)
+    on_progress("measuring the rows of the linear layers")
+    weights.measure_rows()
     return Base(
         model=model,
         spec=spec,
         context=context,
-        weights=BaseWeights(model, spec, folder),
+        weights=weights,
         planned=lru_cache(MAX_PLANNED_MODELS)(lambda plan: planned_model(model, plan, context)),
         folder=folder,
         device=model.device,
@@ -248,10 +251,14 @@ def _replace_linears(
 
 
 def _freeze(linears: Iterable[AdaptedLinear], quantization: str, *, keep_copies: bool) -> None:
-    kind = QuantLinear if quantization == "nf4" else DenseLinear
+    freeze = {
+        "none": DenseLinear,
+        "nf4": QuantLinear,
+        "nf4-double": partial(QuantLinear, is_nested=True),
+    }[quantization]
     for adapted in linears:
         dense = adapted.linear
-        adapted.linear = kind(dense.weight_values(), dense.bias, keep_copies=keep_copies)
+        adapted.linear = freeze(dense.weight_values(), dense.bias, keep_copies=keep_copies)
 
 
 def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:

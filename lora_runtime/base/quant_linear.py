@@ -20,7 +20,7 @@ from lora_runtime.kernels import can_use_panels, pack_panels, panel_product
 
 BLOCK_SIZE = 64
 """Weights that share one absmax."""
-ROW_BLOCK = 256
+ROW_BLOCK = 512
 """Rows that are dequantised at once: a multiple of BLOCK_SIZE, so that no absmax is split."""
 
 
@@ -57,6 +57,13 @@ class FrozenLinear(nn.Module):
         for start in range(0, self.out_features, ROW_BLOCK):
             rows = slice(start, min(start + ROW_BLOCK, self.out_features))
             yield rows, self.row_values(rows)
+
+    def times_transposed(self, a: Tensor) -> Tensor:
+        """W Aᵀ: a (r, in) float32 → (out, r) float32 on the host, without making W."""
+        if self._panels is not None:
+            return panel_product(a, self._panels, self.out_features).T
+        products = [block.float() @ a.to(block.device).T for _, block in self.row_blocks()]
+        return torch.cat(products).cpu()
 
     def row_values(self, rows: slice) -> Tensor:
         """Rows of `weight_values`; the slice starts at a multiple of ROW_BLOCK."""

@@ -46,15 +46,20 @@ class BaseWeights:
             self._squared_norms[path] = self._compute_squared_norms(path)
         return self._squared_norms[path]
 
+    def measure_rows(self) -> None:
+        """Compute the norms of every inner linear, so that no DoRA's load has to wait for them."""
+        for path in self._spec.linears:
+            self.squared_norms(path)
+
     def times_transposed(self, path: str, a: Tensor) -> Tensor:
         """W Aᵀ: a (r, in) float32 → (out, r) float32."""
+        if path != self._spec.embedding:
+            return self._module(path).times_transposed(a)
         a = a.to(self._embedding.device)
-        if path == self._spec.embedding:
-            product = torch.zeros(len(a), self._spec.hidden_size, device=a.device)
-            for rows, block in self._blocks(path):
-                product += a[:, rows] @ block.float()
-            return product.T.cpu()
-        return torch.cat([block.float() @ a.T for _, block in self._blocks(path)]).cpu()
+        product = torch.zeros(len(a), self._spec.hidden_size, device=a.device)
+        for rows, block in self._blocks(path):
+            product += a[:, rows] @ block.float()
+        return product.T.cpu()
 
     def bias(self, path: str) -> Tensor | None:
         """The module's own bias (out,) in float32, or None."""

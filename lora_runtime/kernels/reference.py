@@ -55,6 +55,9 @@ def embed_adapters(
             a = _matrix(memory.weights, run.a, run.rank, vocab_size).to(dtype)
             b = _matrix(memory.weights, run.b, run.rank, base.shape[1]).to(dtype)
             y = y.index_add(0, tokens, weights * scale * (a[:, ids].T @ b))
+        if run.gain >= 0:
+            gain = memory.vectors[run.gain : run.gain + base.shape[1]].to(dtype)
+            y = y.index_add(0, tokens, weights * (gain - 1) * embedded[tokens])
         if run.num_rows > 0:
             place, is_patched = _find_rows(memory, run, ids)
             rows = _matrix(memory.weights, run.rows, run.num_rows, base.shape[1])

@@ -32,11 +32,12 @@ COMPOSITIONS = [
 class World:
     """A base, every variant on it, and what each of them should say."""
 
-    def __init__(self, shape, dtype, folder):
+    def __init__(self, shape, dtype, folder, *, quantization="nf4", names=None):
         checkpoint = tiny_checkpoint(folder / "base", shape)
-        self.base = tiny_base(shape, dtype=dtype, folder=checkpoint)
+        self.base = tiny_base(shape, dtype=dtype, quantization=quantization, folder=checkpoint)
         self.twin = dense_twin(self.base, shape)
-        self.variants = {v.name: v for v in write_variants(self.base, shape, folder / "adapters")}
+        variants = write_variants(self.base, shape, folder / "adapters", names)
+        self.variants = {variant.name: variant for variant in variants}
         self.forms = {
             name: load_adapter(variant.folder, self.base.spec, self.base.weights)
             for name, variant in self.variants.items()
@@ -94,20 +95,16 @@ def shuffled(world, num_steps, seed=0):
     return requests
 
 
-@pytest.mark.parametrize("shape", ["llama", "llama-bias", "qwen3", "gemma2", "gemma3", "phi3"])
-def test_float32_logits_and_greedy_tokens_equal_the_oracle(shape, tmp_path):
-    world = World(shape, torch.float32, tmp_path)
-    engine = world.engine(num_blocks=260)
+def assert_equal_to_the_oracle(world, engine):
     requests = shuffled(world, NUM_STEPS)
     arrivals = {request.request_id: 3 * (i % 4) for i, request in enumerate(requests)}
     traces = run(engine, requests, arrivals=arrivals)
-    assert engine.scheduler.num_preemptions > 0, "the cache was not small enough to preempt"
     for index, row in enumerate(world.rows):
         trace = traces[str(index)]
         assert trace.error is None, f"{row}: {trace.error}"
         expected = world.expected(index, trace.token_ids, torch.float32)
         error = (torch.stack(trace.logits) - expected).abs().max()
-        print(f"{shape} {row}: {error:.1e}")
+        print(f"{world.base.spec.name} {row}: {error:.1e}")
         assert error <= 2e-4, f"{row} is off by {error:.2e}"
         assert trace.token_ids == expected.argmax(1).tolist(), row
         if row is not None:
@@ -115,9 +112,25 @@ def test_float32_logits_and_greedy_tokens_equal_the_oracle(shape, tmp_path):
             assert (expected - base).abs().max() >= 1.0, f"{row} has no visible effect"
 
 
-def test_bfloat16_error_is_within_a_quarter_of_pefts(tmp_path):
+@pytest.mark.parametrize("shape", ["llama", "llama-bias", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_float32_logits_and_greedy_tokens_equal_the_oracle(shape, tmp_path):
+    world = World(shape, torch.float32, tmp_path)
+    engine = world.engine(num_blocks=260)
+    assert_equal_to_the_oracle(world, engine)
+    assert engine.scheduler.num_preemptions > 0, "the cache was not small enough to preempt"
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double", "none"])
+def test_other_formats_of_the_base_are_served_as_exactly(quantization, tmp_path):
+    names = ["lora", "dora", "pissa", "replication-dora"]
+    world = World("llama", torch.float32, tmp_path, quantization=quantization, names=names)
+    assert_equal_to_the_oracle(world, world.engine())
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama-bias", "gemma2"])
+def test_bfloat16_error_is_within_a_quarter_of_pefts(shape, tmp_path):
     """Over three texts a variant, because the errors of one text hang together."""
-    world = World("llama", torch.bfloat16, tmp_path)
+    world = World(shape, torch.bfloat16, tmp_path)
     rows, num_texts = world.rows, 3
     world.rows = rows * num_texts
     traces = run(world.engine(max_num_seqs=128, max_num_batched_tokens=512), shuffled(world, 16))
@@ -128,7 +141,7 @@ def test_bfloat16_error_is_within_a_quarter_of_pefts(tmp_path):
             exact = world.expected(text, trace.token_ids, torch.float64)
             theirs.append(world.expected(text, trace.token_ids, torch.bfloat16) - exact)
             ours.append(torch.stack(trace.logits) - exact)
-        print(f"{row}: bfloat16 error {rms(ours) / rms(theirs):.2f} of the oracle's")
+        print(f"{shape} {row}: bfloat16 error {rms(ours) / rms(theirs):.2f} of the oracle's")
         assert rms(ours) <= 1.25 * rms(theirs), row
 
 

@@ -123,9 +123,9 @@ VOCAB, HIDDEN = 30, 12
 
 
 def vocabulary_adapters(random):
-    """A LoRA of rank 3, a patch of three rows, and both at once with every row replaced."""
+    """A DoRA of rank 3, a patch of three rows, and a LoRA with every row replaced."""
     return [
-        {"a": random(3, VOCAB), "b": random(3, HIDDEN)},
+        {"a": random(3, VOCAB), "b": random(3, HIDDEN), "gain": random(HIDDEN)},
         {"rows": random(3, HIDDEN), "row_ids": torch.tensor([2, 11, 29])},
         {"a": random(2, VOCAB), "b": random(2, HIDDEN), "rows": random(VOCAB, HIDDEN)},
     ]
@@ -167,6 +167,8 @@ def test_embedding_adapters_and_replaced_rows(dtype, tolerance):
         part = parts[span.slot]
         for t in range(span.first_token, span.first_token + span.num_tokens):
             new = scale * patched(weight, part)[ids[t]]
+            if "gain" in part:
+                new = part["gain"] * new
             if "a" in part:
                 new = new + scale * part["b"].T @ part["a"][:, ids[t]]
             expected[t] += span.weight * (new - base[t].double())
