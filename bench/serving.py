@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench import machine
-from lora_runtime.adapters.files import write_adapter
+from lora_runtime.adapters.files.folder import write_adapter
 from lora_runtime.adapters.reduction import load_adapter, peft_files
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import AdapterConfig, BaseConfig, EngineConfig, SchedulerConfig

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from lora_runtime.adapters.field_verdicts import field_refusals, field_verdicts
+from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import DtypeName, EngineConfig, Quantization
 from lora_runtime.errors import AdapterRefused, ConfigError
 from server.config import load_config
@@ -78,10 +78,10 @@ def convert(
     Scalings are folded in, and what PiSSA or OLoRA took out of the base becomes part of the
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
-    from lora_runtime.adapters.companion_files import TEMPLATE_FILE
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.parity_file import read_golden, write_golden
+    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
+    from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
+    from lora_runtime.adapters.files.parity_file import read_golden, write_golden
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
@@ -98,8 +98,8 @@ def convert(
 
 def _read_config(path: Path) -> Mapping[str, object]:
     """The config alone, so that its table is shown whatever is wrong with the tensors."""
-    from lora_runtime.adapters.files import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
-    from lora_runtime.adapters.strict_json import parse_object
+    from lora_runtime.adapters.files.folder import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
+    from lora_runtime.adapters.files.strict_json import parse_object
 
     content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if content is None:
@@ -124,8 +124,8 @@ def _load(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
 
 def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
     """The parity gate. Raises ParityFailed."""
+    from lora_runtime.adapters.files.parity_file import read_golden
     from lora_runtime.adapters.parity import gate
-    from lora_runtime.adapters.parity_file import read_golden
     from lora_runtime.engine.probe import probe_logits
 
     def logits(rows: Any, with_adapter: bool) -> Any:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, peft_files
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
-from lora_runtime.adapters.tensor_names import Part
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused

@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.adapter_tensors import AdapterTensors
-from lora_runtime.adapters.companion_files import own_chat_template
-from lora_runtime.adapters.files import (
+from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
+from lora_runtime.adapters.files.companions import own_chat_template
+from lora_runtime.adapters.files.folder import (
     MAX_TENSORS_BYTES,
     AdapterFiles,
     read_adapter,
     read_initial_adapter,
 )
-from lora_runtime.adapters.layer_sites import Site
-from lora_runtime.adapters.module_forms import Reduced, collect, reduce_module
-from lora_runtime.adapters.peft_config import AdapterSpec, parse_config
+from lora_runtime.adapters.files.tensor_names import Part, trained_names
+from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
-from lora_runtime.adapters.tensor_names import Part, trained_names
-from lora_runtime.adapters.vocabulary import row_patches
+from lora_runtime.adapters.variants.modules import Reduced, collect, reduce_module
+from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch

@@ -22,12 +22,13 @@ from lora_runtime.base.adapted_linear import (
     AdaptedLinear,
     StepContext,
 )
-from lora_runtime.base.attention import Attention, KVCache, VarlenAttention
+from lora_runtime.base.attention import Attention, KVCache
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.planned_model import PlannedBatch, planned_model
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.base.self_check import original_logits, self_check
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
@@ -36,9 +37,6 @@ from lora_runtime.errors import BaseRefused, ConfigError
 Progress = Callable[[str], None]
 
 MAX_PLANNED_MODELS = 64
-SELF_CHECK_LENGTHS = (5, 23)
-SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
-"""Largest logit difference, relative to the largest logit, between surgery and original."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +119,11 @@ def prepare_base(
     layers = _decoder_layers(model)
     _refuse_unsupported(model, layers)
     on_progress("checking against the original model")
-    original = _original_logits(model)
+    original = original_logits(model)
     context = StepContext()
     linears = dict(_replace_linears(model, layers, context))
     model.set_attn_implementation(attention.NAME)
-    _self_check(model, original)
+    self_check(model, original)
     keep_copies = config.dequantized_cache and model.device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
     _freeze(linears.values(), config.quantization, keep_copies=keep_copies)
@@ -267,38 +265,3 @@ def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:
     if type(head) is nn.Linear:
         frozen = DenseLinear(head.weight, head.bias, keep_copies=keep_copies)
         model.set_output_embeddings(frozen)
-
-
-def _check_rows(model: PreTrainedModel) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    rows = [torch.randint(vocab_size, (n,), generator=generator) for n in SELF_CHECK_LENGTHS]
-    return [row.to(model.device) for row in rows]
-
-
-@torch.no_grad()
-def _original_logits(model: PreTrainedModel) -> list[Tensor]:
-    return [model(row[None], use_cache=False).logits[0, -1] for row in _check_rows(model)]
-
-
-@torch.no_grad()
-def _self_check(model: PreTrainedModel, original: list[Tensor]) -> None:
-    """Run a short row beside a long one through the replaced modules; both must be unchanged."""
-    rows = _check_rows(model)
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)
-    out = model(
-        torch.cat(rows)[None],
-        position_ids=torch.cat([torch.arange(len(row), device=model.device) for row in rows])[None],
-        use_cache=False,
-        batch=VarlenAttention(lengths.tolist()),
-        logits_to_keep=lengths.cumsum(0) - 1,
-    )
-    scale = max(float(logits.abs().max()) for logits in original)
-    for row, logits in enumerate(original):
-        error = float((out.logits[0, row] - logits).abs().max()) / scale
-        if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
-            raise BaseRefused(
-                f"{model.config.model_type} does not give its own logits with our attention and "
-                f"linear layers (relative error {error:.2g} on a row of {SELF_CHECK_LENGTHS[row]} "
-                "tokens); this architecture is not served"
-            )

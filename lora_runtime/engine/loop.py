@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.parity import gate
-from lora_runtime.adapters.parity_file import read_golden
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import load_base

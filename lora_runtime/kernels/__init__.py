@@ -76,7 +76,8 @@ def embed_adapters(
     """Add every token's adapters to its embedding.
 
     y[t] = base[t] + Σ_e w_e · ((g − 1) ∘ base[t] + scale · B'ᵀ A[:, id] +
-    (scale · rows[id] − base[t], if e replaces row id)), id = token_ids[t]. `scale` is what the model multiplies embeddings by (Gemma).
+    (scale · rows[id] − base[t], if e replaces row id)), id = token_ids[t]. `scale` is what the
+    model multiplies embeddings by (Gemma).
     Shapes: base (T, hidden), token_ids (T,), A (rank, vocab), B' (rank, hidden); other names as in
     `apply_adapters`. Returns (T, hidden) in base's dtype.
     """

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from lora_runtime.adapters.files import write_adapter
+from lora_runtime.adapters.files.folder import write_adapter
+from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
 from lora_runtime.adapters.parity import Logits, measure
-from lora_runtime.adapters.parity_file import remove_golden, write_golden
 from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.loader import Base, load_base

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lora_runtime.adapters.files import CONFIG_FILE
+from lora_runtime.adapters.files.folder import CONFIG_FILE
 from lora_runtime.adapters.parity import SIDECAR_FILE
 from lora_runtime.training.config import UnitConfig
 from server.cli import app

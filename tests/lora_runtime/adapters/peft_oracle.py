@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_runtime.adapters.files import CONFIG_FILE
+from lora_runtime.adapters.files.folder import CONFIG_FILE
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.quant_linear import DenseLinear
 from lora_runtime.base.weights import BaseWeights

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
-from lora_runtime.adapters.files import CONFIG_FILE, read_adapter, write_adapter
+from lora_runtime.adapters.files.folder import CONFIG_FILE, read_adapter, write_adapter
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.engine.probe import probe_logits

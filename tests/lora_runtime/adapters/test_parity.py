@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 
-from lora_runtime.adapters import parity_file
+from lora_runtime.adapters.files import parity_file
+from lora_runtime.adapters.files.parity_file import read_golden, remove_golden, write_golden
 from lora_runtime.adapters.parity import (
     NUM_POSITIONS,
     NUM_TOP,
@@ -25,7 +26,6 @@ from lora_runtime.adapters.parity import (
     measure,
     public_rows,
 )
-from lora_runtime.adapters.parity_file import read_golden, remove_golden, write_golden
 from lora_runtime.core import BaseSpec, activation_start
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, BaseMismatch, ParityFailed
 from tests.peft_adapters import load_in_peft, write_adapter

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files import TENSORS_FILE, write_adapter
+from lora_runtime.adapters.files.folder import TENSORS_FILE, write_adapter
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter, peft_files
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 from tests.lora_runtime.adapters.peft_oracle import (

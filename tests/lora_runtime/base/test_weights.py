@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_runtime.adapters.dora import dora_gain
-from lora_runtime.adapters.mutated_base import Factors
+from lora_runtime.adapters.variants.dora import dora_gain
+from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.quant_linear import ROW_BLOCK, DenseLinear, QuantLinear
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape

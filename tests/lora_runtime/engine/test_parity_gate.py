@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
-from lora_runtime.adapters.files import read_adapter, write_adapter
+from lora_runtime.adapters.files.folder import read_adapter, write_adapter
 from lora_runtime.adapters.parity import NUM_POSITIONS, gate, measure
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.engine.probe import probe_logits

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files import TENSORS_FILE
+from lora_runtime.adapters.files.folder import TENSORS_FILE
+from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, check
-from lora_runtime.adapters.parity_file import read_golden
 from lora_runtime.training import trainer
 from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import ragged_data, run

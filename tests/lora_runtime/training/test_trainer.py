@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from lora_runtime.adapters.files import read_adapter
+from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
 from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.config import BaseConfig

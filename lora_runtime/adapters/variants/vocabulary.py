@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.adapter_tensors import AdapterTensors
-from lora_runtime.adapters.peft_config import AdapterSpec
+from lora_runtime.adapters.config.peft_config import AdapterSpec
+from lora_runtime.adapters.files.tensor_names import Part, TensorName
+from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import RowPatch
-from lora_runtime.adapters.tensor_names import Part, TensorName
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused

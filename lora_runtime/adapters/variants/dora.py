@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.mutated_base import Factors
+from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.weights import BaseWeights
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_runtime.adapters.tensor_names import Part, TensorName, parse_names
+from lora_runtime.adapters.files.tensor_names import Part, TensorName, parse_names
 from lora_runtime.errors import AdapterRefused
 
 

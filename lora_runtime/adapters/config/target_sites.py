@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_runtime.adapters.config_conflicts import mutates_base
-from lora_runtime.adapters.config_values import Config, flag
-from lora_runtime.adapters.layer_sites import Site
-from lora_runtime.adapters.matching import PatternMatcher, Selection, select_modules
-from lora_runtime.adapters.vocabulary_fields import VocabularySpec
+from lora_runtime.adapters.config.conflicts import mutates_base
+from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
+from lora_runtime.adapters.config.values import Config, flag
+from lora_runtime.adapters.config.vocabulary_fields import VocabularySpec
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 

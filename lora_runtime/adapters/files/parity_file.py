@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_runtime.adapters.files import read_optional, write_file
+from lora_runtime.adapters.files.folder import read_optional, write_file
+from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, Golden, Position
-from lora_runtime.adapters.strict_json import parse_object
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 

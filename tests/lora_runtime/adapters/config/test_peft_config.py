@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_runtime.adapters.config_fields import FIELDS, Treatment
-from lora_runtime.adapters.layer_sites import Site
-from lora_runtime.adapters.peft_config import TargetSpec, parse_config
+from lora_runtime.adapters.config.fields import FIELDS, Treatment
+from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.peft_config import TargetSpec, parse_config
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import AdapterRefused
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lora_runtime.adapters.companion_files import own_chat_template
+from lora_runtime.adapters.files.companions import own_chat_template
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused
 from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 

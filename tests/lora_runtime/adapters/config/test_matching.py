@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lora_runtime.adapters import matching
-from lora_runtime.adapters.matching import PatternMatcher, Selection, select_modules
+from lora_runtime.adapters.config import matching
+from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
 from lora_runtime.errors import AdapterRefused
 
 NAMES = [

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_runtime.adapters.config_values import Config, flag, names, token_ids, wrong_value
-from lora_runtime.adapters.matching import tails
+from lora_runtime.adapters.config.matching import tails
+from lora_runtime.adapters.config.values import Config, flag, names, token_ids, wrong_value
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 

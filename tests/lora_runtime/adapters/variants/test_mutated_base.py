@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 
-from lora_runtime.adapters.mutated_base import Factors, cancels, difference, rebalanced
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.adapters.variants.mutated_base import Factors, cancels, difference, rebalanced
 from lora_runtime.base.loader import Base
 from lora_runtime.errors import AdapterRefused
 from tests.lora_runtime.adapters.peft_oracle import edit_config, form_deltas, read_peft_adapter

@@ -1,6 +1,6 @@
 """adapter_config.json → what it asks of one base: modules, ranks and scalings; or a refusal.
 
-Knows PEFT's fields (`config_fields.py`) and the base's module names; knows no tensor.
+Knows PEFT's fields (`fields.py`) and the base's module names; knows no tensor.
 Source: peft 0.21.2, `LoraConfig` and `LoraModel._create_and_replace`.
 """
 
@@ -11,15 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_runtime.adapters import config_values as read
-from lora_runtime.adapters.config_conflicts import check_conflicts, mutates_base
-from lora_runtime.adapters.config_fields import FIELDS, Treatment
-from lora_runtime.adapters.config_values import Config, is_neutral, shown
-from lora_runtime.adapters.field_verdicts import field_refusals
-from lora_runtime.adapters.layer_sites import Site, parse_layer_map, sites_of
-from lora_runtime.adapters.matching import PatternMatcher, Selection
-from lora_runtime.adapters.target_sites import select_sites
-from lora_runtime.adapters.vocabulary_fields import VocabularySpec, parse_vocabulary
+from lora_runtime.adapters.config import values as read
+from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
+from lora_runtime.adapters.config.fields import FIELDS, Treatment
+from lora_runtime.adapters.config.layer_sites import Site, parse_layer_map, sites_of
+from lora_runtime.adapters.config.matching import PatternMatcher, Selection
+from lora_runtime.adapters.config.target_sites import select_sites
+from lora_runtime.adapters.config.values import Config, is_neutral, shown
+from lora_runtime.adapters.config.verdicts import field_refusals
+from lora_runtime.adapters.config.vocabulary_fields import VocabularySpec, parse_vocabulary
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files import TENSORS_FILE
+from lora_runtime.adapters.files.folder import TENSORS_FILE
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.core import BaseSpec

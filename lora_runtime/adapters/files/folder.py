@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.safetensors_header import LENGTH_BYTES, check_safetensors
-from lora_runtime.adapters.strict_json import parse_object
+from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
+from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused
 
 CONFIG_FILE = "adapter_config.json"

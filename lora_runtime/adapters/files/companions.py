@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_runtime.adapters.files import read_optional
-from lora_runtime.adapters.strict_json import parse_object
+from lora_runtime.adapters.files.folder import read_optional
+from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.errors import AdapterRefused
 
 TEMPLATE_FILE = "chat_template.jinja"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora_runtime.adapters.config_fields import FIELDS, Treatment
-from lora_runtime.adapters.config_values import Config, is_neutral, shown
+from lora_runtime.adapters.config.fields import FIELDS, Treatment
+from lora_runtime.adapters.config.values import Config, is_neutral, shown
 from lora_runtime.errors import AdapterRefused
 
 

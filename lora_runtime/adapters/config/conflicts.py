@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lora_runtime.adapters.config_values import Config, is_neutral
+from lora_runtime.adapters.config.values import Config, is_neutral
 from lora_runtime.errors import AdapterRefused
 
 MUTATING_INITS = ("pissa", "olora")

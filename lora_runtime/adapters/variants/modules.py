@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.adapter_tensors import AdapterTensors
-from lora_runtime.adapters.dora import dora_gain
-from lora_runtime.adapters.layer_sites import Site
-from lora_runtime.adapters.mutated_base import (
+from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec
+from lora_runtime.adapters.files.tensor_names import Part
+from lora_runtime.adapters.files.tensors import AdapterTensors
+from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.variants.dora import dora_gain
+from lora_runtime.adapters.variants.mutated_base import (
     Factors,
     cancels,
     difference,
     rebalanced,
     recovered_initial,
 )
-from lora_runtime.adapters.peft_config import AdapterSpec, TargetSpec
-from lora_runtime.adapters.serving_form import ModuleForm
-from lora_runtime.adapters.tensor_names import Part
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import AdapterRefused

@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lora_runtime.adapters import files
-from lora_runtime.adapters.files import CONFIG_FILE, TENSORS_FILE, read_adapter, write_adapter
+from lora_runtime.adapters.files import folder as files
+from lora_runtime.adapters.files.folder import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    read_adapter,
+    write_adapter,
+)
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}

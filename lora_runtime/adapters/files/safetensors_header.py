@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lora_runtime.adapters.strict_json import parse_object
+from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.errors import AdapterRefused
 
 LENGTH_BYTES = 8

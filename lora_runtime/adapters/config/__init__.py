@@ -1,0 +1,1 @@
+"""adapter_config.json: which fields are honoured, and what they ask of one base."""

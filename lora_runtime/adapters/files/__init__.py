@@ -1,0 +1,1 @@
+"""An adapter's folder, read without trust: bytes, JSON, tensors and their names."""

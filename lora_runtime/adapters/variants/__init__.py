@@ -1,0 +1,1 @@
+"""The steps of the reduction: what each kind of adapter adds to the plain low-rank one."""
