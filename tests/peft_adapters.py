@@ -19,13 +19,15 @@ def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **confi
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_B" in name:
                 rank = parameter.shape[1]
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(scale * noise / rank)
             elif "lora_A" in name:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            elif "lora_embedding_A" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
     peft_model.save_pretrained(folder)
     return folder
 

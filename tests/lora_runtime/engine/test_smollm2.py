@@ -21,7 +21,7 @@ from lora_runtime.config import (
 from lora_runtime.engine.engine import Engine
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.driver import greedy, run, teacher_forced
-from tests.peft_adapters import four_adapters, load_in_peft
+from tests.peft_adapters import four_adapters, load_in_peft, write_adapter
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -94,6 +94,33 @@ def test_float32_logits_and_greedy_tokens_equal_peft(folders):
     for index, owner in enumerate(OWNERS):
         trace = traces[index]
         oracle = model if owner is None else load_in_peft(model, folders[owner])
+        expected = teacher_forced(oracle, prompts[index], trace.token_ids)
+        assert (torch.stack(trace.logits) - expected).abs().max() <= 2e-4
+        assert trace.token_ids == expected.argmax(1).tolist()
+        if owner is not None:
+            unadapted = teacher_forced(model, prompts[index], trace.token_ids)
+            assert (expected - unadapted).abs().max() >= 1.0
+
+
+KINDS = {
+    "dora": dict(r=16, lora_alpha=16, use_dora=True),
+    "replicated": dict(r=8, lora_alpha=8, layer_replication=[[0, 20], [10, 30]]),
+    "vocabulary": dict(r=8, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+}
+
+
+def test_other_kinds_share_the_batch(tmp_path):
+    """A DoRA, a row of 40 layers and adapted vocabulary matrices beside the base."""
+    base = load_base(BaseConfig(dtype="float32", device="cpu"))
+    model, prompts = dense(base, torch.float32), chat(base)
+    kinds = [
+        write_adapter(model, tmp_path / name, seed=20 + seed, scale=0.35, **options)
+        for seed, (name, options) in enumerate(KINDS.items())
+    ]
+    owners = [0, None, 1, 2]
+    for index, trace in enumerate(serve(base, kinds, list(zip(prompts, owners, strict=False)), 16)):
+        owner = owners[index]
+        oracle = model if owner is None else load_in_peft(model, kinds[owner])
         expected = teacher_forced(oracle, prompts[index], trace.token_ids)
         assert (torch.stack(trace.logits) - expected).abs().max() <= 2e-4
         assert trace.token_ids == expected.argmax(1).tolist()
