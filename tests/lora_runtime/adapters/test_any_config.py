@@ -91,7 +91,7 @@ def test_pefts_logits_or_a_refusal(tmp_path_factory, checkpoints, kind: str, con
         return
     event("honoured")
     found = form_logits(form, spec, MODELS[kind], PROMPT, IDS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
 def written_and_read_by_peft(kind: str, config: dict, folder: Path) -> torch.Tensor | None:
