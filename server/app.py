@@ -19,6 +19,7 @@ import structlog
 import uvicorn
 from starlette.applications import Starlette
 
+from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
@@ -31,6 +32,7 @@ from server.metrics import Metrics
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
+from server.uploads import AdapterStore
 
 WATCH_INTERVAL_S = 0.5
 FAILURE_GRACE_S = 1.0
@@ -145,12 +147,16 @@ async def _serve_engine(
     base_name = engine.info.base.name
     metrics = Metrics(engine)
     registry = Registry(engine=engine, observer=metrics, base_name=base_name)
+    store = AdapterStore(
+        config.adapter_store or cache_folder() / "uploads", config.max_upload_bytes
+    )
     try:
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
             registry=registry,
-            sources=Sources(config.adapter_roots),
+            sources=Sources((*config.adapter_roots, store.root)),
+            store=store,
             observer=metrics,
             base_name=base_name,
         )

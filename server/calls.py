@@ -113,6 +113,24 @@ Event = Started | Delta | Finished
 """An accepted request is one Started, some Deltas and one Finished, or an error in its place."""
 
 
+@dataclass(frozen=True, slots=True)
+class UploadFile:
+    """A file that a client announces: its size, and its SHA-256 in hexadecimal or ""."""
+
+    name: str
+    num_bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadCall:
+    """An adapter that a client is about to send, its files in their order."""
+
+    name: str
+    files: tuple[UploadFile, ...]
+    replace: bool = False
+
+
 class AdapterState(StrEnum):
     """Where an adapter stands on this server."""
 
@@ -142,6 +160,8 @@ class AdapterRecord:
     """Why it failed; empty unless FAILED."""
     notes: tuple[str, ...] = ()
     """What its users should know."""
+    former: AdapterRecord | None = None
+    """What the name held before, kept in host memory for a rollback."""
 
     @property
     def digest(self) -> str:

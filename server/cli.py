@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lora_runtime.config import DtypeName, Quantization
 from lora_runtime.errors import LoramuxError
-from server import cli_adapters, cli_client, cli_doctor, cli_train
+from server import cli_adapters, cli_client, cli_doctor, cli_merge, cli_train, cli_uploads
 from server.config import LogFormat, LogLevel, ServerConfig, load_config
 from server.logs import setup_logging
 
@@ -40,10 +40,13 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(cli_client.adapters, name="adapters")
+cli_client.adapters.command()(cli_uploads.upload)
+cli_client.adapters.command()(cli_uploads.rollback)
 cli_client.adapters.command()(cli_adapters.verify)
 cli_client.adapters.command()(cli_adapters.convert)
 app.command()(cli_client.generate)
 app.command()(cli_train.train)
+app.command()(cli_merge.merge)
 app.command()(cli_doctor.doctor)
 
 
@@ -70,6 +73,8 @@ def serve(
     grpc_address: Annotated[str | None, _setting("grpc_address")] = None,
     http_address: Annotated[str | None, _setting("http_address")] = None,
     adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", "--adapter-root")] = None,
+    adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
+    max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
     max_model_len: Annotated[int | None, _setting("max_model_len")] = None,

@@ -55,9 +55,9 @@ def verify(
         if refusal:
             raise refusal
         return
-    settings = _settings(base, quantization, dtype)
+    settings = engine_settings(base, quantization, dtype)
     try:
-        loaded, form = _load(path, settings)
+        loaded, form = load_on_base(path, settings)
     except AdapterRefused as error:
         console.print(_field_table(config, error=error))
         raise
@@ -85,7 +85,7 @@ def convert(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = _load(path, _settings(base, quantization, "float32"))
+    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
     files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
     golden = read_golden(path, loaded.spec)
     write_adapter(out, *files)
@@ -107,12 +107,14 @@ def _read_config(path: Path) -> Mapping[str, object]:
     return parse_object(content, CONFIG_FILE)
 
 
-def _settings(base: str | None, quantization: str | None, dtype: str | None) -> EngineConfig:
+def engine_settings(base: str | None, quantization: str | None, dtype: str | None) -> EngineConfig:
+    """The settings a server would take, with these in place of its own. Raises ConfigError."""
     flags = {"base": base, "quantization": quantization, "dtype": dtype}
     return load_config(None, flags).to_engine_config()
 
 
-def _load(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+    """Load the base and reduce the adapter for it. Raises BaseRefused, AdapterRefused."""
     from lora_runtime.adapters.reduction import load_adapter
     from lora_runtime.base.loader import load_base
 

@@ -130,7 +130,7 @@ def load(
         response = client.load_adapter(name, source, replace=replace)
     if response.already_loaded:
         typer.echo(f"{name} was loaded already, with the same content")
-    Console(markup=False).print(_table([response.adapter]))
+    Console(markup=False).print(adapter_table([response.adapter]))
 
 
 @adapters.command("unload")
@@ -154,7 +154,7 @@ def unload(
 def list_adapters(address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
-        Console(markup=False).print(_table(client.list_adapters()))
+        Console(markup=False).print(adapter_table(client.list_adapters()))
 
 
 @adapters.command("show")
@@ -174,7 +174,8 @@ def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
     Console(markup=False).print(table)
 
 
-def _table(infos: Iterable[adapters_pb2.AdapterInfo]) -> Table:
+def adapter_table(infos: Iterable[adapters_pb2.AdapterInfo]) -> Table:
+    """One row an adapter, with what people look for first."""
     columns = ("name", "state", "variant", "ranks", "size", "in flight", "error")
     table = Table(*columns)
     for info in infos:
@@ -189,6 +190,7 @@ def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:
         "name": info.name,
         "state": state.removeprefix("ADAPTER_STATE_").lower(),
         "digest": info.digest,
+        "former digest": info.former_digest or "none",
         "source": info.source,
         "variant": info.variant,
         "ranks": ", ".join(map(str, info.ranks)),

@@ -2,62 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
-from lora_runtime.training.config import TrainConfig, UnitConfig, Variant
+from lora_runtime.training.config import SweepValue, TrainConfig, UnitConfig
+from server import cli_deploy
+from server import cli_train_flags as flag
+from server.cli_dry_run import show_dry_run
 
 if TYPE_CHECKING:
     from lora_runtime.training.report import UnitResult
 
-RUN_FLAGS = ("output", "max_seq_len", "seed", "resume")
-DEFAULTS = {
-    field.name: field.default for kind in (TrainConfig, UnitConfig) for field in fields(kind)
-}
-
-
-def _option(name: str, text: str) -> Any:
-    """A flag that shows the default of the setting `name`."""
-    return typer.Option(help=f"{text} Default: {DEFAULTS[name]}.")
+RUN_FLAGS = (
+    "output", "max_seq_len", "seed", "activation_checkpointing", "tensorboard", "resume",
+)  # fmt: skip
 
 
 def train(
-    config: Annotated[
-        Path | None,
-        typer.Argument(help="YAML file of a run; only --output and --resume go beside it."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of chat `messages`, or of `prompt` and `completion`."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for adapter and report.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The adapter's folder below it. Default: adapter.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="As in `loramux serve`.")] = None,
-    variant: Annotated[Variant | None, _option("variant", "How it is scaled.")] = None,
-    rank: Annotated[int | None, _option("rank", "Rank of the update.")] = None,
-    alpha: Annotated[float | None, _option("alpha", "Scale of the update.")] = None,
-    learning_rate: Annotated[float | None, _option("learning_rate", "At its peak.")] = None,
-    num_epochs: Annotated[int | None, _option("num_epochs", "Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Updates; overrides epochs.")] = None,
-    micro_batch_size: Annotated[
-        int | None, _option("micro_batch_size", "Examples in one forward.")
-    ] = None,
-    gradient_accumulation: Annotated[
-        int | None, _option("gradient_accumulation", "Forwards in one update.")
-    ] = None,
-    max_seq_len: Annotated[int | None, _option("max_seq_len", "Longer ones are cut.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Order of the data, start of weights.")] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume", help="Continue from the newest checkpoint.")
-    ] = None,
+    config: flag.ConfigFile = None,
+    data: flag.Data = None,
+    column: flag.Column = None,
+    instructions: flag.Instructions = None,
+    truncation: flag.TruncationName = None,
+    eval_data: flag.EvalData = None,
+    eval_fraction: flag.EvalFraction = None,
+    output: flag.Output = None,
+    name: flag.Name = None,
+    base: flag.Base = None,
+    variant: flag.VariantName = None,
+    rank: flag.Rank = None,
+    alpha: flag.Alpha = None,
+    learning_rate: flag.LearningRate = None,
+    num_epochs: flag.NumEpochs = None,
+    max_steps: flag.MaxSteps = None,
+    micro_batch_size: flag.MicroBatchSize = None,
+    max_tokens_per_batch: flag.MaxTokensPerBatch = None,
+    gradient_accumulation: flag.GradientAccumulation = None,
+    max_seq_len: flag.MaxSeqLen = None,
+    seed: flag.Seed = None,
+    eval_interval: flag.EvalInterval = None,
+    patience: flag.Patience = None,
+    sweep: flag.Sweep = None,
+    activation_checkpointing: flag.ActivationCheckpointing = None,
+    tensorboard: flag.Tensorboard = None,
+    dry_run: flag.DryRun = False,
+    resume: flag.Resume = None,
+    deploy: flag.Deploy = None,
+    deploy_name: flag.DeployName = None,
+    sample: flag.SamplePrompt = None,
 ) -> None:
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
@@ -66,19 +64,27 @@ def train(
     """
     flags = {key: value for key, value in locals().items() if value is not None}
     flags.pop("config", None)
+    for key in ("dry_run", "deploy", "deploy_name", "sample"):
+        flags.pop(key, None)
     run = _from_flags(flags) if config is None else _from_file(config, flags)
+    if dry_run:
+        return show_dry_run(run, Console())
+    if deploy is not None:
+        cli_deploy.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
     results = train_run(run, Console())
     Console(markup=False).print(_table(results))
-    if any(result.error for result in results):
+    finished = cli_deploy.deployments(results, run.units, deploy_name) if deploy else []
+    is_deployed = not finished or cli_deploy.deploy(str(deploy), finished, sample)
+    if any(result.error for result in results) or not is_deployed:
         raise typer.Exit(1)
 
 
 def _from_file(file: Path, flags: dict[str, Any]) -> TrainConfig:
     if others := flags.keys() - {"output", "resume"}:
-        flag = min(others).replace("_", "-")
-        raise typer.BadParameter(f"--{flag} cannot stand beside a YAML file; set it there")
+        name = min(others).replace("_", "-")
+        raise typer.BadParameter(f"--{name} cannot stand beside a YAML file; set it there")
     return replace(TrainConfig.from_yaml(file), **flags)
 
 
@@ -89,14 +95,43 @@ def _from_flags(flags: dict[str, Any]) -> TrainConfig:
     run = {key: flags.pop(key) for key in RUN_FLAGS if key in flags}
     if "base" in flags:
         run["base"] = BaseConfig(model=flags.pop("base"))
+    flags["columns"] = dict(map(_column, flags.pop("column", ())))
+    flags["sweep"] = dict(_sweep(text) for text in flags.get("sweep", ()))
     return TrainConfig(units=(UnitConfig(**{"name": "adapter", **flags}),), **run)
 
 
+def _column(text: str) -> tuple[str, str]:
+    """`prompt=question` as key and the file's name for it."""
+    key, found, column = text.partition("=")
+    if not found:
+        raise typer.BadParameter(f"--column {text} names no column; write --column KEY=NAME")
+    return key.strip(), column
+
+
+def _sweep(text: str) -> tuple[str, tuple[SweepValue, ...]]:
+    """`learning_rate=1e-4,3e-4` as field and values."""
+    field, found, values = text.partition("=")
+    if not found:
+        raise typer.BadParameter(f"--sweep {text} has no values; write --sweep FIELD=A,B")
+    return field.strip().replace("-", "_"), tuple(_number(value) for value in values.split(","))
+
+
+def _number(text: str) -> SweepValue:
+    """A number if it is one, else the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
 def _table(results: list[UnitResult]) -> Table:
-    table = Table("adapter", "status", "updates", "last loss", "folder or error")
+    table = Table("adapter", "status", "updates", "last loss", "held out", "folder or error")
     for result in results:
         loss = f"{result.records[-1].loss:.4f}" if result.records else ""
         updates = f"{len(result.records)}/{result.num_steps}"
-        end = result.error or str(result.folder or "continue with --resume")
-        table.add_row(result.name, result.status.value, updates, loss, end)
+        held_out = f"{result.best.loss:.4f}" if result.best else ""
+        end = result.error or str(result.folder or result.note or "continue with --resume")
+        table.add_row(result.name, result.status.value, updates, loss, held_out, end)
     return table

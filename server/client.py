@@ -8,82 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lora_runtime.errors import Unavailable
-from protos.loramux.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
+from protos.loramux.v1 import adapters_pb2, server_pb2
+from server.client_channel import (
+    HEALTH_REQUEST,
+    SERVING,
+    AsyncGeneration,
+    Generation,
+    Stubs,
+    dial,
+    typed_errors,
 )
 from server.client_requests import Messages, Options, choose, generate_request, tokenize_request
-from server.errors import from_rpc_error
+from server.client_uploads import Outgoing, Progress, no_progress
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 300.0
+UPLOAD_TIMEOUT_S = 1800.0
 GENERATE_TIMEOUT_S = 600.0
 READY_PERIOD_S = 0.1
-HEALTH_REQUEST = health_pb2.HealthCheckRequest()
-SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 8 << 20),
-    ("grpc.keepalive_time_ms", 60_000),
-]
-
-
-class Generation:
-    """A running generation. Iterate it once for its events, or take its whole text."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __iter__(self) -> Iterator[generation_pb2.GenerateResponse]:
-        with typed_errors():
-            try:
-                yield from self._call
-            finally:
-                self._call.cancel()  # leaving early frees the row; no effect at the end
-
-    def text(self) -> str:
-        """Return the whole output; waits for its end."""
-        return "".join(event.delta.text for event in self)
-
-    def cancel(self) -> None:
-        """End it now; whoever iterates it gets concurrent.futures.CancelledError."""
-        self._call.cancel()
-
-
-class AsyncGeneration:
-    """The asyncio twin of Generation."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    async def __aiter__(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        with typed_errors():
-            try:
-                async for event in self._call:
-                    yield event
-            finally:
-                self._call.cancel()
-
-    async def text(self) -> str:
-        """Return the whole output; waits for its end."""
-        return "".join([event.delta.text async for event in self])
-
-    def cancel(self) -> None:
-        """End it now; whoever iterates it gets asyncio.CancelledError."""
-        self._call.cancel()
 
 
 class Client:
@@ -133,6 +83,28 @@ class Client:
         """Load an adapter's folder, as the server sees it, under a name."""
         request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
         return self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
+
+    def upload_adapter(
+        self,
+        name: str,
+        folder: Path | str,
+        *,
+        replace: bool = False,
+        on_progress: Progress = no_progress,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+    ) -> adapters_pb2.AdapterInfo:
+        """Send the files of a folder on this machine and load them under a name.
+
+        `on_progress` is told of the bytes sent and of all bytes, from another thread.
+        """
+        outgoing = Outgoing(name, Path(folder), replace)
+        upload = self._stubs.adapters.UploadAdapter
+        return self._call(upload, outgoing.parts(on_progress), timeout_s).adapter
+
+    def rollback_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
+        """Swap a name's content and the one it had before; running requests end on theirs."""
+        request = adapters_pb2.RollbackAdapterRequest(name=name)
+        return self._call(self._stubs.adapters.RollbackAdapter, request).adapter
 
     def unload_adapter(
         self, name: str, *, cancel: bool = False, wait: bool = False, timeout_s: float = TIMEOUT_S
@@ -228,6 +200,25 @@ class AsyncClient:
         request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
         return await self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
 
+    async def upload_adapter(
+        self,
+        name: str,
+        folder: Path | str,
+        *,
+        replace: bool = False,
+        on_progress: Progress = no_progress,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+    ) -> adapters_pb2.AdapterInfo:
+        """Send the files of a folder on this machine and load them under a name."""
+        outgoing = await asyncio.to_thread(Outgoing, name, Path(folder), replace)
+        upload = self._stubs.adapters.UploadAdapter
+        return (await self._call(upload, outgoing.parts_async(on_progress), timeout_s)).adapter
+
+    async def rollback_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
+        """Swap a name's content and the one it had before; running requests end on theirs."""
+        request = adapters_pb2.RollbackAdapterRequest(name=name)
+        return (await self._call(self._stubs.adapters.RollbackAdapter, request)).adapter
+
     async def unload_adapter(
         self, name: str, *, cancel: bool = False, wait: bool = False, timeout_s: float = TIMEOUT_S
     ) -> adapters_pb2.AdapterInfo:
@@ -271,29 +262,3 @@ class AsyncClient:
     ) -> Any:
         with typed_errors():
             return await method(request, timeout=timeout_s)
-
-
-def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None) -> Any:
-    """Open a channel of `grpc_api`, which is grpc or grpc.aio."""
-    if credentials is None:
-        return grpc_api.insecure_channel(target, options=_CHANNEL_OPTIONS)
-    return grpc_api.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
-
-
-class Stubs:
-    """The generated stubs of every service on one channel."""
-
-    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
-        self.generation = generation_pb2_grpc.GenerationServiceStub(channel)
-        self.adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
-        self.server = server_pb2_grpc.ServerServiceStub(channel)
-        self.health = health_pb2_grpc.HealthStub(channel)
-
-
-@contextmanager
-def typed_errors() -> Iterator[None]:
-    """Raise what the server raised in place of grpc's own error."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None

@@ -39,8 +39,6 @@ REFUSED_FEATURES = (
     *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
     "sampling.logit_bias",
     *UNSERVED_REQUEST,
-    "UploadAdapter",
-    "RollbackAdapter",
 )
 FEATURES = (
     "text",
@@ -50,6 +48,8 @@ FEATURES = (
     "adapters[].weight",
     "request_id",
     "cache_salt",
+    "UploadAdapter",
+    "RollbackAdapter",
     *(
         name
         for field in types_pb2.SamplingParams.DESCRIPTOR.fields
@@ -166,6 +166,8 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         info.invocation_tokens.extend(record.loaded.invocation_tokens)
         info.has_chat_template = record.loaded.chat_template is not None
         info.num_layers = record.loaded.num_layers
+    if record.former is not None:
+        info.former_digest = record.former.digest
     return info
 
 

@@ -88,6 +88,11 @@ class ServerConfig(BaseSettings):
     adapter_roots: Paths = ()
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
 
+    adapter_store: Path | None = None
+    """Folder that keeps uploaded adapters by content; none: `uploads` in the cache folder."""
+    max_upload_bytes: PositiveInt = 2 << 30
+    """Bytes of all files of one uploaded adapter."""
+
     max_num_seqs: PositiveInt = 64
     """Sequences that run at once."""
     max_num_batched_tokens: PositiveInt = 512

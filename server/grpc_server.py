@@ -7,8 +7,9 @@ is not UTF-8 with UNKNOWN, and turns every exception into a typed status.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.errors import ConfigError, InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import ConfigError, InvalidRequest
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -25,7 +26,7 @@ from protos.loramux.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from server import codec
+from server import codec, codec_uploads
 from server.errors import grpc_status
 from server.service import Service
 
@@ -182,17 +183,25 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         record = self._service.get_adapter(codec.adapter_name(request.name))
         return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
 
-    async def UploadAdapter(self, request_iterator: Any, context: Context) -> None:
-        """Refuse by name, before a part is read."""
-        raise UnsupportedFeature("UploadAdapter is not served yet; use LoadAdapter")
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        context: Context,
+    ) -> adapters_pb2.UploadAdapterResponse:
+        """Receive an adapter's files and load them under a name."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "start":
+            raise InvalidRequest("an upload begins with start; send it first", field="start")
+        data = (codec_uploads.upload_data(part) async for part in request_iterator)
+        record = await self._service.upload_adapter(codec_uploads.decode_upload(first.start), data)
+        return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: Context
-    ) -> None:
-        """Refuse by name."""
-        raise UnsupportedFeature(
-            "RollbackAdapter is not served yet; load the former adapter with replace"
-        )
+    ) -> adapters_pb2.RollbackAdapterResponse:
+        """Give a name its former content back."""
+        record = await self._service.rollback_adapter(codec.adapter_name(request.name))
+        return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
@@ -221,10 +230,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
             return handler
         make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
-        parse = None if handler.request_streaming else handler.request_deserializer
+        parse = _parsed_parts if handler.request_streaming else _parsed
         return make(
-            _guarded(behaviour, parse),
-            request_deserializer=handler.request_deserializer if parse is None else None,
+            _guarded(behaviour, partial(parse, handler.request_deserializer)),
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
@@ -238,11 +247,11 @@ _KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]]
 
 def _guarded(
     behaviour: Callable[[Any, Context], Awaitable[Message | None]],
-    parse: Callable[[bytes], Message] | None,
+    parse: Callable[[Any], Any],
 ) -> Callable[[Any, Context], Awaitable[Message | None]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
-            return await behaviour(request if parse is None else _parsed(parse, request), context)
+            return await behaviour(parse(request), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -258,6 +267,13 @@ def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
         raise InvalidRequest(
             "the request cannot be parsed; every text in it must be valid UTF-8"
         ) from None
+
+
+async def _parsed_parts(
+    parse: Callable[[bytes], Message], parts: AsyncIterator[bytes]
+) -> AsyncIterator[Message]:
+    async for part in parts:
+        yield _parsed(parse, part)
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

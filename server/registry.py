@@ -93,16 +93,28 @@ class Registry:
         """Load a folder under a name; return its record and whether it held this content before.
 
         Other content under a known name is refused unless `replace`; then the name is swapped at
-        once and the old content leaves when its last request ends. `review` adds to its notes.
+        once and the old content stays for a rollback, in the place of the one kept before, which
+        leaves when its last request ends. `review` adds to its notes.
         Raises AdapterExists, InvalidRequest (the base's name) and whatever the engine raises.
         """
-        if name == self._base_name:
-            raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
+        self.check_name(name)
         return await self._finish(self._load(name, folder, source, replace, review))
 
+    def check_name(self, name: str) -> None:
+        """Raise InvalidRequest (field `name`) for the base's name."""
+        if name == self._base_name:
+            raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
+
+    async def rollback(self, name: str) -> AdapterRecord:
+        """Swap a name's content and its former one, at once; running requests end on theirs.
+
+        Raises AdapterNotFound (field `name`): not loaded, or without a former content.
+        """
+        return await self._finish(self._rollback(name))
+
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
-        """Take a name away at once; its memory is freed when its requests ended or, with
-        `cancel`, were ended. `wait` returns only then. Raises AdapterNotFound."""
+        """Take a name away at once, its former content too; its memory is freed when its requests
+        ended or, with `cancel`, were ended. `wait` returns only then. Raises AdapterNotFound."""
         record, drain = await self._finish(self._unload(name, cancel))
         if wait:
             await asyncio.shield(drain)
@@ -135,8 +147,24 @@ class Registry:
                 name, loaded.digest, loaded.nbytes, time.monotonic() - begun
             )
             if held is not None:
-                self._drain(held, cancel=False)
+                record.former, oldest, held.former = held, held.former, None
+                if oldest is not None:
+                    self._drain(oldest, cancel=False)
             return record, False
+
+    async def _rollback(self, name: str) -> AdapterRecord:
+        async with self._lock(name):
+            held = self.resolve(name)
+            record = held.former
+            if record is None:
+                raise AdapterNotFound(
+                    f"adapter {name!r} has no former content to go back to", field="name"
+                )
+            self._records[name], record.former, held.former = record, held, None
+            record.loaded_at_s = time.time()
+            assert record.loaded is not None
+            self._observer.on_adapter_loaded(name, record.digest, record.loaded.nbytes, 0.0)
+            return record
 
     async def _read(self, name: str, folder: Path, source: str) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
@@ -165,7 +193,9 @@ class Registry:
             record = self.resolve(name)
             del self._records[name]
             self._observer.on_adapter_unloaded(name)
-            return record, self._drain(record, cancel=cancel)
+            former, record.former = record.former, None
+            drains = [self._drain(r, cancel=cancel) for r in (record, former) if r is not None]
+            return record, self._spawn(_all_done(drains))
 
     def _drain(self, record: AdapterRecord, *, cancel: bool) -> asyncio.Task[None]:
         record.state = AdapterState.DRAINING
@@ -214,3 +244,7 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen: a caller that went away leaves it behind
+
+
+async def _all_done(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from lora_runtime.core import Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
@@ -31,11 +31,14 @@ from server.calls import (
     Started,
     TextPrompt,
     TokenPrompt,
+    UploadCall,
 )
 from server.composition import chat_template, depth, request_notes, uses
 from server.output import OutputText, RequestMeter, RequestObserver
 from server.registry import Registry
 from server.sources import Sources
+from server.uploads import AdapterStore, Upload, to_the_end
+from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]
 
@@ -46,8 +49,6 @@ TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
 """What an adapter's own chat template must render when it is loaded."""
 MAX_TRIAL_ERROR = 300
 """Characters of a template's complaint that are kept."""
-
-PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes", "grpcio", "protobuf")
 
 
 class Service:
@@ -60,6 +61,7 @@ class Service:
         tokenizer: Tokenizer,
         registry: Registry,
         sources: Sources,
+        store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
     ) -> None:
@@ -67,6 +69,7 @@ class Service:
         self._tokenizer = tokenizer
         self._registry = registry
         self._sources = sources
+        self._store = store
         self._observer = observer
         self._base_name = base_name
         self._versions = installed_versions()
@@ -123,9 +126,22 @@ class Service:
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         folder = await asyncio.to_thread(self._sources.resolve, source)
-        return await self._registry.load(
-            name, folder, source=source, replace=replace, review=self._try_template
-        )
+        return await self._load(name, folder, source, replace)
+
+    async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
+        """Receive an adapter's files, load them like a folder, and keep them in the store.
+
+        Its source is then the store's name of the content, which `load_adapter` takes again. What
+        fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
+        `Registry.load` for what is raised.
+        """
+        self._registry.check_name(call.name)
+        async with self._store.receive(call, data) as upload:
+            return await to_the_end(self._load_upload(call, upload))
+
+    async def rollback_adapter(self, name: str) -> AdapterRecord:
+        """Give a name its former content back; see `Registry.rollback`."""
+        return await self._registry.rollback(name)
 
     async def unload_adapter(
         self, name: str, *, cancel: bool = False, wait: bool = False
@@ -155,6 +171,18 @@ class Service:
     def is_alive(self) -> bool:
         """Tell whether the engine works; health follows it."""
         return self._engine.stats().is_alive
+
+    async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
+        record, _ = await self._load(call.name, upload.folder, upload.digest, call.replace)
+        await self._store.keep(upload)
+        return record
+
+    async def _load(
+        self, name: str, folder: Path, source: str, replace: bool
+    ) -> tuple[AdapterRecord, bool]:
+        return await self._registry.load(
+            name, folder, source=source, replace=replace, review=self._try_template
+        )
 
     async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:
         """Return a call's tokens and the adapters that are to answer.
@@ -260,12 +288,3 @@ def token_limit(info: EngineInfo, num_layers: int = 0) -> int:
     """
     blocks_per_token = max(1, -(-num_layers // info.base.num_layers))
     return min(info.max_model_len, info.num_blocks // blocks_per_token * info.block_size)
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide how a server behaves."""
-    versions = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions

@@ -13,6 +13,14 @@ from pathlib import Path
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError
 
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+OPTIONAL_FILES = (
+    "loramux_parity.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "added_tokens.json",
+)
+"""Other files of a folder that change what an adapter is here."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 MAX_SOURCE_LENGTH = 1024
 

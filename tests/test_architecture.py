@@ -61,7 +61,9 @@ TORCH_FREE = [
 """These, and everything of ours they import, import no torch."""
 TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "transformers", "bitsandbytes", "triton"}
 
-GRPC_DOORS = ["server.grpc_server", "server.app", "server.errors", "server.client"]
+GRPC_DOORS = [
+    "server.grpc_server", "server.app", "server.errors", "server.client", "server.client_channel",
+]  # fmt: skip
 DOORS = {
     "bitsandbytes": ["lora_runtime.base.quant_linear", "lora_runtime.training.*"],
     "gguf": ["lora_runtime.base.gguf"],
@@ -77,7 +79,7 @@ DOORS = {
     "pydantic": ["server.config"],
     "pydantic_settings": ["server.config"],
     "regex": ["lora_runtime.adapters.config.matching"],
-    "rich": ["server.cli", "server.cli_*", "lora_runtime.training.report",
+    "rich": ["server.cli", "server.cli_*", "lora_runtime.training.progress",
              "lora_runtime.training.trainer"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],

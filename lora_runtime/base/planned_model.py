@@ -93,12 +93,12 @@ def planned_model(
     """
     decoder: Any = model.get_decoder()
     configs: dict[int, Any] = {}
-    planned_decoder = _shallow_copy(decoder)
+    planned_decoder = shallow_copy(decoder)
     planned_decoder.config = _planned_config(decoder.config, layers, configs)
     planned_decoder.layers = nn.ModuleList(
         PlannedLayer(decoder.layers[layer], index, context) for index, layer in enumerate(layers)
     )
-    planned: PreTrainedModel = _with_submodule(model, decoder, planned_decoder, configs)
+    planned: PreTrainedModel = with_submodule(model, decoder, planned_decoder, configs)
     return planned
 
 
@@ -113,23 +113,23 @@ def _planned_config(
     return planned
 
 
-def _shallow_copy(module: Any) -> Any:
+def shallow_copy(module: Any) -> Any:
     """The same parameters, buffers and submodules; submodules can be replaced on the copy alone."""
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
     return copied
 
 
-def _with_submodule(parent: Any, old: nn.Module, new: nn.Module, configs: dict[int, Any]) -> Any:
-    """A copy of `parent` that holds `new` where it holds `old`, at any depth.
+def with_submodule(parent: Any, old: nn.Module, new: nn.Module, configs: dict[int, Any]) -> Any:
+    """A shallow copy of `parent` that holds `new` where it holds `old`, at any depth.
 
     `configs` is deepcopy's memo, so that a config which several modules share stays shared.
     """
     if parent is old:
         return new
-    copied = _shallow_copy(parent)
+    copied = shallow_copy(parent)
     copied.config = copy.deepcopy(parent.config, configs)
     for name, child in parent.named_children():
         if any(module is old for module in child.modules()):
-            setattr(copied, name, _with_submodule(child, old, new, configs))
+            setattr(copied, name, with_submodule(child, old, new, configs))
     return copied

@@ -112,7 +112,7 @@ class DenseLinear(FrozenLinear):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def weight_values(self) -> Tensor:
-        return self.weight
+        return self.weight.detach()  # a Parameter kept as a copy would join the state dict
 
     def row_values(self, rows: slice) -> Tensor:
         return self.weight[rows]

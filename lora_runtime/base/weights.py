@@ -1,7 +1,8 @@
-"""What adapters may ask of a base's weights. Nothing dense of a layer's size is ever made.
+"""What adapters may ask of a base's weights. Nothing dense of a layer's size is made, but for
+`serving` and `original`.
 
 W is the serving weight: dequantised and rounded once to the compute dtype. Answers are on the
-host, in float32 or better.
+host, unless they say otherwise, in float32 or better.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ class BaseWeights:
             product += a[:, rows] @ block.float()
         return product.T.cpu()
 
+    def product_of_rows(self, path: str, a: Tensor) -> Tensor:
+        """W Aᵀ of an inner linear or the head, where the base is and in a's dtype: for training,
+        which needs it at every step. a (r, in) float32 or float64 → (out, r).
+        """
+        return self._module(path).kept_values().to(a.dtype) @ a.T
+
+    def serving(self, path: str) -> Tensor:
+        """W (out, in) of an inner linear, dense, in float32 or better, where the base is."""
+        values = self._module(path).weight_values().detach()
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
     def bias(self, path: str) -> Tensor | None:
         """The module's own bias (out,) in float32, or None."""
         if path == self._spec.embedding:
@@ -111,7 +123,9 @@ class BaseWeights:
     def _compute_squared_norms(self, path: str) -> Tensor:
         of_table = path == self._spec.embedding
         parts = [
-            block.float().square().sum(0 if of_table else 1, dtype=torch.float64)
+            block.to(torch.promote_types(block.dtype, torch.float32))
+            .square()
+            .sum(0 if of_table else 1, dtype=torch.float64)
             for _, block in self._blocks(path)
         ]
         return (torch.stack(parts).sum(0) if of_table else torch.cat(parts)).cpu()

@@ -79,8 +79,12 @@ class Tokenizer:
         text = self._render(messages, template, add_generation_prompt)
         return self._encode(text, add_special_tokens=False)
 
-    def split_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def split_chat(
+        self, messages: Sequence[Message], *, first_target: int = 0
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and True for each token the assistant produces.
+
+        Turns before message `first_target` are context: nothing of them is marked.
 
         A turn's tokens are those after exactly what serving would send as its prompt, up to its
         end-of-turn token. Raises DataError when that prompt is no prefix of the conversation (the
@@ -89,7 +93,7 @@ class Tokenizer:
         try:
             token_ids = self.apply_chat_template(messages, add_generation_prompt=False)
             mask = [False] * len(token_ids)
-            for start, end in self._assistant_spans(messages, token_ids):
+            for start, end in self._assistant_spans(messages, first_target, token_ids):
                 mask[start:end] = [True] * (end - start)
         except InvalidRequest as error:
             raise DataError(error.message, field=error.field) from error
@@ -130,10 +134,10 @@ class Tokenizer:
             raise _refused(f"the {owner}'s chat template refuses the messages: {error}") from error
 
     def _assistant_spans(
-        self, messages: Sequence[Message], token_ids: list[int]
+        self, messages: Sequence[Message], first_target: int, token_ids: list[int]
     ) -> Iterator[tuple[int, int]]:
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if index < first_target or message["role"] != "assistant":
                 continue
             prompt = self.apply_chat_template(messages[:index])
             turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import Parameter
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus, Window
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -28,27 +29,31 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, fingerprint: str) -> None:
-    """Write `folder`/`num_passes`, complete or not at all, then remove older checkpoints."""
+    """Write `folder`/`num_passes`, complete or not at all, then remove older checkpoints.
+
+    Raises ConfigError when the disk does not take it; earlier checkpoints stay.
+    """
     target = folder / f"{num_passes:08d}"
     if target.exists():
         return  # of the same run, so it holds the same
     temporary = folder / f"{target.name}.tmp"
+    facts = {
+        "num_passes": num_passes,
+        "base_fingerprint": fingerprint,
+        "units": {unit.name: _facts(unit) for unit in units},
+    }
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_file(_tensors(units), temporary / _TENSORS)
-        facts = {
-            "num_passes": num_passes,
-            "base_fingerprint": fingerprint,
-            "units": {unit.name: _facts(unit) for unit in units},
-        }
-        (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        for path in temporary.iterdir():
-            _flush(path)
+        _write(temporary, _tensors(units), facts)
         os.replace(temporary, target)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"checkpoint {target} cannot be written: {error}; earlier ones are whole: make room "
+            "and resume",
+            field="output",
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     for older in _complete(folder):
         if older != target:
             shutil.rmtree(older)
@@ -81,23 +86,30 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdecimal())
 
 
+def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    save_file(dict(tensors), folder / _TENSORS)
+    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    for path in folder.iterdir():
+        _flush(path)
+
+
 def _flush(path: Path) -> None:
     """Make the disk hold the file before its folder gets the final name."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _named_parameters(unit: Unit) -> Iterator[tuple[str, Parameter]]:
-    for path, factors in unit.factors.items():
-        for kind, parameter in factors._asdict().items():
-            yield f"{unit.name}/{path}.{kind}", parameter
-
-
 def _tensors(units: Sequence[Unit]) -> dict[str, Tensor]:
-    """Weights, Adam moments and, inside an update's window, gradients."""
+    """Weights, Adam moments, the best weights and, inside an update's window, gradients."""
     found: dict[str, Tensor] = {}
     for unit in units:
-        for name, parameter in _named_parameters(unit):
+        for index, values in enumerate(unit.held_out.best if unit.held_out else ()):
+            found[_best_name(unit, index)] = values
+        for name, constant in unit.named_constants().items():
+            found[f"{unit.name}/{name}"] = constant
+        for part, parameter in unit.named_parameters().items():
+            name = f"{unit.name}/{part}"
             found[name] = parameter.detach()
             if parameter.grad is not None:
                 found[f"{name}.grad"] = parameter.grad
@@ -106,8 +118,18 @@ def _tensors(units: Sequence[Unit]) -> dict[str, Tensor]:
     return found
 
 
+def _best_name(unit: Unit, index: int) -> str:
+    return f"{unit.name}/best/{index}"
+
+
 def _restore_tensors(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in _named_parameters(unit):
+    if unit.held_out:
+        names = [_best_name(unit, index) for index in range(len(unit.parameters))]
+        unit.held_out.best = [tensors[name] for name in names if name in tensors]
+    for name, constant in unit.named_constants().items():
+        constant.copy_(tensors[f"{unit.name}/{name}"])
+    for part, parameter in unit.named_parameters().items():
+        name = f"{unit.name}/{part}"
         saved = {
             key: tensors[f"{name}.{key}"].to(parameter.device)
             for key in ("grad", *_MOMENTS)
@@ -124,23 +146,36 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "identity": _identity(unit),
         "status": unit.status,
         "error": unit.error,
+        "note": unit.note,
         "window": asdict(unit.window),
         "schedule": unit.schedule.state_dict(),
         "records": unit.records,
+        "eval_records": unit.held_out.records if unit.held_out else [],
+        "num_rungs_passed": unit.held_out.num_rungs_passed if unit.held_out else 0,
     }
 
 
 def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
-    unit.status, unit.error = UnitStatus(facts["status"]), facts["error"]
+    unit.status = UnitStatus(facts["status"])
+    unit.error, unit.note = facts["error"], facts["note"]
     unit.window = Window(**facts["window"])
     unit.schedule.load_state_dict(facts["schedule"])
-    unit.optimizer.param_groups[0]["lr"] = unit.schedule.get_last_lr()[0]
+    for group, rate in zip(unit.optimizer.param_groups, unit.schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
     unit.records = [StepRecord(*record) for record in facts["records"]]
+    if unit.held_out:
+        unit.held_out.records = [EvalRecord(*record) for record in facts["eval_records"]]
+        unit.held_out.num_rungs_passed = facts["num_rungs_passed"]
 
 
 def _identity(unit: Unit) -> dict[str, Any]:
     """What must stay the same between stop and resume; the data by content, not by path."""
-    values = {**asdict(unit.config), "seed": unit.seed, "data": unit.dataset.digest}
+    values = {
+        **asdict(unit.config),
+        "seed": unit.seed,
+        "data": unit.dataset.digest,
+        "eval_data": unit.held_out.dataset.digest if unit.held_out else None,
+    }
     return json.loads(json.dumps(values))
 
 

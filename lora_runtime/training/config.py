@@ -5,23 +5,33 @@ Values that do not depend on the base or the data are checked here, once.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args
 
 import yaml
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
+from lora_runtime.training.fields import convert
 
-Variant = Literal["lora", "rslora"]
+Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"]
+INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq"
+INIT_RULE = "default, pissa, pissa_niter_ and a number, olora or loftq"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 """Names of transformers' `get_scheduler` that need no further options."""
+
+Truncation = Literal["end", "start", "error"]
+InstructionStyle = Literal["chat", "alpaca"]
+Column = Literal[
+    "messages", "prompt", "completion", "instruction", "input", "output", "system", "history",
+    "text", "chosen", "rejected",
+]  # fmt: skip
+"""Keys that the formats of training data have."""
+
+SweepValue = bool | int | str | float
 
 RESERVED_NAMES = ("checkpoints", "report")
 """Folders of a run that are not adapters."""
@@ -34,14 +44,43 @@ class UnitConfig:
     name: str
     """Folder of the adapter below the run's output."""
     data: Path
-    """JSONL of chat `messages` or of `prompt` and `completion`."""
+    """JSONL, JSON (a list), CSV or TSV; the keys of its rows say which format it is: `messages`;
+    `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Key of a format → the file's own name for it; all other columns are then ignored."""
+    instructions: InstructionStyle = "chat"
+    """How `instruction` data is asked: as a message of the user by the base's chat template, or
+    by the prompt of Stanford Alpaca."""
+    truncation: Truncation = "end"
+    """What examples over `max_seq_len` lose, or that they are an error."""
+    eval_data: Path | None = None
+    """Held-out examples in the same format; never trained on."""
+    eval_fraction: float = 0.0
+    """Share of `data` that is held out, chosen by the hash of each row's content."""
     variant: Variant = "lora"
-    """`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank)."""
+    """`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank); `dora` is `use_dora`, the
+    others are inits. They combine: `rslora` with `use_dora` and an `init`."""
+    use_dora: bool = False
+    """Also train the length of every row of W + ΔW."""
+    init: str = "default"
+    """Where training starts: `default` at no change, `pissa` (or faster and about the same,
+    `pissa_niter_N`) and `olora` at factors of the weight, `loftq` at what quantisation lost."""
     rank: int = 16
     alpha: float = 32.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Module names or ends of module paths, or every inner linear layer."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Layers that `target_modules` is limited to; empty: all."""
+    layer_replication: tuple[tuple[int, ...], ...] = ()
+    """Ranges [start, end) of base layers, run one after the other, each visit with an adapter of
+    its own; empty: each layer once."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Regular expression of the end of a module's path → its own rank; the first match decides."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for alpha."""
     learning_rate: float = 2e-4
+    loraplus_ratio: float = 1.0
+    """LoRA+: B's learning rate is this many times `learning_rate`."""
     schedule: Schedule = "cosine"
     warmup: float = 0.03
     """Below 1 a share of all updates, from 1 a number of updates."""
@@ -51,6 +90,9 @@ class UnitConfig:
     """Number of updates; overrides `num_epochs`."""
     micro_batch_size: int = 4
     """Examples in one forward."""
+    max_tokens_per_batch: int | None = None
+    """Forms the forwards by tokens instead: as many of the update's examples as fit, end to end.
+    An update still takes `micro_batch_size` · `gradient_accumulation` examples."""
     gradient_accumulation: int = 1
     """Forwards in one update."""
     weight_decay: float = 0.0
@@ -58,31 +100,67 @@ class UnitConfig:
     """Gradients longer than this are scaled down to it; None leaves them."""
     seed: int | None = None
     """Order of the data and start of the weights; None takes the run's seed."""
+    eval_interval: int = 50
+    """Updates between two evaluations on held-out data; there is one after the last update too."""
+    patience: int | None = None
+    """Evaluations without a lower loss after which the unit stops; None never stops it."""
+    export: Literal["best", "last"] = "best"
+    """Weights of the lowest held-out loss, where there is one, or of the last update."""
+    sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
+    """Other fields and the values to try: see `training/sweep.py`."""
     dropout: float = 0.0
     """Must be 0: an adapter is trained as it is served."""
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [
             ("name", _is_folder_name(self.name), f"letters, digits, . _ -, not {RESERVED_NAMES}"),
+            ("init", re.fullmatch(INITS, self.init) is not None, INIT_RULE),
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "positive"),
             ("target_modules", len(self.target_modules) > 0, "'all-linear' or at least one name"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
+            ("loraplus_ratio", 0 < self.loraplus_ratio < math.inf, "positive"),
             ("warmup", 0 <= self.warmup < math.inf, "0 or positive"),
             ("num_epochs", self.num_epochs >= 1, "at least 1"),
             ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
             ("micro_batch_size", self.micro_batch_size >= 1, "at least 1"),
+            (
+                "columns",
+                set(self.columns) <= set(get_args(Column)),
+                f"of {', '.join(get_args(Column))}",
+            ),
+            ("eval_fraction", 0 <= self.eval_fraction < 1, "0 or more and below 1"),
+            ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
+            ("eval_interval", self.eval_interval >= 1, "at least 1"),
+            ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("dropout", self.dropout == 0, "0; adapters are trained as they are served"),
         ]
+        rule = f"'default' or {self.start!r} with the variant {self.variant!r}"
+        checks.append(("init", self.init in ("default", self.start), rule))
         _check(self, checks, f"unit {self.name!r}: ")
 
     @property
+    def start(self) -> str:
+        """The init that is used: the variant's own, if it is one."""
+        return self.variant if re.fullmatch(INITS, self.variant) else self.init
+
+    @property
+    def has_gain(self) -> bool:
+        """True when DoRA's magnitudes are trained."""
+        return self.use_dora or self.variant == "dora"
+
+    @property
+    def has_root_scaling(self) -> bool:
+        """True when the scaling is alpha / sqrt(rank)."""
+        return self.variant == "rslora"
+
+    @property
     def scaling(self) -> float:
-        """s in ΔW = s·BA."""
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+        """s in ΔW = s·BA, where no pattern says otherwise."""
+        return self.alpha / (math.sqrt(self.rank) if self.has_root_scaling else self.rank)
 
     @property
     def examples_per_step(self) -> int:
@@ -110,11 +188,16 @@ class TrainConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     seed: int = 0
     max_seq_len: int = 1024
-    """Longer examples are cut at the end, counted and reported."""
+    """Longer examples are cut as the unit's `truncation` says, counted and reported."""
     log_interval: int = 10
     """Updates of a unit between two progress lines, where there is no terminal."""
     checkpoint_interval: int = 200
     """Forwards between two checkpoints."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again for its gradient: less memory, the
+    same gradients, about a third more time."""
+    tensorboard: bool = False
+    """Also write curves for TensorBoard; needs the extra `tensorboard`."""
     resume: bool = False
     """Continue from the newest checkpoint in `output`, which must be of the same run."""
 
@@ -124,6 +207,7 @@ class TrainConfig:
             ("units", len(names) > 0, "at least one unit"),
             ("units", len(set(names)) == len(names), "units of different names"),
             ("max_seq_len", self.max_seq_len >= 2, "at least 2"),
+            ("max_seq_len", self._fits_batches(), "at most the units' max_tokens_per_batch"),
             ("log_interval", self.log_interval >= 1, "at least 1"),
             ("checkpoint_interval", self.checkpoint_interval >= 1, "at least 1"),
         ]
@@ -140,21 +224,19 @@ class TrainConfig:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-        return _convert(content, cls, "")
+        return convert(content, cls, "")
+
+    def _fits_batches(self) -> bool:
+        budgets = [unit.max_tokens_per_batch or self.max_seq_len for unit in self.units]
+        return all(budget >= self.max_seq_len for budget in budgets)
 
     def seed_of(self, unit: UnitConfig) -> int:
         """The seed a unit uses."""
         return self.seed if unit.seed is None else unit.seed
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A sentence that proposes the most similar valid name, or lists them all."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(valid))}"
-
-
 def _is_folder_name(name: str) -> bool:
-    is_plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) is not None
+    is_plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._=-]*", name) is not None
     return is_plain and name not in RESERVED_NAMES
 
 
@@ -163,59 +245,3 @@ def _check(config: object, checks: list[tuple[str, bool, str]], where: str = "")
         if not is_valid:
             value = getattr(config, name)
             raise ConfigError(f"{where}{name} is {value!r}; it must be {rule}", field=name)
-
-
-def _convert(value: object, hint: Any, name: str) -> Any:
-    """`value` of a YAML file as the type `hint`, or a ConfigError naming the dotted key `name`."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for kind in kinds:
-        if is_dataclass(kind) and isinstance(value, dict):
-            return _build(value, kind, name)
-        if get_origin(kind) is tuple and isinstance(value, list):
-            item_kind = get_args(kind)[0]
-            return tuple(_convert(v, item_kind, f"{name}[{i}]") for i, v in enumerate(value))
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if kind in (int, str, bool) and type(value) is kind:
-            return value
-        if kind is NoneType and value is None:
-            return None
-        if kind is Path and isinstance(value, str):
-            return Path(value)
-        if kind is float and _is_number(value):
-            return float(value)  # type: ignore[arg-type]
-    rule = " or ".join(_describe(kind) for kind in kinds)
-    raise ConfigError(f"{name or 'the file'} is {value!r}; it must be {rule}", field=name or None)
-
-
-def _build(values: dict[Any, object], kind: Any, name: str) -> Any:
-    hints = get_type_hints(kind)
-    prefix = f"{name}." if name else ""
-    for key in values:
-        if key not in hints:
-            advice = nearest(str(key), list(hints))
-            raise ConfigError(f"{prefix}{key} is not a field; {advice}", field=f"{prefix}{key}")
-    for entry in fields(kind):
-        if entry.name not in values and entry.default is entry.default_factory is MISSING:
-            raise ConfigError(f"{prefix}{entry.name} is missing", field=f"{prefix}{entry.name}")
-    return kind(**{key: _convert(v, hints[key], f"{prefix}{key}") for key, v in values.items()})
-
-
-def _is_number(value: object) -> bool:
-    """True for numbers and for text like 1e-4, which YAML 1.1 does not read as a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    names |= {Path: "a path", NoneType: "null"}
-    return names.get(kind, "a mapping of fields")

@@ -1,22 +1,77 @@
-"""Where an adapter's training starts. Each init is a function of shape, rank and a generator.
+"""Where an adapter's training starts: one function a kind, from a weight, a rank and a generator.
 
-Source: LoRA, arXiv:2106.09685; bounds as in PEFT (`kaiming_uniform_` with a = √5).
+`kaiming` starts as no change. PiSSA and OLoRA start at factors of the weight itself, which
+elsewhere are taken out of the base; here the base stays, and only what is learned beyond them
+acts. LoftQ starts at what quantisation lost.
+Source: LoRA arXiv:2106.09685, PiSSA arXiv:2404.02948, OLoRA arXiv:2406.01775, LoftQ
+arXiv:2310.08659; peft 0.21.2, `lora/layer.py`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.core import LinearShape
 
+FACTOR_OF_WEIGHT = re.compile(r"pissa(_niter_(?P<niter>\d{1,3}))?|olora")
+"""Inits whose first factors are a part of the weight."""
 
-def kaiming_uniform(
-    shape: LinearShape, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+
+def kaiming(shape: LinearShape, rank: int, generator: torch.Generator) -> Factors:
     """A (rank, in) ~ U(±1/√in) and B (out, rank) = 0, float32: the adapter starts as no change."""
     a = torch.empty(rank, shape.in_features)
     torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-    return a, torch.zeros(shape.out_features, rank)
+    return Factors(a, torch.zeros(shape.out_features, rank))
+
+
+def factors_of_weight(
+    init: str, weight: Tensor, rank: int, scaling: float, generator: torch.Generator
+) -> Factors:
+    """A₀, B₀ of an init that `FACTOR_OF_WEIGHT` matches, in the weight's dtype and on its device.
+
+    `pissa`: s·B₀A₀ is the best approximation of rank r of `weight` (out, in), and both factors have
+    the same length; `pissa_niter_N`: the same from a random sketch and N power iterations;
+    `olora`: the first r columns of Q and rows of R in W = QR.
+    """
+    if init == "olora":
+        orthogonal, triangular = torch.linalg.qr(weight)
+        return Factors(triangular[:rank], orthogonal[:, :rank])
+    match = FACTOR_OF_WEIGHT.fullmatch(init)
+    niter = match and match["niter"]
+    if niter is None:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        left, values, right = sketched_svd(weight, rank, int(niter), generator)
+    root = (values[:rank] / scaling).sqrt()
+    return Factors(root[:, None] * right[:rank], left[:, :rank] * root)
+
+
+def sketched_svd(
+    weight: Tensor, rank: int, niter: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r,) and Vᵀ (r, in) of about the best approximation of rank r, far faster.
+
+    Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1; no oversampling, as
+    in PEFT.
+    """
+    noise = torch.randn(weight.shape[1], rank, generator=generator)
+    span = torch.linalg.qr(weight @ noise.to(weight)).Q
+    for _ in range(niter):
+        span = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ span).Q).Q
+    left, values, right = torch.linalg.svd(span.T @ weight, full_matrices=False)
+    return span @ left, values, right
+
+
+def quantisation_loss(original: Tensor, serving: Tensor, rank: int, scaling: float) -> Factors:
+    """A, B with s·BA the best approximation of rank r of W₁₆ − q(W), both (out, in).
+
+    LoftQ of one iteration: q(W) is the serving base. PEFT leaves out the division by s.
+    """
+    left, values, right = torch.linalg.svd(original - serving, full_matrices=False)
+    root = values[:rank].sqrt()
+    return Factors(root[:, None] * right[:rank], left[:, :rank] * root / scaling)

@@ -1,27 +1,29 @@
-"""What people see of a run: progress while it lasts, and `report/` when it ends."""
+"""What stays of a run: `report/` with curves, a plot and one page."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus
 
 RECENT_STEPS = 10
-"""Updates that a shown speed or final loss is averaged over."""
+"""Updates that the first and the last loss of the summary are averaged over."""
 
 _STATUS = {
     UnitStatus.RUNNING: "interrupted",
     UnitStatus.DONE: "done",
+    UnitStatus.STOPPED: "stopped",
     UnitStatus.FAILED: "failed",
 }
+_NOT_SETTINGS = ("name", "data", "eval_data", "sweep")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,97 +42,97 @@ class UnitResult:
     """Updates that were planned."""
     records: tuple[StepRecord, ...]
     """Updates that were made."""
+    note: str | None = None
+    """Why the unit ended before its last update, or whose copy it is."""
+    sweep: str | None = None
+    """The unit whose sweep this is a member of."""
+    copy_of: str | None = None
+    """Set for the unit of a sweep: the member whose adapter and curves it has."""
+    eval_data: str | None = None
+    eval_records: tuple[EvalRecord, ...] = ()
+    best: EvalRecord | None = None
+    """The evaluation with the lowest loss."""
+    exported_step: int = 0
+    """The update whose weights `folder` holds."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What differs from the defaults of UnitConfig."""
+
+    @classmethod
+    def of(cls, unit: Unit, folder: Path | None, sweep: str | None = None) -> UnitResult:
+        """The facts of a unit; `folder` holds its adapter if it is done."""
+        held_out = unit.held_out
+        return cls(
+            name=unit.name,
+            status=unit.status,
+            error=unit.error,
+            folder=folder,
+            data=unit.dataset.describe(),
+            num_parameters=unit.num_parameters,
+            num_steps=unit.num_steps,
+            records=tuple(unit.records),
+            note=unit.note,
+            sweep=sweep,
+            eval_data=held_out.dataset.describe() if held_out else None,
+            eval_records=tuple(held_out.records) if held_out else (),
+            best=held_out.best_record if held_out else None,
+            exported_step=unit.exported_step,
+            settings=_settings(unit.config),
+        )
+
+    @property
+    def exported_loss(self) -> float:
+        """Held-out loss of the exported weights; inf when there is none."""
+        losses = (r.loss for r in self.eval_records if r.step == self.exported_step)
+        return next(filter(math.isfinite, losses), math.inf)
 
 
-@contextmanager
-def show_progress(
-    console: Console, units: Sequence[Unit], log_interval: int
-) -> Iterator[Callable[[Sequence[Unit]], None]]:
-    """Show the data, then a bar per unit, or plain lines where there is no terminal.
-
-    Yields a function to call with the units that changed.
-    """
-    for unit in units:
-        _say(console, f"{unit.name}: {unit.num_parameters:,} parameters, {unit.num_steps} updates")
-        _say(console, f"{unit.name}: {unit.dataset.describe()}")
-    if console.is_terminal:
-        with _bars(console) as progress:
-            yield _BarView(progress, units).show
-    else:
-        yield lambda changed: _show_lines(console, changed, log_interval)
-
-
-class _BarView:
-    def __init__(self, progress: Progress, units: Sequence[Unit]) -> None:
-        self._progress = progress
-        self._tasks = {
-            unit.name: progress.add_task(
-                unit.name, total=unit.num_steps, completed=unit.step, state=""
-            )
-            for unit in units
-        }
-
-    def show(self, changed: Sequence[Unit]) -> None:
-        for unit in changed:
-            self._progress.update(
-                self._tasks[unit.name], completed=unit.step, state=describe_state(unit)
-            )
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}", markup=False),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) -> None:
-    for unit in changed:
-        if not unit.is_running or unit.step % log_interval == 0:
-            remaining_s = (unit.num_steps - unit.step) * _mean(_recent(unit, "seconds"))
-            _say(
-                console,
-                f"{unit.name}: {unit.step}/{unit.num_steps} {describe_state(unit)}"
-                + (f", {remaining_s:.0f} s left" if unit.is_running else ""),
-            )
-
-
-def describe_state(unit: Unit) -> str:
-    """Loss and speed of the last updates, or why the unit failed."""
-    if unit.error is not None:
-        return f"failed: {unit.error}"
-    seconds = sum(_recent(unit, "seconds"))
-    speed = sum(_recent(unit, "num_tokens")) / seconds if seconds else 0.0
-    return f"loss {unit.records[-1].loss:.3f}, {speed:.0f} tokens/s"
+def _settings(config: UnitConfig) -> dict[str, object]:
+    default = UnitConfig(name=config.name, data=config.data)
+    values = {entry.name: getattr(config, entry.name) for entry in fields(UnitConfig)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in _NOT_SETTINGS and value != getattr(default, name)
+    }
 
 
 def write_report(folder: Path, results: Sequence[UnitResult]) -> None:
     """Write loss.csv (a row per update), loss.png and summary.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "loss.csv", results)
-    _write_plot(folder / "loss.png", results)
+    trained = [result for result in results if result.copy_of is None]
+    _write_csv(folder / "loss.csv", trained)
+    _write_plot(folder / "loss.png", trained)
     (folder / "summary.md").write_text(_summary(results), encoding="utf-8")
 
 
 def _write_csv(path: Path, results: Sequence[UnitResult]) -> None:
+    """`eval_loss` is empty where there was no evaluation."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["unit", *StepRecord._fields])
+        writer.writerow(["unit", *StepRecord._fields, "eval_loss"])
         for result in results:
-            writer.writerows([result.name, *record] for record in result.records)
+            eval_losses = {record.step: record.loss for record in result.eval_records}
+            writer.writerows(
+                [result.name, *record, eval_losses.get(record.step, "")]
+                for record in result.records
+            )
 
 
 def _write_plot(path: Path, results: Sequence[UnitResult]) -> None:
+    """A line per unit; its held-out losses are dashed, in the same colour."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="update", ylabel="training loss per target token")
-    for result in results:
-        steps = [record.step for record in result.records]
-        axes.plot(steps, [record.loss for record in result.records], label=result.name)
-    axes.legend()
+    axes = figure.add_subplot(xlabel="update", ylabel="loss per target token")
+    for index, result in enumerate(results):
+        colour = f"C{index % 10}"
+        for records, style, label in [
+            (result.records, "-", result.name),
+            (result.eval_records, "o--", f"{result.name}, held out"),
+        ]:
+            if records:
+                steps, losses = [r.step for r in records], [r.loss for r in records]
+                axes.plot(steps, losses, style, color=colour, markersize=4, label=label)
+    if any(result.records for result in results):
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -139,17 +141,17 @@ def _summary(results: Sequence[UnitResult]) -> str:
     lines = [
         "# Training run",
         "",
-        "| unit | status | updates | first loss | last loss | parameters | tokens/s |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| unit | status | updates | first loss | last loss | held out, last | held out, best "
+        "| parameters | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         *(_summary_row(result) for result in results),
         "",
-        f"Losses are means over up to {RECENT_STEPS} updates. Forwards are shared by the units, so",
-        "their speeds add up.",
+        f"Losses are means over up to {RECENT_STEPS} updates, held-out losses over all held-out",
+        "target tokens. Forwards are shared by the units, so their speeds add up.",
         "",
         "![loss](loss.png)",
         "",
-        *(f"- {result.name}: {result.data}" for result in results),
-        *(f"- {result.name} failed: {result.error}" for result in results if result.error),
+        *(line for result in results for line in _summary_facts(result)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -158,25 +160,34 @@ def _summary_row(result: UnitResult) -> str:
     losses = [record.loss for record in result.records]
     seconds = sum(record.seconds for record in result.records)
     num_tokens = sum(record.num_tokens for record in result.records)
+    best = result.best
     cells = [
         result.name,
         _STATUS[result.status],
         f"{len(losses)}/{result.num_steps}",
         f"{_mean(losses[:RECENT_STEPS]):.4f}" if losses else "-",
         f"{_mean(losses[-RECENT_STEPS:]):.4f}" if losses else "-",
+        f"{result.eval_records[-1].loss:.4f}" if result.eval_records else "-",
+        f"{best.loss:.4f} (update {best.step})" if best else "-",
         f"{result.num_parameters:,}",
         f"{num_tokens / seconds:.0f}" if seconds else "-",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _recent(unit: Unit, field: str) -> list[float]:
-    return [getattr(record, field) for record in unit.records[-RECENT_STEPS:]]
+def _summary_facts(result: UnitResult) -> list[str]:
+    """Data, settings, and what happened, one line each."""
+    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
+    facts = [
+        result.data,
+        f"held out {result.eval_data}" if result.eval_data else None,
+        f"settings: {settings or 'the defaults'}",
+        f"{result.folder}: weights after update {result.exported_step}" if result.folder else None,
+        result.note,
+        f"{result.name} failed: {result.error}" if result.error else None,
+    ]
+    return [f"## {result.name}", "", *(f"- {fact}" for fact in facts if fact is not None), ""]
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

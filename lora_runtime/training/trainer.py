@@ -12,8 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,21 +21,23 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from lora_runtime.adapters.files.folder import write_adapter
-from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
-from lora_runtime.adapters.parity import Logits, measure
-from lora_runtime.adapters.reduction import peft_files
-from lora_runtime.base.attention import VarlenAttention
+from lora_runtime.adapters.parity import Logits
 from lora_runtime.base.loader import Base, load_base
-from lora_runtime.core import BaseSpec
+from lora_runtime.base.recompute import recomputed
 from lora_runtime.errors import ConfigError
-from lora_runtime.kernels import Span, StepMeta
 from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.training.binding import bind
 from lora_runtime.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Example, PackedBatch, load_dataset
-from lora_runtime.training.report import UnitResult, show_progress, write_report
-from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus, bind
+from lora_runtime.training.data import Example, PackedBatch, load_all
+from lora_runtime.training.evaluation import evaluate_due
+from lora_runtime.training.export import adapter_files, export
+from lora_runtime.training.forward import UnitRows, forward
+from lora_runtime.training.progress import show_progress
+from lora_runtime.training.report import UnitResult, write_report
+from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
+from lora_runtime.training.tensorboard import write_curves
+from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus
 
 ShouldStop = Callable[[], bool]
 
@@ -47,6 +49,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[UnitResul
     result. Raises ConfigError, DataError, BaseRefused.
     """
     console = console or Console()
+    expand(config.units)  # its mistakes are better known before the base is loaded
     with console.status("loading the base") as status:
         base = load_base(config.base, on_progress=status.update)
     tokenizer = Tokenizer.load(base.folder)
@@ -63,25 +66,49 @@ def train_units(
 ) -> list[UnitResult]:
     """Train on a base that is already loaded. `should_stop` is asked before every forward."""
     checkpoints = config.output / "checkpoints"
-    _check_run(config, base.spec, has_checkpoint(checkpoints))
-    units = _create_units(base, tokenizer, config)
+    _check_output(config, has_checkpoint(checkpoints))
+    unit_configs, sweeps = expand(config.units)
+    units = create_units(base, tokenizer, replace(config, units=unit_configs), sweeps)
+    base = recomputed(base) if config.activation_checkpointing else base
     num_passes = 0
     if config.resume:
         num_passes = load_checkpoint(checkpoints, units, base.spec.fingerprint)
-    with show_progress(console, units, config.log_interval) as show:
+    with _watch(console, units, config) as show:
         while active := [unit for unit in units if unit.is_running]:
             if should_stop():
                 save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
                 break
-            show(run_pass(base, active))
+            changed = run_pass(base, active)
+            evaluate_due(base, changed, loss_sums)
+            changed += stop_losers(units, sweeps)
+            show(changed)
             num_passes += 1
             if num_passes % config.checkpoint_interval == 0:
                 save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
-    results = [_finish(unit, base, config.output / unit.name) for unit in units]
+    results = [_finish(unit, base, config.output / unit.name, sweeps) for unit in units]
+    results += winners(results, sweeps, config.output)
     write_report(config.output / "report", results)
     if not active:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return results
+
+
+@contextmanager
+def _watch(
+    console: Console, units: Sequence[Unit], config: TrainConfig
+) -> Iterator[Callable[[Sequence[Unit]], None]]:
+    """Yield a function that shows the units that changed."""
+    with ExitStack() as stack:
+        views = [stack.enter_context(show_progress(console, units, config.log_interval))]
+        if config.tensorboard:
+            folder = config.output / "report" / "tensorboard"
+            views.append(stack.enter_context(write_curves(folder, units)))
+
+        def show(changed: Sequence[Unit]) -> None:
+            for view in views:
+                view(changed)
+
+        yield show
 
 
 def run_pass(base: Base, units: Sequence[Unit]) -> list[Unit]:
@@ -112,35 +139,26 @@ def window_losses(
     Share = sum of the micro-batch's token losses / target tokens of the whole window, so that
     micro-batches of any lengths add up to the mean over the window.
     """
+    sums = loss_sums(base, units, batches)
+    return sums / sums.new_tensor([unit.window_target_tokens for unit in units])
+
+
+def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
+    """Each unit's sum of the token losses of its examples (N,), from one forward of all rows."""
     batch = PackedBatch.of([example for examples in batches for example in examples], base.device)
-    meta = StepMeta.build(_spans(batches), base.device)
-    with base.context.effect(meta, bind(units, base.spec.linears)):
-        logits = base.forward(
-            batch.token_ids, batch.position_ids, VarlenAttention(batch.lengths), batch.logits_at
-        )
+    rows = [
+        UnitRows([len(example.token_ids) for example in examples], unit.layer_map)
+        for unit, examples in zip(units, batches, strict=True)
+    ]
+    bindings = bind(units, base)
+    logits = forward(base, rows, bindings, batch.token_ids, batch.position_ids, batch.logits_at)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_losses = F.cross_entropy(logits, batch.labels, reduction="none")
     counts = [sum(len(example.predictors) for example in examples) for examples in batches]
-    shares = zip(token_losses.split(counts), units, strict=True)
-    return torch.stack([losses.sum() / unit.window_target_tokens for losses, unit in shares])
+    return torch.stack([losses.sum() for losses in token_losses.split(counts)])
 
 
-def _spans(batches: Sequence[Sequence[Example]]) -> list[Span]:
-    """Unit n's rows follow those of unit n - 1."""
-    lengths = [sum(len(example.token_ids) for example in examples) for examples in batches]
-    starts = accumulate(lengths, initial=0)
-    return [
-        Span(slot=slot, first_token=start, num_tokens=length)
-        for slot, (start, length) in enumerate(zip(starts, lengths, strict=False))
-    ]
-
-
-def _check_run(config: TrainConfig, base: BaseSpec, is_interrupted: bool) -> None:
-    if config.max_seq_len > base.max_model_len:
-        raise ConfigError(
-            f"max_seq_len is {config.max_seq_len}; {base.name} takes {base.max_model_len}",
-            field="max_seq_len",
-        )
+def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
     if is_interrupted and not config.resume:
         raise ConfigError(
             f"{config.output} holds an unfinished run; resume it, remove its checkpoints, or "
@@ -155,14 +173,26 @@ def _check_run(config: TrainConfig, base: BaseSpec, is_interrupted: bool) -> Non
         ) from error
 
 
-def _create_units(base: Base, tokenizer: Tokenizer, config: TrainConfig) -> list[Unit]:
-    paths = {unit.data for unit in config.units}
-    datasets = {path: load_dataset(path, tokenizer, config.max_seq_len) for path in paths}
-    like = torch.empty(0, dtype=base.dtype, device=base.device)
-    return [
-        Unit(unit, datasets[unit.data], base.spec.linears, seed=config.seed_of(unit), like=like)
-        for unit in config.units
-    ]
+def create_units(
+    base: Base, tokenizer: Tokenizer, config: TrainConfig, sweeps: Sweeps
+) -> list[Unit]:
+    """Read the data and start the weights of every unit of a run whose sweeps are expanded.
+
+    Raises ConfigError, DataError.
+    """
+    if config.max_seq_len > base.spec.max_model_len:
+        raise ConfigError(
+            f"max_seq_len is {config.max_seq_len}; {base.spec.name} takes "
+            f"{base.spec.max_model_len}",
+            field="max_seq_len",
+        )
+    units = []
+    datasets = load_all(config.units, tokenizer, config.max_seq_len)
+    for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
+        unit = Unit(unit_config, dataset, base, seed=config.seed_of(unit_config))
+        unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
+        units.append(unit)
+    return units
 
 
 def unit_logits(base: Base, unit: Unit) -> Logits:
@@ -174,57 +204,30 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
         token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
         everywhere = torch.arange(len(token_ids), device=base.device)
-        span = Span(slot=0, first_token=0, num_tokens=len(token_ids))
-        meta = StepMeta.build([span] if with_adapter else [], base.device)
-        with base.context.effect(meta, bind([unit], base.spec.linears)):
-            found = base.forward(token_ids, positions, VarlenAttention(lengths), everywhere)
+        own = UnitRows(lengths, unit.layer_map if with_adapter else None)
+        bindings = bind([unit], base) if with_adapter else {}
+        found = forward(base, [own], bindings, token_ids, positions, everywhere)
         return found.split(lengths)
 
     return logits
 
 
-def _finish(unit: Unit, base: Base, folder: Path) -> UnitResult:
+def _finish(unit: Unit, base: Base, folder: Path, sweeps: Sweeps) -> UnitResult:
     """Write a finished unit's adapter in PEFT's format, and its parity record."""
+    if unit.status is UnitStatus.DONE and unit.held_out and unit.exports_best:
+        unit.held_out.restore_best(unit.parameters)
     is_finite = all(bool(parameter.isfinite().all()) for parameter in unit.parameters)
     if unit.status is UnitStatus.DONE and not is_finite:
         unit.fail(f"the weights are not finite after update {unit.step}; {LOWER_RATE}")
     is_done = unit.status is UnitStatus.DONE
     if is_done:
-        _export(unit, base, folder)
-    return UnitResult(
-        name=unit.name,
-        status=unit.status,
-        error=unit.error,
-        folder=folder if is_done else None,
-        data=unit.dataset.describe(),
-        num_parameters=unit.num_parameters,
-        num_steps=unit.num_steps,
-        records=tuple(unit.records),
-    )
-
-
-def _export(unit: Unit, base: Base, folder: Path) -> None:
-    targets = unit.config.target_modules
-    if targets == "all-linear":
-        targets = tuple({path.rpartition(".")[2] for path in unit.factors})
-    files = peft_files(
-        rank=unit.config.rank,
-        alpha=unit.config.alpha,
-        use_rslora=unit.config.variant == "rslora",
-        target_modules=targets,
-        tensors={path: (pair.a.float(), pair.b.float()) for path, pair in unit.factors.items()},
-        base=base.spec,
-        metadata={"loramux.data_sha256": unit.dataset.digest, "loramux.steps": str(unit.step)},
-    )
-    golden = measure(
-        unit_logits(base, unit),
-        vocab_size=base.spec.vocab_size,
-        fingerprint=base.spec.fingerprint,
-        dtype=base.spec.dtype,
-    )
-    remove_golden(folder)
-    write_adapter(folder, *files)
-    write_golden(folder, golden)
+        metadata = {
+            "loramux.data_sha256": unit.dataset.digest,
+            "loramux.steps": str(unit.exported_step),
+        }
+        files = adapter_files(unit.config, base.spec, unit.modules, metadata)
+        export(folder, files, unit_logits(base, unit), base.spec)
+    return UnitResult.of(unit, folder if is_done else None, sweep_of(unit.name, sweeps))
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """One adapter being trained: its weights, optimizer, schedule and place in its data.
 
-A unit knows nothing of the other units; `bind` alone puts several side by side on one base.
+A unit knows nothing of the other units; `binding.py` alone puts several side by side on one base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -17,13 +16,12 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
-from lora_runtime.base.adapted_linear import Binding
-from lora_runtime.core import LinearShape
-from lora_runtime.errors import ConfigError
-from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
-from lora_runtime.training.config import UnitConfig, nearest
-from lora_runtime.training.data import Dataset, Example, ExampleStream
-from lora_runtime.training.inits import kaiming_uniform
+from lora_runtime.base.loader import Base
+from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.data import Dataset, Example, ExampleStream, micro_batches
+from lora_runtime.training.held_out import HeldOut
+from lora_runtime.training.optimizers import create_optimizer, decay_starts
+from lora_runtime.training.starts import adapter_spec, start_modules
 
 LOWER_RATE = "a lower learning_rate usually helps"
 
@@ -33,14 +31,9 @@ class UnitStatus(StrEnum):
 
     RUNNING = "running"
     DONE = "done"
+    STOPPED = "stopped"
+    """Lost its sweep."""
     FAILED = "failed"
-
-
-class Factors(NamedTuple):
-    """a (rank, in), b (out, rank): ΔW = scaling · b a."""
-
-    a: Parameter
-    b: Parameter
 
 
 class StepRecord(NamedTuple):
@@ -77,18 +70,17 @@ class Unit:
         self,
         config: UnitConfig,
         dataset: Dataset,
-        linears: Mapping[str, LinearShape],
+        base: Base,
         *,
         seed: int,
-        like: Tensor,
     ) -> None:
-        """`like` gives the device, and its dtype decides that of the weights."""
+        """Raises ConfigError for settings that the base cannot follow."""
         self.config, self.dataset, self.seed = config, dataset, seed
         self.num_steps = config.num_steps(len(dataset.examples))
-        self.factors = _start(config, linears, seed, like)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        spec = adapter_spec(config, base.spec)
+        self.layer_map = spec.layer_map
+        self.modules = start_modules(config, spec, base, seed)
+        self.optimizer = create_optimizer(config, self.modules)
         self.schedule = get_scheduler(
             config.schedule,
             self.optimizer,
@@ -98,6 +90,8 @@ class Unit:
         self.records: list[StepRecord] = []
         self.status = UnitStatus.RUNNING
         self.error: str | None = None
+        self.note: str | None = None
+        self.held_out: HeldOut | None = None
         self.window = Window()
         self._stream = ExampleStream(dataset.examples, seed)
 
@@ -120,7 +114,17 @@ class Unit:
 
     @property
     def parameters(self) -> list[Parameter]:
-        return [parameter for factors in self.factors.values() for parameter in factors]
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """What is trained: `<module>.<part>` → parameter, in a fixed order."""
+        parts = {name: module.parameters for name, module in self.modules.items()}
+        return {f"{name}.{part}": value for name in parts for part, value in parts[name].items()}
+
+    def named_constants(self) -> dict[str, Tensor]:
+        """What no update changes and only the start of the run knows: factors of the weight."""
+        parts = {name: module.constants for name, module in self.modules.items()}
+        return {f"{name}.{part}": value for name in parts for part, value in parts[name].items()}
 
     @property
     def num_parameters(self) -> int:
@@ -128,9 +132,7 @@ class Unit:
 
     def next_micro_batch(self) -> list[Example]:
         """The examples of this unit's next forward."""
-        examples = self._window_examples()
-        first = self.window.num_micro_batches * self.config.micro_batch_size
-        return examples[first : first + self.config.micro_batch_size]
+        return self._micro_batches()[self.window.num_micro_batches]
 
     @property
     def window_target_tokens(self) -> int:
@@ -147,14 +149,29 @@ class Unit:
         window.num_micro_batches += 1
         window.loss += loss
         window.seconds += seconds
-        num_done = window.num_micro_batches * self.config.micro_batch_size
-        if num_done >= len(self._window_examples()):
+        if window.num_micro_batches == len(self._micro_batches()):
             self._update()
 
     def fail(self, error: str) -> None:
         """Stop this unit; its weights stay as they were after the last update."""
         self.status, self.error = UnitStatus.FAILED, error
         self.optimizer.zero_grad()
+
+    def end(self, status: UnitStatus, note: str) -> None:
+        """Stop this unit before its last update, without an error; `note` says why."""
+        self.status, self.note = status, note
+        self.optimizer.zero_grad()
+
+    @property
+    def exports_best(self) -> bool:
+        """True when not the last weights are exported but those of the lowest held-out loss."""
+        return self.config.export == "best" and bool(self.held_out and self.held_out.best)
+
+    @property
+    def exported_step(self) -> int:
+        """The update whose weights are exported."""
+        best = self.held_out.best_record if self.held_out and self.exports_best else None
+        return best.step if best else self.step
 
     def _update(self) -> None:
         limit = self.config.max_grad_norm or math.inf
@@ -173,6 +190,7 @@ class Unit:
             seconds=self.window.seconds,
         )
         self.optimizer.step()
+        decay_starts(self.optimizer, self.modules)
         self.schedule.step()
         self.optimizer.zero_grad()
         self.records.append(record)
@@ -180,79 +198,14 @@ class Unit:
         if self.step == self.num_steps:
             self.status = UnitStatus.DONE
 
+    def _micro_batches(self) -> list[list[Example]]:
+        config = self.config
+        examples = self._window_examples()
+        return micro_batches(examples, config.micro_batch_size, config.max_tokens_per_batch)
+
     def _window_examples(self) -> list[Example]:
         size = self.config.examples_per_step
         start = self.step * size
         if self.config.max_steps is None:
             size = min(size, len(self.dataset.examples) * self.config.num_epochs - start)
         return self._stream.take(start, size)
-
-
-def select_targets(config: UnitConfig, linears: Mapping[str, LinearShape]) -> list[str]:
-    """Paths of the linears a unit adapts, in the base's order; names match as in PEFT's lists.
-
-    Raises ConfigError when a name matches nothing.
-    """
-    if config.target_modules == "all-linear":
-        return list(linears)
-    for target in config.target_modules:
-        if not any(_is_named(path, target) for path in linears):
-            names = sorted({path.rpartition(".")[2] for path in linears})
-            raise ConfigError(
-                f"unit {config.name!r}: target_modules has {target!r}, which the base has not; "
-                f"{nearest(target, names)}",
-                field="target_modules",
-            )
-    return [
-        path for path in linears if any(_is_named(path, target) for target in config.target_modules)
-    ]
-
-
-def _is_named(path: str, target: str) -> bool:
-    """True when `target` is the whole path or follows one of its dots."""
-    return f".{path}".endswith(f".{target}")
-
-
-def bind(units: Sequence[Unit], linears: Mapping[str, LinearShape]) -> dict[str, Binding]:
-    """The units' weights as one memory per module, differentiable; unit n has slot n.
-
-    B' = scaling · B; a module that no unit adapts is left out.
-    """
-    return {
-        path: _binding(units, path)
-        for path in linears
-        if any(path in unit.factors for unit in units)
-    }
-
-
-def _binding(units: Sequence[Unit], path: str) -> Binding:
-    """Each unit's A and B' of one module end to end, and the run table (N, 1, 8) over them."""
-    runs, parts, end = [], [], 0
-    for unit in units:
-        run = NO_RUN
-        if path in unit.factors:
-            a, b = unit.factors[path]
-            parts += [a.flatten(), (unit.config.scaling * b.T).flatten()]
-            run = Run(rank=len(a), a=end, b=end + a.numel())
-            end += a.numel() + b.numel()
-        runs.append([run])
-    weights = torch.cat(parts)
-    none = weights.new_empty(0, dtype=torch.float32)
-    memory = AdapterMemory(weights, none, none.int())
-    return Binding(memory, torch.tensor(runs, device=weights.device))
-
-
-def _start(
-    config: UnitConfig, linears: Mapping[str, LinearShape], seed: int, like: Tensor
-) -> dict[str, Factors]:
-    """Fresh weights, drawn on the CPU so that every device starts from the same ones."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    starts = {
-        path: kaiming_uniform(linears[path], config.rank, generator)
-        for path in select_targets(config, linears)
-    }
-    return {
-        path: Factors(*(Parameter(part.to(like.device, dtype)) for part in pair))
-        for path, pair in starts.items()
-    }

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lora_runtime.training import trainer
+from lora_runtime.training import dry_run, trainer
+from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
 from server.cli import app
@@ -51,6 +52,7 @@ def server(tmp_path_factory):
     settings = folder / "serve.yaml"
     settings.write_text(
         f"base: {folder / 'base'}\nadapter_roots: [{folder / 'adapters'}]\ndtype: float32\n"
+        f"adapter_store: {folder / 'store'}\n"
         "grpc_address: 127.0.0.1:0\nhttp_address: 127.0.0.1:0\nlog_format: json\n"
         "max_num_batched_tokens: 64\nkv_bytes: 4000000\nadapter_pool_bytes: 4000000\n"
     )
@@ -178,7 +180,7 @@ def test_no_server_is_one_line_that_names_the_address(invoke):
 @pytest.mark.parametrize(
     "command",
     ["", "serve", "generate", "adapters", "adapters load", "adapters unload", "adapters list",
-     "adapters show", "train", "doctor"],
+     "adapters show", "adapters upload", "adapters rollback", "train", "merge", "doctor"],
 )  # fmt: skip
 def test_every_command_and_option_explains_itself(invoke, command):
     result = invoke(*command.split(), "--help")
@@ -254,3 +256,72 @@ def test_train_by_file(invoke, runs, tmp_path):
     file.write_text("output: out\nunit: []\n")
     refused = invoke("train", str(file))
     assert refused.exit_code == 1 and "units" in refused.stderr
+
+
+def test_train_flags_of_the_data(invoke, runs, tmp_path):
+    result = invoke("train", "--data", "d.csv", "--output", str(tmp_path), "--column",
+                    "prompt=a=b", "--column", "completion=label", "--truncation", "start",
+                    "--instructions", "alpaca", "--eval-fraction", "0.1",
+                    "--max-tokens-per-batch", "4096")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (unit,) = runs[0].units
+    assert unit.columns == {"prompt": "a=b", "completion": "label"}
+    assert (unit.truncation, unit.instructions) == ("start", "alpaca")
+    assert (unit.eval_fraction, unit.max_tokens_per_batch) == (0.1, 4096)
+    flags = ("train", "--data", "d", "--output", "o")
+    assert invoke(*flags, "--column", "prompt").exit_code == 2
+    refused = invoke(*flags, "--column", "promt=a")
+    assert refused.exit_code == 1 and "columns" in refused.stderr
+
+
+def test_train_flags_of_the_run(invoke, runs, tmp_path):
+    result = invoke("train", "--data", "d", "--eval-data", "e", "--output", str(tmp_path),
+                    "--sweep", "learning_rate=1e-4,3e-4", "--sweep", "rank=4,8", "--patience", "3",
+                    "--sweep", "variant=lora,rslora", "--eval-interval", "7", "--tensorboard",
+                    "--activation-checkpointing")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (run,) = runs
+    (unit,) = run.units
+    assert unit.sweep == {
+        "learning_rate": (1e-4, 3e-4), "rank": (4, 8), "variant": ("lora", "rslora"),
+    }  # fmt: skip
+    assert (unit.eval_data, unit.eval_interval, unit.patience) == (Path("e"), 7, 3)
+    assert run.tensorboard and run.activation_checkpointing
+    assert invoke("train", "--data", "d", "--output", "o", "--sweep", "rank").exit_code == 2
+
+
+def test_train_shows_held_out_losses_and_who_was_stopped(invoke, monkeypatch, tmp_path):
+    facts = dict(error=None, data="", num_parameters=1, num_steps=9, records=())
+    best = EvalRecord(step=4, loss=1.23456, seconds=0.1)
+    results = [
+        UnitResult(name="u-lr=1", status=UnitStatus.STOPPED, folder=None, note="behind u-lr=2",
+                   sweep="u", **facts),
+        UnitResult(name="u", status=UnitStatus.DONE, folder=tmp_path, best=best, **facts),
+    ]  # fmt: skip
+    monkeypatch.setattr(trainer, "train", lambda config, console: results)
+    result = invoke("train", "--data", "d", "--output", str(tmp_path))
+    assert result.exit_code == 0
+    assert "behind u-lr=2" in result.stdout and "1.2346" in result.stdout
+
+
+def test_dry_run_shows_estimates_and_trains_nothing(invoke, runs, monkeypatch, tmp_path):
+    facts = dict(targets=("q_proj", "up_proj"), num_parameters=12345, num_steps=7, num_tokens=999,
+                 weight_bytes=4000, gradient_bytes=5000, optimizer_bytes=8000,
+                 activation_bytes=1_200_000, seconds=3725.0)  # fmt: skip
+    one, two, both = (dry_run.Estimate(name=name, **facts) for name in ("one", "two", "one, two"))
+    asked = []
+
+    def measure(config, on_progress):
+        asked.append(config)
+        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000)
+
+    monkeypatch.setattr(dry_run, "dry_run", measure)
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: {tmp_path}/out\nunits: [{{name: one, data: a}}]\n")
+    result = invoke("train", str(file), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert runs == [] and len(asked) == 1 and not (tmp_path / "out").exists()
+    for text in ("12,345", "q_proj up_proj", "1.2 MB", "8.0 kB", "1:02:05", "all at once"):
+        assert text in result.stdout
+    assert "the whole run 3.2 MB" in result.stdout

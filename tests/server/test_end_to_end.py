@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_runtime.adapters.files.folder import TENSORS_FILE
+from lora_runtime.adapters.parity import SIDECAR_FILE
 from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
 from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
@@ -20,16 +23,20 @@ from lora_runtime.errors import (
     AdapterTooLarge,
     BaseMismatch,
     InvalidRequest,
+    ParityFailed,
 )
 from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.training.config import UnitConfig
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
+from server.uploads import AdapterStore
+from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data, run
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
 NUM_ADAPTERS = 8
@@ -68,6 +75,7 @@ async def running(folder):
         tokenizer=Tokenizer.load(folder / "base"),
         registry=registry,
         sources=Sources([folder / "adapters"]),
+        store=AdapterStore(folder / "store", 8 << 20),
         observer=observer,
         base_name="tiny",
     )
@@ -185,6 +193,39 @@ async def test_variants_say_what_they_are_and_what_they_did(folder, tmp_path) ->
         }
         assert rendered["shouts"] == await client.generate("AHOY!", adapter="a0", **GREEDY).text()
         assert rendered["shouts"] != rendered["a0"]
+
+
+async def test_what_our_trainer_made_is_uploaded_behind_the_parity_gate(folder, tmp_path) -> None:
+    """Uploading acts as loading does; a changed effect is refused and nothing of it is kept."""
+    unit = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4), max_steps=6,
+                      learning_rate=2e-2)  # fmt: skip
+    base = tiny_base("llama")
+    (result,) = run(base, make_tokenizer(tmp_path), tmp_path / "out", [unit])
+    assert (result.folder / SIDECAR_FILE).exists()
+    weaker = shutil.copytree(result.folder, tmp_path / "weaker")
+    tensors = load_file(weaker / TENSORS_FILE)
+    with safe_open(weaker / TENSORS_FILE, framework="pt") as opened:
+        facts = opened.metadata()
+    halved = {k: t / 2 if "lora_B" in k else t for k, t in tensors.items()}
+    save_file(halved, weaker / TENSORS_FILE, metadata=facts)
+    shutil.copytree(result.folder, folder / "adapters" / "by-path")
+    kept = folder / "store" / "adapters"
+    async with running(folder) as (client, _):
+        with pytest.raises(ParityFailed):
+            await client.upload_adapter("u", weaker)
+        assert list(kept.iterdir()) == [] == list((folder / "store" / "incoming").iterdir())
+        info, other, *_ = await asyncio.gather(
+            client.upload_adapter("u", result.folder),
+            client.upload_adapter("a", folder / "adapters" / "a0"),
+            *(collect(client, index) for index in range(8)),
+        )
+        by_path = (await client.load_adapter("v", "by-path")).adapter
+        assert info.digest == by_path.digest != other.digest and len(list(kept.iterdir())) == 2
+        assert await collect(client, 1, "u") == await collect(client, 1, "v")
+        assert await collect(client, 1, "u") != await collect(client, 1)
+        replaced = await client.upload_adapter("u", folder / "adapters" / "a1", replace=True)
+        assert (await client.rollback_adapter("u")).digest == info.digest != replaced.digest
+        assert await collect(client, 1, "u") == await collect(client, 1, "v")
 
 
 async def test_leaving_a_stream_frees_its_row(folder) -> None:

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, ConfigError
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
-from server.client import Stubs
+from server.client_channel import Stubs
 from server.errors import INTERNAL_MESSAGE
 from server.grpc_server import MAX_MESSAGE_BYTES, SERVICE_NAMES, start_grpc
 from tests.server.world import World, until
@@ -167,15 +167,13 @@ async def test_a_message_over_the_cap_is_refused_by_grpc(serve) -> None:
         assert len(await world.client.tokenize("a" * 100_000)) == 100_000
 
 
-async def test_calls_not_served_yet_say_so_by_name(serve) -> None:
+async def test_a_rollback_without_a_former_content_is_refused(serve) -> None:
     async with serve() as world, stubs_of(world) as stubs:
-        part = adapters_pb2.UploadAdapterRequest(chunk={"data": b"x"})
-        upload = await refusal(stubs.adapters.UploadAdapter(iter([part])))
-        rollback = await refusal(
-            stubs.adapters.RollbackAdapter(adapters_pb2.RollbackAdapterRequest(name="x"))
-        )
-        for (code, _, message), name in ((upload, "UploadAdapter"), (rollback, "RollbackAdapter")):
-            assert code is Code.UNIMPLEMENTED and name in message
+        await world.load("x", "a")
+        for name, code in (("x", Code.NOT_FOUND), ("y", Code.NOT_FOUND), ("", None)):
+            call = stubs.adapters.RollbackAdapter(adapters_pb2.RollbackAdapterRequest(name=name))
+            found, field, _ = await refusal(call)
+            assert (found, field) == (code or Code.INVALID_ARGUMENT, "name")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +285,25 @@ async def test_replace_swaps_new_streams_and_leaves_old_ones_whole(serve) -> Non
         await until(lambda: len(world.engine.running) == 2)
         world.engine.gate.set()
         assert await asyncio.gather(old, new) == ["a" * 50, "b" * 50]
-        await until(lambda: [d[0] for d in world.engine.references] == ["b"])
+        assert loaded.adapter.former_digest.startswith("a")
+
+
+async def test_rollback_swaps_new_streams_and_leaves_old_ones_whole(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("x", "b", replace=True)
+        world.engine.gate.clear()
+        old = asyncio.create_task(world.client.generate("q", adapter="x", max_tokens=50).text())
+        await until(lambda: len(world.engine.running) == 1)
+        info = await world.client.rollback_adapter("x")
+        assert (info.digest[0], info.former_digest[0]) == ("a", "b")
+        new = asyncio.create_task(world.client.generate("q", adapter="x", max_tokens=50).text())
+        await until(lambda: len(world.engine.running) == 2)
+        world.engine.gate.set()
+        assert await asyncio.gather(old, new) == ["b" * 50, "a" * 50]
+        assert world.observer.of("on_adapter_loaded")[-1][1].startswith("a")
+        await world.client.unload_adapter("x", wait=True)
+        assert world.engine.references == {}
 
 
 async def test_a_composition_is_in_flight_under_each_of_its_names(serve) -> None:

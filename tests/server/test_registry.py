@@ -56,9 +56,9 @@ async def test_other_content_needs_replace(tmp_path: Path) -> None:
     assert registry.resolve("x") is old
     assert engine.references == {old.digest: 1}
     new, was_there = await load(registry, "x", folder(tmp_path, "b"), replace=True)
-    assert registry.resolve("x") is new and not was_there
+    assert registry.resolve("x") is new and not was_there and new.former is old
     await asyncio.sleep(0.01)
-    assert engine.references == {new.digest: 1}
+    assert engine.references == {old.digest: 1, new.digest: 1}
 
 
 def with_facts(path: Path, **facts: object) -> Path:
@@ -77,7 +77,7 @@ async def test_the_same_weights_with_another_template_are_other_content(tmp_path
     assert (old.digest, was_there) == (new.digest, False)
     assert registry.resolve("x").loaded.chat_template == "2"
     await asyncio.sleep(0.01)
-    assert engine.references == {new.digest: 1}
+    assert engine.references == {new.digest: 2}
 
 
 async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) -> None:
@@ -203,27 +203,65 @@ async def test_close_ends_background_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) -> None:
-    """Model: a dictionary from name to content."""
+    """Model: a dictionary from name to its contents, the one that answers last."""
     rng, engine = random.Random(seed), ScriptedEngine()
     registry, model = make(engine), {}
     for _ in range(200):
         name, content = rng.choice("xyz"), rng.choice(["a", "b", "c", "!AdapterRefused"])
-        replace, known = rng.random() < 0.5, model.get(name)
+        replace, known, draw = rng.random() < 0.5, model.get(name), rng.random()
         try:
-            if rng.random() < 0.4:
+            if draw < 0.2:
                 await registry.unload(name, wait=True)
                 assert model.pop(name, None) is not None
+            elif draw < 0.4:
+                await registry.rollback(name)
+                model[name] = known[::-1]
+                assert len(known) == 2
             else:
                 await load(registry, name, folder(tmp_path, content), replace=replace)
-                assert known in (None, content) or replace
-                model[name] = content
+                assert known is None or known[-1] == content or replace
+                kept = [] if known is None else known[-1:]
+                model[name] = known if kept == [content] else [*kept, content]
         except AdapterNotFound:
-            assert known is None
+            assert known is None or len(known) == 1
         except AdapterExists:
-            assert known not in (None, content) and not replace
+            assert known is not None and known[-1] != content and not replace
         except AdapterRefused:
             assert content == "!AdapterRefused"
     await asyncio.sleep(0.01)
-    held = [registry.resolve(name).digest[0] for name in model]
-    assert sorted(held) == sorted(model.values())
-    assert sorted(d[0] for d in engine.references.elements()) == sorted(model.values())
+    assert {name: registry.resolve(name).digest[0] for name in model} == {
+        name: contents[-1] for name, contents in model.items()
+    }
+    held = sorted(content for contents in model.values() for content in contents)
+    assert sorted(d[0] for d in engine.references.elements()) == held
+
+
+async def test_rollback_swaps_a_name_with_its_former_content_and_back(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    registry = make(engine)
+    for content in "abc":
+        await load(registry, "x", folder(tmp_path, content), replace=True)
+    await asyncio.sleep(0.01)
+    assert sorted(d[0] for d in engine.references) == ["b", "c"], "one former content, no more"
+    record = await registry.rollback("x")
+    assert (record.digest[0], record.former.digest[0]) == ("b", "c")
+    assert registry.resolve("x") is record and record.state is AdapterState.LOADED
+    assert (await registry.rollback("x")).digest[0] == "c"
+    await registry.unload("x", wait=True)
+    assert engine.references == {} and registry.records() == []
+
+
+async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_path: Path) -> None:
+    registry = make(ScriptedEngine())
+    with pytest.raises(AdapterNotFound, match="not loaded") as unknown:
+        await registry.rollback("x")
+    await load(registry, "x", folder(tmp_path, "a"))
+    with pytest.raises(AdapterNotFound, match="no former content") as first:
+        await registry.rollback("x")
+    await load(registry, "x", folder(tmp_path, "b"), replace=True)
+    await registry.unload("x", wait=True)
+    await load(registry, "x", folder(tmp_path, "b"))
+    with pytest.raises(AdapterNotFound, match="no former content") as after:
+        await registry.rollback("x")
+    assert [e.value.field for e in (unknown, first, after)] == ["name"] * 3
+    assert registry.resolve("x").digest[0] == "b"

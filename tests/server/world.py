@@ -15,7 +15,10 @@ from server.grpc_server import GrpcServer, start_grpc
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
+from server.uploads import AdapterStore
 from tests.fakes import ByteTokenizer, ScriptedEngine
+
+MAX_UPLOAD_BYTES = 4 << 20
 
 
 @dataclass
@@ -70,11 +73,13 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
     root.mkdir(parents=True, exist_ok=True)
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    store = AdapterStore(folder / "store", MAX_UPLOAD_BYTES)
     service = Service(
         engine=engine,
         tokenizer=ByteTokenizer(),
         registry=registry,
-        sources=Sources([root]),
+        sources=Sources([root, store.root]),
+        store=store,
         observer=observer,
         base_name="tiny",
     )

@@ -13,11 +13,18 @@ from lora_runtime.base.weights import BaseWeights
 
 
 def dora_gain(weights: BaseWeights, path: str, delta: Factors, magnitude: Tensor) -> Tensor:
-    """g = m / ‖W + ΔW‖ per output row, (out,) float32; W is the serving weight, ΔW = b a.
+    """g = m / ‖W + ΔW‖ per output row, (out,) float32; W is the serving weight, ΔW = b a."""
+    product = weights.times_transposed(path, delta.a)
+    norms = row_norms(weights.squared_norms(path), product, delta)
+    return (magnitude.double() / norms).float()
+
+
+def row_norms(squared_norms: Tensor, product: Tensor, delta: Factors) -> Tensor:
+    """‖w_i + b_i a‖ per output row, (out,) float64, from ‖w_i‖² (out,) and W aᵀ (out, r).
 
     ‖w_i + b_i a‖² = ‖w_i‖² + 2 Σ_k b_ik (W aᵀ)_ik + b_i (a aᵀ) b_iᵀ
     """
     a, b = delta
-    cross = 2 * weights.times_transposed(path, a) + b @ (a @ a.T)
-    squared = weights.squared_norms(path) + (b * cross).sum(1, dtype=torch.float64)
-    return (magnitude.double() / squared.clamp_min(0).sqrt()).float()
+    cross = 2 * product + b @ (a @ a.T)
+    squared = squared_norms + (b * cross).sum(1, dtype=torch.float64)
+    return squared.clamp_min(0).sqrt()

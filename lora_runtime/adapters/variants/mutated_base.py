@@ -79,7 +79,9 @@ def rebalanced(factors: Factors) -> Factors:
     """
     left, left_rest = torch.linalg.qr(factors.b.double())
     right, right_rest = torch.linalg.qr(factors.a.double().T)
-    inner_left, values, inner_right = torch.linalg.svd(left_rest @ right_rest.T)
+    inner_left, values, inner_right = torch.linalg.svd(
+        left_rest @ right_rest.T, full_matrices=False
+    )
     root = values.sqrt()
     a = root[:, None] * (inner_right @ right.T)
     return Factors(a.float(), ((left @ inner_left) * root).float())

@@ -25,7 +25,7 @@ ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_FAILED: AdapterState
 
 class AdapterInfo(_message.Message):
-    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error", "notes", "invocation_tokens", "has_chat_template", "num_layers")
+    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error", "notes", "invocation_tokens", "has_chat_template", "num_layers", "former_digest")
     class HonouredEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class AdapterInfo(_message.Message):
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FORMER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     state: AdapterState
@@ -76,7 +77,8 @@ class AdapterInfo(_message.Message):
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
     has_chat_template: bool
     num_layers: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    former_digest: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., num_layers: _Optional[int] = ..., former_digest: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace")

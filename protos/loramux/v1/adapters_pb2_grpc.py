@@ -79,7 +79,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Send an adapter's files and load it.
+        """Send an adapter's files and load it. The server keeps them by content in a store of its own;
+        an upload that fails or is cancelled leaves nothing there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +94,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RollbackAdapter(self, request, context):
-        """Point a name back to the content it had before its last replacement.
+        """Point a name back to the content it had before its last replacement; once more, forward again.
+        A server keeps one former content a name in host memory, until the next replacement or unload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

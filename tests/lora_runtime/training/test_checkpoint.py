@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ class Killed(BaseException):
 
 
 def make_units(tmp_path):
+    """The second one is evaluated, and its best weights are not the last ones."""
     return [
         UnitConfig(
             name="one", data=ragged_data(tmp_path / "a", 7), rank=2, learning_rate=1e-2,
@@ -30,7 +32,9 @@ def make_units(tmp_path):
         ),
         UnitConfig(
             name="two", data=ragged_data(tmp_path / "b", 8), rank=4, variant="rslora",
-            num_epochs=5, micro_batch_size=1, gradient_accumulation=3, schedule="linear",
+            use_dora=True, init="pissa", loraplus_ratio=2.0, num_epochs=5, micro_batch_size=1,
+            gradient_accumulation=3, schedule="cosine", warmup=0,
+            eval_data=ragged_data(tmp_path / "e", 5, seed=4), eval_interval=3, learning_rate=0.02,
         ),
     ]  # fmt: skip
 
@@ -44,7 +48,10 @@ def adapter_tensors(output):
 
 
 def curves(results):
-    return [[record[:-1] for record in result.records] for result in results]  # without seconds
+    """Training and held-out losses, without the seconds."""
+    return [
+        [record[:-1] for record in (*result.records, *result.eval_records)] for result in results
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,7 @@ def uninterrupted(tmp_path_factory, tokenizer, base):
     folder = tmp_path_factory.mktemp("whole")
     results = run(base, tokenizer, folder / "out", make_units(folder))
     assert not (folder / "out" / "checkpoints").exists()
+    assert results[1].eval_records and results[1].best.step < results[1].num_steps
     return curves(results), adapter_tensors(folder / "out")
 
 
@@ -100,23 +108,44 @@ def test_resume_after_death(tmp_path, tokenizer, base, uninterrupted, monkeypatc
     assert_same(results, output, uninterrupted)
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, tokenizer, base, monkeypatch):
+@contextmanager
+def files_of_at_most(nbytes):
+    """The operating system refuses to write more, in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def no_space(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "flush"])
+def test_a_full_disk_loses_no_earlier_checkpoint(
+    tmp_path, tokenizer, base, monkeypatch, uninterrupted, file
+):
     units, output = make_units(tmp_path), tmp_path / "out"
     run(base, tokenizer, output, units, should_stop=StopAfter(5))
     folder = output / "checkpoints"
     (kept,) = folder.iterdir()
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
 
-    def full_disk(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+    if file == "state.safetensors":
+        limit = files_of_at_most(20_000)  # bytes; the tensors are larger
+    else:
+        limit = monkeypatch.context()
+    with limit as patch:
+        if patch:
+            patch.setattr(checkpoint, "_flush", no_space)
+        with pytest.raises(ConfigError, match="cannot be written.*make room and resume") as caught:
             run(base, tokenizer, output, units, resume=True, checkpoint_interval=2)
+    assert caught.value.field == "output"
     assert list(folder.iterdir()) == [kept]
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert_same(run(base, tokenizer, output, units, resume=True), output, uninterrupted)
 
 
 def test_checkpoint_is_safetensors_and_json_only(tmp_path, tokenizer, base):
@@ -141,6 +170,7 @@ def test_resume_refuses_another_run(tmp_path, tokenizer, base, exact_base):
         ([replace(units[0], learning_rate=1.0), units[1]], "learning_rate"),
         ([units[0], replace(units[1], gradient_accumulation=2)], "gradient_accumulation"),
         ([replace(units[0], data=other_data), units[1]], "data"),
+        ([units[0], replace(units[1], eval_data=other_data)], "eval_data"),
         (units[:1], "units"),
     ]:
         with pytest.raises(ConfigError) as caught:

@@ -49,6 +49,28 @@ def test_truncation_is_counted(tmp_path, tokenizer):
     assert "2 examples (1 truncated)" in cut.describe()
 
 
+def test_truncation_keeps_the_end_or_the_start_or_is_an_error(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d", [{"prompt": "a", "completion": "b"}, PAIR])
+    (_, whole) = load_dataset(path, tokenizer, 64).examples
+    size = len(whole.token_ids) - 1
+    (_, end) = load_dataset(path, tokenizer, size).examples
+    (_, start) = load_dataset(path, tokenizer, size, "start").examples
+    assert torch.equal(end.token_ids, whole.token_ids[:-1])
+    assert torch.equal(start.token_ids, whole.token_ids[1:])
+    assert learned_text(end, tokenizer) == learned_text(start, tokenizer) == " and the dog"
+    assert torch.equal(start.predictors, whole.predictors - 1)
+    assert len(load_dataset(path, tokenizer, size + 1, "error").examples) == 2
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, tokenizer, size, "error")
+    assert caught.value.message.startswith(f"{path}:2: it has {size + 1} tokens")
+
+
+def test_a_long_prompt_can_be_cut_at_its_start(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d", [{"prompt": "the " * 90, "completion": "a"}])
+    (example,) = load_dataset(path, tokenizer, 64, "start").examples
+    assert len(example.token_ids) == 64 and learned_text(example, tokenizer) == "a"
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -56,11 +78,14 @@ def test_truncation_is_counted(tmp_path, tokenizer):
         (b'{"prompt": "\xff", "completion": "a"}', "is not JSON in UTF-8"),
         (b'{"prompt": "\\ud800", "completion": "a"}', "is not JSON in UTF-8"),
         (b"[1]", "is a list"),
-        (b'{"prompt": "a"}', "has neither"),
-        (json.dumps({**CHAT, **PAIR}).encode(), "has both"),
+        (b'{"prompt": "a"}', "which are no format's"),
+        (json.dumps({**CHAT, **PAIR}).encode(), "is chat as well as completion"),
         (json.dumps(CHAT).encode(), "is a chat example in a file of completion examples"),
         (b'{"prompt": "a", "completion": 3}', "must be text"),
-        (json.dumps({"prompt": "the " * 90, "completion": "a"}).encode(), "no target token within"),
+        (
+            json.dumps({"prompt": "the " * 90, "completion": "a"}).encode(),
+            "no target token within max_seq_len=64",
+        ),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, tokenizer, line, expected):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lora_runtime.adapters.files.folder import TENSORS_FILE
 from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, check
-from lora_runtime.training import trainer
+from lora_runtime.training import export
 from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import ragged_data, run
 from tests.peft_adapters import load_in_peft
@@ -24,7 +24,7 @@ def units(tmp_path):
             name=variant, data=ragged_data(tmp_path / variant, 8, seed=seed), variant=variant,
             rank=4, max_steps=12, learning_rate=2e-2, micro_batch_size=4,
         )
-        for seed, variant in enumerate(["lora", "rslora"])
+        for seed, variant in enumerate(["lora", "rslora", "dora", "pissa", "olora"])
     ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_peft_gives_the_recorded_effect(tmp_path, tokenizer, dtype):
 
 
 def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
-    (result, _) = run(base, tokenizer, tmp_path / "out", units(tmp_path))
+    (result, *_) = run(base, tokenizer, tmp_path / "out", units(tmp_path))
     tensors = load_file(result.folder / TENSORS_FILE)
     name = next(name for name in tensors if "layers.2.mlp.down_proj.lora_B" in name)
     tensors[name] *= 1.5
@@ -67,13 +67,13 @@ def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
 
 def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):
     out = tmp_path / "out"
-    (result, _) = run(base, tokenizer, out, units(tmp_path))
+    (result, *_) = run(base, tokenizer, out, units(tmp_path))
     before = (result.folder / SIDECAR_FILE).read_text()
 
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "write_golden", die)
+    monkeypatch.setattr(export, "write_golden", die)
     with pytest.raises(KeyboardInterrupt):
         run(base, tokenizer, out, units(tmp_path), seed=5)
     assert not (result.folder / SIDECAR_FILE).exists()

@@ -17,9 +17,11 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.kernels import Span, StepMeta
 from lora_runtime.training import trainer
+from lora_runtime.training.binding import bind
 from lora_runtime.training.config import TrainConfig, UnitConfig
+from lora_runtime.training.starts import adapter_spec
 from lora_runtime.training.trainer import run_pass, stop_on_sigint, train, window_losses
-from lora_runtime.training.units import UnitStatus, bind, select_targets
+from lora_runtime.training.units import UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     make_unit,
     quiet_console,
@@ -35,11 +37,7 @@ VARIANTS = ["lora", "rslora"]
 
 
 def weights(unit):
-    return {
-        f"{path}.{kind}": parameter.detach().clone()
-        for path, factors in unit.factors.items()
-        for kind, parameter in factors._asdict().items()
-    }
+    return {name: value.detach().clone() for name, value in unit.named_parameters().items()}
 
 
 def largest_difference(one, other):
@@ -50,9 +48,9 @@ def largest_difference(one, other):
 def randomise(unit, scale=0.1):
     """Give the unit an effect, as B starts at zero."""
     generator = torch.Generator().manual_seed(unit.seed)
-    for factors in unit.factors.values():
-        noise = torch.randn(factors.b.shape, generator=generator, dtype=torch.float64)
-        factors.b.data.copy_(scale * noise)
+    for module in unit.modules.values():
+        noise = torch.randn(module.b.shape, generator=generator, dtype=torch.float64)
+        module.b.data.copy_(scale * noise)
 
 
 def mean_loss(model, examples):
@@ -99,12 +97,12 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, shape, variant):
             r=4, lora_alpha=6, use_rslora=variant == "rslora", target_modules="all-linear"
         ),
     )
-    layers = {path: oracle.base_model.model.get_submodule(path) for path in unit.factors}
-    for path, factors in unit.factors.items():
+    layers = {path: oracle.base_model.model.get_submodule(path) for path in unit.modules}
+    for path, factors in unit.modules.items():
         layers[path].lora_A.default.weight.data.copy_(factors.a.data)
         layers[path].lora_B.default.weight.data.copy_(factors.b.data)
     mean_loss(oracle, examples).backward()
-    for path, factors in unit.factors.items():
+    for path, factors in unit.modules.items():
         for ours, theirs in [
             (factors.a, layers[path].lora_A.default.weight),
             (factors.b, layers[path].lora_B.default.weight),
@@ -220,7 +218,7 @@ def test_exported_adapter_gives_the_training_logits_in_peft(tmp_path, tokenizer,
         loaded = peft.PeftModel.from_pretrained(twin, result.folder)
         theirs = loaded(tokens[None]).logits[0]
         meta = StepMeta.build([Span(slot=0, first_token=0, num_tokens=len(tokens))])
-        with base.context.effect(meta, bind([unit], base.spec.linears)):
+        with base.context.effect(meta, bind([unit], base)):
             ours = base.forward(tokens, at, VarlenAttention([len(tokens)]), at)
     assert (ours - theirs).abs().max() <= 1e-4
     assert (ours - plain).abs().max() >= 0.5
@@ -274,7 +272,7 @@ def test_learning_rate_follows_the_schedule_and_clipping_acts(tmp_path, tokenize
 def test_targets_match_as_in_peft(tmp_path, base):
     def targets(*names):
         config = UnitConfig(name="u", data=tmp_path, target_modules=names)
-        return select_targets(config, base.spec.linears)
+        return [site.path for site in adapter_spec(config, base.spec).targets]
 
     assert targets("layers.1.self_attn.q_proj", "up_proj") == [
         "model.layers.0.mlp.up_proj",
@@ -302,7 +300,7 @@ def test_report_holds_every_update(tmp_path, tokenizer, base):
     assert [line.split()[1] for line in lines if line.startswith("small: ") and "loss" in line] == [
         "5/14", "10/14", "14/14",
     ]  # fmt: skip
-    assert any("small: " in line and "7 examples" in line for line in lines)
+    assert any(line.split()[:4] == ["small", "a", "completion", "7"] for line in lines)
 
 
 def test_terminal_shows_a_bar_per_unit(tmp_path, tokenizer, base):

@@ -71,7 +71,7 @@ def test_yaml_gives_the_same_as_code(tmp_path):
         ("rank: 64", "rank: 0", "unit 'pirate': rank is 0; it must be at least 1"),
         ("1e-4", "fast", "units[0].learning_rate is 'fast'; it must be a number"),
         ("1e-4", "-1e-4", "learning_rate is -0.0001; it must be positive"),
-        ("rslora", "dora", "units[0].variant is 'dora'; it must be one of 'lora', 'rslora'"),
+        ("rslora", "dorra", "units[0].variant is 'dorra'; it must be one of 'lora', 'rslora'"),
         ("[q_proj, layers.1.self_attn.v_proj]", "q_proj", "units[0].target_modules is 'q_proj'"),
         ("[q_proj, layers.1.self_attn.v_proj]", "[]", "target_modules is ()"),
         ("    data: pirate.jsonl\n", "", "units[0].data is missing"),

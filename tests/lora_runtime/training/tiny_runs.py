@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from lora_runtime.base.loader import Base
@@ -63,8 +62,7 @@ class StopAfter:
 
 def make_unit(base: Base, tokenizer: Tokenizer, config: UnitConfig, *, seed: int = 0) -> Unit:
     dataset = load_dataset(config.data, tokenizer, 256)
-    like = torch.empty(0, dtype=base.dtype)
-    return Unit(config, dataset, base.spec.linears, seed=seed, like=like)
+    return Unit(config, dataset, base, seed=seed)
 
 
 def run(base, tokenizer, output, units, *, console=None, should_stop=lambda: False, **options):

@@ -1,0 +1,121 @@
+"""A base as a plain transformers checkpoint again: dense tensors under transformers' own names.
+
+The only writer of whole models. Knows nothing of adapters.
+Source: transformers, `PreTrainedModel.save_pretrained` (layout, index of shards).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from lora_runtime.base.adapted_linear import AdaptedEmbedding, AdaptedLinear
+from lora_runtime.base.loader import Base
+from lora_runtime.base.weights import INDEX_FILE, SINGLE_FILE
+
+SHARD_BYTES = 4 << 30
+CONFIG_FILE = "config.json"
+COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""Files of the base's folder that go along: tokenizer, generation settings."""
+
+
+def dense_tensors(base: Base) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the whole model, packed weights dequantised, in the compute dtype.
+
+    Both tables of a tied vocabulary are given.
+    """
+    adapted = {
+        path: module
+        for path, module in base.model.named_modules()
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
+    }
+    inner = tuple(f"{path}." for path in adapted)
+    for path, module in adapted.items():
+        yield f"{path}.weight", dense_weight(module)
+        if isinstance(module, AdaptedLinear) and module.linear.bias is not None:
+            yield f"{path}.bias", module.linear.bias
+    for name, tensor in base.model.state_dict().items():
+        if not name.startswith(inner):
+            yield name, tensor
+
+
+def dense_weight(module: AdaptedLinear | AdaptedEmbedding) -> Tensor:
+    """W (out, in), or the embedding's table (vocab, hidden)."""
+    if isinstance(module, AdaptedEmbedding):
+        return module.weight.detach()
+    return module.linear.weight_values().detach()
+
+
+def write_checkpoint(
+    folder: Path,
+    base: Base,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    files: Mapping[str, bytes],
+) -> None:
+    """Write a new folder, whole or not at all: tensors, config and the base's tokenizer.
+
+    The vocabulary's tables are tied in it if and only if `tensors` holds no output layer. `files`
+    go along, in the place of the base's own of that name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as work:
+        unfinished = Path(work) / folder.name
+        unfinished.mkdir()
+        _copy_companions(base.folder, unfinished)
+        names = _write_tensors(unfinished, tensors)
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        config.get_text_config().tie_word_embeddings = f"{base.spec.head}.weight" not in names
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+        config.dtype = dtype
+        config.save_pretrained(unfinished)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        os.rename(unfinished, folder)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        if path.name not in (CONFIG_FILE, INDEX_FILE):
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Write shards, and their index where there is more than one; return the tensors' names."""
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors):
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    files = [SINGLE_FILE] if len(shards) == 1 else _shard_names(len(shards))
+    for number, file in enumerate(files):
+        os.rename(folder / f"{number}.part", folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, s in zip(files, shards, strict=True) for name in s}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
+    return {name for shard in shards for name in shard}
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor.cpu().contiguous()
+    yield shard

@@ -1,0 +1,258 @@
+"""Examples of one file: token ids with targets, truncated, and split into train and held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_runtime.errors import DataError
+from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.training.config import InstructionStyle, Truncation, UnitConfig
+from lora_runtime.training.data.formats import (
+    Split,
+    Values,
+    choose_columns,
+    content_of,
+    find_format,
+    split_row,
+)
+from lora_runtime.training.data.rows import read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """token_ids (n,) int64; predictors (m,) int64, m ≥ 1: positions whose next token is learned."""
+
+    token_ids: Tensor
+    predictors: Tensor
+
+
+T = TypeVar("T")
+
+
+_source = attrgetter("data", "eval_data", "eval_fraction", "columns", "truncation", "instructions")
+"""The settings of a unit that decide what its data are."""
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """The examples of one file, or its part to train on or its part held out."""
+
+    path: Path
+    format: str
+    """A key of `formats.FORMATS`."""
+    examples: tuple[Example, ...]
+    """Of preferences, chosen and rejected in turn."""
+    num_truncated: int
+    """Examples cut at `max_seq_len`."""
+    digest: str
+    """SHA-256 over the token ids and targets of all examples."""
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The preferences; empty for other formats."""
+        chosen = self.examples[::2] if self.format == "preference" else ()
+        return tuple(map(Pair, chosen, self.examples[1::2]))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example.token_ids) for example in self.examples)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return sum(len(example.predictors) for example in self.examples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.token_ids) for example in self.examples)
+
+    def describe(self) -> str:
+        """One line of facts to show before training."""
+        share = self.num_target_tokens / self.num_tokens
+        return (
+            f"{self.path}: {len(self.examples)} examples ({self.num_truncated} truncated), "
+            f"{self.num_tokens} tokens, {self.num_target_tokens} of them targets ({share:.0%}), "
+            f"the longest example {self.longest}"
+        )
+
+
+class _Entry(NamedTuple):
+    """What one row gave. `draw` is a number in [0, 1), the same wherever its content stands."""
+
+    examples: list[Example]
+    num_truncated: int
+    draw: float
+
+
+class _File(NamedTuple):
+    path: Path
+    format: str
+    entries: list[_Entry]
+
+
+def load_all(
+    configs: Sequence[UnitConfig], tokenizer: Tokenizer, max_seq_len: int
+) -> list[tuple[Dataset, Dataset | None]]:
+    """`load_datasets` of every unit; units that ask for the same data share it."""
+    found: list[tuple[object, tuple[Dataset, Dataset | None]]] = []
+    for config in configs:
+        source = _source(config)
+        shared = next((datasets for other, datasets in found if other == source), None)
+        found.append((source, shared or load_datasets(config, tokenizer, max_seq_len)))
+    return [datasets for _, datasets in found]
+
+
+def load_datasets(
+    config: UnitConfig, tokenizer: Tokenizer, max_seq_len: int
+) -> tuple[Dataset, Dataset | None]:
+    """A unit's examples to train on and those held out, if there are any.
+
+    `eval_fraction` holds out the rows whose content's hash says so: adding rows moves none from
+    one side to the other, and equal rows stay together. Raises DataError.
+    """
+    options = (tokenizer, max_seq_len, config.truncation, config.columns, config.instructions)
+    train = _read(config.data, *options)
+    held_out = None
+    if config.eval_data is not None:
+        held_out = _read(config.eval_data, *options)
+        if held_out.format != train.format:
+            raise DataError(
+                f"{held_out.path} is {held_out.format} and {train.path} {train.format}; "
+                "held-out data must be of the same format",
+                field="eval_data",
+            )
+    elif config.eval_fraction:
+        train, held_out = _hold_out(train, config.eval_fraction)
+    if train.format == "preference":
+        raise DataError(
+            f"{train.path} holds preferences, and there is no training on them yet; "
+            "for plain training set columns: {prompt: prompt, completion: chosen}",
+            field="data",
+        )
+    return _dataset(train), _dataset(held_out) if held_out else None
+
+
+def load_dataset(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    truncation: Truncation = "end",
+    columns: Mapping[str, str] | None = None,
+    instructions: InstructionStyle = "chat",
+) -> Dataset:
+    """Read and tokenize a file; every row is of the format of the first.
+
+    Raises DataError naming file and line: not readable, another format, wrong types, text the
+    template refuses, or no target token within `max_seq_len`.
+    """
+    return _dataset(_read(path, tokenizer, max_seq_len, truncation, columns or {}, instructions))
+
+
+def _dataset(file: _File) -> Dataset:
+    digest = hashlib.sha256()
+    examples = [example for entry in file.entries for example in entry.examples]
+    for example in examples:
+        for part in (example.token_ids, example.predictors):
+            digest.update(len(part).to_bytes(8, "little") + part.numpy().tobytes())
+    return Dataset(
+        path=file.path,
+        format=file.format,
+        examples=tuple(examples),
+        num_truncated=sum(entry.num_truncated for entry in file.entries),
+        digest=digest.hexdigest(),
+    )
+
+
+def _hold_out(file: _File, fraction: float) -> tuple[_File, _File]:
+    parts: tuple[list[_Entry], list[_Entry]] = ([], [])
+    for entry in file.entries:
+        parts[entry.draw < fraction].append(entry)
+    if not all(parts):
+        raise DataError(
+            f"{file.path}: eval_fraction {fraction} leaves {len(parts[0])} examples to train on "
+            f"and {len(parts[1])} held out; change it or give eval_data",
+            field="eval_fraction",
+        )
+    kept, held_out = parts
+    return file._replace(entries=kept), file._replace(entries=held_out)
+
+
+def _read(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    truncation: Truncation,
+    columns: Mapping[str, str],
+    instructions: InstructionStyle,
+) -> _File:
+    entries: list[_Entry] = []
+    kind = ""
+    for where, kind, values in _typed_rows(path, columns):
+        try:
+            splits = split_row(values, kind, tokenizer, instructions)
+            examples = [_example(split, max_seq_len, truncation) for split in splits]
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", field=error.field) from error
+        num_truncated = sum(len(token_ids) > max_seq_len for token_ids, _ in splits)
+        entries.append(_Entry(examples, num_truncated, _draw(content_of(values, kind))))
+    if not entries:
+        raise DataError(f"{path} holds no example", field="data")
+    return _File(path, kind, entries)
+
+
+def _typed_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, str, Values]]:
+    """Yield (place, format, values by the format's keys) of every row."""
+    expected: str | None = None
+    for where, row in read_rows(path):
+        values = choose_columns(row, columns, where)
+        kind = find_format(values, where)
+        expected = expected or kind
+        if kind != expected:
+            raise DataError(f"{where} is a {kind} example in a file of {expected} examples")
+        yield where, kind, values
+
+
+def _example(split: Split, max_seq_len: int, truncation: Truncation) -> Example:
+    """The first token has no predictor, so it is no target even if marked."""
+    token_ids, is_target = (_cut(part, max_seq_len, truncation) for part in split)
+    predictors = torch.tensor(is_target[1:], dtype=torch.bool).nonzero()[:, 0]
+    if not len(predictors):
+        raise DataError(
+            f"there is no target token within max_seq_len={max_seq_len}; shorten its prompt, raise "
+            "max_seq_len, set truncation to start, or remove the example",
+            field="max_seq_len",
+        )
+    return Example(torch.tensor(token_ids, dtype=torch.int64), predictors)
+
+
+def _cut(part: Sequence[T], max_seq_len: int, truncation: Truncation) -> Sequence[T]:
+    if len(part) <= max_seq_len:
+        return part
+    if truncation == "error":
+        raise DataError(
+            f"it has {len(part)} tokens, over max_seq_len={max_seq_len}; shorten it, raise "
+            "max_seq_len, or set truncation to end or start",
+            field="truncation",
+        )
+    return part[:max_seq_len] if truncation == "end" else part[-max_seq_len:]
+
+
+def _draw(content: Mapping[str, object]) -> float:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32

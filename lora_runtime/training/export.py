@@ -1,0 +1,98 @@
+"""A trained unit as PEFT's files, and the record that the parity gate compares with.
+
+First factors are not written: ΔW is exported as a plain LoRA of twice the rank for the untouched
+base, with the scaling unchanged, so that alpha grows with the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_runtime.adapters.files.folder import write_adapter
+from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
+from lora_runtime.adapters.files.tensor_names import Part
+from lora_runtime.adapters.parity import Logits, measure
+from lora_runtime.adapters.reduction import peft_files
+from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
+from lora_runtime.core import BaseSpec
+from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.variants import TrainedModule
+
+Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
+
+
+def adapter_config(config: UnitConfig, base: BaseSpec, growth: int = 1) -> dict[str, object]:
+    """adapter_config.json of a unit whose ranks are `growth` times those of its settings."""
+    return _files(config, base, {}, {}, growth)[0]
+
+
+def adapter_files(
+    config: UnitConfig,
+    base: BaseSpec,
+    modules: Mapping[str, TrainedModule],
+    metadata: Mapping[str, str],
+) -> Files:
+    """Config, float32 tensors and metadata of a trained adapter, for `write_adapter`."""
+    has_start = any(module.start is not None for module in modules.values())
+    tensors = {name: _exported(module) for name, module in modules.items()}
+    files = _files(config, base, tensors, metadata, growth=2 if has_start else 1)
+    for name, module in modules.items():
+        if module.magnitude is not None:
+            key = f"base_model.model.{name}.{Part.MAGNITUDE}"
+            files[1][key] = module.magnitude.detach().float()
+    return files
+
+
+def export(folder: Path, files: Files, logits: Logits, base: BaseSpec) -> None:
+    """Write an adapter and, after it, what its own training says it does."""
+    golden = measure(
+        logits, vocab_size=base.vocab_size, fingerprint=base.fingerprint, dtype=base.dtype
+    )
+    remove_golden(folder)
+    write_adapter(folder, *files)
+    write_golden(folder, golden)
+
+
+def _files(
+    config: UnitConfig,
+    base: BaseSpec,
+    tensors: Mapping[str, tuple[Tensor, Tensor]],
+    metadata: Mapping[str, str],
+    growth: int,
+) -> Files:
+    targets = config.target_modules
+    if targets == "all-linear":
+        targets = tuple({path.rpartition(".")[2] for path in base.linears})
+    alpha_growth = math.sqrt(growth) if config.has_root_scaling else growth
+    files = peft_files(
+        rank=growth * config.rank,
+        alpha=alpha_growth * config.alpha,
+        use_rslora=config.has_root_scaling,
+        target_modules=targets,
+        tensors=tensors,
+        base=base,
+        rank_pattern={key: growth * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: alpha_growth * alpha for key, alpha in config.alpha_pattern.items()},
+        metadata=metadata,
+    )
+    files[0]["use_dora"] = config.has_gain
+    files[0]["init_lora_weights"] = True
+    files[0]["layers_to_transform"] = list(config.layers_to_transform) or None
+    files[0]["layer_replication"] = [list(pair) for pair in config.layer_replication] or None
+    return files
+
+
+def _exported(module: TrainedModule) -> tuple[Tensor, Tensor]:
+    """A and B, unscaled. With first factors from ΔW's singular vectors, so that rounding the file
+    to bfloat16 costs ΔW as little as it costs a plain LoRA.
+    """
+    factors = Factors(*(part.detach() for part in module.unscaled()))
+    if module.start is not None:
+        factors = rebalanced(factors)
+    missing = module.rank - len(factors.a)
+    return F.pad(factors.a.float(), (0, 0, 0, missing)), F.pad(factors.b.float(), (0, missing))

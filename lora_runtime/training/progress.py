@@ -1,0 +1,116 @@
+"""What people see of a run while it lasts: a bar per unit, or plain lines without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from lora_runtime.training.data import Dataset
+from lora_runtime.training.units import Unit
+
+RECENT_STEPS = 10
+"""Updates that a shown speed is averaged over."""
+
+
+@contextmanager
+def show_progress(
+    console: Console, units: Sequence[Unit], log_interval: int
+) -> Iterator[Callable[[Sequence[Unit]], None]]:
+    """Show the data, then a bar per unit, or plain lines where there is no terminal.
+
+    Yields a function to call with the units that changed.
+    """
+    for unit in units:
+        _say(console, f"{unit.name}: {unit.num_parameters:,} parameters, {unit.num_steps} updates")
+    console.print(_data_table(units))
+    if console.is_terminal:
+        with _bars(console) as progress:
+            yield _BarView(progress, units).show
+    else:
+        yield lambda changed: _show_lines(console, changed, log_interval)
+
+
+def _data_table(units: Sequence[Unit]) -> Table:
+    """What each unit is trained on and evaluated on. Masked tokens are read and not learned."""
+    data = Column("data", overflow="fold")
+    table = Table("adapter", data, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("examples", "truncated", "tokens", "masked", "longest"):
+        table.add_column(heading, justify="right")
+    for unit in units:
+        table.add_row(unit.name, *_data_cells(unit.dataset))
+        if unit.held_out:
+            table.add_row("held out", *_data_cells(unit.held_out.dataset))
+    return table
+
+
+def _data_cells(dataset: Dataset) -> list[str]:
+    counts = (len(dataset.examples), dataset.num_truncated, dataset.num_tokens)
+    masked = 1 - dataset.num_target_tokens / dataset.num_tokens
+    numbers = [*(f"{count:,}" for count in counts), f"{masked:.0%}", f"{dataset.longest:,}"]
+    return [escape(dataset.path.name), dataset.format, *numbers]
+
+
+class _BarView:
+    def __init__(self, progress: Progress, units: Sequence[Unit]) -> None:
+        self._progress = progress
+        self._tasks = {
+            unit.name: progress.add_task(
+                unit.name, total=unit.num_steps, completed=unit.step, state=""
+            )
+            for unit in units
+        }
+
+    def show(self, changed: Sequence[Unit]) -> None:
+        for unit in changed:
+            self._progress.update(
+                self._tasks[unit.name], completed=unit.step, state=describe_state(unit)
+            )
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) -> None:
+    for unit in changed:
+        if not unit.is_running or unit.step % log_interval == 0:
+            seconds = _recent(unit, "seconds")
+            remaining_s = (unit.num_steps - unit.step) * sum(seconds) / max(len(seconds), 1)
+            _say(
+                console,
+                f"{unit.name}: {unit.step}/{unit.num_steps} {describe_state(unit)}"
+                + (f", {remaining_s:.0f} s left" if unit.is_running else ""),
+            )
+
+
+def describe_state(unit: Unit) -> str:
+    """Loss and speed of the last updates, or why the unit ended early."""
+    if unit.error is not None:
+        return f"failed: {unit.error}"
+    seconds = sum(_recent(unit, "seconds"))
+    speed = sum(_recent(unit, "num_tokens")) / seconds if seconds else 0.0
+    state = f"loss {unit.records[-1].loss:.3f}, {speed:.0f} tokens/s"
+    if unit.held_out and unit.held_out.records:
+        state += f", held out {unit.held_out.records[-1].loss:.3f}"
+    return f"{state}, stopped: {unit.note}" if unit.note else state
+
+
+def _recent(unit: Unit, field: str) -> list[float]:
+    return [getattr(record, field) for record in unit.records[-RECENT_STEPS:]]
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

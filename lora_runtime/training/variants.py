@@ -1,0 +1,76 @@
+"""The differentiable serving form of what a unit trains: every variant as data for one op.
+
+    ΔW = s·(B A − B₀A₀),  g = m / ‖W + ΔW‖ or none,  y = g∘(W x + ΔW x)
+
+With first factors A₀, B₀ the parameters are the differences dA = A − A₀ and dB = B − B₀, so that
+ΔW = s·(B·dA + dB·A₀): exactly nothing at the start, and no difference of large products later.
+Source: DoRA arXiv:2402.09353 (the norm is a constant in backward, §4.3); PiSSA arXiv:2404.02948.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.variants.dora import row_norms
+from lora_runtime.adapters.variants.mutated_base import Factors
+from lora_runtime.base.weights import BaseWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModule:
+    """One module's parameters: a (r, in) and b (out, r), or their differences from `start`;
+    magnitude (out,) of DoRA.
+    """
+
+    path: str
+    replica: int
+    """Which visit to the base's module by the unit's layer map."""
+    scaling: float
+    a: Parameter
+    b: Parameter
+    magnitude: Parameter | None = None
+    start: Factors | None = None
+    """A₀ and B₀, fixed."""
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        named = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What no update changes and only the start of the run knows."""
+        return {} if self.start is None else {"a_start": self.start.a, "b_start": self.start.b}
+
+    @property
+    def rank(self) -> int:
+        """Of ΔW: twice that of the parameters with first factors."""
+        return len(self.a) if self.start is None else 2 * len(self.a)
+
+    def unscaled(self) -> Factors:
+        """A' and B' with ΔW = s·B'A'."""
+        if self.start is None:
+            return Factors(self.a, self.b)
+        a, b = self.start
+        return Factors(torch.cat([self.a, a]), torch.cat([b + self.b, self.b], dim=1))
+
+    def form(self, weights: BaseWeights) -> ModuleForm:
+        """The serving form on the parameters' device and in their dtype, differentiable."""
+        a, b = self.unscaled()
+        b = self.scaling * b
+        if self.magnitude is None:
+            return ModuleForm(a=a, b=b)
+        gain = self.magnitude / norms(weights, self.path, Factors(a, b))
+        return ModuleForm(a=a, b=gain[:, None] * b, gain=gain)
+
+
+@torch.no_grad()
+def norms(weights: BaseWeights, path: str, delta: Factors) -> Tensor:
+    """‖W + ΔW‖ of every output row, (out,), in the dtype and on the device of ΔW = b a."""
+    squared = weights.squared_norms(path).to(delta.a.device)
+    return row_norms(squared, weights.product_of_rows(path, delta.a), delta).to(delta.a.dtype)

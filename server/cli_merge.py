@@ -1,0 +1,56 @@
+"""`loramux merge`: base and adapter as one plain transformers checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from lora_runtime.errors import ConfigError
+from server.cli_adapters import BaseName, Folder, Format, engine_settings, load_on_base
+
+if TYPE_CHECKING:
+    from lora_runtime.adapters.merge import Merge
+
+
+def merge(
+    path: Folder,
+    out: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
+    base: BaseName = None,
+    quantization: Format = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
+    ] = "float32",
+) -> None:
+    """Add an adapter to the dequantised base that serves it; transformers loads the result.
+
+    float32 gives the served adapter's own logits. 16 bits round every weight: what that takes from
+    the adapter's change is printed. Layer replication and activated LoRA are refused.
+    """
+    import torch
+
+    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
+    from lora_runtime.adapters.merge import Merge
+    from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
+
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
+    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
+    merging = Merge(form, loaded.spec, getattr(torch, dtype))
+    template = {} if form.chat_template is None else {TEMPLATE_FILE: form.chat_template.encode()}
+    write_checkpoint(
+        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), template
+    )
+    console = Console(markup=False, soft_wrap=True, highlight=False)
+    console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")
+    console.print(_loss_line(merging))
+
+
+def _loss_line(merging: Merge) -> str:
+    worst = merging.worst
+    return (
+        f"lost to rounding: {merging.overall:.2g} of the adapter's change (‖error‖ / ‖ΔW‖); "
+        f"at worst {worst.ratio:.2g}, {worst.name}"
+    )

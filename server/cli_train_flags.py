@@ -1,0 +1,106 @@
+"""The flags of `loramux train`, with the defaults of the settings they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_runtime.training.config import (
+    InstructionStyle,
+    TrainConfig,
+    Truncation,
+    UnitConfig,
+    Variant,
+)
+
+DEFAULTS = {
+    field.name: field.default for kind in (TrainConfig, UnitConfig) for field in fields(kind)
+}
+
+
+def _option(name: str, text: str) -> Any:
+    """A flag that shows the default of the setting `name`."""
+    return typer.Option(help=f"{text} Default: {DEFAULTS[name]}.")
+
+
+def _switch(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=text)
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="YAML file; only --output, --resume, --dry-run and --deploy… go beside it."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL, JSON or CSV of chat `messages`, of `prompt` and `completion`, of "
+        "`instruction`, `input` and `output`, or of `text`."
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=NAME", help="What the data calls a key, as in prompt=question."),
+]
+Instructions = Annotated[
+    InstructionStyle | None, _option("instructions", "How `instruction` data is asked.")
+]
+TruncationName = Annotated[
+    Truncation | None, _option("truncation", "What too long examples lose, or that they fail.")
+]
+EvalData = Annotated[Path | None, typer.Option(help="Held-out examples in the same format.")]
+EvalFraction = Annotated[float | None, _option("eval_fraction", "Share of the data held out.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for adapter and report.")]
+Name = Annotated[str | None, typer.Option(help="The adapter's folder below it. Default: adapter.")]
+Base = Annotated[str | None, typer.Option(help="As in `loramux serve`.")]
+VariantName = Annotated[Variant | None, _option("variant", "How it is scaled.")]
+Rank = Annotated[int | None, _option("rank", "Rank of the update.")]
+Alpha = Annotated[float | None, _option("alpha", "Scale of the update.")]
+LearningRate = Annotated[float | None, _option("learning_rate", "At its peak.")]
+NumEpochs = Annotated[int | None, _option("num_epochs", "Passes over the data.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Updates; overrides epochs.")]
+MicroBatchSize = Annotated[int | None, _option("micro_batch_size", "Examples in one forward.")]
+MaxTokensPerBatch = Annotated[
+    int | None, typer.Option(help="Form forwards by tokens; an update takes as many examples.")
+]
+GradientAccumulation = Annotated[
+    int | None, _option("gradient_accumulation", "Forwards in one update.")
+]
+MaxSeqLen = Annotated[int | None, _option("max_seq_len", "Longer ones are cut.")]
+Seed = Annotated[int | None, typer.Option(help="Order of the data, start of weights.")]
+EvalInterval = Annotated[int | None, _option("eval_interval", "Updates between evaluations.")]
+Patience = Annotated[int | None, typer.Option(help="Evaluations without a lower loss to stop at.")]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FIELD=A,B,…",
+        help="Train one adapter per value at once; losers stop early, the best gets the name.",
+    ),
+]
+ActivationCheckpointing = Annotated[
+    bool | None, _switch("activation-checkpointing", "Less memory, about a third more time.")
+]
+Tensorboard = Annotated[bool | None, _switch("tensorboard", "Also write TensorBoard curves.")]
+DryRun = Annotated[
+    bool, _switch("dry-run", "Measure one micro-step, print memory and time, train nothing.")
+]
+Resume = Annotated[bool | None, _switch("resume", "Continue from the newest checkpoint.")]
+Deploy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Upload what is finished to this server, in the place of what its names hold there.",
+    ),
+]
+DeployName = Annotated[
+    str | None, typer.Option(help="Its name on that server. Default: the unit's own.")
+]
+SamplePrompt = Annotated[
+    str | None,
+    typer.Option(help="Asked of base and adapter there. Default: the first prompt of the data."),
+]

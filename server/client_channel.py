@@ -1,0 +1,97 @@
+"""A client's connection: channel, stubs, running generations, and the server's typed errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.loramux.v1 import (
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2_grpc,
+)
+from server.errors import from_rpc_error
+
+HEALTH_REQUEST = health_pb2.HealthCheckRequest()
+SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+]
+
+
+class Generation:
+    """A running generation. Iterate it once for its events, or take its whole text."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[generation_pb2.GenerateResponse]:
+        with typed_errors():
+            try:
+                yield from self._call
+            finally:
+                self._call.cancel()  # leaving early frees the row; no effect at the end
+
+    def text(self) -> str:
+        """Return the whole output; waits for its end."""
+        return "".join(event.delta.text for event in self)
+
+    def cancel(self) -> None:
+        """End it now; whoever iterates it gets concurrent.futures.CancelledError."""
+        self._call.cancel()
+
+
+class AsyncGeneration:
+    """The asyncio twin of Generation."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def __aiter__(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        with typed_errors():
+            try:
+                async for event in self._call:
+                    yield event
+            finally:
+                self._call.cancel()
+
+    async def text(self) -> str:
+        """Return the whole output; waits for its end."""
+        return "".join([event.delta.text async for event in self])
+
+    def cancel(self) -> None:
+        """End it now; whoever iterates it gets asyncio.CancelledError."""
+        self._call.cancel()
+
+
+def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None) -> Any:
+    """Open a channel of `grpc_api`, which is grpc or grpc.aio."""
+    if credentials is None:
+        return grpc_api.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc_api.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+
+
+class Stubs:
+    """The generated stubs of every service on one channel."""
+
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+        self.generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
+        self.server = server_pb2_grpc.ServerServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Raise what the server raised in place of grpc's own error."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None

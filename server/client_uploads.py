@@ -1,0 +1,84 @@
+"""What the Python clients send of an adapter: an announcement, then its files in chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from lora_runtime.errors import AdapterSourceRefused
+from protos.loramux.v1 import adapters_pb2
+from server.sources import OPTIONAL_FILES, REQUIRED_FILES
+
+CHUNK_BYTES = 1 << 20
+INITIAL_FOLDERS = ("pissa_init", "olora_init")
+"""Sub-folders that a server would need and that are not sent."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told (bytes sent, bytes in all)."""
+
+
+def no_progress(num_sent: int, num_bytes: int) -> None:
+    """Tell nobody."""
+
+
+class Outgoing:
+    """An adapter's files, measured and hashed, ready to be sent once or more."""
+
+    def __init__(self, name: str, folder: Path, replace: bool) -> None:
+        """Raises AdapterSourceRefused (field `folder`) for a folder that cannot be sent whole."""
+        self._paths = _paths(folder)
+        files = [_announced(path) for path in self._paths]
+        self._num_bytes = sum(file.num_bytes for file in files)
+        self._start = adapters_pb2.UploadStart(name=name, replace=replace, files=files)
+
+    def parts(
+        self, on_progress: Progress = no_progress
+    ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+        """Yield the messages of one upload."""
+        yield adapters_pb2.UploadAdapterRequest(start=self._start)
+        num_sent = 0
+        for data in self._chunks():
+            yield adapters_pb2.UploadAdapterRequest(chunk={"data": data})
+            num_sent += len(data)
+            on_progress(num_sent, self._num_bytes)
+
+    async def parts_async(
+        self, on_progress: Progress = no_progress
+    ) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+        """The same for asyncio, which does not wait for the disk."""
+        parts = self.parts(on_progress)
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            yield part
+
+    def _chunks(self) -> Iterator[bytes]:
+        for path in self._paths:
+            with path.open("rb") as file:
+                while data := file.read(CHUNK_BYTES):
+                    yield data
+
+
+def _paths(folder: Path) -> list[Path]:
+    for name in REQUIRED_FILES:
+        if not (folder / name).is_file():
+            raise _refused(f"{folder} has no {name}: it is no adapter in safetensors format")
+    for name in INITIAL_FOLDERS:
+        if (folder / name).exists():
+            raise _refused(
+                f"{folder} needs its {name}/, which is not sent: upload what "
+                "`loramux adapters convert` makes of it, or load it from the server's own disk"
+            )
+    paths = [folder / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES)]
+    return [path for path in paths if path.is_file()]
+
+
+def _announced(path: Path) -> adapters_pb2.UploadFile:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return adapters_pb2.UploadFile(name=path.name, num_bytes=path.stat().st_size, sha256=sha256)
+
+
+def _refused(why: str) -> AdapterSourceRefused:
+    return AdapterSourceRefused(why, field="folder")

@@ -1,0 +1,200 @@
+"""Uploaded adapters: received whole or not at all, and kept by content in the server's own store.
+
+Knows files and bytes, and neither the wire nor what the files mean. An upload is written in a
+temporary folder, and becomes part of the store only after it was loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, ParamSpec, TypeVar
+
+from lora_runtime.errors import InvalidRequest, Overloaded
+from server.calls import UploadCall, UploadFile
+from server.sources import OPTIONAL_FILES, REQUIRED_FILES
+
+STALE_S = 86_400
+"""Age at which a temporary folder is no running upload's: its server was killed."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AdapterStore:
+    """Adapters that clients sent, one folder a content: `root`/<SHA-256 of its files>.
+
+    What was stored stays, so that it can be loaded again by that name; the operator deletes it.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """`max_bytes`: of all files of one upload together."""
+        self.root = folder / "adapters"
+        self._incoming = folder / "incoming"
+        self._max_bytes = max_bytes
+
+    @asynccontextmanager
+    async def receive(self, call: UploadCall, data: AsyncIterator[bytes]) -> AsyncIterator[Upload]:
+        """Yield a complete upload whose `folder` exists until the context ends.
+
+        Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
+        named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
+        Overloaded when the disk is full.
+        """
+        self._check(call)
+        folder = await _in_thread(self._new_folder)
+        try:
+            yield await _received(call, data, folder)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise Overloaded("the adapter store of this server is full; try again later") from error
+        finally:
+            await _in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def keep(self, upload: Upload) -> None:
+        """Move an upload into the store, at once; content that is there already stays."""
+        await _in_thread(self._move, upload)
+
+    def _check(self, call: UploadCall) -> None:
+        names = [file.name for file in call.files]
+        for index, name in enumerate(names):
+            if name not in (*REQUIRED_FILES, *OPTIONAL_FILES):
+                allowed = ", ".join((*REQUIRED_FILES, *OPTIONAL_FILES))
+                raise _refused(f"{name[:100]!r} is no file of an adapter; send {allowed}", index)
+            if name in names[:index]:
+                raise _refused(f"{name} is announced twice", index)
+        for name in REQUIRED_FILES:
+            if name not in names:
+                raise InvalidRequest(f"{name} is not announced; send it too", field="start.files")
+        num_bytes = sum(file.num_bytes for file in call.files)
+        if num_bytes > self._max_bytes:
+            raise InvalidRequest(
+                f"the files have {num_bytes} bytes; this server takes {self._max_bytes} at most",
+                field="start.files",
+            )
+
+    def _new_folder(self) -> Path:
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(exist_ok=True)
+        for entry in os.scandir(self._incoming):
+            with suppress(FileNotFoundError):  # another upload has just ended
+                if entry.stat().st_mtime < time.time() - STALE_S:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self._incoming))
+
+    def _move(self, upload: Upload) -> None:
+        target = self.root / upload.digest
+        try:
+            os.rename(upload.folder, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+class Upload:
+    """The files of one upload, written in their order below `folder`."""
+
+    def __init__(self, files: tuple[UploadFile, ...], folder: Path) -> None:
+        self.folder = folder
+        self._files = files
+        self._index = 0
+        self._num_written = 0
+        self._hash = hashlib.sha256()
+        self._hashes: dict[str, str] = {}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and hashes of all files, in hexadecimal."""
+        content = json.dumps(sorted(self._hashes.items()), separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append to the current file. Raises InvalidRequest where it was announced shorter."""
+        self._end_full_files()
+        if not data:
+            return
+        if self._index == len(self._files):
+            raise InvalidRequest("more bytes were sent than announced", field="chunk.data")
+        file = self._files[self._index]
+        self._num_written += len(data)
+        if self._num_written > file.num_bytes:
+            raise InvalidRequest(
+                f"{file.name} is longer than the {file.num_bytes} bytes announced; a chunk holds "
+                "bytes of one file only",
+                field="chunk.data",
+            )
+        self._hash.update(data)
+        with self._open(file) as stream:
+            stream.write(data)
+
+    def finish(self) -> None:
+        """Check that everything has come. Raises InvalidRequest."""
+        self._end_full_files()
+        if self._index < len(self._files):
+            file = self._files[self._index]
+            raise InvalidRequest(
+                f"the upload ended after {self._num_written} of {file.num_bytes} bytes of "
+                f"{file.name}",
+                field="chunk.data",
+            )
+
+    def _end_full_files(self) -> None:
+        while (
+            self._index < len(self._files)
+            and self._num_written == self._files[self._index].num_bytes
+        ):
+            self._end_file(self._files[self._index])
+            self._index, self._num_written, self._hash = self._index + 1, 0, hashlib.sha256()
+
+    def _end_file(self, file: UploadFile) -> None:
+        found = self._hash.hexdigest()
+        if file.sha256 and file.sha256 != found:
+            raise InvalidRequest(
+                f"{file.name} came with SHA-256 {found}, not {file.sha256}; send it again",
+                field=f"start.files[{self._index}].sha256",
+            )
+        with self._open(file) as stream:
+            os.fsync(stream.fileno())
+        self._hashes[file.name] = found
+
+    def _open(self, file: UploadFile) -> BinaryIO:
+        return (self.folder / file.name).open("ab")
+
+
+async def _received(call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
+    upload = Upload(call.files, folder)
+    async for part in data:
+        await _in_thread(upload.write, part)
+    await _in_thread(upload.finish)
+    return upload
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """Await work that a cancellation of the caller must not interrupt; it is raised afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation stands in its place
+        raise
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    return await to_the_end(asyncio.to_thread(function, *args, **kwargs))
+
+
+def _refused(why: str, index: int) -> InvalidRequest:
+    return InvalidRequest(why, field=f"start.files[{index}].name")

@@ -1,0 +1,410 @@
+"""Every variant against dense autograd, PEFT and serving: starts, gradients, mixes, exports."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.parity import TOLERANCES, gate
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.engine.probe import probe_logits
+from lora_runtime.errors import ConfigError
+from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.export import adapter_files
+from lora_runtime.training.optimizers import create_optimizer, decay_starts
+from lora_runtime.training.trainer import run_pass, unit_logits, window_losses
+from tests.lora_runtime.training.tiny_runs import make_unit, ragged_data, run
+from tests.peft_adapters import load_in_peft
+from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+PATTERNS = {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "alpha_pattern": {"down_proj": 5.0}}
+VARIANTS = {
+    "lora": {},
+    "rslora": {"variant": "rslora", **PATTERNS},
+    "dora": {"variant": "dora", **PATTERNS},
+    "dora-rslora": {"variant": "rslora", "use_dora": True},
+    "pissa": {"variant": "pissa", **PATTERNS},
+    "pissa-niter": {"init": "pissa_niter_4"},
+    "pissa-dora-rslora": {"variant": "rslora", "use_dora": True, "init": "pissa", **PATTERNS},
+    "olora": {"variant": "olora"},
+    "layers": {"layers_to_transform": (0, 2), "variant": "rslora"},
+    "replicated": {"layer_replication": ((0, 2), (0, 3), (1, 2))},
+    "replicated-part": {
+        "layer_replication": ((1, 3), (0, 3)),
+        "layers_to_transform": (2, 3),
+        "variant": "dora",
+        "init": "pissa",
+    },
+}
+ROWS = [[5, 17, 2, 250, 33, 9, 120, 7], [200, 3, 41]]
+
+
+def in_float64(model):
+    """Nothing of `model` rounds to float32, as transformers' norms and eager softmax do."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
+            norm.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, norm)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exact_base():
+    base = tiny_base("llama", quantization="none", dtype=torch.float64)
+    in_float64(base.model)
+    return base
+
+
+def stacked(model, layer_map):
+    """A model of copies of the layers, in the order of the map."""
+    if layer_map is not None:
+        layers = [copy.deepcopy(model.model.layers[layer]) for layer in layer_map]
+        for index, layer in enumerate(layers):
+            layer.self_attn.layer_idx = index
+        model.model.layers = torch.nn.ModuleList(layers)
+        model.config.num_hidden_layers = len(layers)
+    return model
+
+
+def unit_of(base, tokenizer, tmp_path, name="lora", **options):
+    settings = {"rank": 4, "alpha": 6.0, "warmup": 0, **VARIANTS.get(name, {}), **options}
+    data = settings.pop("data", None) or ragged_data(tmp_path / f"{name}.jsonl", 6)
+    return make_unit(base, tokenizer, UnitConfig(name=name, data=data, **settings))
+
+
+def randomise(unit, scale=0.1):
+    """Move every parameter by noise of its own size."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in unit.named_parameters().items():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        size = parameter.abs().mean() if name.endswith("magnitude") else 1.0
+        parameter.data.add_(scale * size * noise)
+
+
+def train_until_done(base, units):
+    while active := [unit for unit in units if unit.is_running]:
+        run_pass(base, active)
+
+
+def mean_loss(logits_of, examples):
+    """The mean over all target tokens, by plain torch."""
+    losses = []
+    for example in examples:
+        logits = logits_of(example.token_ids)[example.predictors]
+        labels = example.token_ids[example.predictors + 1]
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, name, quantization, dtype):
+    base = tiny_base("llama", quantization=quantization, dtype=dtype)
+    unit = unit_of(base, tokenizer, tmp_path, name)
+    started = unit_logits(base, unit)(ROWS, True)
+    unit.modules = {}  # the base alone, in the unit's order of layers
+    for ours, theirs in zip(started, unit_logits(base, unit)(ROWS, True), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@dataclass
+class DenseForm:
+    """W' = g∘(W + s·(BA − B₀A₀)) of one module from leaves of its own, the formula of the paper."""
+
+    weight: torch.Tensor
+    module: object
+    leaves: dict = field(default_factory=dict)
+
+    def effective(self):
+        module = self.module
+        named = {n: p.detach().clone() for n, p in module.parameters.items()}
+        if module.start is not None:
+            named["a"] += module.start.a
+            named["b"] += module.start.b
+        self.leaves = {name: value.requires_grad_() for name, value in named.items()}
+        delta = module.scaling * self.leaves["b"] @ self.leaves["a"]
+        if module.start is not None:
+            delta = delta - module.scaling * module.start.b @ module.start.a
+        changed = self.weight + delta
+        if "magnitude" not in self.leaves:
+            return changed
+        norm = changed.norm(dim=1).detach()
+        return (self.leaves["magnitude"] / norm)[:, None] * changed
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_those_of_dense_autograd(tmp_path, tokenizer, exact_base, name):
+    unit = unit_of(exact_base, tokenizer, tmp_path, name)
+    randomise(unit)
+    examples = unit.next_micro_batch()
+    window_losses(exact_base, [unit], [examples]).sum().backward()
+    twin = in_float64(dense_twin(exact_base, "llama"))
+    twin.set_attn_implementation("sdpa")  # of the config that copies of layers copy
+    twin = stacked(twin, unit.layer_map)
+    dense = {
+        path: DenseForm(twin.get_submodule(path).weight.detach(), module)
+        for path, module in unit.modules.items()
+    }
+    changed = {f"{path}.weight": form.effective() for path, form in dense.items()}
+    mean_loss(lambda ids: functional_call(twin, changed, ids[None]).logits[0], examples).backward()
+    for path, module in unit.modules.items():
+        assert len(module.a) == (3 if path.endswith("1.self_attn.v_proj") and (
+            "rank_pattern" in VARIANTS[name]) else 4)  # fmt: skip
+        for part, parameter in module.parameters.items():
+            expected = dense[path].leaves[part].grad
+            assert expected.norm() > 0
+            assert (parameter.grad - expected).norm() <= 1e-9 * expected.norm()
+
+
+def copy_to_peft(unit, oracle):
+    """Give PEFT's layers the unit's weights; returns each module's layer."""
+    layers = {path: oracle.base_model.model.get_submodule(path) for path in unit.modules}
+    for path, module in unit.modules.items():
+        start = module.start
+        a, b = module.a.data, module.b.data
+        layers[path].lora_A.default.weight.data.copy_(a if start is None else start.a + a)
+        layers[path].lora_B.default.weight.data.copy_(b if start is None else start.b + b)
+        if module.magnitude is not None:
+            layers[path].lora_magnitude_vector.default.weight.data.copy_(module.magnitude.data)
+    return layers
+
+
+def assert_gradients_of_peft(unit, layers, limit):
+    for path, module in unit.modules.items():
+        layer = layers[path]
+        theirs = {"a": layer.lora_A.default.weight, "b": layer.lora_B.default.weight}
+        if module.magnitude is not None:
+            theirs["magnitude"] = layer.lora_magnitude_vector.default.weight
+        assert theirs.keys() == module.parameters.keys()
+        for part, parameter in module.parameters.items():
+            grad = theirs[part].grad
+            assert grad.norm() > 0
+            assert (parameter.grad - grad).norm() <= limit * grad.norm()
+
+
+@pytest.mark.parametrize("shape", ["llama-bias", "gemma2", "phi3"])
+def test_gradients_of_dora_are_those_of_peft(tmp_path, tokenizer, shape):
+    base = tiny_base(shape)
+    unit = unit_of(base, tokenizer, tmp_path, variant="rslora", use_dora=True)
+    randomise(unit, 0.05)
+    examples = unit.next_micro_batch()
+    window_losses(base, [unit], [examples]).sum().backward()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, use_dora=True, target_modules="all-linear"
+    )
+    oracle = peft.get_peft_model(dense_twin(base, shape), config)
+    layers = copy_to_peft(unit, oracle)
+    mean_loss(lambda ids: oracle(ids[None]).logits[0], examples).backward()
+    assert_gradients_of_peft(unit, layers, 1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_and_gradients_of_pefts_own_pissa_and_olora(tmp_path, tokenizer, init):
+    base = tiny_base("llama", quantization="none")
+    unit = unit_of(base, tokenizer, tmp_path, init=init)
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, target_modules="all-linear")
+    oracle = peft.get_peft_model(dense_twin(base, "llama"), config)
+    for path, module in unit.modules.items():
+        layer = oracle.base_model.model.get_submodule(path)
+        theirs = layer.lora_B.default.weight @ layer.lora_A.default.weight
+        ours = module.start.b @ module.start.a
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    randomise(unit, 0.05)
+    examples = unit.next_micro_batch()
+    window_losses(base, [unit], [examples]).sum().backward()
+    layers = copy_to_peft(unit, oracle)
+    mean_loss(lambda ids: oracle(ids[None]).logits[0], examples).backward()
+    assert_gradients_of_peft(unit, layers, 1e-3)
+
+
+def mixed_configs(tmp_path):
+    names = ["lora", "rslora", "dora", "pissa", "pissa-dora-rslora", "olora"]
+    names += ["replicated", "replicated-part"]
+    sizes = {"rank": [2, 8, 3, 5, 4, 2, 3, 2], "weight_decay": [0, 0.1, 0, 0.1, 0.2, 0, 0, 0]}
+    return [
+        UnitConfig(
+            name=name, data=ragged_data(tmp_path / name, 5 + index, seed=index), max_steps=50,
+            learning_rate=1e-4 if name == "olora" else 3e-3, loraplus_ratio=1.0 + index % 4,
+            micro_batch_size=1 + index % 3,
+            rank=sizes["rank"][index], weight_decay=sizes["weight_decay"][index], **VARIANTS[name],
+        )
+        for index, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def test_a_mix_of_variants_equals_each_alone_and_the_base_stays(tmp_path, tokenizer, exact_base):
+    configs = mixed_configs(tmp_path)
+    before = fingerprint(exact_base.model, "none")
+    together = [make_unit(exact_base, tokenizer, config, seed=3) for config in configs]
+    plain = unit_logits(exact_base, together[0])(ROWS, False)
+    train_until_done(exact_base, together)
+    for unit, config in zip(together, configs, strict=True):
+        alone = make_unit(exact_base, tokenizer, config, seed=3)
+        start = {name: value.detach().clone() for name, value in alone.named_parameters().items()}
+        train_until_done(exact_base, [alone])
+        assert unit.step == alone.step == 50
+        for name, value in alone.named_parameters().items():
+            assert (unit.named_parameters()[name] - value).abs().max() <= 1e-8
+            assert (start[name] - value).abs().max() >= 1e-4
+    assert fingerprint(exact_base.model, "none") == before
+    after = unit_logits(exact_base, together[0])(ROWS, False)
+    assert all(torch.equal(one, other) for one, other in zip(plain, after, strict=True))
+
+
+@pytest.fixture(scope="module")
+def disk_base(tmp_path_factory):
+    """NF4, beside its 16-bit checkpoint."""
+    return tiny_base("llama", folder=tiny_checkpoint(tmp_path_factory.mktemp("base")))
+
+
+EXPORTED = {**VARIANTS, "loftq": {"variant": "loftq"}}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer, disk_base):
+    """All variants trained in one run on the NF4 base: name → folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    configs = [
+        UnitConfig(
+            name=name, data=ragged_data(folder / f"{name}.jsonl", 8, seed=seed), rank=4, alpha=6.0,
+            warmup=0, learning_rate=1e-2, max_steps=12, **options,
+        )
+        for seed, (name, options) in enumerate(EXPORTED.items())
+    ]  # fmt: skip
+    before = fingerprint(disk_base.model, "nf4")
+    results = run(disk_base, tokenizer, folder / "out", configs)
+    assert fingerprint(disk_base.model, "nf4") == before
+    return {result.name: result.folder for result in results}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, disk_base, name):
+    folder = exported[name]
+    golden = read_golden(folder, disk_base.spec)
+    form = load_adapter(folder, disk_base.spec, disk_base.weights)
+
+    def served(rows, with_adapter):
+        return probe_logits(disk_base, form if with_adapter else None, rows)
+
+    assert TOLERANCES["float32"].limit == 0.01
+    parity = gate(golden, served, "float32")
+    assert parity.error < 1e-4 and parity.effect > 0.3
+    oracle = load_in_peft(dense_twin(disk_base, "llama"), folder)
+    with torch.no_grad():
+        for row, ours in zip(ROWS, served(ROWS, True), strict=True):
+            assert (oracle(torch.tensor([row])).logits[0] - ours).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_rounding_an_export_to_bfloat16_keeps_the_change(exported, name):
+    tensors = load_file(exported[name] / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_A" in key]:
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        change = b.double() @ a.double()
+        rounded = b.bfloat16().double() @ a.bfloat16().double()
+        assert (rounded - change).norm() <= 0.01 * change.norm()
+
+
+@pytest.mark.parametrize("rank", [4, 40])
+def test_ranks_above_half_the_layer_are_exported_too(tmp_path, tokenizer, base, rank):
+    """Twice the rank of the first factors is more than such a layer has."""
+    targets = ("gate_proj", "q_proj")
+    unit = unit_of(base, tokenizer, tmp_path, "pissa", rank=rank, target_modules=targets)
+    randomise(unit, 0.01)
+    config, tensors, _ = adapter_files(unit.config, base.spec, unit.modules, {})
+    assert config["r"] == 2 * rank and config["init_lora_weights"] is True
+    for path, module in unit.modules.items():
+        a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        assert a.shape[0] == b.shape[1] == 2 * rank
+        wanted = module.unscaled()
+        change = wanted.b @ wanted.a
+        assert (b @ a - change).norm() <= 1e-5 * change.norm()
+
+
+def test_loftq_starts_nearer_to_the_checkpoint_than_the_quantised_base(
+    tmp_path, tokenizer, disk_base
+):
+    unit = unit_of(disk_base, tokenizer, tmp_path, init="loftq", alpha=12.0)
+    for path, module in unit.modules.items():
+        lost = disk_base.weights.original(path).float() - disk_base.weights.serving(path)
+        a, b = module.unscaled()
+        left = (lost - module.scaling * b @ a).detach().norm()
+        best = torch.linalg.svdvals(lost)[4:].norm()
+        assert left < 0.95 * lost.norm()
+        assert left == pytest.approx(best.item(), rel=1e-4)
+
+
+def test_weight_decay_acts_on_the_whole_factor(tmp_path, tokenizer, exact_base):
+    options = {"learning_rate": 1e-2, "weight_decay": 0.3, "loraplus_ratio": 4.0}
+    unit = unit_of(exact_base, tokenizer, tmp_path, "pissa", **options)
+    module = next(iter(unit.modules.values()))
+    whole = [torch.nn.Parameter(part.clone()) for part in module.start]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(whole, (1e-2, 4e-2), strict=True)]
+    reference = torch.optim.AdamW(groups, weight_decay=0.3)
+    ours = create_optimizer(unit.config, {"one": module})
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for mine, theirs in zip((module.a, module.b), whole, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        ours.step()
+        decay_starts(ours, {"one": module})
+        reference.step()
+    for mine, start, theirs in zip((module.a, module.b), module.start, whole, strict=True):
+        assert (start + mine - theirs).abs().max() <= 1e-12
+
+
+def test_rates_of_loraplus_and_decay_of_magnitudes(tmp_path, tokenizer, base):
+    options = {"loraplus_ratio": 16.0, "learning_rate": 1e-3, "weight_decay": 0.5, "max_steps": 1}
+    unit = unit_of(base, tokenizer, tmp_path, "dora", **options)
+    before = copy.deepcopy(unit.named_parameters())
+    norms = {name: value for name, value in before.items() if name.endswith("magnitude")}
+    train_until_done(base, [unit])
+    moved = {n: (p - before[n]).abs().max().item() for n, p in unit.named_parameters().items()}
+    for name, most in moved.items():  # Adam's first step is the rate itself
+        if name.endswith(".b"):
+            assert most == pytest.approx(16e-3, rel=1e-2)
+        if name in norms:
+            assert most == pytest.approx(1e-3, rel=1e-2)
+    assert unit.records[0].learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message"),
+    [
+        ({"init": "pisa"}, "init", "pissa_niter_ and a number"),
+        ({"init": "olora", "variant": "pissa"}, "init", "with the variant 'pissa'"),
+        ({"init": "pissa", "rank": 33}, "rank", "k_proj has only 32 singular values"),
+        ({"init": "loftq"}, "init", "was not loaded from a safetensors checkpoint"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern", "not a regular expression"),
+        ({"layers_to_transform": (7,)}, "layers_to_transform", "layers 0 to 2"),
+        ({"layer_replication": ((0, 4),)}, "layer_replication", "the layers of this base"),
+        ({"loraplus_ratio": 0.0}, "loraplus_ratio", "must be positive"),
+        ({"target_modules": ("lm_head",)}, "target_modules", "linear layers inside"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_named(
+    tmp_path, tokenizer, base, options, field, message
+):
+    with pytest.raises(ConfigError, match=message) as caught:
+        unit_of(base, tokenizer, tmp_path, **options)
+    assert caught.value.field == field
+
+
+def test_loftq_needs_a_quantised_base(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="this base is not quantised") as caught:
+        unit_of(tiny_base("llama", quantization="none"), tokenizer, tmp_path, init="loftq")
+    assert caught.value.field == "init"

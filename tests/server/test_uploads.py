@@ -1,0 +1,296 @@
+"""Uploads over a real socket: whole and checked, or refused by name and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from lora_runtime.adapters.files.companions import TEMPLATE_FILE, TOKEN_FILES
+from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE
+from lora_runtime.adapters.parity import SIDECAR_FILE
+from lora_runtime.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterSourceRefused,
+    BaseMismatch,
+    InvalidRequest,
+    LoramuxError,
+    Overloaded,
+)
+from protos.loramux.v1 import adapters_pb2
+from server.client_channel import typed_errors
+from server.client_uploads import Outgoing
+from server.sources import OPTIONAL_FILES, REQUIRED_FILES
+from server.uploads import STALE_S, Upload
+from tests.server.test_client import in_thread
+from tests.server.test_grpc_server import stubs_of
+from tests.server.world import MAX_UPLOAD_BYTES, World, until
+
+CONFIG, WEIGHTS = b'{"variant": "dora"}', b"abcdefgh"
+
+
+def files(*contents: tuple[str, bytes]) -> list[dict]:
+    named = contents or ((CONFIG_FILE, CONFIG), (TENSORS_FILE, WEIGHTS))
+    return [{"name": name, "num_bytes": len(content)} for name, content in named]
+
+
+def start(**fields):
+    given = {"name": "x", "files": files(), **fields}
+    return adapters_pb2.UploadAdapterRequest(start=given)
+
+
+def chunk(data: bytes):
+    return adapters_pb2.UploadAdapterRequest(chunk={"data": data})
+
+
+async def send(world: World, *parts) -> adapters_pb2.AdapterInfo:
+    async with stubs_of(world) as stubs:
+        with typed_errors():
+            return (await stubs.adapters.UploadAdapter(iter(parts))).adapter
+
+
+def local_adapter(folder: Path, content: str = "a", **facts) -> Path:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(json.dumps(facts))
+    (folder / TENSORS_FILE).write_text(content)
+    return folder
+
+
+def left_behind(world: World) -> list[str]:
+    """Every file below the server's store."""
+    store = world.root.parents[1] / "store"
+    return sorted(str(p.relative_to(store)) for p in store.rglob("*") if p.is_file())
+
+
+def test_the_files_that_are_sent_are_all_that_a_server_reads():
+    assert REQUIRED_FILES == (CONFIG_FILE, TENSORS_FILE)
+    assert set(OPTIONAL_FILES) == {SIDECAR_FILE, TEMPLATE_FILE, *TOKEN_FILES}
+
+
+async def test_an_upload_is_loaded_answers_and_is_kept_by_content(serve, tmp_path) -> None:
+    folder = local_adapter(tmp_path / "local", chat_template="{content}")
+    (folder / TEMPLATE_FILE).write_text("{content}")
+    (folder / "README.md").write_text("not sent")
+    async with serve() as world:
+        info = await world.client.upload_adapter("x", folder)
+        assert info.state == adapters_pb2.ADAPTER_STATE_LOADED and info.has_chat_template
+        assert await world.client.generate("q", adapter="x", max_tokens=3).text() == "aaa"
+        names = (CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE)
+        assert left_behind(world) == sorted(f"adapters/{info.source}/{name}" for name in names)
+        stored = world.service._store.root / info.source
+        assert all((stored / n).read_bytes() == (folder / n).read_bytes() for n in names)
+        again = await world.client.load_adapter("y", info.source)
+        assert again.adapter.digest == info.digest
+        assert (await world.client.upload_adapter("x", folder)).digest == info.digest
+        assert world.engine.references == {info.digest: 2}
+
+
+async def test_the_blocking_client_tells_its_progress(serve, tmp_path) -> None:
+    folder, seen = local_adapter(tmp_path / "local", "b" * 3_000_000), []
+    total = sum(path.stat().st_size for path in folder.iterdir())
+
+    def use(client) -> None:
+        info = client.upload_adapter("x", folder, on_progress=lambda *counts: seen.append(counts))
+        assert client.generate("q", adapter="x", max_tokens=2).text() == "bb"
+        with pytest.raises(AdapterExists):
+            client.upload_adapter("x", local_adapter(tmp_path / "other", "c"))
+        other = client.upload_adapter("x", str(tmp_path / "other"), replace=True)
+        assert other.former_digest == info.digest
+        assert client.rollback_adapter("x").digest == info.digest
+
+    async with serve() as world:
+        await in_thread(world, use)
+        assert len(seen) >= 4 and seen[-1] == (total, total) and seen == sorted(seen)
+        assert len(left_behind(world)) == 4, "what was refused for its name is not kept"
+
+
+CONFIG_SHA = hashlib.sha256(CONFIG).hexdigest()
+WRONG_SHA = {"name": CONFIG_FILE, "num_bytes": len(CONFIG), "sha256": "0" * 64}
+BAD_UPLOADS = {
+    "nothing": ([], "start"),
+    "no start": ([chunk(CONFIG)], "start"),
+    "two starts": ([start(), start()], "start"),
+    "a part of nothing": ([start(), adapters_pb2.UploadAdapterRequest()], "part"),
+    "no name": ([start(name="")], "start.name"),
+    "a path as name": ([start(name="../x")], "start.name"),
+    "the base's name": ([start(name="tiny")], "name"),
+    "a file of another name": (
+        [start(files=files((CONFIG_FILE, b""), (TENSORS_FILE, b""), ("model.py", b"")))],
+        "start.files[2].name",
+    ),
+    "a path": (
+        [start(files=files((f"../{CONFIG_FILE}", b""), (TENSORS_FILE, b"")))],
+        "start.files[0].name",
+    ),
+    "a file twice": (
+        [start(files=files((CONFIG_FILE, b""), (TENSORS_FILE, b""), (CONFIG_FILE, b"")))],
+        "start.files[2].name",
+    ),
+    "no weights": ([start(files=files((CONFIG_FILE, CONFIG))), chunk(CONFIG)], "start.files"),
+    "no size": ([start(files=[{"name": CONFIG_FILE}])], "start.files[0].num_bytes"),
+    "too large": (
+        [start(files=[*files()[:1], {"name": TENSORS_FILE, "num_bytes": MAX_UPLOAD_BYTES}])],
+        "start.files",
+    ),
+    "larger than a disk": (
+        [start(files=[*files()[:1], {"name": TENSORS_FILE, "num_bytes": 2**64 - 1}])],
+        "start.files",
+    ),
+    "no hash": (
+        [start(files=[{"name": CONFIG_FILE, "num_bytes": 1, "sha256": "abc"}])],
+        "start.files[0].sha256",
+    ),
+    "another hash": (
+        [start(files=[WRONG_SHA, *files()[1:]]), chunk(CONFIG), chunk(WEIGHTS)],
+        "start.files[0].sha256",
+    ),
+    "no chunks": ([start()], "chunk.data"),
+    "too short": ([start(), chunk(CONFIG), chunk(WEIGHTS[:-1])], "chunk.data"),
+    "too long": ([start(), chunk(CONFIG), chunk(WEIGHTS), chunk(b"x")], "chunk.data"),
+    "a chunk over two files": ([start(), chunk(CONFIG + WEIGHTS)], "chunk.data"),
+    "the other file first": ([start(), chunk(WEIGHTS), chunk(CONFIG)], "chunk.data"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_UPLOADS)
+async def test_a_bad_upload_names_its_field_and_leaves_nothing(serve, case) -> None:
+    parts, field = BAD_UPLOADS[case]
+    async with serve() as world:
+        with pytest.raises(InvalidRequest) as caught:
+            await send(world, *parts)
+        assert caught.value.field == field and field.rpartition(".")[2] in str(caught.value) + field
+        assert left_behind(world) == [] and world.registry.records() == []
+        assert (await send(world, start(), chunk(CONFIG), chunk(WEIGHTS))).variant == "dora"
+
+
+async def test_any_cut_of_the_files_into_chunks_is_the_same_upload(serve) -> None:
+    sizes = {"sha256": CONFIG_SHA.upper(), **files()[0]}
+    async with serve() as world:
+        parts = [*(chunk(bytes([b])) for b in CONFIG), chunk(b""), chunk(WEIGHTS[:3])]
+        one = await send(world, start(files=[sizes, files()[1]]), *parts, chunk(WEIGHTS[3:]))
+        other = await send(world, start(name="y"), chunk(CONFIG), chunk(WEIGHTS))
+        assert (one.digest, one.source) == (other.digest, other.source)
+        assert len(left_behind(world)) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("!BaseMismatch", BaseMismatch), ("!AdapterRefused", AdapterRefused)]
+)
+async def test_what_cannot_be_loaded_is_not_kept(serve, tmp_path, content, kind) -> None:
+    async with serve() as world:
+        with pytest.raises(kind) as caught:
+            await world.client.upload_adapter("x", local_adapter(tmp_path / "local", content))
+        assert str(world.root.parents[1]) not in str(caught.value), "no path of the server"
+        assert left_behind(world) == [] and world.engine.references == {}
+        (record,) = await world.client.list_adapters()
+        assert record.state == adapters_pb2.ADAPTER_STATE_FAILED and record.error
+        with pytest.raises(AdapterNotFound):
+            await world.client.generate("q", adapter="x").text()
+
+
+async def test_a_cancelled_upload_leaves_nothing(serve) -> None:
+    async def parts():
+        yield start()
+        yield chunk(CONFIG)
+        await asyncio.sleep(60)
+
+    async with serve() as world, stubs_of(world) as stubs:
+        call = stubs.adapters.UploadAdapter(parts())
+        await until(lambda: any(name.endswith(CONFIG_FILE) for name in left_behind(world)))
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        incoming = world.root.parents[1] / "store" / "incoming"
+        await until(lambda: not any(incoming.iterdir()))
+        assert left_behind(world) == [] and world.registry.records() == []
+
+
+async def test_an_upload_cancelled_while_it_loads_is_loaded_and_kept(serve, tmp_path) -> None:
+    async with serve() as world, stubs_of(world) as stubs:
+        world.engine.load_gate.clear()
+        call = stubs.adapters.UploadAdapter(
+            Outgoing("x", local_adapter(tmp_path / "l"), False).parts()
+        )
+        await until(lambda: bool(world.registry.records()))
+        (record,) = world.registry.records()
+        assert record.state == "verifying"
+        call.cancel()
+        await asyncio.sleep(0.05)
+        world.engine.load_gate.set()
+        await until(lambda: len([n for n in left_behind(world) if n.startswith("adapters")]) == 2)
+        assert world.registry.resolve("x").digest[0] == "a"
+
+
+async def test_uploads_in_parallel_do_not_disturb_streams(serve, tmp_path) -> None:
+    letters = "bcdefgh"
+    folders = {c: local_adapter(tmp_path / c, c + "z" * 2_500_000) for c in letters}
+
+    async def answer(world: World, index: int) -> None:
+        text = await world.client.generate("q", adapter="x", max_tokens=50).text()
+        assert text == "a" * 50, index
+
+    async with serve() as world:
+        await world.load("x", "a")
+        uploads = [world.client.upload_adapter(c, path) for c, path in folders.items()]
+        same = [world.client.upload_adapter(f"b{i}", folders["b"]) for i in range(4)]
+        answers = (answer(world, index) for index in range(100))
+        infos, *_ = await asyncio.gather(asyncio.gather(*uploads, *same), *answers)
+        assert [info.digest[0] for info in infos] == [*letters, *"bbbb"]
+        assert len(left_behind(world)) == 2 * len(letters)
+        assert world.engine.aborted == []
+
+
+async def test_what_a_killed_server_left_is_swept_and_a_running_upload_is_not(serve) -> None:
+    async with serve() as world:
+        incoming = world.root.parents[1] / "store" / "incoming"
+        for name, age_s in (("old", STALE_S + 60), ("new", 60)):
+            (incoming / name).mkdir(parents=True)
+            os.utime(incoming / name, (time.time() - age_s,) * 2)
+        await send(world, start(), chunk(CONFIG), chunk(WEIGHTS))
+        assert [path.name for path in incoming.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("missing", REQUIRED_FILES)
+def test_a_client_sends_whole_adapters_only(tmp_path, missing):
+    folder = local_adapter(tmp_path / "a")
+    (folder / missing).unlink()
+    with pytest.raises(AdapterSourceRefused, match=missing) as caught:
+        Outgoing("x", folder, False)
+    assert caught.value.field == "folder"
+
+
+def test_a_client_does_not_drop_the_start_of_a_mutated_base(tmp_path):
+    (local_adapter(tmp_path / "a") / "pissa_init").mkdir()
+    with pytest.raises(AdapterSourceRefused, match="pissa_init"):
+        Outgoing("x", tmp_path / "a", False)
+
+
+async def test_a_part_that_cannot_be_parsed_is_typed(serve) -> None:
+    async with serve() as world, grpc.aio.insecure_channel(world.target) as channel:
+        upload = channel.stream_unary("/loramux.v1.AdapterService/UploadAdapter")
+        with pytest.raises(InvalidRequest, match="UTF-8"), typed_errors():
+            await upload(iter([b"\x0a\x04\x0a\x02\xff\xfe"]))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, Overloaded), (errno.EIO, LoramuxError)]
+)
+async def test_a_full_disk_is_typed_and_leaves_nothing(serve, monkeypatch, number, kind) -> None:
+    def fail(self, data):
+        raise OSError(number, "/srv/secret")
+
+    async with serve() as world:
+        monkeypatch.setattr(Upload, "write", fail)
+        with pytest.raises(kind) as caught:
+            await send(world, start(), chunk(CONFIG), chunk(WEIGHTS))
+        assert type(caught.value) is kind and "secret" not in str(caught.value)
+        assert left_behind(world) == [] and world.registry.records() == []
