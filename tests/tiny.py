@@ -93,6 +93,17 @@ def tiny_base(
     return prepare_base(model, BaseConfig(quantization=quantization), shape, folder)
 
 
+def in_float64(model):
+    """Nothing of `model` rounds to float32, as transformers' norms and eager softmax do."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
+            norm.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, norm)
+    return model
+
+
 def tiny_checkpoint(folder: Path, shape: str = "llama", *, seed: int = 0) -> Path:
     """The same model as a bfloat16 checkpoint on disk, without a tokenizer."""
     tiny_model(shape, seed=seed, dtype=torch.bfloat16).save_pretrained(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
-from lora_runtime.base.adapted_linear import Binding
+from lora_runtime.base.adapted_linear import PooledBinding
 from lora_runtime.base.loader import Base
 from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
@@ -67,7 +67,7 @@ class AdapterPool:
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
         self.runs = _empty_tables(len(self._index), max_slots, 1, like.device)
-        self.bindings: dict[str, Binding] = {}
+        self.bindings: dict[str, PooledBinding] = {}
 
     def load(self, placement: AdapterPlacement, form: ServingForm) -> None:
         """Copy an adapter to its place and make its slot point at it, in place."""
@@ -96,7 +96,7 @@ class AdapterPool:
         """Leave out modules that no slot touches: they run as the base's own."""
         touched = set[str]().union(*self._touched)
         self.bindings = {
-            path: Binding(self.memory, self.runs[self._index[path]]) for path in touched
+            path: PooledBinding(self.memory, self.runs[self._index[path]]) for path in touched
         }
 
 

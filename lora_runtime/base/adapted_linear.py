@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,31 +23,64 @@ from lora_runtime.kernels import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """Where one module finds its adapters: their memory and the module's run table.
+class Binding(Protocol):
+    """What adapters do at one module. `meta` says which of them act on which of the tokens."""
 
-    runs (S, R, 8) int64: (slot, replica) → Run.
+    def linear(self, x: Tensor, layer: FrozenLinear, meta: Any) -> Tensor:
+        """x (T, in) → (T, out)."""
+        ...
+
+    def head(self, x: Tensor, layer: FrozenLinear, meta: Any) -> Tensor:
+        """x (T, hidden) → (T, vocab): as `linear`, and rows of W can be replaced."""
+        ...
+
+    def embedding(
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: Any
+    ) -> Tensor:
+        """embedded (T, hidden), the base's, of ids (T,) → (T, hidden)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PooledBinding:
+    """Where one module finds its adapters in serving: their memory and the module's run table.
+
+    runs (S, R, 8) int64: (slot, replica) → Run. `meta` is a StepMeta.
     """
 
     memory: AdapterMemory
     runs: Tensor
+
+    def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
+        return apply_adapters(layer.product(x), x, layer.bias, self.memory, self.runs, meta)
+
+    def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
+        product, adapters = layer.product(x), (self.memory, self.runs, meta)
+        y = apply_adapters(product, x, layer.bias, *adapters)
+        return patch_logits(y, product, x, *adapters)
+
+    def embedding(
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: StepMeta
+    ) -> Tensor:
+        return embed_adapters(
+            embedded, ids, layer.scale, self.memory, self.runs, meta, layer.num_embeddings
+        )
 
 
 @dataclass(slots=True)
 class StepContext:
     """The adapters of the forward that is running; no adapters outside of `effect`."""
 
-    meta: StepMeta | None = None
-    head_meta: StepMeta | None = None
+    meta: Any = None
+    head_meta: Any = None
     bindings: Mapping[str, Binding] = field(default_factory=dict)
 
     @contextmanager
     def effect(
         self,
-        meta: StepMeta | None,
+        meta: Any,
         bindings: Mapping[str, Binding],
-        head_meta: StepMeta | None = None,
+        head_meta: Any = None,
     ) -> Iterator[None]:
         """Apply `bindings` during one forward: by `meta` to its tokens, by `head_meta` to the
         tokens whose logits are wanted. A path without a binding is the base's.
@@ -58,7 +92,7 @@ class StepContext:
             self.meta, self.bindings, self.head_meta = None, {}, None
 
     @contextmanager
-    def at(self, meta: StepMeta | None) -> Iterator[None]:
+    def at(self, meta: Any) -> Iterator[None]:
         """Within `effect`: run some layers for other tokens than the whole step's."""
         outer, self.meta = self.meta, meta
         try:
@@ -82,10 +116,7 @@ class AdaptedLinear(nn.Module):
         binding = None if context.meta is None else context.bindings.get(self.path)
         if binding is None:
             return linear(x)
-        rows = x.reshape(-1, self.in_features)
-        y = apply_adapters(
-            linear.product(rows), rows, linear.bias, binding.memory, binding.runs, context.meta
-        )
+        y = binding.linear(x.reshape(-1, self.in_features), linear, context.meta)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -97,11 +128,8 @@ class AdaptedHead(AdaptedLinear):
         binding = None if context.head_meta is None else context.bindings.get(self.path)
         if binding is None:
             return linear(x)
-        rows = x.reshape(-1, self.in_features)
-        product = linear.product(rows)
-        adapters = (binding.memory, binding.runs, context.head_meta)
-        y = apply_adapters(product, rows, linear.bias, *adapters)
-        return patch_logits(y, product, rows, *adapters).view(*x.shape[:-1], self.out_features)
+        y = binding.head(x.reshape(-1, self.in_features), linear, context.head_meta)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class AdaptedEmbedding(nn.Module):
@@ -116,6 +144,7 @@ class AdaptedEmbedding(nn.Module):
         self.embedding = embedding
         self.context = context
         scale = getattr(embedding, "embed_scale", 1.0)
+        self.num_embeddings = embedding.num_embeddings
         self.scale = float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else scale
 
     @property
@@ -128,8 +157,5 @@ class AdaptedEmbedding(nn.Module):
         embedded = self.embedding(ids)
         if binding is None:
             return embedded
-        y = embed_adapters(
-            embedded.view(-1, embedded.shape[-1]), ids.flatten(), self.scale,
-            binding.memory, binding.runs, context.meta, self.embedding.num_embeddings,
-        )  # fmt: skip
-        return y.view_as(embedded)
+        flat = embedded.view(-1, embedded.shape[-1])
+        return binding.embedding(flat, ids.flatten(), self, context.meta).view_as(embedded)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lora_runtime.base.adapted_linear import (
 from lora_runtime.base.attention import Attention, KVCache
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.head_model import head_model
 from lora_runtime.base.planned_model import PlannedBatch, planned_model
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
@@ -49,6 +51,8 @@ class Base:
     weights: BaseWeights
     planned: Callable[[tuple[int, ...]], PreTrainedModel]
     """The model with these base layers instead of its own; see `planned_model`."""
+    head: PreTrainedModel
+    """The model behind its decoder; see `head_model`."""
     folder: Path
     device: torch.device
     dtype: torch.dtype
@@ -67,15 +71,28 @@ class Base:
         PlannedBatch: the base layers to run instead of each once. Differentiable in the adapters
         of `context`.
         """
-        model = self.model if layers is None else self.planned(layers)
-        out = model(
+        return self.logits(self.hidden_states(token_ids, position_ids, batch, layers)[logits_at])
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        batch: Attention | PlannedBatch,
+        layers: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """The first part of `forward`: what the output layer is given of each token, (T, H)."""
+        model: Any = self.model if layers is None else self.planned(layers)
+        out = model.get_decoder()(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
             batch=batch,
-            logits_to_keep=logits_at,
         )
-        return out.logits[0]
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The second part of `forward`: hidden_states (n, H) → logits (n, vocab)."""
+        return self.head(inputs_embeds=hidden_states[None], use_cache=False).logits[0]
 
     def allocate_kv(self, num_slots: int) -> KVCache:
         """An empty paged cache of `num_slots` token slots a layer."""
@@ -140,6 +157,7 @@ def prepare_base(
         context=context,
         weights=weights,
         planned=lru_cache(MAX_PLANNED_MODELS)(lambda plan: planned_model(model, plan, context)),
+        head=head_model(model),
         folder=folder,
         device=model.device,
         dtype=model.dtype,

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_runtime.base.adapted_linear import StepContext
 from lora_runtime.base.attention import Attention
-from lora_runtime.kernels import StepMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +23,13 @@ class LayerStep:
     """What one run of a layer acts on.
 
     tokens (n,) int64, ascending: which of the forward's T tokens run here, None for all.
-    attention: over these tokens, in this order. adapters: of these tokens, None for no adapters.
+    attention: over these tokens, in this order. adapters: of these tokens, what the bindings take
+    as `meta`; None for no adapters.
     """
 
     tokens: Tensor | None
     attention: Attention
-    adapters: StepMeta | None
+    adapters: Any
 
 
 @dataclass(frozen=True, slots=True)

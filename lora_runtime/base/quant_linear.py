@@ -48,6 +48,10 @@ class FrozenLinear(nn.Module):
             return panel_product(x, self._panels, self.out_features)
         return _FrozenProduct.apply(x, self)
 
+    def tracked_product(self, x: Tensor) -> Tensor:
+        """W x by the same sums whether or not a gradient is wanted."""
+        return F.linear(x, self.kept_values())
+
     def weight_values(self) -> Tensor:
         """W (out, in) in the compute dtype."""
         raise TypeError(f"{type(self).__name__} has no weight")
@@ -95,7 +99,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return F.linear(x, layer.kept_values())
+        return layer.tracked_product(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

@@ -1,82 +1,53 @@
-"""The units' weights laid out for the base's layers: unit n is slot n of every run table."""
+"""The units' weights laid out for the base's layers: unit n is slot n."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lora_runtime.base.adapted_linear import Binding
-from lora_runtime.base.layer_plan import replicas
+from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.base.adapted_linear import AdaptedEmbedding
 from lora_runtime.base.loader import Base
-from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
+from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.kernels import Span
+from lora_runtime.training.adapted_product import Part, adapted_product
 from lora_runtime.training.units import Unit
-from lora_runtime.training.variants import TrainedModule
 
 
-def bind(units: Sequence[Unit], base: Base) -> dict[str, Binding]:
-    """The modules of several units as one memory per layer of the base, differentiable.
+@dataclass(frozen=True, slots=True)
+class TrainedBinding:
+    """What the units train at one module of the base. `meta` is a list of Spans.
 
-    A layer that no unit adapts is left out.
+    forms: (slot, replica) → the differentiable form.
     """
-    found: dict[str, list[dict[int, TrainedModule]]] = {}
+
+    forms: Mapping[tuple[int, int], ModuleForm]
+
+    def linear(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+        """See `Binding`."""
+        parts = [
+            Part(slice(span.first_token, span.first_token + span.num_tokens), form)
+            for span in meta
+            if (form := self.forms.get((span.slot, span.replica)))
+        ]
+        return adapted_product(x, layer, parts)
+
+    head = linear
+
+    def embedding(
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: Sequence[Span]
+    ) -> Tensor:
+        """See `Binding`; no unit trains the embedding."""
+        return embedded
+
+
+def bind(units: Sequence[Unit], base: Base) -> dict[str, TrainedBinding]:
+    """The modules of several units by layer of the base; one that no unit adapts is left out."""
+    found: dict[str, dict[tuple[int, int], ModuleForm]] = {}
     for slot, unit in enumerate(units):
         for module in unit.modules.values():
-            slots = found.setdefault(module.path, [{} for _ in units])
-            slots[slot][module.replica] = module
-    num_replicas = 1 + max(max(replicas(unit.layer_map or (0,))) for unit in units)
-    return {path: _binding(slots, num_replicas, base) for path, slots in found.items()}
-
-
-def _binding(
-    slots: Sequence[Mapping[int, TrainedModule]], num_replicas: int, base: Base
-) -> Binding:
-    """Each unit's parts of one layer end to end, and the run table (N, R, 8) over them.
-
-    slots: for each unit, the visits to the layer and what is trained there.
-    """
-    weights, vectors = _Flat(), _Flat()
-    runs = []
-    for visits in slots:
-        own = [visits.get(replica) for replica in range(num_replicas)]
-        runs.append([_run(module, base, weights, vectors) for module in own])
-    flat = weights.tensor()
-    indices = torch.empty(0, dtype=torch.int32, device=flat.device)
-    memory = AdapterMemory(flat, vectors.tensor(like=flat), indices)
-    return Binding(memory, torch.tensor(runs, device=flat.device))
-
-
-class _Flat:
-    """Tensors end to end."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._end = 0
-
-    def add(self, part: Tensor | None) -> int:
-        """The offset of `part`, or −1 without one."""
-        if part is None:
-            return -1
-        self._parts.append(part.flatten())
-        self._end += part.numel()
-        return self._end - part.numel()
-
-    def tensor(self, like: Tensor | None = None) -> Tensor:
-        """All of it; empty, `like` another, where nothing was added."""
-        if like is not None and not self._parts:
-            return like.new_empty(0)
-        return torch.cat(self._parts)
-
-
-def _run(module: TrainedModule | None, base: Base, weights: _Flat, vectors: _Flat) -> Run:
-    if module is None:
-        return NO_RUN
-    form = module.form(base.weights)
-    assert form.a is not None and form.b is not None
-    return Run(
-        rank=form.rank,
-        a=weights.add(form.a),
-        b=weights.add(form.b.T),
-        gain=vectors.add(form.gain),
-    )
+            form = module.form(base.weights)
+            found.setdefault(module.path, {})[slot, module.replica] = form
+    return {path: TrainedBinding(forms) for path, forms in found.items()}

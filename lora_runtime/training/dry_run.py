@@ -19,8 +19,9 @@ from lora_runtime.base.recompute import recomputed
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig
 from lora_runtime.training.data import Example, micro_batches
+from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.sweep import expand
-from lora_runtime.training.trainer import create_units, loss_sums
+from lora_runtime.training.trainer import create_units
 from lora_runtime.training.units import Unit
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -14,7 +14,9 @@ from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.layer_plan import LayerMap, PlanStep, replicas, shortest_plan
 from lora_runtime.base.loader import Base
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch
-from lora_runtime.kernels import Span, StepMeta
+from lora_runtime.kernels import Span
+
+Bindings = Mapping[str, Binding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +29,45 @@ class UnitRows:
     layer_map: LayerMap | None = None
 
 
-def forward(
+def hidden_states(
     base: Base,
     units: Sequence[UnitRows],
-    bindings: Mapping[str, Binding],
+    bindings: Bindings,
     token_ids: Tensor,
     position_ids: Tensor,
-    logits_at: Tensor,
 ) -> Tensor:
-    """Logits (n, vocab) of the tokens `logits_at` (n,) of all rows end to end, token_ids (T,).
+    """What the output layer is given of every token (T, H): all rows end to end, token_ids (T,).
 
     Unit n is slot n of `bindings`. Differentiable in what they hold.
     """
     lengths = [length for unit in units for length in unit.lengths]
     tokens = token_ids, position_ids
-    with base.context.effect(StepMeta.build(_spans(units), base.device), bindings):
+    with base.context.effect(_spans(units), bindings):
         if all(unit.layer_map is None for unit in units):
-            return base.forward(*tokens, VarlenAttention(lengths), logits_at)
+            return base.hidden_states(*tokens, VarlenAttention(lengths))
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
         plan = shortest_plan(frozenset(maps))
         batch = PlannedBatch([_layer_step(step, units, maps, base.device) for step in plan])
-        return base.forward(*tokens, batch, logits_at, tuple(step.layer for step in plan))
+        return base.hidden_states(*tokens, batch, tuple(step.layer for step in plan))
+
+
+def logits(base: Base, bindings: Bindings, states: Tensor, counts: Sequence[int]) -> Tensor:
+    """Logits (n, vocab) of tokens whose hidden states (n, H) are given, counts[u] of unit u in
+    turn.
+    """
+    with base.context.effect(None, bindings, list(spans_of(counts))):
+        return base.logits(states)
+
+
+def spans_of(sizes: Sequence[int]) -> Iterator[Span]:
+    """Unit n's tokens follow those of unit n - 1."""
+    for slot, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes, strict=False)):
+        yield Span(slot=slot, first_token=start, num_tokens=size)
 
 
 def _spans(units: Sequence[UnitRows]) -> list[Span]:
-    """Unit n's rows follow those of unit n - 1."""
-    sizes = [sum(unit.lengths) for unit in units]
-    starts = accumulate(sizes, initial=0)
-    return [
-        Span(slot=slot, first_token=start, num_tokens=size)
-        for slot, (start, size) in enumerate(zip(starts, sizes, strict=False))
-    ]
+    return list(spans_of([sum(unit.lengths) for unit in units]))
 
 
 def _layer_step(
@@ -76,5 +85,5 @@ def _layer_step(
     return LayerStep(
         tokens=None if len(spans) == len(units) else torch.cat(tokens).to(device),
         attention=VarlenAttention([n for span in spans for n in units[span.slot].lengths]),
-        adapters=StepMeta.build(own, device),
+        adapters=own,
     )

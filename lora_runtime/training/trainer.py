@@ -16,23 +16,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
 
-from lora_runtime.adapters.parity import Logits
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.errors import ConfigError
 from lora_runtime.text.tokenizer import Tokenizer
-from lora_runtime.training.binding import bind
 from lora_runtime.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Example, PackedBatch, load_all
+from lora_runtime.training.data import load_all
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
-from lora_runtime.training.forward import UnitRows, forward
+from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
 from lora_runtime.training.progress import show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
@@ -131,33 +126,6 @@ def run_pass(base: Base, units: Sequence[Unit]) -> list[Unit]:
     return [unit for unit in units if not unit.is_running or not unit.window.num_micro_batches]
 
 
-def window_losses(
-    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
-) -> Tensor:
-    """Each unit's share of its window's mean loss (N,), from one forward of all their rows.
-
-    Share = sum of the micro-batch's token losses / target tokens of the whole window, so that
-    micro-batches of any lengths add up to the mean over the window.
-    """
-    sums = loss_sums(base, units, batches)
-    return sums / sums.new_tensor([unit.window_target_tokens for unit in units])
-
-
-def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
-    """Each unit's sum of the token losses of its examples (N,), from one forward of all rows."""
-    batch = PackedBatch.of([example for examples in batches for example in examples], base.device)
-    rows = [
-        UnitRows([len(example.token_ids) for example in examples], unit.layer_map)
-        for unit, examples in zip(units, batches, strict=True)
-    ]
-    bindings = bind(units, base)
-    logits = forward(base, rows, bindings, batch.token_ids, batch.position_ids, batch.logits_at)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_losses = F.cross_entropy(logits, batch.labels, reduction="none")
-    counts = [sum(len(example.predictors) for example in examples) for examples in batches]
-    return torch.stack([losses.sum() for losses in token_losses.split(counts)])
-
-
 def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
     if is_interrupted and not config.resume:
         raise ConfigError(
@@ -193,23 +161,6 @@ def create_units(
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
         units.append(unit)
     return units
-
-
-def unit_logits(base: Base, unit: Unit) -> Logits:
-    """The logits of a unit as its training computes them: what the parity gate compares with."""
-
-    @torch.no_grad()
-    def logits(rows: Sequence[Sequence[int]], with_adapter: bool) -> Sequence[Tensor]:
-        lengths = [len(row) for row in rows]
-        token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-        everywhere = torch.arange(len(token_ids), device=base.device)
-        own = UnitRows(lengths, unit.layer_map if with_adapter else None)
-        bindings = bind([unit], base) if with_adapter else {}
-        found = forward(base, [own], bindings, token_ids, positions, everywhere)
-        return found.split(lengths)
-
-    return logits
 
 
 def _finish(unit: Unit, base: Base, folder: Path, sweeps: Sweeps) -> UnitResult:

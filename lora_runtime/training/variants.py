@@ -60,13 +60,14 @@ class TrainedModule:
         return Factors(torch.cat([self.a, a]), torch.cat([b + self.b, self.b], dim=1))
 
     def form(self, weights: BaseWeights) -> ModuleForm:
-        """The serving form on the parameters' device and in their dtype, differentiable."""
+        """On the parameters' device and in their dtype, differentiable: as `adapted_product` takes
+        it, the serving form but for b, which is without the gain.
+        """
         a, b = self.unscaled()
         b = self.scaling * b
         if self.magnitude is None:
             return ModuleForm(a=a, b=b)
-        gain = self.magnitude / norms(weights, self.path, Factors(a, b))
-        return ModuleForm(a=a, b=gain[:, None] * b, gain=gain)
+        return ModuleForm(a=a, b=b, gain=self.magnitude / norms(weights, self.path, Factors(a, b)))
 
 
 @torch.no_grad()

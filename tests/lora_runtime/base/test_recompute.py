@@ -10,7 +10,7 @@ from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.trainer import window_losses
+from lora_runtime.training.losses import window_losses
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, make_unit, ragged_data, run
 from tests.tiny import SHAPES, tiny_base
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.lora_runtime.training.tiny_runs import make_tokenizer
-from tests.tiny import tiny_base
+from tests.tiny import in_float64, tiny_base
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -32,4 +32,6 @@ def base():
 @pytest.fixture(scope="session")
 def exact_base():
     """Unquantised and float64, so that equalities are not hidden by rounding."""
-    return tiny_base("llama", quantization="none", dtype=torch.float64)
+    base = tiny_base("llama", quantization="none", dtype=torch.float64)
+    in_float64(base.model)
+    return base

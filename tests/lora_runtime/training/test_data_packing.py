@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import Example, micro_batches
-from lora_runtime.training.trainer import run_pass, window_losses
+from lora_runtime.training.losses import window_losses
+from lora_runtime.training.trainer import run_pass
 from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
 from tests.tiny import dense_twin
 

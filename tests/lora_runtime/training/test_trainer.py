@@ -15,12 +15,13 @@ from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
 from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.kernels import Span, StepMeta
+from lora_runtime.kernels import Span
 from lora_runtime.training import trainer
 from lora_runtime.training.binding import bind
 from lora_runtime.training.config import TrainConfig, UnitConfig
+from lora_runtime.training.losses import window_losses
 from lora_runtime.training.starts import adapter_spec
-from lora_runtime.training.trainer import run_pass, stop_on_sigint, train, window_losses
+from lora_runtime.training.trainer import run_pass, stop_on_sigint, train
 from lora_runtime.training.units import UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     make_unit,
@@ -217,8 +218,8 @@ def test_exported_adapter_gives_the_training_logits_in_peft(tmp_path, tokenizer,
         plain = twin(tokens[None]).logits[0]
         loaded = peft.PeftModel.from_pretrained(twin, result.folder)
         theirs = loaded(tokens[None]).logits[0]
-        meta = StepMeta.build([Span(slot=0, first_token=0, num_tokens=len(tokens))])
-        with base.context.effect(meta, bind([unit], base)):
+        spans = [Span(slot=0, first_token=0, num_tokens=len(tokens))]
+        with base.context.effect(spans, bind([unit], base)):
             ours = base.forward(tokens, at, VarlenAttention([len(tokens)]), at)
     assert (ours - theirs).abs().max() <= 1e-4
     assert (ours - plain).abs().max() >= 0.5

@@ -19,11 +19,12 @@ from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.export import adapter_files
+from lora_runtime.training.losses import unit_logits, window_losses
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
-from lora_runtime.training.trainer import run_pass, unit_logits, window_losses
+from lora_runtime.training.trainer import run_pass
 from tests.lora_runtime.training.tiny_runs import make_unit, ragged_data, run
 from tests.peft_adapters import load_in_peft
-from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
+from tests.tiny import dense_twin, in_float64, tiny_base, tiny_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -47,24 +48,6 @@ VARIANTS = {
     },
 }
 ROWS = [[5, 17, 2, 250, 33, 9, 120, 7], [200, 3, 41]]
-
-
-def in_float64(model):
-    """Nothing of `model` rounds to float32, as transformers' norms and eager softmax do."""
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
-            norm.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, norm)
-    return model
-
-
-@pytest.fixture(scope="module")
-def exact_base():
-    base = tiny_base("llama", quantization="none", dtype=torch.float64)
-    in_float64(base.model)
-    return base
 
 
 def stacked(model, layer_map):

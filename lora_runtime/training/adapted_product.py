@@ -1,0 +1,95 @@
+"""The op of training: one linear layer under several adapters, with gradients of its own.
+
+Same values as `lora_runtime.kernels.apply_adapters` within rounding. Its adapters are whole
+matrices on runs of consecutive rows, so that forward and backward are matrix products only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.base.quant_linear import FrozenLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive rows and what acts on them: a (r, in), b (out, r), gain (out,) or none."""
+
+    rows: slice
+    form: ModuleForm
+
+
+def adapted_product(x: Tensor, layer: FrozenLinear, parts: Sequence[Part]) -> Tensor:
+    """y = W x + bias, and in the rows of each part y = g ∘ (W x + B A x) + bias.
+
+    With a gain, b holds B without it. Shapes: x (T, in) in the compute dtype; returns (T, out). The
+    parts' products are in their own dtype. Differentiable in x and in the forms' tensors; W is
+    asked for again in backward, so no dense copy is kept alive.
+    """
+    forms = [(part.form.a, part.form.b, part.form.gain) for part in parts]
+    tensors = [tensor for form in forms for tensor in form]
+    product = layer.tracked_product if torch.is_grad_enabled() else layer.product
+    y = _AdaptedProduct.apply(x, product, layer, [part.rows for part in parts], *tensors)
+    return y if layer.bias is None else y + layer.bias
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        product: Callable[[Tensor], Tensor],
+        layer: FrozenLinear,
+        slices: Sequence[slice],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        y = product(x)
+        kept: list[Tensor | None] = [x]
+        for rows, (a, b, gain) in zip(slices, _threes(tensors), strict=True):
+            shrunk = x[rows].to(a.dtype) @ a.T
+            _add_product(y[rows], shrunk, b.T)
+            sums = None if gain is None else y[rows].clone()
+            if gain is not None:
+                y[rows] *= gain
+            kept += [a, b, gain, shrunk, sums]
+        ctx.save_for_backward(*kept)
+        ctx.layer, ctx.slices = layer, slices
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, *kept = ctx.saved_tensors
+        parts = list(zip(ctx.slices, *(kept[i::5] for i in range(5)), strict=True))
+        if any(gain is not None for _, _, _, gain, _, _ in parts):
+            of_y, grad = grad, grad.clone()
+            for rows, _, _, gain, _, _ in parts:
+                if gain is not None:
+                    grad[rows] *= gain
+        of_x = grad @ ctx.layer.kept_values() if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        for rows, a, b, gain, shrunk, sums in parts:
+            of_sums = grad[rows].to(a.dtype)
+            of_shrunk = of_sums @ b
+            if of_x is not None:
+                _add_product(of_x[rows], of_shrunk, a)
+            of_gain = None if gain is None else (of_y[rows] * sums).sum(0, dtype=gain.dtype)
+            found += [of_shrunk.T @ x[rows].to(a.dtype), of_sums.T @ shrunk, of_gain]
+        return of_x, None, None, None, *found
+
+
+def _threes(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    return list(zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True))
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """y += left right, in place; the sum is in the dtype of the factors."""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right)
+    else:
+        y.copy_(torch.addmm(y.to(left.dtype), left, right))
