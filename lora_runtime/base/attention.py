@@ -6,13 +6,9 @@ live. Serving reads and writes the paged cache; training has whole sequences and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from lora_runtime.kernels import AttentionMeta, paged_attention, write_kv
@@ -121,51 +117,3 @@ class PagedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         write_kv(keys, values, k, v, self.meta.slot_mapping)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
-
-
-class VarlenAttention:
-    """Attention over whole sequences laid end to end, without a cache; differentiable."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        q, k, v = (self._padded(part) for part in (q, k, v))
-        longest = q.shape[2]
-        if softcap is None and (window is None or window >= longest):
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        else:
-            out = _masked_attention(q, k, v, scale, window, softcap)
-        rows = zip(out.transpose(1, 2), self.lengths, strict=True)
-        return torch.cat([row[:length] for row, length in rows])
-
-    def _padded(self, packed: Tensor) -> Tensor:
-        """(T, H, D) → (N, H, longest, D); causal rows never see the zeros after their end."""
-        return pad_sequence(packed.split(self.lengths), batch_first=True).transpose(1, 2)
-
-
-def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
-    scores = q @ k.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    position = torch.arange(q.shape[2], device=q.device)
-    distance = position[:, None] - position
-    is_hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    scores = scores.masked_fill(is_hidden, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v

@@ -10,14 +10,14 @@ from torch import Tensor
 from lora_runtime.adapters.parity import Logits
 from lora_runtime.adapters.pool import AdapterPool, adapter_dtype, packed_bytes
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.layer_plan import replicas
 from lora_runtime.base.loader import Base
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.core import AdapterPlacement, activation_start
 from lora_runtime.kernels import Span, StepMeta
 
-Rows = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int]]
 
 
 def effect_of(base: Base, form: ServingForm) -> Logits:
@@ -26,13 +26,14 @@ def effect_of(base: Base, form: ServingForm) -> Logits:
 
 
 @torch.inference_mode()
-def probe_logits(base: Base, form: ServingForm | None, rows: Rows) -> list[Tensor]:
+def probe_logits(base: Base, form: ServingForm | None, rows: TokenRows) -> list[Tensor]:
     """Logits (len(row), vocab) at every token of each row, under the adapter or the base.
 
     Runs on the caller's thread, which must be the only one that runs the base.
     """
     lengths = [len(row) for row in rows]
-    attention, token_ids = VarlenAttention(lengths), torch.tensor([t for row in rows for t in row])
+    attention = VarlenAttention([Rows(lengths)], base.device)
+    token_ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(length) for length in lengths])
     everywhere = torch.arange(len(token_ids), device=base.device)
     inputs = (token_ids.to(base.device), positions.to(base.device))
@@ -52,9 +53,11 @@ def _pool_of(form: ServingForm, base: Base) -> AdapterPool:
     return pool
 
 
-def _planned(layer_map: tuple[int, ...], form: ServingForm, rows: Rows, base: Base) -> PlannedBatch:
+def _planned(
+    layer_map: tuple[int, ...], form: ServingForm, rows: TokenRows, base: Base
+) -> PlannedBatch:
     """Every row at every step of the one map."""
-    attention = VarlenAttention([len(row) for row in rows])
+    attention = VarlenAttention([Rows([len(row) for row in rows])], base.device)
     return PlannedBatch(
         [
             LayerStep(None, attention, StepMeta.build(_spans(form, rows, visit), base.device))
@@ -63,7 +66,7 @@ def _planned(layer_map: tuple[int, ...], form: ServingForm, rows: Rows, base: Ba
     )
 
 
-def _spans(form: ServingForm, rows: Rows, replica: int = 0) -> list[Span]:
+def _spans(form: ServingForm, rows: TokenRows, replica: int = 0) -> list[Span]:
     """One span a row, from where the adapter acts."""
     spans, first_token = [], 0
     for row in rows:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.adapted_linear import Binding
-from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.layer_plan import LayerMap, PlanStep, replicas, shortest_plan
 from lora_runtime.base.loader import Base
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import Span
 
 Bindings = Mapping[str, Binding]
@@ -21,11 +21,11 @@ Bindings = Mapping[str, Binding]
 
 @dataclass(frozen=True, slots=True)
 class UnitRows:
-    """Consecutive rows of one unit: their lengths, and the base layers in the order in which they
-    visit them, None for each once.
+    """Consecutive rows of one unit, and the base layers in the order in which they visit them, None
+    for each once.
     """
 
-    lengths: Sequence[int]
+    rows: Rows
     layer_map: LayerMap | None = None
 
 
@@ -40,11 +40,12 @@ def hidden_states(
 
     Unit n is slot n of `bindings`. Differentiable in what they hold.
     """
-    lengths = [length for unit in units for length in unit.lengths]
     tokens = token_ids, position_ids
     with base.context.effect(_spans(units), bindings):
         if all(unit.layer_map is None for unit in units):
-            return base.hidden_states(*tokens, VarlenAttention(lengths))
+            return base.hidden_states(
+                *tokens, VarlenAttention([unit.rows for unit in units], base.device)
+            )
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
         plan = shortest_plan(frozenset(maps))
@@ -67,7 +68,7 @@ def spans_of(sizes: Sequence[int]) -> Iterator[Span]:
 
 
 def _spans(units: Sequence[UnitRows]) -> list[Span]:
-    return list(spans_of([sum(unit.lengths) for unit in units]))
+    return list(spans_of([unit.rows.num_tokens for unit in units]))
 
 
 def _layer_step(
@@ -84,6 +85,6 @@ def _layer_step(
     tokens = [torch.arange(s.first_token, s.first_token + s.num_tokens) for s in spans]
     return LayerStep(
         tokens=None if len(spans) == len(units) else torch.cat(tokens).to(device),
-        attention=VarlenAttention([n for span in spans for n in units[span.slot].lengths]),
+        attention=VarlenAttention([units[span.slot].rows for span in spans], device),
         adapters=own,
     )

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_runtime.adapters.parity import Logits
 from lora_runtime.base.loader import Base
+from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.binding import bind
 from lora_runtime.training.data import Example, PackedBatch
 from lora_runtime.training.forward import Bindings, UnitRows, hidden_states, logits
@@ -41,11 +42,8 @@ def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Exam
 
 def token_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
     """−log p of every target token under its unit's adapter, (n,) in float32 or better."""
-    batch = PackedBatch.of([example for examples in batches for example in examples], base.device)
-    rows = [
-        UnitRows([len(example.token_ids) for example in examples], unit.layer_map)
-        for unit, examples in zip(units, batches, strict=True)
-    ]
+    batch = PackedBatch.of(batches, base.device)
+    rows = [UnitRows(r, unit.layer_map) for unit, r in zip(units, batch.rows, strict=True)]
     bindings = bind(units, base)
     states = hidden_states(base, rows, bindings, batch.token_ids, batch.position_ids)
     counts = [sum(len(example.predictors) for example in examples) for examples in batches]
@@ -86,7 +84,7 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
         lengths = [len(row) for row in rows]
         token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-        own = UnitRows(lengths, unit.layer_map if with_adapter else None)
+        own = UnitRows(Rows(lengths), unit.layer_map if with_adapter else None)
         bindings = bind([unit], base) if with_adapter else {}
         states = hidden_states(base, [own], bindings, token_ids, positions)
         return logits(base, bindings, states, [len(token_ids)]).split(lengths)

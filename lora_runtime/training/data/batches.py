@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.data.dataset import Example
 
 
@@ -61,28 +61,55 @@ def micro_batches(
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Examples laid end to end, T tokens in all, n of them predictors of a target.
+    """Examples of several units laid end to end, n of their tokens predictors of a target.
 
-    token_ids, position_ids (T,) int64, positions restart at 0 in every example; logits_at (n,)
-    int64: rows of the predictors; labels (n,) int64: the tokens after them.
+    What all examples of a unit begin with, as under one system prompt, is there once. token_ids,
+    position_ids (T,) int64, positions go on in every example from what it shares; logits_at (n,)
+    int64: places of the predictors; labels (n,) int64: the tokens after them.
     """
 
     token_ids: Tensor
     position_ids: Tensor
-    lengths: list[int]
+    rows: list[Rows]
+    """Of each unit."""
     logits_at: Tensor
     labels: Tensor
 
     @classmethod
-    def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
-        lengths = [len(example.token_ids) for example in examples]
-        token_ids = torch.cat([example.token_ids for example in examples])
-        starts = accumulate(lengths, initial=0)
-        logits_at = torch.cat([e.predictors + s for e, s in zip(examples, starts, strict=False)])
+    def of(
+        cls, batches: Sequence[Sequence[Example]], device: torch.device | str = "cpu"
+    ) -> PackedBatch:
+        rows = [_rows(examples) for examples in batches]
+        parts, positions, logits_at, end = [], [], [], 0
+        for (lengths, prefix), examples in zip(map(astuple, rows), batches, strict=True):
+            parts.append(examples[0].token_ids[:prefix])
+            positions.append(torch.arange(prefix))
+            end += prefix
+            for length, example in zip(lengths, examples, strict=True):
+                parts.append(example.token_ids[prefix:])
+                positions.append(torch.arange(prefix, prefix + length))
+                logits_at.append(example.predictors + (end - prefix))
+                end += length
+        labels = [e.token_ids[e.predictors + 1] for examples in batches for e in examples]
         return cls(
-            token_ids=token_ids.to(device),
-            position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device),
-            lengths=lengths,
-            logits_at=logits_at.to(device),
-            labels=token_ids[logits_at + 1].to(device),
+            token_ids=torch.cat(parts).to(device),
+            position_ids=torch.cat(positions).to(device),
+            rows=rows,
+            logits_at=torch.cat(logits_at).to(device),
+            labels=torch.cat(labels).to(device),
         )
+
+
+def _rows(examples: Sequence[Example]) -> Rows:
+    prefix = shared_prefix(examples)
+    return Rows([len(example.token_ids) - prefix for example in examples], prefix)
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Tokens that all examples begin with, none of them a predictor; 0 of a single example."""
+    if len(examples) < 2:
+        return 0
+    most = min(int(example.predictors[0]) for example in examples)
+    first = examples[0].token_ids[:most]
+    is_shared = torch.stack([example.token_ids[:most] == first for example in examples]).all(0)
+    return int(is_shared.cumprod(0).sum())

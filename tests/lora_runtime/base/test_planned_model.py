@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from lora_runtime.base.adapted_linear import StepContext
-from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.layer_plan import shortest_plan
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch, PlannedLayer, planned_model
 from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import Span, StepMeta
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base
 
@@ -39,7 +39,7 @@ def laid_out(maps, adapters=None):
         here = [row for row, layer_map in enumerate(maps) if layer_map in dict(step.positions)]
         tokens = torch.isin(owner, torch.tensor(here)).nonzero()[:, 0]
         is_all = len(here) == len(maps)
-        attention = VarlenAttention([LENGTHS[row] for row in here])
+        attention = VarlenAttention([Rows([LENGTHS[row] for row in here])])
         steps.append(LayerStep(None if is_all else tokens, attention, adapters))
         layers.append(step.layer)
     return tuple(layers), PlannedBatch(steps)
@@ -126,7 +126,7 @@ def test_the_original_is_left_alone(shape, token_ids):
         pointers = {name: value.data_ptr() for name, value in model.state_dict().items()}
         values = {name: value.clone() for name, value in model.state_dict().items()}
         embedded = model.get_input_embeddings()(token_ids[None])
-        logits = logits_of(model, embedded, VarlenAttention(LENGTHS))
+        logits = logits_of(model, embedded, VarlenAttention([Rows(LENGTHS)]))
         return modules, pointers, model.config.to_dict(), values, torch.cat(logits)
 
     before = seen()
@@ -165,7 +165,7 @@ class Doubling(nn.Module):
 
 
 def test_a_layer_gets_its_tokens_and_the_others_keep_theirs():
-    layer, attention, context = Doubling(), VarlenAttention([2]), StepContext()
+    layer, attention, context = Doubling(), VarlenAttention([Rows([2])]), StepContext()
     tokens = torch.tensor([1, 4])
     hidden, cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 4), torch.randn(1, 5, 4)
     positions = torch.arange(10, 15)[None]

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_runtime.errors import DataError
-from lora_runtime.training.data import ExampleStream, PackedBatch, load_dataset
+from lora_runtime.training.data import Example, ExampleStream, PackedBatch, load_dataset
 from tests.lora_runtime.training.tiny_runs import ragged_data, write_jsonl
 
 QUESTION = {"role": "user", "content": "hi"}
@@ -140,10 +142,48 @@ def test_every_epoch_is_a_new_order_of_all_examples(tmp_path, tokenizer):
 
 def test_packed_rows_keep_their_labels(tmp_path, tokenizer):
     examples = load_dataset(ragged_data(tmp_path / "d", 5), tokenizer, 256).examples
-    batch = PackedBatch.of(examples)
-    rows = batch.token_ids.split(batch.lengths)
+    batch = PackedBatch.of([[example] for example in examples])
+    lengths = [length for rows in batch.rows for length in rows.lengths]
+    rows = batch.token_ids.split(lengths)
     assert all(torch.equal(row, e.token_ids) for row, e in zip(rows, examples, strict=True))
     expected = torch.cat([example.token_ids[example.predictors + 1] for example in examples])
     assert torch.equal(batch.labels, expected)
     assert torch.equal(batch.token_ids[batch.logits_at + 1], batch.labels)
-    assert batch.position_ids.tolist() == [p for length in batch.lengths for p in range(length)]
+    assert batch.position_ids.tolist() == [p for length in lengths for p in range(length)]
+
+
+@given(
+    prefixes=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(2, 9), min_size=2, max_size=4),
+)
+def test_what_all_rows_of_a_unit_begin_with_is_packed_once(prefixes, lengths):
+    def example(shared, row, length):
+        own = [100 * row + i for i in range(1, length + 1)]
+        token_ids = [*range(1000, 1000 + shared), *own]
+        return Example(torch.tensor(token_ids), torch.arange(shared, len(token_ids) - 1))
+
+    units = [[example(p, row, n) for row, n in enumerate(lengths)] for p in prefixes]
+    batch = PackedBatch.of(units)
+    assert [rows.prefix for rows in batch.rows] == prefixes
+    assert len(batch.token_ids) == sum(p + sum(lengths) for p in prefixes)
+    end, wanted = 0, 0
+    for prefix, examples in zip(prefixes, units, strict=True):
+        shared, end = slice(end, end + prefix), end + prefix
+        for e in examples:
+            own = slice(end, end + len(e.token_ids) - prefix)
+            for found, whole in [
+                (batch.token_ids, e.token_ids),
+                (batch.position_ids, torch.arange(len(e.token_ids))),
+            ]:
+                assert torch.equal(torch.cat([found[shared], found[own]]), whole)
+            at = slice(wanted, wanted + len(e.predictors))
+            assert torch.equal(batch.logits_at[at], own.start - prefix + e.predictors)
+            assert torch.equal(batch.labels[at], e.token_ids[e.predictors + 1])
+            end, wanted = own.stop, at.stop
+
+
+def test_a_predictor_is_never_shared():
+    token_ids = torch.arange(6)
+    examples = [Example(token_ids, torch.tensor([p, 4])) for p in (3, 2)]
+    assert PackedBatch.of([examples]).rows[0].prefix == 2
+    assert PackedBatch.of([examples[:1]]).rows[0].prefix == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -12,11 +13,19 @@ from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import TrainConfig, UnitConfig
-from lora_runtime.training.data import Example, micro_batches
+from lora_runtime.training.data import Example, PackedBatch, micro_batches
+from lora_runtime.training.data import batches as data_batches
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.trainer import run_pass
-from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
-from tests.tiny import dense_twin
+from tests.lora_runtime.training.tiny_runs import (
+    WORDS,
+    StopAfter,
+    make_unit,
+    ragged_data,
+    run,
+    write_jsonl,
+)
+from tests.tiny import dense_twin, in_float64, tiny_base
 
 
 def example_of(length):
@@ -107,3 +116,42 @@ def test_a_packed_run_resumes_inside_an_update(tmp_path, tokenizer, base):
     assert [record[:-1] for record in resumed.records] == [r[:-1] for r in expected.records]
     ours, theirs = (load_file(at / "u" / "adapter_model.safetensors") for at in (output, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("shape", ["llama", "mistral"])
+def test_a_shared_beginning_changes_no_loss_and_no_gradient(
+    tmp_path, tokenizer, shape, monkeypatch
+):
+    """Rows of over 24 tokens, so that windows end inside and outside of what is shared."""
+    base = tiny_base(shape, quantization="none", dtype=torch.float64)
+    in_float64(base.model)
+    rng, lines = random.Random(3), []
+    for _ in range(5):
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 30)))
+        lines.append({"prompt": 6 * "the lazy dog and " + words, "completion": " sink ships"})
+    data = write_jsonl(tmp_path / "d", lines)
+    mapped = ((0, 2), (1, 3)) if shape == "llama" else ()
+    units = [
+        make_unit(base, tokenizer, UnitConfig(name="u", data=data, rank=3)),
+        make_unit(
+            base,
+            tokenizer,
+            UnitConfig(name="v", data=data, use_dora=True, layer_replication=mapped),
+        ),
+    ]
+    for parameter in units[0].parameters + units[1].parameters:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    batches = [units[0].dataset.examples[:3], units[1].dataset.examples]
+    assert all(rows.prefix > 24 for rows in PackedBatch.of(batches).rows)
+
+    def gradients():
+        losses = window_losses(base, units, batches)
+        parameters = units[0].parameters + units[1].parameters
+        return losses, torch.autograd.grad(losses.sum(), parameters)
+
+    shared, found = gradients()
+    monkeypatch.setattr(data_batches, "shared_prefix", lambda examples: 0)
+    plain, expected = gradients()
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-12)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

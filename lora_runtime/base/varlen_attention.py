@@ -1,0 +1,167 @@
+"""Attention over whole rows, without a cache: for training and for checks. Differentiable.
+
+Rows that begin with the same tokens may share them: these are computed once, and every row's own
+tokens see them. A row's result and gradient are those it would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDED_TO = 32
+"""Rows whose own tokens come to the same multiple of it are padded to the longest of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows: the `prefix` tokens that all of them begin with, once, and then `lengths`,
+    each at least 1, more tokens of every row.
+    """
+
+    lengths: Sequence[int]
+    prefix: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows, what they share counted once."""
+        return self.prefix + sum(self.lengths)
+
+
+class VarlenAttention:
+    """`Attention` over all rows laid end to end.
+
+    Rows of like length share a padded call. What pads a row is a token of its own, so nothing of
+    another row is ever read.
+    """
+
+    def __init__(self, rows: Sequence[Rows], device: torch.device | str = "cpu") -> None:
+        self._order = torch.empty(sum(part.num_tokens for part in rows), dtype=torch.int64)
+        self._groups, end = [], 0
+        for members in _alike(_segments(rows)):
+            own, is_own = _indices(members, 0)
+            places = end + torch.arange(own.numel()).view_as(own)
+            self._order[own[is_own]] = places[is_own]
+            end += own.numel()
+            keys, _ = _indices(members, members[0].prefix)
+            self._groups.append(_Group(own.to(device), keys.to(device)))
+        self._order = self._order.to(device)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `Attention`."""
+        outs = [group.attend(q, k, v, scale, window, softcap) for group in self._groups]
+        return torch.cat(outs).index_select(0, self._order)
+
+
+class _Segment(NamedTuple):
+    """Tokens that one row has for itself, behind the `prefix` tokens from `prefix_start` on."""
+
+    prefix_start: int
+    prefix: int
+    start: int
+    length: int
+
+
+def _segments(rows: Sequence[Rows]) -> Iterator[_Segment]:
+    end = 0
+    for part in rows:
+        shared, end = end, end + part.prefix
+        if part.prefix:
+            yield _Segment(shared, 0, shared, part.prefix)
+        for length in part.lengths:
+            yield _Segment(shared, part.prefix, end, length)
+            end += length
+
+
+def _alike(segments: Iterator[_Segment]) -> list[list[_Segment]]:
+    found: dict[tuple[int, int], list[_Segment]] = {}
+    for segment in segments:
+        key = segment.prefix, -(-segment.length // PADDED_TO)
+        found.setdefault(key, []).append(segment)
+    return list(found.values())
+
+
+def _indices(members: Sequence[_Segment], prefix: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each segment, the last one repeated, behind `prefix` shared ones: (N, longest),
+    and which of them are there for the first time.
+    """
+    starts = torch.tensor([segment.start for segment in members])[:, None]
+    lengths = torch.tensor([segment.length for segment in members])[:, None]
+    place = torch.arange(int(lengths.max()))
+    shared = torch.tensor([segment.prefix_start for segment in members])[:, None]
+    own = starts + torch.minimum(place, lengths - 1)
+    return torch.cat([shared + torch.arange(prefix), own], dim=1), place < lengths
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens."""
+
+    queries: Tensor
+    keys: Tensor
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """(N · Q, H, D) of all queries, padding included."""
+        q = _gathered(q, self.queries)
+        k, v = _gathered(k, self.keys), _gathered(v, self.keys)
+        longest = k.shape[2]
+        if softcap is None and (window is None or window >= longest):
+            is_square = q.shape[2] == longest
+            mask = None if is_square else _distance(q, k) >= 0
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_square, scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+        else:
+            out = _masked_attention(q, k, v, scale, window, softcap)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    """(T, H, D), tokens (N, L) → (N, H, L, D)."""
+    return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
+
+
+def _distance(q: Tensor, k: Tensor) -> Tensor:
+    """How far each key (K,) lies before each query (Q,); both end at the same token."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    place = torch.arange(num_keys, device=q.device)
+    return place[num_keys - num_queries :, None] - place
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+    scores = q @ k.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    distance = _distance(q, k)
+    is_hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    scores = scores.masked_fill(is_hidden, float("-inf"))
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=dtype).to(v.dtype) @ v
