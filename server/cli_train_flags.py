@@ -39,7 +39,7 @@ ConfigFile = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL, JSON or CSV of chat `messages`, of `prompt` and `completion`, of "
+        help="JSONL, JSON, CSV or Parquet of chat `messages`, of `prompt` and `completion`, of "
         "`instruction`, `input` and `output`, or of `text`."
     ),
 ]

@@ -44,8 +44,8 @@ class UnitConfig:
     name: str
     """Folder of the adapter below the run's output."""
     data: Path
-    """JSONL, JSON (a list), CSV or TSV; the keys of its rows say which format it is: `messages`;
-    `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
+    """JSONL, JSON (a list), CSV, TSV or Parquet; the keys of its rows say which format it is:
+    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Key of a format → the file's own name for it; all other columns are then ignored."""
     instructions: InstructionStyle = "chat"
