@@ -44,6 +44,7 @@ def train(
     micro_batch_size: flag.MicroBatchSize = None,
     max_tokens_per_batch: flag.MaxTokensPerBatch = None,
     gradient_accumulation: flag.GradientAccumulation = None,
+    optimizer: flag.Optimizer = None,
     max_seq_len: flag.MaxSeqLen = None,
     seed: flag.Seed = None,
     eval_interval: flag.EvalInterval = None,

@@ -23,8 +23,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yield every row of a file, blank lines left out.
 
     The name's ending decides: `.csv` and `.tsv` have their keys in the first line, `.json` is a
-    list of objects or else JSONL, `.parquet` takes pyarrow, everything else is JSONL. Text is UTF-8.
-    Raises DataError.
+    list of objects or else JSONL, `.parquet` takes pyarrow, everything else is JSONL. Text is in
+    UTF-8. Raises DataError.
     """
     try:
         yield from _READERS.get(path.suffix.lower(), _jsonl_rows)(path)
