@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.training.data import Limits
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.optimizers import restore_state, saved_state
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus, Window
@@ -148,6 +149,7 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "error": unit.error,
         "note": unit.note,
         "window": asdict(unit.window),
+        "limits": asdict(unit.limits),
         "schedule": unit.schedule.state_dict(),
         "records": unit.records,
         "eval_records": unit.held_out.records if unit.held_out else [],
@@ -159,6 +161,7 @@ def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
     unit.status = UnitStatus(facts["status"])
     unit.error, unit.note = facts["error"], facts["note"]
     unit.window = Window(**facts["window"])
+    unit.limits = Limits(**facts["limits"])
     unit.schedule.load_state_dict(facts["schedule"])
     for group, rate in zip(unit.optimizer.param_groups, unit.schedule.get_last_lr(), strict=True):
         group["lr"] = rate
