@@ -58,23 +58,31 @@ ALONE = World()
 def share_state(units: Sequence[Unit], world: World) -> None:
     """Give all processes the first one's weights, and to it alone the gradients so far."""
     for unit in units:
+        tensors = [*unit.parameters, *unit.named_constants().values()]
         if not world.is_main:
-            unit.optimizer.zero_grad()
-            for tensor in (*unit.parameters, *unit.named_constants().values()):
-                tensor.data.zero_()
-        for tensor in (*unit.parameters, *unit.named_constants().values()):
+            _zero(tensors)
+            _zero(_gradients(unit))
+        for tensor in tensors:
             world.sum_([tensor.data])
 
 
 def gather_gradients(units: Sequence[Unit], world: World) -> None:
     """Move the gradients of all processes to the first, so that a checkpoint has them all."""
-    if world.size == 1:
-        return
     for unit in units:
-        if unit.window.done:
-            world.sum_([parameter.grad for parameter in unit.parameters])
+        if gradients := _gradients(unit):
+            world.sum_(gradients)
             if not world.is_main:
-                unit.optimizer.zero_grad()
+                _zero(gradients)
+
+
+def _gradients(unit: Unit) -> list[Tensor]:
+    """Those inside an update's window, which all processes have or none."""
+    return [p.grad for p in unit.parameters if p.grad is not None] if unit.window.done else []
+
+
+def _zero(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.data.zero_()
 
 
 @contextmanager
