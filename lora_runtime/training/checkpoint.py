@@ -139,7 +139,8 @@ def _restore_tensors(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         grad = saved.pop("grad", None)
         parameter.data.copy_(tensors[name])
         parameter.grad = grad if grad is None else grad.to(parameter.device)
-        restore_state(unit.optimizer, parameter, saved)
+        if saved:
+            restore_state(unit.optimizer, parameter, saved)
 
 
 def _facts(unit: Unit) -> dict[str, Any]:

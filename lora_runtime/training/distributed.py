@@ -58,12 +58,10 @@ ALONE = World()
 def share_state(units: Sequence[Unit], world: World) -> None:
     """Give all processes the first one's weights, and to it alone the gradients so far."""
     for unit in units:
-        tensors = [*unit.parameters, *unit.named_constants().values()]
+        tensors = [t.data for t in (*unit.parameters, *unit.named_constants().values())]
         if not world.is_main:
-            _zero(tensors)
-            _zero(_gradients(unit))
-        for tensor in tensors:
-            world.sum_([tensor.data])
+            _zero([*tensors, *_gradients(unit)])
+        world.sum_(tensors)
 
 
 def gather_gradients(units: Sequence[Unit], world: World) -> None:
@@ -82,7 +80,7 @@ def _gradients(unit: Unit) -> list[Tensor]:
 
 def _zero(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        tensor.data.zero_()
+        tensor.zero_()
 
 
 @contextmanager
@@ -99,8 +97,7 @@ def joined(config: BaseConfig) -> Iterator[tuple[World, BaseConfig]]:
     has_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if not has_cuda and config.device not in ("auto", "cpu"):
         raise ConfigError(
-            f"device is {config.device!r}; with several processes each takes its own: leave it at "
-            "auto",
+            f"device is {config.device!r}; several processes take one each: leave it at auto",
             field="device",
         )
     device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}" if has_cuda else "cpu")

@@ -14,7 +14,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.training.data import Example, Limits, num_tokens
 from lora_runtime.training.distributed import ALONE, World
 from lora_runtime.training.held_out import EvalRecord, HeldOut
-from lora_runtime.training.memory import Gradients, in_forwards
+from lora_runtime.training.memory import Say, in_forwards
 from lora_runtime.training.units import Unit, UnitStatus
 
 LossSums = Callable[[Base, Sequence[Unit], Sequence[Sequence[Example]]], Tensor]
@@ -26,7 +26,7 @@ def evaluate_due(
     units: Sequence[Unit],
     loss_sums: LossSums,
     world: World = ALONE,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> None:
     """Evaluate the units whose last update asks for it; one out of patience is done early."""
     due = [(unit, unit.held_out) for unit in units if unit.held_out and _is_due(unit)]
@@ -49,28 +49,24 @@ def held_out_losses(
     units: Sequence[tuple[Unit, HeldOut]],
     loss_sums: LossSums,
     world: World = ALONE,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> list[float]:
     """Mean loss over each unit's held-out target tokens; the units share the forwards."""
     waiting = {unit.name: _Waiting(unit, held_out) for unit, held_out in units}
     totals = {unit.name: 0.0 for unit, _ in units}
 
-    def compute(
-        group: Sequence[Unit], batches: Sequence[Sequence[Example]]
-    ) -> tuple[list[float], Gradients]:
-        return loss_sums(base, group, batches).tolist(), ()
-
-    def next_batch(unit: Unit, rank: int) -> list[Example]:
-        return waiting[unit.name].next(rank)
-
-    while left := [unit for unit, _ in units if waiting[unit.name].groups]:
-        for group, sums in in_forwards(left, next_batch, compute, world, say):
+    while left := [unit for unit, _ in units if waiting[unit.name].groups and not unit.error]:
+        forwards = in_forwards(
+            left,
+            lambda unit, rank: waiting[unit.name].next(rank),
+            lambda group, batches: (loss_sums(base, group, batches).tolist(), ()),
+            world,
+            say,
+        )
+        for group, sums in forwards:
             for unit, value in zip(group, sums, strict=True):
                 totals[unit.name] += value
                 del waiting[unit.name].groups[: world.size]
-        for unit in left:
-            if unit.status is UnitStatus.FAILED:
-                waiting[unit.name].groups.clear()
     return [totals[unit.name] / held_out.dataset.num_target_tokens for unit, held_out in units]
 
 

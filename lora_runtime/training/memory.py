@@ -17,6 +17,7 @@ from lora_runtime.training.data import Example, num_tokens
 from lora_runtime.training.distributed import World
 from lora_runtime.training.units import Unit, UnitStatus
 
+Say = Callable[[str], None]
 Gradients = Sequence[tuple[Parameter, Tensor]]
 Compute = Callable[[Sequence[Unit], Sequence[Sequence[Example]]], tuple[Sequence[float], Gradients]]
 """Units and the examples of each → a value for each, and gradients."""
@@ -29,7 +30,7 @@ def in_forwards(
     next_batch: NextBatch,
     compute: Compute,
     world: World,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[tuple[Sequence[Unit], Sequence[float]]]:
     """Compute the next batch of every unit, in one forward if that fits, and add the gradients.
 
@@ -76,9 +77,7 @@ def _attempt(
     return sums
 
 
-def _make_smaller(
-    units: Sequence[Unit], batches: Sequence[Sequence[Example]], say: Callable[[str], None]
-) -> None:
+def _make_smaller(units: Sequence[Unit], batches: Sequence[Sequence[Example]], say: Say) -> None:
     """Halve the largest batch of several examples; if there is none, set the largest unit apart."""
     unit, batch = max(zip(units, batches, strict=True), key=lambda pair: _order(pair[1]))
     if len(batch) > 1:

@@ -65,15 +65,11 @@ def restore_state(
     optimizer: torch.optim.Optimizer, parameter: Parameter, saved: Mapping[str, Tensor]
 ) -> None:
     """Make the state of a parameter that of the optimizer which `saved` is from."""
-    if not saved:
-        return
     if not isinstance(optimizer, Optimizer8bit):
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
         return
-    for place, group in enumerate(optimizer.param_groups):
-        for index, other in enumerate(group["params"]):
-            if other is parameter:  # bitsandbytes makes the buffers, which may be paged ones
-                optimizer.init_state(group, parameter, place, index)
+    # bitsandbytes makes the buffers, which may be paged; they depend on no setting of the group
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
     state = optimizer.state[parameter]
     state["step"] = int(saved["step"])
     for key in saved.keys() - {"step"}:

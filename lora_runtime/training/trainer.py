@@ -32,7 +32,7 @@ from lora_runtime.training.distributed import ALONE, World, gather_gradients, jo
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
 from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
-from lora_runtime.training.memory import Gradients, in_forwards
+from lora_runtime.training.memory import Gradients, Say, in_forwards
 from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
@@ -40,7 +40,6 @@ from lora_runtime.training.tensorboard import write_curves
 from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus
 
 ShouldStop = Callable[[], bool]
-Say = Callable[[str], None]
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[UnitResult]:
@@ -143,12 +142,10 @@ def run_pass(
     for group, losses in in_forwards(units, Unit.next_micro_batch, compute, world, say):
         seconds = time.perf_counter() - started
         for unit, loss in zip(group, losses, strict=True):
-            if not math.isfinite(loss):
+            if math.isfinite(loss):
+                unit.advance(loss, seconds, world.sum_)
+            else:
                 unit.fail(f"the loss of update {unit.step + 1} is {loss}; {LOWER_RATE}")
-                continue
-            if unit.completes_window:
-                world.sum_([parameter.grad for parameter in unit.parameters])
-            unit.advance(loss, seconds)
         started = time.perf_counter()
     return [unit for unit in units if not unit.is_running or not unit.window.done]
 
@@ -161,9 +158,8 @@ def _losses_and_gradients(
     values = losses.tolist()
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     parameters = [parameter for index in finite for parameter in units[index].parameters]
-    if not parameters:
-        return values, ()
-    found = torch.autograd.grad(losses[finite].sum(), parameters, allow_unused=True)
+    total = losses[finite].sum()
+    found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
     pairs = zip(parameters, found, strict=True)
     return values, [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
 

@@ -6,7 +6,7 @@ A unit knows nothing of the other units; `binding.py` alone puts several side by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
@@ -145,28 +145,24 @@ class Unit:
         return [examples[place] for place in self._next_places(examples)[rank]]
 
     @property
-    def completes_window(self) -> bool:
-        """True when the next forward is the update's last."""
-        examples = self._window_examples()
-        num_next = sum(map(len, self._next_places(examples)))
-        return len(self.window.done) + num_next == len(examples)
-
-    @property
     def window_target_tokens(self) -> int:
         """Target tokens of the whole window: what its losses are divided by."""
         return sum(len(example.predictors) for example in self._window_examples())
 
-    def advance(self, loss: float, seconds: float) -> None:
+    def advance(
+        self, loss: float, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
+    ) -> None:
         """Count a forward whose gradients are in place; update at the end of the window.
 
-        `loss` is its share of the window's mean. The unit fails, its weights untouched, when the
-        gradient is not finite.
+        `loss` is its share of the window's mean; `sum_gradients` adds those of other processes to
+        the window's. The unit fails, its weights untouched, when the gradient is not finite.
         """
         window, examples = self.window, self._window_examples()
         window.done += chain.from_iterable(self._next_places(examples))
         window.loss += loss
         window.seconds += seconds
         if len(window.done) == len(examples):
+            sum_gradients([parameter.grad for parameter in self.parameters])
             self._update()
 
     def fail(self, error: str) -> None:

@@ -258,6 +258,5 @@ def _draw(content: Mapping[str, object]) -> float:
     try:
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     except TypeError as error:  # a table's dates, decimals, bytes
-        kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in content.items())
-        raise DataError(f"{error}; make text of what is used: {kinds}", field="data") from error
+        raise DataError(f"{error}; make text of it: {', '.join(content)}", field="data") from error
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32

@@ -114,10 +114,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"{path} is Parquet, which cannot be read: {error}; install loramux[parquet], or write "
-            "it as JSONL"
-        ) from error
+        raise DataError(f"{path} is Parquet; install loramux[parquet]: {error}") from error
     with path.open("rb") as file:
         try:
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE)

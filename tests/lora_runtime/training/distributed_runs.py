@@ -22,7 +22,7 @@ from tests.lora_runtime.training.tiny_runs import (
     run,
     shown,
 )
-from tests.tiny import tiny_base
+from tests.tiny import in_float64, tiny_base
 
 ROOM = 60
 """Tokens that fit in one forward of the second process, in the run with too little memory."""
@@ -92,20 +92,21 @@ class Runs:
 
 
 def lower_memory():
-    real = Base.forward
+    real = Base.hidden_states
 
     def forward(base, token_ids, *others):
         if len(token_ids) > ROOM:
             raise torch.OutOfMemoryError
         return real(base, token_ids, *others)
 
-    Base.forward = forward
+    Base.hidden_states = forward
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined(BaseConfig()) as (world, _):
         base = tiny_base("llama", quantization="none", dtype=torch.float64)
+        in_float64(base.model)
         tokenizer = make_tokenizer(folder / f"tokenizer-{world.rank}")
         runs = Runs(folder, base, tokenizer, world)
         stops = StopAfter(3) if world.rank == 1 else lambda: False

@@ -146,9 +146,17 @@ TODAY = datetime.date(2026, 11, 24)
     ("columns", "names", "expected"),
     [
         ({"prompt": ["a", "b"], "completion": ["c", None]}, None, ", row 2: completion is None"),
-        ({"prompt": [TODAY], "completion": ["c"]}, None, r", row 1: .*prompt \(date\)"),
-        ({"prompt": ["a"], "completion": [b"c"]}, None, r", row 1: .*completion \(bytes\)"),
-        ({"text": [decimal.Decimal("1.5")]}, None, r", row 1: .*text \(Decimal\)"),
+        (
+            {"prompt": [TODAY], "completion": ["c"]},
+            None,
+            r", row 1: .*date.*make text of it: prompt",
+        ),
+        (
+            {"prompt": ["a"], "completion": [b"c"]},
+            None,
+            r", row 1: .*bytes.*make text of it: .*completion",
+        ),
+        ({"text": [decimal.Decimal("1.5")]}, None, r", row 1: .*Decimal.*make text of it: text"),
         ({"text": [1.5]}, None, ", row 1: text is 1.5; it must be text"),
         ({"messages": [[{"role": "user", "content": b"x"}]]}, None, ", row 1: .*bytes"),
         ({"a": ["x"], "b": ["y"]}, ["text", "text"], "names a column twice"),

@@ -14,7 +14,8 @@ from lora_runtime.training.data import num_tokens
 from lora_runtime.training.distributed import ALONE
 from lora_runtime.training.evaluation import held_out_losses
 from lora_runtime.training.held_out import HeldOut
-from lora_runtime.training.trainer import loss_sums, run_pass
+from lora_runtime.training.losses import loss_sums
+from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
@@ -32,7 +33,7 @@ class SmallMemory:
 
     def __init__(self, monkeypatch, limit, *, in_backward=False):
         self.limit, self.num_failures, self.sizes = limit, 0, []
-        real = Base.forward
+        real = Base.hidden_states
 
         def forward(base, token_ids, *others):
             self.sizes.append(len(token_ids))
@@ -40,7 +41,7 @@ class SmallMemory:
                 self.check()
             return real(base, token_ids, *others)
 
-        monkeypatch.setattr(Base, "forward", forward)
+        monkeypatch.setattr(Base, "hidden_states", forward)
 
     def check(self, *_):
         if self.sizes[-1] > self.limit:
@@ -178,6 +179,6 @@ def test_other_errors_pass_through(tmp_path, tokenizer, exact_base, monkeypatch)
     def broken(*_):
         raise RuntimeError("another mistake")
 
-    monkeypatch.setattr(Base, "forward", broken)
+    monkeypatch.setattr(Base, "hidden_states", broken)
     with pytest.raises(RuntimeError, match="another mistake"):
         train_all(exact_base, units_of(exact_base, tokenizer, tmp_path))
