@@ -1,4 +1,4 @@
-"""`python -m server` serves, with the options of `loramux serve`."""
+"""`python -m server` is `loramux`; without a command it serves."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import sys
 
 from server.cli import main
 
-main(["serve", *sys.argv[1:]])
+arguments = sys.argv[1:]
+main(arguments if arguments[:1] and not arguments[0].startswith("-") else ["serve", *arguments])

@@ -44,6 +44,7 @@ def train(
     micro_batch_size: flag.MicroBatchSize = None,
     max_tokens_per_batch: flag.MaxTokensPerBatch = None,
     gradient_accumulation: flag.GradientAccumulation = None,
+    optimizer: flag.Optimizer = None,
     max_seq_len: flag.MaxSeqLen = None,
     seed: flag.Seed = None,
     eval_interval: flag.EvalInterval = None,
@@ -60,7 +61,8 @@ def train(
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
     One adapter by flags (--data and --output), or any number at once by a YAML file. Written in
-    PEFT's format, ready for `loramux adapters load`.
+    PEFT's format, ready for `loramux adapters load`. Several devices share every update by
+    `torchrun --nproc-per-node N -m server train …`.
     """
     flags = {key: value for key, value in locals().items() if value is not None}
     flags.pop("config", None)
@@ -69,11 +71,19 @@ def train(
     run = _from_flags(flags) if config is None else _from_file(config, flags)
     if dry_run:
         return show_dry_run(run, Console())
+    _train(run, deploy, deploy_name, sample)
+
+
+def _train(
+    run: TrainConfig, deploy: str | None, deploy_name: str | None, sample: str | None
+) -> None:
     if deploy is not None:
         cli_deploy.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
     results = train_run(run, Console())
+    if not results:
+        return  # of several processes one shows and deploys
     Console(markup=False).print(_table(results))
     finished = cli_deploy.deployments(results, run.units, deploy_name) if deploy else []
     is_deployed = not finished or cli_deploy.deploy(str(deploy), finished, sample)

@@ -10,6 +10,7 @@ import typer
 
 from lora_runtime.training.config import (
     InstructionStyle,
+    OptimizerName,
     TrainConfig,
     Truncation,
     UnitConfig,
@@ -39,7 +40,7 @@ ConfigFile = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL, JSON or CSV of chat `messages`, of `prompt` and `completion`, of "
+        help="JSONL, JSON, CSV or Parquet of chat `messages`, of `prompt` and `completion`, of "
         "`instruction`, `input` and `output`, or of `text`."
     ),
 ]
@@ -70,6 +71,9 @@ MaxTokensPerBatch = Annotated[
 ]
 GradientAccumulation = Annotated[
     int | None, _option("gradient_accumulation", "Forwards in one update.")
+]
+Optimizer = Annotated[
+    OptimizerName | None, _option("optimizer", "8-bit moments, or paged ones on CUDA.")
 ]
 MaxSeqLen = Annotated[int | None, _option("max_seq_len", "Longer ones are cut.")]
 Seed = Annotated[int | None, typer.Option(help="Order of the data, start of weights.")]

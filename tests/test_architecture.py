@@ -76,6 +76,7 @@ DOORS = {
     "matplotlib": ["lora_runtime.training.report"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
+    "pyarrow": ["lora_runtime.training.data.rows"],
     "pydantic": ["server.config"],
     "pydantic_settings": ["server.config"],
     "regex": ["lora_runtime.adapters.config.matching"],
@@ -327,9 +328,12 @@ def badly_named(modules: Iterable[Module]) -> Iterator[str]:
 
 
 def undeclared(modules: Iterable[Module], pyproject: dict) -> set[str]:
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    optional = [entry for name in extras.keys() - {"test", "bench"} for entry in extras[name]]
     declared = {
         re.split(r"[^A-Za-z0-9-]", requirement)[0].lower()
-        for requirement in pyproject["project"]["dependencies"]
+        for requirement in [*project["dependencies"], *optional]
     }
     return {name for name in third_party(modules) if DISTRIBUTIONS.get(name, name) not in declared}
 

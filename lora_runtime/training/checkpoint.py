@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.training.data import Limits
 from lora_runtime.training.held_out import EvalRecord
+from lora_runtime.training.optimizers import restore_state, saved_state
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus, Window
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""Adam's state of one parameter."""
 
 
 def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, fingerprint: str) -> None:
@@ -101,7 +102,7 @@ def _flush(path: Path) -> None:
 
 
 def _tensors(units: Sequence[Unit]) -> dict[str, Tensor]:
-    """Weights, Adam moments, the best weights and, inside an update's window, gradients."""
+    """Weights, Adam's moments, the best weights and, inside an update's window, gradients."""
     found: dict[str, Tensor] = {}
     for unit in units:
         for index, values in enumerate(unit.held_out.best if unit.held_out else ()):
@@ -113,7 +114,7 @@ def _tensors(units: Sequence[Unit]) -> dict[str, Tensor]:
             found[name] = parameter.detach()
             if parameter.grad is not None:
                 found[f"{name}.grad"] = parameter.grad
-            for key, value in unit.optimizer.state.get(parameter, {}).items():
+            for key, value in saved_state(unit.optimizer, parameter).items():
                 found[f"{name}.{key}"] = value
     return found
 
@@ -128,17 +129,18 @@ def _restore_tensors(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         unit.held_out.best = [tensors[name] for name in names if name in tensors]
     for name, constant in unit.named_constants().items():
         constant.copy_(tensors[f"{unit.name}/{name}"])
+    beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        beside[owner][key] = tensor
     for part, parameter in unit.named_parameters().items():
         name = f"{unit.name}/{part}"
-        saved = {
-            key: tensors[f"{name}.{key}"].to(parameter.device)
-            for key in ("grad", *_MOMENTS)
-            if f"{name}.{key}" in tensors
-        }
+        saved = beside[name]
+        grad = saved.pop("grad", None)
         parameter.data.copy_(tensors[name])
-        parameter.grad = saved.pop("grad", None)
+        parameter.grad = grad if grad is None else grad.to(parameter.device)
         if saved:
-            unit.optimizer.state[parameter] = saved
+            restore_state(unit.optimizer, parameter, saved)
 
 
 def _facts(unit: Unit) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "error": unit.error,
         "note": unit.note,
         "window": asdict(unit.window),
+        "limits": asdict(unit.limits),
         "schedule": unit.schedule.state_dict(),
         "records": unit.records,
         "eval_records": unit.held_out.records if unit.held_out else [],
@@ -159,6 +162,7 @@ def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
     unit.status = UnitStatus(facts["status"])
     unit.error, unit.note = facts["error"], facts["note"]
     unit.window = Window(**facts["window"])
+    unit.limits = Limits(**facts["limits"])
     unit.schedule.load_state_dict(facts["schedule"])
     for group, rate in zip(unit.optimizer.param_groups, unit.schedule.get_last_lr(), strict=True):
         group["lr"] = rate

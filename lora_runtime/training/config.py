@@ -23,6 +23,7 @@ INIT_RULE = "default, pissa, pissa_niter_ and a number, olora or loftq"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 """Names of transformers' `get_scheduler` that need no further options."""
 
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-paged-8bit"]
 Truncation = Literal["end", "start", "error"]
 InstructionStyle = Literal["chat", "alpaca"]
 Column = Literal[
@@ -44,8 +45,8 @@ class UnitConfig:
     name: str
     """Folder of the adapter below the run's output."""
     data: Path
-    """JSONL, JSON (a list), CSV or TSV; the keys of its rows say which format it is: `messages`;
-    `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
+    """JSONL, JSON (a list), CSV, TSV or Parquet; the keys of its rows say which format it is:
+    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Key of a format → the file's own name for it; all other columns are then ignored."""
     instructions: InstructionStyle = "chat"
@@ -95,6 +96,9 @@ class UnitConfig:
     An update still takes `micro_batch_size` · `gradient_accumulation` examples."""
     gradient_accumulation: int = 1
     """Forwards in one update."""
+    optimizer: OptimizerName = "adamw"
+    """`8bit` keeps Adam's moments of tensors from 4,096 elements on in 8 bits, `paged` in memory
+    that CUDA moves to the host when it must."""
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     """Gradients longer than this are scaled down to it; None leaves them."""

@@ -189,7 +189,8 @@ def _optimizer_bytes(unit: Unit) -> int:
     """Of the state after a first step. The unit is thrown away, so the step harms nothing."""
     unit.optimizer.step()
     states = unit.optimizer.state.values()
-    return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+    tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _parameters(units: Sequence[Unit]) -> list[Tensor]:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from torch import Tensor
+from torch.nn import Parameter
 
+from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.variants import TrainedModule
+
+_KINDS = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adamw-8bit": AdamW8bit,
+    "adamw-paged": PagedAdamW,
+    "adamw-paged-8bit": PagedAdamW8bit,
+}
+_MAPS = ("qmap1", "qmap2")
+"""bitsandbytes' constants, of which all parameters have the same two."""
 
 
 def create_optimizer(
@@ -16,8 +31,9 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over A, over B at `loraplus_ratio` times its rate, and over magnitudes, undecayed.
 
-    The first group's rate is `learning_rate`. Source: AdamW arXiv:1711.05101, LoRA+
-    arXiv:2402.12354.
+    The first group's rate is `learning_rate`. Raises ConfigError for an optimizer that the modules'
+    device has not. Source: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, 8-bit blockwise states
+    arXiv:2110.02861, paged ones arXiv:2305.14314.
     """
     settings: dict[str, dict[str, Any]] = {
         "a": {"lr": config.learning_rate},
@@ -29,7 +45,35 @@ def create_optimizer(
         for part, values in settings.items()
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    device = groups[0]["params"][0].device
+    if "paged" in config.optimizer and device.type != "cuda":
+        raise ConfigError(
+            f"unit {config.name!r}: optimizer is {config.optimizer!r}, whose pages are CUDA's, and "
+            f"the base is on {device.type}; use {config.optimizer.replace('-paged', '')!r}",
+            field="optimizer",
+        )
+    return _KINDS[config.optimizer](groups, weight_decay=config.weight_decay)
+
+
+def saved_state(optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[str, Tensor]:
+    """What `restore_state` needs; empty before the first step."""
+    state = optimizer.state.get(parameter, {})
+    return {key: torch.as_tensor(value) for key, value in state.items() if key not in _MAPS}
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameter: Parameter, saved: Mapping[str, Tensor]
+) -> None:
+    """Make the state of a parameter that of the optimizer which `saved` is from."""
+    if not isinstance(optimizer, Optimizer8bit):
+        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
+        return
+    # bitsandbytes makes the buffers, which may be paged; they depend on no setting of the group
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
+    state = optimizer.state[parameter]
+    state["step"] = int(saved["step"])
+    for key in saved.keys() - {"step"}:
+        state[key].copy_(saved[key])
 
 
 def decay_starts(optimizer: torch.optim.Optimizer, modules: Mapping[str, TrainedModule]) -> None:

@@ -27,7 +27,7 @@ def show_progress(
     Yields a function to call with the units that changed.
     """
     for unit in units:
-        _say(console, f"{unit.name}: {unit.num_parameters:,} parameters, {unit.num_steps} updates")
+        say(console, f"{unit.name}: {unit.num_parameters:,} parameters, {unit.num_steps} updates")
     console.print(_data_table(units))
     if console.is_terminal:
         with _bars(console) as progress:
@@ -89,7 +89,7 @@ def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) ->
         if not unit.is_running or unit.step % log_interval == 0:
             seconds = _recent(unit, "seconds")
             remaining_s = (unit.num_steps - unit.step) * sum(seconds) / max(len(seconds), 1)
-            _say(
+            say(
                 console,
                 f"{unit.name}: {unit.step}/{unit.num_steps} {describe_state(unit)}"
                 + (f", {remaining_s:.0f} s left" if unit.is_running else ""),
@@ -112,5 +112,6 @@ def _recent(unit: Unit, field: str) -> list[float]:
     return [getattr(record, field) for record in unit.records[-RECENT_STEPS:]]
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, above the bars if there are any."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -14,8 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from lora_runtime.base.loader import Base, load_base
@@ -24,11 +27,13 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import load_all
+from lora_runtime.training.data import Example, load_all
+from lora_runtime.training.distributed import ALONE, World, gather_gradients, joined, share_state
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
 from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
-from lora_runtime.training.progress import show_progress
+from lora_runtime.training.memory import Gradients, Say, in_forwards
+from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
 from lora_runtime.training.tensorboard import write_curves
@@ -41,15 +46,17 @@ def train(config: TrainConfig, console: Console | None = None) -> list[UnitResul
     """Train every unit of a run, write its adapter and the report. SIGINT saves and stops.
 
     Call it from the main thread, which alone gets signals. A unit that fails has its error in its
-    result. Raises ConfigError, DataError, BaseRefused.
+    result. Under torchrun the processes share every update, and only the first has results.
+    Raises ConfigError, DataError, BaseRefused.
     """
-    console = console or Console()
     expand(config.units)  # its mistakes are better known before the base is loaded
-    with console.status("loading the base") as status:
-        base = load_base(config.base, on_progress=status.update)
-    tokenizer = Tokenizer.load(base.folder)
-    with stop_on_sigint() as should_stop:
-        return train_units(base, tokenizer, config, console, should_stop)
+    with joined(config.base) as (world, base_config):
+        console = (console or Console()) if world.is_main else Console(quiet=True)
+        with console.status("loading the base") as status:
+            base = load_base(base_config, on_progress=status.update)
+        tokenizer = Tokenizer.load(base.folder)
+        with stop_on_sigint() as should_stop:
+            return train_units(base, tokenizer, config, console, should_stop, world)
 
 
 def train_units(
@@ -58,28 +65,34 @@ def train_units(
     config: TrainConfig,
     console: Console,
     should_stop: ShouldStop = lambda: False,
+    world: World = ALONE,
 ) -> list[UnitResult]:
-    """Train on a base that is already loaded. `should_stop` is asked before every forward."""
+    """Train on a base that is already loaded. `should_stop` is asked before every pass."""
     checkpoints = config.output / "checkpoints"
     _check_output(config, has_checkpoint(checkpoints))
     unit_configs, sweeps = expand(config.units)
-    units = create_units(base, tokenizer, replace(config, units=unit_configs), sweeps)
+    units = create_units(base, tokenizer, replace(config, units=unit_configs), sweeps, world)
     base = recomputed(base) if config.activation_checkpointing else base
     num_passes = 0
     if config.resume:
         num_passes = load_checkpoint(checkpoints, units, base.spec.fingerprint)
-    with _watch(console, units, config) as show:
+    share_state(units, world)
+    save = partial(_save, checkpoints, units, base, world)
+    warn = partial(say, console)
+    with _watch(console, units, config, world) as show:
         while active := [unit for unit in units if unit.is_running]:
-            if should_stop():
-                save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
+            if world.any(should_stop()):
+                save(num_passes)
                 break
-            changed = run_pass(base, active)
-            evaluate_due(base, changed, loss_sums)
+            changed = run_pass(base, active, world, warn)
+            evaluate_due(base, changed, loss_sums, world, warn)
             changed += stop_losers(units, sweeps)
             show(changed)
             num_passes += 1
             if num_passes % config.checkpoint_interval == 0:
-                save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
+                save(num_passes)
+    if not world.is_main:
+        return []
     results = [_finish(unit, base, config.output / unit.name, sweeps) for unit in units]
     results += winners(results, sweeps, config.output)
     write_report(config.output / "report", results)
@@ -88,14 +101,22 @@ def train_units(
     return results
 
 
+def _save(
+    checkpoints: Path, units: Sequence[Unit], base: Base, world: World, num_passes: int
+) -> None:
+    gather_gradients(units, world)
+    if world.is_main:
+        save_checkpoint(checkpoints, units, num_passes, base.spec.fingerprint)
+
+
 @contextmanager
 def _watch(
-    console: Console, units: Sequence[Unit], config: TrainConfig
+    console: Console, units: Sequence[Unit], config: TrainConfig, world: World
 ) -> Iterator[Callable[[Sequence[Unit]], None]]:
     """Yield a function that shows the units that changed."""
     with ExitStack() as stack:
         views = [stack.enter_context(show_progress(console, units, config.log_interval))]
-        if config.tensorboard:
+        if config.tensorboard and world.is_main:
             folder = config.output / "report" / "tensorboard"
             views.append(stack.enter_context(write_curves(folder, units)))
 
@@ -106,24 +127,41 @@ def _watch(
         yield show
 
 
-def run_pass(base: Base, units: Sequence[Unit]) -> list[Unit]:
+def run_pass(
+    base: Base, units: Sequence[Unit], world: World = ALONE, say: Say = lambda _: None
+) -> list[Unit]:
     """Forward and backward of every unit's next micro-batch; an update where a window ends.
 
     A unit whose loss or gradient is not finite fails alone. Returns the units that changed.
     """
+    for parameter in chain.from_iterable(unit.parameters for unit in units):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     started = time.perf_counter()
-    losses = window_losses(base, units, [unit.next_micro_batch() for unit in units])
+    compute = partial(_losses_and_gradients, base)
+    for group, losses in in_forwards(units, Unit.next_micro_batch, compute, world, say):
+        seconds = time.perf_counter() - started
+        for unit, loss in zip(group, losses, strict=True):
+            if math.isfinite(loss):
+                unit.advance(loss, seconds, world.sum_)
+            else:
+                unit.fail(f"the loss of update {unit.step + 1} is {loss}; {LOWER_RATE}")
+        started = time.perf_counter()
+    return [unit for unit in units if not unit.is_running or not unit.window.done]
+
+
+def _losses_and_gradients(
+    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
+) -> tuple[list[float], Gradients]:
+    """Of a forward. A unit whose loss is not finite has no gradients."""
+    losses = window_losses(base, units, batches)
     values = losses.tolist()
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
-    if finite:
-        losses[finite].sum().backward()
-    seconds = time.perf_counter() - started
-    for index, unit in enumerate(units):
-        if index in finite:
-            unit.advance(values[index], seconds)
-        else:
-            unit.fail(f"the loss of update {unit.step + 1} is {values[index]}; {LOWER_RATE}")
-    return [unit for unit in units if not unit.is_running or not unit.window.num_micro_batches]
+    parameters = [parameter for index in finite for parameter in units[index].parameters]
+    total = losses[finite].sum()
+    found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
+    pairs = zip(parameters, found, strict=True)
+    return values, [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
 
 
 def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
@@ -142,7 +180,7 @@ def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
 
 
 def create_units(
-    base: Base, tokenizer: Tokenizer, config: TrainConfig, sweeps: Sweeps
+    base: Base, tokenizer: Tokenizer, config: TrainConfig, sweeps: Sweeps, world: World = ALONE
 ) -> list[Unit]:
     """Read the data and start the weights of every unit of a run whose sweeps are expanded.
 
@@ -157,7 +195,8 @@ def create_units(
     units = []
     datasets = load_all(config.units, tokenizer, config.max_seq_len)
     for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
-        unit = Unit(unit_config, dataset, base, seed=config.seed_of(unit_config))
+        seed = config.seed_of(unit_config)
+        unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size)
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
         units.append(unit)
     return units

@@ -6,8 +6,10 @@ A unit knows nothing of the other units; `binding.py` alone puts several side by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from transformers import get_scheduler
 
 from lora_runtime.base.loader import Base
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.data import Dataset, Example, ExampleStream, micro_batches
+from lora_runtime.training.data import Dataset, Example, ExampleStream, Limits, balanced, num_tokens
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
 from lora_runtime.training.starts import adapter_spec, start_modules
@@ -52,9 +54,10 @@ class StepRecord(NamedTuple):
 
 @dataclass(slots=True)
 class Window:
-    """How far the current update is: micro-batches done, their loss and wall time."""
+    """How far the current update is: its examples done, their loss and wall time."""
 
-    num_micro_batches: int = 0
+    done: list[int] = field(default_factory=list)
+    """Their places among the update's examples."""
     loss: float = 0.0
     seconds: float = 0.0
 
@@ -63,7 +66,7 @@ class Unit:
     """One adapter being trained. Weights are float32, or float64 on a float64 base.
 
     An update takes the next `micro_batch_size · gradient_accumulation` examples of the stream, its
-    window, one micro-batch at a time.
+    window, one micro-batch at a time, or at a time one on each of several processes.
     """
 
     def __init__(
@@ -73,9 +76,12 @@ class Unit:
         base: Base,
         *,
         seed: int,
+        num_processes: int = 1,
     ) -> None:
         """Raises ConfigError for settings that the base cannot follow."""
         self.config, self.dataset, self.seed = config, dataset, seed
+        self.num_processes = num_processes
+        self.limits = Limits(config.micro_batch_size, config.max_tokens_per_batch)
         self.num_steps = config.num_steps(len(dataset.examples))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
@@ -130,26 +136,33 @@ class Unit:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def next_micro_batch(self) -> list[Example]:
-        """The examples of this unit's next forward."""
-        return self._micro_batches()[self.window.num_micro_batches]
+    def next_micro_batch(self, rank: int = 0) -> list[Example]:
+        """The examples of this unit's next forward on one process, empty if it has had its share.
+
+        Shares have about equally many tokens.
+        """
+        examples = self._window_examples()
+        return [examples[place] for place in self._next_places(examples)[rank]]
 
     @property
     def window_target_tokens(self) -> int:
         """Target tokens of the whole window: what its losses are divided by."""
         return sum(len(example.predictors) for example in self._window_examples())
 
-    def advance(self, loss: float, seconds: float) -> None:
-        """Count a micro-batch whose gradients are in place; update at the end of the window.
+    def advance(
+        self, loss: float, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
+    ) -> None:
+        """Count a forward whose gradients are in place; update at the end of the window.
 
-        `loss` is its share of the window's mean. The unit fails, its weights untouched, when the
-        gradient is not finite.
+        `loss` is its share of the window's mean; `sum_gradients` adds those of other processes to
+        the window's. The unit fails, its weights untouched, when the gradient is not finite.
         """
-        window = self.window
-        window.num_micro_batches += 1
+        window, examples = self.window, self._window_examples()
+        window.done += chain.from_iterable(self._next_places(examples))
         window.loss += loss
         window.seconds += seconds
-        if window.num_micro_batches == len(self._micro_batches()):
+        if len(window.done) == len(examples):
+            sum_gradients([parameter.grad for parameter in self.parameters])
             self._update()
 
     def fail(self, error: str) -> None:
@@ -198,10 +211,14 @@ class Unit:
         if self.step == self.num_steps:
             self.status = UnitStatus.DONE
 
-    def _micro_batches(self) -> list[list[Example]]:
-        config = self.config
-        examples = self._window_examples()
-        return micro_batches(examples, config.micro_batch_size, config.max_tokens_per_batch)
+    def _next_places(self, examples: Sequence[Example]) -> list[list[int]]:
+        """What of the window each process computes next."""
+        lengths, done = list(map(num_tokens, examples)), set(self.window.done)
+        shares = balanced(lengths, self.num_processes)
+        left = [[place for place in share if place not in done] for share in shares]
+        return [
+            self.limits.groups(share, lengths.__getitem__)[0] if share else [] for share in left
+        ]
 
     def _window_examples(self) -> list[Example]:
         size = self.config.examples_per_step

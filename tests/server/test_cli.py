@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -237,12 +238,14 @@ def runs(monkeypatch):
 
 def test_train_by_flags(invoke, runs, tmp_path):
     result = invoke("train", "--data", "d.jsonl", "--output", str(tmp_path), "--rank", "4",
-                    "--variant", "rslora", "--base", "b", "--seed", "7", "--name", "a")  # fmt: skip
+                    "--variant", "rslora", "--optimizer", "adamw-8bit", "--base", "b",
+                    "--seed", "7", "--name", "a")  # fmt: skip
     assert result.exit_code == 0, result.output
     (run,) = runs
     (unit,) = run.units
     assert (run.output, run.base.model, run.seed, run.resume) == (tmp_path, "b", 7, False)
     assert (unit.name, unit.rank, unit.variant, unit.data) == ("a", 4, "rslora", Path("d.jsonl"))
+    assert unit.optimizer == "adamw-8bit"
 
 
 def test_train_by_file(invoke, runs, tmp_path):
@@ -256,6 +259,29 @@ def test_train_by_file(invoke, runs, tmp_path):
     file.write_text("output: out\nunit: []\n")
     refused = invoke("train", str(file))
     assert refused.exit_code == 1 and "units" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["serve"]),
+        (["--base", "b"], ["serve", "--base", "b"]),
+        (["train", "run.yaml"], ["train", "run.yaml"]),
+    ],
+)
+def test_python_m_server_serves_unless_it_is_told_what(monkeypatch, arguments, expected):
+    """torchrun starts modules: `torchrun -m server train run.yaml`."""
+    called = []
+    monkeypatch.setattr("server.cli.main", called.append)
+    monkeypatch.setattr(sys, "argv", ["server", *arguments])
+    runpy.run_module("server", run_name="__main__")
+    assert called == [expected]
+
+
+def test_of_several_processes_one_has_results_to_show(invoke, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "train", lambda config, console: [])
+    result = invoke("train", "--data", "d", "--output", str(tmp_path))
+    assert (result.exit_code, result.output) == (0, "")
 
 
 def test_train_flags_of_the_data(invoke, runs, tmp_path):

@@ -1,6 +1,13 @@
 """Training data: files → rows → examples of token ids and targets → micro-batches."""
 
-from lora_runtime.training.data.batches import ExampleStream, PackedBatch, micro_batches
+from lora_runtime.training.data.batches import (
+    ExampleStream,
+    Limits,
+    PackedBatch,
+    balanced,
+    micro_batches,
+    num_tokens,
+)
 from lora_runtime.training.data.dataset import (
     Dataset,
     Example,
@@ -14,10 +21,13 @@ __all__ = [
     "Dataset",
     "Example",
     "ExampleStream",
+    "Limits",
     "PackedBatch",
     "Pair",
+    "balanced",
     "load_all",
     "load_dataset",
     "load_datasets",
     "micro_batches",
+    "num_tokens",
 ]

@@ -205,12 +205,13 @@ def _read(
     kind = ""
     for where, kind, values in _typed_rows(path, columns):
         try:
+            draw = _draw(content_of(values, kind))
             splits = split_row(values, kind, tokenizer, instructions)
             examples = [_example(split, max_seq_len, truncation) for split in splits]
         except DataError as error:
             raise DataError(f"{where}: {error.message}", field=error.field) from error
         num_truncated = sum(len(token_ids) > max_seq_len for token_ids, _ in splits)
-        entries.append(_Entry(examples, num_truncated, _draw(content_of(values, kind))))
+        entries.append(_Entry(examples, num_truncated, draw))
     if not entries:
         raise DataError(f"{path} holds no example", field="data")
     return _File(path, kind, entries)
@@ -254,5 +255,8 @@ def _cut(part: Sequence[T], max_seq_len: int, truncation: Truncation) -> Sequenc
 
 
 def _draw(content: Mapping[str, object]) -> float:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    try:
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    except TypeError as error:  # a table's dates, decimals, bytes
+        raise DataError(f"{error}; make text of it: {', '.join(content)}", field="data") from error
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32

@@ -6,19 +6,25 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from lora_runtime.errors import DataError
 
 Row = tuple[str, dict[str, object]]
-"""(`file:line`, or `file, item n` of a JSON list; key → value)."""
+"""(`file:line`, or `file, item n` of a JSON list, or `file, row n`; key → value)."""
+
+ROWS_AT_ONCE = 1024
+"""Of a Parquet file in memory."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield every row of a file, blank lines left out.
 
     The name's ending decides: `.csv` and `.tsv` have their keys in the first line, `.json` is a
-    list of objects or else JSONL, everything else is JSONL. All are UTF-8. Raises DataError.
+    list of objects or else JSONL, `.parquet` takes pyarrow, everything else is JSONL. Text is in
+    UTF-8. Raises DataError.
     """
     try:
         yield from _READERS.get(path.suffix.lower(), _jsonl_rows)(path)
@@ -103,17 +109,40 @@ def _header(cells: list[str], where: str) -> list[str]:
     return cells
 
 
-def _refuse_parquet(path: Path) -> Iterator[Row]:
-    raise DataError(
-        f"{path} is Parquet, which takes a large library (pyarrow) that nothing else here needs; "
-        "write it as JSONL where there is one, for example by pandas: "
-        "read_parquet(…).to_json(…, orient='records', lines=True)"
-    )
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path} is Parquet; install loramux[parquet]: {error}") from error
+    with path.open("rb") as file:
+        try:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE)
+            rows = chain.from_iterable(_batch_rows(batch, str(path)) for batch in batches)
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", row
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{path} is no whole Parquet file: {error}") from error
+
+
+def _batch_rows(batch: Any, where: str) -> Iterator[dict[str, object]]:
+    header = _header(batch.schema.names, where)
+    for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        yield {key: _without_nulls(cell) for key, cell in zip(header, cells, strict=True)}
+
+
+def _without_nulls(value: object) -> object:
+    """A column of objects gives every one of them every key; those without a value are no keys."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": partial(_table_rows, delimiter=","),
     ".tsv": partial(_table_rows, delimiter="\t"),
     ".json": _json_rows,
-    ".parquet": _refuse_parquet,
+    ".parquet": _parquet_rows,
 }

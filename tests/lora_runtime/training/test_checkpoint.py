@@ -90,12 +90,12 @@ def test_resume_after_death(tmp_path, tokenizer, base, uninterrupted, monkeypatc
     real_pass = trainer.run_pass
     remaining = 0
 
-    def deadly_pass(base, active):
+    def deadly_pass(*arguments):
         nonlocal remaining
         remaining -= 1
         if remaining < 0:
             raise Killed
-        return real_pass(base, active)
+        return real_pass(*arguments)
 
     monkeypatch.setattr(trainer, "run_pass", deadly_pass)
     for resume, remaining in enumerate(deaths):  # noqa: B007

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import json
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lora_runtime.errors import DataError
@@ -99,6 +104,91 @@ def test_files_without_rows_are_refused(tmp_path, tokenizer, name, content):
         load_dataset(tmp_path / name, tokenizer, 64)
 
 
-def test_parquet_is_refused_with_a_way_out(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="is Parquet.*lines=True"):
+CHATS = [
+    {"messages": [{"role": "user", "content": f"question {n}"},
+                  {"role": "assistant", "content": f"answer {n}"}]}
+    for n in range(3)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 2, "compression": "zstd"}])
+@pytest.mark.parametrize("rows", [ROWS, CHATS])
+def test_parquet_is_what_jsonl_is(tmp_path, tokenizer, monkeypatch, rows, options):
+    monkeypatch.setattr("lora_runtime.training.data.rows.ROWS_AT_ONCE", 2)
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    found = list(read_rows(path))
+    assert [row for _, row in found] == rows
+    assert [where for where, _ in found] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    as_jsonl = write_jsonl(tmp_path / "d.jsonl", rows)
+    digests = {load_dataset(path, tokenizer, 256).digest for path in (path, as_jsonl)}
+    assert len(digests) == 1
+
+
+def test_keys_that_only_other_messages_have_are_none(tmp_path):
+    """A chat template may ask whether there is a `name`."""
+    messages = [[{"role": "user", "name": "Ann"}, {"role": "assistant", "content": "hi"}]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "d.parquet")
+    ((_, row),) = read_rows(tmp_path / "d.parquet")
+    assert row == {"messages": messages[0]}
+
+
+def parquet_file(path, columns, names=None):
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table.rename_columns(names) if names else table, path)
+    return path
+
+
+TODAY = datetime.date(2026, 11, 24)
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "expected"),
+    [
+        ({"prompt": ["a", "b"], "completion": ["c", None]}, None, ", row 2: completion is None"),
+        (
+            {"prompt": [TODAY], "completion": ["c"]},
+            None,
+            r", row 1: .*date.*make text of it: prompt",
+        ),
+        (
+            {"prompt": ["a"], "completion": [b"c"]},
+            None,
+            r", row 1: .*bytes.*make text of it: .*completion",
+        ),
+        ({"text": [decimal.Decimal("1.5")]}, None, r", row 1: .*Decimal.*make text of it: text"),
+        ({"text": [1.5]}, None, ", row 1: text is 1.5; it must be text"),
+        ({"messages": [[{"role": "user", "content": b"x"}]]}, None, ", row 1: .*bytes"),
+        ({"a": ["x"], "b": ["y"]}, ["text", "text"], "names a column twice"),
+    ],
+)
+def test_parquet_values_that_are_no_text_name_the_row(
+    tmp_path, tokenizer, columns, names, expected
+):
+    path = parquet_file(tmp_path / "d.parquet", columns, names)
+    with pytest.raises(DataError, match=f"^{path}.*{expected}"):
+        load_dataset(path, tokenizer, 64)
+
+
+def test_columns_that_are_not_used_may_hold_anything(tmp_path, tokenizer):
+    columns = {"text": ["a fox"], "at": [TODAY], "raw": [b"x"]}
+    dataset = load_dataset(parquet_file(tmp_path / "d.parquet", columns), tokenizer, 64)
+    assert len(dataset.examples) == 1
+
+
+@pytest.mark.parametrize("damage", ["no parquet", "cut", "page"])
+def test_broken_parquet_is_a_data_error(tmp_path, tokenizer, damage):
+    path = parquet_file(tmp_path / "d.parquet", {"text": [f"fox number {n}" for n in range(500)]})
+    content = path.read_bytes()
+    damaged = {"no parquet": b"text\n" * 9, "cut": content[:-40], "page": None}[damage]
+    path.write_bytes(damaged or content[:4] + bytes(200) + content[204:])
+    with pytest.raises(DataError, match=f"{path} is no whole Parquet file: ."):
+        load_dataset(path, tokenizer, 64)
+    with pytest.raises(DataError, match="missing.parquet cannot be read: No such file"):
+        load_dataset(tmp_path / "missing.parquet", tokenizer, 64)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"is Parquet.*install loramux\[parquet\]"):
         load_dataset(tmp_path / "d.parquet", tokenizer, 64)

@@ -336,10 +336,10 @@ def test_train_from_files_and_stop_at_sigint(tmp_path, monkeypatch):
     )
     real_pass = trainer.run_pass
 
-    def interrupted_pass(base, units):
+    def interrupted_pass(base, units, *others):
         if units[0].step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return real_pass(base, units)
+        return real_pass(base, units, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "run_pass", interrupted_pass)

@@ -14,6 +14,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
+from lora_runtime.training.distributed import ALONE
 from lora_runtime.training.trainer import train_units
 from lora_runtime.training.units import Unit
 from tests.tiny_tokenizer import write_tokenizer
@@ -65,6 +66,9 @@ def make_unit(base: Base, tokenizer: Tokenizer, config: UnitConfig, *, seed: int
     return Unit(config, dataset, base, seed=seed)
 
 
-def run(base, tokenizer, output, units, *, console=None, should_stop=lambda: False, **options):
+def run(
+    base, tokenizer, output, units, *, console=None, should_stop=lambda: False, world=ALONE,
+    **options,
+):  # fmt: skip
     config = TrainConfig(output=output, units=tuple(units), **{"max_seq_len": 256, **options})
-    return train_units(base, tokenizer, config, console or quiet_console(), should_stop)
+    return train_units(base, tokenizer, config, console or quiet_console(), should_stop, world)
