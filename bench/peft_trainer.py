@@ -96,10 +96,11 @@ class Peer:
         """Mean over the target tokens, one example at a time."""
         total, count = 0.0, 0
         for example in examples:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.trainer.args.bf16):
                 logits = self.model(input_ids=example.token_ids[None]).logits[0]
             labels = example.token_ids[example.predictors + 1]
-            total += float(F.cross_entropy(logits[example.predictors].float(), labels, reduction="sum"))
+            logits = logits[example.predictors].float()
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
         return total / count
 
