@@ -21,7 +21,7 @@ from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import Trained, TrainedModule, TrainedRows
+from lora_runtime.training.variants import Trained, TrainedModule
 
 Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
 
@@ -48,14 +48,19 @@ def adapter_files(
 
 
 def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
-    """A module's tensors that are no factors; a tied one's are in the file once, as PEFT's."""
-    parts = {"magnitude": Part.MAGNITUDE, "rows": Part.WEIGHT, "bias": Part.BIAS}
-    if isinstance(module, TrainedRows) and module.ids is not None:
-        parts["rows"] = Part.TOKENS
+    """A module's tensors that are no factors. As PEFT's, the file has a weight that two modules
+    share twice, and tokens once.
+    """
+    if isinstance(module, TrainedModule):
+        found = {Part.MAGNITUDE: module.magnitude}
+    elif module.ids is None:
+        found = {Part.WEIGHT: module.rows, Part.BIAS: module.bias}
+    else:
+        found = {Part.TOKENS: None if module.is_shared else module.rows}
     return {
-        f"{name}.{parts[part]}": parameter.detach().float()
-        for part, parameter in module.parameters.items()
-        if part in parts
+        f"{name}.{part}": tensor.detach().float().clone()
+        for part, tensor in found.items()
+        if tensor is not None
     }
 
 
@@ -103,8 +108,8 @@ def _files(
 
 
 def _exported(module: TrainedModule, growth: int) -> tuple[Tensor, Tensor]:
-    """A and B, unscaled, of `growth` times the parameters' rank. With first factors from ΔW's singular vectors, so that rounding the file
-    to bfloat16 costs ΔW as little as it costs a plain LoRA.
+    """A and B, unscaled, of `growth` times the parameters' rank. With first factors from ΔW's
+    singular vectors, so that rounding the file to bfloat16 costs ΔW as little as a plain LoRA.
     """
     factors = Factors(*(part.detach() for part in module.unscaled()))
     if module.start is not None:

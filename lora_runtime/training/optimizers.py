@@ -26,9 +26,7 @@ _MAPS = ("qmap1", "qmap2")
 """bitsandbytes' constants, of which all parameters have the same two."""
 
 
-def create_optimizer(
-    config: UnitConfig, modules: Mapping[str, Trained]
-) -> torch.optim.Optimizer:
+def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torch.optim.Optimizer:
     """AdamW over A, over B at `loraplus_ratio` times its rate, over whole rows of the vocabulary,
     which decay as any weight does, and over magnitudes and biases, undecayed.
 

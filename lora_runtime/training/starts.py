@@ -100,16 +100,21 @@ def _with_magnitude(module: TrainedModule, base: Base) -> TrainedModule:
     """DoRA's first magnitude: the rows' norms as they are, so the gain is exactly 1."""
     a, b = module.unscaled()
     first = norms(base.weights, module.path, Factors(a, module.scaling * b))
+    if not first.all():
+        raise ConfigError(
+            f"{module.path} has {int((first == 0).sum())} rows of zeros, the first of them "
+            f"{int(first.argmin())}: DoRA divides by their length; train it without use_dora",
+            field="use_dora",
+        )
     return replace(module, magnitude=Parameter(first))
 
 
 def _tied(
-    config: UnitConfig, base: Base, path: str, target: TargetSpec, embedding: TrainedModule
+    config: UnitConfig, base: Base, path: str, target: TargetSpec, embedding: Trained
 ) -> TrainedModule:
     """The output layer with the embedding's factors."""
-    module = replace(
-        embedding, path=path, scaling=target.scaling, magnitude=None, is_transposed=True
-    )
+    changes = {"path": path, "scaling": target.scaling, "magnitude": None, "is_transposed": True}
+    module = replace(embedding, **changes)
     return _with_magnitude(module, base) if config.has_gain else module
 
 
