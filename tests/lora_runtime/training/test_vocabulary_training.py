@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import peft
@@ -14,6 +15,8 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base import attention
 from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.loader import prepare_base
+from lora_runtime.config import BaseConfig
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import losses
@@ -24,7 +27,7 @@ from lora_runtime.training.variants import TrainedModule
 from tests.lora_runtime.training.test_variants import mean_loss, randomise, train_until_done
 from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
 from tests.peft_adapters import load_in_peft
-from tests.tiny import dense_twin, in_float64, tiny_base
+from tests.tiny import dense_twin, in_float64, tiny_base, tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -214,6 +217,30 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, bases, shape, name):
         assert (ours.grad - expected).norm() <= limit * expected.norm()
 
 
+def test_a_whole_output_layer_has_its_bias_trained_too(tmp_path, tokenizer):
+    """Against plain autograd at the start, where the adapter is the model itself."""
+    twin = tiny_model("llama-bias")
+    twin.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, twin.config.vocab_size))
+    base = prepare_base(copy.deepcopy(twin), BaseConfig(quantization="none"), "phi", tmp_path)
+    unit = unit_of(base, tokenizer, tmp_path, "save-both")
+    examples = unit.next_micro_batch()
+    window_losses(base, [unit], [examples]).sum().backward()
+    twin.model.embed_tokens.padding_idx = None
+    mean_loss(lambda ids: twin(ids[None]).logits[0], examples).backward()
+    embedding, head = unit.modules["model.embed_tokens"], unit.modules["lm_head"]
+    for ours, theirs in [
+        (embedding.rows, twin.model.embed_tokens.weight),
+        (head.rows, twin.lm_head.weight),
+        (head.bias, twin.lm_head.bias),
+    ]:
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
+    config = unit_config(tmp_path, "save-both", learning_rate=1e-2, max_steps=3)
+    (result,) = run(base, tokenizer, tmp_path / "out", [config])
+    form = load_adapter(result.folder, base.spec, base.weights)
+    assert (form.modules["lm_head", 0].bias - twin.lm_head.bias).abs().min() > 1e-3
+    assert parity_of(base, result.folder).error < 1e-4
+
+
 @pytest.mark.parametrize("name", ["ends", "tied-dora", "save-tied", "replicated"])
 def test_gradients_of_chunked_logits(tmp_path, tokenizer, exact_base, monkeypatch, name):
     units = [
@@ -311,6 +338,15 @@ def test_tied_parameters_are_one(tmp_path, tokenizer, exact_base):
     assert len(both.parameters) == q + 2
 
 
+def served(base, folder):
+    form = load_adapter(folder, base.spec, base.weights)
+    return lambda rows, with_adapter: probe_logits(base, form if with_adapter else None, rows)
+
+
+def parity_of(base, folder):
+    return gate(read_golden(folder, base.spec), served(base, folder), "float32")
+
+
 EXPORTED = {
     "llama": EVERY,
     "llama-bias": ["ends", "save-both", "tokens", "pissa"],
@@ -342,16 +378,11 @@ def exported(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize(("shape", "name"), pairs_of(EXPORTED))
 def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, shape, name):
     base, folders = exported[shape]
-    form = load_adapter(folders[name], base.spec, base.weights)
-
-    def served(rows, with_adapter):
-        return probe_logits(base, form if with_adapter else None, rows)
-
-    parity = gate(read_golden(folders[name], base.spec), served, "float32")
+    parity = parity_of(base, folders[name])
     assert parity.error < 1e-4 and parity.effect > 0.1
     oracle = load_in_peft(filled(dense_twin(base, shape)), folders[name])
     with torch.no_grad():
-        for row, ours in zip(ROWS, served(ROWS, True), strict=True):
+        for row, ours in zip(ROWS, served(base, folders[name])(ROWS, True), strict=True):
             theirs = oracle(torch.tensor([row]), use_cache=False).logits[0]
             assert (theirs - ours).abs().max() <= 1e-4
 
