@@ -13,9 +13,9 @@ from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base import attention
-from lora_runtime.base.attention import VarlenAttention
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.loader import prepare_base
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import ConfigError
@@ -202,7 +202,8 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, bases, shape, name):
         theirs.data.copy_(as_ours(ours.data, theirs))
 
     def logits_of(ids):
-        return oracle(ids[None], use_cache=False, batch=VarlenAttention([len(ids)])).logits[0]
+        batch = VarlenAttention([Rows([len(ids)])], base.device)
+        return oracle(ids[None], use_cache=False, batch=batch).logits[0]
 
     expected_loss = mean_loss(logits_of, examples)
     expected_loss.backward()
