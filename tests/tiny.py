@@ -97,8 +97,11 @@ def in_float64(model):
     """Nothing of `model` rounds to float32, as transformers' norms and eager softmax do."""
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
-            norm.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+            is_shifted = "Gemma" in type(module).__name__  # 1 + weight
+            epsilon = module.eps if is_shifted else module.variance_epsilon
+            norm = torch.nn.RMSNorm(len(module.weight), epsilon)
+            weight = module.weight.data + is_shifted
+            norm.weight = torch.nn.Parameter(weight, requires_grad=False)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, norm)
     return model

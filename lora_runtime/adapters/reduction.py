@@ -198,8 +198,10 @@ def peft_files(
     }
     named = {}
     for path, (a, b) in tensors.items():
-        named[f"base_model.model.{path}.{Part.A}"] = a
-        named[f"base_model.model.{path}.{Part.B}"] = b
+        is_embedding = path == base.embedding
+        a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
+        named[f"base_model.model.{path}.{a_part}"] = a
+        named[f"base_model.model.{path}.{b_part}"] = b
     facts = {FINGERPRINT_KEY: base.fingerprint, VERSION_KEY: _version()}
     return config, named, {**(metadata or {}), **facts}
 

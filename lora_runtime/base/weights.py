@@ -63,9 +63,11 @@ class BaseWeights:
         return product.T.cpu()
 
     def product_of_rows(self, path: str, a: Tensor) -> Tensor:
-        """W Aᵀ of an inner linear or the head, where the base is and in a's dtype: for training,
-        which needs it at every step. a (r, in) float32 or float64 → (out, r).
+        """W Aᵀ where the base is and in a's dtype: for training, which needs it at every step.
+        a (r, in) float32 or float64 → (out, r).
         """
+        if path == self._spec.embedding:
+            return (a @ self._embedding.to(a.dtype)).T
         return self._module(path).kept_values().to(a.dtype) @ a.T
 
     def serving(self, path: str) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm
@@ -30,17 +33,67 @@ class TrainedBinding:
         parts = [
             Part(slice(span.first_token, span.first_token + span.num_tokens), form)
             for span in meta
-            if (form := self.forms.get((span.slot, span.replica)))
+            if (form := self.forms.get((span.slot, span.replica))) and form.a is not None
         ]
         return adapted_product(x, layer, parts)
 
-    head = linear
+    def head(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+        """See `Binding`. Rows of a unit that trains the whole weight are multiplied by it alone."""
+        pieces = []
+        spans = [span for span in meta if span.num_tokens]
+        for slot, group in groupby(spans, self._slot_of_whole_patch):
+            own = list(group)
+            start = own[0].first_token
+            some = x[start : own[-1].first_token + own[-1].num_tokens]
+            if slot is None:
+                own = [replace(span, first_token=span.first_token - start) for span in own]
+                pieces.append(self._patched(self.linear(some, layer, own), some, layer, own))
+            else:
+                form = self.forms[slot, 0]
+                y = F.linear(some, form.patch.values.to(x.dtype))
+                pieces.append(y if form.bias is None else y + form.bias.to(y.dtype))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _slot_of_whole_patch(self, span: Span) -> int | None:
+        form = self.forms.get((span.slot, span.replica))
+        is_whole = form is not None and form.patch is not None and form.patch.ids is None
+        return span.slot if is_whole else None
+
+    def _patched(self, y: Tensor, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+        """y += x (V − W)ᵀ at the trained tokens, in place: nothing at the start, when V = W."""
+        for span in meta:
+            form = self.forms.get((span.slot, span.replica))
+            if form is None or form.patch is None:
+                continue
+            rows = slice(span.first_token, span.first_token + span.num_tokens)
+            values, ids = form.patch.values, form.patch.ids
+            change = values.to(x.dtype).to(values.dtype) - layer.weight[ids].to(values.dtype)
+            y[rows].index_add_(1, ids, (x[rows].to(values.dtype) @ change.T).to(y.dtype))
+        return y
 
     def embedding(
         self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: Sequence[Span]
     ) -> Tensor:
-        """See `Binding`; no unit trains the embedding."""
-        return embedded
+        """See `Binding`."""
+        pieces = []
+        for span in meta:
+            rows = slice(span.first_token, span.first_token + span.num_tokens)
+            form, y = self.forms.get((span.slot, span.replica)), embedded[rows]
+            pieces.append(y if form is None else _embedded(y, ids[rows], layer.scale, form))
+        return torch.cat(pieces)
+
+
+def _embedded(y: Tensor, ids: Tensor, scale: float, form: ModuleForm) -> Tensor:
+    """One unit's embedded tokens (n, hidden), given the base's y and token ids (n,)."""
+    if form.patch is None:
+        delta = scale * (F.embedding(ids, form.a.T) @ form.b.T)
+        total = y.to(delta.dtype) + delta
+        return (total if form.gain is None else form.gain * total).to(y.dtype)
+    values = form.patch.values
+    if form.patch.ids is None:
+        return F.embedding(ids, values).to(y.dtype) * scale
+    tokens, places = (ids[:, None] == form.patch.ids).nonzero(as_tuple=True)
+    return y.index_copy(0, tokens, values[places].to(y.dtype) * scale)
 
 
 def bind(units: Sequence[Unit], base: Base) -> dict[str, TrainedBinding]:

@@ -69,7 +69,15 @@ class UnitConfig:
     rank: int = 16
     alpha: float = 32.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Module names or ends of module paths, or every inner linear layer."""
+    """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
+    inner linear layer."""
+    modules_to_save: tuple[str, ...] = ()
+    """Trained as whole weights of their own: `embed_tokens`, `lm_head`."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Token ids whose rows of the embedding are trained, and with tied weights those of the output
+    layer with them."""
+    ensure_weight_tying: bool = False
+    """With tied weights: what is trained of the embedding or the output layer is one for both."""
     layers_to_transform: tuple[int, ...] = ()
     """Layers that `target_modules` is limited to; empty: all."""
     layer_replication: tuple[tuple[int, ...], ...] = ()

@@ -21,7 +21,7 @@ from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import TrainedModule
+from lora_runtime.training.variants import Trained, TrainedModule
 
 Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
 
@@ -34,18 +34,34 @@ def adapter_config(config: UnitConfig, base: BaseSpec, growth: int = 1) -> dict[
 def adapter_files(
     config: UnitConfig,
     base: BaseSpec,
-    modules: Mapping[str, TrainedModule],
+    modules: Mapping[str, Trained],
     metadata: Mapping[str, str],
 ) -> Files:
     """Config, float32 tensors and metadata of a trained adapter, for `write_adapter`."""
-    has_start = any(module.start is not None for module in modules.values())
-    tensors = {name: _exported(module) for name, module in modules.items()}
-    files = _files(config, base, tensors, metadata, growth=2 if has_start else 1)
+    adapted = {name: m for name, m in modules.items() if isinstance(m, TrainedModule)}
+    growth = 2 if any(module.start is not None for module in adapted.values()) else 1
+    tensors = {name: _exported(module, growth) for name, module in adapted.items()}
+    files = _files(config, base, tensors, metadata, growth=growth)
     for name, module in modules.items():
-        if module.magnitude is not None:
-            key = f"base_model.model.{name}.{Part.MAGNITUDE}"
-            files[1][key] = module.magnitude.detach().float()
+        files[1].update(_whole_vectors(f"base_model.model.{name}", module))
     return files
+
+
+def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
+    """A module's tensors that are no factors. As PEFT's, the file has a weight that two modules
+    share twice, and tokens once.
+    """
+    if isinstance(module, TrainedModule):
+        found = {Part.MAGNITUDE: module.magnitude}
+    elif module.ids is None:
+        found = {Part.WEIGHT: module.rows, Part.BIAS: module.bias}
+    else:
+        found = {Part.TOKENS: None if module.is_shared else module.rows}
+    return {
+        f"{name}.{part}": tensor.detach().float().clone()
+        for part, tensor in found.items()
+        if tensor is not None
+    }
 
 
 def export(folder: Path, files: Files, logits: Logits, base: BaseSpec) -> None:
@@ -83,16 +99,21 @@ def _files(
     files[0]["use_dora"] = config.has_gain
     files[0]["init_lora_weights"] = True
     files[0]["layers_to_transform"] = list(config.layers_to_transform) or None
+    files[0]["modules_to_save"] = list(config.modules_to_save) or None
+    files[0]["trainable_token_indices"] = list(config.trainable_token_indices) or None
+    if config.ensure_weight_tying:
+        files[0]["ensure_weight_tying"] = True
     files[0]["layer_replication"] = [list(pair) for pair in config.layer_replication] or None
     return files
 
 
-def _exported(module: TrainedModule) -> tuple[Tensor, Tensor]:
-    """A and B, unscaled. With first factors from ΔW's singular vectors, so that rounding the file
-    to bfloat16 costs ΔW as little as it costs a plain LoRA.
+def _exported(module: TrainedModule, growth: int) -> tuple[Tensor, Tensor]:
+    """A and B, unscaled, of `growth` times the parameters' rank. With first factors from ΔW's
+    singular vectors, so that rounding the file to bfloat16 costs ΔW as little as a plain LoRA.
     """
     factors = Factors(*(part.detach() for part in module.unscaled()))
     if module.start is not None:
         factors = rebalanced(factors)
-    missing = module.rank - len(factors.a)
-    return F.pad(factors.a.float(), (0, 0, 0, missing)), F.pad(factors.b.float(), (0, missing))
+    missing = growth * len(module.a) - len(factors.a)
+    a, b = (part.float().contiguous() for part in factors)
+    return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))

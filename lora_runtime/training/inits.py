@@ -29,6 +29,20 @@ def kaiming(shape: LinearShape, rank: int, generator: torch.Generator) -> Factor
     return Factors(a, torch.zeros(shape.out_features, rank))
 
 
+def embedding_start(
+    shape: LinearShape, rank: int, generator: torch.Generator, *, is_tied: bool
+) -> Factors:
+    """A (rank, vocab) = 0 and B (hidden, rank) ~ N(0, 1), float32: the embedding's no change.
+
+    An output layer that shares the factors wants `kaiming` of them: B ~ U(±1/√hidden).
+    """
+    if is_tied:
+        head = kaiming(LinearShape(shape.out_features, shape.in_features), rank, generator)
+        return Factors(head.b.T, head.a.T)
+    b = torch.randn(shape.out_features, rank, generator=generator)
+    return Factors(torch.zeros(rank, shape.in_features), b)
+
+
 def factors_of_weight(
     init: str, weight: Tensor, rank: int, scaling: float, generator: torch.Generator
 ) -> Factors:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import TrainedModule
+from lora_runtime.training.variants import Trained, TrainedModule
 
 _KINDS = {
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -26,10 +26,9 @@ _MAPS = ("qmap1", "qmap2")
 """bitsandbytes' constants, of which all parameters have the same two."""
 
 
-def create_optimizer(
-    config: UnitConfig, modules: Mapping[str, TrainedModule]
-) -> torch.optim.Optimizer:
-    """AdamW over A, over B at `loraplus_ratio` times its rate, and over magnitudes, undecayed.
+def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torch.optim.Optimizer:
+    """AdamW over A, over B at `loraplus_ratio` times its rate, over whole rows of the vocabulary,
+    which decay as any weight does, and over magnitudes and biases, undecayed.
 
     The first group's rate is `learning_rate`. Raises ConfigError for an optimizer that the modules'
     device has not. Source: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, 8-bit blockwise states
@@ -39,6 +38,8 @@ def create_optimizer(
         "a": {"lr": config.learning_rate},
         "b": {"lr": config.learning_rate * config.loraplus_ratio},
         "magnitude": {"lr": config.learning_rate, "weight_decay": 0.0},
+        "rows": {"lr": config.learning_rate},
+        "bias": {"lr": config.learning_rate, "weight_decay": 0.0},
     }
     groups = [
         {"params": [m.parameters[part] for m in modules.values() if part in m.parameters], **values}
@@ -76,13 +77,13 @@ def restore_state(
         state[key].copy_(saved[key])
 
 
-def decay_starts(optimizer: torch.optim.Optimizer, modules: Mapping[str, TrainedModule]) -> None:
+def decay_starts(optimizer: torch.optim.Optimizer, modules: Mapping[str, Trained]) -> None:
     """After a step: weight decay acts on A and B, of which first factors are a fixed part."""
     group_a, group_b = optimizer.param_groups[:2]
     if not group_a["weight_decay"]:
         return
     for module in modules.values():
-        if module.start is not None:
+        if isinstance(module, TrainedModule) and module.start is not None:
             a, b = module.start
             module.a.data.sub_(group_a["lr"] * group_a["weight_decay"] * a)
             module.b.data.sub_(group_b["lr"] * group_b["weight_decay"] * b)

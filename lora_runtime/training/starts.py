@@ -23,11 +23,12 @@ from lora_runtime.training.export import adapter_config
 from lora_runtime.training.fields import nearest
 from lora_runtime.training.inits import (
     FACTOR_OF_WEIGHT,
+    embedding_start,
     factors_of_weight,
     kaiming,
     quantisation_loss,
 )
-from lora_runtime.training.variants import TrainedModule, norms
+from lora_runtime.training.variants import Trained, TrainedModule, TrainedRows, norms
 
 
 def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
@@ -37,29 +38,32 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
         spec = parse_config(adapter_config(config, base), base)
     except AdapterRefused as error:
         raise ConfigError(f"unit {config.name!r}: {error}", field=error.field) from error
-    for site in spec.targets:
-        if site.path not in base.linears:
-            raise ConfigError(
-                f"unit {config.name!r}: target_modules selects {site.path}; only the linear layers "
-                "inside the decoder are trained",
-                field="target_modules",
-            )
+    if config.start == "loftq" and any(site.path not in base.linears for site in spec.targets):
+        raise ConfigError(
+            f"unit {config.name!r}: init is 'loftq', which starts at what quantisation lost, and "
+            "the embedding and the output layer are not quantised; use 'default'",
+            field="init",
+        )
     return spec
 
 
 def start_modules(
     config: UnitConfig, spec: AdapterSpec, base: Base, seed: int
-) -> dict[str, TrainedModule]:
+) -> dict[str, Trained]:
     """Name in the trained model → its first weights, drawn on the CPU in the modules' order.
 
     float32, or float64 on a float64 base, on the base's device. Raises ConfigError.
     """
     generator = torch.Generator().manual_seed(seed)
     try:
-        return {
-            site.name: _start(config, base, site, target, generator)
-            for site, target in spec.targets.items()
-        }
+        modules: dict[str, Trained] = {}
+        for site, target in spec.targets.items():
+            if spec.ties_head and site.path == base.spec.head:
+                tied = modules[base.spec.embedding]
+                modules[site.name] = _tied(config, base, site.path, target, tied)
+            else:
+                modules[site.name] = _start(config, base, site, target, generator)
+        return modules | _trained_rows(spec, base)
     except AdapterRefused as error:
         raise ConfigError(
             f"unit {config.name!r}: init {config.start!r} needs the base's own weights: {error}",
@@ -71,7 +75,11 @@ def _start(
     config: UnitConfig, base: Base, site: Site, target: TargetSpec, generator: torch.Generator
 ) -> TrainedModule:
     path, start = site.path, None
-    if FACTOR_OF_WEIGHT.fullmatch(config.start):
+    shape = base.spec.shapes[path]
+    if path == base.spec.embedding:
+        is_tied = config.ensure_weight_tying and base.spec.is_tied
+        factors = embedding_start(shape, target.rank, generator, is_tied=is_tied)
+    elif FACTOR_OF_WEIGHT.fullmatch(config.start):
         _check_rank(config, base, path, target.rank)
         weight = base.weights.serving(path)
         found = factors_of_weight(config.start, weight, target.rank, target.scaling, generator)
@@ -80,7 +88,7 @@ def _start(
     elif config.start == "loftq":
         factors = _loftq(config, base, path, target)
     else:
-        factors = kaiming(base.spec.linears[path], target.rank, generator)
+        factors = kaiming(shape, target.rank, generator)
     a, b = (_parameter(part, base) for part in factors)
     module = TrainedModule(
         path=path, replica=site.replica, scaling=target.scaling, a=a, b=b, start=start
@@ -92,7 +100,41 @@ def _with_magnitude(module: TrainedModule, base: Base) -> TrainedModule:
     """DoRA's first magnitude: the rows' norms as they are, so the gain is exactly 1."""
     a, b = module.unscaled()
     first = norms(base.weights, module.path, Factors(a, module.scaling * b))
+    if not first.all():
+        raise ConfigError(
+            f"{module.path} has {int((first == 0).sum())} rows of zeros, the first of them "
+            f"{int(first.argmin())}: DoRA divides by their length; train it without use_dora",
+            field="use_dora",
+        )
     return replace(module, magnitude=Parameter(first))
+
+
+def _tied(
+    config: UnitConfig, base: Base, path: str, target: TargetSpec, embedding: Trained
+) -> TrainedModule:
+    """The output layer with the embedding's factors."""
+    changes = {"path": path, "scaling": target.scaling, "magnitude": None, "is_transposed": True}
+    module = replace(embedding, **changes)
+    return _with_magnitude(module, base) if config.has_gain else module
+
+
+def _trained_rows(spec: AdapterSpec, base: Base) -> dict[str, TrainedRows]:
+    """Name in the trained model → rows of the vocabulary, which start as the base's."""
+    found: dict[str, TrainedRows] = {}
+    names = {site.path: site.name for site in spec.sites}
+    vocabulary = spec.vocabulary
+    for path, ids in {**dict.fromkeys(vocabulary.replaced), **vocabulary.tokens}.items():
+        values = base.weights.vocabulary_rows(path, slice(None))
+        bias = base.weights.bias(path) if ids is None else None
+        found[names[path]] = TrainedRows(
+            path=path,
+            rows=_parameter(values.clone() if ids is None else values[list(ids)], base),
+            ids=None if ids is None else torch.tensor(ids, device=base.device),
+            bias=None if bias is None else _parameter(bias.clone(), base),
+        )
+    for path, source in vocabulary.tied_to.items():
+        found[names[path]] = replace(found[names[source]], path=path, is_shared=True)
+    return found
 
 
 def _parameter(values: Tensor, base: Base) -> Parameter:
@@ -114,7 +156,7 @@ def _loftq(config: UnitConfig, base: Base, path: str, target: TargetSpec) -> Fac
 
 
 def _check_rank(config: UnitConfig, base: Base, path: str, rank: int) -> None:
-    shape = base.spec.linears[path]
+    shape = base.spec.shapes[path]
     largest = min(shape.in_features, shape.out_features)
     if rank > largest:
         raise ConfigError(
@@ -128,7 +170,7 @@ def _check_names(config: UnitConfig, base: BaseSpec) -> None:
     """An end of a module's path that matches nothing is answered with the nearest that does."""
     for target in config.target_modules if config.target_modules != "all-linear" else ():
         if not any(f".{path}".endswith(f".{target}") for path in base.shapes):
-            names = sorted({path.rpartition(".")[2] for path in base.linears})
+            names = sorted({path.rpartition(".")[2] for path in base.shapes})
             raise ConfigError(
                 f"unit {config.name!r}: target_modules has {target!r}, which the base has not; "
                 f"{nearest(target, names)}",

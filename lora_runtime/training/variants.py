@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.serving_form import ModuleForm, RowPatch
 from lora_runtime.adapters.variants.dora import row_norms
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.weights import BaseWeights
@@ -36,10 +36,14 @@ class TrainedModule:
     magnitude: Parameter | None = None
     start: Factors | None = None
     """A₀ and B₀, fixed."""
+    is_transposed: bool = False
+    """The output layer tied to the embedding, whose a and b these are: A = bᵀ, B = aᵀ."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        named = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        """Its own; what is shared belongs to the embedding."""
+        shared = {} if self.is_transposed else {"a": self.a, "b": self.b}
+        named = {**shared, "magnitude": self.magnitude}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     @property
@@ -47,13 +51,10 @@ class TrainedModule:
         """What no update changes and only the start of the run knows."""
         return {} if self.start is None else {"a_start": self.start.a, "b_start": self.start.b}
 
-    @property
-    def rank(self) -> int:
-        """Of ΔW: twice that of the parameters with first factors."""
-        return len(self.a) if self.start is None else 2 * len(self.a)
-
     def unscaled(self) -> Factors:
         """A' and B' with ΔW = s·B'A'."""
+        if self.is_transposed:
+            return Factors(self.b.T, self.a.T)
         if self.start is None:
             return Factors(self.a, self.b)
         a, b = self.start
@@ -68,6 +69,41 @@ class TrainedModule:
         if self.magnitude is None:
             return ModuleForm(a=a, b=b)
         return ModuleForm(a=a, b=b, gain=self.magnitude / norms(weights, self.path, Factors(a, b)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRows:
+    """Rows of the embedding or the output layer with values of their own.
+
+    rows (n, hidden): of the tokens ids (n,) int64, in their order, or of all; bias (vocab,) of an
+    output layer that has one and is trained as a whole.
+    """
+
+    path: str
+    rows: Parameter
+    ids: Tensor | None = None
+    bias: Parameter | None = None
+    is_shared: bool = False
+    """The rows belong to the module that this one is tied to."""
+    replica: int = 0
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Its own."""
+        named = {"rows": None if self.is_shared else self.rows, "bias": self.bias}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """None: the base's rows, where training starts, are in the base."""
+        return {}
+
+    def form(self, weights: BaseWeights) -> ModuleForm:
+        """As `TrainedModule.form`; the rows are rounded to the compute dtype where they act."""
+        return ModuleForm(bias=self.bias, patch=RowPatch(self.rows, self.ids))
+
+
+Trained = TrainedModule | TrainedRows
 
 
 @torch.no_grad()

@@ -376,7 +376,7 @@ def test_rates_of_loraplus_and_decay_of_magnitudes(tmp_path, tokenizer, base):
         ({"layers_to_transform": (7,)}, "layers_to_transform", "layers 0 to 2"),
         ({"layer_replication": ((0, 4),)}, "layer_replication", "the layers of this base"),
         ({"loraplus_ratio": 0.0}, "loraplus_ratio", "must be positive"),
-        ({"target_modules": ("lm_head",)}, "target_modules", "linear layers inside"),
+        ({"target_modules": ("lm_haed",)}, "target_modules", "did you mean 'lm_head'"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_named(
