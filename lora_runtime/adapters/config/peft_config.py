@@ -129,7 +129,7 @@ def _initialisation(config: Config, base: BaseSpec) -> str:
 
 
 def _check_loftq(value: object, base: BaseSpec) -> None:
-    """LoftQ of one iteration leaves the base at q(W), which is what a base of that format serves."""
+    """LoftQ of one iteration leaves the base at q(W): what a base of that format serves."""
     settings = value if isinstance(value, dict) else {}
     bits = settings.get("loftq_bits", 4)
     formats = [name for name, own in _LOFTQ_BITS.items() if own == bits]
@@ -143,8 +143,8 @@ def _check_loftq(value: object, base: BaseSpec) -> None:
         )
     if base.quantization not in formats:
         raise AdapterRefused(
-            f"init_lora_weights is 'loftq' of {bits} bits, whose base is the {formats[0]} one; this "
-            f"base is held as {base.quantization!r}. Serve it with quantization {formats[0]}",
+            f"init_lora_weights is 'loftq' of {bits} bits, whose base is the {formats[0]} one; "
+            f"this base is held as {base.quantization!r}. Serve it with quantization {formats[0]}",
             field="init_lora_weights",
         )
 

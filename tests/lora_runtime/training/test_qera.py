@@ -9,13 +9,14 @@ from itertools import chain
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_runtime.training import calibration
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import ExampleStream
 from lora_runtime.training.inits import quantisation_loss
 from tests.lora_runtime.training.test_variants import PATTERNS, in_float64, lost_and_left, stacked
-from tests.lora_runtime.training.tiny_runs import make_unit, ragged_data
+from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
 from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
 
 SETTINGS = {
@@ -127,6 +128,21 @@ def test_calibration_takes_what_is_trained_on_first(tmp_path, tokenizer, qera_ba
     found = calibration.calibration_rows(examples, SEED)
     wanted = first_rows(unit, math.ceil(total / 3))
     assert list(chain(*map(torch.Tensor.tolist, found))) == torch.cat(wanted).tolist()
+
+
+def test_a_stopped_run_goes_on_from_its_own_start(tmp_path, tokenizer, qera_base):
+    data = ragged_data(tmp_path / "data.jsonl", 8)
+    options = {"rank": 4, "init": "qera", "max_steps": 6, "micro_batch_size": 2, "warmup": 0}
+    units = [UnitConfig(name="one", data=data, **options)]
+    run(qera_base, tokenizer, tmp_path / "whole", units)
+    run(qera_base, tokenizer, tmp_path / "out", units, should_stop=StopAfter(3))
+    run(qera_base, tokenizer, tmp_path / "out", units, resume=True)
+    whole, resumed = (
+        load_file(tmp_path / folder / "one" / "adapter_model.safetensors")
+        for folder in ("whole", "out")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_inputs_that_are_always_zero_divide_nothing():

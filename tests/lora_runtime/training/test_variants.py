@@ -396,13 +396,16 @@ def test_rates_of_loraplus_and_decay_of_magnitudes(tmp_path, tokenizer, base):
     assert unit.records[0].learning_rate == 1e-3
 
 
+ON_K = {"target_modules": ("k_proj",)}
+
+
 @pytest.mark.parametrize(
     ("options", "field", "message"),
     [
         ({"init": "pisa"}, "init", "pissa_niter_ and a number"),
         ({"init": "olora", "variant": "pissa"}, "init", "with the variant 'pissa'"),
         ({"init": "pissa", "rank": 33}, "rank", "k_proj has only 32 singular values"),
-        ({"init": "qera", "rank": 33}, "rank", "k_proj has only 32 singular values"),
+        ({**ON_K, "init": "qera", "rank": 33}, "rank", "k_proj has only 32 singular values"),
         ({"init": "qera", "variant": "loftq"}, "init", "with the variant 'loftq'"),
         ({"init": "loftq"}, "init", "was not loaded from a safetensors checkpoint"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern", "not a regular expression"),
