@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
 from lora_runtime.training.data import Example, ExampleStream
-from lora_runtime.training.forward import UnitRows, forward
+from lora_runtime.training.forward import UnitRows, hidden_states
 
 MAX_TOKENS = 4096
 ROWS_PER_FORWARD = 8
@@ -69,4 +69,4 @@ def _run(base: Base, layer_map: LayerMap | None, rows: Sequence[Tensor]) -> None
     lengths = [len(row) for row in rows]
     token_ids = torch.cat(list(rows)).to(base.device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-    forward(base, [UnitRows(lengths, layer_map)], {}, token_ids, positions, positions[:1])
+    hidden_states(base, [UnitRows(lengths, layer_map)], {}, token_ids, positions)

@@ -84,7 +84,7 @@ def errors_left(base, unit):
     return shares
 
 
-@pytest.mark.timeout(300)  # four forwards of 2,048 tokens and 140 SVDs, on a machine that may be busy
+@pytest.mark.timeout(300)  # a minute of one core, which on a busy machine is more
 def test_both_are_nearer_to_the_checkpoint_than_the_quantised_base(world, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "MAX_TOKENS", 512)
     base, tokenizer, rows = world
