@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
+from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.data import Example, ExampleStream
 from lora_runtime.training.forward import UnitRows, hidden_states
 
 MAX_TOKENS = 4096
-ROWS_PER_FORWARD = 8
 
 
 def calibration_rows(examples: Sequence[Example], seed: int) -> list[Tensor]:
@@ -38,35 +39,26 @@ def input_rms(
 ) -> dict[tuple[str, int], Tensor]:
     """sqrt(E[x_i²]) over all tokens of `rows` of every input feature i of some linear layers.
 
-    The base runs without adapters. Returns (path, visit) → (in,) float32, or float64 on a float64
+    From one forward of the base without adapters. Returns (path, visit) → (in,) float32, or float64 on a float64
     base, where the base is. A layer that `layer_map` visits several times sees other inputs at each
     visit, and each visit has an adapter of its own, so that each gets its own figures.
     """
-    squares: dict[tuple[str, int], Tensor] = {}
+    found: dict[tuple[str, int], Tensor] = {}
     visits = Counter[str]()
 
     def collect(module: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].flatten(0, -2)
+        path, x = str(module.path), args[0].flatten(0, -2)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        key = str(module.path), visits[str(module.path)]
         norms = torch.linalg.vector_norm(x, dim=0, dtype=dtype)
-        squares[key] = squares.get(key, 0) + norms.square()
-        visits[key[0]] += 1
+        found[path, visits[path]] = norms / math.sqrt(len(x))
+        visits[path] += 1
 
-    by_length = sorted(rows, key=len)  # so that attention pads little
+    lengths = [len(row) for row in rows]
+    token_ids = torch.cat(list(rows)).to(base.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
     with ExitStack() as hooks:
         for path in paths:
             module = base.model.get_submodule(path)
             hooks.enter_context(module.register_forward_pre_hook(collect))
-        for start in range(0, len(rows), ROWS_PER_FORWARD):
-            visits.clear()
-            _run(base, layer_map, by_length[start : start + ROWS_PER_FORWARD])
-    num_tokens = sum(map(len, rows))
-    return {key: (total / num_tokens).sqrt() for key, total in squares.items()}
-
-
-def _run(base: Base, layer_map: LayerMap | None, rows: Sequence[Tensor]) -> None:
-    lengths = [len(row) for row in rows]
-    token_ids = torch.cat(list(rows)).to(base.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-    hidden_states(base, [UnitRows(lengths, layer_map)], {}, token_ids, positions)
+        hidden_states(base, [UnitRows(Rows(lengths), layer_map)], {}, token_ids, positions)
+    return found

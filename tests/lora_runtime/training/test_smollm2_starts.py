@@ -20,7 +20,7 @@ from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training import calibration
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import load_dataset
-from lora_runtime.training.trainer import unit_logits
+from lora_runtime.training.losses import unit_logits
 from lora_runtime.training.units import Unit
 
 PIRATE = Path(__file__).parents[3] / "deploy" / "demo" / "pirate.jsonl"
