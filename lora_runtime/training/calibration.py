@@ -39,9 +39,10 @@ def input_rms(
 ) -> dict[tuple[str, int], Tensor]:
     """sqrt(E[x_i²]) over all tokens of `rows` of every input feature i of some linear layers.
 
-    From one forward of the base without adapters. Returns (path, visit) → (in,) float32, or float64 on a float64
-    base, where the base is. A layer that `layer_map` visits several times sees other inputs at each
-    visit, and each visit has an adapter of its own, so that each gets its own figures.
+    From one forward of the base without adapters. Returns (path, visit) → (in,) float32, or float64
+    on a float64 base, where the base is. A layer that `layer_map` visits several times sees other
+    inputs at each visit, and each visit has an adapter of its own, so that each gets its own
+    figures.
     """
     found: dict[tuple[str, int], Tensor] = {}
     visits = Counter[str]()
