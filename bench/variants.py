@@ -42,6 +42,7 @@ KINDS: dict[str, dict] = {
     "PiSSA": {"init": "pissa_niter_8"},
     "OLoRA": {"init": "olora"},
     "LoftQ": {"init": "loftq"},
+    "QERA": {"init": "qera"},
 }
 ROWS_PER_FORWARD = 32
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from lora_runtime.errors import ConfigError
 
-Quantization = Literal["nf4", "nf4-double", "none"]
+Quantization = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
+"""bitsandbytes' 4-bit formats, `nf4` also with quantised scales; LLM.int8's weights; none."""
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
 

@@ -27,6 +27,7 @@ from lora_runtime.base.attention import Attention, KVCache
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.head_model import head_model
+from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.planned_model import PlannedBatch, planned_model
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
@@ -271,6 +272,8 @@ def _freeze(linears: Iterable[AdaptedLinear], quantization: str, *, keep_copies:
         "none": DenseLinear,
         "nf4": QuantLinear,
         "nf4-double": partial(QuantLinear, is_nested=True),
+        "fp4": partial(QuantLinear, quant_type="fp4"),
+        "int8": Int8Linear,
     }[quantization]
     for adapted in linears:
         dense = adapted.linear

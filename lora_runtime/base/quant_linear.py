@@ -1,4 +1,4 @@
-"""Linear layers of the frozen base: packed 4-bit (bitsandbytes' NF4 format) or dense.
+"""Linear layers of the frozen base: packed 4-bit (bitsandbytes' NF4 and FP4 formats) or dense.
 
 The packed codes and absmax are canonical and never change; a dense copy is a private cache.
 bitsandbytes' own Linear4bit is not used: on some CPUs it repacks its weight in place at the first
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import bitsandbytes.functional as bnb
 import torch
@@ -86,9 +87,21 @@ class FrozenLinear(nn.Module):
         product = self.product(x)
         return product if self.bias is None else product + self.bias
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the weight takes now, private copies included."""
+        canonical = [part for name, part in self.state_dict().items() if name != "bias"]
+        copies = [copy for copy in (self._dense, self._panels) if copy is not None]
+        return sum(part.nbytes for part in (*canonical, *copies))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
-        """Follow a move or a cast; private copies are made anew."""
+        """Follow a move or a cast: quantised codes and their scales are moved and never cast,
+        private copies are made anew.
+        """
+        exact = {name: b for name, b in self.named_buffers(recurse=False) if name != "bias"}
         super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         self._dense = self._panels = None
         return self
 
@@ -123,7 +136,7 @@ class DenseLinear(FrozenLinear):
 
 
 class QuantLinear(FrozenLinear):
-    """An NF4 layer. W = fp32(code × absmax), rounded once to the compute dtype.
+    """A 4-bit layer. W = fp32(code × absmax), rounded once to the compute dtype.
 
     packed (out · in / 2,) uint8: two codes a byte, high nibble first; absmax (out · in / 64,)
     float32, or with `is_nested` (double quantisation) 8-bit codes of absmax − offset, (out · in /
@@ -137,16 +150,18 @@ class QuantLinear(FrozenLinear):
         bias: Tensor | None,
         *,
         keep_copies: bool = False,
+        quant_type: Literal["nf4", "fp4"] = "nf4",
         is_nested: bool = False,
     ) -> None:
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
+        self.quant_type = quant_type
         self.is_nested = is_nested
         packed, state = bnb.quantize_4bit(
             weight.detach().to(torch.bfloat16),
             blocksize=BLOCK_SIZE,
-            quant_type="nf4",
+            quant_type=quant_type,
             compress_statistics=is_nested,
         )
         self.register_buffer("packed", packed.flatten())
@@ -197,22 +212,7 @@ class QuantLinear(FrozenLinear):
             shape=torch.Size(size if self.in_features % BLOCK_SIZE == 0 else (1, math.prod(size))),
             code=self.code,
             blocksize=BLOCK_SIZE,
-            quant_type="nf4",
+            quant_type=self.quant_type,
             dtype=dtype,
         )
         return bnb.dequantize_4bit(packed[:, None], state).reshape(size)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes held now, private copies included."""
-        nested = [self.nested_absmax] if self.is_nested else []
-        copies = [copy for copy in (self._dense, self._panels) if copy is not None]
-        return sum(part.nbytes for part in (self.packed, self.absmax, *nested, *copies))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Follow a move to another device; scales and codes keep their dtype under a cast."""
-        exact = {name: b for name, b in self.named_buffers(recurse=False) if name != "bias"}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self

@@ -17,9 +17,9 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.fields import convert
 
-Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"]
-INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq"
-INIT_RULE = "default, pissa, pissa_niter_ and a number, olora or loftq"
+Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "qera"]
+INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq|qera"
+INIT_RULE = "default, pissa, pissa_niter_ and a number, olora, loftq or qera"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 """Names of transformers' `get_scheduler` that need no further options."""
 
@@ -65,7 +65,8 @@ class UnitConfig:
     """Also train the length of every row of W + ΔW."""
     init: str = "default"
     """Where training starts: `default` at no change, `pissa` (or faster and about the same,
-    `pissa_niter_N`) and `olora` at factors of the weight, `loftq` at what quantisation lost."""
+    `pissa_niter_N`) and `olora` at factors of the weight, `loftq` at what quantisation lost,
+    `qera` at the part of it that matters most for the inputs that the unit's own data make."""
     rank: int = 16
     alpha: float = 32.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"

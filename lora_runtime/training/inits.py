@@ -2,9 +2,9 @@
 
 `kaiming` starts as no change. PiSSA and OLoRA start at factors of the weight itself, which
 elsewhere are taken out of the base; here the base stays, and only what is learned beyond them
-acts. LoftQ starts at what quantisation lost.
+acts. LoftQ and QERA start at what quantisation lost.
 Source: LoRA arXiv:2106.09685, PiSSA arXiv:2404.02948, OLoRA arXiv:2406.01775, LoftQ
-arXiv:2310.08659; peft 0.21.2, `lora/layer.py`.
+arXiv:2310.08659, QERA arXiv:2410.06040 (theorem 2); peft 0.21.2, `lora/layer.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from lora_runtime.core import LinearShape
 
 FACTOR_OF_WEIGHT = re.compile(r"pissa(_niter_(?P<niter>\d{1,3}))?|olora")
 """Inits whose first factors are a part of the weight."""
+LOST_BY_QUANTISATION = ("loftq", "qera")
+"""Inits that start at `quantisation_loss`."""
 
 
 def kaiming(shape: LinearShape, rank: int, generator: torch.Generator) -> Factors:
@@ -81,11 +83,22 @@ def sketched_svd(
     return span @ left, values, right
 
 
-def quantisation_loss(original: Tensor, serving: Tensor, rank: int, scaling: float) -> Factors:
-    """A, B with s·BA the best approximation of rank r of W₁₆ − q(W), both (out, in).
+def quantisation_loss(
+    original: Tensor, serving: Tensor, rank: int, scaling: float, input_rms: Tensor | None = None
+) -> Factors:
+    """A, B with s·BA a best approximation of rank r of E = W₁₆ − q(W), both (out, in).
 
-    LoftQ of one iteration: q(W) is the serving base. PEFT leaves out the division by s.
+    LoftQ of one iteration, q(W) being the serving base: the smallest ‖E − s·BA‖. With `input_rms`
+    (in,), σ_i = sqrt(E[x_i²]) of the layer's inputs, QERA-approx: the smallest ‖(E − s·BA) diag σ‖,
+    the error of the output where inputs are not correlated. QERA's SVD_r(E diag σ) diag σ⁻¹ is
+    U Uᵀ E, which has no division by a σ_i of 0. Each term u(uᵀE) is shared equally between A and
+    B, whatever the scale of the inputs. PEFT leaves out the division by s.
     """
-    left, values, right = torch.linalg.svd(original - serving, full_matrices=False)
-    root = values[:rank].sqrt()
-    return Factors(root[:, None] * right[:rank], left[:, :rank] * root / scaling)
+    loss = original - serving
+    weighted = loss if input_rms is None else loss * input_rms
+    left, _, right = torch.linalg.svd(weighted, full_matrices=False)
+    left, right = left[:, :rank], right[:rank]
+    rows = left.T @ loss
+    root = torch.linalg.vector_norm(rows, dim=1).sqrt()
+    a = torch.where(root[:, None] > 0, rows / root[:, None], right)  # of a term that is nothing, a
+    return Factors(a, left * root / scaling)  # B = 0 alone, as in plain LoRA, can still be trained

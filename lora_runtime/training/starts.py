@@ -6,6 +6,7 @@ parsed against the base before there is a weight, so training and serving cannot
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,11 +19,14 @@ from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, ConfigError
+from lora_runtime.training.calibration import calibration_rows, input_rms
 from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.data import Example
 from lora_runtime.training.export import adapter_config
 from lora_runtime.training.fields import nearest
 from lora_runtime.training.inits import (
     FACTOR_OF_WEIGHT,
+    LOST_BY_QUANTISATION,
     embedding_start,
     factors_of_weight,
     kaiming,
@@ -48,13 +52,18 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
 
 
 def start_modules(
-    config: UnitConfig, spec: AdapterSpec, base: Base, seed: int
+    config: UnitConfig, spec: AdapterSpec, base: Base, seed: int, examples: Sequence[Example]
 ) -> dict[str, Trained]:
     """Name in the trained model → its first weights, drawn on the CPU in the modules' order.
 
-    float32, or float64 on a float64 base, on the base's device. Raises ConfigError.
+    float32, or float64 on a float64 base, on the base's device. `examples`: of the unit's data, on
+    which some inits measure the base. Raises ConfigError.
     """
     generator = torch.Generator().manual_seed(seed)
+    measured: Mapping[tuple[str, int], Tensor] = {}
+    if config.start == "qera":
+        paths = {site.path for site in spec.targets}
+        measured = input_rms(base, spec.layer_map, paths, calibration_rows(examples, seed))
     try:
         modules: dict[str, Trained] = {}
         for site, target in spec.targets.items():
@@ -62,7 +71,7 @@ def start_modules(
                 tied = modules[base.spec.embedding]
                 modules[site.name] = _tied(config, base, site.path, target, tied)
             else:
-                modules[site.name] = _start(config, base, site, target, generator)
+                modules[site.name] = _start(config, base, site, target, generator, measured)
         return modules | _trained_rows(spec, base)
     except AdapterRefused as error:
         raise ConfigError(
@@ -72,7 +81,12 @@ def start_modules(
 
 
 def _start(
-    config: UnitConfig, base: Base, site: Site, target: TargetSpec, generator: torch.Generator
+    config: UnitConfig,
+    base: Base,
+    site: Site,
+    target: TargetSpec,
+    generator: torch.Generator,
+    measured: Mapping[tuple[str, int], Tensor],
 ) -> TrainedModule:
     path, start = site.path, None
     shape = base.spec.shapes[path]
@@ -85,8 +99,9 @@ def _start(
         found = factors_of_weight(config.start, weight, target.rank, target.scaling, generator)
         start = Factors(*(part.contiguous() for part in found))
         factors = Factors(*map(torch.zeros_like, start))
-    elif config.start == "loftq":
-        factors = _loftq(config, base, path, target)
+    elif config.start in LOST_BY_QUANTISATION:
+        rms = measured.get((path, site.replica))
+        factors = _lost_by_quantisation(config, base, path, target, rms)
     else:
         factors = kaiming(shape, target.rank, generator)
     a, b = (_parameter(part, base) for part in factors)
@@ -142,17 +157,19 @@ def _parameter(values: Tensor, base: Base) -> Parameter:
     return Parameter(values.to(base.device, dtype).contiguous())
 
 
-def _loftq(config: UnitConfig, base: Base, path: str, target: TargetSpec) -> Factors:
+def _lost_by_quantisation(
+    config: UnitConfig, base: Base, path: str, target: TargetSpec, rms: Tensor | None
+) -> Factors:
     if base.spec.quantization == "none":
         raise ConfigError(
-            f"unit {config.name!r}: init is 'loftq', which starts at what quantisation lost, and "
-            "this base is not quantised; use 'default' or 'pissa'",
+            f"unit {config.name!r}: init is {config.start!r}, which starts at what quantisation "
+            "lost, and this base is not quantised; use 'default' or 'pissa'",
             field="init",
         )
     _check_rank(config, base, path, target.rank)
     serving = base.weights.serving(path)
     original = base.weights.original(path).to(serving)
-    return quantisation_loss(original, serving, target.rank, target.scaling)
+    return quantisation_loss(original, serving, target.rank, target.scaling, rms)
 
 
 def _check_rank(config: UnitConfig, base: Base, path: str, rank: int) -> None:

@@ -85,7 +85,7 @@ class Unit:
         self.num_steps = config.num_steps(len(dataset.examples))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
-        self.modules = start_modules(config, spec, base, seed)
+        self.modules = start_modules(config, spec, base, seed, dataset.examples)
         self.optimizer = create_optimizer(config, self.modules)
         self.schedule = get_scheduler(
             config.schedule,

@@ -25,6 +25,8 @@ from lora_runtime.errors import AdapterRefused
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Inits that leave the base as it was, beside true and false."""
+_LOFTQ_BITS = {"nf4": 4, "int8": 8}
+"""Format of the base that LoftQ leaves → its loftq_bits; PEFT has no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +129,22 @@ def _initialisation(config: Config, base: BaseSpec) -> str:
 
 
 def _check_loftq(value: object, base: BaseSpec) -> None:
-    """LoftQ of one iteration leaves the base at q(W), which is what an nf4 base serves."""
+    """LoftQ of one iteration leaves the base at q(W): what a base of that format serves."""
     settings = value if isinstance(value, dict) else {}
-    is_served = settings.get("loftq_bits", 4) == 4 and settings.get("loftq_iter", 1) == 1
+    bits = settings.get("loftq_bits", 4)
+    formats = [name for name, own in _LOFTQ_BITS.items() if own == bits]
+    is_served = formats and settings.get("loftq_iter", 1) == 1
     if not is_served or settings.keys() - {"loftq_bits", "loftq_iter"}:
         raise AdapterRefused(
-            f"loftq_config is {shown(value)}: only 4 bits and one iteration leave the quantised "
-            "base as it is; more iterations train on a base of their own. Train with loftq_iter 1",
+            f"loftq_config is {shown(value)}: only 4 or 8 bits and one iteration leave the "
+            "quantised base as it is; more iterations train on a base of their own. Train with "
+            "loftq_iter 1",
             field="loftq_config",
         )
-    if base.quantization != "nf4":
+    if base.quantization not in formats:
         raise AdapterRefused(
-            f"init_lora_weights is 'loftq', whose base is the nf4 one; this base is held as "
-            f"{base.quantization!r}. Serve it with quantization nf4",
+            f"init_lora_weights is 'loftq' of {bits} bits, whose base is the {formats[0]} one; "
+            f"this base is held as {base.quantization!r}. Serve it with quantization {formats[0]}",
             field="init_lora_weights",
         )
 

@@ -63,9 +63,12 @@ PEFTS = {
 }
 
 
-@pytest.mark.parametrize("name", PEFTS)
-def test_the_weights_are_pefts_merged_ones(tmp_path, name):
-    base = base_on_disk("llama", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [*((name, "nf4") for name in PEFTS), ("dora", "fp4"), ("dora", "int8")],
+)
+def test_the_weights_are_pefts_merged_ones(tmp_path, name, quantization):
+    base = base_on_disk("llama", tmp_path, quantization=quantization)
     twin = dense_twin(base, "llama")
     folder = write_adapter(twin, tmp_path / "a", seed=1, **PEFTS[name])
     merging, model = merge(base, folder, tmp_path / "merged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_runtime.adapters.variants.dora import dora_gain
 from lora_runtime.adapters.variants.mutated_base import Factors
+from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.quant_linear import ROW_BLOCK, DenseLinear, QuantLinear
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
@@ -34,28 +36,36 @@ VOCAB, HIDDEN = 1000, 96
 @settings(max_examples=25, deadline=None)
 def test_row_blocks_are_the_weight(out_features, in_features, dtype, is_nested) -> None:
     weight = torch.randn(out_features, in_features).to(dtype)
-    layers = [DenseLinear(weight, None), QuantLinear(weight, None, is_nested=is_nested)]
+    layers = [
+        DenseLinear(weight, None),
+        Int8Linear(weight, None),
+        QuantLinear(weight, None, is_nested=is_nested),
+        QuantLinear(weight, None, quant_type="fp4"),
+    ]
     for layer in layers:
         blocks = [block for _, block in layer.row_blocks()]
         assert torch.equal(torch.cat(blocks), layer.weight_values())
         assert max(len(block) for block in blocks) <= ROW_BLOCK
 
 
-def by_definition(packed: torch.Tensor, absmax: torch.Tensor, size: tuple[int, int]):
+def by_definition(
+    packed: torch.Tensor, absmax: torch.Tensor, size: tuple[int, int], kind: str
+) -> torch.Tensor:
     """code × absmax of each block of 64, the high nibble first."""
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
-    code = bnb.get_4bit_type("nf4", device="cpu")
+    code = bnb.get_4bit_type(kind, device="cpu")
     scales = absmax.repeat_interleave(64)[: codes.numel()]
     return (code[codes.long()] * scales).view(size)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (3, 10), (700, 96), (5, 1440)])
-def test_rows_that_end_inside_a_block(size: tuple[int, int]) -> None:
+def test_rows_that_end_inside_a_block(size: tuple[int, int], kind: str) -> None:
     """bitsandbytes' own CPU kernel is wrong there."""
     weight = torch.randn(size).bfloat16()
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    expected = by_definition(packed, state.absmax, size)
-    assert torch.equal(QuantLinear(weight, None).dequantize(), expected)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    expected = by_definition(packed, state.absmax, size, kind)
+    assert torch.equal(QuantLinear(weight, None, quant_type=kind).dequantize(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,13 +87,22 @@ def test_double_quantisation_is_bitsandbytes(size: tuple[int, int], dtype: torch
     assert torch.equal(layer.dequantize(), expected)
 
 
+FORMATS = {
+    "nf4": QuantLinear,
+    "nf4-double": partial(QuantLinear, is_nested=True),
+    "fp4": partial(QuantLinear, quant_type="fp4"),
+    "int8": Int8Linear,
+    "none": DenseLinear,
+}
+
+
 def table(dtype: torch.dtype, quantization: str = "nf4") -> tuple[BaseWeights, torch.nn.Module]:
     """A model of an embedding, one linear and a head."""
     torch.manual_seed(1)
     model = torch.nn.Module()
     model.embed = torch.nn.Embedding(VOCAB, HIDDEN, dtype=dtype)
     weight = torch.randn(700, HIDDEN).to(dtype)
-    model.linear = QuantLinear(weight, None) if quantization == "nf4" else DenseLinear(weight, None)
+    model.linear = FORMATS[quantization](weight, None)
     model.head = DenseLinear(torch.randn(VOCAB, HIDDEN).to(dtype), torch.randn(VOCAB).to(dtype))
     spec = BaseSpec(
         name="table", fingerprint="", linears={"linear": LinearShape(HIDDEN, 700)},
@@ -95,9 +114,12 @@ def table(dtype: torch.dtype, quantization: str = "nf4") -> tuple[BaseWeights, t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", ["linear", "head", "embed"])
-def test_norms_and_products(path: str, dtype: torch.dtype) -> None:
-    weights, model = table(dtype)
+@pytest.mark.parametrize(
+    ("path", "quantization"),
+    [*(("linear", name) for name in FORMATS), ("head", "nf4"), ("embed", "nf4")],
+)
+def test_norms_and_products(path: str, quantization: str, dtype: torch.dtype) -> None:
+    weights, model = table(dtype, quantization)
     layer = model.get_submodule(path)
     dense = (layer.weight.T if path == "embed" else layer.weight_values()).detach().double()
     a = torch.randn(5, dense.shape[1])

@@ -120,7 +120,7 @@ def test_float32_logits_and_greedy_tokens_equal_the_oracle(shape, tmp_path):
     assert engine.scheduler.num_preemptions > 0, "the cache was not small enough to preempt"
 
 
-@pytest.mark.parametrize("quantization", ["nf4-double", "none"])
+@pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8", "none"])
 def test_other_formats_of_the_base_are_served_as_exactly(quantization, tmp_path):
     names = ["lora", "dora", "pissa", "replication-dora"]
     world = World("llama", torch.float32, tmp_path, quantization=quantization, names=names)

@@ -91,7 +91,7 @@ def mean_loss(logits_of, examples):
     return torch.cat(losses).mean()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, name, quantization, dtype):
@@ -253,42 +253,65 @@ def disk_base(tmp_path_factory):
     return tiny_base("llama", folder=tiny_checkpoint(tmp_path_factory.mktemp("base")))
 
 
-EXPORTED = {**VARIANTS, "loftq": {"variant": "loftq"}}
+EXPORTED = {
+    **VARIANTS,
+    "loftq": {"variant": "loftq"},
+    "qera": {"variant": "qera", **PATTERNS},
+    "qera-replicated-dora": {**VARIANTS["replicated"], "use_dora": True, "init": "qera"},
+}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tokenizer, disk_base):
     """All variants trained in one run on the NF4 base: name → folder."""
     folder = tmp_path_factory.mktemp("exported")
+    return train_all(disk_base, tokenizer, folder, EXPORTED)
+
+
+def train_all(base, tokenizer, folder, variants):
+    """Train in one run, which must not change the base: name → folder."""
     configs = [
         UnitConfig(
             name=name, data=ragged_data(folder / f"{name}.jsonl", 8, seed=seed), rank=4, alpha=6.0,
             warmup=0, learning_rate=1e-2, max_steps=12, **options,
         )
-        for seed, (name, options) in enumerate(EXPORTED.items())
+        for seed, (name, options) in enumerate(variants.items())
     ]  # fmt: skip
-    before = fingerprint(disk_base.model, "nf4")
-    results = run(disk_base, tokenizer, folder / "out", configs)
-    assert fingerprint(disk_base.model, "nf4") == before
+    before = fingerprint(base.model, base.spec.quantization)
+    results = run(base, tokenizer, folder / "out", configs)
+    assert fingerprint(base.model, base.spec.quantization) == before
     return {result.name: result.folder for result in results}
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, disk_base, name):
-    folder = exported[name]
-    golden = read_golden(folder, disk_base.spec)
-    form = load_adapter(folder, disk_base.spec, disk_base.weights)
+def assert_served_as_trained_and_as_in_peft(base, folder):
+    golden = read_golden(folder, base.spec)
+    form = load_adapter(folder, base.spec, base.weights)
 
     def served(rows, with_adapter):
-        return probe_logits(disk_base, form if with_adapter else None, rows)
+        return probe_logits(base, form if with_adapter else None, rows)
 
     assert TOLERANCES["float32"].limit == 0.01
     parity = gate(golden, served, "float32")
     assert parity.error < 1e-4 and parity.effect > 0.3
-    oracle = load_in_peft(dense_twin(disk_base, "llama"), folder)
+    oracle = load_in_peft(dense_twin(base, "llama"), folder)
     with torch.no_grad():
         for row, ours in zip(ROWS, served(ROWS, True), strict=True):
             assert (oracle(torch.tensor([row])).logits[0] - ours).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, disk_base, name):
+    assert_served_as_trained_and_as_in_peft(disk_base, exported[name])
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8"])
+def test_other_formats_of_the_base_train_what_they_serve(tmp_path, tokenizer, quantization):
+    checkpoint = tiny_checkpoint(tmp_path / "base")
+    base = tiny_base("llama", quantization=quantization, folder=checkpoint)
+    names = ["lora", "dora", "pissa", "loftq", "qera"]
+    folders = train_all(base, tokenizer, tmp_path, {name: EXPORTED[name] for name in names})
+    for folder in folders.values():
+        assert_served_as_trained_and_as_in_peft(base, folder)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -317,17 +340,25 @@ def test_ranks_above_half_the_layer_are_exported_too(tmp_path, tokenizer, base, 
         assert (b @ a - change).norm() <= 1e-5 * change.norm()
 
 
+def lost_and_left(base, module):
+    """W16 − q(W), and what of it ΔW leaves, in float64."""
+    lost = base.weights.original(module.path).double() - base.weights.serving(module.path).double()
+    a, b = (part.detach().double() for part in module.unscaled())
+    return lost, lost - module.scaling * b @ a
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "int8"])
 def test_loftq_starts_nearer_to_the_checkpoint_than_the_quantised_base(
-    tmp_path, tokenizer, disk_base
+    tmp_path, tokenizer, quantization
 ):
-    unit = unit_of(disk_base, tokenizer, tmp_path, init="loftq", alpha=12.0)
-    for path, module in unit.modules.items():
-        lost = disk_base.weights.original(path).float() - disk_base.weights.serving(path)
-        a, b = module.unscaled()
-        left = (lost - module.scaling * b @ a).detach().norm()
-        best = torch.linalg.svdvals(lost)[4:].norm()
-        assert left < 0.95 * lost.norm()
-        assert left == pytest.approx(best.item(), rel=1e-4)
+    checkpoint = tiny_checkpoint(tmp_path / "base")
+    base = tiny_base("llama", quantization=quantization, folder=checkpoint)
+    unit = unit_of(base, tokenizer, tmp_path, init="loftq", alpha=12.0)
+    for module in unit.modules.values():
+        lost, left = lost_and_left(base, module)
+        assert left.norm() < 0.95 * lost.norm()
+        best = torch.linalg.svdvals(lost)[len(module.a) :].norm()
+        assert left.norm().item() == pytest.approx(best.item(), rel=1e-4)
 
 
 def test_weight_decay_acts_on_the_whole_factor(tmp_path, tokenizer, exact_base):
@@ -365,12 +396,17 @@ def test_rates_of_loraplus_and_decay_of_magnitudes(tmp_path, tokenizer, base):
     assert unit.records[0].learning_rate == 1e-3
 
 
+ON_K = {"target_modules": ("k_proj",)}
+
+
 @pytest.mark.parametrize(
     ("options", "field", "message"),
     [
         ({"init": "pisa"}, "init", "pissa_niter_ and a number"),
         ({"init": "olora", "variant": "pissa"}, "init", "with the variant 'pissa'"),
         ({"init": "pissa", "rank": 33}, "rank", "k_proj has only 32 singular values"),
+        ({**ON_K, "init": "qera", "rank": 33}, "rank", "k_proj has only 32 singular values"),
+        ({"init": "qera", "variant": "loftq"}, "init", "with the variant 'loftq'"),
         ({"init": "loftq"}, "init", "was not loaded from a safetensors checkpoint"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern", "not a regular expression"),
         ({"layers_to_transform": (7,)}, "layers_to_transform", "layers 0 to 2"),
@@ -387,7 +423,8 @@ def test_settings_that_cannot_be_followed_are_named(
     assert caught.value.field == field
 
 
-def test_loftq_needs_a_quantised_base(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match="this base is not quantised") as caught:
-        unit_of(tiny_base("llama", quantization="none"), tokenizer, tmp_path, init="loftq")
+@pytest.mark.parametrize("init", ["loftq", "qera"])
+def test_what_quantisation_lost_needs_a_quantised_base(tmp_path, tokenizer, init):
+    with pytest.raises(ConfigError, match=f"{init}.*this base is not quantised") as caught:
+        unit_of(tiny_base("llama", quantization="none"), tokenizer, tmp_path, init=init)
     assert caught.value.field == "init"

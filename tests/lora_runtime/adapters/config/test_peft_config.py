@@ -43,6 +43,7 @@ TIED = dataclasses.replace(BASE, is_tied=True)
 NF4 = dataclasses.replace(BASE, quantization="nf4")
 MINIMAL = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+LOFTQ_8 = {**LOFTQ, "loftq_config": {"loftq_bits": 8, "loftq_iter": 1}}
 
 
 def parse(base: BaseSpec = BASE, **fields: object):
@@ -222,6 +223,8 @@ COMBINATIONS = [
     ("layer_replication", dict(layer_replication=[[0, 2], [1, 2]], init_lora_weights="olora")),
     ("loftq_config", {**LOFTQ, "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}}),
     ("loftq_config", {**LOFTQ, "loftq_config": {"loftq_bits": 2, "loftq_iter": 1}}),
+    ("loftq_config", {**LOFTQ, "loftq_config": {"loftq_bits": 8, "loftq_iter": 2}}),
+    ("loftq_config", {**LOFTQ, "loftq_config": {"loftq_bits": [4], "loftq_iter": 1}}),
     ("init_lora_weights", dict(LOFTQ)),
     (
         "trainable_token_indices",
@@ -268,8 +271,21 @@ def test_loftq_is_plain_lora_on_the_base_it_left() -> None:
     spec = parse(NF4, **LOFTQ)
     assert spec.variant == "loftq"
     assert spec.targets == parse(NF4).targets
-    with pytest.raises(AdapterRefused, match="nf4"):
-        parse(dataclasses.replace(BASE, quantization="nf4-double"), **LOFTQ)
+    int8 = dataclasses.replace(BASE, quantization="int8")
+    assert parse(int8, **LOFTQ_8).targets == spec.targets
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "int8", "none"])
+@pytest.mark.parametrize(("fields", "wanted"), [(LOFTQ, "nf4"), (LOFTQ_8, "int8")])
+def test_loftq_is_refused_on_a_base_of_another_format(quantization, fields, wanted) -> None:
+    """PEFT quantises to NF4 with 4 bits and to LLM.int8 with 8; no other q(W) is its base."""
+    base = dataclasses.replace(BASE, quantization=quantization)
+    if quantization == wanted:
+        parse(base, **fields)
+        return
+    with pytest.raises(AdapterRefused, match=f"'{quantization}'. Serve it .* {wanted}$") as refusal:
+        parse(base, **fields)
+    assert refusal.value.field == "init_lora_weights"
 
 
 def test_replicated_layers_are_named_anew() -> None:

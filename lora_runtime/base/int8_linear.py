@@ -1,0 +1,48 @@
+"""Linear layers of the frozen base in LLM.int8's weight format: one scale an output row.
+
+Only the weights are quantised. LLM.int8's product is not used: it rounds x to 8 bits and takes the
+columns out in which any row of the batch has an outlier, so that rows would change each other.
+Source: LLM.int8, arXiv:2208.07339 §2; bitsandbytes 0.50.2, `int8_vectorwise_quant`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_runtime.base.quant_linear import FrozenLinear
+
+MAX_CODE = 127
+
+
+class Int8Linear(FrozenLinear):
+    """An 8-bit layer. W = fp32(code × absmax / 127), rounded once to the compute dtype.
+
+    codes (out, in) int8; absmax (out,) float32. The quantiser's input is the bfloat16 checkpoint
+    weight, whatever the compute dtype. Its formula is written out here, because bitsandbytes takes
+    float16 alone on a GPU.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_copies: bool = False) -> None:
+        super().__init__(keep_copies=keep_copies)
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        rounded = weight.detach().to(torch.bfloat16).float()
+        absmax = rounded.abs().amax(1)
+        codes = torch.round(rounded * (MAX_CODE / absmax[:, None]))
+        self.register_buffer("codes", codes.nan_to_num(0.0, 0.0, 0.0).to(torch.int8))
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def weight_values(self) -> Tensor:
+        return self.dequantize().to(self.dtype)
+
+    def row_values(self, rows: slice) -> Tensor:
+        return self._dequantized(rows).to(self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """fp32(code × absmax / 127), (out, in) float32."""
+        return self._dequantized(slice(None))
+
+    def _dequantized(self, rows: slice) -> Tensor:
+        return self.codes[rows] * (self.absmax[rows, None] / MAX_CODE)
