@@ -26,6 +26,7 @@ RUN_FLAGS = (
 
 def train(
     config: flag.ConfigFile = None,
+    unit: flag.Units = None,
     data: flag.Data = None,
     column: flag.Column = None,
     instructions: flag.Instructions = None,
@@ -60,8 +61,8 @@ def train(
 ) -> None:
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
-    One adapter by flags (--data and --output), or any number at once by a YAML file. Written in
-    PEFT's format, ready for `loramux adapters load`. Several devices share every update by
+    One adapter by flags (--data and --output), or any number at once by --unit or a YAML file.
+    Written in PEFT's format, ready for `loramux adapters load`. Several devices share an update by
     `torchrun --nproc-per-node N -m server train …`.
     """
     flags = {key: value for key, value in locals().items() if value is not None}
@@ -99,15 +100,20 @@ def _from_file(file: Path, flags: dict[str, Any]) -> TrainConfig:
 
 
 def _from_flags(flags: dict[str, Any]) -> TrainConfig:
-    for required in ("data", "output"):
-        if required not in flags:
+    own = [TrainConfig.unit_fields(text) for text in flags.pop("unit", ())] or [{}]
+    for required, is_given in [
+        ("data", "data" in flags or all("data" in values for values in own)),
+        ("output", "output" in flags),
+    ]:
+        if not is_given:
             raise typer.BadParameter(f"give --{required}, or a YAML file")
     run = {key: flags.pop(key) for key in RUN_FLAGS if key in flags}
     if "base" in flags:
         run["base"] = BaseConfig(model=flags.pop("base"))
     flags["columns"] = dict(map(_column, flags.pop("column", ())))
     flags["sweep"] = dict(_sweep(text) for text in flags.get("sweep", ()))
-    return TrainConfig(units=(UnitConfig(**{"name": "adapter", **flags}),), **run)
+    units = (UnitConfig(**{"name": "adapter", **flags, **values}) for values in own)
+    return TrainConfig(units=tuple(units), **run)
 
 
 def _column(text: str) -> tuple[str, str]:

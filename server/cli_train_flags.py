@@ -44,6 +44,15 @@ Data = Annotated[
         "`instruction`, `input` and `output`, or of `text`."
     ),
 ]
+Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--unit",
+        metavar="FIELD: VALUE, …",
+        help="One of several adapters to train at once, as in 'name: a, data: a.jsonl, rank: 8'; "
+        "other flags hold for all of them.",
+    ),
+]
 Column = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=NAME", help="What the data calls a key, as in prompt=question."),

@@ -9,13 +9,13 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.fields import convert
+from lora_runtime.training.fields import convert, convert_fields
 
 Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "qera"]
 INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq|qera"
@@ -119,6 +119,8 @@ class UnitConfig:
     """Evaluations without a lower loss after which the unit stops; None never stops it."""
     export: Literal["best", "last"] = "best"
     """Weights of the lowest held-out loss, where there is one, or of the last update."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of A and B in the adapter's file; they are trained in float32, and all else stays so."""
     sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
     """Other fields and the values to try: see `training/sweep.py`."""
     dropout: float = 0.0
@@ -238,6 +240,20 @@ class TrainConfig:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
         return convert(content, cls, "")
+
+    @staticmethod
+    def unit_fields(text: str) -> dict[str, Any]:
+        """Fields of a unit from a line like `name: a, data: a.jsonl, rank: 8`, which is a YAML
+        mapping without its braces. Raises ConfigError as `from_yaml`.
+        """
+        try:
+            content = yaml.safe_load(f"{{{text}}}")
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"unit {text!r} cannot be read as YAML; write it as in name: a, rank: 8",
+                field="unit",
+            ) from error
+        return convert_fields(content, UnitConfig, "unit")
 
     def _fits_batches(self) -> bool:
         budgets = [unit.max_tokens_per_batch or self.max_seq_len for unit in self.units]

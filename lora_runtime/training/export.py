@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,10 +38,11 @@ def adapter_files(
     modules: Mapping[str, Trained],
     metadata: Mapping[str, str],
 ) -> Files:
-    """Config, float32 tensors and metadata of a trained adapter, for `write_adapter`."""
+    """Config, tensors and metadata of a trained adapter, for `write_adapter`."""
     adapted = {name: m for name, m in modules.items() if isinstance(m, TrainedModule)}
     growth = 2 if any(module.start is not None for module in adapted.values()) else 1
-    tensors = {name: _exported(module, growth) for name, module in adapted.items()}
+    dtype = getattr(torch, config.adapter_dtype)
+    tensors = {name: _exported(module, growth, dtype) for name, module in adapted.items()}
     files = _files(config, base, tensors, metadata, growth=growth)
     for name, module in modules.items():
         files[1].update(_whole_vectors(f"base_model.model.{name}", module))
@@ -107,7 +109,7 @@ def _files(
     return files
 
 
-def _exported(module: TrainedModule, growth: int) -> tuple[Tensor, Tensor]:
+def _exported(module: TrainedModule, growth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A and B, unscaled, of `growth` times the parameters' rank. With first factors from ΔW's
     singular vectors, so that rounding the file to bfloat16 costs ΔW as little as a plain LoRA.
     """
@@ -115,5 +117,5 @@ def _exported(module: TrainedModule, growth: int) -> tuple[Tensor, Tensor]:
     if module.start is not None:
         factors = rebalanced(factors)
     missing = growth * len(module.a) - len(factors.a)
-    a, b = (part.float().contiguous() for part in factors)
+    a, b = (part.to(dtype).contiguous() for part in factors)
     return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))

@@ -48,17 +48,24 @@ def convert(value: object, hint: Any, name: str) -> Any:
     raise ConfigError(f"{name or 'the file'} is {value!r}; it must be {rule}", field=name or None)
 
 
-def _build(values: dict[Any, object], kind: Any, name: str) -> Any:
+def convert_fields(values: dict[Any, object], kind: Any, name: str) -> dict[str, Any]:
+    """The values of some fields of the frozen config `kind`. Raises ConfigError as `convert`."""
     hints = get_type_hints(kind)
     prefix = f"{name}." if name else ""
     for key in values:
         if key not in hints:
             advice = nearest(str(key), list(hints))
             raise ConfigError(f"{prefix}{key} is not a field; {advice}", field=f"{prefix}{key}")
+    return {key: convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
+
+
+def _build(values: dict[Any, object], kind: Any, name: str) -> Any:
+    converted = convert_fields(values, kind, name)
     for entry in fields(kind):
         if entry.name not in values and entry.default is entry.default_factory is MISSING:
-            raise ConfigError(f"{prefix}{entry.name} is missing", field=f"{prefix}{entry.name}")
-    return kind(**{key: convert(v, hints[key], f"{prefix}{key}") for key, v in values.items()})
+            path = f"{name}.{entry.name}" if name else entry.name
+            raise ConfigError(f"{path} is missing", field=path)
+    return kind(**converted)
 
 
 def _is_number(value: object) -> bool:

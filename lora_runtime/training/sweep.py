@@ -31,7 +31,7 @@ RUNGS = (0.25, 0.5)
 FIXED = ("name", "data", "eval_data", "eval_fraction", "target_modules", "export", "sweep")
 """Fields in which the members of a sweep cannot differ."""
 SHORT = {"learning_rate": "lr"}
-"""Names of fields in the names of members."""
+"""Names of fields in the names of members, and as a sweep may call them."""
 
 Sweeps = Mapping[str, Sequence[str]]
 """The name of a unit with a sweep → the names of its members."""
@@ -134,7 +134,9 @@ def _members(unit: UnitConfig) -> tuple[UnitConfig, ...]:
     """A unit for every combination of the values."""
     hints = get_type_hints(UnitConfig)
     choices = []
-    for name, values in unit.sweep.items():
+    long = {short: name for name, short in SHORT.items()}
+    for key, values in unit.sweep.items():
+        name = long.get(key, key)
         _check_field(name)
         choices.append([(name, convert(value, hints[name], f"sweep.{name}")) for value in values])
     members = tuple(

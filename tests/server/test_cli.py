@@ -248,6 +248,23 @@ def test_train_by_flags(invoke, runs, tmp_path):
     assert unit.optimizer == "adamw-8bit"
 
 
+def test_train_several_by_flags(invoke, runs, tmp_path):
+    result = invoke("train", "--data", "d.jsonl", "--output", str(tmp_path), "--rank", "4",
+                    "--unit", "name: a, variant: dora", "--unit",
+                    "name: b, data: b.csv, rank: 8, target_modules: [q_proj, v_proj]")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    one, other = runs[0].units
+    assert (one.name, one.variant, one.rank, one.data) == ("a", "dora", 4, Path("d.jsonl"))
+    assert (other.name, other.rank, other.data) == ("b", 8, Path("b.csv"))
+    assert other.target_modules == ("q_proj", "v_proj")
+    flags = ("train", "--output", "o", "--unit", "name: a, data: d")
+    assert invoke(*flags).exit_code == 0
+    assert invoke(*flags, "--unit", "name: b").exit_code == 2
+    for text, named in [("name: b, data: d, rnk: 3", "did you mean 'rank'"), ("rank: {", "YAML")]:
+        refused = invoke(*flags, "--unit", text)
+        assert refused.exit_code == 1 and named in refused.stderr
+
+
 def test_train_by_file(invoke, runs, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("output: out\nunits: [{name: good, data: a}, {name: bad, data: b}]\n")

@@ -39,7 +39,7 @@ def other(tmp_path):
 
 
 def test_a_unit_becomes_one_for_every_combination(tmp_path):
-    unit = swept(tmp_path, sweep={"learning_rate": (1e-4, "3e-4"), "rank": (4, 8)})
+    unit = swept(tmp_path, sweep={"lr": (1e-4, "3e-4"), "rank": (4, 8)})
     units, sweeps = expand([other(tmp_path), unit])
     names = ["u-lr=0.0001-rank=4", "u-lr=0.0001-rank=8", "u-lr=0.0003-rank=4", "u-lr=0.0003-rank=8"]
     assert [member.name for member in units] == ["other", *names]

@@ -304,6 +304,23 @@ def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, disk_bas
     assert_served_as_trained_and_as_in_peft(disk_base, exported[name])
 
 
+def test_files_in_bfloat16_pass_the_parity_gate(tmp_path, tokenizer, disk_base):
+    names = ["lora", "dora", "pissa-dora-rslora", "replicated"]
+    options = {name: {**EXPORTED[name], "adapter_dtype": "bfloat16"} for name in names}
+    for folder in train_all(disk_base, tokenizer, tmp_path, options).values():
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key, tensor in tensors.items():
+            is_factor = "lora_A" in key or "lora_B" in key
+            assert tensor.dtype == (torch.bfloat16 if is_factor else torch.float32)
+        form = load_adapter(folder, disk_base.spec, disk_base.weights)
+
+        def served(rows, with_adapter, form=form):
+            return probe_logits(disk_base, form if with_adapter else None, rows)
+
+        parity = gate(read_golden(folder, disk_base.spec), served, "float32")
+        assert parity.error < 0.01 and parity.effect > 0.3
+
+
 @pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8"])
 def test_other_formats_of_the_base_train_what_they_serve(tmp_path, tokenizer, quantization):
     checkpoint = tiny_checkpoint(tmp_path / "base")
