@@ -41,7 +41,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         help="JSONL, JSON, CSV or Parquet of chat `messages`, of `prompt` and `completion`, of "
-        "`instruction`, `input` and `output`, or of `text`."
+        "`instruction`, `input` and `output`, of `text`, or of preferences: `prompt`, `chosen` "
+        "and `rejected`, learned by DPO."
     ),
 ]
 Units = Annotated[
@@ -71,10 +72,21 @@ Base = Annotated[str | None, typer.Option(help="As in `loramux serve`.")]
 VariantName = Annotated[Variant | None, _option("variant", "How it is scaled.")]
 Rank = Annotated[int | None, _option("rank", "Rank of the update.")]
 Alpha = Annotated[float | None, _option("alpha", "Scale of the update.")]
+DpoBeta = Annotated[
+    float | None, _option("dpo_beta", "Preferences: how dear it is to leave the base.")
+]
+LabelSmoothing = Annotated[
+    float | None, _option("label_smoothing", "Preferences: the share taken to be wrong.")
+]
+DpoSftWeight = Annotated[
+    float | None, _option("dpo_sft_weight", "Preferences: what the chosen answer's loss adds.")
+]
 LearningRate = Annotated[float | None, _option("learning_rate", "At its peak.")]
 NumEpochs = Annotated[int | None, _option("num_epochs", "Passes over the data.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Updates; overrides epochs.")]
-MicroBatchSize = Annotated[int | None, _option("micro_batch_size", "Examples in one forward.")]
+MicroBatchSize = Annotated[
+    int | None, _option("micro_batch_size", "Examples (or pairs) in one forward.")
+]
 MaxTokensPerBatch = Annotated[
     int | None, typer.Option(help="Form forwards by tokens; an update takes as many examples.")
 ]

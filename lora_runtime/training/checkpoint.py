@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.data import Limits
+from lora_runtime.training.data import Example, Limits
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.optimizers import restore_state, saved_state
+from lora_runtime.training.preferences import Signal
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus, Window
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -153,6 +155,7 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "limits": asdict(unit.limits),
         "schedule": unit.schedule.state_dict(),
         "records": unit.records,
+        "references": [unit.references.get(key) for key in _reference_keys(unit)],
         "eval_records": unit.held_out.records if unit.held_out else [],
         "num_rungs_passed": unit.held_out.num_rungs_passed if unit.held_out else 0,
     }
@@ -161,7 +164,10 @@ def _facts(unit: Unit) -> dict[str, Any]:
 def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
     unit.status = UnitStatus(facts["status"])
     unit.error, unit.note = facts["error"], facts["note"]
-    unit.window = Window(**facts["window"])
+    window = facts["window"]
+    unit.window = Window(window["done"], Signal(*window["signal"]), window["seconds"])
+    references = zip(_reference_keys(unit), facts["references"], strict=True)
+    unit.references.update((key, value) for key, value in references if value is not None)
     unit.limits = Limits(**facts["limits"])
     unit.schedule.load_state_dict(facts["schedule"])
     for group, rate in zip(unit.optimizer.param_groups, unit.schedule.get_last_lr(), strict=True):
@@ -170,6 +176,14 @@ def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
     if unit.held_out:
         unit.held_out.records = [EvalRecord(*record) for record in facts["eval_records"]]
         unit.held_out.num_rungs_passed = facts["num_rungs_passed"]
+
+
+def _reference_keys(unit: Unit) -> list[tuple[LayerMap | None, Example]]:
+    """Of all its preferences. What the base says of them is kept, as its last bits depend on what
+    shared the forward.
+    """
+    datasets = [unit.dataset, *([unit.held_out.dataset] if unit.held_out else [])]
+    return [(unit.layer_map, e) for d in datasets if d.is_preference for e in d.examples]
 
 
 def _identity(unit: Unit) -> dict[str, Any]:

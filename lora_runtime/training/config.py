@@ -46,7 +46,8 @@ class UnitConfig:
     """Folder of the adapter below the run's output."""
     data: Path
     """JSONL, JSON (a list), CSV, TSV or Parquet; the keys of its rows say which format it is:
-    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`."""
+    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; `text`; or, learned as
+    `training/preferences.py` says, `prompt`, `chosen`, `rejected`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Key of a format → the file's own name for it; all other columns are then ignored."""
     instructions: InstructionStyle = "chat"
@@ -88,6 +89,12 @@ class UnitConfig:
     """Regular expression of the end of a module's path → its own rank; the first match decides."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """The same for alpha."""
+    dpo_beta: float = 0.1
+    """Preferences: how dear it is to move away from the base."""
+    label_smoothing: float = 0.0
+    """Preferences: the share of pairs that is taken to be the wrong way round."""
+    dpo_sft_weight: float = 0.0
+    """Preferences: how much the chosen answer's own loss per token counts beside."""
     learning_rate: float = 2e-4
     loraplus_ratio: float = 1.0
     """LoRA+: B's learning rate is this many times `learning_rate`."""
@@ -99,7 +106,7 @@ class UnitConfig:
     max_steps: int | None = None
     """Number of updates; overrides `num_epochs`."""
     micro_batch_size: int = 4
-    """Examples in one forward."""
+    """Examples in one forward; of preferences, pairs."""
     max_tokens_per_batch: int | None = None
     """Forms the forwards by tokens instead: as many of the update's examples as fit, end to end.
     An update still takes `micro_batch_size` · `gradient_accumulation` examples."""
@@ -133,6 +140,9 @@ class UnitConfig:
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "positive"),
             ("target_modules", len(self.target_modules) > 0, "'all-linear' or at least one name"),
+            ("dpo_beta", 0 < self.dpo_beta < math.inf, "positive"),
+            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5"),
+            ("dpo_sft_weight", 0 <= self.dpo_sft_weight < math.inf, "0 or positive"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
             ("loraplus_ratio", 0 < self.loraplus_ratio < math.inf, "positive"),
             ("warmup", 0 <= self.warmup < math.inf, "0 or positive"),

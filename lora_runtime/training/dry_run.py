@@ -18,7 +18,7 @@ from lora_runtime.base.loader import Base, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Example, micro_batches
+from lora_runtime.training.data import Item, micro_batches, num_tokens
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.sweep import expand
 from lora_runtime.training.trainer import create_units
@@ -88,20 +88,20 @@ def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:
         _micro_step(base, units, batches)
     step_s = _timed(base, lambda: _micro_step(base, units, batches))
     forward_s = _timed(base, lambda: _forward(base, units, batches))
-    per_token = 1 / sum(len(example.token_ids) for examples in batches for example in examples)
-    num_tokens = sum(map(_num_tokens, units))
-    num_eval_tokens = sum(map(_num_eval_tokens, units))
+    per_token = 1 / sum(num_tokens(item) for items in batches for item in items)
+    num_trained = sum(map(_num_tokens, units))
+    num_read = sum(map(_num_eval_tokens, units)) + sum(map(_num_reference_tokens, units))
     return Estimate(
         name=", ".join(unit.name for unit in units),
         targets=_targets(units),
         num_parameters=sum(unit.num_parameters for unit in units),
         num_steps=max(unit.num_steps for unit in units),
-        num_tokens=num_tokens,
+        num_tokens=num_trained,
         weight_bytes=sum(parameter.nbytes for parameter in _parameters(units)),
         gradient_bytes=sum(parameter.nbytes for parameter in _parameters(units)),
         optimizer_bytes=sum(map(_optimizer_bytes, units)),
         activation_bytes=peak.most,
-        seconds=per_token * (num_tokens * step_s + num_eval_tokens * forward_s),
+        seconds=per_token * (num_trained * step_s + num_read * forward_s),
     )
 
 
@@ -145,12 +145,12 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
-def _micro_step(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> None:
+def _micro_step(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> None:
     loss_sums(base, units, batches).sum().backward()
 
 
 @torch.no_grad()
-def _forward(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> None:
+def _forward(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> None:
     loss_sums(base, units, batches)
 
 
@@ -162,20 +162,20 @@ def _timed(base: Base, run: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _longest(unit: Unit) -> list[Example]:
+def _longest(unit: Unit) -> list[Item]:
     """The most tokens that one of the unit's micro-batches can have."""
     config = unit.config
-    by_length = sorted(unit.dataset.examples, key=lambda example: -len(example.token_ids))
+    by_length = sorted(unit.dataset.items, key=num_tokens, reverse=True)
     window = by_length[: config.examples_per_step]
     groups = micro_batches(window, config.micro_batch_size, config.max_tokens_per_batch)
-    return max(groups, key=lambda group: sum(len(example.token_ids) for example in group))
+    return max(groups, key=lambda group: sum(map(num_tokens, group)))
 
 
 def _num_tokens(unit: Unit) -> int:
-    num_examples = unit.num_steps * unit.config.examples_per_step
+    num_items = unit.num_steps * unit.config.examples_per_step
     if unit.config.max_steps is None:
-        num_examples = unit.config.num_epochs * len(unit.dataset.examples)
-    return round(num_examples * unit.dataset.num_tokens / len(unit.dataset.examples))
+        num_items = unit.config.num_epochs * len(unit.dataset.items)
+    return round(num_items * unit.dataset.num_tokens / len(unit.dataset.items))
 
 
 def _num_eval_tokens(unit: Unit) -> int:
@@ -183,6 +183,14 @@ def _num_eval_tokens(unit: Unit) -> int:
         return 0
     num_evaluations = math.ceil(unit.num_steps / unit.config.eval_interval)
     return num_evaluations * unit.held_out.dataset.num_tokens
+
+
+def _num_reference_tokens(unit: Unit) -> int:
+    """What the base reads alone, once."""
+    if not unit.dataset.is_preference:
+        return 0
+    num_held_out = unit.held_out.dataset.num_tokens if unit.held_out else 0
+    return min(_num_tokens(unit), unit.dataset.num_tokens) + num_held_out
 
 
 def _optimizer_bytes(unit: Unit) -> int:

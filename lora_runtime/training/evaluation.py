@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.loader import Base
-from lora_runtime.training.data import Example, Limits, num_tokens
+from lora_runtime.training.data import Item, Limits, num_tokens
 from lora_runtime.training.distributed import ALONE, World
 from lora_runtime.training.held_out import EvalRecord, HeldOut
 from lora_runtime.training.memory import Say, in_forwards
+from lora_runtime.training.preferences import NOTHING, Signal
 from lora_runtime.training.units import Unit, UnitStatus
 
-LossSums = Callable[[Base, Sequence[Unit], Sequence[Sequence[Example]]], Tensor]
-"""Each unit's sum of the token losses of its examples (N,), from one forward of all rows."""
+LossSums = Callable[[Base, Sequence[Unit], Sequence[Sequence[Item]]], Tensor]
+"""The sums of a `Signal` over each unit's items (N, 3), from one forward of all rows."""
 
 
 def evaluate_due(
@@ -33,41 +34,45 @@ def evaluate_due(
     if not due:
         return
     started = time.perf_counter()
-    losses = held_out_losses(base, due, loss_sums, world, say)
+    signals = held_out_signals(base, due, loss_sums, world, say)
     seconds = time.perf_counter() - started
-    for (unit, held_out), loss in zip(due, losses, strict=True):
+    for (unit, held_out), signal in zip(due, signals, strict=True):
         if unit.status is UnitStatus.FAILED:
             continue
-        held_out.note(EvalRecord(unit.step, loss, seconds), unit.parameters)
+        accuracy = signal.accuracy if unit.dataset.is_preference else None
+        held_out.note(EvalRecord(unit.step, signal.loss, seconds, accuracy), unit.parameters)
         if unit.is_running and held_out.is_out_of_patience:
             unit.end(UnitStatus.DONE, "the held-out loss no longer falls")
 
 
 @torch.no_grad()
-def held_out_losses(
+def held_out_signals(
     base: Base,
     units: Sequence[tuple[Unit, HeldOut]],
     loss_sums: LossSums,
     world: World = ALONE,
     say: Say = lambda _: None,
-) -> list[float]:
-    """Mean loss over each unit's held-out target tokens; the units share the forwards."""
+) -> list[Signal]:
+    """Means over each unit's held-out target tokens, or pairs; the units share the forwards."""
     waiting = {unit.name: _Waiting(unit, held_out) for unit, held_out in units}
-    totals = {unit.name: 0.0 for unit, _ in units}
+    totals = {unit.name: NOTHING for unit, _ in units}
 
     while left := [unit for unit, _ in units if waiting[unit.name].groups and not unit.error]:
         forwards = in_forwards(
             left,
             lambda unit, rank: waiting[unit.name].next(rank),
-            lambda group, batches: (loss_sums(base, group, batches).tolist(), ()),
+            lambda group, batches: (Signal.rows(loss_sums(base, group, batches)), ()),
             world,
             say,
         )
-        for group, sums in forwards:
-            for unit, value in zip(group, sums, strict=True):
-                totals[unit.name] += value
+        for group, signals in forwards:
+            for unit, signal in zip(group, signals, strict=True):
+                totals[unit.name] = totals[unit.name].plus(signal)
                 del waiting[unit.name].groups[: world.size]
-    return [totals[unit.name] / held_out.dataset.num_target_tokens for unit, held_out in units]
+    return [
+        Signal._make(value / held_out.dataset.weight for value in totals[unit.name])
+        for unit, held_out in units
+    ]
 
 
 def _is_due(unit: Unit) -> bool:
@@ -85,9 +90,9 @@ class _Waiting:
     def __init__(self, unit: Unit, held_out: HeldOut) -> None:
         self._unit = unit
         self._limits: Limits | None = None
-        self.groups = [sorted(held_out.dataset.examples, key=num_tokens)]
+        self.groups = [sorted(held_out.dataset.items, key=num_tokens)]
 
-    def next(self, rank: int) -> list[Example]:
+    def next(self, rank: int) -> list[Item]:
         """The group of one process, empty if there are not as many."""
         if self._limits != self._unit.limits:
             self._limits = replace(self._unit.limits)

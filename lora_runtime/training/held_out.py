@@ -14,12 +14,16 @@ from lora_runtime.training.data import Dataset
 
 
 class EvalRecord(NamedTuple):
-    """One evaluation: `loss` is the mean over all held-out target tokens after update `step`."""
+    """One evaluation: `loss` is the mean over all held-out target tokens, or pairs, after update
+    `step`.
+    """
 
     step: int
     loss: float
     seconds: float
     """Wall time, which other units may share."""
+    accuracy: float | None = None
+    """Of preferences: see `Signal`."""
 
 
 class HeldOut:

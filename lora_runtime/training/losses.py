@@ -10,44 +10,88 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_runtime.adapters.parity import Logits
+from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
 from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.binding import bind
-from lora_runtime.training.data import Example, PackedBatch
+from lora_runtime.training.data import Example, Item, PackedBatch
 from lora_runtime.training.forward import Bindings, UnitRows, hidden_states, logits
+from lora_runtime.training.preferences import pair_sums
 from lora_runtime.training.units import Unit
 
 CHUNK_LOGITS = 1 << 25
 """Logits that are alive at once. More are made in chunks, and again for the gradient."""
 
 
-def window_losses(
-    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
-) -> Tensor:
-    """Each unit's share of its window's mean loss (N,), from one forward of all their rows.
+def window_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> Tensor:
+    """Each unit's share of its window's means (N, 3), as `loss_sums` has the sums.
 
-    Share = sum of the micro-batch's token losses / target tokens of the whole window, so that
+    Share = sum over the micro-batch / target tokens, or pairs, of the whole window, so that
     micro-batches of any lengths add up to the mean over the window.
     """
     sums = loss_sums(base, units, batches)
-    return sums / sums.new_tensor([unit.window_target_tokens for unit in units])
+    return sums / sums.new_tensor([[unit.window_weight] for unit in units])
 
 
-def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
-    """Each unit's sum of the token losses of its examples (N,), from one forward of all rows."""
-    counts = [sum(len(example.predictors) for example in examples) for examples in batches]
-    losses = token_losses(base, units, batches)
-    return torch.stack([part.sum() for part in losses.split(counts)])
+def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> Tensor:
+    """The sums of a `Signal` over each unit's items (N, 3), from one forward of all rows.
+
+    Losses are those of target tokens, or of pairs; only they are differentiable.
+    """
+    examples = [[example for item in items for example in item.examples] for items in batches]
+    _add_references(base, units, examples)
+    losses = token_losses(base, bind(units, base), [unit.layer_map for unit in units], examples)
+    parts = losses.split([_num_targets(some) for some in examples])
+    return torch.stack([_sums(*each) for each in zip(units, examples, parts, strict=True)])
 
 
-def token_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
-    """−log p of every target token under its unit's adapter, (n,) in float32 or better."""
+def _sums(unit: Unit, examples: Sequence[Example], losses: Tensor) -> Tensor:
+    if not unit.dataset.is_preference:
+        return F.pad(losses.sum()[None], (0, 2))
+    counts = [len(example.predictors) for example in examples]
+    policy = -torch.stack([part.sum() for part in losses.split(counts)])
+    reference = [unit.references[unit.layer_map, example] for example in examples]
+    return pair_sums(policy, policy.new_tensor(reference), policy.new_tensor(counts), unit.config)
+
+
+@torch.no_grad()
+def _add_references(
+    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
+) -> None:
+    """Have the base alone read answers of preferences that it has not read for their unit yet."""
+    missing: dict[LayerMap | None, dict[Example, None]] = {}
+    for unit, examples in zip(units, batches, strict=True):
+        for example in examples if unit.dataset.is_preference else ():
+            if (unit.layer_map, example) not in unit.references:
+                missing.setdefault(unit.layer_map, {})[example] = None
+    if not missing:
+        return
+    keys = [(layer_map, example) for layer_map, own in missing.items() for example in own]
+    losses = token_losses(base, {}, list(missing), [list(own) for own in missing.values()])
+    parts = losses.split([len(example.predictors) for _, example in keys])
+    found = (-torch.stack([part.sum() for part in parts])).tolist()
+    for unit in units:
+        unit.references.update(zip(keys, found, strict=True))
+
+
+def token_losses(
+    base: Base,
+    bindings: Bindings,
+    layer_maps: Sequence[LayerMap | None],
+    batches: Sequence[Sequence[Example]],
+) -> Tensor:
+    """−log p of every target token, (n,) in float32 or better: batch n is read under slot n of the
+    bindings and in its own order of layers.
+    """
     batch = PackedBatch.of(batches, base.device)
-    rows = [UnitRows(r, unit.layer_map) for unit, r in zip(units, batch.rows, strict=True)]
-    bindings = bind(units, base)
+    rows = list(map(UnitRows, batch.rows, layer_maps))
     states = hidden_states(base, rows, bindings, batch.token_ids, batch.position_ids)
-    counts = [sum(len(example.predictors) for example in examples) for examples in batches]
+    counts = list(map(_num_targets, batches))
     return _chunked(base, bindings, states[batch.logits_at], batch.labels, counts)
+
+
+def _num_targets(examples: Sequence[Example]) -> int:
+    return sum(len(example.predictors) for example in examples)
 
 
 def _chunked(

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_runtime.training.data import Example, num_tokens
+from lora_runtime.training.data import Item, num_tokens
 from lora_runtime.training.distributed import World
+from lora_runtime.training.preferences import NOTHING, Signal
 from lora_runtime.training.units import Unit, UnitStatus
 
 Say = Callable[[str], None]
 Gradients = Sequence[tuple[Parameter, Tensor]]
-Compute = Callable[[Sequence[Unit], Sequence[Sequence[Example]]], tuple[Sequence[float], Gradients]]
-"""Units and the examples of each → a value for each, and gradients."""
-NextBatch = Callable[[Unit, int], Sequence[Example]]
+Compute = Callable[[Sequence[Unit], Sequence[Sequence[Item]]], tuple[Sequence[Signal], Gradients]]
+"""Units and the items of each → what each shows, and gradients."""
+NextBatch = Callable[[Unit, int], Sequence[Item]]
 """A unit and a process → what it computes next there, which may be nothing."""
 
 
@@ -31,10 +33,10 @@ def in_forwards(
     compute: Compute,
     world: World,
     say: Say,
-) -> Iterator[tuple[Sequence[Unit], Sequence[float]]]:
+) -> Iterator[tuple[Sequence[Unit], Sequence[Signal]]]:
     """Compute the next batch of every unit, in one forward if that fits, and add the gradients.
 
-    Yields the units of each forward with their values, summed over the processes. A unit of which
+    Yields the units of each forward with their signals, summed over the processes. A unit of which
     not one example fits fails and is left out.
     """
     left = list(units)
@@ -52,11 +54,11 @@ def in_forwards(
 
 
 def _attempt(
-    batches: Sequence[tuple[Unit, Sequence[Example]]], compute: Compute, world: World
-) -> list[float] | None:
-    """The units' values, or None when some process has no memory for its part."""
+    batches: Sequence[tuple[Unit, Sequence[Item]]], compute: Compute, world: World
+) -> list[Signal] | None:
+    """The units' signals, or None when some process has no memory for its part."""
     own = [(unit, batch) for unit, batch in batches if batch]
-    values: dict[str, float] = {}
+    values: dict[str, Signal] = {}
     gradients: Gradients = ()
     is_short = False
     try:
@@ -65,7 +67,8 @@ def _attempt(
             values = {unit.name: value for (unit, _), value in zip(own, found, strict=True)}
     except torch.OutOfMemoryError:
         is_short = True
-    num_short, *sums = world.total([is_short, *(values.get(u.name, 0.0) for u, _ in batches)])
+    own_sums = chain.from_iterable(values.get(unit.name, NOTHING) for unit, _ in batches)
+    num_short, *sums = world.total([is_short, *own_sums])
     if num_short:
         del gradients
         if torch.cuda.is_initialized():
@@ -74,10 +77,10 @@ def _attempt(
         return None
     for parameter, gradient in gradients:
         parameter.grad.add_(gradient)
-    return sums
+    return [Signal(*three) for three in zip(*[iter(sums)] * len(NOTHING), strict=True)]
 
 
-def _make_smaller(units: Sequence[Unit], batches: Sequence[Sequence[Example]], say: Say) -> None:
+def _make_smaller(units: Sequence[Unit], batches: Sequence[Sequence[Item]], say: Say) -> None:
     """Halve the largest batch of several examples; if there is none, set the largest unit apart."""
     unit, batch = max(zip(units, batches, strict=True), key=lambda pair: _order(pair[1]))
     if len(batch) > 1:
@@ -92,5 +95,5 @@ def _make_smaller(units: Sequence[Unit], batches: Sequence[Sequence[Example]], s
         )
 
 
-def _order(batch: Sequence[Example]) -> tuple[bool, int]:
+def _order(batch: Sequence[Item]) -> tuple[bool, int]:
     return len(batch) > 1, sum(map(num_tokens, batch))

@@ -50,7 +50,7 @@ def _data_table(units: Sequence[Unit]) -> Table:
 
 
 def _data_cells(dataset: Dataset) -> list[str]:
-    counts = (len(dataset.examples), dataset.num_truncated, dataset.num_tokens)
+    counts = (len(dataset.items), dataset.num_truncated, dataset.num_tokens)
     masked = 1 - dataset.num_target_tokens / dataset.num_tokens
     numbers = [*(f"{count:,}" for count in counts), f"{masked:.0%}", f"{dataset.longest:,}"]
     return [escape(dataset.path.name), dataset.format, *numbers]
@@ -102,7 +102,10 @@ def describe_state(unit: Unit) -> str:
         return f"failed: {unit.error}"
     seconds = sum(_recent(unit, "seconds"))
     speed = sum(_recent(unit, "num_tokens")) / seconds if seconds else 0.0
-    state = f"loss {unit.records[-1].loss:.3f}, {speed:.0f} tokens/s"
+    last = unit.records[-1]
+    state = f"loss {last.loss:.3f}, {speed:.0f} tokens/s"
+    if last.accuracy is not None:
+        state += f", accuracy {last.accuracy:.0%}, margin {last.margin:.2f}"
     if unit.held_out and unit.held_out.records:
         state += f", held out {unit.held_out.records[-1].loss:.3f}"
     return f"{state}, stopped: {unit.note}" if unit.note else state

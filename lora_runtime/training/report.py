@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -106,14 +106,14 @@ def write_report(folder: Path, results: Sequence[UnitResult]) -> None:
 
 
 def _write_csv(path: Path, results: Sequence[UnitResult]) -> None:
-    """`eval_loss` is empty where there was no evaluation."""
+    """Empty: `eval_…` where there was no evaluation, `accuracy` and `margin` but of preferences."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["unit", *StepRecord._fields, "eval_loss"])
+        writer.writerow(["unit", *StepRecord._fields, "eval_loss", "eval_accuracy"])
         for result in results:
-            eval_losses = {record.step: record.loss for record in result.eval_records}
+            found = {record.step: (record.loss, record.accuracy) for record in result.eval_records}
             writer.writerows(
-                [result.name, *record, eval_losses.get(record.step, "")]
+                [result.name, *record, *found.get(record.step, ("", ""))]
                 for record in result.records
             )
 
@@ -121,7 +121,7 @@ def _write_csv(path: Path, results: Sequence[UnitResult]) -> None:
 def _write_plot(path: Path, results: Sequence[UnitResult]) -> None:
     """A line per unit; its held-out losses are dashed, in the same colour."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="update", ylabel="loss per target token")
+    axes = figure.add_subplot(xlabel="update", ylabel="loss per target token or pair")
     for index, result in enumerate(results):
         colour = f"C{index % 10}"
         for records, style, label in [
@@ -147,7 +147,8 @@ def _summary(results: Sequence[UnitResult]) -> str:
         *(_summary_row(result) for result in results),
         "",
         f"Losses are means over up to {RECENT_STEPS} updates, held-out losses over all held-out",
-        "target tokens. Forwards are shared by the units, so their speeds add up.",
+        "target tokens, of preferences over pairs. Forwards are shared by the units, so their",
+        "speeds add up.",
         "",
         "![loss](loss.png)",
         "",
@@ -181,12 +182,24 @@ def _summary_facts(result: UnitResult) -> list[str]:
     facts = [
         result.data,
         f"held out {result.eval_data}" if result.eval_data else None,
+        *_preference_facts(result),
         f"settings: {settings or 'the defaults'}",
         f"{result.folder}: weights after update {result.exported_step}" if result.folder else None,
         result.note,
         f"{result.name} failed: {result.error}" if result.error else None,
     ]
     return [f"## {result.name}", "", *(f"- {fact}" for fact in facts if fact is not None), ""]
+
+
+def _preference_facts(result: UnitResult) -> Iterator[str]:
+    """The share of pairs whose chosen answer the adapter moved towards, and by how much."""
+    signals = [(r.accuracy, r.margin) for r in result.records if r.accuracy is not None]
+    for when, some in [("first", signals[:RECENT_STEPS]), ("last", signals[-RECENT_STEPS:])]:
+        if some:
+            accuracy, margin = (_mean(values) for values in zip(*some, strict=True))
+            yield f"{when} {len(some)} updates: accuracy {accuracy:.0%}, margin {margin:.3f}"
+    if result.best and result.best.accuracy is not None:
+        yield f"held out, best: accuracy {result.best.accuracy:.0%}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,14 +22,17 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.fields import convert, nearest
 from lora_runtime.training.held_out import HeldOut
+from lora_runtime.training.preferences import SETTINGS
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import Unit, UnitStatus
 
 RUNGS = (0.25, 0.5)
 """Shares of a member's updates after which the worse half stops."""
 
-FIXED = ("name", "data", "eval_data", "eval_fraction", "target_modules", "export", "sweep")
-"""Fields in which the members of a sweep cannot differ."""
+FIXED = (
+    "name", "data", "eval_data", "eval_fraction", "target_modules", "export", "sweep", *SETTINGS,
+)  # fmt: skip
+"""Fields in which the members of a sweep cannot differ: names, files, and what the loss is."""
 SHORT = {"learning_rate": "lr"}
 """Names of fields in the names of members, and as a sweep may call them."""
 

@@ -53,6 +53,8 @@ def _add(writer: Any, unit: Unit) -> None:
         "grad_norm": record.grad_norm,
         "tokens_per_second": record.num_tokens / max(record.seconds, 1e-9),
     }
+    if record.accuracy is not None and record.margin is not None:
+        values |= {"preferences/accuracy": record.accuracy, "preferences/margin": record.margin}
     evaluations = unit.held_out.records if unit.held_out else []
     if evaluations and evaluations[-1].step == record.step:
         values["loss/held_out"] = evaluations[-1].loss

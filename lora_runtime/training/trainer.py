@@ -27,12 +27,13 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Example, load_all
+from lora_runtime.training.data import Item, load_all
 from lora_runtime.training.distributed import ALONE, World, gather_gradients, joined, share_state
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
 from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
 from lora_runtime.training.memory import Gradients, Say, in_forwards
+from lora_runtime.training.preferences import References, Signal
 from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
@@ -139,29 +140,29 @@ def run_pass(
             parameter.grad = torch.zeros_like(parameter)
     started = time.perf_counter()
     compute = partial(_losses_and_gradients, base)
-    for group, losses in in_forwards(units, Unit.next_micro_batch, compute, world, say):
+    for group, signals in in_forwards(units, Unit.next_micro_batch, compute, world, say):
         seconds = time.perf_counter() - started
-        for unit, loss in zip(group, losses, strict=True):
-            if math.isfinite(loss):
-                unit.advance(loss, seconds, world.sum_)
+        for unit, found in zip(group, signals, strict=True):
+            if math.isfinite(found.loss):
+                unit.advance(found, seconds, world.sum_)
             else:
-                unit.fail(f"the loss of update {unit.step + 1} is {loss}; {LOWER_RATE}")
+                unit.fail(f"the loss of update {unit.step + 1} is {found.loss}; {LOWER_RATE}")
         started = time.perf_counter()
     return [unit for unit in units if not unit.is_running or not unit.window.done]
 
 
 def _losses_and_gradients(
-    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
-) -> tuple[list[float], Gradients]:
+    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]
+) -> tuple[list[Signal], Gradients]:
     """Of a forward. A unit whose loss is not finite has no gradients."""
     losses = window_losses(base, units, batches)
-    values = losses.tolist()
-    finite = [index for index, value in enumerate(values) if math.isfinite(value)]
+    signals = Signal.rows(losses)
+    finite = [index for index, own in enumerate(signals) if math.isfinite(own.loss)]
     parameters = [parameter for index in finite for parameter in units[index].parameters]
-    total = losses[finite].sum()
+    total = losses[finite, 0].sum()
     found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
     pairs = zip(parameters, found, strict=True)
-    return values, [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+    return signals, [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
 
 
 def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
@@ -193,10 +194,12 @@ def create_units(
             field="max_seq_len",
         )
     units = []
+    references: References = {}
     datasets = load_all(config.units, tokenizer, config.max_seq_len)
     for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
         seed = config.seed_of(unit_config)
         unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size)
+        unit.references = references
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
         units.append(unit)
     return units

@@ -20,9 +20,10 @@ from transformers import get_scheduler
 
 from lora_runtime.base.loader import Base
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.data import Dataset, Example, ExampleStream, Limits, balanced, num_tokens
+from lora_runtime.training.data import Dataset, ExampleStream, Item, Limits, balanced, num_tokens
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
+from lora_runtime.training.preferences import NOTHING, References, Signal, check_settings
 from lora_runtime.training.starts import adapter_spec, start_modules
 
 LOWER_RATE = "a lower learning_rate usually helps"
@@ -39,10 +40,13 @@ class UnitStatus(StrEnum):
 
 
 class StepRecord(NamedTuple):
-    """What one update did. `loss` is the mean over the update's target tokens, before it."""
+    """What one update did. `loss` is the mean over its target tokens, or pairs, before it."""
 
     step: int
     loss: float
+    accuracy: float | None
+    """Of preferences: see `Signal`."""
+    margin: float | None
     learning_rate: float
     grad_norm: float
     """Length of the gradient before clipping."""
@@ -54,18 +58,18 @@ class StepRecord(NamedTuple):
 
 @dataclass(slots=True)
 class Window:
-    """How far the current update is: its examples done, their loss and wall time."""
+    """How far the current update is: its examples done, what they showed and their wall time."""
 
     done: list[int] = field(default_factory=list)
     """Their places among the update's examples."""
-    loss: float = 0.0
+    signal: Signal = NOTHING
     seconds: float = 0.0
 
 
 class Unit:
     """One adapter being trained. Weights are float32, or float64 on a float64 base.
 
-    An update takes the next `micro_batch_size · gradient_accumulation` examples of the stream, its
+    An update takes the next `micro_batch_size · gradient_accumulation` items of the stream, its
     window, one micro-batch at a time, or at a time one on each of several processes.
     """
 
@@ -78,11 +82,12 @@ class Unit:
         seed: int,
         num_processes: int = 1,
     ) -> None:
-        """Raises ConfigError for settings that the base cannot follow."""
+        """Raises ConfigError for settings that the base or the data cannot follow."""
+        check_settings(config, dataset)
         self.config, self.dataset, self.seed = config, dataset, seed
         self.num_processes = num_processes
         self.limits = Limits(config.micro_batch_size, config.max_tokens_per_batch)
-        self.num_steps = config.num_steps(len(dataset.examples))
+        self.num_steps = config.num_steps(len(dataset.items))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
         self.modules = start_modules(config, spec, base, seed, dataset.examples)
@@ -99,7 +104,8 @@ class Unit:
         self.note: str | None = None
         self.held_out: HeldOut | None = None
         self.window = Window()
-        self._stream = ExampleStream(dataset.examples, seed)
+        self.references: References = {}
+        self._stream = ExampleStream(dataset.items, seed)
 
     @property
     def name(self) -> str:
@@ -136,32 +142,32 @@ class Unit:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def next_micro_batch(self, rank: int = 0) -> list[Example]:
-        """The examples of this unit's next forward on one process, empty if it has had its share.
+    def next_micro_batch(self, rank: int = 0) -> list[Item]:
+        """The items of this unit's next forward on one process, empty if it has had its share.
 
         Shares have about equally many tokens.
         """
-        examples = self._window_examples()
-        return [examples[place] for place in self._next_places(examples)[rank]]
+        items = self._window()
+        return [items[place] for place in self._next_places(items)[rank]]
 
     @property
-    def window_target_tokens(self) -> int:
-        """Target tokens of the whole window: what its losses are divided by."""
-        return sum(len(example.predictors) for example in self._window_examples())
+    def window_weight(self) -> int:
+        """Target tokens of the whole window, or its pairs: what its losses are divided by."""
+        return sum(item.weight for item in self._window())
 
     def advance(
-        self, loss: float, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
+        self, signal: Signal, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
     ) -> None:
         """Count a forward whose gradients are in place; update at the end of the window.
 
-        `loss` is its share of the window's mean; `sum_gradients` adds those of other processes to
-        the window's. The unit fails, its weights untouched, when the gradient is not finite.
+        `signal` is its share of the window's means; `sum_gradients` adds those of other processes
+        to the window's. The unit fails, its weights untouched, when the gradient is not finite.
         """
-        window, examples = self.window, self._window_examples()
-        window.done += chain.from_iterable(self._next_places(examples))
-        window.loss += loss
+        window, items = self.window, self._window()
+        window.done += chain.from_iterable(self._next_places(items))
+        window.signal = window.signal.plus(signal)
         window.seconds += seconds
-        if len(window.done) == len(examples):
+        if len(window.done) == len(items):
             sum_gradients([parameter.grad for parameter in self.parameters])
             self._update()
 
@@ -192,14 +198,17 @@ class Unit:
         if not math.isfinite(grad_norm):
             self.fail(f"the gradient of update {self.step + 1} is not finite; {LOWER_RATE}")
             return
-        examples = self._window_examples()
+        signal = self.window.signal
+        examples = [example for item in self._window() for example in item.examples]
         record = StepRecord(
             step=self.step + 1,
-            loss=self.window.loss,
+            loss=signal.loss,
+            accuracy=signal.accuracy if self.dataset.is_preference else None,
+            margin=signal.margin if self.dataset.is_preference else None,
             learning_rate=self.schedule.get_last_lr()[0],
             grad_norm=grad_norm,
             num_tokens=sum(len(example.token_ids) for example in examples),
-            num_target_tokens=self.window_target_tokens,
+            num_target_tokens=sum(len(example.predictors) for example in examples),
             seconds=self.window.seconds,
         )
         self.optimizer.step()
@@ -211,18 +220,18 @@ class Unit:
         if self.step == self.num_steps:
             self.status = UnitStatus.DONE
 
-    def _next_places(self, examples: Sequence[Example]) -> list[list[int]]:
+    def _next_places(self, items: Sequence[Item]) -> list[list[int]]:
         """What of the window each process computes next."""
-        lengths, done = list(map(num_tokens, examples)), set(self.window.done)
+        lengths, done = list(map(num_tokens, items)), set(self.window.done)
         shares = balanced(lengths, self.num_processes)
         left = [[place for place in share if place not in done] for share in shares]
         return [
             self.limits.groups(share, lengths.__getitem__)[0] if share else [] for share in left
         ]
 
-    def _window_examples(self) -> list[Example]:
+    def _window(self) -> list[Item]:
         size = self.config.examples_per_step
         start = self.step * size
         if self.config.max_steps is None:
-            size = min(size, len(self.dataset.examples) * self.config.num_epochs - start)
+            size = min(size, len(self.dataset.items) * self.config.num_epochs - start)
         return self._stream.take(start, size)

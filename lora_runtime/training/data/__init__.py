@@ -6,21 +6,15 @@ from lora_runtime.training.data.batches import (
     PackedBatch,
     balanced,
     micro_batches,
-    num_tokens,
 )
-from lora_runtime.training.data.dataset import (
-    Dataset,
-    Example,
-    Pair,
-    load_all,
-    load_dataset,
-    load_datasets,
-)
+from lora_runtime.training.data.dataset import Dataset, load_all, load_dataset, load_datasets
+from lora_runtime.training.data.examples import Example, Item, Pair, num_tokens
 
 __all__ = [
     "Dataset",
     "Example",
     "ExampleStream",
+    "Item",
     "Limits",
     "PackedBatch",
     "Pair",

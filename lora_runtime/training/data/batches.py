@@ -11,37 +11,32 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.varlen_attention import Rows
-from lora_runtime.training.data.dataset import Example
+from lora_runtime.training.data.examples import Example, Item, num_tokens
 
 T = TypeVar("T")
 
 
 class ExampleStream:
-    """The examples of all epochs one after another, each epoch in its own random order.
+    """The items of all epochs one after another, each epoch in its own random order.
 
     The order is a function of (seed, epoch), so a position in the stream is the whole cursor.
     """
 
-    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+    def __init__(self, examples: Sequence[Item], seed: int) -> None:
         self._examples = examples
         self._seed = seed
         self._epoch, self._order = -1, list[int]()
 
-    def take(self, start: int, count: int) -> list[Example]:
-        """The `count` examples from position `start`."""
+    def take(self, start: int, count: int) -> list[Item]:
+        """The `count` items from position `start`."""
         return [self._at(position) for position in range(start, start + count)]
 
-    def _at(self, position: int) -> Example:
+    def _at(self, position: int) -> Item:
         epoch, index = divmod(position, len(self._examples))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(len(self._examples)))
             random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
         return self._examples[self._order[index]]
-
-
-def num_tokens(example: Example) -> int:
-    """Length of an example."""
-    return len(example.token_ids)
 
 
 def micro_batches(
@@ -101,7 +96,7 @@ class Limits:
         """`examples` as micro-batches within the limits."""
         return micro_batches(examples, self.num_examples, self.num_tokens, length)
 
-    def halve(self, batch: Sequence[Example]) -> str:
+    def halve(self, batch: Sequence[Item]) -> str:
         """Make the next micro-batches half as large as `batch`, which did not fit; say so."""
         if self.num_tokens is None:
             self.num_examples = (len(batch) + 1) // 2

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from lora_runtime.errors import DataError
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import InstructionStyle, Truncation, UnitConfig
+from lora_runtime.training.data.examples import Example, Item, Pair
 from lora_runtime.training.data.formats import (
     Split,
     Values,
@@ -26,27 +26,11 @@ from lora_runtime.training.data.formats import (
 )
 from lora_runtime.training.data.rows import read_rows
 
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """token_ids (n,) int64; predictors (m,) int64, m ≥ 1: positions whose next token is learned."""
-
-    token_ids: Tensor
-    predictors: Tensor
-
-
 T = TypeVar("T")
 
 
 _source = attrgetter("data", "eval_data", "eval_fraction", "columns", "truncation", "instructions")
 """The settings of a unit that decide what its data are."""
-
-
-class Pair(NamedTuple):
-    """Two answers to one prompt."""
-
-    chosen: Example
-    rejected: Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +50,22 @@ class Dataset:
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """The preferences; empty for other formats."""
-        chosen = self.examples[::2] if self.format == "preference" else ()
+        chosen = self.examples[::2] if self.is_preference else ()
         return tuple(map(Pair, chosen, self.examples[1::2]))
+
+    @property
+    def is_preference(self) -> bool:
+        return self.format == "preference"
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """What is trained on one by one: the pairs, or else the examples."""
+        return self.pairs or self.examples
+
+    @property
+    def weight(self) -> int:
+        """What the sum of all losses is divided by: the target tokens, or the pairs."""
+        return sum(item.weight for item in self.items)
 
     @property
     def num_tokens(self) -> int:
@@ -85,8 +83,9 @@ class Dataset:
     def describe(self) -> str:
         """One line of facts to show before training."""
         share = self.num_target_tokens / self.num_tokens
+        counted = f"{len(self.items)} {'pairs' if self.is_preference else 'examples'}"
         return (
-            f"{self.path}: {len(self.examples)} examples ({self.num_truncated} truncated), "
+            f"{self.path}: {counted} ({self.num_truncated} truncated), "
             f"{self.num_tokens} tokens, {self.num_target_tokens} of them targets ({share:.0%}), "
             f"the longest example {self.longest}"
         )
@@ -139,12 +138,6 @@ def load_datasets(
             )
     elif config.eval_fraction:
         train, held_out = _hold_out(train, config.eval_fraction)
-    if train.format == "preference":
-        raise DataError(
-            f"{train.path} holds preferences, and there is no training on them yet; "
-            "for plain training set columns: {prompt: prompt, completion: chosen}",
-            field="data",
-        )
     return _dataset(train), _dataset(held_out) if held_out else None
 
 
@@ -208,6 +201,7 @@ def _read(
             draw = _draw(content_of(values, kind))
             splits = split_row(values, kind, tokenizer, instructions)
             examples = [_example(split, max_seq_len, truncation) for split in splits]
+            _check_different(examples)
         except DataError as error:
             raise DataError(f"{where}: {error.message}", field=error.field) from error
         num_truncated = sum(len(token_ids) > max_seq_len for token_ids, _ in splits)
@@ -240,6 +234,16 @@ def _example(split: Split, max_seq_len: int, truncation: Truncation) -> Example:
             field="max_seq_len",
         )
     return Example(torch.tensor(token_ids, dtype=torch.int64), predictors)
+
+
+def _check_different(examples: Sequence[Example]) -> None:
+    first, *others = (example.token_ids.tolist() for example in examples)
+    if first in others:
+        raise DataError(
+            "chosen and rejected are the same tokens, which teaches nothing; remove the pair, or "
+            "raise max_seq_len if that cuts them where they differ",
+            field="rejected",
+        )
 
 
 def _cut(part: Sequence[T], max_seq_len: int, truncation: Truncation) -> Sequence[T]:

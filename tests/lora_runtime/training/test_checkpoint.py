@@ -50,7 +50,8 @@ def adapter_tensors(output):
 def curves(results):
     """Training and held-out losses, without the seconds."""
     return [
-        [record[:-1] for record in (*result.records, *result.eval_records)] for result in results
+        [r._replace(seconds=0.0) for r in (*result.records, *result.eval_records)]
+        for result in results
     ]
 
 

@@ -147,11 +147,9 @@ def test_preferences_are_pairs_of_completions(tmp_path, tokenizer, row):
             assert example.predictors.tolist() == expected.predictors.tolist()
 
 
-def test_preferences_are_not_trained_on_by_mistake(tmp_path, tokenizer):
+def test_preferences_can_be_read_as_completions(tmp_path, tokenizer):
     row = {"prompt": "the fox", "chosen": " jumps", "rejected": " sinks"}
     path = write_jsonl(tmp_path / "d", [row])
-    with pytest.raises(DataError, match="preferences"):
-        load_datasets(UnitConfig(name="u", data=path), tokenizer, 64)
     columns = {"prompt": "prompt", "completion": "chosen"}
     train, _ = load_datasets(UnitConfig(name="u", data=path, columns=columns), tokenizer, 64)
     assert learned(tokenizer, train.examples[0]) == " jumps"

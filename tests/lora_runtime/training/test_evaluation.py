@@ -13,7 +13,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training import trainer
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import load_dataset
-from lora_runtime.training.evaluation import evaluate_due, held_out_losses
+from lora_runtime.training.evaluation import evaluate_due, held_out_signals
 from lora_runtime.training.held_out import EvalRecord, HeldOut
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.trainer import run_pass
@@ -101,7 +101,7 @@ def test_units_share_forwards(tmp_path, tokenizer, base):
         forwards.append([unit.name for unit in units])
         return loss_sums(base, units, batches)
 
-    losses = held_out_losses(base, pairs, counted)
+    losses = [signal.loss for signal in held_out_signals(base, pairs, counted)]
     assert forwards == [["calm", "hasty"], ["calm", "hasty"], ["calm"], ["calm"]]
     twin = dense_twin(base, "llama")
     expected = [mean_loss(twin, held_out.dataset) for _, held_out in pairs]

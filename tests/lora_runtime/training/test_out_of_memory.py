@@ -12,7 +12,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import num_tokens
 from lora_runtime.training.distributed import ALONE
-from lora_runtime.training.evaluation import held_out_losses
+from lora_runtime.training.evaluation import held_out_signals
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.trainer import run_pass
@@ -165,11 +165,12 @@ def test_evaluation_is_the_same_with_less_memory(
 ):
     units = units_of(exact_base, tokenizer, tmp_path)
     pairs = [(unit, HeldOut(unit.config, unit.dataset)) for unit in units]
-    expected = held_out_losses(exact_base, pairs, loss_sums)
+    expected = held_out_signals(exact_base, pairs, loss_sums)
     memory = SmallMemory(monkeypatch, room * longest_of(units))
     said = []
-    losses = held_out_losses(exact_base, pairs, loss_sums, ALONE, said.append)
-    assert losses == pytest.approx(expected, abs=1e-12)
+    found = held_out_signals(exact_base, pairs, loss_sums, ALONE, said.append)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-12)
     assert len(said) == memory.num_failures > 0
     computed = sum(size for size in memory.sizes if size <= memory.limit)
     assert computed == sum(map(num_tokens, (e for u in units for e in u.dataset.examples)))
