@@ -40,7 +40,7 @@ def evaluate_due(
         if unit.status is UnitStatus.FAILED:
             continue
         accuracy = signal.accuracy if unit.dataset.is_preference else None
-        held_out.note(EvalRecord(unit.step, signal.loss, seconds, accuracy), unit.parameters)
+        held_out.note(EvalRecord(unit.step, signal.loss, accuracy, seconds), unit.parameters)
         if unit.is_running and held_out.is_out_of_patience:
             unit.end(UnitStatus.DONE, "the held-out loss no longer falls")
 

@@ -20,10 +20,10 @@ class EvalRecord(NamedTuple):
 
     step: int
     loss: float
+    accuracy: float | None
+    """Of preferences: see `Signal`."""
     seconds: float
     """Wall time, which other units may share."""
-    accuracy: float | None = None
-    """Of preferences: see `Signal`."""
 
 
 class HeldOut:

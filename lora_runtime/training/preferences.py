@@ -5,8 +5,8 @@
 
 π is the unit, y_w the chosen and y_l the rejected answer, log π(y) the sum over its target tokens,
 β `dpo_beta`, ε `label_smoothing`, w `dpo_sft_weight`. The reference π₀ is the base in the unit's
-own order of layers with the adapter off, which is where every unit starts but one of the init
-`loftq`; so the first loss is log 2 when w is 0. Sources: DPO arXiv:2305.18290; ε is its
+own order of layers with the adapter off. That is where units start, so the first loss is log 2
+where w is 0, but for an init that makes up for quantisation. Sources: DPO arXiv:2305.18290; ε is its
 conservative form, https://ericmitchell.ai/cdpo.pdf; w is α of arXiv:2404.19733.
 """
 

@@ -87,7 +87,9 @@ class Unit:
         self.config, self.dataset, self.seed = config, dataset, seed
         self.num_processes = num_processes
         self.limits = Limits(config.micro_batch_size, config.max_tokens_per_batch)
-        self.num_steps = config.num_steps(len(dataset.items))
+        items = dataset.items
+        self._num_items = len(items)
+        self.num_steps = config.num_steps(len(items))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
         self.modules = start_modules(config, spec, base, seed, dataset.examples)
@@ -105,7 +107,7 @@ class Unit:
         self.held_out: HeldOut | None = None
         self.window = Window()
         self.references: References = {}
-        self._stream = ExampleStream(dataset.items, seed)
+        self._stream = ExampleStream(items, seed)
 
     @property
     def name(self) -> str:
@@ -233,5 +235,5 @@ class Unit:
         size = self.config.examples_per_step
         start = self.step * size
         if self.config.max_steps is None:
-            size = min(size, len(self.dataset.items) * self.config.num_epochs - start)
+            size = min(size, self._num_items * self.config.num_epochs - start)
         return self._stream.take(start, size)

@@ -335,7 +335,7 @@ def test_train_flags_of_the_run(invoke, runs, tmp_path):
 
 def test_train_shows_held_out_losses_and_who_was_stopped(invoke, monkeypatch, tmp_path):
     facts = dict(error=None, data="", num_parameters=1, num_steps=9, records=())
-    best = EvalRecord(step=4, loss=1.23456, seconds=0.1)
+    best = EvalRecord(step=4, loss=1.23456, accuracy=None, seconds=0.1)
     results = [
         UnitResult(name="u-lr=1", status=UnitStatus.STOPPED, folder=None, note="behind u-lr=2",
                    sweep="u", **facts),

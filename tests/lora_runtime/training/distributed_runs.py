@@ -17,6 +17,7 @@ from lora_runtime.training.distributed import ALONE, joined
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
     make_tokenizer,
+    preferences,
     quiet_console,
     ragged_data,
     run,
@@ -39,6 +40,11 @@ def configs_of(folder):
             name="dora", data=ragged_data(folder / "b", 7, seed=2), rank=3, num_epochs=2,
             micro_batch_size=5, max_tokens_per_batch=70, use_dora=True, learning_rate=5e-3,
             eval_data=ragged_data(folder / "e", 6, seed=4), eval_interval=2, weight_decay=0.1,
+        ),
+        UnitConfig(
+            name="dpo", data=preferences(folder / "p", 5), rank=2, num_epochs=2,
+            micro_batch_size=1, gradient_accumulation=3, learning_rate=5e-3,
+            eval_data=preferences(folder / "q", 3, seed=5), eval_interval=2,
         ),
         UnitConfig(
             name="tiny", data=ragged_data(folder / "c", 3, seed=3), rank=2, max_steps=4,

@@ -50,8 +50,7 @@ def adapter_tensors(output):
 def curves(results):
     """Training and held-out losses, without the seconds."""
     return [
-        [r._replace(seconds=0.0) for r in (*result.records, *result.eval_records)]
-        for result in results
+        [record[:-1] for record in (*result.records, *result.eval_records)] for result in results
     ]
 
 

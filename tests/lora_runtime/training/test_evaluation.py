@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer):
     weights = [torch.nn.Parameter(torch.ones(2))]
     for step, loss in enumerate([float("nan"), 3.0, float("inf"), float("nan")], 1):
         assert not held_out.is_out_of_patience
-        held_out.note(EvalRecord(step, loss, 0.0), weights)
+        held_out.note(EvalRecord(step, loss, None, 0.0), weights)
         weights[0].data += 1
     assert held_out.best_record.step == 2 and held_out.is_out_of_patience
     held_out.restore_best(weights)

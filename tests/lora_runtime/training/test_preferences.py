@@ -6,7 +6,6 @@ import copy
 import csv
 import json
 import math
-import random
 
 import peft
 import pytest
@@ -22,9 +21,9 @@ from lora_runtime.training.dry_run import estimate
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.trainer import run_pass
 from tests.lora_runtime.training.tiny_runs import (
-    WORDS,
     StopAfter,
     make_unit,
+    preferences,
     quiet_console,
     ragged_data,
     run,
@@ -34,20 +33,6 @@ from tests.lora_runtime.training.tiny_runs import (
 from tests.tiny import dense_twin, in_float64
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def preferences(path, count, seed=0):
-    """Answers of very different lengths; the chosen ones speak of the ship."""
-    rng = random.Random(seed)
-
-    def text(longest):
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
-
-    rows = [
-        {"prompt": text(5), "chosen": f" ships {text(7)}", "rejected": f" dog {text(4)}"}
-        for _ in range(count)
-    ]
-    return write_jsonl(path, rows)
 
 
 def config_of(tmp_path, **options):

@@ -165,7 +165,7 @@ class Member:
     def advance(self, count: int = 1) -> None:
         for _ in range(count if self.is_running else 0):
             self.step += 1
-            self.held_out.note(EvalRecord(self.step, self._losses[self.step - 1], 0.0), [])
+            self.held_out.note(EvalRecord(self.step, self._losses[self.step - 1], None, 0.0), [])
             if self.step == self.num_steps:
                 self.status = UnitStatus.DONE
 

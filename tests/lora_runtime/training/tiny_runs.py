@@ -42,6 +42,20 @@ def ragged_data(path: Path, count: int, seed: int = 0) -> Path:
     return write_jsonl(path, [{"prompt": text(6), "completion": text(9)} for _ in range(count)])
 
 
+def preferences(path, count, seed=0):
+    """Answers of very different lengths; the chosen ones speak of the ship."""
+    rng = random.Random(seed)
+
+    def text(longest):
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    rows = [
+        {"prompt": text(5), "chosen": f" ships {text(7)}", "rejected": f" dog {text(4)}"}
+        for _ in range(count)
+    ]
+    return write_jsonl(path, rows)
+
+
 def quiet_console() -> Console:
     return Console(file=io.StringIO(), force_terminal=False, width=200)
 
