@@ -6,8 +6,8 @@
 π is the unit, y_w the chosen and y_l the rejected answer, log π(y) the sum over its target tokens,
 β `dpo_beta`, ε `label_smoothing`, w `dpo_sft_weight`. The reference π₀ is the base in the unit's
 own order of layers with the adapter off. That is where units start, so the first loss is log 2
-where w is 0, but for an init that makes up for quantisation. Sources: DPO arXiv:2305.18290; ε is its
-conservative form, https://ericmitchell.ai/cdpo.pdf; w is α of arXiv:2404.19733.
+where w is 0, but for an init that makes up for quantisation. Sources: DPO arXiv:2305.18290; ε is
+its conservative form, https://ericmitchell.ai/cdpo.pdf; w is α of arXiv:2404.19733.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Signal(NamedTuple):
 
     loss: float
     accuracy: float
-    """Of preferences, the share of pairs with m > 0: the unit moved towards the chosen answer."""
+    """Of preferences, the share of pairs with m > 0: the unit moved towards the chosen answer.
+    Before the first update m is 0 but for rounding.
+    """
     margin: float
     """Of preferences, m."""
 
