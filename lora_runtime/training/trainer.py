@@ -33,7 +33,7 @@ from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
 from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
 from lora_runtime.training.memory import Gradients, Say, in_forwards
-from lora_runtime.training.preferences import References, Signal
+from lora_runtime.training.preferences import Signal
 from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
@@ -194,12 +194,10 @@ def create_units(
             field="max_seq_len",
         )
     units = []
-    references: References = {}
     datasets = load_all(config.units, tokenizer, config.max_seq_len)
     for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
         seed = config.seed_of(unit_config)
         unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size)
-        unit.references = references
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
         units.append(unit)
     return units

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import json
 import math
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError, DataError
-from lora_runtime.training import losses
+from lora_runtime.training import losses, tensorboard
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset, num_tokens
 from lora_runtime.training.dry_run import estimate
@@ -209,16 +211,17 @@ def test_with_other_units_equals_alone(tmp_path, tokenizer, exact_base):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Tokens of the examples of every forward."""
-    sizes = []
+    """Tokens of the examples of every forward, and True when the base read them alone."""
+    found = []
     real = losses.token_losses
 
     def counted(base, bindings, layer_maps, batches):
-        sizes.append(sum(num_tokens(example) for examples in batches for example in examples))
+        tokens = sum(num_tokens(example) for examples in batches for example in examples)
+        found.append((tokens, not bindings))
         return real(base, bindings, layer_maps, batches)
 
     monkeypatch.setattr(losses, "token_losses", counted)
-    return sizes
+    return found
 
 
 def test_any_micro_batches_are_one_batch(tmp_path, tokenizer, exact_base, forwards):
@@ -233,8 +236,10 @@ def test_any_micro_batches_are_one_batch(tmp_path, tokenizer, exact_base, forwar
         forwards.clear()
         unit = make_unit(exact_base, tokenizer, config_of(tmp_path, **options))
         found.append(*train(exact_base, [unit]))
-        assert sum(forwards) == (1 + 2) * unit.dataset.num_tokens
-    assert 60 < max(forwards) <= 90
+        by_base = [tokens for tokens, is_base in forwards if is_base]
+        assert sum(by_base) == unit.dataset.num_tokens
+        assert sum(tokens for tokens, _ in forwards) == (1 + 2) * unit.dataset.num_tokens
+    assert 60 < max(tokens for tokens, _ in forwards) <= 90
     for unit in found[1:]:
         assert_same(unit, found[0])
 
@@ -249,13 +254,12 @@ def test_members_of_a_sweep_share_what_the_base_says(tmp_path, tokenizer, base, 
     ours, held_out = (
         load_dataset(path, tokenizer, 256).num_tokens for path in (config.data, config.eval_data)
     )
-    alone = [ours, held_out]
-    assert forwards[:4] == [ours, 2 * ours, held_out, 2 * held_out]
-    assert forwards[4:6] == alone
+    both = [(ours, True), (2 * ours, False), (held_out, True), (2 * held_out, False)]
+    assert forwards[:6] == [*both, (ours, False), (held_out, False)]
 
 
-def test_resumed_inside_an_update_it_ends_the_same(tmp_path, tokenizer, base):
-    """In the second epoch, when what the base says was read in other company."""
+def test_resumed_inside_an_update_it_ends_the_same(tmp_path, tokenizer, base, forwards):
+    """In the third epoch; what the base says, to the bit, is not read again in other company."""
     units = [
         config_of(
             tmp_path, data=preferences(tmp_path / "p", 4), micro_batch_size=1, num_epochs=3,
@@ -270,7 +274,9 @@ def test_resumed_inside_an_update_it_ends_the_same(tmp_path, tokenizer, base):
     (state,) = output.glob("checkpoints/*/state.json")
     facts = json.loads(state.read_text())["units"]["u"]
     assert facts["window"]["done"] and None not in facts["references"]
+    forwards.clear()
     resumed = run(base, tokenizer, output, units, resume=True)
+    assert forwards and not any(is_base for _, is_base in forwards)
     for ours, theirs in zip(resumed, expected, strict=True):
         for name in ("records", "eval_records"):
             records = [[r._replace(seconds=0) for r in getattr(x, name)] for x in (ours, theirs)]
@@ -327,6 +333,18 @@ def test_what_is_shown(finished):
     assert f"held out, best: accuracy {result.best.accuracy:.0%}" in page
     assert f"accuracy {result.records[-1].accuracy:.0%}, margin " in console
     assert any(line.split()[:4] == ["u", "p", "preference", "16"] for line in console.splitlines())
+
+
+def test_tensorboard_has_curves_of_preferences_only(finished):
+    for result, has_them in zip(finished[1], (True, False), strict=True):
+        values = {}
+        add = functools.partial(lambda kept, name, value, step: kept.update({name: value}), values)
+        writer = SimpleNamespace(add_scalar=add)
+        tensorboard._add(writer, SimpleNamespace(records=result.records, held_out=None))
+        found = {name: value for name, value in values.items() if name.startswith("preferences/")}
+        last = result.records[-1]
+        expected = {"preferences/accuracy": last.accuracy, "preferences/margin": last.margin}
+        assert found == (expected if has_them else {}) and values["loss/train"] == last.loss
 
 
 def test_dry_run_counts_pairs(tmp_path, tokenizer, base):
