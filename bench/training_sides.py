@@ -21,7 +21,7 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset, ExampleStream, load_dataset
-from lora_runtime.training.evaluation import held_out_losses
+from lora_runtime.training.evaluation import held_out_signals
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.trainer import run_pass
@@ -139,9 +139,8 @@ class _Ours:
 
     def loss(self) -> float:
         unit = self.units[0]
-        return held_out_losses(self.base, [(unit, HeldOut(unit.config, self.held_out))], loss_sums)[
-            0
-        ]
+        held_out = HeldOut(unit.config, self.held_out)
+        return held_out_signals(self.base, [(unit, held_out)], loss_sums)[0].loss
 
 
 def _ours(task: Task, kind: Ours) -> _Ours:

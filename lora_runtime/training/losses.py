@@ -40,7 +40,7 @@ def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item
     """
     examples = [[example for item in items for example in item.examples] for items in batches]
     _add_references(base, units, examples)
-    losses = token_losses(base, bind(units, base), [unit.layer_map for unit in units], examples)
+    losses = token_losses(base, units, examples)
     parts = losses.split([_num_targets(some) for some in examples])
     return torch.stack([_sums(*each) for each in zip(units, examples, parts, strict=True)])
 
@@ -67,22 +67,25 @@ def _add_references(
     if not missing:
         return
     keys = [(layer_map, example) for layer_map, own in missing.items() for example in own]
-    losses = token_losses(base, {}, list(missing), [list(own) for own in missing.values()])
+    losses = _token_losses(base, {}, list(missing), [list(own) for own in missing.values()])
     parts = losses.split([len(example.predictors) for _, example in keys])
     found = (-torch.stack([part.sum() for part in parts])).tolist()
     for unit in units:
         unit.references.update(zip(keys, found, strict=True))
 
 
-def token_losses(
+def token_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]) -> Tensor:
+    """−log p of every target token under its unit's adapter, (n,) in float32 or better."""
+    return _token_losses(base, bind(units, base), [unit.layer_map for unit in units], batches)
+
+
+def _token_losses(
     base: Base,
     bindings: Bindings,
     layer_maps: Sequence[LayerMap | None],
     batches: Sequence[Sequence[Example]],
 ) -> Tensor:
-    """−log p of every target token, (n,) in float32 or better: batch n is read under slot n of the
-    bindings and in its own order of layers.
-    """
+    """Batch n is read under slot n of the bindings and in its own order of layers."""
     batch = PackedBatch.of(batches, base.device)
     rows = list(map(UnitRows, batch.rows, layer_maps))
     states = hidden_states(base, rows, bindings, batch.token_ids, batch.position_ids)

@@ -132,6 +132,7 @@ STARTS = {
     "dora": dict(variant="dora"),
     "pissa": dict(init="pissa"),
     "pissa-dora": dict(init="pissa", use_dora=True, variant="rslora"),
+    "vocabulary": dict(modules_to_save=("embed_tokens", "lm_head")),
     "replicated": dict(layer_replication=((0, 2), (1, 3), (0, 1))),
 }
 
@@ -213,14 +214,14 @@ def test_with_other_units_equals_alone(tmp_path, tokenizer, exact_base):
 def forwards(monkeypatch):
     """Tokens of the examples of every forward, and True when the base read them alone."""
     found = []
-    real = losses.token_losses
+    real = losses._token_losses
 
     def counted(base, bindings, layer_maps, batches):
         tokens = sum(num_tokens(example) for examples in batches for example in examples)
         found.append((tokens, not bindings))
         return real(base, bindings, layer_maps, batches)
 
-    monkeypatch.setattr(losses, "token_losses", counted)
+    monkeypatch.setattr(losses, "_token_losses", counted)
     return found
 
 
