@@ -7,7 +7,7 @@ parsed against the base before there is a weight, so training and serving cannot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ from lora_runtime.training.inits import (
     quantisation_loss,
 )
 from lora_runtime.training.variants import Trained, TrainedModule, TrainedRows, norms
+
+AFTER_THE_START = (
+    "name", "dpo_beta", "label_smoothing", "dpo_sft_weight", "learning_rate", "loraplus_ratio",
+    "schedule", "warmup", "num_epochs", "max_steps", "micro_batch_size", "max_tokens_per_batch",
+    "gradient_accumulation", "optimizer", "weight_decay", "max_grad_norm", "seed", "eval_interval",
+    "patience", "export", "adapter_dtype", "sweep",
+)  # fmt: skip
+"""Fields of UnitConfig that the first weights do not depend on; the seed that is used is told."""
+
+
+def start_alike(one: UnitConfig, other: UnitConfig) -> bool:
+    """True when units of these settings and one seed have the same first weights."""
+    deciding = [entry.name for entry in fields(UnitConfig) if entry.name not in AFTER_THE_START]
+    return all(getattr(one, name) == getattr(other, name) for name in deciding)
 
 
 def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:

@@ -193,11 +193,11 @@ def create_units(
             f"{base.spec.max_model_len}",
             field="max_seq_len",
         )
-    units = []
+    units: list[Unit] = []
     datasets = load_all(config.units, tokenizer, config.max_seq_len)
     for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
         seed = config.seed_of(unit_config)
-        unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size)
+        unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size, others=units)
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
         units.append(unit)
     return units

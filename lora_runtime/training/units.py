@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
@@ -24,7 +25,7 @@ from lora_runtime.training.data import Dataset, ExampleStream, Item, Limits, bal
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
 from lora_runtime.training.preferences import NOTHING, References, Signal, check_settings
-from lora_runtime.training.starts import adapter_spec, start_modules
+from lora_runtime.training.starts import adapter_spec, start_alike, start_modules
 
 LOWER_RATE = "a lower learning_rate usually helps"
 
@@ -81,8 +82,12 @@ class Unit:
         *,
         seed: int,
         num_processes: int = 1,
+        others: Sequence[Unit] = (),
     ) -> None:
-        """Raises ConfigError for settings that the base or the data cannot follow."""
+        """`others`: of the same run, before its first update; a sweep's members start alike, and
+        finding factors takes long. Raises ConfigError for settings that the base or the data cannot
+        follow.
+        """
         check_settings(config, dataset)
         self.config, self.dataset, self.seed = config, dataset, seed
         self.num_processes = num_processes
@@ -92,7 +97,12 @@ class Unit:
         self.num_steps = config.num_steps(len(items))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
-        self.modules = start_modules(config, spec, base, seed, dataset.examples)
+        twins = (unit for unit in others if unit.seed == seed and start_alike(unit.config, config))
+        self.modules = (
+            deepcopy(twin.modules)
+            if (twin := next(twins, None))
+            else start_modules(config, spec, base, seed, dataset.examples)
+        )
         self.optimizer = create_optimizer(config, self.modules)
         self.schedule = get_scheduler(
             config.schedule,

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import sweep
+from lora_runtime.training import units as trained_units
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.sweep import expand
-from lora_runtime.training.units import UnitStatus
+from lora_runtime.training.trainer import create_units
+from lora_runtime.training.units import Unit, UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
     quiet_console,
@@ -22,6 +24,7 @@ from tests.lora_runtime.training.tiny_runs import (
     run,
     shown,
 )
+from tests.tiny import tiny_base, tiny_checkpoint
 
 RATES = (1e-6, 1e-2, 1e-5, 3e-3)
 
@@ -109,6 +112,27 @@ def test_the_worse_half_stops_and_the_best_is_exported(tmp_path, tokenizer, base
     for file in ("adapter_model.safetensors", "adapter_config.json", "loramux_parity.json"):
         assert (output / "u" / file).read_bytes() == (output / winner.name / file).read_bytes()
     assert by_name["other"].status is UnitStatus.DONE and len(by_name["other"].records) == 9
+
+
+@pytest.mark.parametrize("init", ["loftq", "pissa_niter_2", "default"])
+def test_members_of_a_sweep_find_their_start_once(tmp_path, tokenizer, monkeypatch, init):
+    base = tiny_base("llama", folder=tiny_checkpoint(tmp_path / "base"))
+    unit = swept(tmp_path, init=init, use_dora=True, sweep={"lr": (1e-3, 1e-2), "rank": (2, 3)})
+    units, sweeps = expand([unit])
+    config = TrainConfig(output=tmp_path, units=units, max_seq_len=256)
+    found = []
+    real = trained_units.start_modules
+    monkeypatch.setattr(
+        trained_units, "start_modules", lambda c, *rest: found.append(c.rank) or real(c, *rest)
+    )
+    made = create_units(base, tokenizer, config, sweeps)
+    assert found == [2, 3]
+    for member in made:
+        alone = Unit(member.config, member.dataset, base, seed=member.seed)
+        for name, value in alone.named_parameters().items():
+            assert torch.equal(member.named_parameters()[name], value)
+    parameters = [parameter for member in made for parameter in member.parameters]
+    assert len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
 
 
 def test_members_equal_runs_of_their_own(tmp_path, tokenizer, exact_base):
