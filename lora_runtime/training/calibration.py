@@ -61,5 +61,5 @@ def input_rms(
         for path in paths:
             module = base.model.get_submodule(path)
             hooks.enter_context(module.register_forward_pre_hook(collect))
-        hidden_states(base, [UnitRows(Rows(lengths), layer_map)], {}, token_ids, positions)
+        hidden_states(base, [UnitRows([Rows(lengths)], layer_map)], {}, token_ids, positions)
     return found

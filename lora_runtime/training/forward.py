@@ -25,7 +25,7 @@ class UnitRows:
     for each once.
     """
 
-    rows: Rows
+    rows: Sequence[Rows]
     layer_map: LayerMap | None = None
 
 
@@ -44,7 +44,8 @@ def hidden_states(
     with base.context.effect(_spans(units), bindings):
         if all(unit.layer_map is None for unit in units):
             return base.hidden_states(
-                *tokens, VarlenAttention([unit.rows for unit in units], base.device)
+                *tokens,
+                VarlenAttention([rows for unit in units for rows in unit.rows], base.device),
             )
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
@@ -68,7 +69,7 @@ def spans_of(sizes: Sequence[int]) -> Iterator[Span]:
 
 
 def _spans(units: Sequence[UnitRows]) -> list[Span]:
-    return list(spans_of([unit.rows.num_tokens for unit in units]))
+    return list(spans_of([sum(rows.num_tokens for rows in unit.rows) for unit in units]))
 
 
 def _layer_step(
@@ -85,6 +86,6 @@ def _layer_step(
     tokens = [torch.arange(s.first_token, s.first_token + s.num_tokens) for s in spans]
     return LayerStep(
         tokens=None if len(spans) == len(units) else torch.cat(tokens).to(device),
-        attention=VarlenAttention([units[span.slot].rows for span in spans], device),
+        attention=VarlenAttention([rows for s in spans for rows in units[s.slot].rows], device),
         adapters=own,
     )

@@ -131,7 +131,7 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
         lengths = [len(row) for row in rows]
         token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-        own = UnitRows(Rows(lengths), unit.layer_map if with_adapter else None)
+        own = UnitRows([Rows(lengths)], unit.layer_map if with_adapter else None)
         bindings = bind([unit], base) if with_adapter else {}
         states = hidden_states(base, [own], bindings, token_ids, positions)
         return logits(base, bindings, states, [len(token_ids)]).split(lengths)

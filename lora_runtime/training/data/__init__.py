@@ -3,12 +3,12 @@
 from lora_runtime.training.data.batches import (
     ExampleStream,
     Limits,
-    PackedBatch,
     balanced,
     micro_batches,
 )
 from lora_runtime.training.data.dataset import Dataset, load_all, load_dataset, load_datasets
 from lora_runtime.training.data.examples import Example, Item, Pair, num_tokens
+from lora_runtime.training.data.packed_batch import PackedBatch
 
 __all__ = [
     "Dataset",

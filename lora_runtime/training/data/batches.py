@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from lora_runtime.base.varlen_attention import Rows
-from lora_runtime.training.data.examples import Example, Item, num_tokens
+from lora_runtime.training.data.examples import Item, num_tokens
 
 T = TypeVar("T")
 
@@ -103,59 +99,3 @@ class Limits:
             return f"{self.num_examples} examples"
         self.num_tokens = sum(map(num_tokens, batch)) // 2
         return f"{self.num_tokens} tokens"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Examples of several units laid end to end, n of their tokens predictors of a target.
-
-    What all examples of a unit begin with, as under one system prompt, is there once. token_ids,
-    position_ids (T,) int64, positions go on in every example from what it shares; logits_at (n,)
-    int64: places of the predictors; labels (n,) int64: the tokens after them.
-    """
-
-    token_ids: Tensor
-    position_ids: Tensor
-    rows: list[Rows]
-    """Of each unit."""
-    logits_at: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(
-        cls, batches: Sequence[Sequence[Example]], device: torch.device | str = "cpu"
-    ) -> PackedBatch:
-        rows = [_rows(examples) for examples in batches]
-        parts, positions, logits_at, end = [], [], [], 0
-        for (lengths, prefix), examples in zip(map(astuple, rows), batches, strict=True):
-            parts.append(examples[0].token_ids[:prefix])
-            positions.append(torch.arange(prefix))
-            end += prefix
-            for length, example in zip(lengths, examples, strict=True):
-                parts.append(example.token_ids[prefix:])
-                positions.append(torch.arange(prefix, prefix + length))
-                logits_at.append(example.predictors + (end - prefix))
-                end += length
-        labels = [e.token_ids[e.predictors + 1] for examples in batches for e in examples]
-        return cls(
-            token_ids=torch.cat(parts).to(device),
-            position_ids=torch.cat(positions).to(device),
-            rows=rows,
-            logits_at=torch.cat(logits_at).to(device),
-            labels=torch.cat(labels).to(device),
-        )
-
-
-def _rows(examples: Sequence[Example]) -> Rows:
-    prefix = shared_prefix(examples)
-    return Rows([len(example.token_ids) - prefix for example in examples], prefix)
-
-
-def shared_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all examples begin with, none of them a predictor; 0 of a single example."""
-    if len(examples) < 2:
-        return 0
-    most = min(int(example.predictors[0]) for example in examples)
-    first = examples[0].token_ids[:most]
-    is_shared = torch.stack([example.token_ids[:most] == first for example in examples]).all(0)
-    return int(is_shared.cumprod(0).sum())

@@ -143,7 +143,7 @@ def test_every_epoch_is_a_new_order_of_all_examples(tmp_path, tokenizer):
 def test_packed_rows_keep_their_labels(tmp_path, tokenizer):
     examples = load_dataset(ragged_data(tmp_path / "d", 5), tokenizer, 256).examples
     batch = PackedBatch.of([[example] for example in examples])
-    lengths = [length for rows in batch.rows for length in rows.lengths]
+    lengths = [length for (rows,) in batch.rows for length in rows.lengths]
     rows = batch.token_ids.split(lengths)
     assert all(torch.equal(row, e.token_ids) for row, e in zip(rows, examples, strict=True))
     expected = torch.cat([example.token_ids[example.predictors + 1] for example in examples])
@@ -164,7 +164,7 @@ def test_what_all_rows_of_a_unit_begin_with_is_packed_once(prefixes, lengths):
 
     units = [[example(p, row, n) for row, n in enumerate(lengths)] for p in prefixes]
     batch = PackedBatch.of(units)
-    assert [rows.prefix for rows in batch.rows] == prefixes
+    assert [rows.prefix for (rows,) in batch.rows] == prefixes
     assert len(batch.token_ids) == sum(p + sum(lengths) for p in prefixes)
     end, wanted = 0, 0
     for prefix, examples in zip(prefixes, units, strict=True):
@@ -185,5 +185,19 @@ def test_what_all_rows_of_a_unit_begin_with_is_packed_once(prefixes, lengths):
 def test_a_predictor_is_never_shared():
     token_ids = torch.arange(6)
     examples = [Example(token_ids, torch.tensor([p, 4])) for p in (3, 2)]
-    assert PackedBatch.of([examples]).rows[0].prefix == 2
-    assert PackedBatch.of([examples[:1]]).rows[0].prefix == 0
+    assert PackedBatch.of([examples]).rows[0][0].prefix == 2
+    assert PackedBatch.of([examples[:1]]).rows[0][0].prefix == 0
+
+
+def test_answers_to_one_prompt_share_it_where_that_saves_more():
+    def example(*token_ids):
+        return Example(torch.tensor(token_ids), torch.tensor([len(token_ids) - 2]))
+
+    system, one, other = range(10), range(20, 40), range(50, 55)
+    answers = [example(*system, *prompt, 70 + i, 80) for prompt in (one, other) for i in (0, 1)]
+    (rows,) = PackedBatch.of([answers]).rows
+    assert [(part.prefix, part.lengths) for part in rows] == [(30, [2, 2]), (15, [2, 2])]
+    (rows,) = PackedBatch.of([[answers[0], *answers[2:], *answers[2:]]]).rows
+    assert [(part.prefix, len(part.lengths)) for part in rows] == [(10, 5)]
+    texts = [Example(torch.arange(9), torch.arange(8)) for _ in range(3)]
+    assert [part.prefix for part in PackedBatch.of([texts]).rows[0]] == [0]

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import TrainConfig, UnitConfig
-from lora_runtime.training.data import Example, PackedBatch, micro_batches
-from lora_runtime.training.data import batches as data_batches
+from lora_runtime.training.data import Example, PackedBatch, micro_batches, packed_batch
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.trainer import run_pass
 from tests.lora_runtime.training.tiny_runs import (
@@ -142,7 +141,7 @@ def test_a_shared_beginning_changes_no_loss_and_no_gradient(
     for parameter in units[0].parameters + units[1].parameters:
         parameter.data += 0.1 * torch.randn_like(parameter)
     batches = [units[0].dataset.examples[:3], units[1].dataset.examples]
-    assert all(rows.prefix > 24 for rows in PackedBatch.of(batches).rows)
+    assert all(rows.prefix > 24 for (rows,) in PackedBatch.of(batches).rows)
 
     def gradients():
         losses = window_losses(base, units, batches)
@@ -150,7 +149,7 @@ def test_a_shared_beginning_changes_no_loss_and_no_gradient(
         return losses, torch.autograd.grad(losses.sum(), parameters)
 
     shared, found = gradients()
-    monkeypatch.setattr(data_batches, "shared_prefix", lambda examples: 0)
+    monkeypatch.setattr(packed_batch, "shared_prefix", lambda one, other: 0)
     plain, expected = gradients()
     torch.testing.assert_close(shared, plain, rtol=0, atol=1e-12)
     for ours, theirs in zip(found, expected, strict=True):
