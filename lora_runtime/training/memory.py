@@ -27,6 +27,12 @@ NextBatch = Callable[[Unit, int], Sequence[Item]]
 """A unit and a process → what it computes next there, which may be nothing."""
 
 
+TOKENS_PER_FORWARD = 2048
+"""What units may have together in one forward: about where products no longer get faster with more
+rows, while activations keep growing.
+"""
+
+
 def in_forwards(
     units: Sequence[Unit],
     next_batch: NextBatch,
@@ -34,14 +40,14 @@ def in_forwards(
     world: World,
     say: Say,
 ) -> Iterator[tuple[Sequence[Unit], Sequence[Signal]]]:
-    """Compute the next batch of every unit, in one forward if that fits, and add the gradients.
+    """Compute the next batch of every unit in few forwards, and add the gradients.
 
     Yields the units of each forward with their signals, summed over the processes. A unit of which
     not one example fits fails and is left out.
     """
     left = list(units)
     while left:
-        group = [unit for unit in left if not unit.limits.is_alone] or left[:1]
+        group = _next_group(left, next_batch, world)
         own = [(unit, next_batch(unit, world.rank)) for unit in group]
         values = _attempt(own, compute, world)
         if values is None:
@@ -51,6 +57,19 @@ def in_forwards(
             yield group, values
             left = [unit for unit in left if unit not in group]
         left = [unit for unit in left if unit.status is not UnitStatus.FAILED]
+
+
+def _next_group(units: Sequence[Unit], next_batch: NextBatch, world: World) -> list[Unit]:
+    """The first units that share a forward within TOKENS_PER_FORWARD on every process."""
+    group: list[Unit] = []
+    sums = [0] * world.size
+    for unit in [unit for unit in units if not unit.limits.is_alone] or units[:1]:
+        own = [sum(map(num_tokens, next_batch(unit, rank))) for rank in range(world.size)]
+        sums = [total + tokens for total, tokens in zip(sums, own, strict=True)]
+        if group and max(sums) > TOKENS_PER_FORWARD:
+            break
+        group.append(unit)
+    return group
 
 
 def _attempt(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_runtime.base.loader import Base
+from lora_runtime.training import memory
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import num_tokens
 from lora_runtime.training.distributed import ALONE
@@ -104,16 +105,34 @@ def test_less_memory_gives_the_same_training(
     expected = units_of(exact_base, tokenizer, tmp_path)
     train_all(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
-    memory = SmallMemory(monkeypatch, room * longest_of(units), in_backward=in_backward)
+    small = SmallMemory(monkeypatch, room * longest_of(units), in_backward=in_backward)
     for unit in units:
-        memory.watch(unit)
+        small.watch(unit)
     said = train_all(exact_base, units)
     assert_same(units, expected)
-    assert len(said) == memory.num_failures > 2
+    assert len(said) == small.num_failures > 2
     assert any("packed: out of memory; from here on forwards of" in line for line in said)
     assert units[0].limits.num_examples < 4 and units[2].limits.num_examples == 1
     if room == 1:
         assert units[0].limits.num_examples == 1 and any(u.limits.is_alone for u in units)
+
+
+def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monkeypatch):
+    """Two of three fit together; a unit over the bound by itself is not divided."""
+    expected = units_of(exact_base, tokenizer, tmp_path)
+    train_all(exact_base, expected)
+    units, most = units_of(exact_base, tokenizer, tmp_path), []
+
+    def forward(base, token_ids, *others, real=Base.hidden_states):
+        most.append(len(token_ids))
+        return real(base, token_ids, *others)
+
+    monkeypatch.setattr(Base, "hidden_states", forward)
+    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", 60)
+    run_pass(exact_base, units)
+    assert len(most) == 3 and max(most) > 60 > min(most)
+    train_all(exact_base, units)
+    assert_same(units, expected)
 
 
 def test_an_example_that_never_fits_fails_its_unit_alone(
@@ -166,13 +185,13 @@ def test_evaluation_is_the_same_with_less_memory(
     units = units_of(exact_base, tokenizer, tmp_path)
     pairs = [(unit, HeldOut(unit.config, unit.dataset)) for unit in units]
     expected = held_out_signals(exact_base, pairs, loss_sums)
-    memory = SmallMemory(monkeypatch, room * longest_of(units))
+    small = SmallMemory(monkeypatch, room * longest_of(units))
     said = []
     found = held_out_signals(exact_base, pairs, loss_sums, ALONE, said.append)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-12)
-    assert len(said) == memory.num_failures > 0
-    computed = sum(size for size in memory.sizes if size <= memory.limit)
+    assert len(said) == small.num_failures > 0
+    computed = sum(size for size in small.sizes if size <= small.limit)
     assert computed == sum(map(num_tokens, (e for u in units for e in u.dataset.examples)))
 
 
