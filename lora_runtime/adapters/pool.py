@@ -64,7 +64,7 @@ class AdapterPool:
         size = num_bytes // ALIGNMENT * ALIGNMENT
         storage = torch.empty(size, dtype=torch.uint8, device=like.device)
         self.nbytes = size
-        self.memory = AdapterMemory.over(storage, like.dtype)
+        self.memory = AdapterMemory.over(storage, like.dtype, ALIGNMENT)
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
         self.runs = _empty_tables(len(self._index), max_slots, 1, like.device)

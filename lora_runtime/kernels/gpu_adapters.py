@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lora_runtime.kernels.types import AdapterMemory, StepMeta
 
-RUN_FIELDS = 8
 MIN_DOT = 16
 """Smallest side of a tensor-core product."""
 SHRINK_BLOCK = 64
@@ -111,8 +110,8 @@ def apply_adapters(
     is_small = len(meta.tokens) <= 256
     tiles = step_tiles(meta, len(base), 16 if is_small else 64)
     max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
-    rank_block = min(64, max(MIN_DOT, triton.next_power_of_2(max_rank)))
-    hidden = _shrink(x, memory.weights, max_rank, rank_block, runs, meta, tiles)
+    rank_block = min(32, max(MIN_DOT, triton.next_power_of_2(max_rank)))
+    hidden = _shrink(x, memory, max_rank, rank_block, runs, meta, tiles)
     y = torch.empty_like(base)
     num_tiles, block = tiles.tokens.shape
     out_block = 64 if is_small else 128
@@ -140,13 +139,20 @@ def apply_adapters(
         BLOCK_M=block,
         BLOCK_R=rank_block,
         BLOCK_N=out_block,
+        ALIGNMENT=_elements(memory, memory.weights),
+        VECTOR_ALIGNMENT=_elements(memory, memory.vectors),
     )
     return y
 
 
+def _elements(memory: AdapterMemory, view: Tensor) -> int:
+    """The memory's alignment in elements of a view."""
+    return max(1, memory.alignment // view.itemsize)
+
+
 def _shrink(
     x: Tensor,
-    weights: Tensor,
+    memory: AdapterMemory,
     max_rank: int,
     rank_block: int,
     runs: Tensor,
@@ -164,7 +170,7 @@ def _shrink(
         _shrink_kernel[num_tiles, rank_blocks, num_splits](
             hidden,
             x,
-            weights,
+            memory.weights,
             runs,
             meta.tokens,
             meta.slots,
@@ -178,6 +184,7 @@ def _shrink(
             BLOCK_M=block,
             BLOCK_R=rank_block,
             BLOCK_K=SHRINK_BLOCK,
+            ALIGNMENT=_elements(memory, memory.weights),
         )
     return hidden
 
@@ -200,6 +207,7 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """hidden[split, e, r] = Σ_k A[r, k] x[token_e, k] over the split's inputs k, r < rank."""
     split = tl.program_id(2)
@@ -212,7 +220,7 @@ def _shrink_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(1) * BLOCK_R >= rank:
         return
-    a_ptr = weights_ptr + tl.load(runs_ptr + run * 8 + 1)
+    a_ptr = weights_ptr + tl.multiple_of(tl.load(runs_ptr + run * 8 + 1), ALIGNMENT)
     is_row = entry >= 0
     token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
     x_rows = x_ptr + token[:, None] * in_features
@@ -285,6 +293,8 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    VECTOR_ALIGNMENT: tl.constexpr,
 ):
     """y of one tile of tokens and outputs, all their entries included.
 
@@ -315,17 +325,18 @@ def _expand_kernel(
         scale = tl.load(scales_ptr + entry, mask=is_row, other=0.0)[:, None]
         rank = tl.load(run_ptr).to(tl.int32)
         if rank > 0:
+            b_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 2), ALIGNMENT)
             delta = _low_rank(
-                hidden_ptr, weights_ptr + tl.load(run_ptr + 2), rank,
+                hidden_ptr, b_ptr, rank,
                 entry.to(tl.int64) * stride_entry, is_row, n, out_features, stride_split,
                 SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             acc = tl.where(is_row[:, None], acc + scale * delta, acc)
-        gain_at = tl.load(run_ptr + 3)
+        gain_at = tl.multiple_of(tl.load(run_ptr + 3), VECTOR_ALIGNMENT)
         if gain_at >= 0:
             gain = tl.load(vectors_ptr + gain_at + n, mask=is_out, other=1.0)
             acc = tl.where(is_row[:, None], acc + scale * ((gain - 1)[None, :] * product), acc)
-        bias_at = tl.load(run_ptr + 4)
+        bias_at = tl.multiple_of(tl.load(run_ptr + 4), VECTOR_ALIGNMENT)
         if bias_at >= 0:
             bias = tl.load(vectors_ptr + bias_at + n, mask=is_out, other=0.0)
             acc = tl.where(is_row[:, None], acc + scale * (bias - b0)[None, :], acc)

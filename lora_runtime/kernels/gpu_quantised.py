@@ -18,6 +18,8 @@ from torch import Tensor
 MIN_PROGRAMS = 256
 """Programs wanted a launch, about two a multiprocessor; unmeasured."""
 MAX_SPLITS = 8
+BLOCK_K = 64
+"""Inputs at once: those that share one absmax."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
 
@@ -51,10 +53,10 @@ def _product(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
-    out_block = 16 if num_rows == 1 else 64
-    num_blocks = triton.cdiv(in_features, 128)
+    out_block = 32 if num_rows == 1 else 64
+    num_blocks = triton.cdiv(in_features, BLOCK_K)
     num_tiles = triton.cdiv(out_features, out_block)
-    num_splits = min(triton.cdiv(MIN_PROGRAMS, num_tiles), MAX_SPLITS, max(1, num_blocks // 2))
+    num_splits = min(triton.cdiv(MIN_PROGRAMS, num_tiles), MAX_SPLITS, max(1, num_blocks // 4))
     partial = rows.new_empty(num_splits, num_rows, out_features, dtype=torch.float32)
     y = rows.new_empty(num_rows, out_features)
     kernel = _vector_kernel if num_rows == 1 else _rows_kernel
@@ -68,10 +70,11 @@ def _product(
         num_rows,
         in_features,
         out_features,
-        triton.cdiv(num_blocks, num_splits) * 128,
+        triton.cdiv(num_blocks, num_splits) * BLOCK_K,
         IS_INT8=is_int8,
         BLOCK_N=out_block,
-        BLOCK_K=128,
+        BLOCK_K=BLOCK_K,
+        num_stages=3 if is_int8 else 1,  # stages would copy every table look-up to shared memory
         **tile,
     )
     if num_splits > 1:
@@ -87,8 +90,8 @@ def _weights(
 ):  # fmt: skip
     """Two halves of W[n, start : start + BLOCK_K], each (BLOCK_N, BLOCK_K / 2) in `dtype`.
 
-    Four bits: the even inputs and the odd ones, as they lie in a byte. Eight: the first and the
-    last ones. Cells outside of W are 0.
+    Four bits: the even inputs and the odd ones, as they lie in a byte; the block is one absmax
+    wide. Eight bits: the first and the last inputs. Cells outside of W are 0.
     """
     HALF: tl.constexpr = BLOCK_K // 2
     i = tl.arange(0, HALF)
@@ -103,10 +106,9 @@ def _weights(
         first_values = first.to(tl.float32) * scale[:, None]
         second_values = second.to(tl.float32) * scale[:, None]
     else:
-        k = start + 2 * i[None, :]
-        is_in = is_row & (k < in_features)
-        byte = tl.load(codes_ptr + (row * in_features + k) // 2, mask=is_in, other=0)
-        scale = tl.load(absmax_ptr + (row * in_features + k) // 64, mask=is_in, other=0.0)
+        place = codes_ptr + row * (in_features // 2) + start // 2 + i[None, :]
+        byte = tl.load(place, mask=is_row, other=0)
+        scale = tl.load(absmax_ptr + (row * in_features + start) // 64, mask=is_row, other=0.0)
         first_values = tl.load(table_ptr + (byte >> 4)) * scale
         second_values = tl.load(table_ptr + (byte & 15)) * scale
     return first_values.to(dtype), second_values.to(dtype)

@@ -101,10 +101,11 @@ def test_every_kind_of_row_in_one_step(dtype, has_bias):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_non_finite_values_stay_in_their_rows():
-    """A NaN adapter, an infinite input, and a composition of three beside them."""
+    """A NaN adapter, an infinite input, and a composition of four, one adapter twice."""
     memory, runs, parts = build_adapters(torch.float32)
     x, base = torch.randn(NUM_TOKENS, 24), torch.randn(NUM_TOKENS, OUT)
-    spans = [*SPANS, Span(slot=3, first_token=11, num_tokens=1, weight=0.75)]
+    more = (Span(slot=s, first_token=11, num_tokens=1, weight=0.75) for s in (0, 3))
+    spans = [*SPANS, *more]
     clean = apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
     assert (clean.double() - dense(base, x, None, parts, spans)).abs().max() <= 2e-5
     x[1] = float("inf")
