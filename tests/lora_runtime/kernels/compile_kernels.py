@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_runtime.kernels import gpu_adapters, gpu_quantised
+from lora_runtime.kernels import gpu_adapter_kernels, gpu_quantised
 
 TARGET = GPUTarget("cuda", 90, 32)
 ACTIVATIONS = {"x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr"}
@@ -41,9 +41,9 @@ def compile_kernel(kernel, codes: str = "u8", **constants) -> None:
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
-compile_kernel(gpu_adapters._shrink_kernel, **TILE, BLOCK_K=64)
+compile_kernel(gpu_adapter_kernels.shrink_kernel, **TILE, BLOCK_K=64)
 compile_kernel(
-    gpu_adapters._expand_kernel,
+    gpu_adapter_kernels.expand_kernel,
     **TILE, HAS_BIAS=True, SPLITS=4, BLOCK_N=64, VECTOR_ALIGNMENT=4,
 )  # fmt: skip
 for is_int8, codes in ((False, "u8"), (True, "i8")):

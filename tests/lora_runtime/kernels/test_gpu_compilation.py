@@ -45,8 +45,8 @@ class Launches:
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
     """A fake tensor refuses to give one; grids come from the shapes T 9, E 7, K 3 and the bound."""
     shrink, expand = Launches(), Launches()
-    monkeypatch.setattr(gpu_adapters, "_shrink_kernel", shrink)
-    monkeypatch.setattr(gpu_adapters, "_expand_kernel", expand)
+    monkeypatch.setattr(gpu_adapters, "shrink_kernel", shrink)
+    monkeypatch.setattr(gpu_adapters, "expand_kernel", expand)
     spans = [Span(slot=i % 3, first_token=i, num_tokens=1) for i in range(7)]
     meta, runs = StepMeta.build(spans), torch.zeros(3, 1, 8, dtype=torch.int64)
     memory = AdapterMemory.over(torch.zeros(1024, dtype=torch.uint8), torch.float32, 16)
