@@ -7,6 +7,7 @@ largest rank, and no module's memory is set aside for adapters that do not touch
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class AdapterPool:
         size = num_bytes // ALIGNMENT * ALIGNMENT
         storage = torch.empty(size, dtype=torch.uint8, device=like.device)
         self.nbytes = size
-        self.memory = AdapterMemory.over(storage, like.dtype)
+        self.memory = AdapterMemory.over(storage, like.dtype, ALIGNMENT)
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
         self.runs = _empty_tables(len(self._index), max_slots, 1, like.device)
@@ -71,7 +72,7 @@ class AdapterPool:
 
     def load(self, placement: AdapterPlacement, form: ServingForm) -> None:
         """Copy an adapter to its place and make its slot point at it, in place."""
-        self._make_room_for(num_replicas(form))
+        self._make_room_for(form)
         offsets = {}
         for place in _places(form, self.memory.weights.itemsize):
             target: Tensor = getattr(self.memory, place.view)
@@ -85,7 +86,10 @@ class AdapterPool:
         self._touched[placement.slot] = {key.path for key in form.modules}
         self._bind()
 
-    def _make_room_for(self, replicas: int) -> None:
+    def _make_room_for(self, form: ServingForm) -> None:
+        replicas = num_replicas(form)
+        ranks = (module.rank for module in form.modules.values())
+        self.memory = replace(self.memory, max_rank=max(self.memory.max_rank, *ranks, 0))
         num_modules, max_slots, old_replicas, _ = self.runs.shape
         if replicas > old_replicas:
             tables = _empty_tables(num_modules, max_slots, replicas, self.runs.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.kernels import can_multiply_codes, int8_product
 
 MAX_CODE = 127
 
@@ -33,6 +34,11 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("codes", codes.nan_to_num(0.0, 0.0, 0.0).to(torch.int8))
         self.register_buffer("absmax", absmax)
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def product(self, x: Tensor) -> Tensor:
+        if not self.keep_copies and can_multiply_codes(x):
+            return int8_product(x, self.codes, self.absmax)
+        return super().product(x)
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_runtime.kernels import can_use_panels, pack_panels, panel_product
+from lora_runtime.kernels import (
+    can_dequantize,
+    can_multiply_codes,
+    can_use_panels,
+    four_bit_product,
+    four_bit_values,
+    pack_panels,
+    panel_product,
+)
 
 BLOCK_SIZE = 64
 """Weights that share one absmax."""
@@ -174,8 +182,18 @@ class QuantLinear(FrozenLinear):
             self.register_buffer("nested_offset", state.offset)
             self.nested_block_size = state.state2.blocksize
 
+    def product(self, x: Tensor) -> Tensor:
+        if not self.keep_copies and self.in_features % BLOCK_SIZE == 0 and can_multiply_codes(x):
+            return four_bit_product(
+                x, self.packed, self.block_scales(), self.code, self.out_features
+            )
+        return super().product(x)
+
     def weight_values(self) -> Tensor:
-        return self.dequantize().to(self.dtype)
+        if not can_dequantize(self.packed):
+            return self.dequantize().to(self.dtype)
+        size = (self.out_features, self.in_features)
+        return four_bit_values(self.packed, self.block_scales(), self.code, size, self.dtype)
 
     def row_values(self, rows: slice) -> Tensor:
         first, last = rows.start * self.in_features, rows.stop * self.in_features

@@ -1,7 +1,8 @@
 """The public ops of the runtime.
 
 `reference.py` defines every op in torch; `cpu.py` is a compiled backend that gives the same values
-within rounding and runs whenever it can (CPU tensors, no gradients).
+within rounding and runs whenever it can (CPU tensors, no gradients). `gpu.py` is the same in Triton
+for CUDA tensors; unmeasured.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import cpu, reference
+from lora_runtime.kernels import cpu, gpu, reference
 from lora_runtime.kernels.types import (
     NO_RUN,
     AdapterMemory,
@@ -28,8 +29,13 @@ __all__ = [
     "Span",
     "StepMeta",
     "apply_adapters",
+    "can_dequantize",
+    "can_multiply_codes",
     "can_use_panels",
     "embed_adapters",
+    "four_bit_product",
+    "four_bit_values",
+    "int8_product",
     "pack_panels",
     "paged_attention",
     "panel_product",
@@ -37,7 +43,7 @@ __all__ = [
     "write_kv",
 ]
 
-BACKEND = cpu.name() or "torch"
+BACKEND = gpu.name() or cpu.name() or "torch"
 """The fastest backend of this installation."""
 
 
@@ -60,7 +66,8 @@ def apply_adapters(
     values other rows or unused memory hold.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else reference
+    backends = (b for b in (gpu, cpu) if b.can_run(base, x, weights=(memory.weights,)))
+    backend = next(backends, reference)
     return backend.apply_adapters(base, x, bias, memory, runs, meta)
 
 
@@ -142,3 +149,43 @@ def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     the number of rows. Source: the packed inner kernel of GotoBLAS (Goto & van de Geijn, 2008).
     """
     return cpu.panel_product(x, panels, out_features)
+
+
+def can_multiply_codes(x: Tensor) -> bool:
+    """True when `four_bit_product` and `int8_product` take x: CUDA, few rows, no gradient."""
+    return gpu.can_multiply_codes(x)
+
+
+def four_bit_product(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, out_features: int
+) -> Tensor:
+    """W x from W's 4-bit codes: x (..., in) → (..., out) in x's dtype, at most 64 rows.
+
+    W = fp32(code[c] × absmax) rounded once to x's dtype; sums in float32. Shapes: packed
+    (out · in / 2,) uint8, two codes a byte, high nibble first; absmax (out · in / 64,) float32;
+    code (16,) float32; in a multiple of 64. Source: QLoRA, arXiv:2305.14314.
+    """
+    return gpu.four_bit_product(x, packed, absmax, code, out_features)
+
+
+def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """W x from W's 8-bit codes: x (..., in) → (..., out) in x's dtype, at most 64 rows.
+
+    W = fp32(code × (absmax / 127)) rounded once to x's dtype; sums in float32. Shapes: codes
+    (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
+    """
+    return gpu.int8_product(x, codes, absmax)
+
+
+def can_dequantize(packed: Tensor) -> bool:
+    """True when `four_bit_values` takes packed codes of this device."""
+    return packed.device.type in gpu.DEVICES and gpu.has_triton()
+
+
+def four_bit_values(
+    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """W = fp32(code[c] × absmax) of `shape`, rounded once to dtype; names as in
+    `four_bit_product`, any shape.
+    """
+    return gpu.four_bit_values(packed, absmax, code, shape, dtype)

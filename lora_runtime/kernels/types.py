@@ -7,8 +7,8 @@ entries of one adapter), S slots, R replicas.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,16 @@ class AdapterMemory:
     weights: Tensor
     vectors: Tensor
     indices: Tensor
+    max_rank: int | None = None
+    """No run's rank is larger, if given: a backend that is not told has to look at the runs."""
+    alignment: int = 1
+    """Bytes; every part of a run lies at a multiple."""
 
     @classmethod
-    def over(cls, storage: Tensor, dtype: torch.dtype) -> AdapterMemory:
-        """Three views of one byte buffer (n,) uint8, n a multiple of 8."""
+    def over(cls, storage: Tensor, dtype: torch.dtype, alignment: int) -> AdapterMemory:
+        """Three views of one byte buffer (n,) uint8, n a multiple of 8; no run in it yet."""
         views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
-        return cls(*views)
+        return cls(*views, max_rank=0, alignment=alignment)
 
 
 class Run(NamedTuple):
@@ -82,6 +86,9 @@ class StepMeta:
     replicas: Tensor
     weights: Tensor
     segment_starts: Tensor
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a backend makes of the tables once a step. Tables that are changed in place, as those
+    of a captured graph are, belong in a StepMeta that is made for the capture."""
 
     @classmethod
     def build(cls, spans: Iterable[Span], device: torch.device | str = "cpu") -> StepMeta | None:

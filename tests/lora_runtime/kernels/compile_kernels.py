@@ -1,0 +1,54 @@
+"""Compile every Triton kernel for a GPU that need not be there; run by test_gpu_compilation.py.
+
+The interpreter takes no types and no layouts; the compiler does. Prints one line a kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lora_runtime.kernels import gpu_adapter_kernels, gpu_quantised
+
+TARGET = GPUTarget("cuda", 90, 32)
+ACTIVATIONS = {"x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr"}
+FLOATS = {
+    "hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr",
+}  # fmt: skip
+TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
+
+
+def element(name: str, codes: str) -> str:
+    if name in ACTIVATIONS:
+        return "bf16"
+    if name in FLOATS:
+        return "fp32"
+    return {"codes_ptr": codes, "packed_ptr": "u8", "runs_ptr": "i64"}.get(name, "i32")
+
+
+def compile_kernel(kernel, codes: str = "u8", **constants) -> None:
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else f"*{element(name, codes)}"
+        if name.endswith("_ptr")
+        else "i32"
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=TARGET)
+    print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+compile_kernel(gpu_adapter_kernels.shrink_kernel, **TILE, BLOCK_K=64)
+compile_kernel(
+    gpu_adapter_kernels.expand_kernel,
+    **TILE, HAS_BIAS=True, SPLITS=4, BLOCK_N=64, VECTOR_ALIGNMENT=4,
+)  # fmt: skip
+for is_int8, codes in ((False, "u8"), (True, "i8")):
+    weights = {"IS_INT8": is_int8, "BLOCK_K": 64}
+    compile_kernel(gpu_quantised._vector_kernel, codes, **weights, BLOCK_N=32)
+    compile_kernel(gpu_quantised._rows_kernel, codes, **weights, BLOCK_N=64, BLOCK_M=16)
+compile_kernel(gpu_quantised._sum_kernel, SPLITS=4, BLOCK=1024)
+compile_kernel(gpu_quantised._values_kernel, BLOCK=1024)

@@ -1,0 +1,171 @@
+"""Adapters in Triton against dense float64, with everything poisoned that must not be read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lora_runtime import kernels
+from lora_runtime.kernels import NO_RUN, Span, StepMeta, gpu, reference
+from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
+from tests.lora_runtime.kernels.scattered import Scattered, table
+from tests.lora_runtime.kernels.test_backends import popularity
+from tests.lora_runtime.kernels.test_contract import (
+    NUM_TOKENS,
+    OUT,
+    SPANS,
+    TOLERANCES,
+    build_adapters,
+    dense,
+)
+
+RANKS = [1, 3, 8, 16, 64]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What the kernels allocate is full of NaN, as memory that was used before may be."""
+    for name in ("empty_like", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: _poison(make(*a, **k)))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
+
+
+def _poison(tensor):
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+def mixed_batch(counts, in_features, out_features, dtype, seed):
+    """Adapters of RANKS in turn, every second with a gain, every third with a bias, on tokens in
+    random order with one base row between; returns the op's arguments and the float64 result."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    scattered, runs, parts = Scattered(), [], []
+    for slot in range(len(counts)):
+        rank = RANKS[(slot + seed) % len(RANKS)]
+        part = {"a": random(rank, in_features), "b": random(rank, out_features)}
+        part = {name: (value / rank**0.5).to(dtype).float() for name, value in part.items()}
+        part |= {"gain": random(out_features)} if slot % 2 else {}
+        part |= {"bias": random(out_features)} if slot % 3 == 0 else {}
+        runs.append([scattered.run(**part)])
+        parts.append(part)
+    num_tokens = sum(counts) + 1
+    order = torch.randperm(num_tokens, generator=generator)[1:].tolist()
+    slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
+    x, base = random(num_tokens, in_features).to(dtype), random(num_tokens, out_features).to(dtype)
+    bias = random(out_features).to(dtype)
+    expected = base.double() + bias.double()
+    for t, slot in zip(order, slots, strict=True):
+        part = parts[slot]
+        expected[t] += part["b"].double().T @ (part["a"].double() @ x[t].double())
+        if "gain" in part:
+            expected[t] += (part["gain"].double() - 1) * base[t].double()
+        if "bias" in part:
+            expected[t] += part["bias"].double() - bias.double()
+    spans = [Span(slot=s, first_token=t, num_tokens=1) for t, s in zip(order, slots, strict=True)]
+    memory, meta = scattered.memory(dtype), StepMeta.build(spans)
+    return (base, x, bias, memory, table(runs), meta), expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 133])
+def test_agrees_with_float64_at_every_popularity(kind, num_tokens, dtype):
+    sizes = {1: (5, 130), 2: (33, 17), 3: (300, 48), 7: (64, 65), 133: (33, 17)}[num_tokens]
+    arguments, expected = mixed_batch(popularity(kind, num_tokens), *sizes, dtype, num_tokens)
+    y = apply_adapters(*arguments)
+    assert y.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
+    else:  # one rounding of the result, and h to 16 bits
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_of_row_in_one_step(dtype, has_bias):
+    memory, runs, parts = build_adapters(dtype)
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
+    x = torch.randn(NUM_TOKENS, 24, generator=generator).to(dtype)
+    bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
+    y = apply_adapters(base, x, bias, memory, runs, StepMeta.build(SPANS))
+    assert (y.double() - dense(base, x, bias, parts, SPANS)).abs().max() <= TOLERANCES[dtype]
+    untouched = [0, 7, 8, 12]
+    plain = base if bias is None else (base.float() + bias.float()).to(dtype)
+    assert torch.equal(y[untouched], plain[untouched])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_non_finite_values_stay_in_their_rows():
+    """A NaN adapter, an infinite input, and a composition of four, one adapter twice."""
+    memory, runs, parts = build_adapters(torch.float32)
+    x, base = torch.randn(NUM_TOKENS, 24), torch.randn(NUM_TOKENS, OUT)
+    more = (Span(slot=s, first_token=11, num_tokens=1, weight=0.75) for s in (0, 3))
+    spans = [*SPANS, *more]
+    clean = apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
+    assert (clean.double() - dense(base, x, None, parts, spans)).abs().max() <= 2e-5
+    x[1] = float("inf")
+    broken = runs[2, 0]  # the DoRA of tokens 5 and 11
+    for name, first in (("weights", broken[1]), ("weights", broken[2]), ("vectors", broken[3])):
+        getattr(memory, name)[int(first)] = float("nan")
+    y = apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
+    rest = [t for t in range(NUM_TOKENS) if t not in (1, 5, 11)]
+    assert torch.equal(y[rest], clean[rest])
+    assert not y[[1, 5, 11]].isfinite().all(1).any()
+
+
+def test_large_steps_use_large_tiles():
+    arguments, expected = mixed_batch([180, 0, 80, 1], 24, 20, torch.float32, seed=3)
+    y = apply_adapters(*arguments)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(y, reference.apply_adapters(*arguments), rtol=2e-5, atol=2e-5)
+
+
+def test_padded_tables_change_nothing():
+    """A captured graph has tables of fixed sizes: segments of no entries, entries of no segment."""
+    arguments, _ = mixed_batch([3, 1, 2], 40, 24, torch.float32, seed=5)
+    meta = arguments[-1]
+    end = meta.segment_starts[-1:]
+    padded = dataclasses.replace(
+        meta,
+        **{
+            name: torch.cat([getattr(meta, name), getattr(meta, name)[:1].expand(20)])
+            for name in ("tokens", "slots", "replicas", "weights")
+        },
+        segment_starts=torch.cat([meta.segment_starts, end.expand(4)]),
+        derived={},
+    )
+    expected = apply_adapters(*arguments)
+    assert torch.equal(apply_adapters(*arguments[:-1], padded), expected)
+
+
+def test_a_told_rank_bound_and_a_step_without_ranks():
+    arguments, _ = mixed_batch([2, 3], 40, 24, torch.float32, seed=6)
+    told = dataclasses.replace(arguments[3], max_rank=100)
+    y = apply_adapters(*arguments[:3], told, *arguments[4:])
+    torch.testing.assert_close(y, apply_adapters(*arguments), rtol=1e-5, atol=1e-5)
+    base, x, bias, memory, runs, meta = arguments
+    memory = dataclasses.replace(memory, max_rank=0)
+    y = apply_adapters(base, x, bias, memory, torch.tensor(NO_RUN).expand(2, 1, 8), meta)
+    assert torch.equal(y, base + bias)
+
+
+def test_the_public_op_takes_it_for_tensors_of_its_devices_without_gradient(monkeypatch):
+    called = []
+    real = gpu.apply_adapters
+    monkeypatch.setattr(gpu, "apply_adapters", lambda *a: called.append(1) or real(*a))
+    arguments, expected = mixed_batch([2, 1], 16, 24, torch.float32, seed=7)
+    arguments = [on_device(value) for value in arguments]
+    if DEVICE == "cpu":
+        kernels.apply_adapters(*arguments)
+        assert called == [], "a CPU tensor is not Triton's"
+        monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    y = kernels.apply_adapters(*arguments)
+    assert called == [1]
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=2e-5, atol=2e-5)
+    kernels.apply_adapters(arguments[0].requires_grad_(), *arguments[1:]).sum().backward()
+    assert called == [1] and arguments[0].grad is not None
