@@ -1,4 +1,4 @@
-"""A run that stops, by request or by death, continues as if it had not."""
+"""A run that stops continues as if it had not; `test_killed_runs.py` is about its death."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError
-from lora_runtime.training import checkpoint, trainer
+from lora_runtime.training import checkpoint
 from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import StopAfter, ragged_data, run
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing in the run handles it."""
 
 
 def make_units(tmp_path):
@@ -81,30 +77,6 @@ def test_resume_after_a_stop(tmp_path, tokenizer, base, uninterrupted, where):
     run(base, tokenizer, output, units, should_stop=StopAfter(num_passes))
     assert not (output / "two").exists()
     results = run(base, tokenizer, output, units, resume=True)
-    assert_same(results, output, uninterrupted)
-
-
-def test_resume_after_death(tmp_path, tokenizer, base, uninterrupted, monkeypatch):
-    units, output = make_units(tmp_path), tmp_path / "out"
-    deaths = iter([17, 6])
-    real_pass = trainer.run_pass
-    remaining = 0
-
-    def deadly_pass(*arguments):
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            raise Killed
-        return real_pass(*arguments)
-
-    monkeypatch.setattr(trainer, "run_pass", deadly_pass)
-    for resume, remaining in enumerate(deaths):  # noqa: B007
-        with pytest.raises(Killed):
-            run(base, tokenizer, output, units, checkpoint_interval=4, resume=bool(resume))
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["00000020"]
-    monkeypatch.setattr(trainer, "run_pass", real_pass)
-    (output / "checkpoints" / "00000024.tmp").mkdir()  # died while writing
-    results = run(base, tokenizer, output, units, checkpoint_interval=4, resume=True)
     assert_same(results, output, uninterrupted)
 
 
