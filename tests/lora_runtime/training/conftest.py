@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.loader import load_base
+from lora_runtime.config import BaseConfig
+from lora_runtime.text.tokenizer import Tokenizer
 from tests.lora_runtime.training.tiny_runs import make_tokenizer
 from tests.tiny import in_float64, tiny_base
 
@@ -68,3 +71,10 @@ def exact_base(contents):
     in_float64(base.model)
     contents.append((base, content_of(base)))
     return base
+
+
+@pytest.fixture(scope="package")
+def smollm2():
+    """The embedded base, NF4 with float32 compute, and its tokenizer."""
+    base = load_base(BaseConfig(dtype="float32", device="cpu"))
+    return base, Tokenizer.load(base.folder)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_runtime.base.loader import load_base
-from lora_runtime.config import BaseConfig
-from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training import calibration
+from lora_runtime.training.binding import bind
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import load_dataset
+from lora_runtime.training.forward import UnitRows, hidden_states, logits
 from lora_runtime.training.losses import unit_logits
 from lora_runtime.training.units import Unit
 
@@ -28,8 +28,8 @@ PIRATE = Path(__file__).parents[3] / "deploy" / "demo" / "pirate.jsonl"
 PROSE = ("naming", "objects", "types", "specialnames")
 """Chapters of the Python reference, on which the divergence is measured."""
 NUM_ROWS, ROW_LENGTH = 8, 256
-LAYERS = tuple(range(0, 30, 3))
-"""A third of the layers, to save singular value decompositions."""
+LAYERS = (27, 28, 29)
+"""The last ones, so that all models but the checkpoint share what the layers before make."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,36 +42,61 @@ def all_threads():
 
 
 @pytest.fixture(scope="module")
-def world():
-    """The NF4 base, its tokenizer, and the held-out rows."""
-    base = load_base(BaseConfig(dtype="float32", device="cpu"))
-    tokenizer = Tokenizer.load(base.folder)
+def rows(smollm2):
+    """Held-out token ids."""
+    _, tokenizer = smollm2
     token_ids = tokenizer.encode("\n".join(topics[name] for name in PROSE))
     starts = range(0, NUM_ROWS * ROW_LENGTH, ROW_LENGTH)
     rows = [token_ids[start : start + ROW_LENGTH] for start in starts]
     assert sum(map(len, rows)) >= 2000
-    return base, tokenizer, rows
+    return rows
 
 
 def started(base, tokenizer, init):
-    config = UnitConfig(name=init, data=PIRATE, init=init, layers_to_transform=LAYERS)
+    config = UnitConfig(
+        name=init, data=PIRATE, init=init, rank=64, alpha=128.0, layers_to_transform=LAYERS
+    )
     return Unit(config, load_dataset(PIRATE, tokenizer, 256), base, seed=0)
 
 
 @torch.no_grad()
 def checkpoint_probabilities(base, rows):
-    """Of the next token, (n, vocab) a row."""
+    """Of the next token, (n, vocab) a row, and their mean entropy."""
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
-    return [model(torch.tensor([row])).logits[0].softmax(1) for row in rows]
+    found = [model(torch.tensor([row])).logits[0].softmax(1) for row in rows]
+    return found, torch.cat([torch.special.entr(p).sum(1) for p in found]).mean().item()
+
+
+def plain_logits(base, unit, rows):
+    """The base's, and what it hands to the first of LAYERS, (1, T, hidden)."""
+    inputs = []
+    layer = base.model.get_decoder().layers[LAYERS[0]]
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with hook:
+        return unit_logits(base, unit)(rows, False), inputs[0]
+
+
+@torch.no_grad()
+def logits_from(base, units, states, rows):
+    """Logits of a model that is run from LAYERS on: `states` is what the first of them is given."""
+    lengths = [len(row) for row in rows]
+    token_ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    bindings = bind(units, base)
+    with base.model.get_input_embeddings().register_forward_hook(lambda *_: states):
+        last = hidden_states(
+            base, [UnitRows(Rows(lengths), LAYERS)], bindings, token_ids, positions
+        )
+    return logits(base, bindings, last, [len(token_ids)]).split(lengths)
 
 
 def mean_divergence(exact, found):
     """Mean over all tokens of KL(checkpoint ‖ model) = Σ p (log p − z) + log Σ exp z."""
-    divergences = [
-        z.logsumexp(1) - torch.linalg.vecdot(p, z) - torch.special.entr(p).sum(1)
-        for p, z in zip(exact, found, strict=True)
+    probabilities, entropy = exact
+    crossed = [
+        z.logsumexp(1) - torch.linalg.vecdot(p, z) for p, z in zip(probabilities, found, strict=True)
     ]
-    return torch.cat(divergences).mean().item()
+    return torch.cat(crossed).mean().item() - entropy
 
 
 def errors_left(base, unit):
@@ -84,15 +109,19 @@ def errors_left(base, unit):
     return shares
 
 
-@pytest.mark.timeout(300)  # a minute of one core, which on a busy machine is more
-def test_both_are_nearer_to_the_checkpoint_than_the_quantised_base(world, capsys, monkeypatch):
+@pytest.mark.timeout(300)  # 40 seconds of one core, which on a busy machine is more
+def test_both_are_nearer_to_the_checkpoint_than_the_quantised_base(
+    smollm2, rows, capsys, monkeypatch
+):
     monkeypatch.setattr(calibration, "MAX_TOKENS", 512)
-    base, tokenizer, rows = world
+    base, tokenizer = smollm2
     units = {init: started(base, tokenizer, init) for init in ("loftq", "qera")}
     exact = checkpoint_probabilities(base, rows)
-    plain = mean_divergence(exact, unit_logits(base, units["qera"])(rows, False))
+    without, states = plain_logits(base, units["qera"], rows)
+    assert torch.equal(logits_from(base, [], states[:, :ROW_LENGTH], rows[:1])[0], without[0])
+    plain = mean_divergence(exact, without)
     divergence = {
-        init: mean_divergence(exact, unit_logits(base, unit)(rows, True))
+        init: mean_divergence(exact, logits_from(base, [unit], states, rows))
         for init, unit in units.items()
     }
     errors = {init: errors_left(base, unit) for init, unit in units.items()}
@@ -104,6 +133,6 @@ def test_both_are_nearer_to_the_checkpoint_than_the_quantised_base(world, capsys
                 f"{sum(shares) / len(shares):.3f}, at most {max(shares):.3f}"
             )
     assert all(len(shares) == 7 * len(LAYERS) for shares in errors.values())
-    assert max(errors["loftq"]) < 0.97 and max(errors["qera"]) < 0.99
-    assert divergence["loftq"] < 0.98 * plain
+    assert max(errors["loftq"]) < 0.9 and max(errors["qera"]) < 0.95
+    assert divergence["loftq"] < 0.95 * plain
     assert divergence["qera"] < 0.9 * plain
