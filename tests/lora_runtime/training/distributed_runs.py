@@ -1,13 +1,21 @@
-"""What the processes of the distributed test do: started by torchrun, with a folder to work in."""
+"""What the processes of the distributed test do in a folder, and what starts them.
+
+They are forks of one process, which saves imports, but find what torchrun would tell them: see
+https://docs.pytorch.org/docs/stable/elastic/run.html
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
 from lora_runtime.base.loader import Base
 from lora_runtime.config import BaseConfig
@@ -108,11 +116,8 @@ def lower_memory():
     Base.hidden_states = forward
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def run_all(folder: Path, base: Base) -> None:
     with joined(BaseConfig()) as (world, _):
-        base = tiny_base("llama", quantization="none", dtype=torch.float64)
-        in_float64(base.model)
         tokenizer = make_tokenizer(folder / f"tokenizer-{world.rank}")
         runs = Runs(folder, base, tokenizer, world)
         stops = StopAfter(3) if world.rank == 1 else lambda: False
@@ -122,6 +127,40 @@ def main(folder: Path) -> None:
         if world.rank == 1:
             lower_memory()
         runs.run("short", "short")
+
+
+def start(rank: int, port: int, folder: Path, base: Base) -> int:
+    """Fork a process with what torchrun tells it; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    try:
+        run_all(folder, base)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main(folder: Path) -> None:
+    """As torchrun does: keep the store, start the processes, end all when one fails."""
+    torch.set_num_threads(1)
+    base = tiny_base("llama", quantization="none", dtype=torch.float64)
+    in_float64(base.model)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = {start(rank, store.port, folder, base) for rank in (0, 1)}
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes on CPUs, started by torchrun, make the run that one process makes."""
+"""Two processes on CPUs, started as torchrun does, make the run that one process makes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ def folder(tmp_path_factory, tokenizer, exact_base):
     folder = tmp_path_factory.mktemp("distributed")
     for name in ("one", "two"):
         (folder / name).mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     module = ["-m", "tests.lora_runtime.training.distributed_runs", str(folder / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     process = subprocess.Popen(
-        [*torchrun, *module], cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, *module], cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     Runs(folder / "one", exact_base, tokenizer).run("whole", "out")
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
