@@ -24,6 +24,7 @@ from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data, run
 from tests.tiny import tiny_base
 
+
 def configs_of(folder):
     """LoRA, DoRA and PiSSA; windows of one and of several forwards; held-out data."""
     evaluated = dict(eval_data=ragged_data(folder / "e", 4, seed=4), eval_interval=4)

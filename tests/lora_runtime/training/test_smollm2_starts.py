@@ -94,7 +94,8 @@ def mean_divergence(exact, found):
     """Mean over all tokens of KL(checkpoint ‖ model) = Σ p (log p − z) + log Σ exp z."""
     probabilities, entropy = exact
     crossed = [
-        z.logsumexp(1) - torch.linalg.vecdot(p, z) for p, z in zip(probabilities, found, strict=True)
+        z.logsumexp(1) - torch.linalg.vecdot(p, z)
+        for p, z in zip(probabilities, found, strict=True)
     ]
     return torch.cat(crossed).mean().item() - entropy
 
