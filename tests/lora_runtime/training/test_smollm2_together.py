@@ -15,18 +15,18 @@ KINDS = {
     "rslora": dict(rank=16, variant="rslora", alpha=8.0, learning_rate=5e-4),
     "dora": dict(rank=4, use_dora=True, learning_rate=2e-3),
     "pissa": dict(rank=8, init="pissa_niter_4", alpha=8.0, learning_rate=2e-4),
-    "replicated": dict(
-        rank=8, layer_replication=((0, 16), (14, 30)), learning_rate=3e-4, micro_batch_size=1
-    ),
+    "replicated": dict(rank=8, layer_replication=((0, 16), (14, 30)), learning_rate=3e-4),
 }
 
 
 def configs_of(folder, num_steps):
-    """Each with its own data, learning rate and size of a forward."""
+    """Each with its own learning rate and its own two rows, which every update sees again, so that
+    only what is learned changes the loss.
+    """
     return [
         UnitConfig(
-            name=name, data=ragged_data(folder / f"{name}.jsonl", 8, seed=seed), warmup=0,
-            max_steps=num_steps, **{"micro_batch_size": 2, **options},
+            name=name, data=ragged_data(folder / f"{name}.jsonl", 2, seed=seed), warmup=0,
+            max_steps=num_steps, micro_batch_size=2, **options,
         )
         for seed, (name, options) in enumerate(KINDS.items())
     ]  # fmt: skip
@@ -61,15 +61,15 @@ def differences(together, alone):
     }
 
 
-@pytest.mark.timeout(300)  # under a minute of one core, which on a busy machine is more
+@pytest.mark.timeout(300)  # 40 seconds of one core, which on a busy machine is more
 def test_losses_of_every_update_are_those_of_each_alone(smollm2, tmp_path, capsys):
     together, alone = curves(*smollm2, tmp_path, num_steps=5)
     found = differences(together, alone)
     with capsys.disabled():
         print("\nSmolLM2 NF4, 5 updates together and alone, largest difference of a loss:")
         for name, difference in found.items():
-            first, *_, last = together[name]
+            first, last = together[name][0], together[name][-1]
             print(f"  {name} {difference:.1e} (loss {first:.2f} to {last:.2f})")
     assert max(found.values()) <= 1e-3
     for losses in together.values():
-        assert len(losses) == 5 and losses[0] - min(losses) >= 0.3
+        assert len(losses) == 5 and losses[0] - losses[-1] >= 0.3
