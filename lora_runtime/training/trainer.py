@@ -140,14 +140,14 @@ def run_pass(
             parameter.grad = torch.zeros_like(parameter)
     started = time.perf_counter()
     compute = partial(_losses_and_gradients, base)
-    for group, signals in in_forwards(units, Unit.next_micro_batch, compute, world, say):
-        seconds = time.perf_counter() - started
-        for unit, found in zip(group, signals, strict=True):
-            if math.isfinite(found.loss):
-                unit.advance(found, seconds, world.sum_)
-            else:
-                unit.fail(f"the loss of update {unit.step + 1} is {found.loss}; {LOWER_RATE}")
-        started = time.perf_counter()
+    forwards = in_forwards(units, Unit.next_micro_batch, compute, world, say)
+    found = [pair for group, signals in forwards for pair in zip(group, signals, strict=True)]
+    seconds = time.perf_counter() - started
+    for unit, own in found:
+        if math.isfinite(own.loss):
+            unit.advance(own, seconds, world.sum_)
+        else:
+            unit.fail(f"the loss of update {unit.step + 1} is {own.loss}; {LOWER_RATE}")
     return [unit for unit in units if not unit.is_running or not unit.window.done]
 
 

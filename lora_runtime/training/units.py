@@ -54,7 +54,7 @@ class StepRecord(NamedTuple):
     num_tokens: int
     num_target_tokens: int
     seconds: float
-    """Wall time of the update's forwards, which other units may share."""
+    """Wall time of the update's passes, which other units may share."""
 
 
 @dataclass(slots=True)
