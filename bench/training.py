@@ -35,7 +35,7 @@ from lora_runtime.training.config import UnitConfig
 
 LAYOUTS = ("padded", "grouped", "packed")
 KINDS = {"LoRA": {}, "DoRA": {"use_dora": True}}
-SCREENING_UPDATES = 3
+SCREENING_UPDATES = 2
 INSTRUCTION = "Which intent has this message to a bank? Answer with its name only."
 
 
@@ -68,7 +68,7 @@ def speed(updates: list[tuple[int, float]]) -> float:
 
 
 def screen(task: Task, args: argparse.Namespace, console: Console) -> tuple[Theirs, dict]:
-    """The peer's fastest setting, and the speeds of all; the first update warms up."""
+    """The peer's fastest setting, and the speeds of all, each of its second update."""
     found: dict[Theirs, float] = {}
     for layout, size in product(LAYOUTS, args.peer_sizes):
         kind = Theirs(layout, size)
