@@ -70,7 +70,7 @@ def speed(updates: list[tuple[int, float]]) -> float:
 def screen(task: Task, args: argparse.Namespace, console: Console) -> tuple[Theirs, dict]:
     """The peer's fastest setting, and the speeds of all, each of its second update."""
     found: dict[Theirs, float] = {}
-    for layout, size in product(LAYOUTS, args.peer_sizes):
+    for layout, size in product(args.peer_layouts, args.peer_sizes):
         kind = Theirs(layout, size)
         with Side(task, kind, args.threads) as side:
             found[kind] = speed([side.update() for _ in range(SCREENING_UPDATES)][1:])
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16, help="examples in an update")
+    parser.add_argument("--peer-layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--peer-sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--unit-batch", type=int, default=4, help="of each of four units")
     parser.add_argument("--held-out", type=int, default=100)
