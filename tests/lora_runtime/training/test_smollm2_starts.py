@@ -85,7 +85,7 @@ def logits_from(base, units, states, rows):
     bindings = bind(units, base)
     with base.model.get_input_embeddings().register_forward_hook(lambda *_: states):
         last = hidden_states(
-            base, [UnitRows(Rows(lengths), LAYERS)], bindings, token_ids, positions
+            base, [UnitRows([Rows(lengths)], LAYERS)], bindings, token_ids, positions
         )
     return logits(base, bindings, last, [len(token_ids)]).split(lengths)
 
