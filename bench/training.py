@@ -5,20 +5,16 @@ Both sides train the same adapter from the same start on the same examples, in p
 own that take turns: ours on an unquantised base and on NF4, theirs on the unquantised one in the
 fastest of three layouts (padded, grouped by length, packed) × three micro-batch sizes, without
 activation checkpointing. Tokens are input tokens without padding. Equal held-out loss after the
-same updates shows that both learn the same. The ceiling is the time of the matrix products alone
-at this machine's measured rate, had every token been multiplied with every weight of the inner
-layers once forward and once backward.
+same updates shows that both learn the same.
 
---data is a CSV file with a text and a label column; every row is a chat of two messages.
+--data is a CSV file with a text and a label column; every row is a chat under one system prompt.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import random
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -29,8 +25,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
-from bench.training_sides import Ours, Side, Task, Theirs, with_size
+from bench import labelled, machine
+from bench.training_sides import Ours, Side, Task, Theirs
 from lora_runtime.training.config import UnitConfig
 
 LAYOUTS = ("padded", "grouped", "packed")
@@ -39,11 +35,8 @@ SCREENING_UPDATES = 2
 INSTRUCTION = "Which intent has this message to a bank? Answer with its name only."
 
 
-def chats(path: Path, text: str, label: str, seed: int) -> list[dict]:
-    """The rows in random order, as chats."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [(row[text].strip(), row[label].replace("_", " ")) for row in csv.DictReader(file)]
-    random.Random(seed).shuffle(rows)
+def chats(rows: list[tuple[str, str]]) -> list[dict]:
+    """Texts as a user's messages, labels as their answers."""
     return [
         {
             "messages": [
@@ -130,10 +123,7 @@ def together(task: Task, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--text", default="text")
-    parser.add_argument("--label", default="category")
-    parser.add_argument("--base", default="smollm2-135m")
+    labelled.add_arguments(parser)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--updates", type=int, default=16)
@@ -143,12 +133,11 @@ def main() -> None:
     parser.add_argument("--unit-batch", type=int, default=4, help="of each of four units")
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the sides take turns
     console, result = Console(stderr=True), {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = chats(args.data, args.text, args.label, args.seed)
+        rows = chats(labelled.read(args))
         held_out = write(Path(folder) / "held-out.jsonl", rows[: args.held_out])
         count = 4 * args.batch * args.updates
         parts = [
@@ -164,8 +153,7 @@ def main() -> None:
             unit = replace(plain, **KINDS[kind])
             task = Task(args.base, args.dtype, (unit,), held_out, args.updates)
             result[kind] = compare(task, args, console)
-        small = with_size(replace(plain, gradient_accumulation=1), args.unit_batch)
-        small = replace(small, gradient_accumulation=1)
+        small = replace(plain, micro_batch_size=args.unit_batch)
         four = tuple(replace(small, name=f"unit{i}", data=parts[i]) for i in range(4))
         result["four units at once"] = together(
             Task(args.base, args.dtype, four, held_out, args.updates), args

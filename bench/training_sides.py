@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,9 +187,3 @@ def _base(task: Task, quantization: str) -> tuple[Base, Tokenizer]:
     config = BaseConfig(model=task.base, quantization=quantization, dtype=task.dtype)
     base = load_base(config)
     return base, Tokenizer.load(base.folder)
-
-
-def with_size(unit: UnitConfig, micro_batch_size: int) -> UnitConfig:
-    """The same update in micro-batches of another size."""
-    accumulation = unit.examples_per_step // micro_batch_size
-    return replace(unit, micro_batch_size=micro_batch_size, gradient_accumulation=accumulation)

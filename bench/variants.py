@@ -10,9 +10,7 @@ Accuracy is of the greedy answer from the engine, loss in nats per answer token.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import random
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
+from bench import labelled, machine
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base, load_base
@@ -62,12 +60,9 @@ class Row:
 
 
 def read_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Row]:
-    with open(args.data, newline="", encoding="utf-8") as file:
-        lines = [(line[args.text], line[args.label]) for line in csv.DictReader(file)]
-    random.Random(args.seed).shuffle(lines)
     rows = []
-    for text, label in lines:
-        prompt, completion = f"Query: {text.strip()}\nIntent:", " " + label.replace("_", " ")
+    for text, label in labelled.read(args):
+        prompt, completion = f"Query: {text}\nIntent:", f" {label}"
         token_ids, is_target = tokenizer.split_completion(prompt, completion)
         start = is_target.index(True)
         rows.append(Row(prompt, completion, tuple(token_ids[:start]), tuple(token_ids[start:])))
@@ -152,17 +147,13 @@ def loss(base: Base, form: ServingForm | None, rows: list[Row]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--text", default="text")
-    parser.add_argument("--label", default="category")
-    parser.add_argument("--base", default="smollm2-135m")
+    labelled.add_arguments(parser)
     parser.add_argument("--rates", nargs="+", default=["3e-4", "1e-3", "3e-3"])
     parser.add_argument("--train-tokens", type=int, default=15_000, help="for each unit")
     parser.add_argument("--validation", type=int, default=100)
     parser.add_argument("--test", type=int, default=300)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     begun = time.monotonic()
     base = load_base(BaseConfig(model=args.base))

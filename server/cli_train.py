@@ -23,6 +23,9 @@ RUN_FLAGS = (
     "output", "max_seq_len", "seed", "activation_checkpointing", "tensorboard", "resume",
 )  # fmt: skip
 
+ACTION_FLAGS = ("dry_run", "deploy", "deploy_name", "sample")
+"""What is done with a run."""
+
 
 def train(
     config: flag.ConfigFile = None,
@@ -68,14 +71,18 @@ def train(
     Written in PEFT's format, ready for `loramux adapters load`. Several devices share an update by
     `torchrun --nproc-per-node N -m server train …`.
     """
-    flags = {key: value for key, value in locals().items() if value is not None}
-    flags.pop("config", None)
-    for key in ("dry_run", "deploy", "deploy_name", "sample"):
-        flags.pop(key, None)
-    run = _from_flags(flags) if config is None else _from_file(config, flags)
+    run = _run_of(locals())
     if dry_run:
         return show_dry_run(run, Console())
     _train(run, deploy, deploy_name, sample)
+
+
+def _run_of(arguments: dict[str, Any]) -> TrainConfig:
+    """The run that `train` was given, by a file or by flags."""
+    others = ("config", *ACTION_FLAGS)
+    flags = {k: v for k, v in arguments.items() if v is not None and k not in others}
+    file = arguments["config"]
+    return _from_flags(flags) if file is None else _from_file(file, flags)
 
 
 def _train(

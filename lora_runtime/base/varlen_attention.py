@@ -49,7 +49,8 @@ class VarlenAttention:
             self._order[own[is_own]] = places[is_own]
             end += own.numel()
             keys, _ = _indices(members, members[0].prefix)
-            self._groups.append(_Group(own.to(device), keys.to(device)))
+            distance = _distance(own.shape[1], keys.shape[1])
+            self._groups.append(_Group(*(part.to(device) for part in (own, keys, distance))))
         self._order = self._order.to(device)
 
     def attend(
@@ -110,10 +111,13 @@ def _indices(members: Sequence[_Segment], prefix: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens."""
+    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens; distance
+    (Q, K): how far each key lies before each query.
+    """
 
     queries: Tensor
     keys: Tensor
+    distance: Tensor
 
     def attend(
         self,
@@ -130,13 +134,13 @@ class _Group:
         longest = k.shape[2]
         if softcap is None and (window is None or window >= longest):
             is_square = q.shape[2] == longest
-            mask = None if is_square else _distance(q, k) >= 0
+            mask = None if is_square else self.distance >= 0
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=is_square, scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         else:
-            out = _masked_attention(q, k, v, scale, window, softcap)
+            out = _masked_attention(q, k, v, self.distance, scale, window, softcap)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -145,22 +149,26 @@ def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
     return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
 
 
-def _distance(q: Tensor, k: Tensor) -> Tensor:
-    """How far each key (K,) lies before each query (Q,); both end at the same token."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    place = torch.arange(num_keys, device=q.device)
+def _distance(num_queries: int, num_keys: int) -> Tensor:
+    """How far each key lies before each query (Q, K); both end at the same token."""
+    place = torch.arange(num_keys)
     return place[num_keys - num_queries :, None] - place
 
 
 def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
     scores = q @ k.transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    distance = _distance(q, k)
     is_hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
     scores = scores.masked_fill(is_hidden, float("-inf"))
     dtype = torch.promote_types(scores.dtype, torch.float32)

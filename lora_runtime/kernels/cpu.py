@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta
+from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta, wants_gradient
 
 ABI = 3
 LEVELS = ("baseline", "avx2", "avx512")
@@ -49,7 +49,7 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
         and all(t.device.type == "cpu" for t in tensors)
         and all(t.dtype == dtype for t in activations)
         and all(w.dtype == torch.float32 for w in weights)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not wants_gradient(*tensors)
     )
 
 

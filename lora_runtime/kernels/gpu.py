@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, StepMeta
+from lora_runtime.kernels.types import AdapterMemory, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
@@ -48,7 +48,7 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
         and all(t.device == first.device for t in tensors)
         and all(t.dtype == first.dtype for t in activations)
         and all(w.dtype in (first.dtype, torch.float32) for w in weights)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not wants_gradient(*tensors)
         and has_triton()
     )
 

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """True when autograd follows what is made of these tensors; fast backends have no backward."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterMemory:
     """All adapters' tensors, flat: weights in the pool's dtype, vectors float32, indices int32.
@@ -70,6 +75,11 @@ class Span:
     num_tokens: int
     weight: float = 1.0
     replica: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """Its rows of the step."""
+        return slice(self.first_token, self.first_token + self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

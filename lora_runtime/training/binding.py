@@ -31,7 +31,7 @@ class TrainedBinding:
     def linear(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
         """See `Binding`."""
         parts = [
-            Part(slice(span.first_token, span.first_token + span.num_tokens), form)
+            Part(span.rows, form)
             for span in meta
             if (form := self.forms.get((span.slot, span.replica))) and form.a is not None
         ]
@@ -44,7 +44,7 @@ class TrainedBinding:
         for slot, group in groupby(spans, self._slot_of_whole_patch):
             own = list(group)
             start = own[0].first_token
-            some = x[start : own[-1].first_token + own[-1].num_tokens]
+            some = x[start : own[-1].rows.stop]
             if slot is None:
                 own = [replace(span, first_token=span.first_token - start) for span in own]
                 pieces.append(self._patched(self.linear(some, layer, own), some, layer, own))
@@ -65,8 +65,7 @@ class TrainedBinding:
             form = self.forms.get((span.slot, span.replica))
             if form is None or form.patch is None:
                 continue
-            rows = slice(span.first_token, span.first_token + span.num_tokens)
-            values, ids = form.patch.values, form.patch.ids
+            rows, values, ids = span.rows, form.patch.values, form.patch.ids
             change = values.to(x.dtype).to(values.dtype) - layer.weight[ids].to(values.dtype)
             y[rows].index_add_(1, ids, (x[rows].to(values.dtype) @ change.T).to(y.dtype))
         return y
@@ -77,9 +76,8 @@ class TrainedBinding:
         """See `Binding`."""
         pieces = []
         for span in meta:
-            rows = slice(span.first_token, span.first_token + span.num_tokens)
-            form, y = self.forms.get((span.slot, span.replica)), embedded[rows]
-            pieces.append(y if form is None else _embedded(y, ids[rows], layer.scale, form))
+            form, y = self.forms.get((span.slot, span.replica)), embedded[span.rows]
+            pieces.append(y if form is None else _embedded(y, ids[span.rows], layer.scale, form))
         return torch.cat(pieces)
 
 

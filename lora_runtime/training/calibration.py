@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
-from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.data import Example, ExampleStream
-from lora_runtime.training.forward import UnitRows, hidden_states
+from lora_runtime.training.forward import states_of_rows
 
 MAX_TOKENS = 4096
 
@@ -54,12 +53,9 @@ def input_rms(
         found[path, visits[path]] = norms / math.sqrt(len(x))
         visits[path] += 1
 
-    lengths = [len(row) for row in rows]
-    token_ids = torch.cat(list(rows)).to(base.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
     with ExitStack() as hooks:
         for path in paths:
             module = base.model.get_submodule(path)
             hooks.enter_context(module.register_forward_pre_hook(collect))
-        hidden_states(base, [UnitRows([Rows(lengths)], layer_map)], {}, token_ids, positions)
+        states_of_rows(base, {}, rows, layer_map)
     return found

@@ -56,11 +56,10 @@ def held_out_signals(
     """Means over each unit's held-out target tokens, or pairs; the units share the forwards."""
     waiting = {unit.name: _Waiting(unit, held_out) for unit, held_out in units}
     totals = {unit.name: NOTHING for unit, _ in units}
-
     while left := [unit for unit, _ in units if waiting[unit.name].groups and not unit.error]:
         forwards = in_forwards(
             left,
-            lambda unit, rank: waiting[unit.name].next(rank),
+            lambda unit: waiting[unit.name].next(world.size),
             lambda group, batches: (Signal.rows(loss_sums(base, group, batches)), ()),
             world,
             say,
@@ -92,9 +91,10 @@ class _Waiting:
         self._limits: Limits | None = None
         self.groups = [sorted(held_out.dataset.items, key=num_tokens)]
 
-    def next(self, rank: int) -> list[Item]:
-        """The group of one process, empty if there are not as many."""
+    def next(self, num_processes: int) -> list[list[Item]]:
+        """The group of every process, empty for the last where there are not as many."""
         if self._limits != self._unit.limits:
             self._limits = replace(self._unit.limits)
             self.groups = self._limits.groups(list(chain.from_iterable(self.groups)))
-        return self.groups[rank] if rank < len(self.groups) else []
+        own = self.groups[:num_processes]
+        return own + [[] for _ in range(num_processes - len(own))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -41,16 +42,20 @@ def hidden_states(
     Unit n is slot n of `bindings`. Differentiable in what they hold.
     """
     tokens = token_ids, position_ids
-    with base.context.effect(_spans(units), bindings):
+
+    @cache
+    def attention(slots: tuple[int, ...]) -> VarlenAttention:
+        return VarlenAttention([rows for s in slots for rows in units[s].rows], base.device)
+
+    spans = _spans(units)
+    with base.context.effect(spans, bindings):
         if all(unit.layer_map is None for unit in units):
-            return base.hidden_states(
-                *tokens,
-                VarlenAttention([rows for unit in units for rows in unit.rows], base.device),
-            )
+            return base.hidden_states(*tokens, attention(tuple(range(len(units)))))
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
         plan = shortest_plan(frozenset(maps))
-        batch = PlannedBatch([_layer_step(step, units, maps, base.device) for step in plan])
+        steps = [_layer_step(step, spans, maps, attention, base.device) for step in plan]
+        batch = PlannedBatch(steps)
         return base.hidden_states(*tokens, batch, tuple(step.layer for step in plan))
 
 
@@ -72,20 +77,35 @@ def _spans(units: Sequence[UnitRows]) -> list[Span]:
     return list(spans_of([sum(rows.num_tokens for rows in unit.rows) for unit in units]))
 
 
+def states_of_rows(
+    base: Base, bindings: Bindings, rows: Sequence[Tensor], layer_map: LayerMap | None
+) -> Tensor:
+    """`hidden_states` of whole rows of token ids (n,) of one unit, end to end."""
+    lengths = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    unit = UnitRows([Rows(lengths)], layer_map)
+    tokens = torch.cat(list(rows)).to(base.device), positions.to(base.device)
+    return hidden_states(base, [unit], bindings, *tokens)
+
+
 def _layer_step(
-    step: PlanStep, units: Sequence[UnitRows], maps: Sequence[LayerMap], device: torch.device
+    step: PlanStep,
+    every: Sequence[Span],
+    maps: Sequence[LayerMap],
+    attention: Callable[[tuple[int, ...]], VarlenAttention],
+    device: torch.device,
 ) -> LayerStep:
     """The rows whose map takes this step, and which visit of its layer it is for them."""
     places: Mapping[LayerMap, int] = dict(step.positions)
-    spans = [span for span in _spans(units) if maps[span.slot] in places]
+    spans = [span for span in every if maps[span.slot] in places]
     starts = accumulate((span.num_tokens for span in spans), initial=0)
     own = [
         replace(span, first_token=start, replica=replicas(maps[span.slot])[places[maps[span.slot]]])
         for span, start in zip(spans, starts, strict=False)
     ]
-    tokens = [torch.arange(s.first_token, s.first_token + s.num_tokens) for s in spans]
+    tokens = [torch.arange(span.rows.start, span.rows.stop) for span in spans]
     return LayerStep(
-        tokens=None if len(spans) == len(units) else torch.cat(tokens).to(device),
-        attention=VarlenAttention([rows for s in spans for rows in units[s.slot].rows], device),
+        tokens=None if len(spans) == len(every) else torch.cat(tokens).to(device),
+        attention=attention(tuple(span.slot for span in spans)),
         adapters=own,
     )

@@ -12,10 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from lora_runtime.adapters.parity import Logits
 from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
-from lora_runtime.base.varlen_attention import Rows
 from lora_runtime.training.binding import bind
 from lora_runtime.training.data import Example, Item, PackedBatch
-from lora_runtime.training.forward import Bindings, UnitRows, hidden_states, logits
+from lora_runtime.training.forward import (
+    Bindings,
+    UnitRows,
+    hidden_states,
+    logits,
+    states_of_rows,
+)
 from lora_runtime.training.preferences import pair_sums
 from lora_runtime.training.units import Unit
 
@@ -128,12 +133,9 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
 
     @torch.no_grad()
     def measured(rows: Sequence[Sequence[int]], with_adapter: bool) -> Sequence[Tensor]:
-        lengths = [len(row) for row in rows]
-        token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
-        own = UnitRows([Rows(lengths)], unit.layer_map if with_adapter else None)
         bindings = bind([unit], base) if with_adapter else {}
-        states = hidden_states(base, [own], bindings, token_ids, positions)
-        return logits(base, bindings, states, [len(token_ids)]).split(lengths)
+        layer_map = unit.layer_map if with_adapter else None
+        states = states_of_rows(base, bindings, list(map(torch.tensor, rows)), layer_map)
+        return logits(base, bindings, states, [len(states)]).split(list(map(len, rows)))
 
     return measured

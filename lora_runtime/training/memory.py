@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from operator import add
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ Say = Callable[[str], None]
 Gradients = Sequence[tuple[Parameter, Tensor]]
 Compute = Callable[[Sequence[Unit], Sequence[Sequence[Item]]], tuple[Sequence[Signal], Gradients]]
 """Units and the items of each → what each shows, and gradients."""
-NextBatch = Callable[[Unit, int], Sequence[Item]]
-"""A unit and a process → what it computes next there, which may be nothing."""
+Batches = Sequence[Sequence[Item]]
+"""What a unit computes next on every process, which may be nothing on some."""
+NextBatches = Callable[[Unit], Batches]
 
 
 TOKENS_PER_FORWARD = 2048
@@ -35,7 +37,7 @@ rows, while activations keep growing.
 
 def in_forwards(
     units: Sequence[Unit],
-    next_batch: NextBatch,
+    next_batches: NextBatches,
     compute: Compute,
     world: World,
     say: Say,
@@ -47,28 +49,28 @@ def in_forwards(
     """
     left = list(units)
     while left:
-        group = _next_group(left, next_batch, world)
-        own = [(unit, next_batch(unit, world.rank)) for unit in group]
-        values = _attempt(own, compute, world)
+        group = _next_group(left, next_batches)
+        members = [unit for unit, _ in group]
+        values = _attempt([(unit, batches[world.rank]) for unit, batches in group], compute, world)
         if values is None:
-            batches = [[next_batch(unit, rank) for rank in range(world.size)] for unit in group]
-            _make_smaller(group, [max(batch, key=_order) for batch in batches], say)
+            _make_smaller(members, [max(batches, key=_order) for _, batches in group], say)
         else:
-            yield group, values
-            left = [unit for unit in left if unit not in group]
+            yield members, values
+            left = [unit for unit in left if unit not in members]
         left = [unit for unit in left if unit.status is not UnitStatus.FAILED]
 
 
-def _next_group(units: Sequence[Unit], next_batch: NextBatch, world: World) -> list[Unit]:
+def _next_group(units: Sequence[Unit], next_batches: NextBatches) -> list[tuple[Unit, Batches]]:
     """The first units that share a forward within TOKENS_PER_FORWARD on every process."""
-    group: list[Unit] = []
-    sums = [0] * world.size
+    group: list[tuple[Unit, Batches]] = []
+    sums: list[int] = []
     for unit in [unit for unit in units if not unit.limits.is_alone] or units[:1]:
-        own = [sum(map(num_tokens, next_batch(unit, rank))) for rank in range(world.size)]
-        sums = [total + tokens for total, tokens in zip(sums, own, strict=True)]
+        batches = next_batches(unit)
+        own = [sum(map(num_tokens, batch)) for batch in batches]
+        sums = list(map(add, sums, own)) if group else own
         if group and max(sums) > TOKENS_PER_FORWARD:
             break
-        group.append(unit)
+        group.append((unit, batches))
     return group
 
 

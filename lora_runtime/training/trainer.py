@@ -140,7 +140,7 @@ def run_pass(
             parameter.grad = torch.zeros_like(parameter)
     started = time.perf_counter()
     compute = partial(_losses_and_gradients, base)
-    forwards = in_forwards(units, Unit.next_micro_batch, compute, world, say)
+    forwards = in_forwards(units, Unit.next_micro_batches, compute, world, say)
     found = [pair for group, signals in forwards for pair in zip(group, signals, strict=True)]
     seconds = time.perf_counter() - started
     for unit, own in found:

@@ -154,13 +154,12 @@ class Unit:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def next_micro_batch(self, rank: int = 0) -> list[Item]:
-        """The items of this unit's next forward on one process, empty if it has had its share.
-
-        Shares have about equally many tokens.
+    def next_micro_batches(self) -> list[list[Item]]:
+        """The items of this unit's next forward on every process, none on one that has had its
+        share. Shares have about equally many tokens.
         """
         items = self._window()
-        return [items[place] for place in self._next_places(items)[rank]]
+        return [[items[place] for place in places] for places in self._next_places(items)]
 
     @property
     def window_weight(self) -> int:

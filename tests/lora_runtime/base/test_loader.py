@@ -90,7 +90,7 @@ def test_mixture_of_experts_and_conv1d_are_refused_by_name():
 
 def test_a_model_whose_attention_we_do_not_express_is_refused(monkeypatch):
     """The self-check stands between a silent difference and a served model."""
-    forget_window = lambda q, k, v, scale, window, softcap: torch.zeros_like(q)  # noqa: E731
+    forget_window = lambda q, *_: torch.zeros_like(q)  # noqa: E731
     monkeypatch.setattr("lora_runtime.base.varlen_attention._masked_attention", forget_window)
     with pytest.raises(BaseRefused, match="does not give its own logits"):
         tiny_base("gemma2")

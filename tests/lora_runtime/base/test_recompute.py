@@ -37,7 +37,7 @@ def random_units(base, tokenizer, tmp_path, count=2):
 def gradients(base, units):
     for unit in units:
         unit.optimizer.zero_grad()
-    losses = window_losses(base, units, [unit.next_micro_batch() for unit in units])
+    losses = window_losses(base, units, [unit.next_micro_batches()[0] for unit in units])
     losses.sum().backward()
     return losses.detach(), [p.grad.clone() for unit in units for p in unit.parameters]
 
@@ -71,7 +71,7 @@ def saved_bytes(base, units):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = window_losses(base, units, [unit.next_micro_batch() for unit in units])
+        losses = window_losses(base, units, [unit.next_micro_batches()[0] for unit in units])
     return sum(kept.values()), losses
 
 

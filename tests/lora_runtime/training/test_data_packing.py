@@ -92,7 +92,7 @@ def test_packed_loss_is_that_of_transformers_one_by_one(tmp_path, tokenizer, exa
     unit = make_unit(
         exact_base, tokenizer, config_of(tmp_path, micro_batch_size=11, max_tokens_per_batch=256)
     )
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     assert len(examples) > 5
     loss = window_losses(exact_base, [unit], [examples])[0, 0].item() * unit.window_weight
     twin, expected = dense_twin(exact_base, "llama").double(), 0.0

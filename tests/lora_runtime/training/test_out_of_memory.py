@@ -25,6 +25,7 @@ from tests.lora_runtime.training.tiny_runs import (
     ragged_data,
     run,
     shown,
+    train_until_done,
     write_jsonl,
 )
 
@@ -76,13 +77,6 @@ def units_of(base, tokenizer, tmp_path):
     return [make_unit(base, tokenizer, config) for config in configs_of(tmp_path)]
 
 
-def train_all(base, units):
-    said = []
-    while active := [unit for unit in units if unit.is_running]:
-        run_pass(base, active, ALONE, said.append)
-    return said
-
-
 def assert_same(units, others):
     for unit, other in zip(units, others, strict=True):
         assert unit.status is other.status is UnitStatus.DONE
@@ -103,12 +97,12 @@ def test_less_memory_gives_the_same_training(
 ):
     """Room for one longest example takes every unit apart; a failed backward leaves nothing."""
     expected = units_of(exact_base, tokenizer, tmp_path)
-    train_all(exact_base, expected)
+    train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
     small = SmallMemory(monkeypatch, room * longest_of(units), in_backward=in_backward)
     for unit in units:
         small.watch(unit)
-    said = train_all(exact_base, units)
+    said = train_until_done(exact_base, units)
     assert_same(units, expected)
     assert len(said) == small.num_failures > 2
     assert any("packed: out of memory; from here on forwards of" in line for line in said)
@@ -120,7 +114,7 @@ def test_less_memory_gives_the_same_training(
 def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monkeypatch):
     """Two of three fit together; a unit over the bound by itself is not divided."""
     expected = units_of(exact_base, tokenizer, tmp_path)
-    train_all(exact_base, expected)
+    train_until_done(exact_base, expected)
     units, most = units_of(exact_base, tokenizer, tmp_path), []
 
     def forward(base, token_ids, *others, real=Base.hidden_states):
@@ -131,7 +125,7 @@ def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monke
     monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", 60)
     run_pass(exact_base, units)
     assert len(most) == 3 and max(most) > 60 > min(most)
-    train_all(exact_base, units)
+    train_until_done(exact_base, units)
     assert_same(units, expected)
 
 
@@ -139,14 +133,14 @@ def test_an_example_that_never_fits_fails_its_unit_alone(
     tmp_path, tokenizer, exact_base, monkeypatch
 ):
     expected = units_of(exact_base, tokenizer, tmp_path)
-    train_all(exact_base, expected)
+    train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
     long = write_jsonl(tmp_path / "long", [{"prompt": "", "completion": "the fox " * 40}])
     config = UnitConfig(name="long", data=long, rank=2, max_steps=3)
     hopeless = make_unit(exact_base, tokenizer, config)
     assert hopeless.dataset.longest > longest_of(units)
     SmallMemory(monkeypatch, longest_of(units))
-    said = train_all(exact_base, [hopeless, *units])
+    said = train_until_done(exact_base, [hopeless, *units])
     assert_same(units, expected)
     assert hopeless.status is UnitStatus.FAILED and hopeless.step == 0
     assert f"one example of {hopeless.dataset.longest} tokens" in hopeless.error
@@ -201,4 +195,4 @@ def test_other_errors_pass_through(tmp_path, tokenizer, exact_base, monkeypatch)
 
     monkeypatch.setattr(Base, "hidden_states", broken)
     with pytest.raises(RuntimeError, match="another mistake"):
-        train_all(exact_base, units_of(exact_base, tokenizer, tmp_path))
+        train_until_done(exact_base, units_of(exact_base, tokenizer, tmp_path))

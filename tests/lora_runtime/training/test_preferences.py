@@ -28,8 +28,10 @@ from tests.lora_runtime.training.tiny_runs import (
     preferences,
     quiet_console,
     ragged_data,
+    randomise,
     run,
     shown,
+    train_until_done,
     write_jsonl,
 )
 from tests.tiny import dense_twin, in_float64
@@ -43,14 +45,6 @@ def config_of(tmp_path, **options):
         num_epochs=2, learning_rate=5e-3, warmup=0,
     )  # fmt: skip
     return UnitConfig(**{**defaults, **options})
-
-
-def randomise(unit, scale=0.1):
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in unit.named_parameters().items():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        size = parameter.abs().mean() if name.endswith("magnitude") else 1.0
-        parameter.data.add_(scale * size * noise)
 
 
 def in_peft(base, unit, config):
@@ -104,7 +98,7 @@ def test_loss_and_gradients_are_those_of_dpo_on_peft(
     config = config_of(tmp_path, variant=variant, micro_batch_size=7, **options)
     unit = make_unit(exact_base, tokenizer, config)
     randomise(unit)
-    pairs = unit.next_micro_batch()
+    pairs = unit.next_micro_batches()[0]
     ours = window_losses(exact_base, [unit], [pairs])
     ours.sum().backward()
     model = in_peft(exact_base, unit, config)
@@ -153,7 +147,8 @@ def test_reference_is_the_base_in_the_units_order_of_layers(tmp_path, tokenizer,
     unit = make_unit(exact_base, tokenizer, config)
     randomise(unit)
     plain = make_unit(exact_base, tokenizer, config_of(tmp_path))
-    window_losses(exact_base, [unit, plain], [unit.next_micro_batch(), plain.next_micro_batch()])
+    batches = [each.next_micro_batches()[0] for each in (unit, plain)]
+    window_losses(exact_base, [unit, plain], batches)
     model = in_float64(dense_twin(exact_base, "llama"))
     stacked = copy.deepcopy(model)
     stacked.model.layers = torch.nn.ModuleList(
@@ -171,8 +166,7 @@ def test_reference_is_the_base_in_the_units_order_of_layers(tmp_path, tokenizer,
 
 
 def train(base, units):
-    while active := [unit for unit in units if unit.is_running]:
-        run_pass(base, active)
+    train_until_done(base, units)
     return units
 
 

@@ -6,9 +6,8 @@ import pytest
 
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import load_dataset
-from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import Unit
-from tests.lora_runtime.training.tiny_runs import ragged_data
+from tests.lora_runtime.training.tiny_runs import ragged_data, train_until_done
 
 KINDS = {
     "lora": dict(rank=8, learning_rate=1e-3),
@@ -38,8 +37,7 @@ def losses_of(base, tokenizer, configs):
         Unit(config, load_dataset(config.data, tokenizer, 24), base, seed=config.rank)
         for config in configs
     ]
-    while active := [unit for unit in units if unit.is_running]:
-        run_pass(base, active)
+    train_until_done(base, units)
     return {unit.name: [record.loss for record in unit.records] for unit in units}
 
 

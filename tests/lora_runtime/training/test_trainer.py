@@ -29,6 +29,7 @@ from tests.lora_runtime.training.tiny_runs import (
     ragged_data,
     run,
     shown,
+    train_until_done,
     write_jsonl,
 )
 from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
@@ -66,17 +67,12 @@ def mean_loss(model, examples):
     return total / count
 
 
-def train_until_done(base, units):
-    while active := [unit for unit in units if unit.is_running]:
-        run_pass(base, active)
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_first_loss_is_that_of_transformers(tmp_path, tokenizer, quantization):
     base = tiny_base("llama", quantization=quantization)
     config = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 6), micro_batch_size=6)
     unit = make_unit(base, tokenizer, config)
-    expected = mean_loss(dense_twin(base, "llama"), unit.next_micro_batch())
+    expected = mean_loss(dense_twin(base, "llama"), unit.next_micro_batches()[0])
     run_pass(base, [unit])
     assert unit.records[0].loss == pytest.approx(expected.item(), abs=2e-5)
 
@@ -90,7 +86,7 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, shape, variant):
     )
     unit = make_unit(base, tokenizer, config)
     randomise(unit)
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     window_losses(base, [unit], [examples]).sum().backward()
     oracle = peft.get_peft_model(
         dense_twin(base, shape),

@@ -21,8 +21,13 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.export import adapter_files
 from lora_runtime.training.losses import unit_logits, window_losses
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
-from lora_runtime.training.trainer import run_pass
-from tests.lora_runtime.training.tiny_runs import make_unit, ragged_data, run
+from tests.lora_runtime.training.tiny_runs import (
+    make_unit,
+    ragged_data,
+    randomise,
+    run,
+    train_until_done,
+)
 from tests.peft_adapters import load_in_peft
 from tests.tiny import dense_twin, in_float64, tiny_base, tiny_checkpoint
 
@@ -65,20 +70,6 @@ def unit_of(base, tokenizer, tmp_path, name="lora", **options):
     settings = {"rank": 4, "alpha": 6.0, "warmup": 0, **VARIANTS.get(name, {}), **options}
     data = settings.pop("data", None) or ragged_data(tmp_path / f"{name}.jsonl", 6)
     return make_unit(base, tokenizer, UnitConfig(name=name, data=data, **settings))
-
-
-def randomise(unit, scale=0.1):
-    """Move every parameter by noise of its own size."""
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in unit.named_parameters().items():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        size = parameter.abs().mean() if name.endswith("magnitude") else 1.0
-        parameter.data.add_(scale * size * noise)
-
-
-def train_until_done(base, units):
-    while active := [unit for unit in units if unit.is_running]:
-        run_pass(base, active)
 
 
 def mean_loss(logits_of, examples):
@@ -132,7 +123,7 @@ class DenseForm:
 def test_gradients_are_those_of_dense_autograd(tmp_path, tokenizer, exact_base, name):
     unit = unit_of(exact_base, tokenizer, tmp_path, name)
     randomise(unit)
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     window_losses(exact_base, [unit], [examples]).sum().backward()
     twin = in_float64(dense_twin(exact_base, "llama"))
     twin.set_attn_implementation("sdpa")  # of the config that copies of layers copy
@@ -183,7 +174,7 @@ def test_gradients_of_dora_are_those_of_peft(tmp_path, tokenizer, shape):
     base = tiny_base(shape)
     unit = unit_of(base, tokenizer, tmp_path, variant="rslora", use_dora=True)
     randomise(unit, 0.05)
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     window_losses(base, [unit], [examples]).sum().backward()
     config = peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, use_dora=True, target_modules="all-linear"
@@ -206,7 +197,7 @@ def test_starts_and_gradients_of_pefts_own_pissa_and_olora(tmp_path, tokenizer, 
         ours = module.start.b @ module.start.a
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
     randomise(unit, 0.05)
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     window_losses(base, [unit], [examples]).sum().backward()
     layers = copy_to_peft(unit, oracle)
     mean_loss(lambda ids: oracle(ids[None]).logits[0], examples).backward()

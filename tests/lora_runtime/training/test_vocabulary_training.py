@@ -130,7 +130,7 @@ def test_the_first_losses_in_other_dtypes_are_the_bases(tmp_path, tokenizer, dty
     base = vocabulary_base("gemma2", dtype=dtype)
     for name in UNITS:
         unit = unit_of(base, tokenizer, tmp_path, name)
-        examples = unit.next_micro_batch()
+        examples = unit.next_micro_batches()[0]
         started = token_losses(base, [unit], [examples])
         unit.modules = {}
         limit = 5e-6 if name.startswith("save") and dtype == torch.float32 else 0
@@ -191,7 +191,7 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, bases, shape, name):
     base = bases[shape]
     unit = unit_of(base, tokenizer, tmp_path, name, micro_batch_size=6)
     randomise(unit)
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     losses = window_losses(base, [unit], [examples])
     losses.sum().backward()
     oracle = peft_oracle(base, shape, unit.config)
@@ -224,7 +224,7 @@ def test_a_whole_output_layer_has_its_bias_trained_too(tmp_path, tokenizer):
     twin.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, twin.config.vocab_size))
     base = prepare_base(copy.deepcopy(twin), BaseConfig(quantization="none"), "phi", tmp_path)
     unit = unit_of(base, tokenizer, tmp_path, "save-both")
-    examples = unit.next_micro_batch()
+    examples = unit.next_micro_batches()[0]
     window_losses(base, [unit], [examples]).sum().backward()
     twin.model.embed_tokens.padding_idx = None
     mean_loss(lambda ids: twin(ids[None]).logits[0], examples).backward()
@@ -248,7 +248,7 @@ def test_gradients_of_chunked_logits(tmp_path, tokenizer, exact_base, monkeypatc
         unit_of(exact_base, tokenizer, tmp_path, other)
         for other in (name, "save-both", "tokens", "ends-dora")
     ]
-    batches = [unit.next_micro_batch() for unit in units]
+    batches = [unit.next_micro_batches()[0] for unit in units]
     parameters = []
     for unit in units:
         randomise(unit)

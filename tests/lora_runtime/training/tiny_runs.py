@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from lora_runtime.base.loader import Base
@@ -15,7 +16,7 @@ from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
 from lora_runtime.training.distributed import ALONE
-from lora_runtime.training.trainer import train_units
+from lora_runtime.training.trainer import run_pass, train_units
 from lora_runtime.training.units import Unit
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -78,6 +79,23 @@ class StopAfter:
 def make_unit(base: Base, tokenizer: Tokenizer, config: UnitConfig, *, seed: int = 0) -> Unit:
     dataset = load_dataset(config.data, tokenizer, 256)
     return Unit(config, dataset, base, seed=seed)
+
+
+def randomise(unit, scale=0.1):
+    """Move every parameter by noise of its own size."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in unit.named_parameters().items():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        size = parameter.abs().mean() if name.endswith("magnitude") else 1.0
+        parameter.data.add_(scale * size * noise)
+
+
+def train_until_done(base, units):
+    """Returns what was said."""
+    said = []
+    while active := [unit for unit in units if unit.is_running]:
+        run_pass(base, active, ALONE, said.append)
+    return said
 
 
 def run(
