@@ -29,6 +29,7 @@ __all__ = [
     "Span",
     "StepMeta",
     "apply_adapters",
+    "apply_stacked_adapters",
     "can_dequantize",
     "can_multiply_codes",
     "can_use_panels",
@@ -69,6 +70,27 @@ def apply_adapters(
     backends = (b for b in (gpu, cpu) if b.can_run(base, x, weights=(memory.weights,)))
     backend = next(backends, reference)
     return backend.apply_adapters(base, x, bias, memory, runs, meta)
+
+
+def apply_stacked_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    widths: tuple[int, ...],
+) -> Tensor:
+    """`apply_adapters` of up to three modules that share x, their outputs side by side in `base`.
+
+    Shapes: base (T, Σ widths), bias (Σ widths,) or None, runs (P, S, R, 8), a table for each of
+    the P widths; other names as in `apply_adapters`. Returns (T, Σ widths).
+    """
+    if gpu.can_run(base, x, weights=(memory.weights,)):
+        return gpu.apply_stacked_adapters(base, x, bias, memory, runs, meta, widths)
+    biases = [None] * len(widths) if bias is None else bias.split(widths)
+    parts = zip(base.split(widths, 1), biases, runs, strict=True)
+    return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
 
 
 def embed_adapters(

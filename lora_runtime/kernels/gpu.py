@@ -67,10 +67,23 @@ def apply_adapters(
     meta: StepMeta,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
+    return apply_stacked_adapters(base, x, bias, memory, runs[None], meta, (base.shape[1],))
+
+
+def apply_stacked_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    widths: tuple[int, ...],
+) -> Tensor:
+    """See `lora_runtime.kernels.apply_stacked_adapters`."""
     from lora_runtime.kernels import gpu_adapters
 
     with torch.cuda.device_of(x):
-        return gpu_adapters.apply_adapters(base, x, bias, memory, runs, meta)
+        return gpu_adapters.apply_adapters(base, x, bias, memory, runs, meta, widths)
 
 
 def four_bit_product(

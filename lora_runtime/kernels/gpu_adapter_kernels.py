@@ -1,12 +1,64 @@
 """The bodies of the adapter kernels; `gpu_adapters.py` says what they are for and launches them.
 
-A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Unmeasured.
+A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
+x are parts of one launch: their outputs lie side by side, their run tables one after another.
+Unmeasured.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def tiles_kernel(
+    entries_ptr,
+    owners_ptr,
+    next_ptr,
+    tokens_ptr,
+    starts_ptr,
+    num_segments,
+    num_tokens,
+    num_entry_tiles,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One tile of `Tiles` a program: first those of entries, then those of the other tokens."""
+    tile = tl.program_id(0)
+    m, c = tl.arange(0, BLOCK_M), tl.arange(0, CHUNK)
+    num_entries = tl.load(starts_ptr + num_segments)
+    begin, end, num_tiles = 0, 0, 0
+    for s0 in range(0, num_segments, CHUNK):
+        s = s0 + c
+        low = tl.load(starts_ptr + s, mask=s < num_segments, other=0)
+        high = tl.load(starts_ptr + s + 1, mask=s < num_segments, other=0)
+        count = (high - low + BLOCK_M - 1) // BLOCK_M
+        first = num_tiles + tl.cumsum(count, 0) - count
+        is_here = (first <= tile) & (tile < first + count)
+        begin += tl.sum(tl.where(is_here, low + (tile - first) * BLOCK_M, 0), 0)
+        end += tl.sum(tl.where(is_here, high, 0), 0)
+        num_tiles += tl.sum(count, 0)
+    entry = begin + m
+    is_entry = (entry < end) & (tile < num_entry_tiles)
+    other_token = (tile - num_entry_tiles) * BLOCK_M + m
+    token = tl.load(tokens_ptr + entry, mask=is_entry, other=-1)
+    token = tl.where(tile < num_entry_tiles, token, other_token)
+    is_owned = m < 0
+    following = tl.full((BLOCK_M,), 2147483647, tl.int32)
+    for c0 in range(0, num_entries, CHUNK):
+        other = c0 + c
+        others = tl.load(tokens_ptr + other, mask=other < num_entries, other=-2)
+        is_same = token[:, None] == others[None, :]
+        is_before = (other[None, :] < entry[:, None]) | (tile >= num_entry_tiles)
+        is_owned |= tl.max((is_same & is_before).to(tl.int32), 1) > 0
+        later = tl.where(is_same & (other[None, :] > entry[:, None]), other[None, :], 2147483647)
+        following = tl.minimum(following, tl.min(later, 1))
+    place = tile * BLOCK_M + m
+    owner = tl.where(is_owned | (token >= num_tokens), -1, token)
+    tl.store(owners_ptr + place, owner)
+    tl.store(entries_ptr + place, tl.where(is_entry, entry, -1), mask=tile < num_entry_tiles)
+    tl.store(next_ptr + entry, tl.where(following < num_entries, following, -1), mask=is_entry)
 
 
 @triton.jit
@@ -21,6 +73,9 @@ def shrink_kernel(
     tiles_ptr,
     in_features,
     num_replicas,
+    rank_blocks,
+    stride_part_runs,
+    stride_part,
     stride_split,
     stride_entry,
     inputs_per_split,
@@ -29,18 +84,20 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """hidden[split, e, r] = Σ_k A[r, k] x[token_e, k] over the split's inputs k, r < rank."""
+    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] over the split's inputs k, r < rank."""
     split = tl.program_id(2)
+    part, rank_block = tl.program_id(1) // rank_blocks, tl.program_id(1) % rank_blocks
     entry = tl.load(tiles_ptr + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
     first = tl.max(entry, 0)
     if first < 0:
         return
     run = tl.load(slots_ptr + first).to(tl.int64) * num_replicas + tl.load(replicas_ptr + first)
-    rank = tl.load(runs_ptr + run * 8).to(tl.int32)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(1) * BLOCK_R >= rank:
+    run_ptr = runs_ptr + part * stride_part_runs + run * 8
+    rank = tl.load(run_ptr).to(tl.int32)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    if rank_block * BLOCK_R >= rank:
         return
-    a_ptr = weights_ptr + tl.multiple_of(tl.load(runs_ptr + run * 8 + 1), ALIGNMENT)
+    a_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 1), ALIGNMENT)
     is_row = entry >= 0
     token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
     x_rows = x_ptr + token[:, None] * in_features
@@ -55,7 +112,7 @@ def shrink_kernel(
         acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
     place = entry[:, None].to(tl.int64) * stride_entry + r[None, :]
     tl.store(
-        hidden_ptr + split.to(tl.int64) * stride_split + place,
+        hidden_ptr + part.to(tl.int64) * stride_part + split.to(tl.int64) * stride_split + place,
         acc,
         mask=is_row[:, None] & (r < rank)[None, :],
     )
@@ -104,8 +161,13 @@ def expand_kernel(
     entries_ptr,
     next_ptr,
     num_entry_tiles,
-    out_features,
+    stride_row,
+    start_1,
+    start_2,
+    end,
     num_replicas,
+    stride_part_runs,
+    stride_part,
     stride_split,
     stride_entry,
     HAS_BIAS: tl.constexpr,
@@ -118,20 +180,30 @@ def expand_kernel(
 ):
     """y of one tile of tokens and outputs, all their entries included.
 
+    The outputs of up to three parts lie side by side and begin at 0, start_1 and start_2.
     The entries of a tile are of one adapter, so the loop runs once, unless tokens have more: then
     every row steps along its own chain, and the rows of the lowest run that is left go together.
     Rows are selected, never multiplied by a mask.
     """
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(tokens_ptr + place).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block_1 = tl.cdiv(start_1, BLOCK_N)
+    block_2 = block_1 + tl.cdiv(start_2 - start_1, BLOCK_N)
+    part = (tl.program_id(1) >= block_1).to(tl.int32) + (tl.program_id(1) >= block_2).to(tl.int32)
+    start = tl.where(part == 0, 0, tl.where(part == 1, start_1, start_2))
+    first_block = tl.where(part == 0, 0, tl.where(part == 1, block_1, block_2))
+    part_end = tl.where(part == 0, start_1, tl.where(part == 1, start_2, end))
+    out_features = part_end - start
+    n = (tl.program_id(1) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_out = n < out_features
     is_cell = (token >= 0)[:, None] & is_out[None, :]
-    cell = token[:, None] * out_features + n[None, :]
+    cell = token[:, None] * stride_row + (start + n)[None, :]
     product = tl.load(base_ptr + cell, mask=is_cell, other=0.0).to(tl.float32)
     b0 = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_BIAS:
-        b0 = tl.load(bias_ptr + n, mask=is_out, other=0.0).to(tl.float32)
+        b0 = tl.load(bias_ptr + start + n, mask=is_out, other=0.0).to(tl.float32)
+    hidden_ptr += part.to(tl.int64) * stride_part
+    runs_ptr += part * stride_part_runs
     acc = product + b0[None, :]
     has_entry = (token >= 0) & (place < num_entry_tiles * BLOCK_M)
     entry = tl.load(entries_ptr + place, mask=has_entry, other=-1)

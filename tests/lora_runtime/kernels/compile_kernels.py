@@ -41,6 +41,7 @@ def compile_kernel(kernel, codes: str = "u8", **constants) -> None:
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
+compile_kernel(gpu_adapter_kernels.tiles_kernel, BLOCK_M=16, CHUNK=64)
 compile_kernel(gpu_adapter_kernels.shrink_kernel, **TILE, BLOCK_K=64)
 compile_kernel(
     gpu_adapter_kernels.expand_kernel,

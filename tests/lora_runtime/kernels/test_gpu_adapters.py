@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_runtime import kernels
-from lora_runtime.kernels import NO_RUN, Span, StepMeta, gpu, reference
+from lora_runtime.kernels import NO_RUN, AdapterMemory, Span, StepMeta, gpu, reference
 from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
 from tests.lora_runtime.kernels.test_backends import popularity
@@ -116,6 +116,30 @@ def test_non_finite_values_stay_in_their_rows():
     rest = [t for t in range(NUM_TOKENS) if t not in (1, 5, 11)]
     assert torch.equal(y[rest], clean[rest])
     assert not y[[1, 5, 11]].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("widths", [(70, 33, 33), (20, 150)])
+def test_modules_that_share_their_input_are_one_launch(monkeypatch, widths, on_gpu):
+    """Each part has adapters of its own ranks, gains and biases for the same slots and tokens."""
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE} if on_gpu else set())
+    counts, dtype = [2, 1, 3], torch.float32
+    parts = [mixed_batch(counts, 40, width, dtype, seed=9 + i) for i, width in enumerate(widths)]
+    x, memories, meta = parts[0][0][1], [p[0][3] for p in parts], parts[0][0][5]
+    bases, biases = (torch.cat([p[0][i] for p in parts], dim=-1) for i in (0, 2))
+    shifts = [sum(len(m.weights) for m in memories[:i]) for i in range(len(widths))]
+    runs = torch.stack([p[0][4] for p in parts])
+    for own, shift in zip(runs, shifts, strict=True):
+        own[..., 1:5] += torch.where(own[..., 1:5] >= 0, shift, 0)
+    flat = [torch.cat([getattr(m, n) for m in memories]) for n in ("weights", "vectors", "indices")]
+    arguments = (bases, x, biases, AdapterMemory(*flat), runs, meta)
+    y = kernels.apply_stacked_adapters(*map(on_device, arguments), widths).cpu()
+    for part, base, bias, own in zip(
+        y.split(widths, 1), bases.split(widths, 1), biases.split(widths), runs, strict=True
+    ):
+        expected = reference.apply_adapters(base, x, bias, AdapterMemory(*flat), own, meta)
+        torch.testing.assert_close(part, expected, rtol=2e-5, atol=2e-5)
+        assert (part - base - bias).abs().max() > 0.5
 
 
 def test_large_steps_use_large_tiles():

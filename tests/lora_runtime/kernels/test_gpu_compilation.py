@@ -27,7 +27,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all(int(size) > 0 and int(shared) <= MAX_SHARED_BYTES for _, size, shared in lines)
 
 
@@ -44,7 +44,8 @@ class Launches:
 
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
     """A fake tensor refuses to give one; grids come from the shapes T 9, E 7, K 3 and the bound."""
-    shrink, expand = Launches(), Launches()
+    tiles, shrink, expand = Launches(), Launches(), Launches()
+    monkeypatch.setattr(gpu_adapters, "tiles_kernel", tiles)
     monkeypatch.setattr(gpu_adapters, "shrink_kernel", shrink)
     monkeypatch.setattr(gpu_adapters, "expand_kernel", expand)
     spans = [Span(slot=i % 3, first_token=i, num_tokens=1) for i in range(7)]
@@ -59,8 +60,10 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             torch.empty(9, 4096),
             None,
             AdapterMemory(fake(memory.weights), fake(memory.vectors), fake(memory.indices), 40, 16),
-            fake(runs),
+            fake(runs)[None],
             StepMeta(**{name: fake(getattr(meta, name)) for name in tables}),
+            (300,),
         )
     assert y.shape == (9, 300)
+    assert tiles.grids == [(3 + 1,)]
     assert expand.grids == [(3 + 1, 5)] and shrink.grids == [(3, 2, 8)]
