@@ -87,10 +87,12 @@ def tiny_base(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     folder: Path = Path("."),
+    dequantized_cache: bool = True,
 ) -> Base:
     """A served base made of `tiny_model(shape)`."""
     model = tiny_model(shape, seed=seed, dtype=dtype)
-    return prepare_base(model, BaseConfig(quantization=quantization), shape, folder)
+    config = BaseConfig(quantization=quantization, dequantized_cache=dequantized_cache)
+    return prepare_base(model, config, shape, folder)
 
 
 def in_float64(model):

@@ -100,7 +100,7 @@ class AdapterPool:
         """Leave out modules that no slot touches: they run as the base's own."""
         touched = set[str]().union(*self._touched)
         self.bindings = {
-            path: PooledBinding(self.memory, self.runs[self._index[path]]) for path in touched
+            path: PooledBinding(self.memory, self.runs, self._index[path]) for path in touched
         }
 
 

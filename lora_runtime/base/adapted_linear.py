@@ -45,11 +45,18 @@ class Binding(Protocol):
 class PooledBinding:
     """Where one module finds its adapters in serving: their memory and the module's run table.
 
-    runs (S, R, 8) int64: (slot, replica) → Run. `meta` is a StepMeta.
+    tables (modules, S, R, 8) int64: of every module (slot, replica) → Run; this one's is at
+    `index`. `meta` is a StepMeta.
     """
 
     memory: AdapterMemory
-    runs: Tensor
+    tables: Tensor
+    index: int
+
+    @property
+    def runs(self) -> Tensor:
+        """(S, R, 8) int64: this module's."""
+        return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
         return apply_adapters(layer.product(x), x, layer.bias, self.memory, self.runs, meta)
@@ -101,17 +108,35 @@ class StepContext:
             self.meta = outer
 
 
+class Stack(Protocol):
+    """Linear layers that can run as one."""
+
+    def takes(self, x: Tensor) -> bool:
+        """True when `output` can be asked for x."""
+        ...
+
+    def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
+        """The output of one of the layers."""
+        ...
+
+
 class AdaptedLinear(nn.Module):
-    """y = W x + bias, plus every row's own adapters. x (..., in) → (..., out)."""
+    """y = W x + bias, plus every row's own adapters. x (..., in) → (..., out).
+
+    `stack`: layers that get the same x, if they can run as one; see stacked_linears.py.
+    """
 
     def __init__(self, path: str, linear: FrozenLinear, context: StepContext) -> None:
         super().__init__()
         self.path = path
         self.linear = linear
         self.context = context
+        self.stack: Stack | None = None
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.stack is not None and self.stack.takes(x):
+            return self.stack.output(self, x)
         context, linear = self.context, self.linear
         binding = None if context.meta is None else context.bindings.get(self.path)
         if binding is None:

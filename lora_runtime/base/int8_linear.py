@@ -35,6 +35,10 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("absmax", absmax)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        return ("codes", "absmax")
+
     def product(self, x: Tensor) -> Tensor:
         if not self.keep_copies and can_multiply_codes(x):
             return int8_product(x, self.codes, self.absmax)

@@ -32,10 +32,12 @@ from lora_runtime.base.planned_model import PlannedBatch, planned_model
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.self_check import original_logits, self_check
+from lora_runtime.base.stacked_linears import stack_linears
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.kernels import can_run_on_gpu
 
 Progress = Callable[[str], None]
 
@@ -146,6 +148,8 @@ def prepare_base(
     on_progress(f"freezing the linear layers ({config.quantization})")
     _freeze(linears.values(), config.quantization, keep_copies=keep_copies)
     _freeze_head(model, keep_copies=keep_copies)
+    if can_run_on_gpu(model.get_input_embeddings().weight):
+        stack_linears(model)
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, linears)
     _adapt_vocabulary(model, spec, context)

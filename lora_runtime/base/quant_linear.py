@@ -96,6 +96,13 @@ class FrozenLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     @property
+    def joined_parts(self) -> tuple[str, ...]:
+        """Tensors whose rows, one layer's after another's, are the weight of all; none: it cannot
+        be joined.
+        """
+        return ()
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes that the weight takes now, private copies included."""
         canonical = [part for name, part in self.state_dict().items() if name != "bias"]
@@ -135,6 +142,10 @@ class DenseLinear(FrozenLinear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        return ("weight",)
 
     def weight_values(self) -> Tensor:
         return self.weight.detach()  # a Parameter kept as a copy would join the state dict
@@ -181,6 +192,11 @@ class QuantLinear(FrozenLinear):
             self.register_buffer("nested_code", state.state2.code, persistent=False)
             self.register_buffer("nested_offset", state.offset)
             self.nested_block_size = state.state2.blocksize
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        is_whole_blocks = self.in_features % BLOCK_SIZE == 0
+        return ("packed", "absmax") if is_whole_blocks and not self.is_nested else ()
 
     def product(self, x: Tensor) -> Tensor:
         if not self.keep_copies and self.in_features % BLOCK_SIZE == 0 and can_multiply_codes(x):

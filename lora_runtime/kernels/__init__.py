@@ -32,6 +32,7 @@ __all__ = [
     "apply_stacked_adapters",
     "can_dequantize",
     "can_multiply_codes",
+    "can_run_on_gpu",
     "can_use_panels",
     "embed_adapters",
     "four_bit_product",
@@ -171,6 +172,11 @@ def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     the number of rows. Source: the packed inner kernel of GotoBLAS (Goto & van de Geijn, 2008).
     """
     return cpu.panel_product(x, panels, out_features)
+
+
+def can_run_on_gpu(x: Tensor) -> bool:
+    """True when ops on x run in Triton: CUDA, float32 or bfloat16, no gradient."""
+    return gpu.can_run(x)
 
 
 def can_multiply_codes(x: Tensor) -> bool:

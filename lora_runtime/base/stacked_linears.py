@@ -1,0 +1,117 @@
+"""Linear layers that are given the same x, run as one: q, k and v, or gate and up.
+
+On a GPU a decode step is many short launches. One product over the layers' joined weights and one
+application of their adapters take the place of two or three of each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, cat, nn
+
+from lora_runtime.base.adapted_linear import AdaptedLinear, PooledBinding
+from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.kernels import apply_stacked_adapters, can_run_on_gpu
+
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of modules of one parent that get the same x, in the order in which they are called."""
+
+
+class StackedLinears:
+    """`members` as one: the first that is called computes for all, the others take their slice.
+
+    Members are recognised by getting the very same tensor; it is held until the last has asked.
+    """
+
+    def __init__(self, members: Sequence[AdaptedLinear], joined: FrozenLinear) -> None:
+        self.members, self.joined = tuple(members), joined
+        self.widths = tuple(member.out_features for member in members)
+        self._x: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def takes(self, x: Tensor) -> bool:
+        """True for a GPU without gradients, where all members have adapters in one pool or none."""
+        return can_run_on_gpu(x) and (self._runs() is not None or not self._is_adapted())
+
+    def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
+        """What `member` gives for x: (..., in) → (..., out), a slice of all members' outputs."""
+        if x is not self._x:
+            self._x, self._outputs = x, self._run(x).split(self.widths, -1)
+        y = self._outputs[self.members.index(member)]
+        if member is self.members[-1]:
+            self._x, self._outputs = None, ()
+        return y
+
+    def _run(self, x: Tensor) -> Tensor:
+        if (runs := self._runs()) is None:
+            return self.joined(x)
+        rows = x.reshape(-1, x.shape[-1])
+        memory = self._bindings()[0].memory
+        y = apply_stacked_adapters(
+            self.joined.product(rows),
+            rows,
+            self.joined.bias,
+            memory,
+            runs,
+            self.members[0].context.meta,
+            self.widths,
+        )
+        return y.view(*x.shape[:-1], -1)
+
+    def _is_adapted(self) -> bool:
+        context = self.members[0].context
+        return context.meta is not None and any(m.path in context.bindings for m in self.members)
+
+    def _bindings(self) -> list[PooledBinding]:
+        context = self.members[0].context
+        found = (context.bindings.get(member.path) for member in self.members)
+        return [binding for binding in found if isinstance(binding, PooledBinding)]
+
+    def _runs(self) -> Tensor | None:
+        """(P, S, R, 8): the run tables of all members, if their adapters can go together."""
+        bindings = self._bindings() if self._is_adapted() else []
+        if len(bindings) < len(self.members):
+            return None
+        first = bindings[0].index
+        if [binding.index for binding in bindings] != list(range(first, first + len(bindings))):
+            return None
+        return bindings[0].tables[first : first + len(bindings)]
+
+
+def stack_linears(model: nn.Module) -> None:
+    """Let the members of every set of SHARING run as one, where their weights can be joined."""
+    for module in model.modules():
+        for names in SHARING:
+            members = [getattr(module, name, None) for name in names]
+            if all(isinstance(member, AdaptedLinear) for member in members):
+                joined = join_layers([member.linear for member in members])
+                stack = None if joined is None else StackedLinears(members, joined)
+                for member in members:
+                    member.stack = stack
+
+
+def join_layers(layers: Sequence[FrozenLinear]) -> FrozenLinear | None:
+    """A layer whose outputs are those of `layers` one after another, or None if their formats
+    cannot be joined. The bits stay where every layer finds them: as views of the joined weight.
+    """
+    first = layers[0]
+    kinds = {(type(layer), layer.joined_parts, layer.bias is None) for layer in layers}
+    if len(kinds) > 1 or not first.joined_parts:
+        return None
+    joined = copy.copy(first)
+    joined._buffers, joined._parameters = dict(first._buffers), dict(first._parameters)
+    joined.out_features = sum(layer.out_features for layer in layers)
+    for name in (*first.joined_parts, *(() if first.bias is None else ("bias",))):
+        parts = [getattr(layer, name).detach() for layer in layers]
+        whole = cat(parts)
+        for layer, view in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+            _replace(layer, name, view)
+        _replace(joined, name, whole)
+    return joined
+
+
+def _replace(layer: FrozenLinear, name: str, value: Tensor) -> None:
+    is_parameter = name in layer._parameters
+    setattr(layer, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
