@@ -1,34 +1,39 @@
 """Products with quantised weights in Triton: codes are dequantised in registers.
 
-One row is a matrix-vector product, 2 to 64 rows go through tensor cores; inputs are split where
-the outputs alone give too few programs, and the partial sums are added in a fixed order.
+One kernel for 1 to 64 rows: a tile of W is made in registers and multiplied by all rows on tensor
+cores. Inputs are split where the outputs alone give too few programs; the program that comes last
+adds up the partial sums, always in the same order.
 W = fp32(code × absmax) is rounded once to the compute dtype; sums are float32.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU. The code table
-is a load of one cache line a weight, which is exact; whether it is the fastest way is open.
+Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU. Tile sizes come
+from counting the instructions of the compiled loop, 6 to 7 a weight; bench/NOTES.md has them.
 Source: QLoRA (arXiv:2305.14314) for the format, split-K as in arXiv:2402.00025.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_PROGRAMS = 256
-"""Programs wanted a launch, about two a multiprocessor; unmeasured."""
-MAX_SPLITS = 8
-BLOCK_K = 64
-"""Inputs at once: those that share one absmax."""
+MIN_PROGRAMS = 512
+"""Programs wanted a launch, about four a multiprocessor; unmeasured."""
+MAX_SPLITS = 16
+BLOCK_N = 128
+BLOCK_K = 128
+"""Inputs at once."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
+MAX_COUNTERS = 1 << 16
 
 
 def four_bit_product(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, out_features: int
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    return _product(x, packed, absmax, code, out_features, is_int8=False)
+    return _product(x, packed.view(torch.int32), absmax, code, out_features, is_int8=False)
 
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
@@ -53,16 +58,19 @@ def _product(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
-    out_block = 32 if num_rows == 1 else 64
-    num_blocks = triton.cdiv(in_features, BLOCK_K)
-    num_tiles = triton.cdiv(out_features, out_block)
+    num_tiles, num_blocks = triton.cdiv(out_features, BLOCK_N), triton.cdiv(in_features, BLOCK_K)
     num_splits = min(triton.cdiv(MIN_PROGRAMS, num_tiles), MAX_SPLITS, max(1, num_blocks // 4))
-    partial = rows.new_empty(num_splits, num_rows, out_features, dtype=torch.float32)
+    blocks_per_split = triton.cdiv(num_blocks, num_splits)
+    num_splits = triton.cdiv(num_blocks, blocks_per_split)
+    block_rows = max(16, triton.next_power_of_2(num_rows))
     y = rows.new_empty(num_rows, out_features)
-    kernel = _vector_kernel if num_rows == 1 else _rows_kernel
-    tile = {} if num_rows == 1 else {"BLOCK_M": max(16, triton.next_power_of_2(num_rows))}
-    kernel[num_tiles, num_splits](
-        y if num_splits == 1 else partial,
+    partial = y
+    if num_splits > 1:
+        partial = rows.new_empty(num_splits, num_rows, out_features, dtype=torch.float32)
+    _product_kernel[num_tiles, num_splits](
+        y,
+        partial,
+        _counters(rows.device, _stream(rows)),
         rows,
         codes,
         absmax,
@@ -70,53 +78,33 @@ def _product(
         num_rows,
         in_features,
         out_features,
-        triton.cdiv(num_blocks, num_splits) * BLOCK_K,
+        blocks_per_split * BLOCK_K,
         IS_INT8=is_int8,
-        BLOCK_N=out_block,
+        SPLITS=num_splits,
+        BLOCK_M=block_rows,
+        BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        num_stages=3 if is_int8 else 1,  # stages would copy every table look-up to shared memory
-        **tile,
+        num_warps=4 if block_rows <= 32 else 8,
+        num_stages=1,  # a pipeline would take the words through shared memory first
     )
-    if num_splits > 1:
-        grid = (triton.cdiv(y.numel(), VALUES_BLOCK),)
-        _sum_kernel[grid](y, partial, y.numel(), SPLITS=num_splits, BLOCK=VALUES_BLOCK)
     return y.view(*x.shape[:-1], out_features)
 
 
-@triton.jit
-def _weights(
-    codes_ptr, absmax_ptr, table_ptr, n, out_features, start, in_features, dtype: tl.constexpr,
-    IS_INT8: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Two halves of W[n, start : start + BLOCK_K], each (BLOCK_N, BLOCK_K / 2) in `dtype`.
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
-    Four bits: the even inputs and the odd ones, as they lie in a byte; the block is one absmax
-    wide. Eight bits: the first and the last inputs. Cells outside of W are 0.
-    """
-    HALF: tl.constexpr = BLOCK_K // 2
-    i = tl.arange(0, HALF)
-    row = n[:, None].to(tl.int64)
-    is_row = (n < out_features)[:, None]
-    if IS_INT8:
-        k = start + i[None, :]
-        scale = tl.div_rn(tl.load(absmax_ptr + n, mask=n < out_features, other=0.0), 127.0)
-        place = codes_ptr + row * in_features + k
-        first = tl.load(place, mask=is_row & (k < in_features), other=0)
-        second = tl.load(place + HALF, mask=is_row & (k + HALF < in_features), other=0)
-        first_values = first.to(tl.float32) * scale[:, None]
-        second_values = second.to(tl.float32) * scale[:, None]
-    else:
-        place = codes_ptr + row * (in_features // 2) + start // 2 + i[None, :]
-        byte = tl.load(place, mask=is_row, other=0)
-        scale = tl.load(absmax_ptr + (row * in_features + start) // 64, mask=is_row, other=0.0)
-        first_values = tl.load(table_ptr + (byte >> 4)) * scale
-        second_values = tl.load(table_ptr + (byte & 15)) * scale
-    return first_values.to(dtype), second_values.to(dtype)
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """How many splits of each tile are done; 0 between launches, which a stream keeps apart."""
+    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 @triton.jit
-def _vector_kernel(
+def _product_kernel(
     y_ptr,
+    partial_ptr,
+    counters_ptr,
     x_ptr,
     codes_ptr,
     absmax_ptr,
@@ -126,79 +114,96 @@ def _vector_kernel(
     out_features,
     inputs_per_split,
     IS_INT8: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """y[split, n] = Σ_k W[n, k] x[k] over the split's inputs, for one row."""
-    split = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.arange(0, BLOCK_K // 2)
-    begin = split * inputs_per_split
-    acc = tl.zeros((BLOCK_N, BLOCK_K // 2), tl.float32)
-    for start in range(begin, tl.minimum(begin + inputs_per_split, in_features), BLOCK_K):
-        first, second = _weights(
-            codes_ptr, absmax_ptr, table_ptr, n, out_features, start, in_features,
-            x_ptr.dtype.element_ty, IS_INT8, BLOCK_K,
-        )  # fmt: skip
-        k0 = start + (i if IS_INT8 else 2 * i)
-        k1 = k0 + (BLOCK_K // 2 if IS_INT8 else 1)
-        x0 = tl.load(x_ptr + k0, mask=k0 < in_features, other=0.0).to(tl.float32)
-        x1 = tl.load(x_ptr + k1, mask=k1 < in_features, other=0.0).to(tl.float32)
-        acc += first.to(tl.float32) * x0[None, :] + second.to(tl.float32) * x1[None, :]
-    y = tl.sum(acc, 1)
-    place = split.to(tl.int64) * out_features + n
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=n < out_features)
-
-
-@triton.jit
-def _rows_kernel(
-    y_ptr,
-    x_ptr,
-    codes_ptr,
-    absmax_ptr,
-    table_ptr,
-    num_rows,
-    in_features,
-    out_features,
-    inputs_per_split,
-    IS_INT8: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """y[split, m, n] = Σ_k x[m, k] W[n, k] over the split's inputs, for up to BLOCK_M rows."""
+    """y[m, n] = Σ_k W[n, k] x[m, k] for up to BLOCK_M rows m and one tile of outputs n."""
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.arange(0, BLOCK_K // 2)
-    x_rows = x_ptr + m[:, None] * in_features
-    is_row = (m < num_rows)[:, None]
     begin = split * inputs_per_split
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(begin, tl.minimum(begin + inputs_per_split, in_features), BLOCK_K):
-        first, second = _weights(
-            codes_ptr, absmax_ptr, table_ptr, n, out_features, start, in_features,
-            x_ptr.dtype.element_ty, IS_INT8, BLOCK_K,
+    end = tl.minimum(begin + inputs_per_split, in_features)
+    rows_ptr = x_ptr + m[None, :] * in_features
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if IS_INT8:
+        acc = _add_int8(
+            acc, rows_ptr, codes_ptr, absmax_ptr, m < num_rows, n, begin, end, in_features,
+            out_features, BLOCK_K,
         )  # fmt: skip
-        k0 = start + (i if IS_INT8 else 2 * i)[None, :]
-        k1 = k0 + (BLOCK_K // 2 if IS_INT8 else 1)
-        x0 = tl.load(x_rows + k0, mask=is_row & (k0 < in_features), other=0.0)
-        x1 = tl.load(x_rows + k1, mask=is_row & (k1 < in_features), other=0.0)
-        acc = tl.dot(x0, tl.trans(first), acc, input_precision="ieee")
-        acc = tl.dot(x1, tl.trans(second), acc, input_precision="ieee")
-    place = (split.to(tl.int64) * num_rows + m[:, None]) * out_features + n[None, :]
-    is_cell = is_row & (n < out_features)[None, :]
-    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=is_cell)
+    else:
+        acc = _add_four_bit(
+            acc, rows_ptr, codes_ptr, absmax_ptr, table_ptr, m < num_rows, n, begin, end,
+            in_features, out_features, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    is_cell = (n < out_features)[:, None] & (m < num_rows)[None, :]
+    cell = m[None, :].to(tl.int64) * out_features + n[:, None]
+    if SPLITS > 1:
+        size = num_rows.to(tl.int64) * out_features
+        tl.store(partial_ptr + split * size + cell, acc, mask=is_cell)
+        tl.debug_barrier()
+        counter = counters_ptr + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(counter, 0)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for s in range(SPLITS):
+            place = partial_ptr + s * size + cell
+            acc += tl.load(place, mask=is_cell, other=0.0, cache_modifier=".cg")
+    tl.store(y_ptr + cell, acc.to(y_ptr.dtype.element_ty), mask=is_cell)
 
 
 @triton.jit
-def _sum_kernel(y_ptr, partial_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """y[i] = Σ_split partial[split, i], in order, rounded once."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(partial_ptr + split * size + i, mask=i < size, other=0.0)
-    tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=i < size)
+def _add_four_bit(
+    acc, rows_ptr, words_ptr, absmax_ptr, table_ptr, is_row, n, begin, end, in_features,
+    out_features, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + W xᵀ. A word is eight codes; the j-th of all words and every eighth input from j on go
+    together, so that nothing has to be put in order.
+    """
+    WORDS: tl.constexpr = BLOCK_K // 8
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    code = tl.load(table_ptr + tl.arange(0, 16))
+    i = tl.arange(0, WORDS)
+    row = tl.minimum(n, out_features - 1)[:, None].to(tl.int64)
+    word_ptr = words_ptr + row * (in_features // 8) + i[None, :]
+    scale_ptr = absmax_ptr + row * (in_features // 64) + (i // 8)[None, :]
+    for start in range(begin, end, BLOCK_K):
+        is_in = start + 8 * i < end
+        word = tl.load(word_ptr + start // 8, mask=is_in[None, :], other=0)
+        scale = tl.load(scale_ptr + start // 64, mask=is_in[None, :], other=0.0)
+        for j in tl.static_range(8):
+            index = tl.reshape((word >> (4 * (j ^ 1))) & 15, (BLOCK_N * WORDS,))
+            values = tl.reshape(tl.gather(code, index, 0), (BLOCK_N, WORDS)) * scale
+            x = tl.load(
+                rows_ptr + (start + j + 8 * i)[:, None],
+                mask=is_in[:, None] & is_row[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(values.to(dtype), x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _add_int8(
+    acc, rows_ptr, codes_ptr, absmax_ptr, is_row, n, begin, end, in_features, out_features,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + W xᵀ."""
+    k = tl.arange(0, BLOCK_K)
+    row = tl.minimum(n, out_features - 1)
+    scale = tl.div_rn(tl.load(absmax_ptr + row), 127.0)[:, None]
+    code_ptr = codes_ptr + row[:, None].to(tl.int64) * in_features + k[None, :]
+    for start in range(begin, end, BLOCK_K):
+        is_in = start + k < end
+        codes = tl.load(code_ptr + start, mask=is_in[None, :], other=0)
+        x = tl.load(
+            rows_ptr + (start + k)[:, None], mask=is_in[:, None] & is_row[None, :], other=0.0
+        )
+        values = (codes.to(tl.float32) * scale).to(x.dtype)
+        acc = tl.dot(values, x, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

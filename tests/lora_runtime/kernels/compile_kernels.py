@@ -47,9 +47,10 @@ compile_kernel(
     gpu_adapter_kernels.expand_kernel,
     **TILE, HAS_BIAS=True, SPLITS=4, BLOCK_N=64, VECTOR_ALIGNMENT=4,
 )  # fmt: skip
-for is_int8, codes in ((False, "u8"), (True, "i8")):
-    weights = {"IS_INT8": is_int8, "BLOCK_K": 64}
-    compile_kernel(gpu_quantised._vector_kernel, codes, **weights, BLOCK_N=32)
-    compile_kernel(gpu_quantised._rows_kernel, codes, **weights, BLOCK_N=64, BLOCK_M=16)
-compile_kernel(gpu_quantised._sum_kernel, SPLITS=4, BLOCK=1024)
+for is_int8, codes in ((False, "i32"), (True, "i8")):
+    compile_kernel(
+        gpu_quantised._product_kernel,
+        codes,
+        **{"IS_INT8": is_int8, "SPLITS": 4, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128},
+    )
 compile_kernel(gpu_quantised._values_kernel, BLOCK=1024)

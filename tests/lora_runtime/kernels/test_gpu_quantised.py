@@ -86,6 +86,16 @@ def test_a_row_does_not_hear_of_its_neighbours():
     assert torch.equal(y[rest], clean[rest]) and y[3].isnan().all()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_row_is_bit_equal_in_any_batch_and_splits_leave_no_trace(kind):
+    layer = layer_of(kind, (130, 1088), BFLOAT16)
+    x = torch.randn(40, 1088).to(DEVICE, BFLOAT16)
+    y = layer.product(x)
+    for rows in (slice(0, 1), slice(3, 10), slice(0, 40)):
+        assert torch.equal(layer.product(x[rows]), y[rows])
+    assert not gpu_quantised._counters(x.device, gpu_quantised._stream(x)).any()
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-double"])
 @pytest.mark.parametrize("shape", [(64, 192), (33, 130), (7, 9), (130, 1088)])

@@ -1,0 +1,130 @@
+"""The tables of a decode step at fixed addresses, as a captured graph wants them.
+
+All of them lie in one run of bytes, twice: on the host, where a step is written down, and on the
+device, where the graph reads it. One copy brings a step over.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_runtime.core import ScheduledSequence
+from lora_runtime.engine.batch import ForwardBatch, Rows, spans
+from lora_runtime.kernels import AttentionMeta, StepMeta
+
+INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+PADDING = {"token_ids": 0, "positions": 0, "seen": -1, "cache_slots": -1}
+
+
+class StepBuffers:
+    """Room for a step of up to `num_rows` rows of one token each, of `num_blocks` cache blocks.
+
+    What a step does not fill is padding: rows that store nothing, see nothing and have no adapter.
+    """
+
+    def __init__(
+        self, num_rows: int, num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.num_rows, self.block_size = num_rows, block_size
+        self._sections = _sections(num_rows, num_blocks)
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sections.values())
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
+        self._rows = torch.arange(num_rows, dtype=INT32, device=device)
+        self.fill(())
+
+    def takes(self, rows: Rows) -> bool:
+        """True when every row is one sampled token of a plain layer order, and all fit."""
+        num_entries = sum(len(row.sequence.slots) for row in rows)
+        return max(len(rows), num_entries) <= self.num_rows and all(map(_is_decode, rows))
+
+    def fill(self, rows: Rows) -> bool:
+        """Write a step down and start its copy to the device; True when it has adapters."""
+        host, n = self._host_views, len(rows)
+        for name, padding in (
+            ("token_ids", 0),
+            ("positions", 0),
+            ("seen", -1),
+            ("cache_slots", -1),
+        ):
+            host[name][n:] = padding
+        host["token_ids"][:n] = [row.sequence.token_ids[row.start] for row in rows]
+        host["positions"][:n] = host["seen"][:n] = [row.start for row in rows]
+        for index, row in enumerate(rows):
+            table, block = row.sequence.block_table, row.start // self.block_size
+            host["block_tables"][index, : len(table)] = table
+            host["cache_slots"][index] = (
+                table[block] * self.block_size + row.start % self.block_size
+            )
+        meta = StepMeta.build(spans(rows))
+        self._fill_adapters(meta)
+        self._device.copy_(self._host, non_blocking=True)
+        return meta is not None
+
+    def batch(self, *, has_adapters: bool) -> ForwardBatch:
+        """The step on the device, under tables that nothing has been derived from yet."""
+        views = self._views(self._device)
+        adapters = None
+        if has_adapters:
+            names = ("tokens", "slots", "replicas", "weights", "segment_starts")
+            adapters = StepMeta(**{name: views[name] for name in names})
+        attention = AttentionMeta(
+            rows=self._rows,
+            positions=views["seen"],
+            slot_mapping=views["cache_slots"],
+            block_tables=views["block_tables"],
+            block_size=self.block_size,
+        )
+        return ForwardBatch(
+            token_ids=views["token_ids"],
+            positions=views["positions"],
+            attention=attention,
+            adapters=adapters,
+            logits_at=self._rows.long(),
+            head_adapters=adapters,
+        )
+
+    def _fill_adapters(self, meta: StepMeta | None) -> None:
+        """Entries beyond the last segment's end are padding, and so are segments without any."""
+        host = self._host_views
+        if meta is None:
+            host["segment_starts"][:] = 0
+            return
+        starts = meta.segment_starts
+        host["segment_starts"][: len(starts)] = starts
+        host["segment_starts"][len(starts) :] = starts[-1]
+        for name in ("tokens", "slots", "replicas", "weights"):
+            host[name][: len(meta.tokens)] = getattr(meta, name)
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        views, start = {}, 0
+        for name, (shape, dtype) in self._sections.items():
+            end = start + math.prod(shape) * dtype.itemsize
+            views[name] = buffer[start:end].view(dtype).view(shape)
+            start = end
+        return views
+
+
+def _sections(num_rows: int, num_blocks: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name → shape and dtype; the widest first, so that every one is aligned."""
+    per_row = (num_rows,)
+    return {
+        "token_ids": (per_row, INT64),
+        "positions": (per_row, INT64),
+        "cache_slots": (per_row, INT64),
+        "seen": (per_row, INT32),
+        "block_tables": ((num_rows, num_blocks), INT32),
+        "tokens": (per_row, INT32),
+        "slots": (per_row, INT32),
+        "replicas": (per_row, INT32),
+        "weights": (per_row, FLOAT32),
+        "segment_starts": ((num_rows + 1,), INT32),
+    }
+
+
+def _is_decode(row: ScheduledSequence) -> bool:
+    return row.num_tokens == 1 and row.samples and row.sequence.layer_map is None
