@@ -113,4 +113,6 @@ class EngineConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cuda_graphs: bool = True
+    """CUDA only: capture decode steps as graphs, which saves the time of their launches."""
     adapters: AdapterConfig = field(default_factory=AdapterConfig)

@@ -58,17 +58,36 @@ class AdapterPool:
     """
 
     def __init__(
-        self, paths: Iterable[str], num_bytes: int, max_slots: int, like: torch.Tensor
+        self,
+        paths: Iterable[str],
+        num_bytes: int,
+        max_slots: int,
+        like: torch.Tensor,
+        *,
+        bound: Iterable[str] | None = None,
+        max_rank: int = 0,
     ) -> None:
-        """`like` gives the device and the dtype of the weights."""
+        """`like` gives the device and the dtype of the weights.
+
+        `bound`: modules that count as touched from the start; then what was touched once stays so,
+        and `layout` only changes when an adapter needs more than any before. `max_rank`: the
+        largest rank that is expected.
+        """
         size = num_bytes // ALIGNMENT * ALIGNMENT
         storage = torch.empty(size, dtype=torch.uint8, device=like.device)
         self.nbytes = size
-        self.memory = AdapterMemory.over(storage, like.dtype, ALIGNMENT)
+        self.memory = replace(AdapterMemory.over(storage, like.dtype, ALIGNMENT), max_rank=max_rank)
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
         self.runs = _empty_tables(len(self._index), max_slots, 1, like.device)
         self.bindings: dict[str, PooledBinding] = {}
+        self._bound = None if bound is None else set(bound)
+        self._bind()
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """Equal as long as a captured graph stays right: what it binds, its bounds and tables."""
+        return self.memory.max_rank, frozenset(self.bindings), self.runs.data_ptr()
 
     def load(self, placement: AdapterPlacement, form: ServingForm) -> None:
         """Copy an adapter to its place and make its slot point at it, in place."""
@@ -88,8 +107,9 @@ class AdapterPool:
 
     def _make_room_for(self, form: ServingForm) -> None:
         replicas = num_replicas(form)
-        ranks = (module.rank for module in form.modules.values())
-        self.memory = replace(self.memory, max_rank=max(self.memory.max_rank, *ranks, 0))
+        max_rank = max((module.rank for module in form.modules.values()), default=0)
+        if max_rank > self.memory.max_rank:
+            self.memory = replace(self.memory, max_rank=max_rank)
         num_modules, max_slots, old_replicas, _ = self.runs.shape
         if replicas > old_replicas:
             tables = _empty_tables(num_modules, max_slots, replicas, self.runs.device)
@@ -99,6 +119,8 @@ class AdapterPool:
     def _bind(self) -> None:
         """Leave out modules that no slot touches: they run as the base's own."""
         touched = set[str]().union(*self._touched)
+        if self._bound is not None:
+            touched = self._bound = self._bound | touched
         self.bindings = {
             path: PooledBinding(self.memory, self.runs, self._index[path]) for path in touched
         }

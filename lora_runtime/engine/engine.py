@@ -16,10 +16,14 @@ from lora_runtime.core import FinishReason, Request, Sequence, StepOutput
 from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
+from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.scheduler import Scheduler
 from lora_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
+
+USUAL_MAX_RANK = 64
+"""Graphs are captured for adapters of up to this rank; one of a larger rank captures them anew."""
 
 
 class Engine:
@@ -31,7 +35,15 @@ class Engine:
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache()
-        self.pool = AdapterPool(base.spec.shapes, config.adapters.pool_bytes, max_slots, like)
+        has_graphs = config.cuda_graphs and base.device.type == "cuda"
+        self.pool = AdapterPool(
+            base.spec.shapes,
+            config.adapters.pool_bytes,
+            max_slots,
+            like,
+            bound=base.spec.linears if has_graphs else None,
+            max_rank=USUAL_MAX_RANK if has_graphs else 0,
+        )
         self.blocks = BlockManager(
             num_blocks,
             config.cache.block_size,
@@ -42,6 +54,8 @@ class Engine:
         cache = base.allocate_kv(num_blocks * config.cache.block_size)
         self.runner = ModelRunner(base, cache, config.cache.block_size, self.pool, self.host)
         self.info = _info(base, config, num_blocks, self.pool.nbytes)
+        if has_graphs:
+            self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, CudaCapture())
         self._live: dict[str, Sequence] = {}
         self._num_steps = 0
 

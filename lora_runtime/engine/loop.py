@@ -40,7 +40,9 @@ def start_engine(
     config: EngineConfig, *, on_progress: Callable[[str], None] | None = None
 ) -> InThreadEngine:
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
-    return InThreadEngine(Engine(load_base(config.base, on_progress), config))
+    engine = Engine(load_base(config.base, on_progress), config)
+    engine.runner.warm_up(on_progress or (lambda _: None))
+    return InThreadEngine(engine)
 
 
 class InThreadEngine:

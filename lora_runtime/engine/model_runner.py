@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
 from lora_runtime.core import SampledToken, ScheduledBatch
 from lora_runtime.engine.batch import ForwardBatch, build_batch
+from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
 from lora_runtime.engine.sampler import sample
+from lora_runtime.engine.step_buffers import StepBuffers
 
 
 class ModelRunner:
@@ -23,6 +27,23 @@ class ModelRunner:
     ) -> None:
         self.base, self.cache, self.block_size = base, cache, block_size
         self.pool, self.host = pool, host
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
+        """From now on replay decode steps of up to `max_num_seqs` rows."""
+        num_blocks = -(-max_model_len // self.block_size)
+        buffers = [
+            StepBuffers(size, num_blocks, self.block_size, self.base.device)
+            for size in buckets(max_num_seqs)
+        ]
+        self.graphs = DecodeGraphs(self.forward, tuple(buffers), capture)
+
+    @torch.inference_mode()
+    def warm_up(self, on_progress: Callable[[str], None]) -> None:
+        """Compile and capture what decode steps need, before the first request waits for it."""
+        if self.graphs is not None:
+            self.graphs.warm_up(self.pool.layout, on_progress)
 
     @torch.inference_mode()
     def run(self, plan: ScheduledBatch) -> list[SampledToken]:
@@ -32,8 +53,10 @@ class ModelRunner:
         if not plan.sequences:
             return []
         sampling = [row.sequence for row in plan.sequences if row.samples]
-        batch = build_batch(plan, self.block_size, self.base.device)
-        logits = self.forward(batch, plan_layers(plan, batch, self.cache))
+        logits = None if self.graphs is None else self.graphs.logits(plan, self.pool.layout)
+        if logits is None:
+            batch = build_batch(plan, self.block_size, self.base.device)
+            logits = self.forward(batch, plan_layers(plan, batch, self.cache))
         return sample(logits, sampling) if sampling else []
 
     def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
