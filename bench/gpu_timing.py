@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    import tests.lora_runtime.kernels.on_triton  # noqa: F401  mends the interpreter
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ROTATED_BYTES = (512 << 20) if HAS_GPU else 1
 """Copies of a weight come to at least as much together; the second-level cache is 50 MB."""

@@ -53,11 +53,17 @@ class ModelRunner:
         if not plan.sequences:
             return []
         sampling = [row.sequence for row in plan.sequences if row.samples]
-        logits = None if self.graphs is None else self.graphs.logits(plan, self.pool.layout)
-        if logits is None:
-            batch = build_batch(plan, self.block_size, self.base.device)
-            logits = self.forward(batch, plan_layers(plan, batch, self.cache))
+        logits = self.logits(plan)
         return sample(logits, sampling) if sampling else []
+
+    def logits(self, plan: ScheduledBatch) -> Tensor:
+        """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""
+        if self.graphs is not None:
+            replayed = self.graphs.logits(plan, self.pool.layout)
+            if replayed is not None:
+                return replayed
+        batch = build_batch(plan, self.block_size, self.base.device)
+        return self.forward(batch, plan_layers(plan, batch, self.cache))
 
     def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache."""

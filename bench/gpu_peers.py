@@ -1,0 +1,67 @@
+"""What loramux is compared with on a GPU: transformers and PEFT over bitsandbytes' 4-bit layers."""
+
+from __future__ import annotations
+
+import time
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench.gpu_engine import RANK, random_model
+from bench.gpu_timing import DEVICE, HAS_GPU
+
+PROMPT, NEW_TOKENS = (128, 64) if HAS_GPU else (6, 4)
+
+
+def four_bit_model() -> PreTrainedModel:
+    """The random model with bitsandbytes' Linear4bit in every decoder layer."""
+    model = random_model()
+    layers = model.get_decoder().layers
+    for path, linear in [(p, m) for p, m in layers.named_modules() if type(m) is nn.Linear]:
+        parent, _, name = path.rpartition(".")
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False,
+            compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False,
+        )  # fmt: skip
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data.cpu(), requires_grad=False, quant_type="nf4",
+            compress_statistics=False,
+        )  # fmt: skip
+        setattr(layers.get_submodule(parent), name, layer.to(DEVICE))
+    model.is_loaded_in_4bit = True
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def with_adapters(model: PreTrainedModel, count: int) -> nn.Module:
+    """PEFT's model with `count` random adapters of rank 16 on all linear layers."""
+    config = LoraConfig(
+        r=RANK, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    peft = get_peft_model(model, config, "adapter-0")
+    for index in range(1, count):
+        peft.add_adapter(f"adapter-{index}", config)
+    return peft.to(DEVICE).eval()
+
+
+@torch.inference_mode()
+def tokens_per_second(model: nn.Module, rows: int, adapters: int = 0) -> float:
+    """Output tokens a second of `generate`, prompts included; the second of two runs."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (rows, PROMPT), generator=generator).to(DEVICE)
+    names = [f"adapter-{i % adapters}" for i in range(rows)] if adapters else None
+    extra = {"adapter_names": names} if names else {}
+    speed = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, pad_token_id=0, **extra,
+        )  # fmt: skip
+        num_tokens = (out.shape[1] - ids.shape[1]) * rows  # reads a shape; the copy waits
+        out.cpu()
+        speed = num_tokens / (time.perf_counter() - start)
+    return speed
