@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import bitsandbytes.functional as bnb
 import torch
@@ -243,6 +244,10 @@ def adapter_times(bandwidth: float) -> list[dict[str, object]]:
     return found
 
 
+def _attend(steps: list, scale: float, index: int) -> Tensor:
+    return kernels.paged_attention(*steps[index], scale)
+
+
 def attention_times(bandwidth: float, rate: float) -> list[dict[str, object]]:
     """Decode over a cache larger than any other, and the prefill of one long row."""
     heads, head_dim = ((32, 8), 128) if HAS_GPU else ((4, 2), 16)
@@ -258,10 +263,7 @@ def attention_times(bandwidth: float, rate: float) -> list[dict[str, object]]:
             attention_step(lengths, new, heads, head_dim, BFLOAT16)
             for _ in range(min(16, copies_of(size)))
         ]
-        call: Callable[[int], Tensor] = lambda i: kernels.paged_attention(  # noqa: E731
-            *steps[i],
-            head_dim**-0.5,  # noqa: B023
-        )
+        call = partial(_attend, steps, head_dim**-0.5)
         pairs = sum(n * (2 * length - n + 1) / 2 for length, n in zip(lengths, new, strict=True))
         work = 2 * heads[0] * head_dim * pairs / rate
         found.append(
