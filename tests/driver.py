@@ -54,13 +54,19 @@ def poison_free_memory(engine: Engine) -> None:
     engine.pool.memory.weights.fill_(float("nan"))
 
 
-def greedy(request_id: str, prompt: list[int], digest: str | None = None, max_tokens: int = 64):
-    """A greedy request of exactly `max_tokens` tokens."""
+def greedy(
+    request_id: str,
+    prompt: list[int],
+    digest: str | None = None,
+    max_tokens: int = 64,
+    adapters: tuple[AdapterUse, ...] = (),
+) -> Request:
+    """A greedy request of exactly `max_tokens` tokens, under `digest` or `adapters`."""
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
-        adapters=() if digest is None else (AdapterUse(digest=digest),),
+        adapters=adapters if digest is None else (AdapterUse(digest=digest),),
     )
 
 
@@ -90,20 +96,15 @@ def run(engine: Engine, requests: list[Request], *, arrivals: dict[str, int] | N
 def record_logits(engine: Engine, traces: dict[str, Trace]) -> None:
     """From now on keep the logits of every row that samples."""
     runner = engine.runner
-    original = type(runner).forward
-    due: list[str] = []
 
-    def run(plan):
-        due[:] = [row.sequence.request.request_id for row in plan.sequences if row.samples]
-        return type(runner).run(runner, plan)
-
-    def forward(batch, planned=None):
-        logits = original(runner, batch, planned)
-        for request_id, row in zip(due, logits, strict=True):
+    def logits(plan):
+        found = type(runner).logits(runner, plan)
+        due = [row.sequence.request.request_id for row in plan.sequences if row.samples]
+        for request_id, row in zip(due, found, strict=True):
             traces[request_id].logits.append(row.clone())
-        return logits
+        return found
 
-    runner.run, runner.forward = run, forward
+    runner.logits = logits
 
 
 @torch.no_grad()

@@ -128,7 +128,8 @@ def patch_logits(
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """Store this step's keys and values, in place: keys[slot_mapping[t]] = k[t], values likewise.
 
-    Shapes: keys, values (cache slots, G, D) of one layer, k, v (T, G, D), slot_mapping (T,) int64.
+    A token whose slot is negative is not stored. Shapes: keys, values (cache slots, G, D) of one
+    layer, k, v (T, G, D), slot_mapping (T,) int64.
     """
     reference.write_kv(keys, values, k, v, slot_mapping)
 
@@ -148,7 +149,8 @@ def paged_attention(
     row rows[t], the last `window` of them if given; c(s) = softcap · tanh(s / softcap) or s.
     Shapes: q (T, H, D), keys and values (cache slots, G, D) of one layer, H a multiple of G;
     tokens of a row are consecutive. Returns (T, H, D) in q's dtype; softmax and sums in float32.
-    Cache slots that the row does not own may hold anything, NaN included.
+    Cache slots that the row does not own may hold anything, NaN included. A token at a negative
+    position sees nothing: 0.
     Source: PagedAttention, arXiv:2309.06180.
     """
     backend = cpu if cpu.can_run(q, keys, values) else reference

@@ -128,8 +128,9 @@ def _find_rows(memory: AdapterMemory, run: Run, ids: Tensor) -> tuple[Tensor, Te
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """See `lora_runtime.kernels.write_kv`."""
-    keys[slot_mapping] = k
-    values[slot_mapping] = v
+    is_stored = slot_mapping >= 0
+    keys[slot_mapping[is_stored]] = k[is_stored]
+    values[slot_mapping[is_stored]] = v[is_stored]
 
 
 def paged_attention(

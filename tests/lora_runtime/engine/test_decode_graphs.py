@@ -1,0 +1,178 @@
+"""Decode steps from tables at fixed addresses: what a captured CUDA graph would replay.
+
+Nothing is captured here. The stand-in for a capture runs the forward again at every replay, and
+insists on what a graph could not know better: the pool's layout at its capture.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledSequence, Sequence
+from lora_runtime.engine.batch import build_batch
+from lora_runtime.engine.decode_graphs import buckets
+from lora_runtime.engine.step_buffers import StepBuffers
+from lora_runtime.kernels import gpu
+from tests.driver import greedy, run, tiny_engine
+from tests.lora_runtime.kernels.on_triton import DEVICE
+from tests.peft_adapters import four_adapters, write_adapter
+from tests.tiny import dense_twin, tiny_base
+
+PROMPTS = [[5, 6, 7], [9, 8], [11, 12, 13, 14, 15], [3, 4]]
+READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+
+
+class Captures:
+    """Stands for CudaCapture, and counts."""
+
+    def __init__(self, engine):
+        self.pool, self.num_captured, self.num_replayed = engine.pool, 0, 0
+
+    def __call__(self, forward):
+        self.num_captured += 1
+        layout = self.pool.layout
+
+        def replay():
+            self.num_replayed += 1
+            assert self.pool.layout == layout
+            return forward()
+
+        return replay
+
+
+def replaying_engine(base, **options):
+    engine = tiny_engine(base, **options)
+    captures = Captures(engine)
+    engine.runner.use_graphs(6, 64, captures)
+    return engine, captures
+
+
+def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_path):
+    """Base rows, two ranks, a composition and a late arrival, against the compiled CPU kernels."""
+    base = tiny_base("llama", dequantized_cache=False)
+    folders = four_adapters(dense_twin(base, "llama"), tmp_path)
+    forms = [load_adapter(folders[i], base.spec, base.weights) for i in (1, 3)]
+    plain = tiny_engine(base)
+    replaying, captures = replaying_engine(base)
+    owners = [(), (forms[0],), (forms[1],), (forms[0], forms[1])]
+    requests = [
+        greedy(str(i), prompt, max_tokens=3, adapters=uses_of(owner))
+        for i, (prompt, owner) in enumerate(zip(PROMPTS, owners, strict=True))
+    ]
+    traces = []
+    for engine, devices in ((plain, set()), (replaying, {DEVICE})):
+        monkeypatch.setattr(gpu, "DEVICES", devices)
+        for form in forms:
+            engine.add_adapter(form)
+        traces.append(run(engine, requests, arrivals={"2": 1}))
+    assert captures.num_replayed == 2 and captures.num_captured == 2
+    for request_id, expected in traces[0].items():
+        trace = traces[1][request_id]
+        assert trace.token_ids == expected.token_ids
+        difference = torch.stack(trace.logits) - torch.stack(expected.logits)
+        assert difference.abs().max() <= 2e-4
+
+
+def uses_of(forms):
+    return tuple(AdapterUse(digest=form.digest, weight=0.5 + i) for i, form in enumerate(forms))
+
+
+def test_a_larger_rank_captures_anew(tmp_path):
+    base = tiny_base("llama", dequantized_cache=False)
+    twin = dense_twin(base, "llama")
+    forms = [
+        load_adapter(
+            write_adapter(twin, tmp_path / str(r), seed=r, r=r, target_modules=["v_proj"]),
+            base.spec,
+            base.weights,
+        )
+        for r in (4, 12)
+    ]
+    engine, captures = replaying_engine(base)
+    for form in forms:
+        engine.add_adapter(form)
+        run(engine, [greedy(form.digest, [5, 6], form.digest, max_tokens=2)])
+    assert captures.num_captured == captures.num_replayed == 2
+
+
+def rows_of(specs, slots):
+    """(block table, number of tokens) a row."""
+    rows = []
+    for (table, length), slot in zip(specs, slots, strict=True):
+        uses = () if slot is None else (AdapterUse(digest=f"{slot:064d}", weight=0.5 + slot),)
+        request = greedy("r", list(range(40, 40 + length)), adapters=uses)
+        sequence = Sequence.of(request)
+        sequence.block_table, sequence.slots = table, () if slot is None else (slot,)
+        rows.append(ScheduledSequence(sequence, length - 1, 1))
+    return tuple(rows)
+
+
+def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():
+    buffers = StepBuffers(6, 8, 4, torch.device(DEVICE))
+    full = rows_of([([1, 2, 3], 9), ([4], 2), ([5, 6], 8), ([9], 1), ([7], 1), ([8], 3)], [2] * 6)
+    assert buffers.takes(full) and buffers.fill(full)
+    rows = rows_of([([3, 9], 5), ([0], 4), ([7, 2], 8)], [3, None, 1])
+    assert buffers.takes(rows) and buffers.fill(rows)
+    batch = buffers.batch(has_adapters=True)
+    plain = build_batch(ScheduledBatch(rows), 4, torch.device(DEVICE))
+    for name in ("token_ids", "positions"):
+        assert torch.equal(getattr(batch, name)[:3], getattr(plain, name))
+    for name in ("positions", "slot_mapping", "rows"):
+        assert torch.equal(getattr(batch.attention, name)[:3], getattr(plain.attention, name))
+    assert (batch.attention.positions[3:] == -1).all()
+    assert (batch.attention.slot_mapping[3:] == -1).all()
+    assert torch.equal(batch.attention.block_tables[0, :2], plain.attention.block_tables[0])
+    for name in ("tokens", "slots", "weights"):
+        assert torch.equal(getattr(batch.adapters, name)[:2], getattr(plain.adapters, name))
+    assert batch.adapters.segment_starts.tolist() == [0, 1, 2, 2, 2, 2, 2]
+    assert not buffers.fill(rows_of([([3], 1)], [None]))
+
+
+def test_what_is_no_plain_decode_step_is_left_to_the_eager_way():
+    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
+    row = rows_of([([3, 4], 6)], [1])[0]
+    assert buffers.takes((row, row))
+    assert not buffers.takes((row,) * 3), "too many rows"
+    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 3),)), "a chunk of a prompt"
+    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 1),)), "nothing is sampled"
+    row.sequence.slots = (1, 2, 3)
+    assert not buffers.takes((row,)), "more entries than rows"
+    row.sequence.slots, row.sequence.layer_map = (1,), (0, 0, 1)
+    assert not buffers.takes((row,)), "layers in another order"
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where an operation needs a value, or a number of values, on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in READS_THE_HOST, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2", "phi3-longrope"])
+def test_a_forward_reads_nothing_on_the_host(shape, tmp_path):
+    base = tiny_base(shape, dequantized_cache=False)
+    twin = dense_twin(base, shape)
+    adapter = write_adapter(twin, tmp_path, seed=1, target_modules=["down_proj"])
+    engine, _ = replaying_engine(base)
+    form = load_adapter(adapter, base.spec, base.weights)
+    engine.add_adapter(form)
+    run(engine, [greedy("1", [5, 6], form.digest, max_tokens=1)])
+    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
+    buffers.fill(rows_of([([3, 4], 6)], [0]))
+    with torch.inference_mode(), NoHostReads():
+        logits = engine.runner.forward(buffers.batch(has_adapters=True))
+    assert logits.shape == (2, base.spec.vocab_size)
+
+
+def test_buckets_hold_what_runs_at_once():
+    assert buckets(1) == (1,) and buckets(3) == (1, 2, 3) and buckets(33)[-2:] == (32, 33)
+    assert buckets(1000)[-1] == 256
