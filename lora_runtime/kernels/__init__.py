@@ -131,7 +131,8 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: T
     A token whose slot is negative is not stored. Shapes: keys, values (cache slots, G, D) of one
     layer, k, v (T, G, D), slot_mapping (T,) int64.
     """
-    reference.write_kv(keys, values, k, v, slot_mapping)
+    backend = gpu if gpu.can_run(k, v, keys, values) else reference
+    backend.write_kv(keys, values, k, v, slot_mapping)
 
 
 def paged_attention(
@@ -153,7 +154,7 @@ def paged_attention(
     position sees nothing: 0.
     Source: PagedAttention, arXiv:2309.06180.
     """
-    backend = cpu if cpu.can_run(q, keys, values) else reference
+    backend = next((b for b in (gpu, cpu) if b.can_run(q, keys, values)), reference)
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, StepMeta, wants_gradient
+from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
@@ -112,3 +112,27 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 
     with torch.cuda.device_of(x):
         return gpu_quantised.int8_product(x, codes, absmax)
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """See `lora_runtime.kernels.write_kv`."""
+    from lora_runtime.kernels import gpu_attention
+
+    with torch.cuda.device_of(k):
+        gpu_attention.write_kv(keys, values, k, v, slot_mapping)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.paged_attention`."""
+    from lora_runtime.kernels import gpu_attention
+
+    with torch.cuda.device_of(q):
+        return gpu_attention.paged_attention(q, keys, values, meta, scale, window, softcap)

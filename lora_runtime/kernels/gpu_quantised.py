@@ -11,12 +11,12 @@ Source: QLoRA (arXiv:2305.14314) for the format, split-K as in arXiv:2402.00025.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lora_runtime.kernels.gpu_counters import counters
 
 MIN_PROGRAMS = 512
 """Programs wanted a launch, about four a multiprocessor; unmeasured."""
@@ -26,7 +26,6 @@ BLOCK_K = 128
 """Inputs at once."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
-MAX_COUNTERS = 1 << 16
 
 
 def four_bit_product(
@@ -70,7 +69,7 @@ def _product(
     _product_kernel[num_tiles, num_splits](
         y,
         partial,
-        _counters(rows.device, _stream(rows)),
+        counters(rows),
         rows,
         codes,
         absmax,
@@ -88,16 +87,6 @@ def _product(
         num_stages=1,  # a pipeline would take the words through shared memory first
     )
     return y.view(*x.shape[:-1], out_features)
-
-
-def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-@cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """How many splits of each tile are done; 0 between launches, which a stream keeps apart."""
-    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -142,9 +142,9 @@ def _segment_starts(ordered: list[Span]) -> list[int]:
 class AttentionMeta:
     """Where each token of the step reads and writes keys and values.
 
-    rows (T,) int32: sequence row of each token. positions (T,) int32: its position in that
-    sequence. slot_mapping (T,) int64: cache slot (block · block_size + offset) its key and value
-    go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
+    rows (T,) int32, ascending: sequence row of each token. positions (T,) int32: its position in
+    that sequence. slot_mapping (T,) int64: cache slot (block · block_size + offset) its key and
+    value go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
     """
 
     rows: Tensor
@@ -152,3 +152,5 @@ class AttentionMeta:
     slot_mapping: Tensor
     block_tables: Tensor
     block_size: int
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """As in StepMeta."""

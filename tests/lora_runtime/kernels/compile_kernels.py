@@ -9,13 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_runtime.kernels import gpu_adapter_kernels, gpu_quantised
+from lora_runtime.kernels import gpu_adapter_kernels, gpu_attention_kernels, gpu_quantised
 
 TARGET = GPUTarget("cuda", 90, 32)
-ACTIVATIONS = {"x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr"}
-FLOATS = {
-    "hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr",
+ACTIVATIONS = {
+    "x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr", "q_ptr", "k_ptr",
+    "v_ptr", "keys_ptr", "out_ptr",
 }  # fmt: skip
+FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
+SCALARS = {"scale": "fp32", "softcap": "fp32"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
 
 
@@ -33,7 +35,7 @@ def compile_kernel(kernel, codes: str = "u8", **constants) -> None:
         if name in constants
         else f"*{element(name, codes)}"
         if name.endswith("_ptr")
-        else "i32"
+        else SCALARS.get(name, "i32")
         for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -54,3 +56,11 @@ for is_int8, codes in ((False, "i32"), (True, "i8")):
         **{"IS_INT8": is_int8, "SPLITS": 4, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128},
     )
 compile_kernel(gpu_quantised._values_kernel, BLOCK=1024)
+compile_kernel(gpu_attention_kernels.write_kv_kernel, BLOCK=1024)
+for block_d in (128, 256):
+    kinds = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "BLOCK_SIZE": 16, "BLOCK_D": block_d}
+    kinds |= {"BLOCK_K": 64 if block_d == 128 else 32}
+    compile_kernel(
+        gpu_attention_kernels.decode_kernel, **kinds, IS_DECODE=True, SPLITS=4, BLOCK_H=16
+    )
+    compile_kernel(gpu_attention_kernels.prefill_kernel, **kinds, BLOCK_Q=64, CHUNK=64)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.quant_linear import QuantLinear
-from lora_runtime.kernels import gpu, gpu_quantised
+from lora_runtime.kernels import gpu, gpu_counters, gpu_quantised
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
 SHAPES = [(17, 64), (64, 192), (70, 320), (130, 1088)]
@@ -93,7 +93,7 @@ def test_a_row_is_bit_equal_in_any_batch_and_splits_leave_no_trace(kind):
     y = layer.product(x)
     for rows in (slice(0, 1), slice(3, 10), slice(0, 40)):
         assert torch.equal(layer.product(x[rows]), y[rows])
-    assert not gpu_quantised._counters(x.device, gpu_quantised._stream(x)).any()
+    assert not gpu_counters.counters(x).any()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])

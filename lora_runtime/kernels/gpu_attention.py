@@ -1,0 +1,146 @@
+"""Paged attention and the write of keys and values in Triton.
+
+Rows with one token, which is every row of a decode step, take the decode kernel: keys and values
+are read once for all query heads that share them, by as many programs a row as the step needs, of
+which the last joins their results. Rows with more tokens take the prefill kernel, in tiles of
+queries. Which row is which is found on the device; grids follow from shapes alone, so a CUDA graph
+of a decode step can be replayed for rows of any length.
+torch's own varlen attention with paged keys is not used: not every torch that we support has it.
+Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
+Source: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), split keys as in
+Flash-Decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from lora_runtime.kernels.gpu_attention_kernels import (
+    decode_kernel,
+    prefill_kernel,
+    write_kv_kernel,
+)
+from lora_runtime.kernels.gpu_counters import counters
+from lora_runtime.kernels.types import AttentionMeta
+
+MIN_PROGRAMS = 264
+"""The decode kernel splits a row's keys until it has as many programs, two a multiprocessor."""
+MAX_SPLITS = 16
+MIN_SPLIT_KEYS = 256
+"""Keys that the longest row has at least for each split."""
+BLOCK_Q = 64
+"""Queries of one row and head in a prefill tile."""
+WRITE_BLOCK = 1024
+MIN_DOT = 16
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """See `lora_runtime.kernels.write_kv`. k and v may be views with rows and heads anywhere."""
+    num_tokens, num_heads, head_dim = k.shape
+    grid = (num_tokens, triton.cdiv(num_heads * head_dim, WRITE_BLOCK))
+    write_kv_kernel[grid](
+        keys,
+        values,
+        k,
+        v,
+        slot_mapping,
+        num_heads * head_dim,
+        head_dim,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        BLOCK=WRITE_BLOCK,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.paged_attention`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_rows = len(meta.block_tables)
+    is_decode = len(q) == num_rows
+    starts = meta.rows if is_decode else _row_starts(meta)
+    arguments = (out, q, keys, values, meta.block_tables, meta.positions, starts)
+    sizes = (*_sizes(q, keys, meta), scale, window or 0, softcap or 0.0)
+    head_dim = max(MIN_DOT, triton.next_power_of_2(q.shape[2]))
+    _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
+    if not is_decode:
+        num_tiles = num_rows + len(q) // BLOCK_Q
+        prefill_kernel[num_tiles, q.shape[1]](
+            *arguments,
+            num_rows,
+            *sizes,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_SIZE=meta.block_size,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_K=64 if head_dim <= 128 else 32,
+            BLOCK_D=head_dim,
+            CHUNK=64,
+        )
+    return out
+
+
+def _decode(
+    q: Tensor,
+    keys: Tensor,
+    meta: AttentionMeta,
+    arguments: tuple[Tensor, ...],
+    sizes: tuple[float, ...],
+    is_decode: bool,
+    head_dim: int,
+) -> None:
+    num_rows, num_groups = len(meta.block_tables), keys.shape[1]
+    longest = meta.block_tables.shape[1] * meta.block_size
+    num_splits = min(
+        triton.cdiv(MIN_PROGRAMS, num_rows * num_groups),
+        triton.cdiv(longest, MIN_SPLIT_KEYS),
+        MAX_SPLITS,
+    )
+    queries = max(MIN_DOT, triton.next_power_of_2(q.shape[1] // num_groups))
+    parts = (num_rows, num_groups, num_splits, queries, head_dim + 2)
+    partial = torch.empty(parts, device=q.device) if num_splits > 1 else arguments[0]
+    decode_kernel[num_rows, num_groups, num_splits](
+        *arguments,
+        partial,
+        counters(q),
+        *sizes,
+        IS_DECODE=is_decode,
+        HAS_WINDOW=sizes[-2] > 0,
+        HAS_SOFTCAP=sizes[-1] > 0,
+        BLOCK_SIZE=meta.block_size,
+        SPLITS=num_splits,
+        BLOCK_H=queries,
+        BLOCK_K=64 if head_dim <= 128 else 32,
+        BLOCK_D=head_dim,
+    )
+
+
+def _row_starts(meta: AttentionMeta) -> Tensor:
+    """(N + 1,) int32: the first token of each row, once a step; tokens are in order of rows."""
+    if "row_starts" not in meta.derived:
+        rows = torch.arange(len(meta.block_tables) + 1, device=meta.rows.device, dtype=torch.int32)
+        meta.derived["row_starts"] = torch.searchsorted(meta.rows, rows, out_int32=True)
+    return meta.derived["row_starts"]
+
+
+def _sizes(q: Tensor, keys: Tensor, meta: AttentionMeta) -> tuple[int, ...]:
+    """Blocks a row, query heads a key head, head size; strides of q, out and the cache."""
+    return (
+        meta.block_tables.shape[1],
+        q.shape[1] // keys.shape[1],
+        q.shape[2],
+        q.stride(0),
+        q.stride(1),
+        q.shape[1] * q.shape[2],
+        keys.stride(0),
+        keys.stride(1),
+    )
