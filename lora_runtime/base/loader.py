@@ -26,6 +26,7 @@ from lora_runtime.base.adapted_linear import (
 from lora_runtime.base.attention import Attention, KVCache
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.fused_modules import fuse_modules
 from lora_runtime.base.head_model import head_model
 from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.planned_model import PlannedBatch, planned_model
@@ -143,6 +144,7 @@ def prepare_base(
     context = StepContext()
     linears = dict(_replace_linears(model, layers, context))
     model.set_attn_implementation(attention.NAME)
+    fuse_modules(model)
     self_check(model, original)
     keep_copies = config.dequantized_cache and model.device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")

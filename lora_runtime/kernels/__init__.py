@@ -37,11 +37,14 @@ __all__ = [
     "embed_adapters",
     "four_bit_product",
     "four_bit_values",
+    "gated_activation",
     "int8_product",
     "pack_panels",
     "paged_attention",
     "panel_product",
     "patch_logits",
+    "rms_norm",
+    "rotate",
     "write_kv",
 ]
 
@@ -156,6 +159,35 @@ def paged_attention(
     """
     backend = next((b for b in (gpu, cpu) if b.can_run(q, keys, values)), reference)
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """n = x / √(mean x² + eps) of each row; y = weight · n, n rounded to x's dtype before.
+
+    With `plus_one` y = (1 + weight) · n, rounded once (Gemma). Shapes: x (..., width), weight
+    (width,); float32 inside. Source: RMSNorm, arXiv:1910.07467.
+    """
+    backend = gpu if gpu.can_run(x, weight) else reference
+    return backend.rms_norm(x, weight, eps, plus_one=plus_one)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x cos + turned(x) sin, turned(x) = [−second half, first half], of queries and keys.
+
+    Shapes: q (T, H, D), k (T, G, D), cos and sin (T, R); of a head's D values the first R are
+    rotated. Rounded once. Source: RoFormer, arXiv:2104.09864.
+    """
+    backend = gpu if gpu.can_run(q, k, cos, sin) else reference
+    return backend.rotate(q, k, cos, sin)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """act(gate) · up, both (..., width); `kind`: silu or gelu_tanh. Rounded once.
+
+    Source: GLU variants, arXiv:2002.05202.
+    """
+    backend = gpu if gpu.can_run(gate, up) else reference
+    return backend.gated_activation(gate, up, kind)
 
 
 def can_use_panels(x: Tensor) -> bool:

@@ -136,3 +136,27 @@ def paged_attention(
 
     with torch.cuda.device_of(q):
         return gpu_attention.paged_attention(q, keys, values, meta, scale, window, softcap)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """See `lora_runtime.kernels.rms_norm`."""
+    from lora_runtime.kernels import gpu_elementwise
+
+    with torch.cuda.device_of(x):
+        return gpu_elementwise.rms_norm(x, weight, eps, plus_one=plus_one)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.rotate`."""
+    from lora_runtime.kernels import gpu_elementwise
+
+    with torch.cuda.device_of(q):
+        return gpu_elementwise.rotate(q, k, cos, sin)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """See `lora_runtime.kernels.gated_activation`."""
+    from lora_runtime.kernels import gpu_elementwise
+
+    with torch.cuda.device_of(gate):
+        return gpu_elementwise.gated_activation(gate, up, kind)

@@ -48,8 +48,8 @@ def _attend(
 ):  # fmt: skip
     """One pass over the keys begin … end − 1 for the queries q (rows, BLOCK_D).
 
-    Returns Σ p v, the largest score s and Σ p, with p = 2^(s − largest), s in units of ln 2. A query sees the keys
-    up to query_position (rows,), the last `window` of them.
+    Returns Σ p v, the largest score s and Σ p, with p = 2^(s − largest), s in units of ln 2. A
+    query sees the keys up to query_position (rows,), the last `window` of them.
     """
     for start in range(begin, end, BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)

@@ -6,9 +6,11 @@ All ops here are differentiable. Accumulation is float32, or float64 for float64
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.kernels.types import NO_RUN, AdapterMemory, AttentionMeta, Run, StepMeta
@@ -183,3 +185,34 @@ def _visible(place: Tensor, meta: AttentionMeta, length: int, window: int | None
     positions[meta.rows.long(), place] = meta.positions
     distance = positions[:, :, None] - torch.arange(length, device=place.device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """See `lora_runtime.kernels.rms_norm`."""
+    dtype = _accumulator(x.dtype)
+    normed = x.to(dtype)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    if plus_one:
+        return (normed * (1 + weight.to(dtype))).to(x.dtype)
+    return weight * normed.to(x.dtype)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.rotate`."""
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype, size = _accumulator(x.dtype), cos.shape[1]
+    turned = x[..., :size].to(dtype)
+    first, second = turned.chunk(2, -1)
+    cos, sin = (part.to(dtype)[:, None] for part in (cos, sin))
+    turned = turned * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned.to(x.dtype), x[..., size:]], -1)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """See `lora_runtime.kernels.gated_activation`."""
+    dtype = _accumulator(gate.dtype)
+    activation = F.silu if kind == "silu" else partial(F.gelu, approximate="tanh")
+    return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)

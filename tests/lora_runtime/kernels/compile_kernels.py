@@ -9,15 +9,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_runtime.kernels import gpu_adapter_kernels, gpu_attention_kernels, gpu_quantised
+from lora_runtime.kernels import (
+    gpu_adapter_kernels,
+    gpu_attention_kernels,
+    gpu_elementwise,
+    gpu_quantised,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 ACTIVATIONS = {
     "x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr", "q_ptr", "k_ptr",
-    "v_ptr", "keys_ptr", "out_ptr",
+    "v_ptr", "keys_ptr", "out_ptr", "weight_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr",
+    "out_q_ptr", "out_k_ptr",
 }  # fmt: skip
 FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
-SCALARS = {"scale": "fp32", "softcap": "fp32"}
+SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
 
 
@@ -64,3 +70,6 @@ for block_d in (128, 256):
         gpu_attention_kernels.decode_kernel, **kinds, IS_DECODE=True, SPLITS=4, BLOCK_H=16
     )
     compile_kernel(gpu_attention_kernels.prefill_kernel, **kinds, BLOCK_Q=64, CHUNK=64)
+compile_kernel(gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, BLOCK=4096)
+compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
+compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)

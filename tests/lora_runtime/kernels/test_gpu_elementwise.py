@@ -1,0 +1,97 @@
+"""Norm, rotation and gated activation in Triton against transformers' own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+from lora_runtime import kernels
+from lora_runtime.kernels import gpu, gpu_elementwise, reference
+from tests.lora_runtime.kernels.on_triton import DEVICE
+from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+"""numpy's, in the interpreter: 1 / (1 + ∞) is 0 as it should be."""
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def triton_takes_the_device(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+
+
+def close(y, expected, steps=1):
+    """Within `steps` roundings of bfloat16, or of float32's sums."""
+    tolerance = steps * 2**-8 if y.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance / 4)
+
+
+def random(*shape, dtype):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 33, 96, 576])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_rms_norm(monkeypatch, kind, width, dtype):
+    """Rows laid end to end, and heads that are a slice of a wider product."""
+    norm = kind(width, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.requires_grad_(False).copy_(random(width, dtype=dtype))
+    is_shifted = kind is Gemma2RMSNorm
+    wide = 3 * random(1, 5, 4 * width + 3, dtype=dtype)
+    heads = wide[..., width : 3 * width].unflatten(-1, (2, width))
+    for x in (3 * random(1, 7, width, dtype=dtype), random(3, width, dtype=dtype), heads):
+        expected = norm(x)
+        y = kernels.rms_norm(x, norm.weight, 1e-5, plus_one=is_shifted)
+        assert y.is_contiguous() and y.dtype == dtype
+        close(y, expected)
+        close(reference.rms_norm(x, norm.weight, 1e-5, plus_one=is_shifted), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotated"), [((5, 2), 16, 16), ((1, 1), 80, 80), ((4, 4), 48, 20)]
+)
+def test_rotate(heads, head_dim, rotated, dtype):
+    """transformers rounds each product, so it may be a few bfloat16 steps off."""
+    width = sum(heads) * head_dim
+    qk = random(6, width + 7, dtype=dtype)[:, :width].unflatten(1, (-1, head_dim))
+    q, k = qk.split(heads, 1)
+    angles = torch.rand(1, 6, rotated // 2, device=DEVICE) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, -1).to(dtype) for f in (torch.cos, torch.sin))
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    for rotate in (kernels.rotate, reference.rotate):
+        for y, wanted in zip(rotate(q, k, cos[0], sin[0]), expected, strict=True):
+            assert y.is_contiguous() and y.dtype == dtype
+            tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(y, wanted[0].transpose(0, 1), rtol=0, atol=tolerance)
+            assert torch.equal(y[..., rotated:], wanted[0].transpose(0, 1)[..., rotated:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 33, 1100])
+@pytest.mark.parametrize(("kind", "name"), [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh")])
+def test_gated_activation(kind, name, width, dtype):
+    gate, up = (4 * random(1, 3, 2 * width + 1, dtype=dtype)[..., : 2 * width]).chunk(2, -1)
+    expected = (ACT2FN[name](gate.float()) * up.float()).to(dtype)
+    close(kernels.gated_activation(gate, up, kind), expected)
+    close(reference.gated_activation(gate, up, kind), expected)
+
+
+def test_large_values_do_not_overflow_and_nan_stays_in_its_row():
+    x = torch.tensor([[200.0, -200.0, 3.0], [1.0, 2.0, float("nan")]], device=DEVICE)
+    y = kernels.gated_activation(x, torch.ones_like(x), "silu")
+    torch.testing.assert_close(y[0].cpu(), torch.tensor([200.0, 0.0, 3 / (1 + 2.718281828**-3)]))
+    normed = kernels.rms_norm(x, torch.ones(3, device=DEVICE), 1e-5, plus_one=False)
+    assert normed[0].isfinite().all() and normed[1].isnan().all()
+
+
+def test_gradients_take_the_definition(monkeypatch):
+    monkeypatch.setattr(gpu_elementwise, "rms_norm", None)
+    x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    kernels.rms_norm(x, torch.ones(8, device=DEVICE), 1e-5, plus_one=False).sum().backward()
+    assert x.grad is not None
