@@ -7,7 +7,8 @@ import time
 import torch
 
 from lora_runtime.adapters.host_cache import HostCache
-from lora_runtime.adapters.pool import AdapterPool, adapter_dtype, packed_bytes
+from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, pack_for
+from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
@@ -93,14 +94,14 @@ class Engine:
         ]
 
     def add_adapter(self, form: ServingForm) -> None:
-        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
-        if form.digest not in self.host:
-            self.slots.register(form.digest, self.packed_bytes(form))
-        self.host.add(form)
+        """Pack and keep an adapter, of whose tensors nothing is needed then; see `add_packed`."""
+        self.add_packed(pack_for(self.base, form))
 
-    def packed_bytes(self, form: ServingForm) -> int:
-        """Bytes the adapter takes in the device pool."""
-        return packed_bytes(form, adapter_dtype(self.base).itemsize)
+    def add_packed(self, adapter: PackedAdapter) -> None:
+        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
+        if adapter.digest not in self.host:
+            self.slots.register(adapter.digest, adapter.nbytes)
+        self.host.add(adapter)
 
     def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
         """Give up one reference. With the last, new requests fail and `cancel` ends old ones."""
@@ -127,7 +128,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one step: plan it, do it, record it."""
         outputs = self._expire()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.runner.loads.in_progress())
         sampled = self.runner.run(plan)
         outputs += self.scheduler.commit(plan, sampled)
         self._num_steps += 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
@@ -87,9 +88,10 @@ class InThreadEngine:
         base = self._engine.base
         form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
         golden = await asyncio.to_thread(read_golden, folder, base.spec)
-        await self._call(lambda: gate(golden, effect_of(base, form), base.spec.dtype))
-        await self._call(lambda: self._engine.add_adapter(form))
-        return _summary(form, self._engine.packed_bytes(form))
+        packed = await asyncio.to_thread(pack_for, base, form)
+        await self._call(lambda: gate(golden, effect_of(base, packed), base.spec.dtype))
+        await self._call(lambda: self._engine.add_packed(packed))
+        return _summary(form, packed.nbytes)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
