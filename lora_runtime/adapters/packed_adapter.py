@@ -1,4 +1,4 @@
-"""An adapter packed once, when it is added: on the host it is the very bytes of its run in the pool.
+"""An adapter packed once, when it is added: the very bytes of its run in the pool, on the host.
 
 A load is then one copy, and the host keeps one copy of the weights.
 """

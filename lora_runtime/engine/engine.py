@@ -18,9 +18,10 @@ from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
 from lora_runtime.engine.decode_graphs import CudaCapture
+from lora_runtime.engine.memory_budget import num_kv_blocks
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.scheduler import Scheduler
-from lora_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, LoramuxError
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
 
 USUAL_MAX_RANK = 64
@@ -32,7 +33,6 @@ class Engine:
 
     def __init__(self, base: Base, config: EngineConfig) -> None:
         self.base, self.config = base, config
-        num_blocks = _num_blocks(base, config)
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache()
@@ -45,6 +45,7 @@ class Engine:
             bound=base.spec.linears if has_graphs else None,
             max_rank=USUAL_MAX_RANK if has_graphs else 0,
         )
+        num_blocks = num_kv_blocks(base, config, self.pool)
         self.blocks = BlockManager(
             num_blocks,
             config.cache.block_size,
@@ -204,16 +205,6 @@ class Engine:
 
 def _uses(sequence: Sequence, digest: str) -> bool:
     return any(use.digest == digest for use in sequence.request.adapters)
-
-
-def _num_blocks(base: Base, config: EngineConfig) -> int:
-    block_bytes = base.kv_bytes_per_token() * config.cache.block_size
-    num_blocks = config.cache.num_blocks or config.cache.kv_bytes // block_bytes
-    if num_blocks < 1:
-        raise ConfigError(
-            f"kv_bytes is {config.cache.kv_bytes}; one block takes {block_bytes}", field="kv_bytes"
-        )
-    return num_blocks
 
 
 def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) -> EngineInfo:

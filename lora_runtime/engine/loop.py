@@ -41,8 +41,10 @@ def start_engine(
     config: EngineConfig, *, on_progress: Callable[[str], None] | None = None
 ) -> InThreadEngine:
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
+    say = on_progress or (lambda _: None)
     engine = Engine(load_base(config.base, on_progress), config)
-    engine.runner.warm_up(on_progress or (lambda _: None))
+    say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
+    engine.runner.warm_up(say)
     return InThreadEngine(engine)
 
 
