@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import FinishReason
-from lora_runtime.engine.adapter_loads import AdapterLoads
+from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from tests.driver import greedy, run, tiny_engine
 from tests.peft_adapters import four_adapters
 from tests.tiny import dense_twin, tiny_base
@@ -193,3 +194,31 @@ def test_run_tables_move_only_when_no_copy_writes_to_them(base, forms, alone, tm
         for name, found in step(engine).items():
             tokens[name] += found
     assert tokens["deep"] == expected and tokens["plain"] == alone[forms[2].digest]
+
+
+def test_a_copy_goes_behind_the_steps_on_a_stream_of_its_own(monkeypatch):
+    """The calls that torch.cuda gets, in order."""
+    calls, device = [], torch.device("cuda:1")
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            calls.append(("wait", other))
+
+        def record_event(self):
+            calls.append("record")
+            return "event"
+
+    @contextmanager
+    def on(stream):
+        calls.append(("on", stream.device))
+        yield
+        calls.append("off")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"steps on {d}")
+    assert CopyStream(device)(lambda: calls.append("copy")) == "event"
+    assert calls == [("wait", "steps on cuda:1"), ("on", device), "copy", "record", "off"]
