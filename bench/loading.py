@@ -1,4 +1,4 @@
-"""How long does an adapter take from its folder to the serving form, by kind?
+"""How long does an adapter take from its folder to the serving form, by kind, and to the pool?
 
 All-linear adapters on SmolLM2-135M, the same factors as LoRA and as DoRA. The first DoRA is timed
 apart: nothing may be left for it to compute once for the base.
@@ -17,9 +17,12 @@ import torch
 from bench import machine
 from bench.serving import write_random_adapters
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
+from lora_runtime.adapters.packed_adapter import pack_for
+from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import BaseConfig
+from lora_runtime.core import AdapterPlacement
 
 
 def as_dora(lora: Path, base: Base, folder: Path) -> Path:
@@ -43,6 +46,24 @@ def seconds_to_load(folder: Path, base: Base) -> float:
     return time.perf_counter() - start
 
 
+def seconds_to_pool(folder: Path, base: Base, repeats: int) -> tuple[float, float]:
+    """Of packing, once when an adapter is added, and of a load into the pool; medians."""
+    form = load_adapter(folder, base.spec, base.weights)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        adapter = pack_for(base, form)
+        packed = time.perf_counter()
+        like = torch.empty(0, dtype=adapter.dtype, device=base.device)
+        pool = AdapterPool(base.spec.shapes, adapter.nbytes, 1, like)
+        pool.load(AdapterPlacement(form.digest, slot=0, address=0), adapter)  # touches its pages
+        begin = time.perf_counter()
+        pool.load(AdapterPlacement(form.digest, slot=0, address=0), adapter)
+        times.append((packed - start, time.perf_counter() - begin))
+    pack_s, load_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return pack_s, load_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="smollm2-135m")
@@ -58,6 +79,7 @@ def main() -> None:
         pairs = [
             (seconds_to_load(lora, base), seconds_to_load(dora, base)) for _ in range(args.repeats)
         ]
+        pack_s, pool_s = seconds_to_pool(lora, base, args.repeats)
     medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
     result = {
         **machine.facts(),
@@ -67,6 +89,8 @@ def main() -> None:
         "lora_s": round(medians[0], 4),
         "dora_s": round(medians[1], 4),
         "first_dora_s": round(first, 4),
+        "pack_s": round(pack_s, 4),
+        "pool_load_s": round(pool_s, 4),
         "dora_over_lora": round(medians[1] / medians[0], 2),
         "first_dora_over_lora": round(first / medians[0], 2),
     }

@@ -41,8 +41,11 @@ class CacheConfig:
     """Tokens in one block."""
     num_blocks: int | None = None
     """Blocks in the cache; None derives it from `kv_bytes`."""
-    kv_bytes: int = 1 << 30
-    """Bytes for keys and values when `num_blocks` is None."""
+    kv_bytes: int | None = None
+    """Bytes for keys and values when `num_blocks` is None; None: on CUDA what
+    `gpu_memory_utilization` leaves for them, 1 GiB elsewhere."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a CUDA device's memory that base, adapters, steps and cache may take together."""
     prefix_cache: bool = True
     """Keep full blocks after their request, and share them with requests that begin alike."""
 
@@ -54,7 +57,13 @@ class CacheConfig:
             self.num_blocks,
             "positive",
         )
-        _require(self.kv_bytes > 0, "kv_bytes", self.kv_bytes, "positive")
+        _require(self.kv_bytes is None or self.kv_bytes > 0, "kv_bytes", self.kv_bytes, "positive")
+        _require(
+            0 < self.gpu_memory_utilization <= 1,
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "above 0 and at most 1",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,7 +188,7 @@ class ScheduledBatch:
 
     sequences: tuple[ScheduledSequence, ...]
     loads: tuple[AdapterPlacement, ...] = ()
-    """Adapters to copy into the device pool before the forward."""
+    """Adapters to copy into the device pool, before the forward or beside it."""
 
     @property
     def num_tokens(self) -> int:

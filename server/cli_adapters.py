@@ -184,7 +184,7 @@ def _extras(module: ModuleForm) -> Iterator[str]:
 
 def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
     """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it."""
-    from lora_runtime.adapters.pool import adapter_dtype, packed_bytes
+    from lora_runtime.adapters.packed_adapter import adapter_dtype, packed_bytes
     from lora_runtime.adapters.slot_table import SlotTable
 
     num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)

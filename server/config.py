@@ -101,8 +101,10 @@ class ServerConfig(BaseSettings):
     """Longest prompt + output; none: the base's own limit."""
     block_size: PositiveInt = 16
     """Tokens in one KV block."""
-    kv_bytes: PositiveInt = 1 << 30
-    """Bytes of the KV cache."""
+    kv_bytes: PositiveInt | None = None
+    """Bytes of the KV cache; none: what is left on CUDA (gpu_memory_utilization), else 1 GiB."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
     adapter_pool_bytes: PositiveInt = 512 << 20
     """Bytes of device memory for adapters."""
     max_queued_requests: PositiveInt = 1024
@@ -136,7 +138,11 @@ class ServerConfig(BaseSettings):
                 device=self.device,
                 dequantized_cache=self.dequantized_cache,
             ),
-            cache=CacheConfig(block_size=self.block_size, kv_bytes=self.kv_bytes),
+            cache=CacheConfig(
+                block_size=self.block_size,
+                kv_bytes=self.kv_bytes,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+            ),
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,

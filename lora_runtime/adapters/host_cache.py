@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.adapters.packed_adapter import PackedAdapter
 
 
 class HostCache:
-    """Reference-counted serving forms, keyed by digest."""
+    """Reference-counted packed adapters, keyed by digest."""
 
     def __init__(self) -> None:
-        self._forms: dict[str, ServingForm] = {}
+        self._adapters: dict[str, PackedAdapter] = {}
         self._references: dict[str, int] = {}
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._forms
+        return digest in self._adapters
 
-    def __getitem__(self, digest: str) -> ServingForm:
-        return self._forms[digest]
+    def __getitem__(self, digest: str) -> PackedAdapter:
+        return self._adapters[digest]
 
     @property
     def nbytes(self) -> int:
-        return sum(form.nbytes for form in self._forms.values())
+        return sum(adapter.nbytes for adapter in self._adapters.values())
 
-    def add(self, form: ServingForm) -> None:
-        """Keep `form`, or gain a reference if its content is here already."""
-        self._forms.setdefault(form.digest, form)
-        self._references[form.digest] = self._references.get(form.digest, 0) + 1
+    def add(self, adapter: PackedAdapter) -> None:
+        """Keep `adapter`, or gain a reference if its content is here already."""
+        self._adapters.setdefault(adapter.digest, adapter)
+        self._references[adapter.digest] = self._references.get(adapter.digest, 0) + 1
 
     def drop(self, digest: str) -> bool:
-        """Give up one reference; True when it was the last. The form stays until `remove`."""
+        """Give up one reference; True when it was the last. The bytes stay until `remove`."""
         self._references[digest] -= 1
         return self._references[digest] == 0
 
@@ -41,6 +41,6 @@ class HostCache:
         return [digest for digest, count in self._references.items() if count == 0]
 
     def remove(self, digest: str) -> None:
-        """Forget a form without references."""
+        """Forget an adapter without references."""
         assert not self.is_referenced(digest)
-        del self._forms[digest], self._references[digest]
+        del self._adapters[digest], self._references[digest]

@@ -1,6 +1,6 @@
 """What a request's adapters mean for its row: where they act, and which layers it visits.
 
-Reads serving forms; holds no state and touches no tensor's values.
+Reads packed adapters; holds no state and touches no tensor's values.
 """
 
 from __future__ import annotations
@@ -8,24 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 
-from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.adapters.packed_adapter import PackedAdapter
 from lora_runtime.core import AdapterUse, Request, Sequence, activation_start
 from lora_runtime.engine.client import EngineInfo
 from lora_runtime.errors import InvalidRequest
 
 
-def admit(request: Request, forms: AbstractSequence[ServingForm], info: EngineInfo) -> Sequence:
-    """A new row for `request`; `forms` are its adapters, in order.
+def admit(
+    request: Request, adapters: AbstractSequence[PackedAdapter], info: EngineInfo
+) -> Sequence:
+    """A new row for `request`; `adapters` are those it names, in order.
 
     An activated LoRA starts at its invocation tokens, and is left out where the prompt has none.
     Raises InvalidRequest (field `adapters`) for a composition without meaning, and for a row that
     could never fit the cache.
     """
-    _check_composition(forms)
+    _check_composition(adapters)
     uses = [
-        _activated(use, form, request) for use, form in zip(request.adapters, forms, strict=True)
+        _activated(use, adapter, request)
+        for use, adapter in zip(request.adapters, adapters, strict=True)
     ]
-    layer_map = next((form.layer_map for form in forms if form.layer_map is not None), None)
+    layer_map = next((a.layer_map for a in adapters if a.layer_map is not None), None)
     depth = info.base.num_layers if layer_map is None else len(layer_map)
     num_planes = -(-depth // info.base.num_layers)
     _check_room(request, depth, num_planes, info)
@@ -33,21 +36,21 @@ def admit(request: Request, forms: AbstractSequence[ServingForm], info: EngineIn
     return Sequence.of(replace(request, adapters=active), layer_map, num_planes)
 
 
-def _activated(use: AdapterUse, form: ServingForm, request: Request) -> AdapterUse | None:
-    if not form.invocation_tokens:
+def _activated(use: AdapterUse, adapter: PackedAdapter, request: Request) -> AdapterUse | None:
+    if not adapter.invocation_tokens:
         return use
-    start = activation_start(request.prompt_token_ids, form.invocation_tokens)
+    start = activation_start(request.prompt_token_ids, adapter.invocation_tokens)
     return None if start is None else replace(use, start_position=start)
 
 
-def _check_composition(forms: AbstractSequence[ServingForm]) -> None:
-    if len({form.layer_map for form in forms}) > 1:
+def _check_composition(adapters: AbstractSequence[PackedAdapter]) -> None:
+    if len({adapter.layer_map for adapter in adapters}) > 1:
         raise InvalidRequest(
             "adapters visit the base's layers in different orders (layer_replication); name only "
             "adapters with the same layer map",
             field="adapters",
         )
-    if sum(form.has_whole_patch for form in forms) > 1:
+    if sum(adapter.has_whole_patch for adapter in adapters) > 1:
         raise InvalidRequest(
             "more than one of adapters replaces the whole embedding or output layer; name one",
             field="adapters",

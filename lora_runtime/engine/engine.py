@@ -7,7 +7,8 @@ import time
 import torch
 
 from lora_runtime.adapters.host_cache import HostCache
-from lora_runtime.adapters.pool import AdapterPool, adapter_dtype, packed_bytes
+from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, pack_for
+from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
@@ -17,9 +18,10 @@ from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
 from lora_runtime.engine.decode_graphs import CudaCapture
+from lora_runtime.engine.memory_budget import num_kv_blocks
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.scheduler import Scheduler
-from lora_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, LoramuxError
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
 
 USUAL_MAX_RANK = 64
@@ -31,7 +33,6 @@ class Engine:
 
     def __init__(self, base: Base, config: EngineConfig) -> None:
         self.base, self.config = base, config
-        num_blocks = _num_blocks(base, config)
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache()
@@ -44,6 +45,7 @@ class Engine:
             bound=base.spec.linears if has_graphs else None,
             max_rank=USUAL_MAX_RANK if has_graphs else 0,
         )
+        num_blocks = num_kv_blocks(base, config, self.pool)
         self.blocks = BlockManager(
             num_blocks,
             config.cache.block_size,
@@ -93,14 +95,14 @@ class Engine:
         ]
 
     def add_adapter(self, form: ServingForm) -> None:
-        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
-        if form.digest not in self.host:
-            self.slots.register(form.digest, self.packed_bytes(form))
-        self.host.add(form)
+        """Pack and keep an adapter, of whose tensors nothing is needed then; see `add_packed`."""
+        self.add_packed(pack_for(self.base, form))
 
-    def packed_bytes(self, form: ServingForm) -> int:
-        """Bytes the adapter takes in the device pool."""
-        return packed_bytes(form, adapter_dtype(self.base).itemsize)
+    def add_packed(self, adapter: PackedAdapter) -> None:
+        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
+        if adapter.digest not in self.host:
+            self.slots.register(adapter.digest, adapter.nbytes)
+        self.host.add(adapter)
 
     def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
         """Give up one reference. With the last, new requests fail and `cancel` ends old ones."""
@@ -127,7 +129,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one step: plan it, do it, record it."""
         outputs = self._expire()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.runner.loads.in_progress())
         sampled = self.runner.run(plan)
         outputs += self.scheduler.commit(plan, sampled)
         self._num_steps += 1
@@ -203,16 +205,6 @@ class Engine:
 
 def _uses(sequence: Sequence, digest: str) -> bool:
     return any(use.digest == digest for use in sequence.request.adapters)
-
-
-def _num_blocks(base: Base, config: EngineConfig) -> int:
-    block_bytes = base.kv_bytes_per_token() * config.cache.block_size
-    num_blocks = config.cache.num_blocks or config.cache.kv_bytes // block_bytes
-    if num_blocks < 1:
-        raise ConfigError(
-            f"kv_bytes is {config.cache.kv_bytes}; one block takes {block_bytes}", field="kv_bytes"
-        )
-    return num_blocks
 
 
 def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) -> EngineInfo:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
@@ -40,8 +41,10 @@ def start_engine(
     config: EngineConfig, *, on_progress: Callable[[str], None] | None = None
 ) -> InThreadEngine:
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
+    say = on_progress or (lambda _: None)
     engine = Engine(load_base(config.base, on_progress), config)
-    engine.runner.warm_up(on_progress or (lambda _: None))
+    say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
+    engine.runner.warm_up(say)
     return InThreadEngine(engine)
 
 
@@ -87,9 +90,10 @@ class InThreadEngine:
         base = self._engine.base
         form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
         golden = await asyncio.to_thread(read_golden, folder, base.spec)
-        await self._call(lambda: gate(golden, effect_of(base, form), base.spec.dtype))
-        await self._call(lambda: self._engine.add_adapter(form))
-        return _summary(form, self._engine.packed_bytes(form))
+        packed = await asyncio.to_thread(pack_for, base, form)
+        await self._call(lambda: gate(golden, effect_of(base, packed), base.spec.dtype))
+        await self._call(lambda: self._engine.add_packed(packed))
+        return _summary(form, packed.nbytes)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()

@@ -12,6 +12,7 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
 from lora_runtime.core import SampledToken, ScheduledBatch
+from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
@@ -27,6 +28,8 @@ class ModelRunner:
     ) -> None:
         self.base, self.cache, self.block_size = base, cache, block_size
         self.pool, self.host = pool, host
+        is_cuda = base.device.type == "cuda"
+        self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -47,10 +50,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: ScheduledBatch) -> list[SampledToken]:
-        """Load the plan's adapters, run its tokens, and sample the rows that are due, in order."""
+        """Load the plan's adapters, run its tokens, and sample the rows that are due, in order.
+
+        A plan without rows waits for adapters.
+        """
         for placement in plan.loads:
-            self.pool.load(placement, self.host[placement.digest])
+            self.loads.start(placement, self.host[placement.digest])
         if not plan.sequences:
+            self.loads.wait()
             return []
         sampling = [row.sequence for row in plan.sequences if row.samples]
         logits = self.logits(plan)

@@ -3,7 +3,8 @@
 Running sequences come first, then waiting ones in order of arrival; a long prompt is split into
 chunks that share the step with other rows. When cache blocks run out, the youngest running
 sequence gives up its blocks and is computed again later (recompute preemption). A sequence starts
-after the leading blocks that the prefix cache still holds for it.
+after the leading blocks that the prefix cache still holds for it. One whose adapter is still being
+copied to the device runs with nothing to do, and the others go on.
 Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369).
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as AbstractSequence
+from collections.abc import Set as AbstractSet
 
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.config import SchedulerConfig
@@ -61,12 +63,18 @@ class Scheduler:
         self._remove(sequence)
         return _terminal(sequence, (), reason, error)
 
-    def schedule(self) -> ScheduledBatch:
-        """Plan one step. The plan may be empty when nothing can run yet."""
+    def schedule(self, loading: AbstractSet[str] | None = None) -> ScheduledBatch:
+        """Plan one step. The plan may be without rows when nothing can run yet.
+
+        `loading`: digests of adapters that are being copied; rows under one of them, or under one
+        that this plan loads, get no tokens. None: a plan's copies are done before its rows run.
+        """
         budget = self._config.max_num_batched_tokens
         num_preemptions = self.num_preemptions
         planned: list[ScheduledSequence] = []
         for sequence in list(self.running):
+            if _lacks_adapter(sequence, loading):
+                continue
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
                 planned.append(_chunk(sequence, num_tokens))
@@ -75,6 +83,8 @@ class Scheduler:
         if self.num_preemptions == num_preemptions:
             while budget > 0 and self._admit(loads):
                 sequence = self.running[-1]
+                if _lacks_adapter(sequence, loading, loads):
+                    continue
                 num_tokens = min(sequence.num_uncomputed_tokens, budget)
                 self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
                 planned.append(_chunk(sequence, num_tokens))
@@ -182,6 +192,17 @@ class Scheduler:
         for use in sequence.request.adapters:
             self._slots.release(use.digest)
         sequence.slots = ()
+
+
+def _lacks_adapter(
+    sequence: Sequence,
+    loading: AbstractSet[str] | None,
+    loads: AbstractSequence[AdapterPlacement] = (),
+) -> bool:
+    if loading is None:
+        return False
+    missing = loading | {load.digest for load in loads}
+    return any(use.digest in missing for use in sequence.request.adapters)
 
 
 def _chunk(sequence: Sequence, num_tokens: int) -> ScheduledSequence:

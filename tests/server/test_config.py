@@ -42,6 +42,7 @@ def test_every_setting_reaches_the_engine(tmp_path):
             "max_model_len": 77,
             "block_size": 8,
             "kv_bytes": 4096,
+            "gpu_memory_utilization": 0.5,
             "adapter_pool_bytes": 9999,
             "max_queued_requests": 5,
         }
@@ -55,6 +56,7 @@ def test_every_setting_reaches_the_engine(tmp_path):
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 33)
     assert (scheduler.max_model_len, scheduler.max_queued_requests) == (77, 5)
     assert (engine.cache.block_size, engine.cache.kv_bytes) == (8, 4096)
+    assert engine.cache.gpu_memory_utilization == 0.5
     assert engine.adapters.pool_bytes == 9999
 
 
@@ -82,6 +84,9 @@ def test_a_wrong_key_is_refused_with_the_nearest_valid_one(tmp_path):
     [
         ("block_size", 0),
         ("kv_bytes", "much"),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.01),
+        ("gpu_memory_utilization", "nan"),
         ("max_model_len", 1),
         ("drain_s", -1),
         ("dtype", "float16"),

@@ -54,8 +54,19 @@ def without_cache(sequence) -> tuple[list[int], FinishReason]:
 class CacheDriver:
     """Scheduler, memory and the recurrence over it; every step is checked."""
 
-    def __init__(self, num_blocks=200, *, budget=64, max_num_seqs=8, is_caching=True, max_slots=8):
-        self.budget = budget
+    def __init__(
+        self,
+        num_blocks=200,
+        *,
+        budget=64,
+        max_num_seqs=8,
+        is_caching=True,
+        max_slots=8,
+        load_steps=None,
+    ):
+        """`load_steps`: steps until an adapter's copy is done; None: at once."""
+        self.budget, self.load_steps = budget, load_steps
+        self.loading: dict[str, int] = {}
         config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_cache=is_caching)
         self.slots = SlotTable(100, max_slots)
@@ -74,7 +85,7 @@ class CacheDriver:
         return sequence
 
     def step(self) -> None:
-        plan = self.scheduler.schedule()
+        plan = self.plan()
         ids = [row.sequence.request.request_id for row in plan.sequences]
         assert len(set(ids)) == len(ids) and plan.num_tokens <= self.budget
         for row in plan.sequences:
@@ -89,6 +100,17 @@ class CacheDriver:
         for output in self.scheduler.commit(plan, sampled):
             self.record(output)
         self.scheduler.check_integrity()
+
+    def plan(self):
+        """The next plan; no row of it may be under an adapter that is not there yet."""
+        if self.load_steps is None:
+            return self.scheduler.schedule()
+        self.loading = {digest: left - 1 for digest, left in self.loading.items() if left > 1}
+        plan = self.scheduler.schedule(self.loading.keys())
+        self.loading |= {load.digest: self.load_steps for load in plan.loads}
+        used = {use.digest for row in plan.sequences for use in row.sequence.request.adapters}
+        assert not used & self.loading.keys() and used <= set(self.slots.resident)
+        return plan
 
     def write(self, row) -> None:
         for position in range(row.start, row.start + row.num_tokens):

@@ -53,11 +53,16 @@ def random_request(rng: random.Random, index: int, kinds=USES) -> Request:
     num_blocks=st.sampled_from([27, 30, 45, 200]),
     budget=st.integers(5, 40),
     max_num_seqs=st.integers(1, 5),
+    load_steps=st.sampled_from([None, 1, 2, 5]),
 )
-def test_every_row_reads_its_own_history_under_any_schedule(seed, num_blocks, budget, max_num_seqs):
+def test_every_row_reads_its_own_history_under_any_schedule(
+    seed, num_blocks, budget, max_num_seqs, load_steps
+):
     rng = random.Random(seed)
     kinds = rng.sample(USES, 4)
-    driver = CacheDriver(num_blocks, budget=budget, max_num_seqs=max_num_seqs, max_slots=2)
+    driver = CacheDriver(
+        num_blocks, budget=budget, max_num_seqs=max_num_seqs, max_slots=2, load_steps=load_steps
+    )
     expected, cancelled = {}, set()
     for index in range(25):
         request, num_planes = random_request(rng, index, kinds), rng.choice([1, 1, 1, 2, 3])

@@ -1,0 +1,178 @@
+"""An adapter packed once, when it is added: the very bytes of its run in the pool, on the host.
+
+A load is then one copy, and the host keeps one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
+from lora_runtime.base.loader import Base
+from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
+
+ALIGNMENT = 16
+"""Bytes; every tensor starts at a multiple, which vector loads want."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedAdapter:
+    """The bytes of an adapter, where its parts lie in them, and what the engine reads of it.
+
+    storage (n,) uint8: pinned for a CUDA device, so that it is copied while steps run. runs
+    (k, R, 8) int64: a Run for each of the k `paths` and each of R replicas, whose offsets count
+    from the first byte.
+    """
+
+    digest: str
+    storage: Tensor
+    dtype: torch.dtype
+    """Of the weights."""
+    paths: tuple[str, ...]
+    runs: Tensor
+    max_rank: int
+    layer_map: tuple[int, ...] | None
+    invocation_tokens: tuple[int, ...]
+    has_whole_patch: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.storage.nbytes
+
+    @property
+    def num_replicas(self) -> int:
+        """How often the adapter's layer map visits one layer at most."""
+        return self.runs.shape[1]
+
+    def runs_at(self, address: int) -> Tensor:
+        """`runs` once the bytes lie at `address` of the pool, a multiple of ALIGNMENT."""
+        of_weights, of_words = address // self.dtype.itemsize, address // 4
+        shift = Run(
+            rank=0,
+            a=of_weights,
+            b=of_weights,
+            gain=of_words,
+            bias=of_words,
+            num_rows=0,
+            rows=of_weights,
+            row_ids=of_words,
+        )
+        return torch.where(self.runs < 0, self.runs, self.runs + torch.tensor(shift))
+
+
+def adapter_dtype(base: Base) -> torch.dtype:
+    """Dtype of adapter weights in the pool: float32 on a CPU, where rounding them to bfloat16
+    would cost more accuracy than the memory is worth; the compute dtype elsewhere.
+    """
+    return torch.float32 if base.device.type == "cpu" else base.dtype
+
+
+def pack_for(base: Base, form: ServingForm) -> PackedAdapter:
+    """`form` as the pool of an engine over `base` holds it. Safe on any thread."""
+    return pack(form, adapter_dtype(base), pin=base.device.type == "cuda")
+
+
+def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
+    """Lay the tensors of `form` end to end, weights in `dtype`; `pin`: in page-locked memory."""
+    size = packed_bytes(form, dtype.itemsize)
+    storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    memory, offsets = AdapterMemory.over(storage, dtype, ALIGNMENT), {}
+    for place in _places(form, dtype.itemsize):
+        target: Tensor = getattr(memory, place.view)
+        offset = place.start // target.itemsize
+        target[offset : offset + place.values.numel()].view(place.values.shape).copy_(place.values)
+        offsets[id(place.tensor)] = offset
+    paths = tuple(sorted({key.path for key in form.modules}))
+    return PackedAdapter(
+        digest=form.digest,
+        storage=storage,
+        dtype=dtype,
+        paths=paths,
+        runs=_runs(form, paths, offsets),
+        max_rank=max((module.rank for module in form.modules.values()), default=0),
+        layer_map=form.layer_map,
+        invocation_tokens=form.invocation_tokens,
+        has_whole_patch=form.has_whole_patch,
+    )
+
+
+def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
+    """Bytes an adapter takes in the pool: `weight_bytes` a weight, 4 a gain, bias or row id."""
+    return sum(_aligned(p.tensor, p.view, weight_bytes) for p in _places(form, weight_bytes))
+
+
+def empty_runs(*shape: int) -> Tensor:
+    """(*shape, 8) int64 on the host: NO_RUN everywhere."""
+    return torch.tensor(NO_RUN).repeat(*shape, 1)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies within its adapter's run: bytes from its start, seen through `view`."""
+
+    tensor: Tensor
+    values: Tensor
+    """What is stored: the tensor, or its transpose for B'."""
+    view: str
+    """The view of AdapterMemory: weights, vectors or indices."""
+    start: int
+
+
+def _places(form: ServingForm, weight_bytes: int) -> Iterator[_Place]:
+    """Every tensor once, in the order of the modules, though modules may share some."""
+    start, seen = 0, set()
+    for key in sorted(form.modules):
+        for tensor, values, view in _parts(form.modules[key]):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _Place(tensor, values, view, start)
+                start += _aligned(tensor, view, weight_bytes)
+
+
+def _parts(module: ModuleForm) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """(tensor, what is stored of it, view) of each part the module has."""
+    if module.a is not None and module.b is not None:
+        yield module.a, module.a, "weights"
+        yield module.b, module.b.T, "weights"
+    for vector in (module.gain, module.bias):
+        if vector is not None:
+            yield vector, vector, "vectors"
+    if module.patch is not None:
+        yield module.patch.values, module.patch.values, "weights"
+        if module.patch.ids is not None:
+            yield module.patch.ids, module.patch.ids, "indices"
+
+
+def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
+    num_bytes = tensor.numel() * (weight_bytes if view == "weights" else 4)
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _runs(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
+    index = {path: i for i, path in enumerate(paths)}
+    runs = empty_runs(len(paths), 1 + max((key.replica for key in form.modules), default=0))
+    for key, module in form.modules.items():
+        runs[index[key.path], key.replica] = torch.tensor(_run(module, offsets))
+    return runs
+
+
+def _run(module: ModuleForm, offsets: dict[int, int]) -> Run:
+    patch = module.patch
+
+    def offset(tensor: Tensor | None) -> int:
+        return -1 if tensor is None else offsets[id(tensor)]
+
+    return Run(
+        rank=module.rank,
+        a=offset(module.a),
+        b=offset(module.b),
+        gain=offset(module.gain),
+        bias=offset(module.bias),
+        num_rows=0 if patch is None else len(patch.values),
+        rows=offset(patch and patch.values),
+        row_ids=offset(patch and patch.ids),
+    )

@@ -1,0 +1,145 @@
+"""What is packed is what every part of the form says, wherever in the pool it is put."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import product
+
+import pytest
+import torch
+
+from lora_runtime.adapters.host_cache import HostCache
+from lora_runtime.adapters.packed_adapter import ALIGNMENT, pack, packed_bytes
+from lora_runtime.adapters.pool import AdapterPool
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.core import AdapterPlacement
+from lora_runtime.kernels import NO_RUN, Run
+from tests.driver import tiny_engine
+from tests.tiny import tiny_base, tiny_checkpoint
+from tests.variants import variant_names, write_variants
+
+SHAPE = "llama-bias"
+POISON = 0xFF
+"""Bytes that are NaN as float32 and as bfloat16."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base(SHAPE, folder=tiny_checkpoint(tmp_path_factory.mktemp("base"), SHAPE))
+
+
+@pytest.fixture(scope="module")
+def forms(base, tmp_path_factory):
+    """Every kind of adapter."""
+    written = write_variants(base, SHAPE, tmp_path_factory.mktemp("adapters"))
+    return {v.name: load_adapter(v.folder, base.spec, base.weights) for v in written}
+
+
+def poisoned_pool(base, dtype, num_bytes):
+    pool = AdapterPool(base.spec.shapes, num_bytes, 3, torch.empty(0, dtype=dtype))
+    bytes_of(pool).fill_(POISON)
+    return pool
+
+
+def bytes_of(pool):
+    return pool.memory.indices.view(torch.uint8)
+
+
+def part(view, offset, like, dtype):
+    """`like`'s values as the pool has them at `offset`."""
+    assert offset >= 0
+    found = view[offset : offset + like.numel()]
+    assert found.dtype == dtype
+    return found.view(like.shape)
+
+
+def assert_holds(pool, base, form, slot):
+    """Read every part of `form` back through the runs of `slot`; the other modules have none."""
+    memory, index = pool.memory, {path: i for i, path in enumerate(base.spec.shapes)}
+    dtype, seen = memory.weights.dtype, set()
+    for key, module in form.modules.items():
+        run = Run(*pool.runs[index[key.path], slot, key.replica].tolist())
+        seen.add((index[key.path], key.replica))
+        patch = module.patch
+        parts = [
+            (memory.weights, run.a, module.a, dtype),
+            (memory.weights, run.b, None if module.b is None else module.b.T, dtype),
+            (memory.vectors, run.gain, module.gain, torch.float32),
+            (memory.vectors, run.bias, module.bias, torch.float32),
+            (memory.weights, run.rows, patch and patch.values, dtype),
+            (memory.indices, run.row_ids, patch and patch.ids, torch.int32),
+        ]
+        for view, offset, values, stored in parts:
+            if values is None:
+                assert offset == -1
+            else:
+                assert offset * view.itemsize % ALIGNMENT == 0
+                assert torch.equal(part(view, offset, values, stored), values.to(stored))
+        assert run.rank == module.rank <= memory.max_rank
+        assert run.num_rows == (0 if patch is None else len(patch.values))
+    for place in product(range(len(index)), range(pool.num_replicas)):
+        if place not in seen:
+            assert tuple(pool.runs[place[0], slot, place[1]].tolist()) == NO_RUN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", variant_names(has_bias=True))
+def test_every_part_is_read_back_from_any_place(base, forms, name, dtype):
+    form = forms[name]
+    adapter = pack(form, dtype)
+    size = adapter.nbytes
+    assert size == packed_bytes(form, dtype.itemsize) and size % ALIGNMENT == 0
+    pool = poisoned_pool(base, dtype, 2 * size + 5 * ALIGNMENT)
+    first, second = 3 * ALIGNMENT, size + 4 * ALIGNMENT
+    pool.load(AdapterPlacement(form.digest, 2, first), adapter)
+    assert bytes_of(pool)[:first].eq(POISON).all() and bytes_of(pool)[second:].eq(POISON).all()
+    pool.load(AdapterPlacement(form.digest, 0, second), adapter)
+    for slot in (2, 0):
+        assert_holds(pool, base, form, slot)
+    assert pool.runs[:, 1].eq(torch.tensor(NO_RUN)).all()
+    assert set(pool.bindings) == {key.path for key in form.modules}
+
+
+def test_a_slot_forgets_all_of_its_last_adapter(base, forms):
+    adapters = {name: pack(form, torch.float32) for name, form in forms.items()}
+    pool = poisoned_pool(base, torch.float32, max(a.nbytes for a in adapters.values()))
+    for name in ("replication-2", "bias-lora-only", "modules-to-save-head", "replication", "lora"):
+        pool.load(AdapterPlacement(name, 1, 0), adapters[name])
+        assert_holds(pool, base, forms[name], 1)
+
+
+def test_what_the_engine_asks_of_an_adapter_is_the_forms(forms):
+    for form in forms.values():
+        adapter = pack(form, torch.bfloat16)
+        facts = ("digest", "layer_map", "invocation_tokens", "has_whole_patch")
+        assert all(getattr(adapter, fact) == getattr(form, fact) for fact in facts)
+        assert adapter.max_rank == max((0, *form.ranks))
+        assert adapter.num_replicas == max(key.replica for key in form.modules) + 1
+
+
+def test_the_host_keeps_one_copy_of_the_bytes_and_none_of_the_form(base, tmp_path):
+    (variant,) = write_variants(base, SHAPE, tmp_path, ["dora-bias"])
+    engine = tiny_engine(base)
+    form = load_adapter(variant.folder, base.spec, base.weights)
+    digest, size = form.digest, form.nbytes
+    tensors = [weakref.ref(tensor) for tensor in form.tensors]
+    engine.add_adapter(form)
+    kept = engine.host[digest].storage.data_ptr()
+    engine.add_adapter(form)
+    del form
+    gc.collect()
+    assert not any(tensor() is not None for tensor in tensors)
+    assert engine.host.nbytes == size == engine.host[digest].storage.untyped_storage().nbytes()
+    assert engine.host[digest].storage.data_ptr() == kept
+
+
+def test_equal_content_is_counted_and_kept_until_it_is_removed(forms):
+    host, adapter = HostCache(), pack(forms["lora"], torch.float32)
+    host.add(adapter)
+    host.add(pack(forms["lora"], torch.float32))
+    assert host[adapter.digest] is adapter and host.nbytes == adapter.nbytes
+    assert not host.drop(adapter.digest) and host.drop(adapter.digest)
+    assert host.unreferenced() == [adapter.digest] and adapter.digest in host
+    host.remove(adapter.digest)
+    assert adapter.digest not in host and host.nbytes == 0
