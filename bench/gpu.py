@@ -20,6 +20,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from bench import gpu_engine, gpu_kernels, gpu_peers, gpu_timing, machine
 from bench.gpu_timing import DEVICE, HAS_GPU
+from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import gpu
 
 ROWS, COUNTS = (32, (4, 8, 32)) if HAS_GPU else (3, (2,))
@@ -90,11 +92,10 @@ def many_adapters(bandwidth: float) -> dict[str, object]:
 
 def load_seconds(bench: gpu_engine.Bench) -> float:
     """From the host copy of one adapter to the end of its copy on the device."""
-    engine = bench.engine
-    placed = [p for p in map(engine.slots.placement, bench.digests) if p is not None]
-    return statistics.median(
-        gpu_timing.timed(lambda: engine.runner.load(placed[0])) for _ in range(5)
-    )
+    engine, digest = bench.engine, bench.digests[0]
+    placement = AdapterPlacement(digest=digest, slot=0, address=0)
+    load = partial(engine.pool.load, placement, engine.host[digest])
+    return statistics.median(gpu_timing.timed(load) for _ in range(5))
 
 
 def peers() -> dict[str, object]:

@@ -77,7 +77,7 @@ def test_rotate(heads, head_dim, rotated, dtype):
 @pytest.mark.parametrize(("kind", "name"), [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh")])
 def test_gated_activation(kind, name, width, dtype):
     gate, up = (4 * random(1, 3, 2 * width + 1, dtype=dtype)[..., : 2 * width]).chunk(2, -1)
-    expected = (ACT2FN[name](gate.float()) * up.float()).to(dtype)
+    expected = (ACT2FN[name](gate.double()) * up.double()).to(dtype)
     close(kernels.gated_activation(gate, up, kind), expected)
     close(reference.gated_activation(gate, up, kind), expected)
 
