@@ -81,6 +81,7 @@ def serve(
     block_size: Annotated[int | None, _setting("block_size")] = None,
     kv_bytes: Annotated[int | None, _setting("kv_bytes")] = None,
     gpu_memory_utilization: Annotated[float | None, _setting("gpu_memory_utilization")] = None,
+    cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,

@@ -105,6 +105,8 @@ class ServerConfig(BaseSettings):
     """Bytes of the KV cache; none: what is left on CUDA (gpu_memory_utilization), else 1 GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
+    cuda_graphs: bool = True
+    """CUDA only: capture decode steps as graphs at the start, which makes each step faster."""
     adapter_pool_bytes: PositiveInt = 512 << 20
     """Bytes of device memory for adapters."""
     max_queued_requests: PositiveInt = 1024
@@ -150,6 +152,7 @@ class ServerConfig(BaseSettings):
                 max_queued_requests=self.max_queued_requests,
             ),
             adapters=AdapterConfig(pool_bytes=self.adapter_pool_bytes),
+            cuda_graphs=self.cuda_graphs,
         )
 
 

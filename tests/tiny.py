@@ -88,9 +88,10 @@ def tiny_base(
     seed: int = 0,
     folder: Path = Path("."),
     dequantized_cache: bool = True,
+    device: str = "cpu",
 ) -> Base:
     """A served base made of `tiny_model(shape)`."""
-    model = tiny_model(shape, seed=seed, dtype=dtype)
+    model = tiny_model(shape, seed=seed, dtype=dtype).to(device)
     config = BaseConfig(quantization=quantization, dequantized_cache=dequantized_cache)
     return prepare_base(model, config, shape, folder)
 

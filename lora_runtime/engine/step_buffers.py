@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from lora_runtime.core import ScheduledSequence
-from lora_runtime.engine.batch import ForwardBatch, Rows, spans
+from lora_runtime.core import ScheduledSequence, Sequence
+from lora_runtime.engine.batch import ForwardBatch, Rows
 from lora_runtime.kernels import AttentionMeta, StepMeta
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
@@ -35,6 +35,8 @@ class StepBuffers:
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
         self._rows = torch.arange(num_rows, dtype=INT32, device=device)
+        self._tables: dict[int, tuple[tuple[Sequence, int] | None, int]] = {}
+        """Whose table a row holds, after how many preemptions, and how much of it."""
         self.fill(())
 
     def takes(self, rows: Rows) -> bool:
@@ -45,25 +47,16 @@ class StepBuffers:
     def fill(self, rows: Rows) -> bool:
         """Write a step down and start its copy to the device; True when it has adapters."""
         host, n = self._host_views, len(rows)
-        for name, padding in (
-            ("token_ids", 0),
-            ("positions", 0),
-            ("seen", -1),
-            ("cache_slots", -1),
-        ):
+        for name, padding in PADDING.items():
             host[name][n:] = padding
         host["token_ids"][:n] = [row.sequence.token_ids[row.start] for row in rows]
         host["positions"][:n] = host["seen"][:n] = [row.start for row in rows]
+        host["cache_slots"][:n] = [self._cache_slot(row) for row in rows]
         for index, row in enumerate(rows):
-            table, block = row.sequence.block_table, row.start // self.block_size
-            host["block_tables"][index, : len(table)] = table
-            host["cache_slots"][index] = (
-                table[block] * self.block_size + row.start % self.block_size
-            )
-        meta = StepMeta.build(spans(rows))
-        self._fill_adapters(meta)
+            self._fill_table(index, row.sequence)
+        has_adapters = self._fill_adapters(rows)
         self._device.copy_(self._host, non_blocking=True)
-        return meta is not None
+        return has_adapters
 
     def batch(self, *, has_adapters: bool) -> ForwardBatch:
         """The step on the device, under tables that nothing has been derived from yet."""
@@ -88,17 +81,36 @@ class StepBuffers:
             head_adapters=adapters,
         )
 
-    def _fill_adapters(self, meta: StepMeta | None) -> None:
-        """Entries beyond the last segment's end are padding, and so are segments without any."""
-        host = self._host_views
-        if meta is None:
-            host["segment_starts"][:] = 0
-            return
-        starts = meta.segment_starts
+    def _cache_slot(self, row: ScheduledSequence) -> int:
+        block, offset = divmod(row.start, self.block_size)
+        return row.sequence.block_table[block] * self.block_size + offset
+
+    def _fill_table(self, index: int, sequence: Sequence) -> None:
+        """A running row's table only grows, so what an earlier step wrote of it holds."""
+        table, row = sequence.block_table, (sequence, sequence.num_preemptions)
+        known = self._tables.get(index, (None, 0))
+        begin = known[1] if known[0] == row else 0
+        if begin < len(table):
+            self._host_views["block_tables"][index, begin : len(table)] = table[begin:]
+            self._tables[index] = row, len(table)
+
+    def _fill_adapters(self, rows: Rows) -> bool:
+        """Entries in the order of StepMeta; those beyond the last segment's end are padding, and
+        so are segments without any.
+        """
+        entries = sorted(
+            (slot, index, use.weight)
+            for index, row in enumerate(rows)
+            for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True)
+            if use.start_position <= row.start
+        )
+        host, n = self._host_views, len(entries)
+        starts = [i for i in range(n) if not i or entries[i][0] != entries[i - 1][0]]
         host["segment_starts"][: len(starts)] = starts
-        host["segment_starts"][len(starts) :] = starts[-1]
-        for name in ("tokens", "slots", "replicas", "weights"):
-            host[name][: len(meta.tokens)] = getattr(meta, name)
+        host["segment_starts"][len(starts) :] = n
+        for name, column in (("slots", 0), ("tokens", 1), ("weights", 2)):
+            host[name][:n] = [entry[column] for entry in entries]
+        return n > 0
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0

@@ -136,6 +136,24 @@ def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():
     assert not buffers.fill(rows_of([([3], 1)], [None]))
 
 
+def test_a_table_follows_its_row_as_it_grows_moves_and_is_preempted():
+    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
+    first, second = rows_of([([3, 9], 5), ([7, 2, 6], 9)], [None, None])
+
+    def tables(*rows):
+        buffers.fill(rows)
+        return buffers.batch(has_adapters=False).attention.block_tables.tolist()
+
+    assert [table[:3] for table in tables(first, second)] == [[3, 9, 0], [7, 2, 6]]
+    first.sequence.block_table.append(5)
+    assert [table[:3] for table in tables(first, second)] == [[3, 9, 5], [7, 2, 6]]
+    assert tables(second)[0][:3] == [7, 2, 6]
+    first.sequence.block_table, first.sequence.num_preemptions = [1, 4], 1
+    assert [table[:2] for table in tables(first, second)] == [[1, 4], [7, 2]]
+    second.sequence.block_table, second.sequence.num_preemptions = [8, 8, 8], 1
+    assert [table[:2] for table in tables(first, second)] == [[1, 4], [8, 8]]
+
+
 def test_what_is_no_plain_decode_step_is_left_to_the_eager_way():
     buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
     row = rows_of([([3, 4], 6)], [1])[0]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -43,6 +44,7 @@ def test_temperature_zero_is_argmax_and_rows_do_not_see_each_other():
         (dict(top_k=5), TopKLogitsWarper(5)),
         (dict(top_p=0.7), TopPLogitsWarper(0.7)),
         (dict(min_p=0.1), MinPLogitsWarper(0.1)),
+        (dict(min_p=0.1, top_k=40), MinPLogitsWarper(0.1)),
         (dict(), TemperatureLogitsWarper(1.0)),
     ],
 )
@@ -93,3 +95,41 @@ def test_non_finite_rows_are_marked_and_others_are_not():
     logits[1, 4] = float("nan")
     results = sample(logits, [row(seed=1), row(seed=1), row(temperature=0.0)])
     assert [r.is_finite for r in results] == [True, False, True]
+
+
+def test_a_draw_is_the_same_whatever_its_neighbours_ask_for():
+    """Cut or not, greedy or not, before an early stop or not, with log probabilities or not."""
+    kinds = [
+        dict(seed=3), dict(seed=3, top_k=7), dict(seed=3, min_p=0.2), dict(seed=3, top_p=0.5),
+        dict(temperature=0.0), dict(seed=3, min_tokens=2, stop_token_ids=frozenset([4, 9])),
+        dict(seed=3, num_logprobs=2),
+    ]  # fmt: skip
+    logits, rows = random_logits(len(kinds), seed=4), [row(**kind) for kind in kinds]
+    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
+    assert sample(logits, rows) == alone
+    assert sample(logits.flip(0), rows[::-1])[::-1] == alone
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for the device: copies to the host, and operations of a size in values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_before_the_tokens_are_known(monkeypatch):
+    """`tolist` is where the host waits; it is called once, and once more for log probabilities."""
+    calls, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: calls.append(1) or real(t))
+    rows = [row(temperature=0.0), row(seed=1), row(seed=2, top_k=3), row(seed=1, min_p=0.1)]
+    with HostReads() as reads:
+        sample(random_logits(4), rows)
+        assert calls == [1]
+        sample(random_logits(4), [*rows[:3], row(seed=1, num_logprobs=4)])
+    assert calls == [1, 1, 1] and not reads.found

@@ -72,8 +72,17 @@ def mixed_batch(counts, in_features, out_features, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 133])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7])
 def test_agrees_with_float64_at_every_popularity(kind, num_tokens, dtype):
+    check_popularity(kind, num_tokens, dtype)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("zipf", torch.bfloat16), ("uniform", torch.float32)])
+def test_agrees_with_float64_over_many_tokens(kind, dtype):
+    check_popularity(kind, 133, dtype)
+
+
+def check_popularity(kind, num_tokens, dtype):
     sizes = {1: (5, 130), 2: (33, 17), 3: (300, 48), 7: (64, 65), 133: (33, 17)}[num_tokens]
     arguments, expected = mixed_batch(popularity(kind, num_tokens), *sizes, dtype, num_tokens)
     y = apply_adapters(*arguments)

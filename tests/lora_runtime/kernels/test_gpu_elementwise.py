@@ -24,10 +24,15 @@ def triton_takes_the_device(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
 
 
-def close(y, expected, steps=1):
-    """Within `steps` roundings of bfloat16, or of float32's sums."""
-    tolerance = steps * 2**-8 if y.dtype == torch.bfloat16 else 2e-6
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance / 4)
+TOLERANCES = {
+    torch.float32: dict(rtol=4e-6, atol=4e-6),
+    torch.bfloat16: dict(rtol=2**-8, atol=2**-10),
+}
+"""float32's sums, and one rounding to bfloat16."""
+
+
+def close(y, expected):
+    torch.testing.assert_close(y, expected, **TOLERANCES[y.dtype])
 
 
 def random(*shape, dtype):

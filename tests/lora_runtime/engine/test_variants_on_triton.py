@@ -1,0 +1,83 @@
+"""The variants that PEFT can write, in one mixed batch through the Triton kernels.
+
+On a GPU all of them; through the interpreter one of every serving form, short prompts, few steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_runtime.adapters import packed_adapter
+from lora_runtime.base import stacked_linears
+from lora_runtime.engine import engine
+from lora_runtime.kernels import gpu
+from tests.driver import run, teacher_forced
+from tests.lora_runtime.engine.test_variants import World, rms, shuffled
+from tests.lora_runtime.kernels.on_triton import DEVICE
+
+HAS_GPU = DEVICE == "cuda"
+NAMES = None if HAS_GPU else ["lora", "dora", "dora-bias", "alora", "replication-dora"]
+"""None: all. These are low rank, gains, biases, a start in mid-prompt, layers run twice, and with
+the compositions of test_variants.py two and more of them on one token.
+"""
+NUM_STEPS = 16 if HAS_GPU else 2
+NUM_TEXTS = 6 if HAS_GPU else 1
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    for module in (packed_adapter, engine):
+        monkeypatch.setattr(module, "adapter_dtype", lambda base: base.dtype)
+
+
+def world_of(shape, dtype, folder):
+    longest = 40 if HAS_GPU else 4
+    world = World(
+        shape, dtype, folder, names=NAMES, longest=longest, dequantized_cache=False, device=DEVICE
+    )
+    world.rows = world.rows * NUM_TEXTS
+    return world
+
+
+def served(world, num_steps):
+    """(row, prompt's index, token ids, logits on the host) of every row, from one engine."""
+    serving = world.engine(max_num_seqs=256, max_num_batched_tokens=512)
+    traces = run(serving, shuffled(world, num_steps))
+    for index, row in enumerate(world.rows):
+        trace = traces[str(index)]
+        assert trace.error is None, f"{row}: {trace.error}"
+        yield index, row, trace.token_ids, torch.stack(trace.logits).cpu()
+
+
+def test_float32_logits_equal_the_oracle(monkeypatch, tmp_path):
+    """q, k and v go together, and so do gate and up."""
+    launches, real = [], stacked_linears.apply_stacked_adapters
+    monkeypatch.setattr(
+        stacked_linears, "apply_stacked_adapters", lambda *a: launches.append(a[-1]) or real(*a)
+    )
+    world = world_of("llama-bias", torch.float32, tmp_path)
+    for index, row, token_ids, logits in served(world, NUM_STEPS):
+        expected = world.expected(index, token_ids, torch.float32)
+        assert (logits - expected).abs().max() <= 2e-4, row
+        assert token_ids == expected.argmax(1).tolist(), row
+        if row is not None:
+            base = teacher_forced(world.twin, world.prompt(index), token_ids)
+            assert (expected - base).abs().max() >= 1.0, f"{row} has no visible effect"
+    assert {len(widths) for widths in launches} == {2, 3}
+
+
+def test_bfloat16_error_is_within_a_quarter_of_pefts(tmp_path):
+    """Of every variant where a GPU makes six texts of it affordable, else of all together."""
+    world = world_of("llama-bias", torch.bfloat16, tmp_path)
+    ours, theirs = {}, {}
+    for index, row, token_ids, logits in served(world, NUM_STEPS if HAS_GPU else 1):
+        exact = world.expected(index, token_ids, torch.float64)
+        own = row if HAS_GPU else "all"
+        ours.setdefault(own, []).append(logits - exact)
+        peft = world.expected(index, token_ids, torch.bfloat16)
+        theirs.setdefault(own, []).append(peft - exact)
+    for row in ours:
+        print(f"{row}: bfloat16 error {rms(ours[row]) / rms(theirs[row]):.2f} of the oracle's")
+        assert rms(ours[row]) <= 1.25 * rms(theirs[row]), row
