@@ -111,7 +111,7 @@ def _decode(
     decode_kernel[num_rows, num_groups, num_splits](
         *arguments,
         partial,
-        counters(q),
+        counters(q.device),
         *sizes,
         IS_DECODE=is_decode,
         HAS_WINDOW=sizes[-2] > 0,

@@ -10,14 +10,9 @@ from torch import Tensor
 MAX_COUNTERS = 1 << 16
 
 
-def counters(x: Tensor) -> Tensor:
-    """(MAX_COUNTERS,) int32 on x's device, 0 between launches. Launches of one stream share them:
-    none begins before the one before has ended.
-    """
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return _counters(x.device, stream)
-
-
 @cache
-def _counters(device: torch.device, stream: int) -> Tensor:
+def counters(device: torch.device) -> Tensor:
+    """(MAX_COUNTERS,) int32, 0 between launches. All launches of a device share them: they run on
+    one stream, or one stream waits for the other. The first must not be part of a capture.
+    """
     return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)

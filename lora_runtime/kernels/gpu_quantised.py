@@ -69,7 +69,7 @@ def _product(
     _product_kernel[num_tiles, num_splits](
         y,
         partial,
-        counters(rows),
+        counters(rows.device),
         rows,
         codes,
         absmax,

@@ -32,10 +32,10 @@ COMPOSITIONS = [
 class World:
     """A base, every variant on it, and what each of them should say."""
 
-    def __init__(self, shape, dtype, folder, *, names=None, longest=40, **options):
+    def __init__(self, shape, dtype, folder, *, names=None, prompts=(40, 8), **options):
         checkpoint = tiny_checkpoint(folder / "base", shape)
         self.base = tiny_base(shape, dtype=dtype, folder=checkpoint, **options)
-        self.longest = longest
+        self.longest, self.tail = prompts
         self.twin = dense_twin(self.base, shape)
         variants = write_variants(self.base, shape, folder / "adapters", names)
         self.variants = {variant.name: variant for variant in variants}
@@ -50,10 +50,12 @@ class World:
         ]
 
     def prompt(self, index):
-        """Random tokens; with the invocation tokens of an activated LoRA near their end."""
+        """Up to `longest` random tokens and a tail of them; the invocation tokens of an activated
+        LoRA between both.
+        """
         generator = torch.Generator().manual_seed(index)
         length = int(torch.randint(2, self.longest, (), generator=generator))
-        tokens = torch.randint(3, VOCAB_SIZE, (length + 8,), generator=generator).tolist()
+        tokens = torch.randint(3, VOCAB_SIZE, (length + self.tail,), generator=generator).tolist()
         row = self.rows[index]
         for name, _ in row or ():
             invocation = self.forms[name].invocation_tokens
