@@ -6,12 +6,15 @@ interpreter; tile sizes, splits and the crossover below are estimates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta, wants_gradient
+from lora_runtime.kernels.types import AdapterMemory, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
@@ -58,6 +61,29 @@ def can_multiply_codes(x: Tensor) -> bool:
     return x.numel() <= MAX_PRODUCT_ROWS * x.shape[-1] and can_run(x)
 
 
+def _op(module: str, name: str) -> Callable[..., Any]:
+    """An op of a Triton module, which is imported at the first call; documented and typed in
+    `lora_runtime.kernels`. Its first argument says on which device it runs.
+    """
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return getattr(import_module(f"lora_runtime.kernels.{module}"), name)(*args, **kwargs)
+
+    return op
+
+
+apply_stacked_adapters = _op("gpu_adapters", "apply_adapters")
+four_bit_product = _op("gpu_quantised", "four_bit_product")
+four_bit_values = _op("gpu_quantised", "four_bit_values")
+int8_product = _op("gpu_quantised", "int8_product")
+write_kv = _op("gpu_attention", "write_kv")
+paged_attention = _op("gpu_attention", "paged_attention")
+rms_norm = _op("gpu_elementwise", "rms_norm")
+rotate = _op("gpu_elementwise", "rotate")
+gated_activation = _op("gpu_elementwise", "gated_activation")
+
+
 def apply_adapters(
     base: Tensor,
     x: Tensor,
@@ -68,95 +94,3 @@ def apply_adapters(
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
     return apply_stacked_adapters(base, x, bias, memory, runs[None], meta, (base.shape[1],))
-
-
-def apply_stacked_adapters(
-    base: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    memory: AdapterMemory,
-    runs: Tensor,
-    meta: StepMeta,
-    widths: tuple[int, ...],
-) -> Tensor:
-    """See `lora_runtime.kernels.apply_stacked_adapters`."""
-    from lora_runtime.kernels import gpu_adapters
-
-    with torch.cuda.device_of(x):
-        return gpu_adapters.apply_adapters(base, x, bias, memory, runs, meta, widths)
-
-
-def four_bit_product(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, out_features: int
-) -> Tensor:
-    """See `lora_runtime.kernels.four_bit_product`."""
-    from lora_runtime.kernels import gpu_quantised
-
-    with torch.cuda.device_of(x):
-        return gpu_quantised.four_bit_product(x, packed, absmax, code, out_features)
-
-
-def four_bit_values(
-    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """See `lora_runtime.kernels.four_bit_values`."""
-    from lora_runtime.kernels import gpu_quantised
-
-    with torch.cuda.device_of(packed):
-        return gpu_quantised.four_bit_values(packed, absmax, code, shape, dtype)
-
-
-def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
-    """See `lora_runtime.kernels.int8_product`."""
-    from lora_runtime.kernels import gpu_quantised
-
-    with torch.cuda.device_of(x):
-        return gpu_quantised.int8_product(x, codes, absmax)
-
-
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """See `lora_runtime.kernels.write_kv`."""
-    from lora_runtime.kernels import gpu_attention
-
-    with torch.cuda.device_of(k):
-        gpu_attention.write_kv(keys, values, k, v, slot_mapping)
-
-
-def paged_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """See `lora_runtime.kernels.paged_attention`."""
-    from lora_runtime.kernels import gpu_attention
-
-    with torch.cuda.device_of(q):
-        return gpu_attention.paged_attention(q, keys, values, meta, scale, window, softcap)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-    """See `lora_runtime.kernels.rms_norm`."""
-    from lora_runtime.kernels import gpu_elementwise
-
-    with torch.cuda.device_of(x):
-        return gpu_elementwise.rms_norm(x, weight, eps, plus_one=plus_one)
-
-
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `lora_runtime.kernels.rotate`."""
-    from lora_runtime.kernels import gpu_elementwise
-
-    with torch.cuda.device_of(q):
-        return gpu_elementwise.rotate(q, k, cos, sin)
-
-
-def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """See `lora_runtime.kernels.gated_activation`."""
-    from lora_runtime.kernels import gpu_elementwise
-
-    with torch.cuda.device_of(gate):
-        return gpu_elementwise.gated_activation(gate, up, kind)
