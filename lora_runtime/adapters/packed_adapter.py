@@ -36,6 +36,8 @@ class PackedAdapter:
     paths: tuple[str, ...]
     runs: Tensor
     max_rank: int
+    max_rows: int
+    """Of the vocabulary, replaced by one module."""
     layer_map: tuple[int, ...] | None
     invocation_tokens: tuple[int, ...]
     has_whole_patch: bool
@@ -95,6 +97,7 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
         paths=paths,
         runs=_runs(form, paths, offsets),
         max_rank=max((module.rank for module in form.modules.values()), default=0),
+        max_rows=max((len(m.patch.values) for m in form.modules.values() if m.patch), default=0),
         layer_map=form.layer_map,
         invocation_tokens=form.invocation_tokens,
         has_whole_patch=form.has_whole_patch,

@@ -54,7 +54,8 @@ class AdapterPool:
     @property
     def layout(self) -> tuple[object, ...]:
         """Equal as long as a captured graph stays right: what it binds, its bounds and tables."""
-        return self.memory.max_rank, frozenset(self.bindings), self.runs.data_ptr()
+        bounds = self.memory.max_rank, self.memory.max_rows
+        return *bounds, frozenset(self.bindings), self.runs.data_ptr()
 
     @property
     def num_replicas(self) -> int:
@@ -68,8 +69,9 @@ class AdapterPool:
 
     def make_room_for(self, adapter: PackedAdapter) -> None:
         """Raise the bounds to what the adapter needs. With more replicas the run tables move."""
-        if adapter.max_rank > self.memory.max_rank:
-            self.memory = replace(self.memory, max_rank=adapter.max_rank)
+        max_rank = max(adapter.max_rank, self.memory.max_rank or 0)
+        max_rows = max(adapter.max_rows, self.memory.max_rows or 0)
+        self.memory = replace(self.memory, max_rank=max_rank, max_rows=max_rows)
         num_modules, max_slots, old_replicas, _ = self.runs.shape
         if adapter.num_replicas > old_replicas:
             tables = empty_runs(num_modules, max_slots, adapter.num_replicas).to(self.runs.device)

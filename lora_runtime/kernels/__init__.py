@@ -114,7 +114,8 @@ def embed_adapters(
     Shapes: base (T, hidden), token_ids (T,), A (rank, vocab), B' (rank, hidden); other names as in
     `apply_adapters`. Returns (T, hidden) in base's dtype.
     """
-    return reference.embed_adapters(base, token_ids, scale, memory, runs, meta, vocab_size)
+    backend = gpu if gpu.can_run(base, weights=(memory.weights,)) else reference
+    return backend.embed_adapters(base, token_ids, scale, memory, runs, meta, vocab_size)
 
 
 def patch_logits(
@@ -123,9 +124,10 @@ def patch_logits(
     """Replace rows of the output layer's weight: y[t, i] += Σ_e w_e · (rows_i · x[t] − base[t, i]).
 
     Shapes: y and base (T, vocab) with base = W x, x (T, hidden); names as in `apply_adapters`.
-    Returns (T, vocab) in y's dtype.
+    Returns (T, vocab) in y's dtype; y itself may be overwritten.
     """
-    return reference.patch_logits(y, base, x, memory, runs, meta)
+    backend = gpu if gpu.can_run(y, base, x, weights=(memory.weights,)) else reference
+    return backend.patch_logits(y, base, x, memory, runs, meta)
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

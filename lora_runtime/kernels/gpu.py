@@ -74,6 +74,8 @@ def _op(module: str, name: str) -> Callable[..., Any]:
 
 
 apply_stacked_adapters = _op("gpu_adapters", "apply_adapters")
+embed_adapters = _op("gpu_vocabulary", "embed_adapters")
+patch_logits = _op("gpu_vocabulary", "patch_logits")
 four_bit_product = _op("gpu_quantised", "four_bit_product")
 four_bit_values = _op("gpu_quantised", "four_bit_values")
 int8_product = _op("gpu_quantised", "int8_product")

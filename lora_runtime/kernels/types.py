@@ -33,12 +33,14 @@ class AdapterMemory:
     """No run's rank is larger, if given: a backend that is not told has to look at the runs."""
     alignment: int = 1
     """Bytes; every part of a run lies at a multiple."""
+    max_rows: int | None = None
+    """No run replaces more rows, if given; as max_rank."""
 
     @classmethod
     def over(cls, storage: Tensor, dtype: torch.dtype, alignment: int) -> AdapterMemory:
         """Three views of one byte buffer (n,) uint8, n a multiple of 8; no run in it yet."""
         views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
-        return cls(*views, max_rank=0, alignment=alignment)
+        return cls(*views, max_rank=0, max_rows=0, alignment=alignment)
 
 
 class Run(NamedTuple):

@@ -14,6 +14,7 @@ from lora_runtime.kernels import (
     gpu_attention_kernels,
     gpu_elementwise,
     gpu_quantised,
+    gpu_vocabulary,
 )
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -23,7 +24,7 @@ ACTIVATIONS = {
     "out_q_ptr", "out_k_ptr",
 }  # fmt: skip
 FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
-SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32"}
+SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "embed_scale": "fp32"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
 
 
@@ -73,3 +74,5 @@ for block_d in (128, 256):
 compile_kernel(gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, BLOCK=4096)
 compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
 compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)
+compile_kernel(gpu_vocabulary._embed_kernel, BLOCK_N=256, BLOCK_R=16)
+compile_kernel(gpu_vocabulary._patch_kernel, BLOCK_ROWS=32, BLOCK_K=128)
