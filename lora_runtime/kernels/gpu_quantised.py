@@ -162,15 +162,17 @@ def _add_four_bit(
         is_in = start + 8 * i < end
         word = tl.load(word_ptr + start // 8, mask=is_in[None, :], other=0)
         scale = tl.load(scale_ptr + start // 64, mask=is_in[None, :], other=0.0)
+        word = tl.reshape(word, (BLOCK_N * WORDS,))
+        scale = tl.reshape(scale, (BLOCK_N * WORDS,))
         for j in tl.static_range(8):
-            index = tl.reshape((word >> (4 * (j ^ 1))) & 15, (BLOCK_N * WORDS,))
-            values = tl.reshape(tl.gather(code, index, 0), (BLOCK_N, WORDS)) * scale
+            values = tl.gather(code, (word >> (4 * (j ^ 1))) & 15, 0) * scale
+            values = tl.reshape(values.to(dtype), (BLOCK_N, WORDS))
             x = tl.load(
                 rows_ptr + (start + j + 8 * i)[:, None],
                 mask=is_in[:, None] & is_row[None, :],
                 other=0.0,
             )
-            acc = tl.dot(values.to(dtype), x, acc, input_precision="ieee")
+            acc = tl.dot(values, x, acc, input_precision="ieee")
     return acc
 
 
