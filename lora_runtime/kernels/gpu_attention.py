@@ -1,10 +1,10 @@
 """Paged attention and the write of keys and values in Triton.
 
 Rows with one token, which is every row of a decode step, take the decode kernel: keys and values
-are read once for all query heads that share them, by as many programs a row as the step needs, of
-which the last joins their results. Rows with more tokens take the prefill kernel, in tiles of
-queries. Which row is which is found on the device; grids follow from shapes alone, so a CUDA graph
-of a decode step can be replayed for rows of any length.
+are read once for all query heads that share them, by as many programs as the row's length is
+worth, of which the last joins their results. Rows with more tokens take the prefill kernel, in
+tiles of queries. Which row is which is found on the device; grids follow from shapes alone, so a
+CUDA graph of a decode step can be replayed for rows of any length.
 torch's own varlen attention with paged keys is not used: not every torch that we support has it.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 Source: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), split keys as in
@@ -25,19 +25,25 @@ from lora_runtime.kernels.gpu_attention_kernels import (
 from lora_runtime.kernels.gpu_counters import counters
 from lora_runtime.kernels.types import AttentionMeta
 
-MIN_PROGRAMS = 264
-"""The decode kernel splits a row's keys until it has as many programs, two a multiprocessor."""
+MIN_PROGRAMS = 1056
+"""The decode kernel splits a row's keys until it has as many programs, eight a multiprocessor: a
+long row among short ones is still spread, and the splits that a short row has no use for return at
+once."""
 MAX_SPLITS = 16
-MIN_SPLIT_KEYS = 256
-"""Keys that the longest row has at least for each split."""
-BLOCK_Q = 64
-"""Queries of one row and head in a prefill tile."""
+MIN_SPLIT_KEYS = 128
+"""Keys that a split has at least, the last of a row excepted."""
+DECODE_BYTES = 16384
+"""Keys, and as much of values, that a decode program looks at together."""
+PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 16384)}
+"""Queries of one row and head in a tile, and bytes of keys: what the registers hold, as float32
+products run without tensor cores."""
 WRITE_BLOCK = 1024
 MIN_DOT = 16
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """See `lora_runtime.kernels.write_kv`. k and v may be views with rows and heads anywhere."""
+    assert k.stride(2) == v.stride(2) == 1
     num_tokens, num_heads, head_dim = k.shape
     grid = (num_tokens, triton.cdiv(num_heads * head_dim, WRITE_BLOCK))
     write_kv_kernel[grid](
@@ -64,6 +70,7 @@ def paged_attention(
     softcap: float | None,
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`."""
+    assert q.stride(2) == 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_rows = len(meta.block_tables)
     is_decode = len(q) == num_rows
@@ -73,7 +80,8 @@ def paged_attention(
     head_dim = max(MIN_DOT, triton.next_power_of_2(q.shape[2]))
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
-        num_tiles = num_rows + len(q) // BLOCK_Q
+        block_q, num_bytes = PREFILL_TILES[q.dtype]
+        num_tiles = num_rows + len(q) // block_q
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
             num_rows,
@@ -81,8 +89,8 @@ def paged_attention(
             HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None,
             BLOCK_SIZE=meta.block_size,
-            BLOCK_Q=BLOCK_Q,
-            BLOCK_K=64 if head_dim <= 128 else 32,
+            BLOCK_Q=block_q,
+            BLOCK_K=tile_keys(q, head_dim, num_bytes),
             BLOCK_D=head_dim,
             CHUNK=64,
         )
@@ -118,10 +126,16 @@ def _decode(
         HAS_SOFTCAP=sizes[-1] > 0,
         BLOCK_SIZE=meta.block_size,
         SPLITS=num_splits,
+        MIN_SHARE=MIN_SPLIT_KEYS,
         BLOCK_H=queries,
-        BLOCK_K=64 if head_dim <= 128 else 32,
+        BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),
         BLOCK_D=head_dim,
     )
+
+
+def tile_keys(q: Tensor, head_dim: int, num_bytes: int) -> int:
+    """How many keys are looked at together: as many as fill num_bytes."""
+    return min(64, num_bytes // (head_dim * q.itemsize))
 
 
 def _row_starts(meta: AttentionMeta) -> Tensor:

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+STAGES = tl.constexpr(5)
+"""One pass ahead for the keys and values, and one more for the blocks they lie in: with the usual 3
+the copies of a pass begin at the end of the one before, and nothing is done while they run."""
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def _attend(
     Returns Σ p v, the largest score s and Σ p, with p = 2^(s − largest), s in units of ln 2. A
     query sees the keys up to query_position (rows,), the last `window` of them.
     """
-    for start in range(begin, end, BLOCK_K):
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         position = start + tl.arange(0, BLOCK_K)
         is_key = position < end
         block = tl.load(table_ptr + position // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
@@ -104,11 +107,15 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All query heads of one row's only token that share a key head, over one split of its keys."""
+    """All query heads of one row's only token that share a key head, over one split of its keys.
+
+    A row takes as many splits as its own length is worth; the programs of the others return.
+    """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = row
     if not IS_DECODE:
@@ -121,7 +128,11 @@ def decode_kernel(
     head = group * heads_per_group + h
     position = tl.load(positions_ptr + token)
     first = tl.maximum(position - window + 1, 0) if HAS_WINDOW else 0
-    share = tl.cdiv(tl.cdiv(position + 1 - first, SPLITS), BLOCK_K) * BLOCK_K
+    num_keys = position + 1 - first
+    share = tl.cdiv(tl.maximum(tl.cdiv(num_keys, SPLITS), MIN_SHARE), BLOCK_K) * BLOCK_K
+    num_shares = tl.maximum(tl.cdiv(num_keys, share), 1)
+    if split >= num_shares:
+        return
     begin = first + split * share
     q_place = token.to(tl.int64) * stride_q_token + head[:, None] * stride_q_head + d[None, :]
     acc, top, total = _attend(
@@ -134,7 +145,7 @@ def decode_kernel(
         begin, tl.minimum(begin + share, position + 1), stride_slot, d, is_d,
         scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K,
     )  # fmt: skip
-    if SPLITS > 1:
+    if (SPLITS > 1) and (num_shares > 1):
         unit = row * tl.num_programs(1) + group
         parts_ptr = partial_ptr + unit.to(tl.int64) * SPLITS * BLOCK_H * (BLOCK_D + 2)
         h_place = h * (BLOCK_D + 2)
@@ -143,13 +154,13 @@ def decode_kernel(
         tl.store(own_ptr + h_place + BLOCK_D, top)
         tl.store(own_ptr + h_place + BLOCK_D + 1, total)
         tl.debug_barrier()
-        if tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel") < SPLITS - 1:
+        if tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel") < num_shares - 1:
             return
         tl.store(counters_ptr + unit, 0)
         acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
-        for s in range(SPLITS):
+        for s in range(num_shares):
             part_ptr = parts_ptr + s * BLOCK_H * (BLOCK_D + 2) + h_place
             part_top = tl.load(part_ptr + BLOCK_D, cache_modifier=".cg")
             new_top = tl.maximum(top, part_top)

@@ -43,7 +43,7 @@ void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int co
     dots<N>(p.keys + slots[i], queries, p.head_dim, found);
     for (int j = 0; j < N; j++) scores[j][i] = found[j] * p.scale;
   }
-  for (int j = 0; j < N; j++) totals[j] = soften(p, scores[j], count);
+  for (int j = 0; j < N; j++) totals[j] = count > 0 ? soften(p, scores[j], count) : 1;
   for (int d = 0; d < p.head_dim; d += WIDE) {
     const int width = std::min(WIDE, p.head_dim - d);
     float sums[N][WIDE];

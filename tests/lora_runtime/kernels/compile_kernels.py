@@ -1,16 +1,20 @@
 """Compile every Triton kernel for a GPU that need not be there; run by test_gpu_compilation.py.
 
-The interpreter takes no types and no layouts; the compiler does. Prints one line a kernel.
+The interpreter takes no types and no layouts; the compiler does. Addresses, strides and sizes are
+multiples of 16, as in most models: only then are copies wide, and staged in shared memory. Prints
+one line a kernel.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_runtime.kernels import (
     gpu_adapter_kernels,
+    gpu_attention,
     gpu_attention_kernels,
     gpu_elementwise,
     gpu_quantised,
@@ -25,27 +29,33 @@ ACTIVATIONS = {
 }  # fmt: skip
 FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
 SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "embed_scale": "fp32"}
+SIZES = {"head_dim", "width", "in_features", "out_features"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
 
 
-def element(name: str, codes: str) -> str:
+def element(name: str, codes: str, floats: str) -> str:
     if name in ACTIVATIONS:
-        return "bf16"
+        return floats
     if name in FLOATS:
         return "fp32"
     return {"codes_ptr": codes, "packed_ptr": "u8", "runs_ptr": "i64"}.get(name, "i32")
 
 
-def compile_kernel(kernel, codes: str = "u8", **constants) -> None:
+def compile_kernel(kernel, codes: str = "u8", floats: str = "bf16", **constants) -> None:
     signature = {
         name: "constexpr"
         if name in constants
-        else f"*{element(name, codes)}"
+        else f"*{element(name, codes, floats)}"
         if name.endswith("_ptr")
         else SCALARS.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or name.startswith("stride_") or name in SIZES
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=TARGET)
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 
@@ -64,13 +74,21 @@ for is_int8, codes in ((False, "i32"), (True, "i8")):
     )
 compile_kernel(gpu_quantised._values_kernel, BLOCK=1024)
 compile_kernel(gpu_attention_kernels.write_kv_kernel, BLOCK=1024)
-for block_d in (128, 256):
-    kinds = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "BLOCK_SIZE": 16, "BLOCK_D": block_d}
-    kinds |= {"BLOCK_K": 64 if block_d == 128 else 32}
-    compile_kernel(
-        gpu_attention_kernels.decode_kernel, **kinds, IS_DECODE=True, SPLITS=4, BLOCK_H=16
+for dtype, block_d in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)):
+    floats = "fp32" if dtype == torch.float32 else "bf16"
+    q, (block_q, num_bytes) = torch.empty(0, dtype=dtype), gpu_attention.PREFILL_TILES[dtype]
+    decode_keys, prefill_keys = (
+        gpu_attention.tile_keys(q, block_d, n) for n in (gpu_attention.DECODE_BYTES, num_bytes)
     )
-    compile_kernel(gpu_attention_kernels.prefill_kernel, **kinds, BLOCK_Q=64, CHUNK=64)
+    kinds = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "BLOCK_SIZE": 16, "BLOCK_D": block_d}
+    compile_kernel(
+        gpu_attention_kernels.decode_kernel, floats=floats, **kinds,
+        IS_DECODE=True, SPLITS=4, MIN_SHARE=128, BLOCK_H=16, BLOCK_K=decode_keys,
+    )  # fmt: skip
+    compile_kernel(
+        gpu_attention_kernels.prefill_kernel, floats=floats, **kinds,
+        BLOCK_Q=block_q, CHUNK=64, BLOCK_K=prefill_keys,
+    )  # fmt: skip
 compile_kernel(gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, BLOCK=4096)
 compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
 compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)

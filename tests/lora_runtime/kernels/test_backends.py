@@ -141,6 +141,17 @@ def test_paged_attention_equals_dense_attention(backend, window, softcap, heads,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_token_at_a_negative_position_sees_nothing(backend, window):
+    q, keys, values, meta, _ = attention_case(6, 2, 16, torch.float32)
+    expected = backend.paged_attention(q, keys, values, meta, 0.25, window, None)
+    padding = [1, 5]
+    meta.positions[padding], expected[padding] = -1, 0
+    out = backend.paged_attention(q, keys, values, meta, 0.25, window, None)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_paged_attention_in_bfloat16_is_within_rounding_of_torch(backend):
     q, keys, values, meta, dense = attention_case(6, 2, 64, torch.bfloat16)
     out = backend.paged_attention(q, keys, values, meta, 0.125, None, None)
@@ -153,7 +164,7 @@ def test_paged_attention_in_bfloat16_is_within_rounding_of_torch(backend):
 
 def test_write_kv_touches_only_its_slots():
     keys, values = torch.zeros(2, 10, 2, 3)
-    k, v = torch.randn(2, 2, 2, 3)
-    kernels.write_kv(keys, values, k, v, torch.tensor([7, 2]))
-    assert torch.equal(keys[[7, 2]], k) and torch.equal(values[[7, 2]], v)
+    k, v = torch.randn(2, 3, 2, 3)
+    kernels.write_kv(keys, values, k, v, torch.tensor([7, -1, 2]))
+    assert torch.equal(keys[[7, 2]], k[[0, 2]]) and torch.equal(values[[7, 2]], v[[0, 2]])
     assert not keys[[0, 1, 3, 4, 5, 6, 8, 9]].any()

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_runtime import kernels
 from lora_runtime.kernels import AttentionMeta, gpu, gpu_attention
+from lora_runtime.kernels.gpu_counters import counters
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
@@ -100,9 +101,15 @@ def test_decode_steps(heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "head_dim"), [((3, 1), 16), ((4, 2), 80)])
+@pytest.mark.parametrize(("heads", "head_dim"), [((3, 1), 16), ((2, 2), 80)])
 def test_prompts_chunks_and_decode_rows_in_one_step(heads, head_dim, dtype):
-    check([(0, 5), (9, 1), (30, 2), (0, 1), (3, 133), (70, 1), (0, 64)], heads, head_dim, dtype)
+    check([(0, 5), (9, 1), (30, 2), (0, 1), (3, 70), (70, 1), (0, 64)], heads, head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_heads(dtype):
+    check([(6, 1), (40, 1)], (2, 1), 256, dtype, window=30, softcap=20.0)
+    check([(6, 1), (30, 20)], (2, 1), 256, dtype, window=30, softcap=20.0)
 
 
 @pytest.mark.parametrize("options", [{"window": 1}, {"window": 7}, {"softcap": 2.0}])
@@ -118,27 +125,32 @@ def test_long_rows_are_split_and_joined(monkeypatch, window):
     monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
     check([(130, 1), (0, 1), (66, 1)], (2, 1), 16, window=window)
     check([(130, 1), (0, 1), (66, 3)], (2, 1), 16, window=window)
+    assert not counters(torch.empty(0, device=DEVICE).device).any(), "a launch resets them"
 
 
-def test_padding_rows_store_and_see_nothing():
-    (q, keys, values, meta), own = step([(6, 1), (3, 1), (9, 1)], (4, 2), 16)
-    is_padding = torch.tensor([False, True, False], device=DEVICE)
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
+    """Also among rows that are split; with three tokens the row is a tile of the prefill."""
+    monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
+    (q, keys, values, meta), own = step([(130, 1), (3, num_new), (9, 1)], (4, 2), 16)
+    is_padding = meta.rows == 1
     padded = replace(
         meta,
         positions=torch.where(is_padding, -1, meta.positions),
         slot_mapping=torch.where(is_padding, -1, meta.slot_mapping),
         derived={},
     )
+    q[is_padding] = float("nan")
+    for cache in (keys, values):
+        cache[meta.slot_mapping[is_padding]] = float("nan")
     before = keys.clone(), values.clone()
-    garbage = torch.full((3, 2, 16), 5.0, device=DEVICE)
+    garbage = torch.full((len(q), 2, 16), 5.0, device=DEVICE)
     kernels.write_kv(keys, values, garbage, garbage, torch.full_like(meta.slot_mapping, -1))
     for now, then in zip((keys, values), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     y = kernels.paged_attention(q, keys, values, padded, 0.25).cpu()
-    assert torch.equal(y[1], torch.zeros_like(y[1]))
-    for row in (0, 2):
-        expected = alone(*own[row], 0.25)
-        torch.testing.assert_close(y[row : row + 1].double(), expected, rtol=2e-5, atol=2e-5)
+    expected = [alone(*own[0], 0.25), torch.zeros(num_new, 4, 16), alone(*own[2], 0.25)]
+    torch.testing.assert_close(y.double(), torch.cat(expected).double(), rtol=2e-5, atol=2e-5)
 
 
 def test_non_finite_values_stay_in_their_row():
@@ -153,7 +165,7 @@ def test_non_finite_values_stay_in_their_row():
 
 
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
-    """Grids come from shapes alone: 3 rows of up to 10 blocks, 2 key heads, 3 or 9 tokens."""
+    """Grids come from shapes alone: 3 rows of up to 10 blocks, 2 key heads, 3 or 18 tokens."""
     grids = []
 
     class Launch:
@@ -164,7 +176,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
     for name in ("decode_kernel", "prefill_kernel", "write_kv_kernel"):
         monkeypatch.setattr(gpu_attention, name, Launch())
     with FakeTensorMode():
-        for num_tokens in (3, 9):
+        for num_tokens in (3, 18):
             ints = torch.empty(num_tokens, dtype=torch.int32)
             tables = torch.empty(3, 10, dtype=torch.int32)
             meta = AttentionMeta(ints, ints, ints.long(), tables, 128)
@@ -172,4 +184,4 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             cache = torch.empty(4000, 2, 64)
             gpu_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
             gpu_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
-    assert grids == [(3, 1), (3, 2, 5), (9, 1), (3, 2, 5), (3, 8)]
+    assert grids == [(3, 1), (3, 2, 10), (18, 1), (3, 2, 10), (3 + 1, 8)]
