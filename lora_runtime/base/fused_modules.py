@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_runtime.kernels import can_run_on_gpu, gated_activation, rms_norm, rotate
+from lora_runtime.kernels import add_rms_norm, can_run_on_gpu, gated_activation, rms_norm, rotate
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations → ours."""
@@ -52,36 +52,36 @@ class _Attention(nn.Module):
     """Its forward is the original's, in which one name means something else."""
 
 
-TABLE: dict[str, type] = {
-    "LlamaRMSNorm": _Norm,
-    "MistralRMSNorm": _Norm,
-    "Qwen2RMSNorm": _Norm,
-    "Qwen3RMSNorm": _Norm,
-    "Phi3RMSNorm": _Norm,
-    "Gemma2RMSNorm": _NormPlusOne,
-    "Gemma3RMSNorm": _NormPlusOne,
-    "LlamaMLP": _GatedMLP,
-    "MistralMLP": _GatedMLP,
-    "Qwen2MLP": _GatedMLP,
-    "Qwen3MLP": _GatedMLP,
-    "Gemma2MLP": _GatedMLP,
-    "Gemma3MLP": _GatedMLP,
-    "Phi3MLP": _JoinedGateMLP,
-    "LlamaAttention": _Attention,
-    "MistralAttention": _Attention,
-    "Qwen2Attention": _Attention,
-    "Qwen3Attention": _Attention,
-    "Gemma2Attention": _Attention,
-    "Gemma3Attention": _Attention,
-    "Phi3Attention": _Attention,
-}
-"""Class of transformers → how it is fused. A class that is not here stays as it is."""
+class _Layer(nn.Module):
+    """Attention, then MLP, each behind a norm; the first sum and the second norm are one launch."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not can_run_on_gpu(hidden_states):
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        norm = self.post_attention_layernorm
+        sums = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        return sums[0] + self.mlp(sums[1])
+
+
+TABLE: dict[type, tuple[str, ...]] = {
+    _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"),
+    _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm"),
+    _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"),
+    _JoinedGateMLP: ("Phi3MLP",),
+    _Attention: ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention",
+                 "Gemma2Attention", "Gemma3Attention", "Phi3Attention"),
+    _Layer: ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
+             "Phi3DecoderLayer"),
+}  # fmt: skip
+"""How modules are fused → classes of transformers. A class that is not here stays as it is."""
+KINDS = {name: kind for kind, names in TABLE.items() for name in names}
 
 
 def fuse_modules(model: nn.Module) -> None:
-    """Fuse every module of `model` that TABLE knows, in place."""
+    """Fuse every module of `model` that TABLE knows, in place; the model is in eval mode."""
     for module in model.modules():
-        kind = TABLE.get(type(module).__name__)
+        kind = KINDS.get(type(module).__name__)
         is_mlp = kind in (_GatedMLP, _JoinedGateMLP)
         if kind is not None and not (is_mlp and _activation(module) not in ACTIVATIONS):
             module.__class__ = _fused(kind, type(module))

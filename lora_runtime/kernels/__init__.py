@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "Span",
     "StepMeta",
+    "add_rms_norm",
     "apply_adapters",
     "apply_stacked_adapters",
     "can_dequantize",
@@ -171,6 +172,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     """
     backend = gpu if gpu.can_run(x, weight) else reference
     return backend.rms_norm(x, weight, eps, plus_one=plus_one)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = residual + x, rounded, and `rms_norm` of s: a residual connection and the norm behind it.
+
+    Shapes: x and residual (..., width), weight (width,). Returns (s, y).
+    """
+    backend = gpu if gpu.can_run(x, residual, weight) else reference
+    return backend.add_rms_norm(x, residual, weight, eps)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

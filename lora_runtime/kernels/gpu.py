@@ -82,6 +82,7 @@ int8_product = _op("gpu_quantised", "int8_product")
 write_kv = _op("gpu_attention", "write_kv")
 paged_attention = _op("gpu_attention", "paged_attention")
 rms_norm = _op("gpu_elementwise", "rms_norm")
+add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
 rotate = _op("gpu_elementwise", "rotate")
 gated_activation = _op("gpu_elementwise", "gated_activation")
 

@@ -11,21 +11,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NORM_BLOCK = 1024
+"""Values that one program norms, where a row is shorter; unmeasured."""
 HEADS_BLOCK = 4
 ACTIVATION_BLOCK = 1024
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
     """See `lora_runtime.kernels.rms_norm`."""
+    return _norm(x, None, weight, eps, plus_one=plus_one)[1]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.add_rms_norm`."""
+    return _norm(x, residual.reshape(-1, x.shape[-1]), weight, eps, plus_one=False)
+
+
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum, which is x itself without a residual (rows, width), and its norm."""
     y, width = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
+    total = x if residual is None else torch.empty_like(y)
     rows = x if x.ndim > 2 and x.shape[:-3].numel() == 1 else x.reshape(1, -1, width)
-    inner = rows.shape[-2]
-    block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(x.numel() // width,)](
-        y, rows, weight, eps, inner, width, rows.stride(-3), rows.stride(-2),
-        PLUS_ONE=plus_one, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+    num_rows, block = x.numel() // width, triton.next_power_of_2(width)
+    block_rows = max(1, NORM_BLOCK // block)
+    _rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
+        y, total, rows, y if residual is None else residual, weight, eps, num_rows,
+        rows.shape[-2], width, rows.stride(-3), rows.stride(-2),
+        0 if residual is None else residual.stride(0),
+        PLUS_ONE=plus_one, HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK=block,
+        num_warps=min(8, max(1, block_rows * block // 512)),
     )  # fmt: skip
-    return y
+    return total, y
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,17 +73,25 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 @triton.jit
 def _rms_norm_kernel(
-    y_ptr, x_ptr, weight_ptr, eps, inner, width, stride_outer, stride_inner,
-    PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, total_ptr, x_ptr, residual_ptr, weight_ptr, eps, num_rows, inner, width, stride_outer,
+    stride_inner, stride_residual, PLUS_ONE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    is_in = i < width
+    """Some rows: one of a hidden state, several of a head's size. A row is summed the same way
+    whatever the number of rows.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    is_in = (row < num_rows) & (i < width)
     place = (row // inner) * stride_outer + (row % inner) * stride_inner + i
     x = tl.load(x_ptr + place, mask=is_in, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + i, mask=is_in, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    weight = tl.load(weight_ptr + i, mask=i < width, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        added = tl.load(residual_ptr + row * stride_residual + i, mask=is_in, other=0.0)
+        total = (x + added.to(tl.float32)).to(y_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * width + i, total, mask=is_in)
+        x = total.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / width + eps)
     if PLUS_ONE:
         y = x * (1.0 + weight)
     else:
@@ -79,7 +105,7 @@ def _rotate_heads(
     stride_x_head, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token."""
-    h, d = first_head + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    h, d = (first_head + tl.arange(0, BLOCK_H)).to(tl.int64), tl.arange(0, BLOCK_D)
     is_cell = (h < num_heads)[:, None] & (d < head_dim)[None, :]
     is_rotated, half = d < rotated, rotated // 2
     partner = tl.where(d < half, d + half, d - half)

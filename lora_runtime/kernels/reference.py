@@ -197,6 +197,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return weight * normed.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.add_rms_norm`."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps, plus_one=False)
+
+
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.rotate`."""
     return _rotated(q, cos, sin), _rotated(k, cos, sin)

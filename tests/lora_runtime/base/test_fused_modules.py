@@ -11,20 +11,25 @@ from torch import nn
 
 from lora_runtime.base import fused_modules
 from lora_runtime.base.fused_modules import fuse_modules
+from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
-from tests.tiny import CONFIGS, dense_twin, tiny_base
+from tests.tiny import CONFIGS, dense_twin, in_float64, tiny_base
 
-NORMS = {"qwen3": 4, "gemma2": 4, "gemma3": 6}
-"""Norms of a layer, where it is not two."""
+PARTIAL = CONFIGS["phi3"] | {
+    "rope_parameters": CONFIGS["phi3"]["rope_parameters"] | {"partial_rotary_factor": 0.5}
+}
+"""Half of a head is rotated."""
+NORMS = {"qwen3": 3, "gemma2": 4, "gemma3": 6}
+"""Norms of a layer that are launches of their own, where it is not one."""
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often each fused op ran."""
     found = Counter()
-    for name in ("rms_norm", "rotate", "gated_activation"):
+    for name in ("rms_norm", "add_rms_norm", "rotate", "gated_activation"):
         real = getattr(fused_modules, name)
 
         def counted(*args, _real=real, _name=name, **kwargs):
@@ -41,31 +46,52 @@ def logits(base, ids):
     return base.forward(ids, positions, attention, positions)
 
 
-@pytest.mark.parametrize("shape", [name for name in CONFIGS if name != "phi3-longrope"])
+def token_ids():
+    return torch.randint(3, 300, (5,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [*CONFIGS, "phi3-partial"])
 def test_logits_are_transformers(monkeypatch, calls, shape):
-    base = tiny_base(shape, dequantized_cache=False)
-    ids = torch.randint(3, 300, (5,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setitem(CONFIGS, "phi3-partial", PARTIAL)
+    base, ids = tiny_base(shape, dequantized_cache=False), token_ids()
+    twin = dense_twin(base, shape)
+    fix_rotary(twin, 512)
     with torch.no_grad():
-        expected = dense_twin(base, shape)(ids[None]).logits[0]
+        expected = twin(ids[None]).logits[0]
         assert not calls, "a CPU runs transformers' own code"
         monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
         found = logits(base, ids)
     layers = base.spec.num_layers
     assert calls == {
-        "rms_norm": NORMS.get(shape, 2) * layers + 1,
+        "rms_norm": NORMS.get(shape, 1) * layers + 1,
         "rotate": layers,
         "gated_activation": layers,
-    }
+    } | ({} if shape.startswith("gemma") else {"add_rms_norm": layers})
     assert (found - expected).abs().max() <= 2e-4
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "gemma3"])
+def test_bfloat16_is_no_worse_than_transformers(monkeypatch, shape):
+    """Root mean square errors against the same weights in float64."""
+    base, ids = tiny_base(shape, dtype=torch.bfloat16, dequantized_cache=False), token_ids()
+    with torch.no_grad():
+        exact = in_float64(dense_twin(base, shape, dtype=torch.float64))(ids[None]).logits[0]
+        plain = dense_twin(base, shape)(ids[None]).logits[0]
+        monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+        fused = logits(base, ids)
+    error, allowed = ((found.double() - exact).square().mean().sqrt() for found in (fused, plain))
+    assert fused.dtype == torch.bfloat16 and 0 < error <= 1.25 * allowed
 
 
 def test_the_slow_twin_runs_where_a_gradient_is_wanted(monkeypatch, calls):
     base = tiny_base("llama")
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
-    layer = base.model.get_submodule("model.layers.0")
-    x = torch.randn(1, 3, 64, requires_grad=True)
-    layer.mlp.act_fn(layer.input_layernorm(x)).sum().backward()
-    assert x.grad is not None and not calls
+    x, positions = torch.randn(3, 64, requires_grad=True), torch.arange(3)
+    attention = VarlenAttention([Rows([3])], base.device)
+    embedded = base.model.get_input_embeddings().embedding
+    monkeypatch.setattr(embedded, "forward", lambda ids: x[ids])
+    base.forward(positions, positions, attention, positions).sum().backward()
+    assert x.grad.abs().sum() > 0 and not calls
 
 
 def test_names_and_parameters_stay_and_what_is_not_in_the_table_is_left_alone():

@@ -25,7 +25,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 ACTIVATIONS = {
     "x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr", "q_ptr", "k_ptr",
     "v_ptr", "keys_ptr", "out_ptr", "weight_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr",
-    "out_q_ptr", "out_k_ptr",
+    "out_q_ptr", "out_k_ptr", "total_ptr", "residual_ptr",
 }  # fmt: skip
 FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
 SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "embed_scale": "fp32"}
@@ -89,7 +89,11 @@ for dtype, block_d in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.floa
         gpu_attention_kernels.prefill_kernel, floats=floats, **kinds,
         BLOCK_Q=block_q, CHUNK=64, BLOCK_K=prefill_keys,
     )  # fmt: skip
-compile_kernel(gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, BLOCK=4096)
+for block in (128, 4096):
+    compile_kernel(
+        gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, HAS_RESIDUAL=block == 4096,
+        BLOCK_ROWS=max(1, 1024 // block), BLOCK=block,
+    )  # fmt: skip
 compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
 compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)
 compile_kernel(gpu_vocabulary._embed_kernel, BLOCK_N=256, BLOCK_R=16)
