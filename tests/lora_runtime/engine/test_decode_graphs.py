@@ -21,7 +21,7 @@ from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.peft_adapters import four_adapters, write_adapter
 from tests.tiny import dense_twin, tiny_base
 
-PROMPTS = [[5, 6, 7], [9], [11], [3]]
+PROMPTS = [[5, 6], [9], [11]]
 READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
 
 
@@ -56,15 +56,15 @@ def replaying_engine(base, **options):
 
 
 def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_path):
-    """Base rows, two ranks, a composition and a late arrival, against the compiled CPU kernels."""
+    """A base row, an adapter and a composition that arrives late, against plain torch."""
     base = tiny_base("llama", dequantized_cache=False)
     folders = four_adapters(dense_twin(base, "llama"), tmp_path)
     forms = [load_adapter(folders[i], base.spec, base.weights) for i in (1, 3)]
     plain = tiny_engine(base)
     replaying, captures = replaying_engine(base)
-    owners = [(), (forms[0],), (forms[1],), (forms[0], forms[1])]
+    owners = [(), (forms[0],), (forms[0], forms[1])]
     requests = [
-        greedy(str(i), prompt, max_tokens=3, adapters=uses_of(owner))
+        greedy(str(i), prompt, max_tokens=2, adapters=uses_of(owner))
         for i, (prompt, owner) in enumerate(zip(PROMPTS, owners, strict=True))
     ]
     traces = []
