@@ -1,12 +1,12 @@
 """From logits to token ids, every row under its own parameters, all rows at once.
 
 A row's draw depends on its own logits, parameters and random number only, never on its neighbours.
+The host waits once a step, for the result; nothing before reads a value of the device.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as AbstractSequence
 
 import torch
@@ -29,120 +29,135 @@ def sample(logits: Tensor, sequences: AbstractSequence[Sequence]) -> list[Sample
     temperature 0 takes the most likely token; else one is drawn by inversion from
     softmax(logits / temperature) cut to top_k, top_p and min_p. Stop tokens are excluded before
     min_tokens. Log probabilities are of the unmodified logits, in float32.
-    The host waits for the device once, or twice where log probabilities are wanted.
     """
-    logits = logits.float()
-    params = [sequence.request.sampling for sequence in sequences]
-    is_finite = torch.isfinite(logits).all(dim=1)
-    allowed = _without_early_stops(logits, sequences)
-    token_ids = allowed.argmax(dim=1)
-    for rows, draw in _by_way_of_drawing(params):
-        numbers = [uniform(sequences[row]) for row in rows]
-        columns = _columns([params[row] for row in rows], numbers, logits)
-        index = _to_device(torch.tensor(rows), logits.device)
-        drawn = draw(allowed.index_select(0, index), *columns)
-        token_ids.index_copy_(0, index, drawn)
-    logprobs = _logprobs(logits, token_ids, params)
-    results = torch.stack([token_ids, is_finite.long()], 1).tolist()
+    chosen = choose(logits, sequences)
+    logprobs = _logprobs(logits, chosen[:, 0], [s.request.sampling for s in sequences])
     return [
-        SampledToken(token_id, bool(finite), logprob)
-        for (token_id, finite), logprob in zip(results, logprobs, strict=True)
+        SampledToken(token_id, bool(is_finite), logprob)
+        for (token_id, is_finite), logprob in zip(chosen.tolist(), logprobs, strict=True)
     ]
 
 
-Draw = Callable[..., Tensor]
+def choose(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Tensor:
+    """What `sample` draws, still on the device: (n, 2) int64 as in `greedy`.
+
+    One copy goes there, of all parameters, if any row draws (one more before min_tokens).
+    """
+    allowed = _without_early_stops(logits, sequences)
+    chosen = greedy(allowed)
+    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    if drawn:
+        drawn.sort(key=lambda row: not _is_cut(sequences[row].request.sampling))
+        table = _parameters(sequences, drawn, logits.device)
+        num_cut = sum(_is_cut(sequences[row].request.sampling) for row in drawn)
+        rows = table[:, 0].long()
+        token_ids = _draw(allowed.index_select(0, rows).float(), table[:, 1:], num_cut)
+        chosen[:, 0].index_copy_(0, rows, token_ids)
+    return chosen
 
 
-def _by_way_of_drawing(params: list[SamplingParams]) -> Iterator[tuple[list[int], Draw]]:
-    """Rows that draw, and how: by a row's own parameters, never by its neighbours'."""
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-    ordered = [row for row in drawn if params[row].top_k or params[row].top_p < 1]
-    if ordered:
-        yield ordered, _draw_in_order_of_likelihood
-    if plain := [row for row in drawn if row not in ordered]:
-        yield plain, _draw_in_order_of_vocabulary
+def greedy(logits: Tensor) -> Tensor:
+    """(n, 2) int64: every row's most likely token, and 1 if the row is finite throughout.
+
+    Depends on shapes alone, so a CUDA graph can hold it.
+    """
+    low, high = torch.aminmax(logits, dim=1)
+    is_finite = (low > float("-inf")) & (high < float("inf"))
+    return torch.stack([logits.argmax(dim=1), is_finite.long()], dim=1)
 
 
-def _columns(params: list[SamplingParams], numbers: list[float], like: Tensor) -> Iterable[Tensor]:
-    """temperature, top_k, top_p, min_p and the random number of each row, (n, 1) float64 each."""
-    vocab_size = like.shape[1]
-    rows = [
-        (p.temperature, p.top_k or vocab_size, p.top_p, p.min_p, number)
-        for p, number in zip(params, numbers, strict=True)
-    ]
-    table = _to_device(torch.tensor(rows, dtype=torch.float64), like.device)
-    return (column[:, None] for column in table.unbind(1))
+def _is_cut(sampling: SamplingParams) -> bool:
+    """True for rows that are drawn most likely first; others are in the vocabulary's order."""
+    return sampling.top_k > 0 or sampling.top_p < 1
 
 
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
+def _on_device(values: list, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    table = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+def _parameters(
+    sequences: AbstractSequence[Sequence], rows: list[int], device: torch.device
+) -> Tensor:
+    """(rows, 6) float64: row, temperature, random number, top_k, top_p, min_p."""
+    values = []
+    for row in rows:
+        sampling = sequences[row].request.sampling
+        top_k = sampling.top_k or float("inf")
+        cuts = (top_k, sampling.top_p, sampling.min_p)
+        values.append((row, sampling.temperature, uniform(sequences[row]), *cuts))
+    return _on_device(values, device)
 
 
 def _without_early_stops(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Tensor:
-    rows, columns = [], []
+    """Logits with the lowest finite value in place of excluded ones; NaN and infinity stay."""
+    places = []
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sequence.num_output_tokens < sampling.min_tokens:
-            rows += [row] * len(sampling.stop_token_ids)
-            columns += sorted(sampling.stop_token_ids)
-    if not rows:
+            places += [(row, token_id) for token_id in sorted(sampling.stop_token_ids)]
+    if not places:
         return logits
-    places = _to_device(torch.tensor([rows, columns]), logits.device)
-    forbidden = logits.new_full((), float("-inf"))
-    return logits.index_put(tuple(places), forbidden)
+    index = tuple(_on_device(places, logits.device).long().T)
+    excluded = 0 * logits[index] + torch.finfo(logits.dtype).min
+    return logits.index_put(index, excluded)
 
 
-def _draw_in_order_of_vocabulary(
-    logits: Tensor, temperature: Tensor, _top_k: Tensor, _top_p: Tensor, min_p: Tensor,
-    number: Tensor,
-) -> Tensor:  # fmt: skip
-    """For rows that keep tokens whatever their rank: nothing has to be sorted."""
-    probabilities = torch.softmax(logits / temperature.float(), dim=1)
-    least = min_p * probabilities.amax(dim=1, keepdim=True)
-    return _invert(torch.where(probabilities >= least, probabilities, 0.0), number)
+def _draw(logits: Tensor, parameters: Tensor, num_cut: int) -> Tensor:
+    """Token ids (n,) by inversion: of the first `num_cut` rows most likely first, of the others
+    in the vocabulary's order, which needs no sort. parameters (n, 5), see `_parameters`.
+    """
+    temperature, number, *cuts = parameters.T[:, :, None]
+    smallest = torch.finfo(torch.float32).tiny
+    scaled = (logits - logits.amax(dim=1, keepdim=True)) / temperature.float().clamp(min=smallest)
+    top_k, top_p, min_p = (cut.float() for cut in cuts)
+    found = []
+    if num_cut > 0:
+        limits = (top_k[:num_cut], top_p[:num_cut], min_p[:num_cut])
+        found.append(_draw_cut(scaled[:num_cut], number[:num_cut], *limits))
+    if num_cut < len(logits):
+        probabilities = torch.softmax(scaled[num_cut:], dim=1)
+        is_kept = probabilities >= min_p[num_cut:] * probabilities.amax(dim=1, keepdim=True)
+        found.append(_invert(torch.where(is_kept, probabilities, 0.0), number[num_cut:]))
+    return torch.cat(found)[:, 0]
 
 
-def _draw_in_order_of_likelihood(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
-    number: Tensor,
-) -> Tensor:  # fmt: skip
-    """Most likely first, where top_k and top_p cut."""
-    ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered / temperature.float(), dim=1)
+def _draw_cut(
+    scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    ordered, order = torch.sort(scaled, dim=1, descending=True, stable=True)
+    probabilities = torch.softmax(ordered, dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
-    is_kept = (
-        (torch.arange(logits.shape[1], device=logits.device) < top_k)
-        & (before < top_p)
-        & (probabilities >= min_p * probabilities[:, :1])
-    )
-    place = _invert(torch.where(is_kept, probabilities, 0.0), number)
-    return order.gather(1, place[:, None])[:, 0]
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    is_likely = probabilities >= min_p * probabilities[:, :1]
+    is_kept = (rank < top_k) & (before < top_p) & is_likely
+    return order.gather(1, _invert(torch.where(is_kept, probabilities, 0.0), number))
 
 
 def _invert(kept: Tensor, number: Tensor) -> Tensor:
-    """(n,): the first place at which the running sum of a row exceeds number · its total."""
+    """Where the cumulative sum of `kept` (n, vocab) first passes number (n, 1) of the whole."""
     cumulative = kept.double().cumsum(dim=1)
-    place = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)[:, 0]
-    places = torch.arange(kept.shape[1], device=kept.device)
-    last_kept = torch.where(kept > 0, places, 0).amax(dim=1)  # a NaN row keeps none
-    return torch.minimum(place, last_kept)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.searchsorted(cumulative, torch.minimum(number * total, below), right=True)
+    return place.clamp(max=kept.shape[1] - 1)  # a NaN row passes nowhere
 
 
 def _logprobs(
     logits: Tensor, token_ids: Tensor, params: list[SamplingParams]
 ) -> list[TokenLogprob | None]:
+    """One more copy in each direction, if any row wants them."""
     wanted = [row for row, p in enumerate(params) if p.num_logprobs is not None]
     found: list[TokenLogprob | None] = [None] * len(params)
     if not wanted:
         return found
-    index = _to_device(torch.tensor(wanted), logits.device)
-    logprobs = torch.log_softmax(logits.index_select(0, index), dim=1)
-    sampled = logprobs.gather(1, token_ids.index_select(0, index)[:, None])
-    count = max(params[row].num_logprobs or 0 for row in wanted)
-    values, ids = logprobs.topk(count, dim=1)
-    table = torch.cat([sampled, values, ids], 1).tolist()  # ids are exact: below 2²⁴
-    for row, (own, *top) in zip(wanted, table, strict=True):
-        pairs = zip(map(int, top[count:]), top[:count], strict=True)
-        found[row] = TokenLogprob(own, tuple(pairs)[: params[row].num_logprobs])
+    rows = _on_device(wanted, logits.device).long()
+    logprobs = torch.log_softmax(logits.index_select(0, rows).float(), dim=1)
+    sampled = logprobs.gather(1, token_ids.index_select(0, rows)[:, None])
+    values, ids = logprobs.topk(max(params[row].num_logprobs or 0 for row in wanted), dim=1)
+    copied = torch.cat([sampled, values, ids.double()], dim=1).tolist()
+    for row, (logprob, *rest) in zip(wanted, copied, strict=True):
+        pairs = zip(map(int, rest[len(rest) // 2 :]), rest[: len(rest) // 2], strict=True)
+        found[row] = TokenLogprob(logprob, tuple(pairs)[: params[row].num_logprobs])
     return found

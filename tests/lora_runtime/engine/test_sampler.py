@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MinPLogitsWarper,
@@ -15,7 +16,8 @@ from transformers import (
 )
 
 from lora_runtime.core import Request, SamplingParams, Sequence
-from lora_runtime.engine.sampler import sample, uniform
+from lora_runtime.engine import sampler
+from lora_runtime.engine.sampler import choose, greedy, sample, uniform
 
 VOCAB_SIZE = 50
 
@@ -133,3 +135,57 @@ def test_nothing_is_read_before_the_tokens_are_known(monkeypatch):
         assert calls == [1]
         sample(random_logits(4), [*rows[:3], row(seed=1, num_logprobs=4)])
     assert calls == [1, 1, 1] and not reads.found
+
+
+def test_all_parameters_go_to_the_device_in_one_copy(monkeypatch):
+    """None where no row draws."""
+    tables, real = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: tables.append(1) or real(*a, **k))
+    logits, greedy_row = random_logits(4), row(temperature=0.0)
+    sample(logits, [greedy_row] * 4)
+    assert tables == []
+    sample(logits, [greedy_row, row(seed=1), row(seed=2, top_k=3), row(seed=1, min_p=0.1)])
+    assert tables == [1]
+
+
+def test_what_is_drawn_depends_on_no_value_on_the_host():
+    """A fake tensor refuses to give one."""
+    early = row(seed=1, min_tokens=2, stop_token_ids=frozenset([4, 9]))
+    rows = [row(temperature=0.0), row(seed=1), row(top_k=3, top_p=0.5), row(min_p=0.1), early]
+    with FakeTensorMode():
+        assert choose(torch.empty(5, VOCAB_SIZE), rows).shape == (5, 2)
+        assert greedy(torch.empty(5, VOCAB_SIZE, dtype=torch.bfloat16)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_gives_the_best_token_and_whether_the_row_is_finite(dtype):
+    logits = random_logits(5).to(dtype)
+    logits[1, 4], logits[2, 0], logits[3, 9] = float("nan"), float("-inf"), float("inf")
+    found = greedy(logits)
+    assert found[:, 1].tolist() == [1, 0, 0, 0, 1]
+    assert torch.equal(found[[0, 4], 0], logits[[0, 4]].argmax(1))
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(min_p=0.1), dict(top_k=5), dict(top_p=0.9)])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-60])
+def test_a_temperature_near_zero_is_argmax(temperature, cut):
+    """Although the logits divided by it are beyond float32."""
+    logits = 20 * random_logits(3)
+    drawn = sample(logits, [row(temperature=temperature, seed=1, **cut)] * 3)
+    assert [r.token_id for r in drawn] == logits.argmax(1).tolist()
+
+
+def test_a_stop_token_of_a_row_that_is_not_finite_hides_nothing():
+    logits = random_logits(2)
+    logits[0, 3] = float("nan")
+    waiting = row(temperature=0.0, min_tokens=1, stop_token_ids=frozenset([3]))
+    assert [r.is_finite for r in sample(logits, [waiting, waiting])] == [False, True]
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=VOCAB_SIZE)])
+def test_the_largest_random_number_takes_a_token_that_is_kept(monkeypatch, cut):
+    monkeypatch.setattr(sampler, "uniform", lambda sequence: 1 - 2**-53)
+    logits = random_logits(1).expand(3, -1).clone()
+    logits[:, -7:] = -1e4
+    drawn = sample(logits, [row(temperature=t, **cut) for t in (1.0, 0.3, 5.0)])
+    assert all(r.token_id < VOCAB_SIZE - 7 for r in drawn)
