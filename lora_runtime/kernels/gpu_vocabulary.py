@@ -1,7 +1,8 @@
 """`embed_adapters` and `patch_logits` in Triton: where rows of the vocabulary are replaced.
 
-A program works for one token or one entry, so that nothing of another row is ever read. Every cell
-of the result is written by one program, in the order of the token's entries.
+An embedding is one token's program. Replaced rows of the output layer are read once for a tile of
+tokens under one adapter, which may be all of a step. Every cell of a result is one program's, in
+the order of the token's entries: nothing is lost or depends on which program is first.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 """
 
@@ -20,10 +21,11 @@ BLOCK_N = 256
 """Columns of an embedding a program writes."""
 BLOCK_R = 16
 BLOCK_ROWS = 32
-"""Replaced rows of the output layer a program multiplies."""
+"""Replaced rows of the output layer that are multiplied at once."""
 BLOCK_K = 128
-SEARCH_STEPS = tl.constexpr(24)
-"""Halvings that find an id among up to 2²⁴ rows."""
+MAX_PROGRAMS = 512
+"""Programs of one tile of tokens, about four a multiprocessor; unmeasured. A pool that once held a
+whole output layer launches as many for any adapter."""
 
 
 def embed_adapters(
@@ -58,30 +60,32 @@ def patch_logits(
         max_rows = int(runs[..., Run._fields.index("num_rows")].max())
     if max_rows > 0:
         base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
-        _patch_kernel[len(meta.tokens), triton.cdiv(max_rows, BLOCK_ROWS)](
-            y, base, x, memory.weights, memory.indices, runs, meta.tokens, meta.slots,
-            meta.replicas, meta.weights, meta.segment_starts, len(meta.segment_starts) - 1,
-            x.shape[1], y.stride(0), base.stride(0), runs.shape[1],
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
+        tiles = step_tiles(meta, len(y), TILE)
+        grid = len(tiles.entries), min(triton.cdiv(max_rows, BLOCK_ROWS), MAX_PROGRAMS)
+        _patch_kernel[grid](
+            y, base, x, memory.weights, memory.indices, runs, meta.slots, meta.replicas,
+            meta.weights, tiles.tokens, tiles.entries, tiles.next_entry, x.shape[1], y.stride(0),
+            base.stride(0), y.shape[1], runs.shape[1],
+            BLOCK_M=TILE, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
+            ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize),
         )  # fmt: skip
     return y
 
 
 @triton.jit
-def _find(indices_ptr, row_ids_at, num_rows, ids):
-    """Where `ids` are among the replaced rows: their places, and whether they are there."""
-    low, high = ids * 0, ids * 0 + num_rows
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) // 2
-        is_row = (row_ids_at >= 0) & (middle < num_rows)
-        found = tl.load(indices_ptr + row_ids_at + middle, mask=is_row, other=2147483647)
-        is_less = found < ids
-        low = tl.where(is_less & (low < high), middle + 1, low)
-        high = tl.where(is_less, high, middle)
-    is_row = (row_ids_at >= 0) & (low < num_rows)
-    found = tl.load(indices_ptr + row_ids_at + low, mask=is_row, other=-1)
-    is_there = tl.where(row_ids_at >= 0, found == ids, ids < num_rows)
-    return tl.where(row_ids_at >= 0, low, ids), is_there
+def _find(indices_ptr, row_ids_at, num_rows, wanted):
+    """Place of the first replaced row whose id is not below `wanted`, and whether it is that id."""
+    has_ids = row_ids_at >= 0
+    place, size = wanted * 0, tl.where(has_ids, num_rows, 0)
+    while size > 0:
+        size = size // 2
+        middle = place + size
+        row_id = tl.load(indices_ptr + row_ids_at + middle, mask=middle < num_rows, other=wanted)
+        place = tl.where(row_id < wanted, middle + 1, place)
+    is_row = has_ids & (place < num_rows)
+    row_id = tl.load(indices_ptr + row_ids_at + place, mask=is_row, other=-1)
+    is_there = tl.where(has_ids, row_id == wanted, wanted < num_rows)
+    return tl.where(has_ids, place, wanted), is_there
 
 
 @triton.jit
@@ -120,9 +124,8 @@ def _embed_kernel(
             acc += weight * (gain - 1) * embedded
         num_rows = tl.load(run_ptr + 5).to(tl.int32)
         if num_rows > 0:
-            row, is_there = _find(
-                indices_ptr, tl.load(run_ptr + 7), num_rows, token_id.to(tl.int32)
-            )
+            row_ids_at = tl.load(run_ptr + 7)
+            row, is_there = _find(indices_ptr, row_ids_at, num_rows, token_id.to(tl.int32))
             if is_there:
                 row_ptr = weights_ptr + tl.load(run_ptr + 6) + row.to(tl.int64) * width
                 values = tl.load(row_ptr + n, mask=is_in, other=0.0).to(tl.float32)
@@ -132,69 +135,100 @@ def _embed_kernel(
 
 
 @triton.jit
+def _keys(entry, slots_ptr, replicas_ptr, num_replicas):
+    """Which run each entry is under; the largest number where there is none."""
+    slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
+    replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
+    return tl.where(entry >= 0, slot * num_replicas + replica, 2147483647)
+
+
+@triton.jit
+def _id_at(indices_ptr, row_ids_at, place, is_there):
+    """Ids of the rows at `place`."""
+    ids = tl.load(indices_ptr + row_ids_at + place, mask=is_there & (row_ids_at >= 0), other=0)
+    return tl.where(row_ids_at >= 0, ids, place)
+
+
+@triton.jit
 def _row_products(
-    weights_ptr, rows_at, place, is_row, x_ptr, in_features, BLOCK_K: tl.constexpr
+    x_rows, is_token, rows_ptr, n, is_n, in_features, BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """rows[place] · x, (rows,) float32."""
-    acc = place * 0.0
+    """x[m] · rows[n], (BLOCK_M, BLOCK_ROWS) float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_ROWS), tl.float32)
+    row_ptr = rows_ptr + n[None, :].to(tl.int64) * in_features
     for start in range(0, in_features, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + k, mask=k < in_features, other=0.0).to(tl.float32)
-        at = rows_at + place[:, None].to(tl.int64) * in_features + k[None, :]
-        mask = is_row[:, None] & (k < in_features)[None, :]
-        acc += tl.sum(
-            tl.load(weights_ptr + at, mask=mask, other=0.0).to(tl.float32) * x[None, :], 1
-        )
+        is_in = k < in_features
+        x = tl.load(x_rows + k[None, :], mask=is_token[:, None] & is_in[None, :], other=0.0)
+        rows = tl.load(row_ptr + k[:, None], mask=is_in[:, None] & is_n[None, :], other=0.0)
+        acc = tl.dot(x.to(rows.dtype), rows, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _patch_kernel(
-    y_ptr, base_ptr, x_ptr, weights_ptr, indices_ptr, runs_ptr, tokens_ptr, slots_ptr,
-    replicas_ptr, scales_ptr, starts_ptr, num_segments, in_features, stride_y, stride_base,
-    num_replicas, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    y_ptr, base_ptr, x_ptr, weights_ptr, indices_ptr, runs_ptr, slots_ptr, replicas_ptr,
+    scales_ptr, tokens_ptr, entries_ptr, next_ptr, in_features, stride_y, stride_base, vocab_size,
+    num_replicas, BLOCK_M: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Some replaced rows of one entry.
+    """Some ids of one tile of tokens, under all of their entries.
 
-    Where a token has several entries that replace an id, the first of them adds up all.
+    Of the runs on the tile the one with the most rows is cut into blocks. The ids from the first
+    of a block to the first of the next are one program's, whichever run replaces them.
     """
-    entry = tl.program_id(0)
-    num_entries = tl.load(starts_ptr + num_segments)
-    if entry >= num_entries:
-        return
-    run = tl.load(slots_ptr + entry).to(tl.int64) * num_replicas + tl.load(replicas_ptr + entry)
-    run_ptr = runs_ptr + run * 8
-    num_rows = tl.load(run_ptr + 5).to(tl.int32)
-    i = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    if tl.program_id(1) * BLOCK_ROWS >= num_rows:
-        return
-    is_mine = i < num_rows
-    row_ids_at = tl.load(run_ptr + 7)
-    ids = tl.load(indices_ptr + row_ids_at + i, mask=is_mine & (row_ids_at >= 0), other=0)
-    ids = tl.where(row_ids_at >= 0, ids, i)
-    token = tl.load(tokens_ptr + entry)
-    x_ptr += token.to(tl.int64) * in_features
-    base = tl.load(base_ptr + token.to(tl.int64) * stride_base + ids, mask=is_mine, other=0.0)
-    base = base.to(tl.float32)
-    product = _row_products(
-        weights_ptr, tl.load(run_ptr + 6), i, is_mine, x_ptr, in_features, BLOCK_K
-    )
-    acc = tl.load(scales_ptr + entry) * (product - base)
-    for other in range(0, num_entries):
-        if (other != entry) & (tl.load(tokens_ptr + other) == token):
-            run = tl.load(slots_ptr + other).to(tl.int64) * num_replicas
-            run_ptr = runs_ptr + (run + tl.load(replicas_ptr + other)) * 8
-            place, is_there = _find(
-                indices_ptr, tl.load(run_ptr + 7), tl.load(run_ptr + 5).to(tl.int32), ids
-            )
-            is_there &= is_mine
-            if other < entry:
-                is_mine &= ~is_there
-            else:
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(tokens_ptr + at).to(tl.int64)
+    first = tl.load(entries_ptr + at, mask=token >= 0, other=-1)
+    x_rows = x_ptr + token[:, None] * in_features
+    entry, most, most_ids_at = first, 0, tl.full((), -1, tl.int64)
+    key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+    lowest = tl.min(key, 0)
+    while lowest < 2147483647:
+        run_ptr = runs_ptr + lowest.to(tl.int64) * 8
+        num_rows = tl.load(run_ptr + 5).to(tl.int32)
+        most_ids_at = tl.where(num_rows > most, tl.load(run_ptr + 7), most_ids_at)
+        most = tl.maximum(most, num_rows)
+        entry = tl.where(
+            key == lowest, tl.load(next_ptr + entry, mask=key == lowest, other=-1), entry
+        )
+        key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+        lowest = tl.min(key, 0)
+    for block in range(tl.program_id(1), tl.cdiv(most, BLOCK_ROWS), tl.num_programs(1)):
+        low = block * BLOCK_ROWS
+        high = low + BLOCK_ROWS
+        low = tl.where(low > 0, _id_at(indices_ptr, most_ids_at, low, low < most), 0)
+        is_last = high >= most
+        high = tl.where(is_last, vocab_size, _id_at(indices_ptr, most_ids_at, high, high < most))
+        entry = first
+        key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+        lowest = tl.min(key, 0)
+        while lowest < 2147483647:
+            is_token = key == lowest
+            run_ptr = runs_ptr + lowest.to(tl.int64) * 8
+            num_rows = tl.load(run_ptr + 5).to(tl.int32)
+            row_ids_at = tl.load(run_ptr + 7)
+            begin, _ = _find(indices_ptr, row_ids_at, num_rows, low)
+            end, _ = _find(indices_ptr, row_ids_at, num_rows, high)
+            end = tl.minimum(end, num_rows)
+            rows_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 6), ALIGNMENT)
+            scale = tl.load(scales_ptr + entry, mask=is_token, other=0.0)[:, None]
+            for start in range(begin, end, BLOCK_ROWS):
+                n = start + tl.arange(0, BLOCK_ROWS)
                 product = _row_products(
-                    weights_ptr, tl.load(run_ptr + 6), place, is_there, x_ptr, in_features, BLOCK_K
-                )
-                acc += tl.where(is_there, tl.load(scales_ptr + other) * (product - base), 0.0)
-    cell = y_ptr + token.to(tl.int64) * stride_y + ids
-    y = tl.load(cell, mask=is_mine, other=0.0).to(tl.float32) + acc
-    tl.store(cell, y.to(y_ptr.dtype.element_ty), mask=is_mine)
+                    x_rows, is_token, rows_ptr, n, n < end, in_features, BLOCK_M, BLOCK_ROWS,
+                    BLOCK_K,
+                )  # fmt: skip
+                ids = _id_at(indices_ptr, row_ids_at, n, n < end)[None, :]
+                is_cell = is_token[:, None] & (n < end)[None, :]
+                base_at = base_ptr + token[:, None] * stride_base + ids
+                base = tl.load(base_at, mask=is_cell, other=0.0).to(tl.float32)
+                cell = y_ptr + token[:, None] * stride_y + ids
+                y = tl.load(cell, mask=is_cell, other=0.0).to(tl.float32)
+                y += scale * (product - base)
+                tl.store(cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
+            tl.debug_barrier()  # the next run's threads read what these wrote
+            entry = tl.where(is_token, tl.load(next_ptr + entry, mask=is_token, other=-1), entry)
+            key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+            lowest = tl.min(key, 0)

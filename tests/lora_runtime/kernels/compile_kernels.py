@@ -97,4 +97,8 @@ for block in (128, 4096):
 compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
 compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)
 compile_kernel(gpu_vocabulary._embed_kernel, BLOCK_N=256, BLOCK_R=16)
-compile_kernel(gpu_vocabulary._patch_kernel, BLOCK_ROWS=32, BLOCK_K=128)
+for floats in ("bf16", "fp32"):
+    compile_kernel(
+        gpu_vocabulary._patch_kernel, floats=floats,
+        BLOCK_M=16, BLOCK_ROWS=32, BLOCK_K=128, ALIGNMENT=4 if floats == "fp32" else 8,
+    )  # fmt: skip
