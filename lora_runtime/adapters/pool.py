@@ -16,6 +16,9 @@ from lora_runtime.base.adapted_linear import PooledBinding
 from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import AdapterMemory
 
+USUAL_MAX_ROWS = 64
+"""Rows of the vocabulary that are made room for with the first adapter that replaces any."""
+
 
 class AdapterPool:
     """The buffer and the run tables. It never decides: it does what it is told.
@@ -68,9 +71,12 @@ class AdapterPool:
         self.copy(placement, adapter)
 
     def make_room_for(self, adapter: PackedAdapter) -> None:
-        """Raise the bounds to what the adapter needs. With more replicas the run tables move."""
+        """Raise the bounds to what the adapter needs, that of rows to a power of two: most adapters
+        then leave `layout` as it is. With more replicas the run tables move.
+        """
         max_rank = max(adapter.max_rank, self.memory.max_rank or 0)
-        max_rows = max(adapter.max_rows, self.memory.max_rows or 0)
+        rows = max(USUAL_MAX_ROWS, 1 << (adapter.max_rows - 1).bit_length())
+        max_rows = max(rows if adapter.max_rows else 0, self.memory.max_rows or 0)
         self.memory = replace(self.memory, max_rank=max_rank, max_rows=max_rows)
         num_modules, max_slots, old_replicas, _ = self.runs.shape
         if adapter.num_replicas > old_replicas:

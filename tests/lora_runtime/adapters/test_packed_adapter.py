@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from itertools import product
@@ -40,6 +41,18 @@ def poisoned_pool(base, dtype, num_bytes):
     pool = AdapterPool(base.spec.shapes, num_bytes, 3, torch.empty(0, dtype=dtype))
     bytes_of(pool).fill_(POISON)
     return pool
+
+
+def test_few_more_replaced_rows_leave_the_layout_as_it_is(base, forms):
+    """A captured graph holds for any number of rows up to the pool's bound."""
+    pool = poisoned_pool(base, torch.float32, 1 << 20)
+    packed, bounds, layouts = pack(forms["lora"], torch.float32), [], []
+    for rows in (0, 1, 5, 64, 65, 128, 3):
+        pool.make_room_for(dataclasses.replace(packed, max_rows=rows))
+        bounds.append(pool.memory.max_rows)
+        layouts.append(pool.layout)
+    assert bounds == [0, 64, 64, 64, 128, 128, 128]
+    assert len(set(layouts)) == 3
 
 
 def bytes_of(pool):
