@@ -11,3 +11,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+LONG_FILES = ("test_smollm2", "test_variants", "test_decode_graphs", "test_killed_runs")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONG_FILES))
