@@ -27,13 +27,16 @@ class StackedLinears:
 
     def __init__(self, members: Sequence[AdaptedLinear], joined: FrozenLinear) -> None:
         self.members, self.joined = tuple(members), joined
+        self.context = members[0].context
         self.widths = tuple(member.out_features for member in members)
         self._x: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def takes(self, x: Tensor) -> bool:
         """True for a GPU without gradients, where all members have adapters in one pool or none."""
-        return can_run_on_gpu(x) and (self._runs() is not None or not self._is_adapted())
+        return x is self._x or (
+            can_run_on_gpu(x) and (self._runs() is not None or not self._is_adapted())
+        )
 
     def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
         """What `member` gives for x: (..., in) → (..., out), a slice of all members' outputs."""
@@ -48,25 +51,22 @@ class StackedLinears:
         if (runs := self._runs()) is None:
             return self.joined(x)
         rows = x.reshape(-1, x.shape[-1])
-        memory = self._bindings()[0].memory
-        y = apply_stacked_adapters(
+        return apply_stacked_adapters(
             self.joined.product(rows),
             rows,
             self.joined.bias,
-            memory,
+            self._bindings()[0].memory,
             runs,
-            self.members[0].context.meta,
+            self.context.meta,
             self.widths,
-        )
-        return y.view(*x.shape[:-1], -1)
+        ).view(*x.shape[:-1], -1)
 
     def _is_adapted(self) -> bool:
-        context = self.members[0].context
-        return context.meta is not None and any(m.path in context.bindings for m in self.members)
+        bound = {} if self.context.meta is None else self.context.bindings
+        return any(member.path in bound for member in self.members)
 
     def _bindings(self) -> list[PooledBinding]:
-        context = self.members[0].context
-        found = (context.bindings.get(member.path) for member in self.members)
+        found = (self.context.bindings.get(member.path) for member in self.members)
         return [binding for binding in found if isinstance(binding, PooledBinding)]
 
     def _runs(self) -> Tensor | None:
@@ -74,10 +74,9 @@ class StackedLinears:
         bindings = self._bindings() if self._is_adapted() else []
         if len(bindings) < len(self.members):
             return None
-        first = bindings[0].index
-        if [binding.index for binding in bindings] != list(range(first, first + len(bindings))):
-            return None
-        return bindings[0].tables[first : first + len(bindings)]
+        first, end = bindings[0].index, bindings[0].index + len(bindings)
+        is_one_run = [binding.index for binding in bindings] == list(range(first, end))
+        return bindings[0].tables[first:end] if is_one_run else None
 
 
 def stack_linears(model: nn.Module) -> None:
@@ -97,7 +96,7 @@ def join_layers(layers: Sequence[FrozenLinear]) -> FrozenLinear | None:
     cannot be joined. The bits stay where every layer finds them: as views of the joined weight.
     """
     first = layers[0]
-    kinds = {(type(layer), layer.joined_parts, layer.bias is None) for layer in layers}
+    kinds = {(type(one), one.joined_parts, one.in_features, one.bias is None) for one in layers}
     if len(kinds) > 1 or not first.joined_parts:
         return None
     joined = copy.copy(first)

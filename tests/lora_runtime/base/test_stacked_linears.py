@@ -55,6 +55,7 @@ def test_what_cannot_be_joined_is_left_alone():
     assert join_layers([plain, QuantLinear(weight, None, is_nested=True)]) is None
     assert join_layers([QuantLinear(weight, None, is_nested=True) for _ in range(2)]) is None
     assert join_layers([plain, Int8Linear(weight, None)]) is None
+    assert join_layers([plain, QuantLinear(torch.randn(8, 128), None)]) is None
     assert join_layers([QuantLinear(torch.randn(8, 96), None) for _ in range(2)]) is None
 
 

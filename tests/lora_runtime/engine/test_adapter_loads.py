@@ -12,8 +12,6 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import FinishReason
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from tests.driver import greedy, run, tiny_engine
-from tests.peft_adapters import four_adapters
-from tests.tiny import dense_twin, tiny_base
 from tests.variants import write_variants
 
 PROMPT = [5, 9, 3, 77, 12]
@@ -49,17 +47,6 @@ class LateEvent:
     def finish(self):
         while self in self.stream.waiting:
             self.stream.waiting.popleft().copy()
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base("llama")
-
-
-@pytest.fixture(scope="module")
-def forms(base, tmp_path_factory):
-    folders = four_adapters(dense_twin(base, "llama"), tmp_path_factory.mktemp("adapters"))
-    return [load_adapter(folder, base.spec, base.weights) for folder in folders]
 
 
 @pytest.fixture(scope="module")

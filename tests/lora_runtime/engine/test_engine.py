@@ -12,19 +12,8 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterUse, FinishReason, SamplingParams
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, AdapterTooLarge, InvalidRequest
 from tests.driver import greedy, run, tiny_engine
-from tests.peft_adapters import four_adapters, write_adapter
-from tests.tiny import VOCAB_SIZE, dense_twin, tiny_base
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base("llama")
-
-
-@pytest.fixture(scope="module")
-def forms(base, tmp_path_factory):
-    folders = four_adapters(dense_twin(base, "llama"), tmp_path_factory.mktemp("adapters"))
-    return [load_adapter(folder, base.spec, base.weights) for folder in folders]
+from tests.peft_adapters import write_adapter
+from tests.tiny import VOCAB_SIZE, dense_twin
 
 
 def prompt(length, seed=0):
