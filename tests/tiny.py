@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -116,9 +117,12 @@ def tiny_checkpoint(folder: Path, shape: str = "llama", *, seed: int = 0) -> Pat
     return folder
 
 
+_untouched = cache(lambda shape, seed, dtype: tiny_model(shape, seed=seed, dtype=dtype))
+
+
 def dense_twin(base: Base, shape: str, *, seed: int = 0, dtype: torch.dtype | None = None):
     """The untouched transformers model with the base's dequantised weights: PEFT's oracle base."""
-    twin = copy.deepcopy(tiny_model(shape, seed=seed, dtype=dtype or base.dtype))
+    twin = copy.deepcopy(_untouched(shape, seed, dtype or base.dtype))
     with torch.no_grad():
         for path in base.spec.linears:
             values = base.model.get_submodule(path).linear.weight_values()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_runtime.adapters.reduction import load_adapter
@@ -37,7 +39,6 @@ TEXTS = [
     "Dear Sir, thank you for your letter of the third of May about the delivery of two pianos.",
     "1. Heat the oil. 2. Add the onions and stir. 3. Pour in the stock and let it simmer.",
 ]
-OWNERS = [0, None, 1, 2, 3, None]
 
 
 def dense(base, dtype):
@@ -82,24 +83,36 @@ def serve(base, folders, rows, num_steps):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> list[Path]:
-    base = load_base(BaseConfig(dtype="float32", device="cpu"))
-    return four_adapters(dense(base, torch.float32), tmp_path_factory.mktemp("smollm2"), scale=0.35)
+def base():
+    return load_base(BaseConfig(dtype="float32", device="cpu"))
 
 
-def test_float32_logits_and_greedy_tokens_equal_peft(folders):
-    base = load_base(BaseConfig(dtype="float32", device="cpu"))
-    prompts, model = chat(base), dense(base, torch.float32)
-    traces = serve(base, folders, list(zip(prompts, OWNERS, strict=True)), 64)
-    for index, owner in enumerate(OWNERS):
-        trace = traces[index]
+@pytest.fixture(scope="module")
+def model(base):
+    return dense(base, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory) -> list[Path]:
+    return four_adapters(model, tmp_path_factory.mktemp("smollm2"), scale=0.35)
+
+
+def assert_rows_are_pefts(base, model, folders, owners, num_steps):
+    """Row i is under folders[owners[i]], all rows are one batch."""
+    prompts = chat(base)
+    rows = list(zip(prompts, owners, strict=False))
+    for (prompt, owner), trace in zip(rows, serve(base, folders, rows, num_steps), strict=True):
         oracle = model if owner is None else load_in_peft(model, folders[owner])
-        expected = teacher_forced(oracle, prompts[index], trace.token_ids)
+        expected = teacher_forced(oracle, prompt, trace.token_ids)
         assert (torch.stack(trace.logits) - expected).abs().max() <= 2e-4
         assert trace.token_ids == expected.argmax(1).tolist()
         if owner is not None:
-            unadapted = teacher_forced(model, prompts[index], trace.token_ids)
+            unadapted = teacher_forced(model, prompt, trace.token_ids)
             assert (expected - unadapted).abs().max() >= 1.0
+
+
+def test_float32_logits_and_greedy_tokens_equal_peft(base, model, folders):
+    assert_rows_are_pefts(base, model, folders, [0, None, 1, 2, 3, None], 64)
 
 
 KINDS = {
@@ -109,24 +122,13 @@ KINDS = {
 }
 
 
-def test_other_kinds_share_the_batch(tmp_path):
+def test_other_kinds_share_the_batch(base, model, tmp_path):
     """A DoRA, a row of 40 layers and adapted vocabulary matrices beside the base."""
-    base = load_base(BaseConfig(dtype="float32", device="cpu"))
-    model, prompts = dense(base, torch.float32), chat(base)
     kinds = [
         write_adapter(model, tmp_path / name, seed=20 + seed, scale=0.35, **options)
         for seed, (name, options) in enumerate(KINDS.items())
     ]
-    owners = [0, None, 1, 2]
-    for index, trace in enumerate(serve(base, kinds, list(zip(prompts, owners, strict=False)), 16)):
-        owner = owners[index]
-        oracle = model if owner is None else load_in_peft(model, kinds[owner])
-        expected = teacher_forced(oracle, prompts[index], trace.token_ids)
-        assert (torch.stack(trace.logits) - expected).abs().max() <= 2e-4
-        assert trace.token_ids == expected.argmax(1).tolist()
-        if owner is not None:
-            unadapted = teacher_forced(model, prompts[index], trace.token_ids)
-            assert (expected - unadapted).abs().max() >= 1.0
+    assert_rows_are_pefts(base, model, kinds, [0, None, 1, 2], 16)
 
 
 def logits_everywhere(engine, requests):
@@ -144,6 +146,24 @@ def logits_everywhere(engine, requests):
     engine.step()
     assert engine.is_idle
     return captured[0].split([len(request.prompt_token_ids) for request in requests])
+
+
+def all_in_peft(model, folders):
+    """One model with every adapter, to be chosen by its index."""
+    loaded = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
+    for index, folder in enumerate(folders[1:], 1):
+        loaded.load_adapter(folder, adapter_name=str(index))
+    return loaded.eval()
+
+
+def logits_of(loaded, owner, rows):
+    """At every position of the rows' prompts, one after another."""
+    with contextlib.ExitStack() as stack:
+        if owner is None:
+            stack.enter_context(loaded.disable_adapter())
+        else:
+            loaded.set_adapter(str(owner))
+        return torch.cat([loaded(torch.tensor([prompt])).logits[0] for prompt, _ in rows])
 
 
 @torch.no_grad()
@@ -164,17 +184,14 @@ def test_bfloat16_error_is_within_a_quarter_of_pefts(folders, capsys):
         for i, (prompt, owner) in enumerate(rows)
     ]
     served = logits_everywhere(engine, requests)
-    models = dense(base, torch.float64), dense(base, torch.bfloat16)
+    exact_model, peft_model = (
+        all_in_peft(dense(base, dtype), folders) for dtype in (torch.float64, torch.bfloat16)
+    )
     ours, theirs = [], []
     for owner in owners:
-        exact_model, peft_model = (
-            m if owner is None else load_in_peft(m, folders[owner]) for m in models
-        )
-        mine = [
-            (torch.tensor([p]), z) for (p, o), z in zip(rows, served, strict=True) if o == owner
-        ]
-        exact = torch.cat([exact_model.double()(ids).logits[0] for ids, _ in mine])
-        theirs.append(torch.cat([peft_model(ids).logits[0] for ids, _ in mine]) - exact)
+        mine = [(prompt, z) for (prompt, o), z in zip(rows, served, strict=True) if o == owner]
+        exact = logits_of(exact_model.double(), owner, mine)
+        theirs.append(logits_of(peft_model, owner, mine) - exact)
         ours.append(torch.cat([logits for _, logits in mine]) - exact)
     ratios = [median_rms(a) / median_rms(b) for a, b in zip(ours, theirs, strict=True)]
     pooled = median_rms(torch.cat(ours)) / median_rms(torch.cat(theirs))

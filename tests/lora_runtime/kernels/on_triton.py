@@ -1,48 +1,18 @@
-"""Where the Triton backend is tested: on a GPU if there is one, else in the interpreter.
-
-The interpreter of Triton 3.7.1 cuts float32 to bfloat16 instead of rounding, and multiplies the
-bit patterns of bfloat16 matrices as integers: both are put right here.
-"""
+"""Where the Triton backend is tested: on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 
 from lora_runtime.kernels import AdapterMemory, StepMeta, gpu
+from tests.lora_runtime.kernels import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def _mend_interpreter() -> None:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def rounding(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        values = torch.from_numpy(np.array(data, np.float32)).bfloat16()
-        return values.view(torch.int16).numpy().view(np.uint16)
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    interpreter._convert_float = rounding
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(
-        self, widened(a), widened(b), *rest
-    )
-
-
 if DEVICE == "cpu":
-    _mend_interpreter()
+    interpreter.mend()
 
 
 def on_device(value):

@@ -347,12 +347,20 @@ def test_train_from_files_and_stop_at_sigint(tmp_path, monkeypatch):
     assert resumed.records[:4] == stopped.records
 
 
+@pytest.fixture
+def sigint_interrupts():
+    """As in a terminal; a shell's background jobs are started with SIGINT ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("sigint_interrupts")
 def test_second_sigint_interrupts():
-    previous = signal.getsignal(signal.SIGINT)
     with stop_on_sigint() as should_stop:
         assert not should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         assert should_stop()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is previous
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
