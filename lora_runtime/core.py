@@ -42,35 +42,17 @@ class SamplingParams:
     """None: no logprobs; n ≥ 0: the sampled token's and the n most likely."""
 
     def __post_init__(self) -> None:
+        min_tokens, max_tokens, seed = self.min_tokens, self.max_tokens, self.seed
+        top, temperature = self.num_logprobs, self.temperature
         checks: list[tuple[str, object, bool, str]] = [
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            (
-                "min_tokens",
-                self.min_tokens,
-                0 <= self.min_tokens <= self.max_tokens,
-                "between 0 and max_tokens",
-            ),
-            (
-                "temperature",
-                self.temperature,
-                0.0 <= self.temperature <= 100.0,
-                "between 0 and 100",
-            ),
+            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("min_tokens", min_tokens, 0 <= min_tokens <= max_tokens, "between 0 and max_tokens"),
+            ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 and 100"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            (
-                "seed",
-                self.seed,
-                self.seed is None or 0 <= self.seed < 2**63,
-                "between 0 and 2^63 - 1",
-            ),
-            (
-                "logprobs",
-                self.num_logprobs,
-                self.num_logprobs is None or 0 <= self.num_logprobs <= 20,
-                "between 0 and 20",
-            ),
+            ("seed", seed, seed is None or 0 <= seed < 2**63, "between 0 and 2^63 - 1"),
+            ("logprobs", top, top is None or 0 <= top <= 20, "between 0 and 20"),
         ]
         for name, value, is_valid, rule in checks:
             if not is_valid:
@@ -114,13 +96,17 @@ class SequenceStatus(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request's state in the engine. `token_ids` is the prompt and everything generated."""
+    """A request's state in the engine.
+
+    `token_ids` is the prompt and everything generated. Its last one may be −1 − r: what the step
+    that runs now gives row r of those that sample, known to the device alone.
+    """
 
     request: Request
     token_ids: list[int]
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
-    """Leading tokens whose keys and values are in the cache."""
+    """Leading tokens whose keys and values are in the cache, or will be after the running step."""
     layer_map: tuple[int, ...] | None = None
     """Base layers in the order in which this row visits them; None: each once."""
     num_planes: int = 1
@@ -165,11 +151,13 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool = True
+    """The chunk reaches the row's last token, so the step gives a new one."""
 
     @property
-    def samples(self) -> bool:
-        """True when the chunk reaches the last known token, so the step gives a new one."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
+    def end(self) -> int:
+        """Where the new token goes."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,11 @@ class Trace:
     num_terminals: int = 0
 
 
-def tiny_engine(base: Base, *, poison: bool = True, **options) -> Engine:
-    """A small engine whose free cache blocks and free pool rows hold NaN."""
+def tiny_engine(base: Base, *, poison: bool = True, steps_ahead: int = 0, **options) -> Engine:
+    """A small engine whose free cache blocks and free pool rows hold NaN.
+
+    `steps_ahead` 1: a step is planned and started before the last one is recorded, as on a GPU.
+    """
     engine = Engine(
         base,
         EngineConfig(
@@ -42,6 +45,7 @@ def tiny_engine(base: Base, *, poison: bool = True, **options) -> Engine:
             adapters=AdapterConfig(**{"pool_bytes": 24 << 20, "max_slots": 8, **options}),
         ),
     )
+    engine.num_steps_ahead = steps_ahead
     if poison:
         poison_free_memory(engine)
     return engine

@@ -23,7 +23,7 @@ PRODUCT = ("lora_runtime", "server")
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 MAX_MEDIAN_FUNCTION_LINES = 10
-MAX_CODE_LINES = {"adapters": 2600, "training": 3300, "": 4000}
+MAX_CODE_LINES = {"adapters": 2600, "training": 3300, "": 4050}
 """Of lora_runtime's packages without blank lines, comments and docstrings; "" is all others: the
 road of a request, which a newcomer should read in one sitting.
 """

@@ -88,9 +88,11 @@ class BlockManager:
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make a sequence's computed full blocks findable; of equal ones the first stays."""
-        num_whole = sequence.num_computed_tokens // self.block_size
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make the full blocks of a sequence's first tokens findable; of equal ones the first
+        stays.
+        """
+        num_whole = num_tokens // self.block_size
         if not self._is_caching or num_whole <= sequence.num_cached_blocks:
             return
         self._extend_keys(sequence, num_whole)

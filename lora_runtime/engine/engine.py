@@ -1,8 +1,9 @@
-"""The engine: step = schedule → run → commit. Single-threaded; `loop.py` gives it a thread."""
+"""The engine: step = schedule → start → commit. Single-threaded; `loop.py` gives it a thread."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 
@@ -13,13 +14,14 @@ from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import FinishReason, Request, Sequence, StepOutput
+from lora_runtime.core import FinishReason, Request, ScheduledBatch, Sequence, StepOutput
 from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
 from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.memory_budget import num_kv_blocks
 from lora_runtime.engine.model_runner import ModelRunner
+from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
@@ -54,16 +56,22 @@ class Engine:
         self.slots = SlotTable(self.pool.nbytes, max_slots)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.slots)
         cache = base.allocate_kv(num_blocks * config.cache.block_size)
-        self.runner = ModelRunner(base, cache, config.cache.block_size, self.pool, self.host)
+        max_num_seqs = config.scheduler.max_num_seqs
+        self.runner = ModelRunner(
+            base, cache, config.cache.block_size, self.pool, self.host, max_num_seqs
+        )
         self.info = _info(base, config, num_blocks, self.pool.nbytes)
         if has_graphs:
             self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, CudaCapture())
+        self.num_steps_ahead = int(base.device.type == "cuda")
+        """0, or 1: a step runs on the device while the next one is planned and queued."""
+        self._started: deque[tuple[ScheduledBatch, Draw]] = deque()
         self._live: dict[str, Sequence] = {}
         self._num_steps = 0
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle
+        return self.scheduler.is_idle and not self._started
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -127,16 +135,28 @@ class Engine:
         return freed
 
     def step(self) -> list[StepOutput]:
-        """Run one step: plan it, do it, record it."""
+        """Plan a step, start it, and record what is done: this one, or the one before it."""
         outputs = self._expire()
         plan = self.scheduler.schedule(self.runner.loads.in_progress())
-        sampled = self.runner.run(plan)
-        outputs += self.scheduler.commit(plan, sampled)
+        num_steps_ahead = self.num_steps_ahead if self._start(plan) else 0
+        while len(self._started) > num_steps_ahead:
+            plan, drawn = self._started.popleft()
+            outputs += self.scheduler.commit(plan, drawn.result())
         self._num_steps += 1
         for output in outputs:
             if output.finish_reason is not None:
                 self._live.pop(output.request_id, None)
         return outputs
+
+    def _start(self, plan: ScheduledBatch) -> bool:
+        """Start a plan if it has rows; without anything to run, wait for adapters."""
+        self.runner.load(plan.loads)
+        if plan.sequences:
+            self._started.append((plan, self.runner.start(plan)))
+            self.scheduler.advance(plan)
+        elif not self._started:
+            self.runner.loads.wait()
+        return bool(plan.sequences)
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and people."""

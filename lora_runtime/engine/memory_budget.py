@@ -83,15 +83,14 @@ def measure(base: Base, config: EngineConfig, pool: AdapterPool) -> DeviceMemory
     """
     plan, block_size = largest_step(base, config), config.cache.block_size
     num_blocks = sum(len(row.sequence.block_table) for row in plan.sequences)
-    runner = ModelRunner(
-        base, base.allocate_kv(num_blocks * block_size), block_size, pool, HostCache()
-    )
-    runner.run(plan)
+    cache = base.allocate_kv(num_blocks * block_size)
+    runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.sequences))
+    runner.start(plan).result()
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
-    runner.run(plan)
+    runner.start(plan).result()
     activations = torch.cuda.max_memory_allocated(base.device) - before
-    del runner
+    del runner, cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(base.device)
     return DeviceMemory(total=total, in_use=total - free, activations=activations)

@@ -11,12 +11,12 @@ from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
-from lora_runtime.core import SampledToken, ScheduledBatch
+from lora_runtime.core import AdapterPlacement, ScheduledBatch
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
-from lora_runtime.engine.sampler import sample
+from lora_runtime.engine.sampler import Draw, draw
 from lora_runtime.engine.step_buffers import StepBuffers
 
 
@@ -24,13 +24,21 @@ class ModelRunner:
     """Does what a plan says with the base, the cache and the adapter pool. It never decides."""
 
     def __init__(
-        self, base: Base, cache: KVCache, block_size: int, pool: AdapterPool, host: HostCache
+        self,
+        base: Base,
+        cache: KVCache,
+        block_size: int,
+        pool: AdapterPool,
+        host: HostCache,
+        max_num_seqs: int,
     ) -> None:
         self.base, self.cache, self.block_size = base, cache, block_size
         self.pool, self.host = pool, host
         is_cuda = base.device.type == "cuda"
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
+        self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
+        """What the last step gave each row that sampled."""
 
     @torch.inference_mode()
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
@@ -49,19 +57,17 @@ class ModelRunner:
             self.graphs.warm_up(self.pool.layout, on_progress)
 
     @torch.inference_mode()
-    def run(self, plan: ScheduledBatch) -> list[SampledToken]:
-        """Load the plan's adapters, run its tokens, and sample the rows that are due, in order.
-
-        A plan without rows waits for adapters.
-        """
-        for placement in plan.loads:
+    def load(self, placements: tuple[AdapterPlacement, ...]) -> None:
+        """Copy adapters to the device, or start to."""
+        for placement in placements:
             self.loads.start(placement, self.host[placement.digest])
-        if not plan.sequences:
-            self.loads.wait()
-            return []
-        sampling = [row.sequence for row in plan.sequences if row.samples]
-        logits = self.logits(plan)
-        return sample(logits, sampling) if sampling else []
+
+    @torch.inference_mode()
+    def start(self, plan: ScheduledBatch) -> Draw:
+        """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
+        found = draw(self.logits(plan), [row.sequence for row in plan.sequences if row.samples])
+        self._drawn[: len(found.token_ids)] = found.token_ids
+        return found
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
         """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""
@@ -73,11 +79,15 @@ class ModelRunner:
         return self.forward(batch, plan_layers(plan, batch, self.cache))
 
     def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
-        """Logits (n, vocab) of the rows that sample; writes the cache."""
+        """Logits (n, vocab) of the rows that sample; writes the cache.
+
+        A token −1 − r is what the step before gave row r of those that sampled.
+        """
+        drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
         attention = planned.batch if planned else PagedAttention(self.cache, batch.attention)
         with self.base.context.effect(batch.adapters, self.pool.bindings, batch.head_adapters):
             return self.base.forward(
-                batch.token_ids,
+                torch.where(batch.token_ids < 0, drawn, batch.token_ids),
                 batch.positions,
                 attention,
                 batch.logits_at,

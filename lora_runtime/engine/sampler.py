@@ -1,13 +1,14 @@
 """From logits to token ids, every row under its own parameters, all rows at once.
 
 A row's draw depends on its own logits, parameters and random number only, never on its neighbours.
-The host waits once a step, for the result; nothing before reads a value of the device.
+Nothing waits for the device but `Draw.result`, which the next steps may be started before.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,23 +24,45 @@ def uniform(sequence: Sequence) -> float:
     return random.Random(f"{seed}/{sequence.num_output_tokens}").random()
 
 
-def sample(logits: Tensor, sequences: AbstractSequence[Sequence]) -> list[SampledToken]:
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token a row, on its way to the host."""
+
+    token_ids: Tensor
+    """(n,) int64, on the device."""
+    _chosen: Tensor
+    _logprobs: Tensor | None
+    _params: list[SamplingParams]
+    _is_copied: torch.cuda.Event | None
+
+    def result(self) -> list[SampledToken]:
+        """Wait for the step, not for later ones, and give what was drawn."""
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        logprobs = _read_logprobs(self._logprobs, self._params)
+        return [
+            SampledToken(token_id, bool(is_finite), logprob)
+            for (token_id, is_finite), logprob in zip(self._chosen.tolist(), logprobs, strict=True)
+        ]
+
+
+def draw(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Draw:
     """Draw one token a row: logits (n, vocab), row i for sequences[i].
 
     temperature 0 takes the most likely token; else one is drawn by inversion from
     softmax(logits / temperature) cut to top_k, top_p and min_p. Stop tokens are excluded before
     min_tokens. Log probabilities are of the unmodified logits, in float32.
     """
+    params = [sequence.request.sampling for sequence in sequences]
     chosen = choose(logits, sequences)
-    logprobs = _logprobs(logits, chosen[:, 0], [s.request.sampling for s in sequences])
-    return [
-        SampledToken(token_id, bool(is_finite), logprob)
-        for (token_id, is_finite), logprob in zip(chosen.tolist(), logprobs, strict=True)
-    ]
+    logprobs = _logprobs(logits, chosen[:, 0], params)
+    copied = [None if t is None else t.to("cpu", non_blocking=True) for t in (chosen, logprobs)]
+    stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
+    return Draw(chosen[:, 0], *copied, params, stream and stream.record_event())
 
 
 def choose(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Tensor:
-    """What `sample` draws, still on the device: (n, 2) int64 as in `greedy`.
+    """What `draw` draws, still on the device: (n, 2) int64 as in `greedy`.
 
     One copy goes there, of all parameters, if any row draws (one more before min_tokens).
     """
@@ -144,20 +167,31 @@ def _invert(kept: Tensor, number: Tensor) -> Tensor:
     return place.clamp(max=kept.shape[1] - 1)  # a NaN row passes nowhere
 
 
-def _logprobs(
-    logits: Tensor, token_ids: Tensor, params: list[SamplingParams]
-) -> list[TokenLogprob | None]:
-    """One more copy in each direction, if any row wants them."""
-    wanted = [row for row, p in enumerate(params) if p.num_logprobs is not None]
-    found: list[TokenLogprob | None] = [None] * len(params)
+def _logprobs(logits: Tensor, token_ids: Tensor, params: list[SamplingParams]) -> Tensor | None:
+    """(w, 1 + 2k) float64: of the w rows that want them the sampled token's, the k most likely
+    ones' and their ids. One more copy in each direction, if any row wants them.
+    """
+    wanted = _wanting_logprobs(params)
     if not wanted:
-        return found
+        return None
     rows = _on_device(wanted, logits.device).long()
     logprobs = torch.log_softmax(logits.index_select(0, rows).float(), dim=1)
     sampled = logprobs.gather(1, token_ids.index_select(0, rows)[:, None])
     values, ids = logprobs.topk(max(params[row].num_logprobs or 0 for row in wanted), dim=1)
-    copied = torch.cat([sampled, values, ids.double()], dim=1).tolist()
-    for row, (logprob, *rest) in zip(wanted, copied, strict=True):
-        pairs = zip(map(int, rest[len(rest) // 2 :]), rest[: len(rest) // 2], strict=True)
-        found[row] = TokenLogprob(logprob, tuple(pairs)[: params[row].num_logprobs])
+    return torch.cat([sampled, values, ids.double()], dim=1)
+
+
+def _wanting_logprobs(params: list[SamplingParams]) -> list[int]:
+    return [row for row, p in enumerate(params) if p.num_logprobs is not None]
+
+
+def _read_logprobs(
+    logprobs: Tensor | None, params: list[SamplingParams]
+) -> list[TokenLogprob | None]:
+    found: list[TokenLogprob | None] = [None] * len(params)
+    if logprobs is not None:
+        for row, (logprob, *rest) in zip(_wanting_logprobs(params), logprobs.tolist(), strict=True):
+            num_top = len(rest) // 2
+            pairs = zip(map(int, rest[num_top:]), rest[:num_top], strict=True)
+            found[row] = TokenLogprob(logprob, tuple(pairs)[: params[row].num_logprobs])
     return found

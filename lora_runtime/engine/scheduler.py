@@ -5,6 +5,9 @@ chunks that share the step with other rows. When cache blocks run out, the young
 sequence gives up its blocks and is computed again later (recompute preemption). A sequence starts
 after the leading blocks that the prefix cache still holds for it. One whose adapter is still being
 copied to the device runs with nothing to do, and the others go on.
+A step can be planned before the one ahead of it is committed: `advance` counts a started step as
+done, its new tokens being known to the device alone. A row that turns out to be over by then has
+run once in vain.
 Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369).
 """
 
@@ -73,7 +76,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         planned: list[ScheduledSequence] = []
         for sequence in list(self.running):
-            if _lacks_adapter(sequence, loading):
+            if _lacks_adapter(sequence, loading) or _has_all_tokens(sequence):
                 continue
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
@@ -91,21 +94,35 @@ class Scheduler:
                 budget -= num_tokens
         return ScheduledBatch(tuple(planned), tuple(loads))
 
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Count a plan that has been started as done; what it samples is pending."""
+        num_sampled = 0
+        for row in batch.sequences:
+            row.sequence.num_computed_tokens = row.end
+            if row.samples:
+                row.sequence.token_ids.append(-1 - num_sampled)
+                num_sampled += 1
+
     def commit(
         self, batch: ScheduledBatch, sampled: AbstractSequence[SampledToken]
     ) -> list[StepOutput]:
-        """Record a step's results: `sampled` has one entry per sequence that samples, in order."""
+        """Record the results of a plan that was advanced, before those of any later one.
+
+        `sampled` has one entry per sequence that samples, in order. Sequences that have ended
+        since are passed over; one that was preempted gets its token, and has no blocks to share.
+        """
         outputs, results = [], iter(sampled)
-        for scheduled in batch.sequences:
-            sequence = scheduled.sequence
-            result = next(results) if scheduled.samples else None
-            sequence.num_computed_tokens += scheduled.num_tokens
-            if result is not None and not result.is_finite:
-                outputs.append(self._fail(sequence))
+        for row in batch.sequences:
+            result = next(results) if row.samples else None
+            if row.sequence.status is SequenceStatus.FINISHED:
                 continue
-            self._blocks.publish(sequence)
+            if result is not None and not result.is_finite:
+                outputs.append(self._fail(row.sequence))
+                continue
+            if row.sequence.status is SequenceStatus.RUNNING:
+                self._blocks.publish(row.sequence, row.end)
             if result is not None:
-                outputs.append(self._accept(sequence, result))
+                outputs.append(self._accept(row.sequence, row.end, result))
         return outputs
 
     def check_integrity(self) -> None:
@@ -165,10 +182,10 @@ class Scheduler:
         )
         return self.end(sequence, FinishReason.ERROR, error)
 
-    def _accept(self, sequence: Sequence, result: SampledToken) -> StepOutput:
-        sequence.token_ids.append(result.token_id)
+    def _accept(self, sequence: Sequence, position: int, result: SampledToken) -> StepOutput:
+        sequence.token_ids[position] = result.token_id
         sequence.first_token = sequence.first_token or time.monotonic()
-        reason = _finish_reason(sequence)
+        reason = _finish_reason(sequence, position)
         logprobs = () if result.logprob is None else (result.logprob,)
         if reason is None:
             return StepOutput(
@@ -206,14 +223,21 @@ def _lacks_adapter(
 
 
 def _chunk(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-    return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
+    samples = num_tokens == sequence.num_uncomputed_tokens
+    return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens, samples)
 
 
-def _finish_reason(sequence: Sequence) -> FinishReason | None:
+def _has_all_tokens(sequence: Sequence) -> bool:
+    """True when the running step gives the last one."""
+    return sequence.num_output_tokens >= sequence.request.sampling.max_tokens
+
+
+def _finish_reason(sequence: Sequence, position: int) -> FinishReason | None:
     sampling = sequence.request.sampling
-    if sequence.token_ids[-1] in sampling.stop_token_ids:
+    if sequence.token_ids[position] in sampling.stop_token_ids:
         return FinishReason.STOP
-    return FinishReason.LENGTH if sequence.num_output_tokens >= sampling.max_tokens else None
+    num_output_tokens = position + 1 - sequence.num_prompt_tokens
+    return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None
 
 
 def _terminal(

@@ -1,7 +1,9 @@
 """The tables of a decode step at fixed addresses, as a captured graph wants them.
 
-All of them lie in one run of bytes, twice: on the host, where a step is written down, and on the
-device, where the graph reads it. One copy brings a step over.
+All but the block tables lie in one run of bytes, twice: on the host, where a step is written down,
+and on the device, where the graph reads it. One copy brings a step over, and one more for every row
+that has got blocks since. What is copied lies in pinned memory that nothing is written to again
+before the copy is done, so the next step can be written down while this one runs.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ class StepBuffers:
         self, num_rows: int, num_blocks: int, block_size: int, device: torch.device
     ) -> None:
         self.num_rows, self.block_size = num_rows, block_size
-        self._sections = _sections(num_rows, num_blocks)
+        self._sections = _sections(num_rows)
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sections.values())
-        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(size, dtype=torch.uint8)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
         self._rows = torch.arange(num_rows, dtype=INT32, device=device)
+        self._block_tables = torch.zeros(num_rows, num_blocks, dtype=INT32, device=device)
         self._tables: dict[int, tuple[tuple[Sequence, int] | None, int]] = {}
         """Whose table a row holds, after how many preemptions, and how much of it."""
         self.fill(())
@@ -55,7 +58,7 @@ class StepBuffers:
         for index, row in enumerate(rows):
             self._fill_table(index, row.sequence)
         has_adapters = self._fill_adapters(rows)
-        self._device.copy_(self._host, non_blocking=True)
+        _copy(self._host, self._device)
         return has_adapters
 
     def batch(self, *, has_adapters: bool) -> ForwardBatch:
@@ -69,7 +72,7 @@ class StepBuffers:
             rows=self._rows,
             positions=views["seen"],
             slot_mapping=views["cache_slots"],
-            block_tables=views["block_tables"],
+            block_tables=self._block_tables,
             block_size=self.block_size,
         )
         return ForwardBatch(
@@ -91,7 +94,8 @@ class StepBuffers:
         known = self._tables.get(index, (None, 0))
         begin = known[1] if known[0] == row else 0
         if begin < len(table):
-            self._host_views["block_tables"][index, begin : len(table)] = table[begin:]
+            blocks = torch.tensor(table[begin:], dtype=INT32)
+            _copy(blocks, self._block_tables[index, begin : len(table)])
             self._tables[index] = row, len(table)
 
     def _fill_adapters(self, rows: Rows) -> bool:
@@ -121,7 +125,13 @@ class StepBuffers:
         return views
 
 
-def _sections(num_rows: int, num_blocks: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _copy(source: Tensor, target: Tensor) -> None:
+    """From the host, which may change `source` at once."""
+    staged = source.pin_memory() if target.is_cuda else source
+    target.copy_(staged, non_blocking=True)
+
+
+def _sections(num_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name → shape and dtype; the widest first, so that every one is aligned."""
     per_row = (num_rows,)
     return {
@@ -129,7 +139,6 @@ def _sections(num_rows: int, num_blocks: int) -> dict[str, tuple[tuple[int, ...]
         "positions": (per_row, INT64),
         "cache_slots": (per_row, INT64),
         "seen": (per_row, INT32),
-        "block_tables": ((num_rows, num_blocks), INT32),
         "tokens": (per_row, INT32),
         "slots": (per_row, INT32),
         "replicas": (per_row, INT32),

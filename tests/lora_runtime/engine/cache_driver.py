@@ -7,7 +7,7 @@ token of the row differs from the same recurrence without a cache.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from hashlib import blake2b
 
 from lora_runtime.adapters.slot_table import SlotTable
@@ -22,13 +22,18 @@ NAN = "nan"
 LAYER_MAPS = {1: None, 2: (0, 1, 1), 3: (0, 1, 0, 1, 0)}
 
 
-def cell(sequence, position, plane, before) -> str:
-    """Keys and values of one token in one plane; `before`: all planes of the token before."""
+def cell(sequence, position, plane, before, drawn=()) -> str:
+    """Keys and values of one token in one plane; `before`: all planes of the token before,
+    `drawn`: what the last step gave each row.
+    """
     uses = sequence.request.adapters
     acting = sorted((u.digest, u.weight) for u in uses if position >= u.start_position)
     if NAN in before or any(digest == BAD for digest, _ in acting):
         return NAN
-    content = repr((sequence.token_ids[position], acting, sequence.layer_map, plane, before))
+    token_id = sequence.token_ids[position]
+    if token_id < 0:
+        token_id = drawn[-1 - token_id]
+    content = repr((token_id, acting, sequence.layer_map, plane, before))
     return blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -63,9 +68,14 @@ class CacheDriver:
         is_caching=True,
         max_slots=8,
         load_steps=None,
+        steps_ahead=0,
     ):
-        """`load_steps`: steps until an adapter's copy is done; None: at once."""
-        self.budget, self.load_steps = budget, load_steps
+        """`load_steps`: steps until an adapter's copy is done; None: at once. `steps_ahead`: 1 to
+        commit a step after the next one was started.
+        """
+        self.budget, self.load_steps, self.steps_ahead = budget, load_steps, steps_ahead
+        self.started: deque = deque()
+        self.drawn: list[int] = []
         self.loading: dict[str, int] = {}
         config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_cache=is_caching)
@@ -97,8 +107,12 @@ class CacheDriver:
         ]
         for row in plan.sequences:
             self.check(row)
-        for output in self.scheduler.commit(plan, sampled):
-            self.record(output)
+        self.scheduler.advance(plan)
+        self.drawn = [result.token_id for result in sampled]
+        self.started.append((plan, sampled))
+        while len(self.started) > (self.steps_ahead if plan.sequences else 0):
+            for output in self.scheduler.commit(*self.started.popleft()):
+                self.record(output)
         self.scheduler.check_integrity()
 
     def plan(self):
@@ -118,7 +132,7 @@ class CacheDriver:
             for plane in range(row.sequence.num_planes):
                 block = self.block(row.sequence, position, plane)
                 self.memory[block][position % BLOCK_SIZE] = cell(
-                    row.sequence, position, plane, before
+                    row.sequence, position, plane, before, self.drawn
                 )
         self.num_computed[row.sequence.request.request_id] += row.num_tokens
 
@@ -127,7 +141,9 @@ class CacheDriver:
         cells: tuple = ()
         for position in range(row.start + row.num_tokens):
             planes = range(row.sequence.num_planes)
-            cells = tuple(cell(row.sequence, position, plane, cells) for plane in planes)
+            cells = tuple(
+                cell(row.sequence, position, plane, cells, self.drawn) for plane in planes
+            )
             assert self.read(row.sequence, position) == cells
 
     def read(self, sequence, position) -> tuple:
@@ -147,7 +163,7 @@ class CacheDriver:
 
     def finish(self) -> None:
         for _ in range(3000):
-            if self.scheduler.is_idle:
+            if self.scheduler.is_idle and not self.started:
                 assert self.blocks.num_used == 0
                 return
             self.step()

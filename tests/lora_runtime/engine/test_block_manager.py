@@ -24,7 +24,7 @@ def begin(blocks: BlockManager, new: Sequence) -> int:
     num_found = new.num_computed_tokens
     assert blocks.grow(new, len(new.token_ids))
     new.num_computed_tokens = len(new.token_ids)
-    blocks.publish(new)
+    blocks.publish(new, new.num_computed_tokens)
     return num_found
 
 
@@ -106,7 +106,7 @@ class Blocks(RuleBasedStateMachine):
             for position in range(start, stop):
                 self.write(owner, position)
             owner.num_computed_tokens = stop
-            self.blocks.publish(owner)
+            self.blocks.publish(owner, stop)
             self.record(owner)
             if stop == len(owner.token_ids):
                 owner.token_ids.append(output)
@@ -221,7 +221,7 @@ def test_of_equal_blocks_the_first_is_found_and_the_other_stays_private():
         assert blocks.grow(owner, 4)
         owner.num_computed_tokens = 4
     for owner in (first, second):
-        blocks.publish(owner)
+        blocks.publish(owner, 4)
     assert set(first.block_table).isdisjoint(second.block_table)
     assert blocks.find(sequence([1] * 5)) == first.block_table
     blocks.release(first)

@@ -61,7 +61,7 @@ def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_pat
     folders = four_adapters(dense_twin(base, "llama"), tmp_path)
     forms = [load_adapter(folders[i], base.spec, base.weights) for i in (1, 3)]
     plain = tiny_engine(base)
-    replaying, captures = replaying_engine(base)
+    replaying, captures = replaying_engine(base, steps_ahead=1)
     owners = [(), (forms[0],), (forms[0], forms[1])]
     requests = [
         greedy(str(i), prompt, max_tokens=2, adapters=uses_of(owner))
@@ -160,7 +160,7 @@ def test_what_is_no_plain_decode_step_is_left_to_the_eager_way():
     assert buffers.takes((row, row))
     assert not buffers.takes((row,) * 3), "too many rows"
     assert not buffers.takes((ScheduledSequence(row.sequence, 3, 3),)), "a chunk of a prompt"
-    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 1),)), "nothing is sampled"
+    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 1, False),)), "nothing is sampled"
     row.sequence.slots = (1, 2, 3)
     assert not buffers.takes((row,)), "more entries than rows"
     row.sequence.slots, row.sequence.layer_map = (1,), (0, 0, 1)

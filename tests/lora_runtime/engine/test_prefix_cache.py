@@ -54,15 +54,17 @@ def random_request(rng: random.Random, index: int, kinds=USES) -> Request:
     budget=st.integers(5, 40),
     max_num_seqs=st.integers(1, 5),
     load_steps=st.sampled_from([None, 1, 2, 5]),
+    steps_ahead=st.integers(0, 1),
 )
 def test_every_row_reads_its_own_history_under_any_schedule(
-    seed, num_blocks, budget, max_num_seqs, load_steps
+    seed, num_blocks, budget, max_num_seqs, load_steps, steps_ahead
 ):
     rng = random.Random(seed)
     kinds = rng.sample(USES, 4)
     driver = CacheDriver(
-        num_blocks, budget=budget, max_num_seqs=max_num_seqs, max_slots=2, load_steps=load_steps
-    )
+        num_blocks, budget=budget, max_num_seqs=max_num_seqs, max_slots=2, load_steps=load_steps,
+        steps_ahead=steps_ahead,
+    )  # fmt: skip
     expected, cancelled = {}, set()
     for index in range(25):
         request, num_planes = random_request(rng, index, kinds), rng.choice([1, 1, 1, 2, 3])
@@ -144,8 +146,9 @@ def test_salts_and_layer_maps_share_nothing():
     assert driver.serve(ask("plain", PROMPT), ask("x2", PROMPT, salt="x")) == [3, 3]
 
 
-def test_a_conversation_goes_on_from_its_own_output():
-    driver = CacheDriver()
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_conversation_goes_on_from_its_own_output(steps_ahead):
+    driver = CacheDriver(steps_ahead=steps_ahead)
     first = ask("1", PROMPT, A, max_tokens=6)
     driver.serve(first)
     longer = [*PROMPT, *driver.tokens["1"], 2, 2]  # 24 of 25 tokens have keys and values
@@ -182,9 +185,10 @@ def test_a_preempted_row_resumes_from_what_is_cached():
     assert 0 < num_lost < 2 * BLOCK_SIZE, "the old row took one of its blocks"
 
 
-def test_a_row_with_non_finite_logits_leaves_nothing_behind():
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_row_with_non_finite_logits_leaves_nothing_behind(steps_ahead):
     bad = AdapterUse(digest=BAD, start_position=8)
-    driver = CacheDriver(budget=8)
+    driver = CacheDriver(budget=8, steps_ahead=steps_ahead)
     for request_id in "12":
         assert driver.serve(ask(request_id, PROMPT, bad)) == [19]
         assert driver.ends[request_id] == [FinishReason.ERROR]

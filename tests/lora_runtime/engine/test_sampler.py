@@ -17,9 +17,13 @@ from transformers import (
 
 from lora_runtime.core import Request, SamplingParams, Sequence
 from lora_runtime.engine import sampler
-from lora_runtime.engine.sampler import choose, greedy, sample, uniform
+from lora_runtime.engine.sampler import choose, draw, greedy, uniform
 
 VOCAB_SIZE = 50
+
+
+def sample(logits, rows):
+    return draw(logits, rows).result()
 
 
 def row(**sampling) -> Sequence:
@@ -126,14 +130,19 @@ class HostReads(TorchDispatchMode):
 
 
 def test_nothing_is_read_before_the_tokens_are_known(monkeypatch):
-    """`tolist` is where the host waits; it is called once, and once more for log probabilities."""
+    """`tolist` is where the host waits; `draw` does not call it, and the result calls it once,
+    and once more for log probabilities.
+    """
     calls, real = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: calls.append(1) or real(t))
     rows = [row(temperature=0.0), row(seed=1), row(seed=2, top_k=3), row(seed=1, min_p=0.1)]
     with HostReads() as reads:
-        sample(random_logits(4), rows)
+        plain = draw(random_logits(4), rows)
+        with_logprobs = draw(random_logits(4), [*rows[:3], row(seed=1, num_logprobs=4)])
+        assert calls == []
+        plain.result()
         assert calls == [1]
-        sample(random_logits(4), [*rows[:3], row(seed=1, num_logprobs=4)])
+        with_logprobs.result()
     assert calls == [1, 1, 1] and not reads.found
 
 
