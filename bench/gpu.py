@@ -28,11 +28,15 @@ from rich.table import Table
 
 from bench import gpu_engine, gpu_kernels, gpu_peers, gpu_timing, machine
 from bench.gpu_timing import DEVICE, HAS_GPU
+from lora_runtime.config import EngineConfig
 from lora_runtime.core import AdapterPlacement
+from lora_runtime.engine.engine import Engine
 from lora_runtime.kernels import gpu
 
 ROWS, COUNTS = (32, (4, 8, 32)) if HAS_GPU else (3, (2,))
 TOTAL, RESIDENT = (200, 64) if HAS_GPU else (4, 3)
+AGAINST_PEERS = 8 if HAS_GPU else 2
+"""Adapters of the mixed batch that PEFT is given too."""
 
 
 def ceilings() -> dict[str, float]:
@@ -44,13 +48,17 @@ def ceilings() -> dict[str, float]:
 
 
 def decode(bandwidth: float) -> dict[str, object]:
-    """Lines 2 and 4: decode steps of the base alone and mixed, and a long prefill."""
+    """Lines 2 to 4: decode steps of the base alone and mixed, whole requests, a long prefill."""
     base = gpu_engine.random_base("nf4")
     bench = gpu_engine.Bench.start(base, max(COUNTS), pool_adapters=max(COUNTS), max_rows=ROWS)
     steps = [bench.decode([None] * rows, bandwidth) for rows in (1, ROWS)]
     steps += [bench.decode([i % n for i in range(ROWS)], bandwidth) for n in COUNTS]
     prefill = {"base_s": bench.prefill(None), "adapter_s": bench.prefill(0)}
-    return {"steps": steps, "prefill": prefill, "quantization": "nf4"}
+    served = {
+        "base_tokens_per_s": bench.serve([None] * ROWS),
+        "mixed_tokens_per_s": bench.serve([i % AGAINST_PEERS for i in range(ROWS)]),
+    }
+    return {"steps": steps, "prefill": prefill, "served": served, "quantization": "nf4"}
 
 
 def formats(bandwidth: float) -> list[dict[str, object]]:
@@ -62,12 +70,12 @@ def formats(bandwidth: float) -> list[dict[str, object]]:
         for rows in (1, ROWS, 2 * ROWS):
             step = bench.decode([None] * rows, bandwidth)
             found.append({"quantization": quantization, **step})
-        del base, bench
+        del bench
         free()
     return found
 
 
-def many_adapters(bandwidth: float) -> dict[str, object]:
+def many_adapters() -> dict[str, object]:
     """Line 5: streams over 5 and over 200 adapters by Zipf's law, and how long steps and loads
     take. Names point to contents, so 1,000 names over these cost the same.
     """
@@ -98,11 +106,21 @@ def load_seconds(bench: gpu_engine.Bench) -> float:
     return statistics.median(gpu_timing.timed(load) for _ in range(5))
 
 
+def memory() -> dict[str, float]:
+    """What the default settings find for keys and values, and what is left over."""
+    engine = Engine(gpu_engine.random_base("nf4"), EngineConfig())
+    free_bytes, total = torch.cuda.mem_get_info() if HAS_GPU else (0, 1)
+    return {
+        "kv_tokens": engine.info.num_blocks * engine.info.block_size,
+        "free_share": free_bytes / total,
+    }
+
+
 def peers() -> dict[str, object]:
     model = gpu_peers.four_bit_model()
     plain = {rows: gpu_peers.tokens_per_second(model, rows) for rows in (1, ROWS)}
-    adapted = gpu_peers.with_adapters(model, COUNTS[-2] if HAS_GPU else 2)
-    mixed = gpu_peers.tokens_per_second(adapted, ROWS, COUNTS[-2] if HAS_GPU else 2)
+    adapted = gpu_peers.with_adapters(model, AGAINST_PEERS)
+    mixed = gpu_peers.tokens_per_second(adapted, ROWS, AGAINST_PEERS)
     return {"transformers_tokens_per_s": plain, "peft_mixed_tokens_per_s": mixed}
 
 
@@ -127,26 +145,30 @@ def show(name: str, found: object) -> None:
     console.print(table)
 
 
+PARTS: dict[str, Callable[[dict[str, float]], object]] = {
+    "checks": lambda limits: gpu_kernels.checks(),
+    "products": lambda limits: gpu_kernels.product_times(limits["read_bytes_per_s"]),
+    "adapters": lambda limits: gpu_kernels.adapter_times(limits["read_bytes_per_s"]),
+    "attention": lambda limits: gpu_kernels.attention_times(
+        limits["read_bytes_per_s"], limits["multiply_adds_per_s"]
+    ),
+    "decode": lambda limits: decode(limits["read_bytes_per_s"]),
+    "many": lambda limits: many_adapters(),
+    "memory": lambda limits: memory(),
+    "formats": lambda limits: formats(limits["read_bytes_per_s"]),
+    "peers": lambda limits: peers(),
+}
+"""In an order that makes the NF4 base once."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = ("checks", "products", "adapters", "attention", "decode", "formats", "many", "peers")
-    parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     gpu.DEVICES.add(DEVICE.type)
     limits = ceilings()
-    read, rate = limits["read_bytes_per_s"], limits["multiply_adds_per_s"]
-    parts: dict[str, Callable[[], object]] = {
-        "checks": gpu_kernels.checks,
-        "products": lambda: gpu_kernels.product_times(read),
-        "adapters": lambda: gpu_kernels.adapter_times(read),
-        "attention": lambda: gpu_kernels.attention_times(read, rate),
-        "decode": lambda: decode(read),
-        "formats": lambda: formats(read),
-        "many": lambda: many_adapters(read),
-        "peers": peers,
-    }
     result: dict[str, object] = {
         **machine.facts(),
         "question": "share of the byte floor of kernels and steps on a GPU",
@@ -156,7 +178,7 @@ def main() -> None:
     for name in args.only:
         start = time.perf_counter()
         try:
-            result[name] = parts[name]()
+            result[name] = PARTS[name](limits)
             show(name, result[name])
         except Exception:
             result[name] = {"failed": traceback.format_exc()}

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.engine import Engine
 
 RANK = 16
+PROMPT, NEW_TOKENS = (128, 64) if HAS_GPU else (16, 4)
 STEPS_AT_ONCE = 8
 """Queued behind each other, so that the device does not wait for the host in between."""
 LONG = 8192 if HAS_GPU else 24
@@ -64,7 +66,9 @@ def random_model() -> PreTrainedModel:
     return model.eval()
 
 
+@lru_cache(maxsize=1)
 def random_base(quantization: Quantization) -> Base:
+    """A base of SHAPE, kept until another is asked for."""
     config = BaseConfig(quantization=quantization, dequantized_cache=False)
     return prepare_base(random_model(), config, "random-8b", Path("."))
 
@@ -157,12 +161,11 @@ class Bench:
         return num_tokens / (time.perf_counter() - start)
 
     def decode(self, owners: Sequence[int | None], bandwidth: float) -> dict[str, object]:
-        """A decode step of these rows, each with 128 tokens behind it: on the device alone, by
-        the clock of whole engine steps, and its floor.
+        """A decode step of these rows, each with a prompt behind it: on the device alone, by the
+        clock of whole engine steps, and its floor.
         """
-        prompt, new_tokens = (128, 64) if HAS_GPU else (16, 4)
         for owner in owners:
-            self.add(owner, prompt, new_tokens)
+            self.add(owner, PROMPT, NEW_TOKENS)
         while self.engine.scheduler.waiting or any(
             s.num_uncomputed_tokens > 1 for s in self.engine.scheduler.running
         ):
@@ -170,7 +173,7 @@ class Bench:
         device = self._device_seconds()
         self.step_seconds.clear()
         speed = self.finish()
-        cached = len(owners) * prompt
+        cached = len(owners) * PROMPT
         distinct = len({owner for owner in owners if owner is not None})
         floor = step_bytes(self.base, cached, distinct) / bandwidth
         return {
@@ -178,6 +181,12 @@ class Bench:
             "device_ms": device * 1e3, "over_floor": device / floor,
             "step_ms": statistics.median(self.step_seconds) * 1e3, "tokens_per_s": speed,
         }  # fmt: skip
+
+    def serve(self, owners: Sequence[int | None]) -> float:
+        """Output tokens a second with the prompts included, as the peers are timed."""
+        for owner in owners:
+            self.add(owner, PROMPT, NEW_TOKENS)
+        return self.finish()
 
     @torch.inference_mode()
     def _device_seconds(self) -> float:

@@ -10,10 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.gpu_engine import RANK, random_model
-from bench.gpu_timing import DEVICE, HAS_GPU
-
-PROMPT, NEW_TOKENS = (128, 64) if HAS_GPU else (6, 4)
+from bench.gpu_engine import NEW_TOKENS, PROMPT, RANK, random_model
+from bench.gpu_timing import DEVICE
 
 
 def four_bit_model() -> PreTrainedModel:

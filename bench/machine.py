@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -21,10 +22,9 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 def facts() -> dict[str, object]:
     """Date, commit, CPU and versions of this run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
@@ -32,6 +32,16 @@ def facts() -> dict[str, object]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def _commit() -> str:
+    """Of the checkout; from LORAMUX_COMMIT where the files came without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("LORAMUX_COMMIT", "unknown")
 
 
 def _cpu_name() -> str:
