@@ -25,10 +25,13 @@ class Trace:
     num_terminals: int = 0
 
 
-def tiny_engine(base: Base, *, poison: bool = True, steps_ahead: int = 0, **options) -> Engine:
+def tiny_engine(
+    base: Base, *, poison: bool = True, steps_ahead: int | None = None, **options
+) -> Engine:
     """A small engine whose free cache blocks and free pool rows hold NaN.
 
-    `steps_ahead` 1: a step is planned and started before the last one is recorded, as on a GPU.
+    `steps_ahead` 1: a step is planned and started before the last one is recorded. None: as the
+    engine has it, 1 on a GPU.
     """
     engine = Engine(
         base,
@@ -45,7 +48,8 @@ def tiny_engine(base: Base, *, poison: bool = True, steps_ahead: int = 0, **opti
             adapters=AdapterConfig(**{"pool_bytes": 24 << 20, "max_slots": 8, **options}),
         ),
     )
-    engine.num_steps_ahead = steps_ahead
+    if steps_ahead is not None:
+        engine.num_steps_ahead = steps_ahead
     if poison:
         poison_free_memory(engine)
     return engine
