@@ -41,6 +41,9 @@ TEXTS = [
 ]
 
 
+NUM_POSITIONS = 14
+
+
 def dense(base, dtype):
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype).eval()
     with torch.no_grad():
@@ -168,7 +171,7 @@ def logits_of(loaded, owner, rows):
 
 @torch.no_grad()
 def test_bfloat16_error_is_within_a_quarter_of_pefts(folders, capsys):
-    """At every position of four texts, under every adapter and the base, all in one batch.
+    """At the first positions of four texts, under every adapter and the base, all in one batch.
 
     Errors of one text hang together through its first keys and values, so one adapter's four texts
     say little: each adapter's ratio is printed, the bound is on all twenty rows. The tiny models'
@@ -178,7 +181,7 @@ def test_bfloat16_error_is_within_a_quarter_of_pefts(folders, capsys):
     tokenizer = Tokenizer.load(base.folder)
     engine, digests = engine_with(base, folders)
     owners = (None, 0, 1, 2, 3)
-    rows = [(tokenizer.encode(text), owner) for owner in owners for text in TEXTS]
+    rows = [(tokenizer.encode(text)[:NUM_POSITIONS], owner) for owner in owners for text in TEXTS]
     requests = [
         greedy(str(i), prompt, None if owner is None else digests[owner], 1)
         for i, (prompt, owner) in enumerate(rows)
