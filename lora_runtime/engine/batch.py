@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.core import ScheduledBatch, ScheduledSequence
-from lora_runtime.kernels import AttentionMeta, Span, StepMeta
+from lora_runtime.kernels import AttentionMeta, Span, StepMeta, to_device
 
 Rows = tuple[ScheduledSequence, ...]
 
@@ -31,25 +31,25 @@ class ForwardBatch:
 
 
 def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-    """Lay out the rows of `plan`. Host lists first, then one copy a tensor to the device."""
+    """Lay out the rows of `plan`. Host lists first, then one copy a tensor, unwaited for."""
     rows = plan.sequences
     token_ids = [t for row in rows for t in _tokens(row)]
     positions = [p for row in rows for p in range(row.start, row.start + row.num_tokens)]
     starts = first_tokens(rows)
     attention = AttentionMeta(
-        rows=row_of_token(rows).to(device, torch.int32),
-        positions=torch.tensor(positions, dtype=torch.int32).to(device),
-        slot_mapping=slot_mapping(rows, block_size).to(device),
-        block_tables=block_tables(rows).to(device, torch.int32),
+        rows=to_device(row_of_token(rows).int(), device),
+        positions=to_device(torch.tensor(positions, dtype=torch.int32), device),
+        slot_mapping=to_device(slot_mapping(rows, block_size), device),
+        block_tables=to_device(block_tables(rows).int(), device),
         block_size=block_size,
     )
     ends = [end - 1 for row, end in zip(rows, starts[1:], strict=True) if row.samples]
     return ForwardBatch(
-        token_ids=torch.tensor(token_ids).to(device),
-        positions=torch.tensor(positions).to(device),
+        token_ids=to_device(torch.tensor(token_ids), device),
+        positions=to_device(torch.tensor(positions), device),
         attention=attention,
         adapters=StepMeta.build(spans(rows), device),
-        logits_at=torch.tensor(ends, dtype=torch.int64).to(device),
+        logits_at=to_device(torch.tensor(ends, dtype=torch.int64), device),
         head_adapters=StepMeta.build(_head_spans(rows), device),
     )
 

@@ -24,7 +24,7 @@ from lora_runtime.engine.batch import (
     slot_mapping,
     spans,
 )
-from lora_runtime.kernels import AttentionMeta, StepMeta
+from lora_runtime.kernels import AttentionMeta, StepMeta, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _layer_step(
     meta = _attention(own_rows, here, positions, tokens, planes, batch)
     everyone = len(here) == len(rows)
     return LayerStep(
-        tokens=None if everyone else tokens.to(device),
+        tokens=None if everyone else to_device(tokens, device),
         attention=PagedAttention(planes.cache, meta, layer=0),
         adapters=adapters[key],
     )
@@ -117,9 +117,9 @@ def _attention(
     tables = planes.tables[plane, torch.tensor(here)]
     tables = tables + layer[:, None] * (slots_in_layer // planes.block_size)
     return AttentionMeta(
-        rows=own_row.to(device, torch.int32),
-        positions=batch.attention.positions[tokens.to(device)],
-        slot_mapping=slots.to(device),
-        block_tables=tables.to(device, torch.int32),
+        rows=to_device(own_row.int(), device),
+        positions=batch.attention.positions[to_device(tokens, device)],
+        slot_mapping=to_device(slots, device),
+        block_tables=to_device(tables.int(), device),
         block_size=planes.block_size,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.core import SampledToken, SamplingParams, Sequence, TokenLogprob
+from lora_runtime.kernels import to_device
 
 
 def uniform(sequence: Sequence) -> float:
@@ -95,9 +96,7 @@ def _is_cut(sampling: SamplingParams) -> bool:
 
 
 def _on_device(values: list, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    table = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
 def _parameters(

@@ -18,6 +18,7 @@ from lora_runtime.kernels.types import (
     Run,
     Span,
     StepMeta,
+    to_device,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "patch_logits",
     "rms_norm",
     "rotate",
+    "to_device",
     "write_kv",
 ]
 

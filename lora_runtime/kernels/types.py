@@ -65,6 +65,12 @@ NO_RUN = Run()
 """Entry of a run table for a module that an adapter does not touch."""
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor on `device`. On CUDA the host does not wait for the copy."""
+    is_cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """`num_tokens` tokens from row `first_token` of the step, under the adapter in `slot`.
@@ -119,14 +125,17 @@ class StepMeta:
         )
 
         def per_entry(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-            return torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths).to(device)
+            entries = torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths)
+            return to_device(entries, device)
+
+        starts = torch.tensor(_segment_starts(ordered), dtype=torch.int32)
 
         return cls(
-            tokens=tokens.to(device, torch.int32),
+            tokens=to_device(tokens.int(), device),
             slots=per_entry([span.slot for span in ordered], torch.int32),
             replicas=per_entry([span.replica for span in ordered], torch.int32),
             weights=per_entry([span.weight for span in ordered], torch.float32),
-            segment_starts=torch.tensor(_segment_starts(ordered), dtype=torch.int32, device=device),
+            segment_starts=to_device(starts, device),
         )
 
 
