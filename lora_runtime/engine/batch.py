@@ -34,7 +34,7 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
     """Lay out the rows of `plan`. Host lists first, then one copy a tensor, unwaited for."""
     rows = plan.sequences
     token_ids = [t for row in rows for t in _tokens(row)]
-    positions = [p for row in rows for p in range(row.start, row.start + row.num_tokens)]
+    positions = [p for row in rows for p in range(row.start, row.end)]
     starts = first_tokens(rows)
     attention = AttentionMeta(
         rows=to_device(row_of_token(rows).int(), device),
@@ -72,7 +72,7 @@ def slot_mapping(rows: Rows, block_size: int, plane: int = 0) -> Tensor:
     slots = []
     for row in rows:
         table = _table(row, plane)
-        for position in range(row.start, row.start + row.num_tokens):
+        for position in range(row.start, row.end):
             block = table[position // block_size] if table else 0
             slots.append(block * block_size + position % block_size)
     return torch.tensor(slots)
@@ -112,12 +112,12 @@ def _head_spans(rows: Rows) -> list[Span]:
         Span(slot=slot, first_token=index, num_tokens=1, weight=use.weight)
         for index, row in enumerate(row for row in rows if row.samples)
         for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True)
-        if use.start_position < row.start + row.num_tokens
+        if use.start_position < row.end
     ]
 
 
 def _tokens(row: ScheduledSequence) -> list[int]:
-    return row.sequence.token_ids[row.start : row.start + row.num_tokens]
+    return row.sequence.token_ids[row.start : row.end]
 
 
 def _table(row: ScheduledSequence, plane: int) -> list[int]:

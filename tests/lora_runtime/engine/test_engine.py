@@ -173,10 +173,11 @@ def test_unload_with_cancel_ends_its_rows_only(base, forms):
     engine.check_integrity()
 
 
-def test_overflowing_weights_fail_their_rows_only(base, forms, alone, tmp_path):
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_overflowing_weights_fail_their_rows_only(base, forms, alone, tmp_path, steps_ahead):
     folder = write_adapter(dense_twin(base, "llama"), tmp_path / "huge", seed=9, scale=1e30)
     huge = load_adapter(folder, base.spec, base.weights)
-    engine = with_adapters(base, [*forms, huge])
+    engine = with_adapters(base, [*forms, huge], steps_ahead=steps_ahead)
     requests = mixed_requests(forms)
     bad = [greedy("bad", prompt(6), huge.digest), greedy("bad too", prompt(40), huge.digest)]
     traces = run(engine, [requests[0], bad[0], *requests[1:], bad[1]])

@@ -9,10 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import FinishReason, SamplingParams
 from lora_runtime.engine.sampler import Draw
-from lora_runtime.errors import AdapterFailed
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.test_engine import (
     alone,  # noqa: F401
@@ -21,8 +19,6 @@ from tests.lora_runtime.engine.test_engine import (
     tokens,
     with_adapters,
 )
-from tests.peft_adapters import write_adapter
-from tests.tiny import dense_twin
 
 
 def sampled_with(request, **options):
@@ -130,13 +126,3 @@ def test_requests_that_end_while_their_step_runs(base, forms, alone):  # noqa: F
         every = seen.get(request_id, []) + outputs[request_id]
         assert [t for o in every for t in o.token_ids] == alone[request_id]
         assert sum(o.finish_reason is not None for o in every) == 1
-
-
-def test_overflowing_weights_fail_their_rows_only(base, forms, alone, tmp_path):  # noqa: F811
-    folder = write_adapter(dense_twin(base, "llama"), tmp_path, seed=9, scale=1e30)
-    huge = load_adapter(folder, base.spec, base.weights)
-    engine = with_adapters(base, [*forms, huge], steps_ahead=1)
-    requests = mixed_requests(forms)
-    traces = run(engine, [requests[0], greedy("bad", prompt(40), huge.digest), *requests[1:]])
-    assert isinstance(traces.pop("bad").error, AdapterFailed)
-    assert tokens(traces) == alone
