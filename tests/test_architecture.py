@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -20,13 +19,7 @@ import pytest
 REPO = Path(__file__).parents[1]
 PRODUCT = ("lora_runtime", "server")
 
-MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
-MAX_MEDIAN_FUNCTION_LINES = 10
-MAX_CODE_LINES = {"adapters": 2600, "training": 3300, "": 4050}
-"""Of lora_runtime's packages without blank lines, comments and docstrings; "" is all others: the
-road of a request, which a newcomer should read in one sitting.
-"""
 MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
@@ -131,27 +124,9 @@ class Module:
         return ast.parse(self.source)
 
     @property
-    def num_lines(self) -> int:
-        return self.source.count("\n")
-
-    @property
     def is_kernel(self) -> bool:
         """Kernel bodies (Triton here, C++ elsewhere) are counted apart."""
         return self.name.startswith("lora_runtime.kernels.") and "triton" in self.imports
-
-    @cached_property
-    def num_code_lines(self) -> int:
-        """Lines that are neither blank nor comment nor docstring."""
-        documentation = {
-            line
-            for node in ast.walk(self.tree)
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            for line in range(node.lineno, node.end_lineno + 1)
-        }
-        return sum(
-            bool(line.strip()) and not line.lstrip().startswith("#") and number not in documentation
-            for number, line in enumerate(self.source.splitlines(), start=1)
-        )
 
     @cached_property
     def imports(self) -> set[str]:
@@ -312,8 +287,6 @@ def _last_name(node: ast.expr) -> str:
 
 def oversized(modules: Iterable[Module]) -> Iterator[str]:
     for module in modules:
-        if module.num_lines > MAX_FILE_LINES:
-            yield f"{module.name} has {module.num_lines} lines, over {MAX_FILE_LINES}"
         limit = MAX_KERNEL_BODY_LINES if module.is_kernel else MAX_FUNCTION_LINES
         for name, num_lines in module.functions:
             if num_lines > limit:
@@ -418,25 +391,8 @@ def test_names_say_something(modules):
     assert complaints(badly_named(modules)) == ""
 
 
-def test_sizes(modules):
+def test_functions_are_short(modules):
     assert complaints(oversized(modules)) == ""
-    totals = dict.fromkeys(MAX_CODE_LINES, 0)
-    for module in modules:
-        if is_within(module.name, "lora_runtime") and not module.is_kernel:
-            package = module.name.split(".")[1] if "." in module.name else ""
-            totals[package if package in totals else ""] += module.num_code_lines
-    assert all(totals[package] <= limit for package, limit in MAX_CODE_LINES.items()), totals
-
-
-@pytest.mark.parametrize("package", PRODUCT)
-def test_functions_are_short(modules, package):
-    lengths = [n for m in modules if is_within(m.name, package) for _, n in m.functions]
-    assert statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
-
-
-def test_c_files_are_small():
-    for path in (REPO / "lora_runtime" / "kernels" / "csrc").iterdir():
-        assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path.name
 
 
 def test_nothing_refers_to_files_outside_the_repository():
@@ -475,7 +431,6 @@ BAD_SOURCES = {
         ("server.app", '"""Doc."""\nasync def f(): pass'),
     ],
     oversized: [
-        ("server.app", "\n" * 301),
         ("server.app", "def f():\n" + "    x = 1\n" * 50),
         ("lora_runtime.kernels.lora", "import triton\ndef f():\n" + "    x = 1\n" * 150),
     ],
@@ -502,4 +457,4 @@ def test_a_torch_free_module_may_not_reach_torch_through_another():
 def test_documentation_does_not_count_as_length():
     long = 'def f():\n    """' + "words\n" * 60 + '"""\n    return 1\n'
     module = Module("server.app", "# why\n\n" + long)
-    assert module.functions == [("server.app.f", 2)] and module.num_code_lines == 2
+    assert module.functions == [("server.app.f", 2)]
