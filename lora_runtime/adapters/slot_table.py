@@ -70,6 +70,7 @@ class SlotTable:
         self._sizes: dict[str, int] = {}
         self._resident: OrderedDict[str, AdapterPlacement] = OrderedDict()
         self._pins: dict[str, int] = {}
+        self._vacated: set[int] = set()
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -151,6 +152,13 @@ class SlotTable:
         if self._pins[digest] == 0:
             del self._pins[digest]
 
+    def take_vacated(self) -> tuple[int, ...]:
+        """Slots that lost their adapter and got no other since this was last asked: their run
+        tables still point at its bytes.
+        """
+        vacated, self._vacated = tuple(sorted(self._vacated)), set()
+        return vacated
+
     def is_pinned(self, digest: str) -> bool:
         """True while a running request uses the adapter."""
         return digest in self._pins
@@ -162,6 +170,7 @@ class SlotTable:
         if address is None:
             return None
         placement = AdapterPlacement(digest, self._free_slots.pop(), address)
+        self._vacated.discard(placement.slot)
         self._resident[digest] = placement
         return placement
 
@@ -169,6 +178,7 @@ class SlotTable:
         placement = self._resident.pop(digest)
         self._space.free(placement.address, self._sizes[digest])
         self._free_slots.append(placement.slot)
+        self._vacated.add(placement.slot)
 
     def check_integrity(self) -> None:
         """Assert that free and resident bytes add up, and that what is pinned is resident."""

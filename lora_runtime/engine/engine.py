@@ -132,6 +132,8 @@ class Engine:
         for digest in freed:
             self.slots.forget(digest)
             self.host.remove(digest)
+            self.blocks.forget_adapter(digest)
+        self.runner.clear(self.slots.take_vacated())
         return freed
 
     def step(self) -> list[StepOutput]:
@@ -150,6 +152,7 @@ class Engine:
 
     def _start(self, plan: ScheduledBatch) -> bool:
         """Start a plan if it has rows; without anything to run, wait for adapters."""
+        self.runner.clear(self.slots.take_vacated())
         self.runner.load(plan.loads)
         if plan.sequences:
             self._started.append((plan, self.runner.start(plan)))

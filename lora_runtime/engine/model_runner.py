@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class ModelRunner:
         """Copy adapters to the device, or start to."""
         for placement in placements:
             self.loads.start(placement, self.host[placement.digest])
+
+    @torch.inference_mode()
+    def clear(self, slots: Iterable[int]) -> None:
+        """Empty slots of the pool whose adapters have gone."""
+        for slot in slots:
+            self.loads.clear(slot)
 
     @torch.inference_mode()
     def start(self, plan: ScheduledBatch) -> Draw:
