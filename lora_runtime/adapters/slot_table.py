@@ -93,7 +93,7 @@ class SlotTable:
         """Remove an adapter that no request pins; its slot and bytes become free."""
         assert digest not in self._pins, "forgetting a pinned adapter"
         if digest in self._resident:
-            self._evict(digest)
+            self.evict(digest)
         del self._sizes[digest]
 
     def check_fits(self, digests: Collection[str]) -> None:
@@ -113,7 +113,7 @@ class SlotTable:
         acquired = self._acquire_each(digests)
         if acquired is None and not self._pins:
             for resident in list(self._resident):
-                self._evict(resident)
+                self.evict(resident)
             acquired = self._acquire_each(digests)
         return acquired
 
@@ -132,7 +132,7 @@ class SlotTable:
         for digest, got in zip(digests, acquired, strict=False):
             self.release(digest)
             if got.load is not None:
-                self._evict(digest)
+                self.evict(digest)
 
     def _acquire(self, digest: str) -> Acquired | None:
         load = None
@@ -141,7 +141,7 @@ class SlotTable:
                 victim = next((other for other in self._resident if other not in self._pins), None)
                 if victim is None:
                     return None
-                self._evict(victim)
+                self.evict(victim)
         self._resident.move_to_end(digest)
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
@@ -174,7 +174,8 @@ class SlotTable:
         self._resident[digest] = placement
         return placement
 
-    def _evict(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
+        """Take an adapter that no request pins out of its slot; it stays known."""
         placement = self._resident.pop(digest)
         self._space.free(placement.address, self._sizes[digest])
         self._free_slots.append(placement.slot)

@@ -188,7 +188,7 @@ def test_evicted_adapters_leave_no_runs(base, forms):
     engine = with_adapters(base, forms, max_slots=4)
     run(engine, mixed_requests(forms, max_tokens=2))
     for form in forms[:2]:
-        engine.slots._evict(form.digest)
+        engine.slots.evict(form.digest)
     run(engine, [greedy("base", [5, 6], None, 1)])
     resident = {engine.slots._resident[form.digest].slot for form in forms[2:]}
     for slot in range(4):
