@@ -99,7 +99,7 @@ def reduce_adapter(
         inert=spec.inert,
         layer_map=spec.layer_map,
         invocation_tokens=spec.invocation_tokens,
-        notes=_notes(spec, reduced.values(), initial),
+        notes=(*spec.notes, *_notes(spec, reduced.values(), initial)),
     )
 
 

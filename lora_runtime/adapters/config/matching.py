@@ -118,7 +118,7 @@ def select_modules(
 ) -> frozenset[str]:
     """Return the names that a selection adapts; "all-linear" leaves out `ends`.
 
-    Raises: AdapterRefused for a target or layer that matches nothing.
+    Raises: AdapterRefused for a layer that is not there, or where no target matches.
     """
     _check_layers(selection.layers_to_transform, num_layers)
     is_target = _target_test(selection, names, ends, matcher)
@@ -155,7 +155,12 @@ def _target_test(
     targets, field = selection.target_modules, "target_modules"
     if isinstance(targets, tuple):
         entries = set(targets)
-        _check_entries(entries, names)
+        if len(unmatched := unmatched_targets(selection, names)) == len(entries):
+            raise AdapterRefused(
+                f"target_modules names {unmatched[0][:80]!r}, which is no linear layer, embedding "
+                "or output layer of this base, and neither is any other of its names",
+                field=field,
+            )
         return lambda name: not entries.isdisjoint(tails(name))
     if targets.lower() == "all-linear":
         return lambda name: name not in ends
@@ -167,14 +172,12 @@ def _target_test(
     return lambda name: match(name) is not None
 
 
-def _check_entries(entries: set[str], names: Collection[str]) -> None:
-    unmatched = entries.difference(tail for name in names for tail in tails(name))
-    if unmatched:
-        raise AdapterRefused(
-            f"target_modules names {min(unmatched)[:80]!r}, which is no linear layer, "
-            "embedding or output layer of this base",
-            field="target_modules",
-        )
+def unmatched_targets(selection: Selection, names: Collection[str]) -> list[str]:
+    """Entries of target_modules that mean no module of this base, sorted; PEFT passes over them."""
+    if isinstance(selection.target_modules, str):
+        return []
+    known = {tail for name in names for tail in tails(name)}
+    return sorted(set(selection.target_modules) - known)
 
 
 def _exclusion_test(

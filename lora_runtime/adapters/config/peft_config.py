@@ -15,7 +15,7 @@ from lora_runtime.adapters.config import values as read
 from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
 from lora_runtime.adapters.config.layer_sites import Site, parse_layer_map, sites_of
-from lora_runtime.adapters.config.matching import PatternMatcher, Selection
+from lora_runtime.adapters.config.matching import PatternMatcher, Selection, unmatched_targets
 from lora_runtime.adapters.config.target_sites import select_sites
 from lora_runtime.adapters.config.values import Config, is_neutral, shown
 from lora_runtime.adapters.config.verdicts import field_refusals
@@ -64,6 +64,8 @@ class AdapterSpec:
     """Fields that decide the result; sets are sorted, patterns keep their order."""
     inert: Mapping[str, str]
     """Fields present without effect at serving, each with its reason."""
+    notes: tuple[str, ...] = ()
+    """What people should know of how the config was read."""
 
 
 def parse_config(
@@ -101,7 +103,16 @@ def parse_config(
         invocation_tokens=_invocation_tokens(config, base),
         honoured=_honoured(config, scalings, selection),
         inert=_inert(config),
+        notes=_notes(unmatched_targets(selection, [site.name for site in sites])),
     )
+
+
+def _notes(unmatched: list[str]) -> tuple[str, ...]:
+    """Every tensor of the file must still belong to a target that did match."""
+    if not unmatched:
+        return ()
+    listed = ", ".join(repr(name[:40]) for name in unmatched[:8])
+    return (f"target_modules also names {listed}: no module of this base, passed over as in PEFT",)
 
 
 def _check_fields(config: Config) -> None:

@@ -210,6 +210,10 @@ def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     except safetensors.SafetensorError as error:
         raise AdapterRefused(f"{TENSORS_FILE} is refused: {error}", field=TENSORS_FILE) from None
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterRefused(f"tensor {name} holds NaN or infinity", field=name)
+        if tensor.dtype == torch.float64:  # PEFT copies it into float32 parameters
+            tensors[name] = tensor.float()
+        if not torch.isfinite(tensors[name]).all():
+            raise AdapterRefused(
+                f"tensor {name} holds NaN, infinity or more than float32 can hold", field=name
+            )
     return tensors, metadata

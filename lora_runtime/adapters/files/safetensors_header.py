@@ -1,6 +1,6 @@
 """Checks a safetensors file's bytes before any tensor is made of them.
 
-Stricter than the format: small headers, 1-D and 2-D tensors of three dtypes, no gaps, nothing
+Stricter than the format: small headers, 1-D and 2-D tensors of four dtypes, no gaps, nothing
 missing and nothing left over. Source: https://huggingface.co/docs/safetensors (format).
 """
 
@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16384
 MAX_NAME_LENGTH = 512
 MAX_DIMENSION = 1 << 24
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class _Entry(NamedTuple):

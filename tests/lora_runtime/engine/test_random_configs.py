@@ -31,6 +31,7 @@ def random_config(rng: random.Random) -> dict:
         "r": rng.choice([1, 2, 5, 8]),
         "lora_alpha": rng.choice([4, 8, 12.5]),
         "use_rslora": maybe(0.3),
+        "fan_in_fan_out": maybe(0.2),
         "use_dora": maybe(0.3),
         "lora_bias": maybe(0.15),
         "lora_dropout": rng.choice([0.0, 0.1]),
@@ -42,6 +43,8 @@ def random_config(rng: random.Random) -> dict:
         config["target_modules"] = rng.sample(MODULES, rng.randint(1, len(MODULES)))
         if maybe(0.3):
             config["target_modules"].append(rng.choice(["embed_tokens", "lm_head"]))
+        if maybe(0.3):
+            config["target_modules"].append("c_attn")  # of no module: PEFT passes over it
     depth = NUM_LAYERS
     if maybe(0.5):
         ranges = [sorted(rng.sample(range(NUM_LAYERS + 1), 2)) for _ in range(rng.randint(1, 3))]

@@ -13,7 +13,12 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora_runtime.adapters.config import matching
-from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
+from lora_runtime.adapters.config.matching import (
+    PatternMatcher,
+    Selection,
+    select_modules,
+    unmatched_targets,
+)
 from lora_runtime.errors import AdapterRefused
 
 NAMES = [
@@ -63,19 +68,20 @@ def selections(draw) -> Selection:
     )
 
 
-def has_dead_entry(selection: Selection) -> bool:
-    """True when a list entry means no module at all, which PEFT lets pass and we do not."""
+def dead_entries(selection: Selection) -> set[str]:
+    """List entries that mean no module at all: PEFT passes over them, we do and say so."""
     targets = selection.target_modules
     entries = targets if isinstance(targets, tuple) else ()
-    alone = [Selection(target_modules=(entry,)) for entry in entries]
-    return any(not any(peft_selects(entry, name) for name in NAMES) for entry in alone)
+    alone = {entry: Selection(target_modules=(entry,)) for entry in entries}
+    return {e for e, own in alone.items() if not any(peft_selects(own, name) for name in NAMES)}
 
 
 @given(selections())
 @settings(max_examples=200, deadline=None)
 def test_selection_is_pefts(selection: Selection) -> None:
     expected = {name for name in NAMES if peft_selects(selection, name)}
-    if expected and not has_dead_entry(selection):
+    assert unmatched_targets(selection, NAMES) == sorted(dead_entries(selection))
+    if expected:
         assert select_modules(selection, NAMES, NUM_LAYERS, PatternMatcher()) == expected
     else:
         with pytest.raises(AdapterRefused):

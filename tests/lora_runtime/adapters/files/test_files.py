@@ -214,7 +214,6 @@ HEADERS = {
     "entry no object": (with_header({"a": [1]}), "a", "header entry"),
     "entry incomplete": (with_header({"a": {"dtype": "F32"}}), "a", "header entry"),
     "long name": (with_header({"n" * 600: entry()}, b"\0" * 8), "n" * 120, "600 characters"),
-    "float64": (with_header({"a": entry("F64", [1])}, b"\0" * 8), "a", "dtype"),
     "integers": (with_header({"a": entry("I64", [1])}, b"\0" * 8), "a", "dtype"),
     "dtype a list": (with_header({"a": entry(["F32"])}, b"\0" * 8), "a", "dtype"),
     "scalar": (with_header({"a": entry(shape=[], offsets=[0, 4])}, b"\0" * 4), "a", "shape"),
@@ -246,14 +245,23 @@ def test_malformed_tensor_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_non_finite_tensors_are_named(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
     bad = torch.zeros(3, 5, dtype=dtype)
     bad[2, 4] = value
     write_raw(tmp_path / "a", save({**TENSORS, "bad.tensor": bad}))
     error = refusal(tmp_path / "a")
     assert error.field == "bad.tensor"
-    assert "NaN or infinity" in error.message
+    assert "NaN, infinity" in error.message
+
+
+def test_float64_is_rounded_to_float32_as_peft_does(tmp_path: Path) -> None:
+    wide = torch.tensor([[1 / 3, 1e-30]], dtype=torch.float64)
+    write_raw(tmp_path / "a", save({**TENSORS, "wide": wide}))
+    found = read_adapter(tmp_path / "a").tensors["wide"]
+    assert found.dtype == torch.float32 and torch.equal(found, wide.float())
+    write_raw(tmp_path / "b", save({**TENSORS, "wide": wide * 1e300}))
+    assert refusal(tmp_path / "b").field == "wide"
 
 
 def test_the_size_limit_is_the_callers(tmp_path: Path) -> None:
