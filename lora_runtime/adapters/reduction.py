@@ -57,6 +57,7 @@ def load_adapter(
     return replace(
         form,
         digest=_digest(spec.honoured, hashes),
+        notes=(*_unverified_base(files, base), *form.notes),
         chat_template=own_chat_template(folder, weights.folder, base.vocab_size),
     )
 
@@ -217,6 +218,28 @@ def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
             f"{base.name}, has {base.fingerprint[:12]!r}",
             field=FINGERPRINT_KEY,
         )
+
+
+def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
+    """What is known of the base of an adapter that others made: a name at most.
+
+    A name is a path or a hub id, of which the last part is compared; it decides nothing.
+    """
+    if FINGERPRINT_KEY in files.metadata:
+        return ()
+    named = files.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip("/ "):
+        return ("its files do not say which base it was trained on: that could not be checked",)
+    if _last_part(named) == _last_part(base.name):
+        return (f"only the name of its base, {named[:80]!r}, was compared: it has no fingerprint",)
+    return (
+        f"its config names the base {named[:80]!r}, and this one is {base.name!r}: if they are not "
+        "the same weights, its answers are wrong",
+    )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/ ").replace("\\", "/").rpartition("/")[2].lower()
 
 
 def _digest(honoured: Mapping[str, object], hashes: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def test_all_refused_fields_are_listed(invoke, tmp_path):
 
 def test_a_value_refused_for_this_base_is_named_in_the_table(invoke, tmp_path):
     write_adapter(tiny_model("llama"), tmp_path / "a", seed=0)
-    edit_config(tmp_path / "a", target_modules=["q_proj", "nonesuch"])
+    edit_config(tmp_path / "a", target_modules=["nonesuch"])
     result = invoke("verify", tmp_path / "a")
     assert result.exit_code == 1 and "nonesuch" in result.stderr
     assert rows(result.stdout)["target_modules"][1] == "refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -254,6 +255,30 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseMismatch) as refusal:
         load_adapter(tmp_path, base_spec(tiny_model("phi3"), fingerprint="0" * 64), LLAMA_WEIGHTS)
     assert refusal.value.field == FINGERPRINT_KEY
+
+
+NAMED_BASES = {
+    None: "do not say which base",
+    "  ": "do not say which base",
+    "someone/Tiny": "only the name",
+    "/models/tiny/": "only the name",
+    "C:\\models\\tiny": "only the name",
+    "someone/other": "names the base 'someone/other', and this one is 'models/tiny'",
+}
+
+
+@pytest.mark.parametrize("named", NAMED_BASES)
+def test_a_base_that_cannot_be_verified_is_said(named: str | None, tmp_path: Path) -> None:
+    write_llama_adapter(tmp_path)
+    edit_config(tmp_path, base_model_name_or_path=named)
+    base = replace(LLAMA_BASE, name="models/tiny")
+    (note,) = load_adapter(tmp_path, base, LLAMA_WEIGHTS).notes
+    assert NAMED_BASES[named] in note
+
+
+def test_our_own_adapters_need_no_such_note(tmp_path: Path) -> None:
+    write_adapter(tmp_path, *trained_files())
+    assert load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS).notes == ()
 
 
 def trained_files(**overrides: object):
