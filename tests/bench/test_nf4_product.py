@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import nf4_product
 from bench.nf4_product import VARIANTS, four_bit_product, plan, variant_for
-from tests.bench import nf4_twin
+from tests.bench import cuda_compiler, nf4_twin
 
 LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """(out, in) of Llama-3.1-8B's launches."""
@@ -166,3 +166,27 @@ def test_an_h100_has_all_its_multiprocessors_at_work(shape, variant):
 def test_every_number_of_rows_has_the_smallest_variant():
     sizes = {n: 8 * variant_for(n).row_tiles for n in range(1, 65)}
     assert sizes == {n: min(s for s in (8, 16, 32, 64) if s >= n) for n in range(1, 65)}
+
+
+@pytest.fixture(scope="module")
+def compile_cuda():
+    compiler = cuda_compiler.find()
+    if compiler is None:
+        pytest.skip("neither nvcc nor NVRTC is on this machine: the source was NOT compiled")
+    return compiler
+
+
+@pytest.mark.parametrize(
+    ("target", "variant"), [("sm_80", 3), ("sm_89", 1), ("sm_90", 0), ("sm_90", 2), ("sm_120", 3)]
+)
+def test_it_compiles_without_spills(target, variant, compile_cuda):
+    """Each variant and each kind of GPU; the one of most registers wherever their number differs.
+    The launcher counts on as many warps as these registers leave room for, of 65,536.
+    """
+    variant = VARIANTS[variant]
+    _, report = compile_cuda(nf4_product.SOURCE, variant.options, target)
+    found = cuda_compiler.resources(report)
+    assert found.keys() == {"nf4_product", "permute_rows"}
+    assert all(spilled == 0 for _, spilled in found.values())
+    registers = -(-found["nf4_product"][0] // 8) * 8
+    assert variant.resident_warps * 32 * registers <= 65536
