@@ -29,15 +29,16 @@ def permute(a: Registers, b: Registers, selector: Registers | int) -> Registers:
     """prmt.b32: digit i of the selector picks byte i of the result among those of a, 0 to 3, and
     of b, 4 to 7; with the digit's top bit set, that byte's sign eight times.
     """
-    a, b, selector = np.broadcast_arrays(np.uint32(a), np.uint32(b), np.uint32(selector))
-    source = np.stack([(x >> np.uint32(8 * i)) & 0xFF for x in (a, b) for i in range(4)])
-    result = np.zeros_like(a)
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    selector = np.asarray(selector, np.uint64)
+    result = np.zeros(both.shape, np.uint64)
     for i in range(4):
-        digit = (selector >> np.uint32(4 * i)) & 15
-        byte = np.take_along_axis(source, (digit & 7)[None].astype(np.int64), 0)[0]
-        byte = np.where(digit & 8, (byte >> 7) * 0xFF, byte).astype(np.uint32)
-        result = result | byte << np.uint32(8 * i)
-    return result
+        digit = selector >> np.uint64(4 * i) & np.uint64(15)
+        byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+        if (digit & np.uint64(8)).any():
+            byte = np.where(digit & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(0xFF), byte)
+        result |= byte << np.uint64(8 * i)
+    return result.astype(np.uint32)
 
 
 def lop3(a: Registers, b: Registers, c: Registers, truth: int) -> Registers:
@@ -74,13 +75,13 @@ def multiply(sums: Floats, w: list[Registers], x: list[Registers]) -> None:
     A's register j holds row g + 8 (j % 2), columns 2t and 2t + 1 + 8 (j // 2); B's register j rows
     2t and 2t + 1 + 8j, column g; the sums' number i row g + 8 (i // 2), column 2t + i % 2.
     """
-    a, b = np.empty((len(sums), 16, 16)), np.empty((16, 8))
+    a, b = np.empty((len(sums), 16, 16)), np.empty((len(sums), 16, 8))
     for j in range(4):
         for i, value in enumerate(values_of_pair(w[j])):
             a[:, G + 8 * (j % 2), 2 * T + i + 8 * (j // 2)] = value
     for j in range(2):
         for i, value in enumerate(values_of_pair(x[j])):
-            b[2 * T + i + 8 * j, G] = value
+            b[:, 2 * T + i + 8 * j, G] = value
     product = a @ b
     for i in range(4):
         sums[:, :, i] = sums[:, :, i] + product[:, G + 8 * (i // 2), 2 * T + i % 2]
