@@ -204,7 +204,8 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
     const int end = min(chunk + chunks_per_split, chunks);
 
     // The lane's block of each of its rows of W. An output that is not there is read as the last
-    // one. A block beyond the end of the row is read as the row's last one, times zero.
+    // one; instead of a block beyond the row's end the lane reads one of its own row again, and x
+    // is zero there.
     word block[OUT_TILES][2];
     uint4 codes[OUT_TILES][2][2];
     float scale[OUT_TILES][2];
@@ -216,7 +217,7 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
         block[a][r] = output * blocks + min(4 * chunk + t, blocks - 1);
         codes[a][r][0] = load_codes<0>(packed, block[a][r]);
         codes[a][r][1] = load_codes<1>(packed, block[a][r]);
-        scale[a][r] = 4 * chunk + t < blocks ? absmax[block[a][r]] : 0.0f;
+        scale[a][r] = absmax[block[a][r]];
       }
 
     for (; chunk < end; chunk++) {
@@ -230,17 +231,17 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
           for (int r = 0; r < 2; r++) add_values(table[a][r], i, four, scale[a][r]);
       }
       // From here on registers are refilled for the next chunk as soon as they are free.
-      const bool is_more = chunk + 1 < end, is_block = 4 * (chunk + 1) + t < blocks;
+      const bool is_more = chunk + 1 < end;
       if (is_more)
 #pragma unroll
         for (int a = 0; a < OUT_TILES; a++)
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            block[a][r] += is_block ? 4 : 0;
-            scale[a][r] = is_block ? absmax[block[a][r]] : 0.0f;
+            block[a][r] += 4 * (chunk + 1) + t < blocks ? 4 : 0;
+            scale[a][r] = absmax[block[a][r]];
           }
-      const uint4* pieces = (const uint4*)((const char*)xp + (word)chunk * WORDS * ROW_TILES * 512) +
-                            lane;
+      const word first_piece = (word)chunk * WORDS * ROW_TILES * 32 + lane;
+      const uint4* pieces = (const uint4*)((const char*)xp + first_piece * 16);
 #pragma unroll
       for (int q = 0; q < WORDS; q++) {
         uint4 x[ROW_TILES];

@@ -158,11 +158,10 @@ def warp_sums(
     ]  # fmt: skip
     place = np.minimum(4 * start + T, blocks - 1)
     for chunk in range(start, end):
-        is_block = 4 * chunk + T < blocks
-        place = place + np.where(is_block, 4, 0) if chunk > start else place
+        if chunk > start:
+            place = place + np.where(4 * chunk + T < blocks, 4, 0)
         block = [[output[a][r] * blocks + place for r in range(2)] for a in range(out_tiles)]
-        scale = [[np.where(is_block, load(absmax, b), np.float32(0)) for b in of] for of in block]
-        table = [[values_of(code, s) for s in of] for of in scale]
+        table = [[values_of(code, load(absmax, b)) for b in of] for of in block]
         codes = [[load(words, b) for b in of] for of in block]
         first_piece = chunk * WORDS * row_tiles * 32
         for q in range(WORDS):
