@@ -1,0 +1,321 @@
+// y = x Wᵀ for 1 to 64 rows of x, with W in bitsandbytes' 4-bit format: a candidate for the product.
+//
+// UNMEASURED. This kernel has been compiled and its instructions counted, and every index, byte
+// and rounding in it has been emulated on a CPU, but it has never run on a GPU. It is one candidate
+// beside others in bench/; it moves into the product only when a real GPU has shown it ahead there.
+//
+// What W is. packed (out · in / 2 bytes) holds two codes of 4 bits a byte, the earlier one in the
+// high nibble; every 64 consecutive weights of a row, a block, share one absmax; and a weight is
+// fp32(code[c] × absmax) rounded once to bfloat16. The packed bytes are read as bitsandbytes wrote
+// them: nothing is repacked, and each is read once, by 16-byte loads.
+//
+// Why it is done in this way. On an H100 the bytes of W come in at about 21 weights a clock and
+// multiprocessor, so a weight may cost three integer operations and no more. Looking each code up
+// in shared memory, or writing values to shared memory so that a tensor core can read them, costs
+// more than that. Here weights pass through registers only, and no warp waits for another.
+//
+// 1. A thread owns whole blocks. A block has one absmax, so it has only sixteen different values.
+//    The thread makes these sixteen once (16 multiplications, 8 conversions of a pair, exactly the
+//    definition's one rounding) and keeps them as bytes: the low bytes of values 0 to 15 in four
+//    registers, the high bytes in four others.
+// 2. A look-up is a byte permute. PRMT picks four bytes out of eight by four selectors of 4 bits,
+//    of which 3 are an index: and the codes, as they lie in the packed word, are such selectors.
+//    With their top bits cleared, four codes select four low bytes among values 0 to 7, four among
+//    8 to 15, and the same for high bytes. The codes' top bits, spread to whole bytes by PRMT's
+//    sign mode, choose between the two; two more PRMTs put low and high bytes side by side, in
+//    the codes' order. Ten operations give four weights as two registers of two bfloat16.
+// 3. The result is the tensor core's operand as it stands. mma.m16n8k16 wants, from lane 4g + t, of
+//    rows g and g + 8 of W, the inputs {2t, 2t + 1} and {2t + 8, 2t + 9}. A sum over k may be taken
+//    in any order as long as W and x agree, so "inputs 2t, 2t + 1, 2t + 8, 2t + 9" are taken to be
+//    four *consecutive* inputs of the block that the lane owns. A chunk is 256 inputs, four blocks;
+//    lane 4g + t owns block t of rows g and g + 8; the eight codes of a packed word feed two mma,
+//    and the 8 words of a block feed 16. The four lanes of a row read 128 consecutive bytes.
+// 4. x is the other operand. For word q, lane 4g + t needs the 8 consecutive inputs
+//    256 chunk + 64 t + 8 q … + 7 of row g of x: 16 bytes, but in 32 different cache lines a load.
+//    So the product wants x permuted: permute_rows writes these 16-byte pieces in the order in
+//    which warps read them, xp[chunk][q][tile of 8 rows][lane], with zeros where there is no row or
+//    no input. In a model, the kernel that makes x would write it so at no cost.
+// 5. Inputs are split over gridDim.y where the outputs alone give too few warps. Each warp writes
+//    its sums in the order of its own registers; the warp that comes last at a tile adds up all
+//    splits' sums in the order of the splits, so the result does not depend on who was last.
+//
+// A warp makes 16 · OUT_TILES outputs for 8 · ROW_TILES rows and works alone, so that a program may
+// have as many warps as suits the launch, up to MAX_WARPS. Shared memory holds the sixteen numbers
+// of the code and nothing else. in_features is a multiple of BLOCK, out_features any number, rows
+// any number up to 8 · ROW_TILES; out_features · in_features / 2 < 2³², as offsets have 32 bits.
+// There are no includes, so that NVRTC can compile it as it is; bfloat16 is handled as bits.
+
+#ifndef ROW_TILES
+#define ROW_TILES 1  // tiles of 8 rows of x: 1, 2, 4 or 8
+#endif
+#ifndef OUT_TILES
+#define OUT_TILES 1  // tiles of 16 outputs a warp makes
+#endif
+#ifndef MIN_PROGRAMS
+#define MIN_PROGRAMS 2  // programs of MAX_WARPS that must fit a multiprocessor: limits registers
+#endif
+#define MAX_WARPS 8
+#define BLOCK 64   // weights that share one absmax
+#define CHUNK 256  // inputs a warp takes at once, a block for each of the four lanes of a row
+#define WORDS 8    // words of eight codes a block
+
+// Selectors of PRMT; the least significant digit is of the lowest byte.
+#define LOW_BYTES 0x6420         // of four bfloat16
+#define HIGH_BYTES 0x7531        // of four bfloat16
+#define FIRST_PAIR 0x4051        // low and high bytes of the first two of four weights
+#define SECOND_PAIR 0x6273       // of the other two
+#define TOP_BITS_FIRST 0xD9C8    // the top bits of a word's lower four codes, each spread to a byte
+#define TOP_BITS_SECOND 0xFBEA   // of its upper four
+#define INDEX_BITS 0x77777777
+#define SELECT 0xCA  // LOP3's truth table of mask ? a : b
+
+typedef unsigned int word;
+
+struct Table {  // bytes of a block's sixteen values, four values a register
+  word low[4], high[4];
+};
+
+__device__ __forceinline__ word permute(word a, word b, word selector) {
+  word result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
+__device__ __forceinline__ word select_bits(word mask, word a, word b) {
+  word result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(mask), "r"(a), "r"(b), "n"(SELECT));
+  return result;
+}
+
+__device__ __forceinline__ word bfloat16_pair(float low, float high) {
+  word result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// Half a block's codes. They are read once, so they go first when the cache is short of room. The
+// offset has 32 bits, so that the load itself adds it to the pointer.
+template <int half>
+__device__ __forceinline__ uint4 load_codes(const uint4* packed, word block) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::evict_first.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"((const char*)packed + block * (BLOCK / 2)), "n"(16 * half));
+  return v;
+}
+
+// Numbers 4i … 4i + 3 of the code: read anew for each chunk, which keeps sixteen registers free
+// between; without the volatile they would be held all the time.
+__device__ __forceinline__ float4 load_code(const float4* code, int i) {
+  float4 v;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"((word)__cvta_generic_to_shared(code + i)));
+  return v;
+}
+
+// What another program wrote: from the second-level cache.
+__device__ __forceinline__ float4 load_part(const float4* place) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(place) : "memory");
+  return v;
+}
+
+// threadIdx.x, read anew where it is asked for: no registers are held through the loop for it.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// sums (16 outputs × 8 rows) += W (16 × 16) xᵀ (16 × 8)
+__device__ __forceinline__ void multiply(float4& sums, word w0, word w1, word w2, word w3, word x0,
+                                         word x1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
+      : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
+}
+
+// Puts values 4i … 4i + 3 of a block into its table.
+__device__ __forceinline__ void add_values(Table& table, int i, float4 code, float absmax) {
+  word first = bfloat16_pair(__fmul_rn(code.x, absmax), __fmul_rn(code.y, absmax));
+  word second = bfloat16_pair(__fmul_rn(code.z, absmax), __fmul_rn(code.w, absmax));
+  table.low[i] = permute(first, second, LOW_BYTES);
+  table.high[i] = permute(first, second, HIGH_BYTES);
+}
+
+// Four weights. index: their codes without top bits, in the low half; is_upper: a byte 0xFF for
+// each code of 8 and more. The codes lie in the order 1, 0, 3, 2: a byte's high nibble comes first.
+__device__ __forceinline__ void look_up(const Table& table, word index, word is_upper, word& first,
+                                        word& second) {
+  word low = select_bits(is_upper, permute(table.low[2], table.low[3], index),
+                         permute(table.low[0], table.low[1], index));
+  word high = select_bits(is_upper, permute(table.high[2], table.high[3], index),
+                          permute(table.high[0], table.high[1], index));
+  first = permute(low, high, FIRST_PAIR);
+  second = permute(low, high, SECOND_PAIR);
+}
+
+// Eight weights, in order, as four registers.
+__device__ __forceinline__ void dequantise(const Table& table, word codes, word* weights) {
+  word index = codes & INDEX_BITS, raised = codes << 4;
+  look_up(table, index, permute(raised, codes, TOP_BITS_FIRST), weights[0], weights[1]);
+  look_up(table, index >> 16, permute(raised, codes, TOP_BITS_SECOND), weights[2], weights[3]);
+}
+
+__device__ __forceinline__ word word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Writes y[row …][output …]: sums.x and .y are rows 2t and 2t + 1 of output g, .z and .w of g + 8.
+__device__ __forceinline__ void store(unsigned short* y, float4 sums, int row, int output,
+                                      int num_rows, int out_features) {
+  word near = bfloat16_pair(sums.x, sums.y), far = bfloat16_pair(sums.z, sums.w);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (row + i >= num_rows) break;
+    unsigned short* place = y + (long long)(row + i) * out_features + output;
+    if (output < out_features) place[0] = near >> (16 * i);
+    if (output + 8 < out_features) place[8] = far >> (16 * i);
+  }
+}
+
+// grid (programs, splits), any whole number of warps up to MAX_WARPS a program; a warp a tile.
+// y (num_rows, out_features) bfloat16; partial (splits, tiles, OUT_TILES, ROW_TILES, 32) float4 and
+// counters (tiles) zeros, both unused where there is one split; packed, absmax and code (16) as
+// above; xp from permute_rows.
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_PROGRAMS)
+nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __restrict__ packed,
+            const float* __restrict__ absmax, const float4* __restrict__ code,
+            const uint4* __restrict__ xp, int num_rows, int in_features, int out_features,
+            int chunks_per_split) {
+  __shared__ float4 shared_code[4];
+  if (threadIdx.x < 4) shared_code[threadIdx.x] = code[threadIdx.x];
+  __syncthreads();
+  float4 sums[OUT_TILES][ROW_TILES] = {};
+  {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int tile = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    if (tile * 16 * OUT_TILES >= out_features) return;
+    const int blocks = in_features / BLOCK, chunks = (in_features + CHUNK - 1) / CHUNK;
+    int chunk = blockIdx.y * chunks_per_split;
+    const int end = min(chunk + chunks_per_split, chunks);
+
+    // The lane's block of each of its rows of W. An output that is not there is read as the last
+    // one; instead of a block beyond the row's end the lane reads one of its own row again, and x
+    // is zero there.
+    word block[OUT_TILES][2];
+    uint4 codes[OUT_TILES][2][2];
+    float scale[OUT_TILES][2];
+#pragma unroll
+    for (int a = 0; a < OUT_TILES; a++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int output = min(tile * 16 * OUT_TILES + 16 * a + 8 * r + g, out_features - 1);
+        block[a][r] = output * blocks + min(4 * chunk + t, blocks - 1);
+        codes[a][r][0] = load_codes<0>(packed, block[a][r]);
+        codes[a][r][1] = load_codes<1>(packed, block[a][r]);
+        scale[a][r] = absmax[block[a][r]];
+      }
+
+    for (; chunk < end; chunk++) {
+      Table table[OUT_TILES][2];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float4 four = load_code(shared_code, i);
+#pragma unroll
+        for (int a = 0; a < OUT_TILES; a++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) add_values(table[a][r], i, four, scale[a][r]);
+      }
+      // From here on registers are refilled for the next chunk as soon as they are free.
+      const bool is_more = chunk + 1 < end;
+      if (is_more)
+#pragma unroll
+        for (int a = 0; a < OUT_TILES; a++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            block[a][r] += 4 * (chunk + 1) + t < blocks ? 4 : 0;
+            scale[a][r] = absmax[block[a][r]];
+          }
+      const word first_piece = (word)chunk * WORDS * ROW_TILES * 32 + lane;
+      const uint4* pieces = (const uint4*)((const char*)xp + first_piece * 16);
+#pragma unroll
+      for (int q = 0; q < WORDS; q++) {
+        uint4 x[ROW_TILES];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) x[m] = pieces[(q * ROW_TILES + m) * 32];
+#pragma unroll
+        for (int a = 0; a < OUT_TILES; a++) {
+          word near[4], far[4];
+          dequantise(table[a][0], word_of(codes[a][0][q / 4], q % 4), near);
+          dequantise(table[a][1], word_of(codes[a][1][q / 4], q % 4), far);
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; m++)
+            multiply(sums[a][m], near[0], far[0], near[1], far[1], x[m].x, x[m].y);
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; m++)
+            multiply(sums[a][m], near[2], far[2], near[3], far[3], x[m].z, x[m].w);
+        }
+        if (q % 4 == 3 && is_more)
+#pragma unroll
+          for (int a = 0; a < OUT_TILES; a++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+              codes[a][r][q / 4] = q < 4 ? load_codes<0>(packed, block[a][r])
+                                         : load_codes<1>(packed, block[a][r]);
+      }
+    }
+  }
+
+  const int lane = thread_index() & 31, g = lane >> 2, t = lane & 3;
+  const int tile = blockIdx.x * (blockDim.x >> 5) + (thread_index() >> 5);
+  const int splits = gridDim.y;
+  if (splits > 1) {
+    const long long tiles = (out_features + 16 * OUT_TILES - 1) / (16 * OUT_TILES);
+    const long long split_size = tiles * (OUT_TILES * ROW_TILES * 32);
+    float4* parts = partial + (long long)tile * (OUT_TILES * ROW_TILES * 32) + lane;
+#pragma unroll
+    for (int i = 0; i < OUT_TILES * ROW_TILES; i++)
+      parts[blockIdx.y * split_size + i * 32] = sums[i / ROW_TILES][i % ROW_TILES];
+    __threadfence();
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) arrived = atomicAdd(counters + tile, 1);
+    arrived = __shfl_sync(0xFFFFFFFFu, arrived, 0);
+    if (arrived < splits - 1) return;
+    __threadfence();
+    if (lane == 0) counters[tile] = 0;
+#pragma unroll
+    for (int i = 0; i < OUT_TILES * ROW_TILES; i++)
+      sums[i / ROW_TILES][i % ROW_TILES] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    constexpr int at_once = ROW_TILES == 1 ? 8 : ROW_TILES == 2 ? 4 : 1;  // loads on their way
+#pragma unroll at_once
+    for (int split = 0; split < splits; split++)
+#pragma unroll
+      for (int i = 0; i < OUT_TILES * ROW_TILES; i++) {
+        const float4 part = load_part(parts + split * split_size + i * 32);
+        float4& sum = sums[i / ROW_TILES][i % ROW_TILES];
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+  }
+#pragma unroll
+  for (int a = 0; a < OUT_TILES; a++)
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+      store(y, sums[a][m], 8 * m + 2 * t, (tile * OUT_TILES + a) * 16 + g, num_rows, out_features);
+}
+
+// A thread a piece of 16 bytes: xp[chunk][q][m][4g + t] = x[8m + g][256 chunk + 64t + 8q … + 7].
+extern "C" __global__ void permute_rows(uint4* xp, const uint4* x, int num_rows, int in_features) {
+  const int chunks = (in_features + CHUNK - 1) / CHUNK;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int t = i & 3, g = i >> 2 & 7, m = i / 32 % ROW_TILES;
+  const int q = i / (32 * ROW_TILES) % WORDS, chunk = i / (32 * ROW_TILES * WORDS);
+  if (chunk >= chunks) return;
+  const int row = 8 * m + g, k = CHUNK * chunk + BLOCK * t + 8 * q;
+  const uint4 zeros = {};
+  xp[i] = row < num_rows && k < in_features ? x[((long long)row * in_features + k) / 8] : zeros;
+}
