@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import nf4_product
 from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, Ceilings, copies_of, seconds_per_call
 from lora_runtime import kernels
@@ -241,6 +242,11 @@ def step_of(row_owners: Sequence[int]) -> StepMeta:
     meta = StepMeta.build(spans, DEVICE)
     assert meta is not None
     return meta
+
+
+def cuda_check() -> Figures:
+    """Errors of the product in CUDA, at shapes with every kind of tail and all its variants."""
+    return {"errors": {name: error(*pair) for name, *pair in nf4_product.checks(DEVICE)}}
 
 
 # Times
