@@ -57,6 +57,7 @@ def load_adapter(
     return replace(
         form,
         digest=_digest(spec.honoured, hashes),
+        tensors_sha256=files.tensors_sha256,
         chat_template=own_chat_template(folder, weights.folder, base.vocab_size),
     )
 
