@@ -41,7 +41,7 @@ def in_dtype(base: Base, dtype: torch.dtype) -> Base:
         model=model,
         spec=spec,
         context=context,
-        weights=BaseWeights(model, spec, base.folder),
+        weights=BaseWeights(model, spec, base.folder, dtype),
         planned=lru_cache(MAX_PLANNED_MODELS)(lambda plan: planned_model(model, plan, context)),
         head=head_model(model),
         dtype=dtype,
