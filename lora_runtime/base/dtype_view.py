@@ -20,7 +20,7 @@ from lora_runtime.base.adapted_linear import AdaptedEmbedding, AdaptedLinear, St
 from lora_runtime.base.head_model import head_model
 from lora_runtime.base.loader import MAX_PLANNED_MODELS, Base
 from lora_runtime.base.planned_model import planned_model, shallow_copy
-from lora_runtime.base.quant_linear import DenseLinear, FrozenLinear
+from lora_runtime.base.quant_linear import FrozenLinear
 from lora_runtime.base.weights import BaseWeights
 
 
@@ -48,25 +48,38 @@ def in_dtype(base: Base, dtype: torch.dtype) -> Base:
     )
 
 
-class CastLinear(FrozenLinear):
-    """An unquantised layer whose weight (out, in) is cast some rows at a time."""
+class ViewedLinear(FrozenLinear):
+    """A layer of the base whose weight is made in `dtype` some rows at a time, at each product.
 
-    def __init__(self, layer: DenseLinear, dtype: torch.dtype) -> None:
+    Products are summed in float32 or better and rounded once, as kernels do that multiply in
+    bfloat16; a CPU that does not would take ten times as long.
+    """
+
+    def __init__(self, layer: FrozenLinear, dtype: torch.dtype) -> None:
         super().__init__(keep_copies=False)
         self.out_features, self.in_features = layer.out_features, layer.in_features
         self.dtype = dtype
-        self.weight = layer.weight
-        self.register_buffer("bias", layer.bias)
-        _cast(self._buffers, dtype)
+        self.layer = copy.copy(layer)
+        self.layer.dtype = dtype  # type: ignore[assignment]
+        bias = layer.bias
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """Of an unquantised layer, as the base holds it."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        return weight
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.cat([x @ block.T for _, block in self.row_blocks()], dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = [x.to(wide) @ block.to(wide).T for _, block in self.row_blocks()]
+        return torch.cat(rows, dim=-1).to(x.dtype)
 
     def weight_values(self) -> Tensor:
-        return self.weight.detach().to(self.dtype)
+        return torch.cat([block for _, block in self.row_blocks()])
 
     def row_values(self, rows: slice) -> Tensor:
-        return self.weight[rows].to(self.dtype)
+        return self.layer.row_values(rows).to(self.dtype)
 
 
 class CastEmbedding(nn.Module):
@@ -92,16 +105,13 @@ def _view(module: Any, dtype: torch.dtype, context: StepContext, seen: dict[int,
     """
     if id(module) in seen:
         return seen[id(module)]
-    if isinstance(module, DenseLinear):
-        view: Any = CastLinear(module, dtype)
+    if isinstance(module, FrozenLinear):
+        view: Any = ViewedLinear(module, dtype)
     elif isinstance(module, nn.Embedding):
         view = CastEmbedding(module, dtype)
-    elif isinstance(module, FrozenLinear):
-        view = _quantised_view(module, dtype)
     else:
         view = shallow_copy(module)
-        view._parameters = dict(module._parameters)
-        _cast(view._parameters, dtype)
+        view._parameters = {name: _cast(own, dtype) for name, own in module._parameters.items()}
         for name, child in module.named_children():
             view._modules[name] = _view(child, dtype, context, seen)
         if isinstance(getattr(module, "context", None), StepContext):
@@ -114,20 +124,7 @@ def _view(module: Any, dtype: torch.dtype, context: StepContext, seen: dict[int,
     return view
 
 
-def _quantised_view(layer: FrozenLinear, dtype: torch.dtype) -> Any:
-    """The same codes, with nothing kept."""
-    view: Any = copy.copy(layer)
-    view._buffers = dict(layer._buffers)
-    _cast(view._buffers, dtype, only="bias")
-    view.dtype = dtype
-    view.keep_copies, view._dense, view._panels = False, None, None
-    return view
-
-
-def _cast(tensors: dict[str, Any], dtype: torch.dtype, only: str | None = None) -> None:
-    """Cast what is there and floating, in place; `only`: the one of this name."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.is_floating_point() and only in (None, name):
-            cast = tensor.detach().to(dtype)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            tensors[name] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
+def _cast(parameter: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
