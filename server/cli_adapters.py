@@ -88,12 +88,12 @@ def convert(
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
     loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
     files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
-    golden = read_golden(path, loaded.spec, form.tensors_sha256)
+    golden = read_golden(path, loaded.spec)
     write_adapter(out, *files)
     if form.chat_template is not None:
         write_file(out, TEMPLATE_FILE, form.chat_template.encode())
     if golden is not None:
-        if golden.tensors_sha256 is not None:
+        if golden.tensors_sha256 == form.tensors_sha256:
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
         write_golden(out, golden)
     typer.echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
@@ -134,8 +134,8 @@ def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
     from lora_runtime.adapters.parity import gate
     from lora_runtime.engine.probe import effect_of
 
-    golden = read_golden(path, base.spec, form.tensors_sha256)
-    return gate(golden, effect_of(base, pack_for(base, form)), base.spec.dtype)
+    logits = effect_of(base, pack_for(base, form))
+    return gate(read_golden(path, base.spec), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(

@@ -173,8 +173,10 @@ def compare(golden: Golden, numbers: Sequence[Tensor], dtype: str) -> Parity:
     )
 
 
-def require(parity: Parity) -> None:
-    """Raises: ParityFailed where the error is above the limit."""
+def require(parity: Parity, golden: Golden, tensors_sha256: str | None = None) -> None:
+    """Raises: ParityFailed where the error is above the limit, or the adapter's safetensors file,
+    if its SHA-256 is given, is not the recorded one.
+    """
     if not parity.passed:
         raise ParityFailed(
             f"the adapter does not do here what {SIDECAR_FILE} recorded: relative error "
@@ -183,17 +185,26 @@ def require(parity: Parity) -> None:
             f"machine computes wrongly; remove {SIDECAR_FILE} only if you changed them on purpose",
             field=SIDECAR_FILE,
         )
+    if tensors_sha256 is not None and golden.tensors_sha256 not in (None, tensors_sha256):
+        raise ParityFailed(
+            f"the adapter's tensors were changed after {SIDECAR_FILE} was recorded: their file's "
+            f"SHA-256 is {tensors_sha256[:12]}…, the recorded one {golden.tensors_sha256[:12]}…; "
+            f"remove {SIDECAR_FILE} only if you changed them on purpose",
+            field=SIDECAR_FILE,
+        )
 
 
-def gate(golden: Golden | None, logits: Logits, dtype: str) -> Parity | None:
+def gate(
+    golden: Golden | None, logits: Logits, dtype: str, tensors_sha256: str | None = None
+) -> Parity | None:
     """Check an adapter that is about to be served in `dtype`; None without a record.
 
-    Raises: ParityFailed where the error is above the limit.
+    Raises: ParityFailed as `require` does.
     """
     if golden is None:
         return None
     parity = compare(golden, [chunk() for chunk in chunks(golden, logits)], dtype)
-    require(parity)
+    require(parity, golden, tensors_sha256)
     return parity
 
 

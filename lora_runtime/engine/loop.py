@@ -97,20 +97,21 @@ class InThreadEngine:
     async def load_adapter(self, folder: Path) -> LoadedAdapter:
         base = self._engine.base
         form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
-        golden = await asyncio.to_thread(read_golden, folder, base.spec, form.tensors_sha256)
+        golden = await asyncio.to_thread(read_golden, folder, base.spec)
         packed = await asyncio.to_thread(pack_for, base, form)
         if golden is not None:
-            await self._check(golden, effect_of(base, packed))
+            await self._check(golden, effect_of(base, packed), form.tensors_sha256)
         await self._call(lambda: self._engine.add_packed(packed))
         return _summary(form, packed.nbytes)
 
-    async def _check(self, golden: Golden, logits: Logits) -> None:
+    async def _check(self, golden: Golden, logits: Logits, tensors_sha256: str) -> None:
         """The parity gate, a row at a time: running streams wait for one row, not for all."""
         numbers = [
             await asyncio.wrap_future(self._post(chunk, is_long=True))
             for chunk in chunks(golden, logits)
         ]
-        require(compare(golden, numbers, self._engine.base.spec.dtype))
+        parity = compare(golden, numbers, self._engine.base.spec.dtype)
+        require(parity, golden, tensors_sha256)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_runtime.adapters.files.folder import TENSORS_FILE, read_optional, write_file
+from lora_runtime.adapters.files.folder import read_optional, write_file
 from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.adapters.parity import (
     NUM_POSITIONS,
@@ -23,7 +23,7 @@ from lora_runtime.adapters.parity import (
     Position,
 )
 from lora_runtime.core import BaseSpec
-from lora_runtime.errors import AdapterRefused, BaseMismatch, ParityFailed
+from lora_runtime.errors import AdapterRefused, BaseMismatch
 
 OLD_VERSION, VERSION = 1, 2
 OLD_DTYPES = ("float64", "float32", "bfloat16")
@@ -48,13 +48,11 @@ def remove_golden(folder: Path) -> None:
     (folder / SIDECAR_FILE).unlink(missing_ok=True)
 
 
-def read_golden(folder: Path, base: BaseSpec, tensors_sha256: str | None = None) -> Golden | None:
-    """Read the sidecar of an adapter for `base`; None when there is none. `tensors_sha256`: of the
-    safetensors file beside it, if it is to be the recorded one.
+def read_golden(folder: Path, base: BaseSpec) -> Golden | None:
+    """Read the sidecar of an adapter for `base`; None when there is none.
 
     Raises: AdapterRefused where the file is not what it must be, AdapterSourceRefused where it is
-    not a plain file, BaseMismatch where it was recorded on another base, ParityFailed where it was
-    recorded beside other tensors.
+    not a plain file, BaseMismatch where it was recorded on another base.
     """
     content = read_optional(folder, SIDECAR_FILE, MAX_SIDECAR_BYTES)
     if content is None:
@@ -72,13 +70,6 @@ def read_golden(folder: Path, base: BaseSpec, tensors_sha256: str | None = None)
             f"{SIDECAR_FILE} was recorded on the base with fingerprint "
             f"{golden.base_fingerprint[:12]!r}; this one, {base.name}, has "
             f"{base.fingerprint[:12]!r}",
-            field=SIDECAR_FILE,
-        )
-    if tensors_sha256 is not None and golden.tensors_sha256 not in (None, tensors_sha256):
-        raise ParityFailed(
-            f"{TENSORS_FILE} was changed after {SIDECAR_FILE} was recorded: its SHA-256 is "
-            f"{tensors_sha256[:12]!r}, the recorded one {golden.tensors_sha256[:12]!r}; remove "
-            f"{SIDECAR_FILE} only if you changed it on purpose",
             field=SIDECAR_FILE,
         )
     return golden

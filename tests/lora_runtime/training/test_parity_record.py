@@ -72,14 +72,10 @@ def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
     name = next(name for name in tensors if "layers.2.mlp.down_proj.lora_B" in name)
     tensors[name] *= 1.5
     save_file(tensors, result.folder / TENSORS_FILE)
-    with pytest.raises(ParityFailed):
-        gate(
-            read_golden(result.folder, base.spec),
-            peft_logits(base, result.folder),
-            "float32",
-        )
-    with pytest.raises(ParityFailed, match="was changed after"):
-        read_golden(result.folder, base.spec, read_adapter(result.folder).tensors_sha256)
+    golden = read_golden(result.folder, base.spec)
+    with pytest.raises(ParityFailed, match="relative error"):
+        gate(golden, peft_logits(base, result.folder), "float32")
+    assert golden.tensors_sha256 != read_adapter(result.folder).tensors_sha256
 
 
 def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):

@@ -353,8 +353,8 @@ def served(base, folder):
 
 def parity_of(base, folder):
     form = load_adapter(folder, base.spec, base.weights)
-    golden = read_golden(folder, base.spec, form.tensors_sha256)
-    return gate(golden, effect_of(base, pack_for(base, form)), "float32")
+    logits = effect_of(base, pack_for(base, form))
+    return gate(read_golden(folder, base.spec), logits, "float32", form.tensors_sha256)
 
 
 EXPORTED = {
