@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -92,6 +93,8 @@ def convert(
     if form.chat_template is not None:
         write_file(out, TEMPLATE_FILE, form.chat_template.encode())
     if golden is not None:
+        if golden.tensors_sha256 == form.tensors_sha256:
+            golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
         write_golden(out, golden)
     typer.echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
 
@@ -127,13 +130,12 @@ def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]
 def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
     """The parity gate. Raises ParityFailed."""
     from lora_runtime.adapters.files.parity_file import read_golden
+    from lora_runtime.adapters.packed_adapter import pack_for
     from lora_runtime.adapters.parity import gate
-    from lora_runtime.engine.probe import probe_logits
+    from lora_runtime.engine.probe import effect_of
 
-    def logits(rows: Any, with_adapter: bool) -> Any:
-        return probe_logits(base, form if with_adapter else None, rows)
-
-    return gate(read_golden(path, base.spec), logits, base.spec.dtype)
+    logits = effect_of(base, pack_for(base, form))
+    return gate(read_golden(path, base.spec), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(
@@ -221,5 +223,5 @@ def _parity_line(parity: Parity | None) -> str:
         return "parity: no parity record"
     return (
         f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
-        f"limit {parity.limit:g}: passed"
+        f"limit {parity.limit:.2g}: passed"
     )

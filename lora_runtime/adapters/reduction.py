@@ -58,6 +58,7 @@ def load_adapter(
         form,
         digest=_digest(spec.honoured, hashes),
         notes=(*_unverified_base(files, base), *form.notes),
+        tensors_sha256=files.tensors_sha256,
         chat_template=own_chat_template(folder, weights.folder, base.vocab_size),
     )
 

@@ -73,6 +73,8 @@ class ServingForm:
     """aLoRA: the adapter acts from the last occurrence of these tokens in the prompt."""
     chat_template: str | None = None
     """The adapter's own chat template, where it differs from the base's."""
+    tensors_sha256: str = ""
+    """SHA-256 of the safetensors file alone, which a parity record may name."""
     notes: tuple[str, ...] = ()
     """What people should know, for example the error bound of a recovered initialisation."""
 

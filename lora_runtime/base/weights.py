@@ -24,10 +24,15 @@ SINGLE_FILE = "model.safetensors"
 
 
 class BaseWeights:
-    """The weights of one loaded base, by module path, and the checkpoint they came from."""
+    """The weights of one loaded base, by module path, and the checkpoint they came from. `dtype`:
+    the compute dtype, where it is not that of the stored embedding.
+    """
 
-    def __init__(self, model: nn.Module, spec: BaseSpec, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, spec: BaseSpec, folder: Path, dtype: torch.dtype | None = None
+    ) -> None:
         self.folder = folder
+        self._dtype = dtype
         self._model = model
         self._spec = spec
         self._squared_norms: dict[str, Tensor] = {}
@@ -36,7 +41,7 @@ class BaseWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype, to which vocabulary rows are rounded."""
-        return self._embedding.dtype
+        return self._dtype or self._embedding.dtype
 
     def squared_norms(self, path: str) -> Tensor:
         """‖w_i‖² of every output row i of W, (out,) float64; computed once a module.
@@ -85,7 +90,7 @@ class BaseWeights:
     def vocabulary_rows(self, path: str, rows: slice) -> Tensor:
         """Rows of the embedding's or head's weight, (n, hidden) in the compute dtype."""
         weight = self._embedding if path == self._spec.embedding else self._module(path).weight
-        return weight.detach()[rows].cpu()
+        return weight.detach()[rows].to(self.dtype).cpu()
 
     def original(self, path: str) -> Tensor:
         """The module's weight (out, in) as the checkpoint stores it, before quantisation.

@@ -15,11 +15,11 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.packed_adapter import pack_for
-from lora_runtime.adapters.parity import gate
+from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import load_base
@@ -35,6 +35,14 @@ Result = TypeVar("Result")
 Outputs = asyncio.Queue[StepOutput]
 POLL_S = 0.02
 """How often `close` looks whether the engine is idle."""
+
+
+class _Command(NamedTuple):
+    """Something to run on the engine thread between steps, and where its result goes."""
+
+    action: Callable[[], object]
+    done: Future
+    is_long: bool
 
 
 def start_engine(
@@ -55,7 +63,7 @@ class InThreadEngine:
         self.base_folder = engine.base.folder
         self._engine = engine
         self._stats = engine.stats()
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], object], Future]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
         self._unloading: dict[str, list[Future]] = {}
         self._post_lock = threading.Lock()
@@ -91,9 +99,19 @@ class InThreadEngine:
         form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
         golden = await asyncio.to_thread(read_golden, folder, base.spec)
         packed = await asyncio.to_thread(pack_for, base, form)
-        await self._call(lambda: gate(golden, effect_of(base, packed), base.spec.dtype))
+        if golden is not None:
+            await self._check(golden, effect_of(base, packed), form.tensors_sha256)
         await self._call(lambda: self._engine.add_packed(packed))
         return _summary(form, packed.nbytes)
+
+    async def _check(self, golden: Golden, logits: Logits, tensors_sha256: str) -> None:
+        """The parity gate, a row at a time: running streams wait for one row, not for all."""
+        numbers = [
+            await asyncio.wrap_future(self._post(chunk, is_long=True))
+            for chunk in chunks(golden, logits)
+        ]
+        parity = compare(golden, numbers, self._engine.base.spec.dtype)
+        require(parity, golden, tensors_sha256)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
@@ -112,12 +130,14 @@ class InThreadEngine:
             pass  # it has died: there is nothing left to drain
         await asyncio.to_thread(self._thread.join)
 
-    def _post(self, action: Callable[[], Result]) -> Future[Result]:
-        """Queue `action` for the engine thread; fails at once when the engine is gone."""
+    def _post(self, action: Callable[[], Result], *, is_long: bool = False) -> Future[Result]:
+        """Queue `action` for the engine thread; fails at once when the engine is gone. Behind one
+        that `is_long` a step is run before the next.
+        """
         done: Future[Result] = Future()
         with self._post_lock:
             if self._failure is None:
-                self._inbox.put((action, done))
+                self._inbox.put(_Command(action, done, is_long))
             else:
                 done.set_exception(self._failure)
         return done
@@ -141,17 +161,19 @@ class InThreadEngine:
             self._fail(Unavailable("the engine has died; the server's log says why"))
 
     def _run_commands(self) -> None:
-        """Run all queued commands; wait for one when there is nothing else to do."""
+        """Run queued commands up to a long one; wait for one when there is nothing else to do."""
         should_wait = self._engine.is_idle
         while should_wait or not self._inbox.empty():
-            action, done = self._inbox.get()
+            command = self._inbox.get()
             should_wait = False
-            if not done.set_running_or_notify_cancel():
+            if not command.done.set_running_or_notify_cancel():
                 continue
             try:
-                done.set_result(action())
+                command.done.set_result(command.action())
             except Exception as error:
-                done.set_exception(error)
+                command.done.set_exception(error)
+            if command.is_long:
+                return
 
     def _submit(self, request: Request, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
         self._engine.add_request(request)
@@ -197,7 +219,7 @@ class InThreadEngine:
             self._failure = error
         self._deliver(self._engine.abort_all(error))
         while not self._inbox.empty():
-            self._inbox.get()[1].set_exception(error)
+            self._inbox.get().done.set_exception(error)
         for waiting in self._unloading.values():
             for freed in waiting:
                 freed.set_exception(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,18 @@ TokenRows = Sequence[Sequence[int]]
 
 
 def effect_of(base: Base, adapter: PackedAdapter) -> Logits:
-    """What the parity gate asks: logits with and without the adapter."""
-    return lambda rows, with_adapter: _logits(base, adapter if with_adapter else None, rows)
+    """What the parity gate asks, by the kernels that serve. The adapter is brought to the device
+    at the first call that needs it.
+
+    To be called on the thread that runs the base.
+    """
+    pool = cache(lambda: _pool_of(adapter, base))
+
+    def logits(row: Sequence[int], positions: Sequence[int], with_adapter: bool) -> Tensor:
+        bound = _Bound(adapter, pool()) if with_adapter else None
+        return _logits(base, bound, [row], positions)
+
+    return logits
 
 
 def probe_logits(base: Base, form: ServingForm | None, rows: TokenRows) -> list[Tensor]:
@@ -31,25 +43,37 @@ def probe_logits(base: Base, form: ServingForm | None, rows: TokenRows) -> list[
 
     Runs on the caller's thread, which must be the only one that runs the base.
     """
-    return _logits(base, None if form is None else pack_for(base, form), rows)
+    adapter = None if form is None else pack_for(base, form)
+    bound = None if adapter is None else _Bound(adapter, _pool_of(adapter, base))
+    lengths = [len(row) for row in rows]
+    return list(_logits(base, bound, rows, range(sum(lengths))).split(lengths))
+
+
+class _Bound(NamedTuple):
+    """An adapter, and a pool of its own that holds it."""
+
+    adapter: PackedAdapter
+    pool: AdapterPool
 
 
 @torch.inference_mode()
-def _logits(base: Base, adapter: PackedAdapter | None, rows: TokenRows) -> list[Tensor]:
+def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequence[int]) -> Tensor:
+    """Logits (n, vocab) at the tokens `logits_at` of all rows laid end to end."""
     lengths = [len(row) for row in rows]
     attention = VarlenAttention([Rows(lengths)], base.device)
     token_ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(length) for length in lengths])
-    everywhere = torch.arange(len(token_ids), device=base.device)
+    wanted = torch.tensor(logits_at, device=base.device)
     inputs = (token_ids.to(base.device), positions.to(base.device))
-    if adapter is None:
-        return list(base.forward(*inputs, attention, everywhere).split(lengths))
-    meta = StepMeta.build(_spans(adapter, rows), base.device)
-    layer_map = adapter.layer_map
-    batch = attention if layer_map is None else _planned(layer_map, adapter, rows, base)
-    with base.context.effect(meta, _pool_of(adapter, base).bindings, meta):
-        logits = base.forward(*inputs, batch, everywhere, layer_map)
-    return list(logits.split(lengths))
+    if bound is None:
+        return base.forward(*inputs, attention, wanted)
+    spans = _spans(bound.adapter, rows)
+    meta = StepMeta.build(spans, base.device)
+    head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
+    layer_map = bound.adapter.layer_map
+    batch = attention if layer_map is None else _planned(layer_map, bound.adapter, rows, base)
+    with base.context.effect(meta, bound.pool.bindings, head_meta):
+        return base.forward(*inputs, batch, wanted, layer_map)
 
 
 def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
@@ -88,3 +112,13 @@ def _spans(adapter: PackedAdapter, rows: TokenRows, replica: int = 0) -> list[Sp
             spans.append(span)
         first_token += len(row)
     return spans
+
+
+def _spans_of_wanted(spans: Sequence[Span], logits_at: Sequence[int]) -> list[Span]:
+    """`spans` of all tokens → those of the tokens `logits_at` alone, in their order."""
+    adapted = {token for span in spans for token in range(span.rows.start, span.rows.stop)}
+    return [
+        Span(slot=0, first_token=index, num_tokens=1)
+        for index, token in enumerate(logits_at)
+        if token in adapted
+    ]

@@ -1,4 +1,4 @@
-"""A trained unit as PEFT's files, and the record that the parity gate compares with.
+"""A trained unit as PEFT's files, with the record that the parity gate compares with.
 
 First factors are not written: ΔW is exported as a plain LoRA of twice the rank for the untouched
 base, with the scaling unchanged, so that alpha grows with the rank.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.adapters.files.folder import write_adapter
+from lora_runtime.adapters.files.folder import read_adapter, write_adapter
 from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.parity import Logits, measure
+from lora_runtime.adapters.parity import Golden
 from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
@@ -66,14 +67,12 @@ def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
     }
 
 
-def export(folder: Path, files: Files, logits: Logits, base: BaseSpec) -> None:
+def export(folder: Path, files: Files, golden: Golden) -> None:
     """Write an adapter and, after it, what its own training says it does."""
-    golden = measure(
-        logits, vocab_size=base.vocab_size, fingerprint=base.fingerprint, dtype=base.dtype
-    )
     remove_golden(folder)
     write_adapter(folder, *files)
-    write_golden(folder, golden)
+    tensors_sha256 = read_adapter(folder).tensors_sha256
+    write_golden(folder, replace(golden, tensors_sha256=tensors_sha256))
 
 
 def _files(

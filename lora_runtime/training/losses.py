@@ -129,13 +129,13 @@ def _losses(
 
 
 def unit_logits(base: Base, unit: Unit) -> Logits:
-    """The logits of a unit as its training computes them: what the parity gate compares with."""
+    """The logits of a unit as training computes them: what the parity gate compares with."""
 
     @torch.no_grad()
-    def measured(rows: Sequence[Sequence[int]], with_adapter: bool) -> Sequence[Tensor]:
+    def measured(row: Sequence[int], positions: Sequence[int], with_adapter: bool) -> Tensor:
         bindings = bind([unit], base) if with_adapter else {}
         layer_map = unit.layer_map if with_adapter else None
-        states = states_of_rows(base, bindings, list(map(torch.tensor, rows)), layer_map)
-        return logits(base, bindings, states, [len(states)]).split(list(map(len, rows)))
+        states = states_of_rows(base, bindings, [torch.tensor(row)], layer_map)
+        return logits(base, bindings, states[list(positions)], [len(positions)])
 
     return measured

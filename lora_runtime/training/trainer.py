@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from lora_runtime.adapters.parity import Golden
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.errors import ConfigError
@@ -31,8 +32,9 @@ from lora_runtime.training.data import Item, load_all
 from lora_runtime.training.distributed import ALONE, World, gather_gradients, joined, share_state
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
-from lora_runtime.training.losses import loss_sums, unit_logits, window_losses
+from lora_runtime.training.losses import loss_sums, window_losses
 from lora_runtime.training.memory import Gradients, Say, in_forwards
+from lora_runtime.training.parity_record import recorder
 from lora_runtime.training.preferences import Signal
 from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
@@ -94,7 +96,8 @@ def train_units(
                 save(num_passes)
     if not world.is_main:
         return []
-    results = [_finish(unit, base, config.output / unit.name, sweeps) for unit in units]
+    record = recorder(base, tokenizer)
+    results = [_finish(unit, base, config.output / unit.name, sweeps, record) for unit in units]
     results += winners(results, sweeps, config.output)
     write_report(config.output / "report", results)
     if not active:
@@ -203,7 +206,9 @@ def create_units(
     return units
 
 
-def _finish(unit: Unit, base: Base, folder: Path, sweeps: Sweeps) -> UnitResult:
+def _finish(
+    unit: Unit, base: Base, folder: Path, sweeps: Sweeps, record: Callable[[Unit], Golden]
+) -> UnitResult:
     """Write a finished unit's adapter in PEFT's format, and its parity record."""
     if unit.status is UnitStatus.DONE and unit.held_out and unit.exports_best:
         unit.held_out.restore_best(unit.parameters)
@@ -217,7 +222,7 @@ def _finish(unit: Unit, base: Base, folder: Path, sweeps: Sweeps) -> UnitResult:
             "loramux.steps": str(unit.exported_step),
         }
         files = adapter_files(unit.config, base.spec, unit.modules, metadata)
-        export(folder, files, unit_logits(base, unit), base.spec)
+        export(folder, files, record(unit))
     return UnitResult.of(unit, folder if is_done else None, sweep_of(unit.name, sweeps))
 
 

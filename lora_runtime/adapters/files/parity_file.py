@@ -7,28 +7,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lora_runtime.adapters.files.folder import read_optional, write_file
 from lora_runtime.adapters.files.strict_json import parse_object
-from lora_runtime.adapters.parity import SIDECAR_FILE, TOLERANCES, Golden, Position
+from lora_runtime.adapters.parity import (
+    NUM_POSITIONS,
+    NUM_TOP,
+    PUBLIC_TEXTS,
+    ROW_LENGTH,
+    SIDECAR_FILE,
+    Golden,
+    Position,
+)
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 
-SIDECAR_VERSION = 1
-MAX_SIDECAR_BYTES = 1 << 20
-MAX_ROWS = 8
-MAX_ROW_LENGTH = 1024
-MAX_POSITIONS = 64
-MAX_TOP = 1024
+OLD_VERSION, VERSION = 1, 2
+OLD_DTYPES = ("float64", "float32", "bfloat16")
+MAX_SIDECAR_BYTES = 1 << 18
+MAX_ROWS = len(PUBLIC_TEXTS)
+MAX_POSITIONS = MAX_ROWS * NUM_POSITIONS
+"""With ROW_LENGTH and NUM_TOP what the trainer writes, or wrote in version 1, so that no sidecar
+asks for more work than ours does."""
 
 
 def write_golden(folder: Path, golden: Golden) -> None:
     """Write the sidecar of an adapter, whole or not at all."""
-    text = json.dumps({"version": SIDECAR_VERSION, **asdict(golden)}, allow_nan=False)
-    write_file(folder, SIDECAR_FILE, text.encode())
+    is_old = golden.noise is None
+    content = {"version": OLD_VERSION if is_old else VERSION, **asdict(golden)}
+    for name in ("noise", "tensors_sha256") if is_old else ("dtype",):
+        del content[name]
+    write_file(folder, SIDECAR_FILE, json.dumps(content, allow_nan=False).encode())
 
 
 def remove_golden(folder: Path) -> None:
@@ -65,21 +77,30 @@ def read_golden(folder: Path, base: BaseSpec) -> Golden | None:
 
 def _parse(content: Mapping[str, Any], base: BaseSpec) -> Golden:
     """Raises ValueError that says what is wrong."""
-    _check_keys(content, {"version", "base_fingerprint", "dtype", "rows", "positions"})
-    if content["version"] != SIDECAR_VERSION or content["dtype"] not in TOLERANCES:
-        raise ValueError(
-            f"version {content['version']!r} with dtype {content['dtype']!r}; known are version "
-            f"{SIDECAR_VERSION} with {', '.join(TOLERANCES)}"
-        )
-    longest = min(MAX_ROW_LENGTH, base.max_model_len)
+    version = content.get("version")
+    own = {OLD_VERSION: {"dtype"}, VERSION: {"noise", "tensors_sha256"}}
+    if type(version) is not int or version not in own:
+        raise ValueError(f"version {version!r}; known are {OLD_VERSION} and {VERSION}")
+    _check_keys(content, {"version", "base_fingerprint", "rows", "positions"} | own[version])
+    longest = min(ROW_LENGTH, base.max_model_len)
     rows = [_ids(row, longest, base.vocab_size) for row in _items(content["rows"], MAX_ROWS)]
     places = _items(content["positions"], MAX_POSITIONS)
-    return Golden(
+    golden = Golden(
         base_fingerprint=str(content["base_fingerprint"]),
-        dtype=content["dtype"],
         rows=tuple(rows),
         positions=tuple(_parse_position(place, rows, base.vocab_size) for place in places),
     )
+    if version == OLD_VERSION:
+        if content["dtype"] not in OLD_DTYPES:
+            raise ValueError(f"dtype {content['dtype']!r}; known are {', '.join(OLD_DTYPES)}")
+        return replace(golden, dtype=content["dtype"])
+    (noise,) = _floats([content["noise"]], 1)
+    if noise < 0:
+        raise ValueError(f"noise {noise}; it is 0 or positive")
+    tensors_sha256 = content["tensors_sha256"]
+    if not isinstance(tensors_sha256, str | None):
+        raise ValueError(f"tensors_sha256 {tensors_sha256!r}; it is a text or null")
+    return replace(golden, noise=noise, tensors_sha256=tensors_sha256)
 
 
 def _parse_position(
@@ -88,7 +109,7 @@ def _parse_position(
     _check_keys(content, {"row", "position", "token_ids", "base", "adapter"})
     (row,) = _ids([content["row"]], 1, len(rows))
     (position,) = _ids([content["position"]], 1, len(rows[row]))
-    token_ids = _ids(content["token_ids"], MAX_TOP, vocab_size)
+    token_ids = _ids(content["token_ids"], NUM_TOP, vocab_size)
     base, adapter = (_floats(content[name], len(token_ids) + 1) for name in ("base", "adapter"))
     return Position(row=row, position=position, token_ids=token_ids, base=base, adapter=adapter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -16,23 +17,26 @@ from peft.tuners.lora import LoraLayer
 from lora_runtime.adapters.files import parity_file
 from lora_runtime.adapters.files.parity_file import read_golden, remove_golden, write_golden
 from lora_runtime.adapters.parity import (
+    LIMIT,
     NUM_POSITIONS,
     NUM_TOP,
+    PUBLIC_TEXTS,
+    ROUGH_LIMIT,
     ROW_LENGTH,
     SIDECAR_FILE,
-    TOLERANCES,
-    check,
+    chunks,
+    compare,
     gate,
     measure,
     public_rows,
 )
-from lora_runtime.core import BaseSpec, activation_start
+from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, BaseMismatch, ParityFailed
 from tests.peft_adapters import load_in_peft, write_adapter
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 FINGERPRINT = "f" * 64
-FACTS = {"vocab_size": VOCAB_SIZE, "fingerprint": FINGERPRINT, "dtype": "float32"}
+TENSORS = "a" * 64
 SPEC = BaseSpec(
     name="tiny", fingerprint=FINGERPRINT, linears={}, embedding="e", head="h", is_tied=True,
     num_layers=3, hidden_size=64, vocab_size=VOCAB_SIZE, max_model_len=512, quantization="none",
@@ -40,17 +44,42 @@ SPEC = BaseSpec(
 )  # fmt: skip
 
 
+def spread(text):
+    """Stands for a tokenizer: ids that depend on the text, all over the vocabulary."""
+    return [(31 * i + ord(letter) * 7) % VOCAB_SIZE for i, letter in enumerate(text)]
+
+
+ROWS = public_rows(spread, VOCAB_SIZE, 512)
+
+
 def logits_of(model):
     """What the gate asks for, from a PEFT model."""
 
     @torch.no_grad()
-    def logits(rows, with_adapter):
-        if not with_adapter:
-            with model.disable_adapter():
-                return [model(torch.tensor([row])).logits[0] for row in rows]
-        return [model(torch.tensor([row])).logits[0] for row in rows]
+    def logits(row, positions, with_adapter):
+        with contextlib.nullcontext() if with_adapter else model.disable_adapter():
+            return model(torch.tensor([row])).logits[0][list(positions)]
 
     return logits
+
+
+def noisy(logits, size, seed=0):
+    """The same, off by random numbers of this root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def run(row, positions, with_adapter):
+        found = logits(row, positions, with_adapter)
+        return found + size * torch.randn(found.shape, generator=generator)
+
+    return run
+
+
+def recorded(logits, rounded=None):
+    return measure(ROWS, logits, rounded or logits, fingerprint=FINGERPRINT)
+
+
+def checked(golden, logits, dtype="float32"):
+    return compare(golden, [chunk() for chunk in chunks(golden, logits)], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +91,19 @@ def adapted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def golden(adapted):
-    return measure(logits_of(adapted), **FACTS)
+    return replace(recorded(logits_of(adapted)), tensors_sha256=TENSORS)
+
+
+def old(golden, dtype="float32"):
+    """As version 1 wrote it."""
+    short = [place for place in golden.positions if place.position >= ROW_LENGTH - 4]
+    return replace(golden, positions=tuple(short), noise=None, tensors_sha256=None, dtype=dtype)
 
 
 def test_the_record_holds_what_the_model_gives(adapted, golden):
-    assert golden.rows == public_rows(VOCAB_SIZE)
+    assert golden.rows == ROWS and [len(row) for row in ROWS] == [ROW_LENGTH] * 2
     assert len(golden.positions) == len(golden.rows) * NUM_POSITIONS
+    assert golden.noise == 0.0 and golden.dtype == "float32"
     for place in golden.positions:
         row = torch.tensor([golden.rows[place.row]])
         with torch.no_grad():
@@ -83,10 +119,9 @@ def test_the_record_holds_what_the_model_gives(adapted, golden):
 @pytest.mark.parametrize("shape", ["llama", "gemma2", "qwen3"])
 def test_a_faithful_server_passes(tmp_path, shape):
     adapter = write_adapter(tiny_model(shape), tmp_path / "a", seed=2)
-    logits = logits_of(load_in_peft(tiny_model(shape), adapter))
-    recorded = measure(logits, **FACTS)
+    record = recorded(logits_of(load_in_peft(tiny_model(shape), adapter)))
     exact = logits_of(load_in_peft(tiny_model(shape, dtype=torch.float64), adapter))
-    parity = check(recorded, exact, TOLERANCES["float32"])
+    parity = checked(record, exact)
     assert parity.passed and parity.error < 1e-4 and parity.effect > 0.1
 
 
@@ -125,7 +160,7 @@ def test_an_unfaithful_server_is_caught(adapted, golden, damage):
     damage(damaged)
     with pytest.raises(ParityFailed) as refusal:
         gate(golden, logits_of(damaged), "float32")
-    parity = check(golden, logits_of(damaged), TOLERANCES["float32"])
+    parity = checked(golden, logits_of(damaged))
     assert f"{parity.error:.2g}" in refusal.value.message and "0.01" in refusal.value.message
     assert refusal.value.field == SIDECAR_FILE
 
@@ -134,64 +169,116 @@ def test_the_error_is_that_of_the_effect(adapted, golden):
     """An adapter whose effect is 2 % too large is off by 2 %, whatever the base's own logits."""
     logits = logits_of(adapted)
 
-    def stretched(rows, with_adapter):
-        base = logits(rows, False)
+    def stretched(row, positions, with_adapter):
+        base = logits(row, positions, False)
         if not with_adapter:
-            return [row + 7.0 for row in base]
-        wide = [0.02 * (a - b) for a, b in zip(logits(rows, True), base, strict=True)]
-        return [a + 7.0 + d for a, d in zip(logits(rows, True), wide, strict=True)]
+            return base + 7.0
+        return base + 7.0 + 1.02 * (logits(row, positions, True) - base)
 
-    parity = check(golden, stretched, TOLERANCES["float32"])
-    assert parity.error == pytest.approx(0.02, rel=0.05)
+    assert checked(golden, stretched).error == pytest.approx(0.02, rel=0.05)
 
 
-def test_the_coarser_dtype_decides(adapted, golden):
-    off_by_two_percent = copy.deepcopy(adapted)
-    change_scaling(off_by_two_percent)
-    logits = logits_of(off_by_two_percent)
-    assert gate(golden, logits, "bfloat16").limit == 0.05
-    coarse = replace(golden, dtype="bfloat16")
-    assert gate(coarse, logits, "float32").limit == 0.05
-    assert gate(None, logits, "float32") is None
+def test_the_limit_follows_from_the_recorded_noise_in_bfloat16_alone(adapted):
+    """The formula, from its parts: noise of base and adapter are independent here."""
+    logits = logits_of(adapted)
+    for size in (1e-6, 0.02, 0.3):
+        record = recorded(logits, noisy(logits, size))
+        assert record.noise == pytest.approx(2**0.5 * size, rel=0.05)
+        exact = recorded(logits)
+        assert record.positions == exact.positions
+        parity = checked(record, logits, "bfloat16")
+        assert parity.limit == pytest.approx(max(LIMIT, 2 * record.noise / parity.effect))
+        assert checked(record, logits, "float32").limit == LIMIT
+        for seed in range(5):
+            assert checked(record, noisy(logits, size, seed), "bfloat16").passed
+            assert not checked(record, noisy(logits, 3 * size + 0.02, seed), "bfloat16").passed
+
+
+def test_a_tensor_changed_by_a_tenth_is_caught_where_noise_allows(adapted):
+    logits = logits_of(adapted)
+    record = recorded(logits, noisy(logits, 2e-3))
+    damaged = copy.deepcopy(adapted)
+    layer = damaged.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    layer.lora_B.default.weight.data *= 1.1
+    for dtype in ("float32", "bfloat16"):
+        assert checked(record, logits, dtype).passed
+        assert not checked(record, logits_of(damaged), dtype).passed
+
+
+def test_an_old_record_is_read_and_refuses_nothing_that_rounding_explains(adapted, golden):
+    """Version 1: exact in float32; in bfloat16 by the wide limit, as its noise is unknown."""
+    changed = copy.deepcopy(adapted)
+    change_scaling(changed)
+    for dtype, limit in (("float32", LIMIT), ("bfloat16", ROUGH_LIMIT)):
+        assert checked(old(golden), logits_of(adapted), dtype).limit == limit
+        assert checked(old(golden, dtype), logits_of(adapted), "float32").limit == limit
+    assert not checked(old(golden), logits_of(changed)).passed
+    assert checked(old(golden, "bfloat16"), logits_of(changed)).passed
+    remove(changed)
+    lost = checked(old(golden, "bfloat16"), logits_of(changed), "bfloat16")
+    assert lost.passed == (lost.effect < 0.15 * size_of(golden))
+
+
+def size_of(golden):
+    numbers = torch.tensor([place.adapter for place in old(golden).positions])
+    return float(numbers.square().mean().sqrt())
+
+
+def test_without_a_record_nothing_is_checked(adapted):
+    assert gate(None, logits_of(adapted), "float32") is None
 
 
 def test_an_adapter_without_effect_passes_in_spite_of_rounding_only(adapted):
     silent = copy.deepcopy(adapted)
     remove(silent)
     logits = logits_of(silent)
-    recorded = measure(logits, **FACTS)
-
-    def noisy(size):
-        def run(rows, with_adapter):
-            generator = torch.Generator().manual_seed(int(with_adapter))
-            return [
-                row + size * torch.randn(row.shape, generator=generator)
-                for row in logits(rows, with_adapter)
-            ]
-
-        return run
-
-    quiet = check(recorded, noisy(1e-6), TOLERANCES["float32"])
+    record = recorded(logits)
+    quiet = checked(record, noisy(logits, 1e-6))
     assert quiet.passed and quiet.effect == 0.0
-    assert not check(recorded, noisy(1e-2), TOLERANCES["float32"]).passed
-    assert not check(recorded, logits_of(adapted), TOLERANCES["float32"]).passed
+    assert not checked(record, noisy(logits, 1e-2)).passed
+    assert not checked(record, logits_of(adapted)).passed
 
 
-def test_public_rows_never_change():
-    """A record made by one release is compared with the next one's."""
-    rows = public_rows(49152)
-    assert [row[:4] for row in rows] == [(28507, 5496, 47258, 15424), (1673, 3296, 14634, 24777)]
-    assert [len(row) for row in rows] == [ROW_LENGTH] * 2
+def test_a_check_asks_for_its_recorded_positions_only_and_a_row_at_a_time(adapted, golden):
+    asked = []
+
+    def logits(row, positions, with_adapter):
+        asked.append((tuple(row), tuple(positions), with_adapter))
+        return logits_of(adapted)(row, positions, with_adapter)
+
+    parts = chunks(golden, logits)
+    places = tuple(range(ROW_LENGTH - NUM_POSITIONS, ROW_LENGTH))
+    wanted = [(row, places, on) for on in (False, True) for row in ROWS]
+    for number, part in enumerate(parts, 1):
+        part()
+        assert asked == wanted[:number]
+    assert len(parts) == len(wanted)
 
 
-@given(vocab_size=st.integers(20, 300_000), data=st.data())
-def test_public_rows_invoke_an_activated_adapter_before_what_is_recorded(vocab_size, data):
-    invocation = data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=12))
-    for row in public_rows(vocab_size, invocation):
-        start = activation_start(row, invocation)
-        assert start + len(invocation) == len(row) - NUM_POSITIONS
+@given(
+    encoded=st.lists(st.integers(0, 99), max_size=200),
+    vocab_size=st.integers(1, 99),
+    max_model_len=st.integers(1, 99),
+)
+def test_public_rows_exist_for_any_tokenizer_and_vocabulary(encoded, vocab_size, max_model_len):
+    """A base's table may be smaller than its tokenizer, which may know none of the words."""
+    said = []
+    rows = public_rows(lambda text: said.append(text) or encoded, vocab_size, max_model_len)
+    assert tuple(said) == PUBLIC_TEXTS and len(rows) == len(PUBLIC_TEXTS)
+    for row in rows:
+        assert 1 <= len(row) <= min(ROW_LENGTH, max_model_len)
         assert all(0 <= token < vocab_size for token in row)
-        assert len(row) >= ROW_LENGTH
+    if vocab_size > max(encoded, default=0):
+        assert list(rows[0]) == (encoded or [0])[: min(ROW_LENGTH, max_model_len)]
+
+
+@pytest.mark.parametrize("lengths", [(1, 64), (40, 7), (16, 16)])
+def test_rows_may_be_short(adapted, lengths):
+    rows = [ROWS[0][: lengths[0]], ROWS[1][: lengths[1]]]
+    logits = logits_of(adapted)
+    record = measure(rows, logits, logits, fingerprint=FINGERPRINT)
+    assert len(record.positions) == sum(min(length, NUM_POSITIONS) for length in lengths)
+    assert checked(record, logits).error == 0.0
 
 
 def test_a_record_survives_the_disk(tmp_path, golden):
@@ -202,6 +289,28 @@ def test_a_record_survives_the_disk(tmp_path, golden):
     remove_golden(tmp_path)
     remove_golden(tmp_path)
     assert read_golden(tmp_path, SPEC) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_record_of_version_1_survives_the_disk(tmp_path, golden, dtype):
+    write_golden(tmp_path, old(golden, dtype))
+    content = json.loads((tmp_path / SIDECAR_FILE).read_text())
+    assert content["version"] == 1 and content["dtype"] == dtype
+    assert content.keys() == {"version", "base_fingerprint", "dtype", "rows", "positions"}
+    assert read_golden(tmp_path, SPEC) == old(golden, dtype)
+
+
+def test_a_record_holds_for_the_file_it_was_written_beside(tmp_path, adapted, golden):
+    """However well the numbers agree; what a record does not name may be any file."""
+    logits = logits_of(adapted)
+    for record, other in [(golden, "b" * 64), (replace(golden, tensors_sha256=None), None)]:
+        write_golden(tmp_path, record)
+        read = read_golden(tmp_path, SPEC)
+        assert read == record and gate(read, logits, "float32", TENSORS).passed
+        if other is not None:
+            with pytest.raises(ParityFailed, match="were changed after") as refusal:
+                gate(read, logits, "float32", other)
+            assert refusal.value.field == SIDECAR_FILE
 
 
 def test_a_record_of_another_base_is_a_mismatch(tmp_path, golden):
@@ -221,7 +330,9 @@ def edited(tmp_path, golden, edit):
 BAD_EDITS = {
     "no rows": lambda c: c.update(rows=[]),
     "rows of text": lambda c: c.update(rows=["ab"]),
-    "too many rows": lambda c: c.update(rows=c["rows"] * 5),
+    "too many rows": lambda c: c.update(rows=[*c["rows"], [1]]),
+    "too many positions": lambda c: c.update(positions=[*c["positions"], c["positions"][0]]),
+    "a long row": lambda c: c["rows"].__setitem__(0, [1] * (ROW_LENGTH + 1)),
     "a token beyond the vocabulary": lambda c: c["rows"][0].__setitem__(0, VOCAB_SIZE),
     "a negative token": lambda c: c["rows"][0].__setitem__(0, -1),
     "true as a token": lambda c: c["rows"][0].__setitem__(0, True),
@@ -233,9 +344,15 @@ BAD_EDITS = {
     "NaN": lambda c: c["positions"][0]["adapter"].__setitem__(0, float("nan")),
     "no positions": lambda c: c.update(positions=[]),
     "an unknown key": lambda c: c.update(prompt="secret"),
-    "a missing key": lambda c: c.pop("dtype"),
-    "an unknown dtype": lambda c: c.update(dtype="int4"),
-    "another version": lambda c: c.update(version=2),
+    "a missing key": lambda c: c.pop("noise"),
+    "negative noise": lambda c: c.update(noise=-0.1),
+    "no noise": lambda c: c.update(noise=None),
+    "a number for a digest": lambda c: c.update(tensors_sha256=7),
+    "a key of version 1": lambda c: c.update(dtype="float32"),
+    "another version": lambda c: c.update(version=3),
+    "version 1 with keys of version 2": lambda c: c.update(version=1),
+    "true as a version": lambda c: c.update(version=True),
+    "a list as a version": lambda c: c.update(version=[2]),
 }
 
 
@@ -277,8 +394,7 @@ def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory,
         read = read_golden(folder, SPEC)
     except AdapterRefused:
         return
-    check(read, lambda rows, _: [torch.zeros(len(row), VOCAB_SIZE) for row in rows],
-          TOLERANCES["float32"])  # fmt: skip
+    checked(read, lambda row, positions, _: torch.zeros(len(positions), VOCAB_SIZE))
 
 
 def test_a_link_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):

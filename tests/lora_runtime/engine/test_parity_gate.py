@@ -11,9 +11,10 @@ import torch
 
 from lora_runtime.adapters.convert import plain_files
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
-from lora_runtime.adapters.parity import NUM_POSITIONS, gate, measure
+from lora_runtime.adapters.packed_adapter import pack_for
+from lora_runtime.adapters.parity import NUM_POSITIONS, ROW_LENGTH, gate, measure
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.engine.probe import probe_logits
+from lora_runtime.engine.probe import effect_of
 from lora_runtime.errors import AdapterRefused, ParityFailed
 from tests.tiny import VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint
 from tests.variants import variant_names, write_variants
@@ -34,28 +35,34 @@ def variant(request, base, tmp_path):
     return written
 
 
+def rows_for(form):
+    """Rows in which an activated adapter is invoked before what is recorded."""
+    generator = torch.Generator().manual_seed(9)
+    rows = []
+    for _ in range(2):
+        tokens = torch.randint(20, VOCAB_SIZE, (ROW_LENGTH,), generator=generator).tolist()
+        end = ROW_LENGTH - NUM_POSITIONS
+        tokens[end - len(form.invocation_tokens) : end] = form.invocation_tokens
+        rows.append(tuple(tokens))
+    return rows
+
+
 def recorded_by_peft(base, variant, form):
-    """The golden record, of which PEFT gives the recorded positions."""
+    """The golden record, of which PEFT gives the numbers."""
     twin = dense_twin(base, SHAPE)
 
     @torch.no_grad()
-    def logits(rows, with_adapter):
+    def logits(row, positions, with_adapter):
         if not with_adapter:
-            return [twin(torch.tensor([row])).logits[0] for row in rows]
-        return [last_positions(list(row)) for row in rows]
+            return twin(torch.tensor([row])).logits[0, list(positions)]
+        start = positions[0] + 1
+        return variant.expected(list(row[:start]), [*row[start:], 0], torch.float32)
 
-    def last_positions(row):
-        start = len(row) - NUM_POSITIONS + 1
-        found = torch.full((len(row), VOCAB_SIZE), torch.nan)
-        found[start - 1 :] = variant.expected(row[:start], [*row[start:], 0], torch.float32)
-        return found
-
-    facts = {"vocab_size": VOCAB_SIZE, "fingerprint": "", "dtype": "float32"}
-    return measure(logits, invocation=form.invocation_tokens, **facts)
+    return measure(rows_for(form), logits, logits, fingerprint="")
 
 
 def served_logits(base, form):
-    return lambda rows, with_adapter: probe_logits(base, form if with_adapter else None, rows)
+    return effect_of(base, pack_for(base, form))
 
 
 def without_one_part(form):

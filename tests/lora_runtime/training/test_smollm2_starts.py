@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_runtime.base.varlen_attention import Rows
+from lora_runtime.engine.probe import probe_logits
 from lora_runtime.training import calibration
 from lora_runtime.training.binding import bind
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import load_dataset
 from lora_runtime.training.forward import UnitRows, hidden_states, logits
-from lora_runtime.training.losses import unit_logits
 from lora_runtime.training.units import Unit
 
 PIRATE = Path(__file__).parents[3] / "deploy" / "demo" / "pirate.jsonl"
@@ -67,13 +67,13 @@ def checkpoint_probabilities(base, rows):
     return found, torch.cat([torch.special.entr(p).sum(1) for p in found]).mean().item()
 
 
-def plain_logits(base, unit, rows):
+def plain_logits(base, rows):
     """The base's, and what it hands to the first of LAYERS, (1, T, hidden)."""
     inputs = []
     layer = base.model.get_decoder().layers[LAYERS[0]]
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with hook:
-        return unit_logits(base, unit)(rows, False), inputs[0]
+        return probe_logits(base, None, rows), inputs[0]
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_both_are_nearer_to_the_checkpoint_than_the_quantised_base(
     base, tokenizer = smollm2
     units = {init: started(base, tokenizer, init) for init in ("loftq", "qera")}
     exact = checkpoint_probabilities(base, rows)
-    without, states = plain_logits(base, units["qera"], rows)
+    without, states = plain_logits(base, rows)
     assert torch.equal(logits_from(base, [], states[:, :ROW_LENGTH], rows[:1])[0], without[0])
     plain = mean_divergence(exact, without)
     divergence = {

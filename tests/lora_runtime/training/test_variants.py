@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from lora_runtime.adapters.files.parity_file import read_golden
-from lora_runtime.adapters.parity import TOLERANCES, gate
+from lora_runtime.adapters.packed_adapter import pack_for
+from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.fingerprint import fingerprint
-from lora_runtime.engine.probe import probe_logits
+from lora_runtime.engine.probe import effect_of, probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.export import adapter_files
 from lora_runtime.training.losses import unit_logits, window_losses
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
 from tests.lora_runtime.training.tiny_runs import (
+    at_every_token,
     make_unit,
     ragged_data,
     randomise,
@@ -88,9 +90,11 @@ def mean_loss(logits_of, examples):
 def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, name, quantization, dtype):
     base = tiny_base("llama", quantization=quantization, dtype=dtype)
     unit = unit_of(base, tokenizer, tmp_path, name)
-    started = unit_logits(base, unit)(ROWS, True)
+    started = at_every_token(unit_logits(base, unit))(ROWS, True)
     unit.modules = {}  # the base alone, in the unit's order of layers
-    for ours, theirs in zip(started, unit_logits(base, unit)(ROWS, True), strict=True):
+    for ours, theirs in zip(
+        started, at_every_token(unit_logits(base, unit))(ROWS, True), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -223,7 +227,7 @@ def test_a_mix_of_variants_equals_each_alone_and_the_base_stays(tmp_path, tokeni
     configs = mixed_configs(tmp_path)
     before = fingerprint(exact_base.model, "none")
     together = [make_unit(exact_base, tokenizer, config, seed=3) for config in configs]
-    plain = unit_logits(exact_base, together[0])(ROWS, False)
+    plain = at_every_token(unit_logits(exact_base, together[0]))(ROWS, False)
     train_until_done(exact_base, together)
     for unit, config in zip(together, configs, strict=True):
         alone = make_unit(exact_base, tokenizer, config, seed=3)
@@ -234,7 +238,7 @@ def test_a_mix_of_variants_equals_each_alone_and_the_base_stays(tmp_path, tokeni
             assert (unit.named_parameters()[name] - value).abs().max() <= 1e-8
             assert (start[name] - value).abs().max() >= 1e-4
     assert fingerprint(exact_base.model, "none") == before
-    after = unit_logits(exact_base, together[0])(ROWS, False)
+    after = at_every_token(unit_logits(exact_base, together[0]))(ROWS, False)
     assert all(torch.equal(one, other) for one, other in zip(plain, after, strict=True))
 
 
@@ -277,16 +281,11 @@ def train_all(base, tokenizer, folder, variants):
 def assert_served_as_trained_and_as_in_peft(base, folder):
     golden = read_golden(folder, base.spec)
     form = load_adapter(folder, base.spec, base.weights)
-
-    def served(rows, with_adapter):
-        return probe_logits(base, form if with_adapter else None, rows)
-
-    assert TOLERANCES["float32"].limit == 0.01
-    parity = gate(golden, served, "float32")
-    assert parity.error < 1e-4 and parity.effect > 0.3
+    parity = gate(golden, effect_of(base, pack_for(base, form)), "float32")
+    assert parity.limit == 0.01 and parity.error < 1e-4 and parity.effect > 0.3
     oracle = load_in_peft(dense_twin(base, "llama"), folder)
     with torch.no_grad():
-        for row, ours in zip(ROWS, served(ROWS, True), strict=True):
+        for row, ours in zip(ROWS, probe_logits(base, form, ROWS), strict=True):
             assert (oracle(torch.tensor([row])).logits[0] - ours).abs().max() <= 1e-4
 
 
@@ -304,10 +303,7 @@ def test_files_in_bfloat16_pass_the_parity_gate(tmp_path, tokenizer, disk_base):
             is_factor = "lora_A" in key or "lora_B" in key
             assert tensor.dtype == (torch.bfloat16 if is_factor else torch.float32)
         form = load_adapter(folder, disk_base.spec, disk_base.weights)
-
-        def served(rows, with_adapter, form=form):
-            return probe_logits(disk_base, form if with_adapter else None, rows)
-
+        served = effect_of(disk_base, pack_for(disk_base, form))
         parity = gate(read_golden(folder, disk_base.spec), served, "float32")
         assert parity.error < 0.01 and parity.effect > 0.3
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base import attention
@@ -17,7 +18,7 @@ from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.loader import prepare_base
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
-from lora_runtime.engine.probe import probe_logits
+from lora_runtime.engine.probe import effect_of, probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import losses
 from lora_runtime.training.config import UnitConfig
@@ -25,7 +26,13 @@ from lora_runtime.training.losses import token_losses, unit_logits, window_losse
 from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.variants import TrainedModule
 from tests.lora_runtime.training.test_variants import mean_loss, randomise, train_until_done
-from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
+from tests.lora_runtime.training.tiny_runs import (
+    StopAfter,
+    at_every_token,
+    make_unit,
+    ragged_data,
+    run,
+)
 from tests.peft_adapters import load_in_peft
 from tests.tiny import dense_twin, in_float64, tiny_base, tiny_model
 
@@ -117,9 +124,9 @@ def exact_base(bases):
 def test_the_start_is_exactly_the_base(tmp_path, tokenizer, bases, shape):
     for name in EVERY:
         unit = unit_of(bases[shape], tokenizer, tmp_path, name)
-        started = unit_logits(bases[shape], unit)(ROWS, True)
+        started = at_every_token(unit_logits(bases[shape], unit))(ROWS, True)
         unit.modules = {}
-        plain = unit_logits(bases[shape], unit)(ROWS, True)
+        plain = at_every_token(unit_logits(bases[shape], unit))(ROWS, True)
         assert all(torch.equal(one, other) for one, other in zip(started, plain, strict=True)), name
 
 
@@ -345,7 +352,9 @@ def served(base, folder):
 
 
 def parity_of(base, folder):
-    return gate(read_golden(folder, base.spec), served(base, folder), "float32")
+    form = load_adapter(folder, base.spec, base.weights)
+    logits = effect_of(base, pack_for(base, form))
+    return gate(read_golden(folder, base.spec), logits, "float32", form.tensors_sha256)
 
 
 EXPORTED = {

@@ -104,3 +104,8 @@ def run(
 ):  # fmt: skip
     config = TrainConfig(output=output, units=tuple(units), **{"max_seq_len": 256, **options})
     return train_units(base, tokenizer, config, console or quiet_console(), should_stop, world)
+
+
+def at_every_token(logits):
+    """What the parity gate asks of a few tokens, of all tokens of some rows."""
+    return lambda rows, with_adapter: [logits(row, range(len(row)), with_adapter) for row in rows]

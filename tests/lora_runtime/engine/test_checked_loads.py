@@ -1,0 +1,122 @@
+"""Adapters with a parity record are loaded while a stream runs: it waits for one row at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lora_runtime.adapters.files.parity_file import write_golden
+from lora_runtime.adapters.packed_adapter import pack_for
+from lora_runtime.adapters.parity import measure
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig
+from lora_runtime.engine import loop
+from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.loop import InThreadEngine
+from lora_runtime.engine.probe import effect_of, probe_logits
+from lora_runtime.errors import ParityFailed
+from tests.driver import greedy
+from tests.peft_adapters import write_adapter
+from tests.tiny import VOCAB_SIZE, tiny_base, tiny_checkpoint, tiny_model
+
+NUM_ADAPTERS = 4
+NUM_ROWS = 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base("llama", folder=tiny_checkpoint(tmp_path_factory.mktemp("base")))
+
+
+def recorded_adapter(base, folder, seed, honest=True):
+    """PEFT's, with a record of what it does, or of what another one does."""
+    write_adapter(tiny_model("llama"), folder, seed=seed)
+    form = load_adapter(folder, base.spec, base.weights)
+    logits = effect_of(base, pack_for(base, form))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCAB_SIZE, (NUM_ROWS, 40), generator=generator).tolist()
+    golden = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
+    if not honest:
+        folder = write_adapter(tiny_model("llama"), folder.with_name("other"), seed=seed + 50)
+    write_golden(folder, golden)
+    return folder
+
+
+async def stream(engine, length):
+    request = greedy("long", [5, 6, 7], None, length)
+    return [token async for out in engine.generate(request) for token in out.token_ids]
+
+
+async def serve(base, folders, monkeypatch, length=120):
+    """Load all folders at once during a stream: its tokens, the loads' results, and what the
+    engine's thread did in its order.
+    """
+    log = []
+    config = EngineConfig(
+        cache=CacheConfig(num_blocks=64), adapters=AdapterConfig(pool_bytes=1 << 20)
+    )
+    inner = Engine(base, config)
+    step, chunks = inner.step, loop.chunks
+
+    def logged(name, action):
+        log.append(name)
+        return action()
+
+    monkeypatch.setattr(inner, "step", partial(logged, "step", step))
+    monkeypatch.setattr(
+        loop, "chunks", lambda *args: [partial(logged, "chunk", part) for part in chunks(*args)]
+    )
+    engine = InThreadEngine(inner)
+    running = asyncio.create_task(stream(engine, length))
+    await asyncio.sleep(0.02)
+    loads = await asyncio.gather(
+        *(engine.load_adapter(folder) for folder in folders), return_exceptions=True
+    )
+    tokens = await running
+    log.append("over")
+    later = await engine.load_adapter(folders[0])
+    await engine.close(drain_s=5.0)
+    return tokens, loads, log, later
+
+
+def test_a_stream_takes_a_step_between_any_two_chunks(base, tmp_path, monkeypatch):
+    folders = [recorded_adapter(base, tmp_path / str(s), s) for s in range(NUM_ADAPTERS)]
+    tokens, loads, log, later = asyncio.run(serve(base, folders, monkeypatch))
+    assert len(tokens) == 120 and later.digest == loads[0].digest
+    assert len({adapter.digest for adapter in loads}) == NUM_ADAPTERS
+    during = log[: log.index("over")]
+    assert during.count("chunk") == NUM_ADAPTERS * 2 * NUM_ROWS
+    first, last = during.index("step"), len(during) - 1 - during[::-1].index("step")
+    assert ("chunk", "chunk") not in set(pairwise(during[first : last + 1]))
+    assert log.count("chunk") == (NUM_ADAPTERS + 1) * 2 * NUM_ROWS
+    monkeypatch.undo()
+    alone, *_ = asyncio.run(serve(base, folders[:1], monkeypatch))
+    assert alone == tokens
+
+
+def test_an_adapter_that_does_something_else_is_refused_alone(base, tmp_path, monkeypatch):
+    wrong = recorded_adapter(base, tmp_path / "wrong", 1, honest=False)
+    right = recorded_adapter(base, tmp_path / "right", 2)
+    tokens, (loaded, refused), _, _ = asyncio.run(serve(base, [right, wrong], monkeypatch))
+    assert isinstance(refused, ParityFailed) and not isinstance(loaded, Exception)
+    assert len(tokens) == 120
+
+
+def test_logits_are_made_of_the_recorded_positions_only(base, tmp_path):
+    """Never a row times a vocabulary; the same numbers as those of every position."""
+    folder = recorded_adapter(base, tmp_path / "a", 3)
+    form = load_adapter(folder, base.spec, base.weights)
+    made = []
+    hook = base.head.register_forward_hook(lambda *given: made.append(given[-1].logits.shape[1]))
+    row, places = [5, 9, 200, 17, 3, 44, 8], [1, 4, 6]
+    with hook:
+        for with_adapter in (False, True):
+            found = effect_of(base, pack_for(base, form))(row, places, with_adapter)
+            (every,) = probe_logits(base, form if with_adapter else None, [row])
+            assert torch.allclose(found, every[places], atol=1e-5)
+            assert found.shape == (3, VOCAB_SIZE)
+    assert made == [3, 7, 3, 7]
