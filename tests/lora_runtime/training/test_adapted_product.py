@@ -7,6 +7,7 @@ import torch
 
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.kernels import Span
 from lora_runtime.training import binding
 from lora_runtime.training.adapted_product import (
     Part,
@@ -118,6 +119,27 @@ def test_values_and_gradients_are_the_formulas(seed):
         assert (mine - theirs).norm() <= (1 + is_gain) * BFLOAT16_STEP * theirs.norm()
         if mine.dtype == torch.float32 and not is_gain:
             assert (mine == mine.bfloat16()).double().mean() < 0.1, "rounded on its way"
+
+
+def test_a_cpu_multiplies_in_the_masters_dtype(tmp_path, tokenizer):
+    """To the last bit: what is added to W x, and the gradients, are sums of float32 factors."""
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    unit = make_unit(base, tokenizer, UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4)))
+    randomise(unit)
+    path = "model.layers.1.mlp.up_proj"
+    bound, layer = binding.bind([unit], base)[path], base.model.get_submodule(path).linear
+    assert not bound.factors
+    x = torch.randn(9, layer.in_features).bfloat16().requires_grad_()
+    y = bound.linear(x, layer, [Span(slot=0, first_token=0, num_tokens=9)])
+    weights = torch.randn(y.shape).bfloat16()
+    module = unit.modules[path]
+    found = torch.autograd.grad(y, [x, module.a, module.b], weights)
+    a, b, of_y = module.a.detach(), module.scaling * module.b.detach(), weights.float()
+    product, of_x = layer.tracked_product(x.detach()), weights @ layer.kept_values()
+    assert torch.equal(y, torch.addmm(product.float(), x.float() @ a.T, b.T).bfloat16())
+    assert torch.equal(found[0], torch.addmm(of_x.float(), of_y @ b, a).bfloat16())
+    assert torch.equal(found[1], (of_y @ b).T @ x.float())
+    assert torch.equal(found[2], of_y.T @ (x.float() @ a.T) * module.scaling)
 
 
 def loss_gradients(base, unit, examples):
