@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 PADDED_TO = 32
 """Rows whose own tokens come to the same multiple of it are padded to the longest of them."""
@@ -163,7 +162,8 @@ class _Padded:
             self._order[own[is_own]] = places[is_own]
             end += own.numel()
             keys, _ = _indices(members, members[0].prefix)
-            self._groups.append(_Group(own.to(device), keys.to(device)))
+            distance = _distance(own.shape[1], keys.shape[1])
+            self._groups.append(_Group(*(part.to(device) for part in (own, keys, distance))))
         self._order = self._order.to(device)
 
     def attend(
@@ -202,10 +202,13 @@ def _indices(members: Sequence[_Segment], prefix: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens."""
+    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens; distance
+    (Q, K): how far each key lies before each query.
+    """
 
     queries: Tensor
     keys: Tensor
+    distance: Tensor
 
     def attend(
         self,
@@ -219,17 +222,16 @@ class _Group:
         """(N · Q, H, D) of all queries, padding included."""
         q = _gathered(q, self.queries)
         k, v = _gathered(k, self.keys), _gathered(v, self.keys)
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        if softcap is None and (window is None or window >= num_keys):
-            is_square = num_queries == num_keys
-            mask = None if is_square else causal_lower_right(num_queries, num_keys)
+        longest = k.shape[2]
+        if softcap is None and (window is None or window >= longest):
+            is_square = q.shape[2] == longest
+            mask = None if is_square else self.distance >= 0
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=is_square, scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         else:
-            distance = _distance(num_queries, num_keys, q.device)
-            out = _masked_attention(q, k, v, distance, scale, window, softcap)
+            out = _masked_attention(q, k, v, self.distance, scale, window, softcap)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -238,9 +240,9 @@ def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
     return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
 
 
-def _distance(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+def _distance(num_queries: int, num_keys: int) -> Tensor:
     """How far each key lies before each query (Q, K); both end at the same token."""
-    place = torch.arange(num_keys, device=device)
+    place = torch.arange(num_keys)
     return place[num_keys - num_queries :, None] - place
 
 

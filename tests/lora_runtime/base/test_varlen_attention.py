@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from lora_runtime.base import varlen_attention
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention, can_use_flash
@@ -148,18 +146,6 @@ def test_what_flash_attention_takes(monkeypatch, changed, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: settings["capability"])
     q = SimpleNamespace(device="cuda:0", **settings)
     assert can_use_flash(q, settings["softcap"]) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(3, 7), (1, 20), (33, 96)])
-def test_torchs_bias_of_last_queries_is_the_mask(dtype, sizes):
-    """To the last bit on a CPU, where it becomes that mask."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, size, 16, dtype=dtype) for size in (sizes[0], *2 * sizes[1:]))
-    distance = torch.arange(sizes[1])[sizes[1] - sizes[0] :, None] - torch.arange(sizes[1])
-    by_mask = F.scaled_dot_product_attention(q, k, v, distance >= 0, scale=0.4)
-    by_bias = F.scaled_dot_product_attention(q, k, v, causal_lower_right(*sizes), scale=0.4)
-    assert torch.equal(by_bias, by_mask)
 
 
 def test_a_poisoned_row_reaches_no_other():
