@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,24 +36,13 @@ class Rows:
 
 
 class VarlenAttention:
-    """`Attention` over all rows laid end to end.
-
-    Rows of like length share a padded call. What pads a row is a token of its own, so nothing of
-    another row is ever read.
+    """`Attention` over all rows laid end to end: by FlashAttention where it can run, else over rows
+    padded to like length.
     """
 
     def __init__(self, rows: Sequence[Rows], device: torch.device | str = "cpu") -> None:
-        self._order = torch.empty(sum(part.num_tokens for part in rows), dtype=torch.int64)
-        self._groups, end = [], 0
-        for members in _alike(_segments(rows)):
-            own, is_own = _indices(members, 0)
-            places = end + torch.arange(own.numel()).view_as(own)
-            self._order[own[is_own]] = places[is_own]
-            end += own.numel()
-            keys, _ = _indices(members, members[0].prefix)
-            distance = _distance(own.shape[1], keys.shape[1])
-            self._groups.append(_Group(*(part.to(device) for part in (own, keys, distance))))
-        self._order = self._order.to(device)
+        self._segments = list(_segments(rows))
+        self._device = device
 
     def attend(
         self,
@@ -65,8 +56,31 @@ class VarlenAttention:
         softcap: float | None,
     ) -> Tensor:
         """See `Attention`."""
-        outs = [group.attend(q, k, v, scale, window, softcap) for group in self._groups]
-        return torch.cat(outs).index_select(0, self._order)
+        if can_use_flash(q, softcap):
+            return self._end_to_end.attend(q, k, v, scale, window)
+        return self._padded.attend(q, k, v, scale, window, softcap)
+
+    @cached_property
+    def _end_to_end(self) -> _EndToEnd:
+        return _EndToEnd.of(self._segments, self._device)
+
+    @cached_property
+    def _padded(self) -> _Padded:
+        return _Padded(self._segments, self._device)
+
+
+def can_use_flash(q: Tensor, softcap: float | None) -> bool:
+    """True when FlashAttention 2 as torch builds it takes queries (T, H, D), and what it wants of a
+    device; it has no softcap there.
+    """
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and softcap is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 class _Segment(NamedTuple):
@@ -89,7 +103,84 @@ def _segments(rows: Sequence[Rows]) -> Iterator[_Segment]:
             end += length
 
 
-def _alike(segments: Iterator[_Segment]) -> list[list[_Segment]]:
+@dataclass(frozen=True, slots=True)
+class _EndToEnd:
+    """Segments as FlashAttention takes them: no padding, and no gather but of shared keys.
+
+    query_ends, key_ends (N + 1,) int32: where each segment's queries and keys end, after a 0.
+    keys: the token of every key, where segments share some.
+    """
+
+    query_ends: Tensor
+    key_ends: Tensor
+    longest: tuple[int, int]
+    """Queries and keys of a segment."""
+    keys: Tensor | None
+
+    @classmethod
+    def of(cls, segments: Sequence[_Segment], device: torch.device | str) -> _EndToEnd:
+        """Segments that follow one another are all of the tokens, as queries are already."""
+        queries = [segment.length for segment in segments]
+        counts = [segment.prefix + segment.length for segment in segments]
+        query_ends, key_ends = (
+            torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device)
+            for each in (queries, counts)
+        )
+        keys = None
+        if queries != counts:
+            keys = torch.cat([_indices([own], own.prefix)[0][0] for own in segments]).to(device)
+        return cls(query_ends, key_ends, (max(queries), max(counts)), keys)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """(T, H, D) of all tokens. A segment's queries are the last of its keys, and `window` keys
+        are seen, the query's own among them. Source: torch's `varlen_attn`, which takes fewer key
+        heads than query heads from 2.12 on only; its operator always did.
+        """
+        if self.keys is not None:
+            k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, self.query_ends, self.key_ends, *self.longest,
+            0.0, window is None, False,  # no dropout, causal without a window, no probabilities
+            scale=scale,
+            window_size_left=-1 if window is None else window - 1,
+            window_size_right=0,
+        )[0]  # fmt: skip
+        return out
+
+
+class _Padded:
+    """Segments of like length share a padded call. What pads one is a token of its own, so nothing
+    of another row is ever read.
+    """
+
+    def __init__(self, segments: Sequence[_Segment], device: torch.device | str) -> None:
+        self._order = torch.empty(sum(own.length for own in segments), dtype=torch.int64)
+        self._groups, end = [], 0
+        for members in _alike(segments):
+            own, is_own = _indices(members, 0)
+            places = end + torch.arange(own.numel()).view_as(own)
+            self._order[own[is_own]] = places[is_own]
+            end += own.numel()
+            keys, _ = _indices(members, members[0].prefix)
+            distance = _distance(own.shape[1], keys.shape[1])
+            self._groups.append(_Group(*(part.to(device) for part in (own, keys, distance))))
+        self._order = self._order.to(device)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """(T, H, D) of all tokens."""
+        outs = [group.attend(q, k, v, scale, window, softcap) for group in self._groups]
+        return torch.cat(outs).index_select(0, self._order)
+
+
+def _alike(segments: Sequence[_Segment]) -> list[list[_Segment]]:
     found: dict[tuple[int, int], list[_Segment]] = {}
     for segment in segments:
         key = segment.prefix, -(-segment.length // PADDED_TO)

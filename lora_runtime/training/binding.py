@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -11,29 +11,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.adapted_linear import AdaptedEmbedding
 from lora_runtime.base.loader import Base
 from lora_runtime.base.quant_linear import FrozenLinear
 from lora_runtime.kernels import Span
-from lora_runtime.training.adapted_product import Part, adapted_product
+from lora_runtime.training.adapted_product import (
+    Part,
+    adapted_product,
+    factor_dtype,
+    rounded_factors,
+)
+from lora_runtime.training.starts import master_dtype
 from lora_runtime.training.units import Unit
+
+Place = tuple[int, int]
+"""(slot, replica): a unit, and which visit to the module by its layer map."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedBinding:
     """What the units train at one module of the base. `meta` is a list of Spans.
 
-    forms: (slot, replica) → the differentiable form.
+    forms: (slot, replica) → the differentiable form; factors: its a and b as they are multiplied
+    with x, where that is not as they are.
     """
 
-    forms: Mapping[tuple[int, int], ModuleForm]
+    forms: Mapping[Place, ModuleForm]
+    factors: Mapping[Place, Factors] = field(default_factory=dict)
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
         """See `Binding`."""
         parts = [
-            Part(span.rows, form)
+            Part(span.rows, form, self.factors.get(place))
             for span in meta
-            if (form := self.forms.get((span.slot, span.replica))) and form.a is not None
+            if (form := self.forms.get(place := (span.slot, span.replica))) and form.a is not None
         ]
         return adapted_product(x, layer, parts)
 
@@ -96,9 +108,32 @@ def _embedded(y: Tensor, ids: Tensor, scale: float, form: ModuleForm) -> Tensor:
 
 def bind(units: Sequence[Unit], base: Base) -> dict[str, TrainedBinding]:
     """The modules of several units by layer of the base; one that no unit adapts is left out."""
-    found: dict[str, dict[tuple[int, int], ModuleForm]] = {}
+    found: dict[str, dict[Place, ModuleForm]] = {}
     for slot, unit in enumerate(units):
         for module in unit.modules.values():
             form = module.form(base.weights)
             found.setdefault(module.path, {})[slot, module.replica] = form
-    return {path: TrainedBinding(forms) for path, forms in found.items()}
+    factors = _factors(found, base)
+    return {path: TrainedBinding(forms, factors.get(path, {})) for path, forms in found.items()}
+
+
+def _factors(
+    forms: Mapping[str, Mapping[Place, ModuleForm]], base: Base
+) -> dict[str, dict[Place, Factors]]:
+    """By module, of those that multiply x by a; none where factors are multiplied as they are."""
+    masters = master_dtype(base)
+    dtype = factor_dtype(base.device, base.dtype, masters)
+    if dtype == masters:
+        return {}
+    places = [
+        (path, place, form)
+        for path, own in forms.items()
+        if path != base.spec.embedding
+        for place, form in own.items()
+        if form.a is not None
+    ]
+    found: dict[str, dict[Place, Factors]] = {}
+    rounded = rounded_factors([form for _, _, form in places], dtype)
+    for (path, place, _), factors in zip(places, rounded, strict=True):
+        found.setdefault(path, {})[place] = factors
+    return found

@@ -35,7 +35,7 @@ def window_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[
     micro-batches of any lengths add up to the mean over the window.
     """
     sums = loss_sums(base, units, batches)
-    return sums / sums.new_tensor([[unit.window_weight] for unit in units])
+    return torch.stack([own / unit.window_weight for own, unit in zip(sums, units, strict=True)])
 
 
 def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from operator import add
 
 import torch
 from torch import Tensor
@@ -29,10 +28,12 @@ Batches = Sequence[Sequence[Item]]
 NextBatches = Callable[[Unit], Batches]
 
 
-TOKENS_PER_FORWARD = 2048
-"""What units may have together in one forward: about where products no longer get faster with more
-rows, while activations keep growing.
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 8192}
+"""What units may have together in one forward, by device: about where products no longer get faster
+with more rows, while activations keep growing. A GPU first pays for every layer's dequantisation,
+which costs the same for any number of rows.
 """
+LEAST_PER_FORWARD = min(TOKENS_PER_FORWARD.values())
 
 
 def in_forwards(
@@ -52,7 +53,9 @@ def in_forwards(
         group = _next_group(left, next_batches)
         members = [unit for unit, _ in group]
         values = _attempt([(unit, batches[world.rank]) for unit, batches in group], compute, world)
-        if values is None:
+        if values is None and len(group) > 1 and _num_tokens(group) > LEAST_PER_FORWARD:
+            _share_less(members, _num_tokens(group) // 2, say)
+        elif values is None:
             _make_smaller(members, [max(batches, key=_order) for _, batches in group], say)
         else:
             yield members, values
@@ -61,17 +64,24 @@ def in_forwards(
 
 
 def _next_group(units: Sequence[Unit], next_batches: NextBatches) -> list[tuple[Unit, Batches]]:
-    """The first units that share a forward within TOKENS_PER_FORWARD on every process."""
+    """The first units that share a forward within TOKENS_PER_FORWARD on every process, or within
+    what memory took.
+    """
     group: list[tuple[Unit, Batches]] = []
-    sums: list[int] = []
+    most = TOKENS_PER_FORWARD[units[0].device.type]
     for unit in [unit for unit in units if not unit.limits.is_alone] or units[:1]:
-        batches = next_batches(unit)
-        own = [sum(map(num_tokens, batch)) for batch in batches]
-        sums = list(map(add, sums, own)) if group else own
-        if group and max(sums) > TOKENS_PER_FORWARD:
+        larger = [*group, (unit, next_batches(unit))]
+        most = min(most, unit.limits.num_shared_tokens or most)
+        if group and _num_tokens(larger) > most:
             break
-        group.append((unit, batches))
+        group = larger
     return group
+
+
+def _num_tokens(group: Sequence[tuple[Unit, Batches]]) -> int:
+    """Of a forward on the process that has the most."""
+    sums = [[sum(map(num_tokens, batch)) for batch in batches] for _, batches in group]
+    return max(map(sum, zip(*sums, strict=True)))
 
 
 def _attempt(
@@ -96,9 +106,16 @@ def _attempt(
             gc.collect()  # what a backward was at when it failed may refer to itself
             torch.cuda.empty_cache()
         return None
-    for parameter, gradient in gradients:
-        parameter.grad.add_(gradient)
+    if gradients:
+        torch._foreach_add_([p.grad for p, _ in gradients], [gradient for _, gradient in gradients])
     return [Signal(*three) for three in zip(*[iter(sums)] * len(NOTHING), strict=True)]
+
+
+def _share_less(units: Sequence[Unit], most: int, say: Say) -> None:
+    """Let them have fewer tokens together, before any of them gets smaller forwards."""
+    for unit in units:
+        unit.limits.num_shared_tokens = most
+    say(f"out of memory; from here on {len(units)} units share forwards of up to {most} tokens")
 
 
 def _make_smaller(units: Sequence[Unit], batches: Sequence[Sequence[Item]], say: Say) -> None:

@@ -82,8 +82,10 @@ def decay_starts(optimizer: torch.optim.Optimizer, modules: Mapping[str, Trained
     group_a, group_b = optimizer.param_groups[:2]
     if not group_a["weight_decay"]:
         return
-    for module in modules.values():
-        if isinstance(module, TrainedModule) and module.start is not None:
-            a, b = module.start
-            module.a.data.sub_(group_a["lr"] * group_a["weight_decay"] * a)
-            module.b.data.sub_(group_b["lr"] * group_b["weight_decay"] * b)
+    found = [m for m in modules.values() if isinstance(m, TrainedModule) and m.start is not None]
+    if not found:
+        return
+    for group, part in ((group_a, "a"), (group_b, "b")):
+        starts = [getattr(module.start, part) for module in found]
+        decayed = torch._foreach_mul(starts, group["lr"] * group["weight_decay"])
+        torch._foreach_sub_([getattr(module, part).data for module in found], decayed)

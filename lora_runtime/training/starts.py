@@ -166,9 +166,13 @@ def _trained_rows(spec: AdapterSpec, base: Base) -> dict[str, TrainedRows]:
     return found
 
 
+def master_dtype(base: Base) -> torch.dtype:
+    """That of what is trained: float32, or float64 on a float64 base."""
+    return torch.promote_types(base.dtype, torch.float32)
+
+
 def _parameter(values: Tensor, base: Base) -> Parameter:
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    return Parameter(values.to(base.device, dtype).contiguous())
+    return Parameter(values.to(base.device, master_dtype(base)).contiguous())
 
 
 def _lost_by_quantisation(

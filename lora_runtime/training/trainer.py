@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
 from lora_runtime.training.tensorboard import write_curves
-from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus
+from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus, update_complete
 
 ShouldStop = Callable[[], bool]
 
@@ -138,9 +138,7 @@ def run_pass(
 
     A unit whose loss or gradient is not finite fails alone. Returns the units that changed.
     """
-    for parameter in chain.from_iterable(unit.parameters for unit in units):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    _start_gradients(units)
     started = time.perf_counter()
     compute = partial(_losses_and_gradients, base)
     forwards = in_forwards(units, Unit.next_micro_batches, compute, world, say)
@@ -151,21 +149,35 @@ def run_pass(
             unit.advance(own, seconds, world.sum_)
         else:
             unit.fail(f"the loss of update {unit.step + 1} is {own.loss}; {LOWER_RATE}")
+    update_complete(units)
     return [unit for unit in units if not unit.is_running or not unit.window.done]
+
+
+def _start_gradients(units: Sequence[Unit]) -> None:
+    parameters = [p for unit in units for p in unit.parameters if p.grad is None]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    if parameters:
+        torch._foreach_zero_([parameter.grad for parameter in parameters])
 
 
 def _losses_and_gradients(
     base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]
 ) -> tuple[list[Signal], Gradients]:
-    """Of a forward. A unit whose loss is not finite has no gradients."""
+    """Of a forward. A unit whose loss is not finite has no gradients.
+
+    The losses are read after the gradients are asked for, so that a GPU need not wait in between.
+    """
     losses = window_losses(base, units, batches)
+    parameters = [parameter for unit in units for parameter in unit.parameters]
+    found = torch.autograd.grad(losses[:, 0].sum(), parameters, allow_unused=True)
+    gradients = iter(zip(parameters, found, strict=True))
     signals = Signal.rows(losses)
-    finite = [index for index, own in enumerate(signals) if math.isfinite(own.loss)]
-    parameters = [parameter for index in finite for parameter in units[index].parameters]
-    total = losses[finite, 0].sum()
-    found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
-    pairs = zip(parameters, found, strict=True)
-    return signals, [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+    kept = []
+    for unit, own in zip(units, signals, strict=True):
+        of_unit = islice(gradients, len(unit.parameters))
+        kept += [pair for pair in of_unit if pair[1] is not None and math.isfinite(own.loss)]
+    return signals, kept
 
 
 def _check_output(config: TrainConfig, is_interrupted: bool) -> None:

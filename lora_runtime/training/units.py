@@ -169,18 +169,26 @@ class Unit:
     def advance(
         self, signal: Signal, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
     ) -> None:
-        """Count a forward whose gradients are in place; update at the end of the window.
+        """Count a forward whose gradients are in place.
 
         `signal` is its share of the window's means; `sum_gradients` adds those of other processes
-        to the window's. The unit fails, its weights untouched, when the gradient is not finite.
+        to the window's when it is complete: then `update_complete` is due.
         """
         window, items = self.window, self._window()
         window.done += chain.from_iterable(self._next_places(items))
         window.signal = window.signal.plus(signal)
         window.seconds += seconds
-        if len(window.done) == len(items):
+        if self.is_complete:
             sum_gradients([parameter.grad for parameter in self.parameters])
-            self._update()
+
+    @property
+    def is_complete(self) -> bool:
+        """True when all of the window is done and the update is due."""
+        return self.is_running and len(self.window.done) == len(self._window())
+
+    def clip_gradient(self) -> Tensor:
+        """Bring the gradient's length down to `max_grad_norm`; returns what it was, a scalar."""
+        return clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
 
     def fail(self, error: str) -> None:
         """Stop this unit; its weights stay as they were after the last update."""
@@ -203,9 +211,10 @@ class Unit:
         best = self.held_out.best_record if self.held_out and self.exports_best else None
         return best.step if best else self.step
 
-    def _update(self) -> None:
-        limit = self.config.max_grad_norm or math.inf
-        grad_norm = float(clip_grad_norm_(self.parameters, limit))
+    def update(self, grad_norm: float) -> None:
+        """End the window. `grad_norm` is what `clip_gradient` found: when it is not finite the unit
+        fails, its weights untouched.
+        """
         if not math.isfinite(grad_norm):
             self.fail(f"the gradient of update {self.step + 1} is not finite; {LOWER_RATE}")
             return
@@ -246,3 +255,14 @@ class Unit:
         if self.config.max_steps is None:
             size = min(size, self._num_items * self.config.num_epochs - start)
         return self._stream.take(start, size)
+
+
+def update_complete(units: Sequence[Unit]) -> None:
+    """Update the units whose windows are complete.
+
+    The lengths of all their gradients are read at once: a read waits for all that a GPU has to do.
+    """
+    if complete := [unit for unit in units if unit.is_complete]:
+        norms = torch.stack([unit.clip_gradient() for unit in complete]).tolist()
+        for unit, norm in zip(complete, norms, strict=True):
+            unit.update(norm)

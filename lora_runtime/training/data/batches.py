@@ -85,6 +85,8 @@ class Limits:
     """Counted instead of the examples, unless None."""
     is_alone: bool = False
     """True when the unit has forwards of its own."""
+    num_shared_tokens: int | None = None
+    """What it and others may have together, where memory did not take what devices usually do."""
 
     def groups(
         self, examples: Sequence[T], length: Callable[[T], int] = num_tokens

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base import varlen_attention
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention, can_use_flash
 
 ROWS = [Rows([3, 70, 1, 33]), Rows([5, 40, 2], prefix=19), Rows([4], prefix=1), Rows([1])]
 
@@ -36,9 +39,7 @@ def by_formula(q, k, v, scale, window, softcap):
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("window", [None, 7, 30])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_values_and_gradients(window, softcap):
+def assert_by_formula(window, softcap):
     torch.manual_seed(0)
     num_tokens = sum(rows.num_tokens for rows in ROWS)
     q, k, v = (
@@ -57,6 +58,94 @@ def test_values_and_gradients(window, softcap):
     wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 7, 30])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_values_and_gradients(window, softcap):
+    assert_by_formula(window, softcap)
+
+
+def flash(q, k, v, query_ends, key_ends, longest_q, longest_k, dropout, causal, probs, **options):
+    """What torch's operator says it does, segment by segment: queries are the last of the keys, a
+    query sees its own key, `window_size_left` before and `window_size_right` behind it, -1 for all.
+    """
+    assert query_ends.dtype == key_ends.dtype == torch.int32 and not (dropout or probs)
+    assert (query_ends.diff().max(), key_ends.diff().max()) == (longest_q, longest_k)
+    left, right = options["window_size_left"], options["window_size_right"]
+    right = 0 if causal else right
+    outs = []
+    for (q0, q1), (k0, k1) in zip(
+        query_ends.unfold(0, 2, 1).tolist(), key_ends.unfold(0, 2, 1).tolist(), strict=True
+    ):
+        place = torch.arange(k1 - k0)
+        behind = place - (place[k1 - k0 - (q1 - q0) :, None])
+        seen = ((left < 0) | (behind >= -left)) & ((right < 0) | (behind <= right))
+        repeats = q.shape[1] // k.shape[1]
+        keys, values = (part[k0:k1].repeat_interleave(repeats, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * options["scale"]
+        scores = scores.masked_fill(~seen, -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.cat(outs), None
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 30])
+def test_values_and_gradients_by_flash_attention(monkeypatch, window):
+    """Of what is handed to it: the kernel itself runs on a GPU alone."""
+    monkeypatch.setattr(varlen_attention, "can_use_flash", lambda *_: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    assert_by_formula(window, None)
+
+
+@pytest.mark.parametrize("rows", [ROWS, [Rows([40]), Rows([7, 7])]], ids=["shared", "plain"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_torch_takes_what_flash_attention_is_given(monkeypatch, rows, window):
+    """By the shapes alone that its operator and its gradient have, with fewer key heads."""
+    monkeypatch.setattr(varlen_attention, "can_use_flash", lambda *_: True)
+    num_tokens = sum(part.num_tokens for part in rows)
+    q, k, v = (
+        torch.empty(num_tokens, h, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for h in (6, 2, 2)
+    )
+    options = dict(layer=0, scale=0.4, window=window, softcap=None)
+    out = VarlenAttention(rows, "meta").attend(q, k, v, **options)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_rows_alone_are_neither_gathered_nor_padded(monkeypatch):
+    monkeypatch.setattr(varlen_attention, "can_use_flash", lambda *_: True)
+    given = []
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_flash_attention_forward",
+        lambda *a, **_: (given.extend(a[:3]), (a[0],))[1],
+    )
+    q, k, v = (torch.zeros(9, 2, 8) for _ in range(3))
+    attention = VarlenAttention([Rows([3]), Rows([1, 5])])
+    out = attention.attend(q, k, v, layer=0, scale=1.0, window=None, softcap=None)
+    assert all(ours is theirs for ours, theirs in zip([*given, out], [q, k, v, q], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True), ({"dtype": torch.float16}, True), ({"shape": (5, 4, 96)}, True),
+        ({"is_cuda": False}, False), ({"dtype": torch.float32}, False),
+        ({"shape": (5, 4, 100)}, False), ({"shape": (5, 4, 264)}, False),
+        ({"softcap": 30.0}, False), ({"capability": (7, 5)}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_flash_attention_takes(monkeypatch, changed, expected):
+    settings = dict(
+        is_cuda=True, dtype=torch.bfloat16, shape=(5, 4, 128), softcap=None, capability=(8, 0)
+    )
+    settings |= changed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: settings["capability"])
+    q = SimpleNamespace(device="cuda:0", **settings)
+    assert can_use_flash(q, settings["softcap"]) == expected
 
 
 def test_a_poisoned_row_reaches_no_other():

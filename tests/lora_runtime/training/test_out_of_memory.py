@@ -122,11 +122,29 @@ def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monke
         return real(base, token_ids, *others)
 
     monkeypatch.setattr(Base, "hidden_states", forward)
-    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", 60)
+    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", {"cpu": 60})
     run_pass(exact_base, units)
     assert len(most) == 3 and max(most) > 60 > min(most)
     train_until_done(exact_base, units)
     assert_same(units, expected)
+
+
+def test_units_share_less_before_any_gets_smaller(tmp_path, tokenizer, exact_base, monkeypatch):
+    """Where a forward may have more tokens than is the least of any device."""
+    expected = units_of(exact_base, tokenizer, tmp_path)
+    train_until_done(exact_base, expected)
+    units = units_of(exact_base, tokenizer, tmp_path)
+    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", {"cpu": 8192})
+    monkeypatch.setattr(memory, "LEAST_PER_FORWARD", 10)
+    items = [sorted(map(num_tokens, unit.dataset.items)) for unit in units]
+    room = max(sum(own[-u.config.micro_batch_size :]) for u, own in zip(units, items, strict=True))
+    small = SmallMemory(monkeypatch, room)
+    said = train_until_done(exact_base, units)
+    assert_same(units, expected)
+    shared = [line for line in said if "units share forwards of up to" in line]
+    assert shared == said and len(shared) == small.num_failures > 0
+    assert all(unit.limits.num_examples == unit.config.micro_batch_size for unit in units)
+    assert {unit.limits.num_shared_tokens for unit in units} != {None}
 
 
 def test_an_example_that_never_fits_fails_its_unit_alone(

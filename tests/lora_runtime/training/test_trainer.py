@@ -19,6 +19,7 @@ from lora_runtime.kernels import Span
 from lora_runtime.training import trainer
 from lora_runtime.training.binding import bind
 from lora_runtime.training.config import TrainConfig, UnitConfig
+from lora_runtime.training.distributed import World
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.starts import adapter_spec
 from lora_runtime.training.trainer import run_pass, stop_on_sigint, train
@@ -106,6 +107,34 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, shape, variant):
         ]:
             assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
             assert theirs.grad.norm() > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_pass_of_many_units_reads_as_little_as_one_of_one(
+    tmp_path, tokenizer, base, monkeypatch, accumulation
+):
+    """Every read waits for a GPU: one of the losses, after the gradients, and one of their lengths
+    at the end of a window.
+    """
+    config = UnitConfig(
+        name="u", data=ragged_data(tmp_path / "d", 8), rank=2, gradient_accumulation=accumulation
+    )
+    one, *many = [make_unit(base, tokenizer, config, seed=seed) for seed in range(4)]
+    happened = []
+
+    def seen(owner, name):
+        real = getattr(owner, name)
+        noted = lambda *a, **k: (happened.append(name), real(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, noted)
+
+    for name in ("tolist", "item", "__float__", "__bool__"):
+        seen(torch.Tensor, name)
+    seen(torch.autograd, "grad")
+    monkeypatch.setattr(World, "total", lambda _, values: [float(value) for value in values])
+    for units in ([one], many):
+        happened.clear()
+        run_pass(base, units)
+        assert happened == ["grad", "tolist", "tolist"][: 4 - accumulation]
 
 
 def mixed_units(tmp_path):
