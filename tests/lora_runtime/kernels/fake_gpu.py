@@ -70,18 +70,19 @@ CARDS = {
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles. A device's number is its architecture, so
-    that each has kernels of its own.
+    """What Triton asks of a driver before it compiles. `device`: kernels are kept by its number, so
+    every architecture needs one, and another where launches are only noted: a kernel that is
+    there already would not be noted.
     """
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, arch: int, device: int) -> None:
+        self.arch, self.device = arch, device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -93,12 +94,14 @@ class Driver:
 @dataclass(frozen=True)
 class Launch:
     """One launch: how many programs of what. `specialization` is Triton's own JSON of a compile:
-    types, which integers are 1 or multiples of 16, constants, warps, stages and card.
+    types, which integers are 1 or multiples of 16, constants, warps, stages and card. `integers`:
+    the values of the other integers, by name.
     """
 
     kernel: str
     grid: tuple[int, ...]
     specialization: str
+    integers: dict[str, int]
 
     @property
     def num_programs(self) -> int:
@@ -145,15 +148,17 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
     in the list and not done.
     """
     found: list[Launch] = []
-    grids: list[tuple[int, ...]] = []
+    asked: list[tuple[tuple[int, ...], dict[str, int]]] = []
     run = JITFunction.run
 
-    def noting_the_grid(self, *args, grid, warmup, **options):
-        grids.append(grid)
+    def noting(self, *args, grid, warmup, **options):
+        names = zip(self.arg_names, args, strict=False)
+        asked.append((grid, {name: value for name, value in names if isinstance(value, int)}))
         return run(self, *args, grid=grid, warmup=True, **options)
 
     def note(*, fn, compile, **_) -> bool:
-        found.append(Launch(fn.name, grids[-1], compile["specialization_data"]))
+        grid, integers = asked[-1]
+        found.append(Launch(fn.name, grid, compile["specialization_data"], integers))
         return True  # as if it were compiled already
 
     properties = SimpleNamespace(
@@ -162,9 +167,9 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
         shared_memory_per_block_optin=card.block_shared_bytes,
         shared_memory_per_multiprocessor=card.shared_bytes,
     )  # fmt: skip
-    driver.set_active(Driver(card.arch))
+    driver.set_active(Driver(card.arch, -card.arch))
     with (
-        mock.patch.object(JITFunction, "run", noting_the_grid),
+        mock.patch.object(JITFunction, "run", noting),
         mock.patch.object(gpu, "DEVICES", gpu.DEVICES | {"cpu", "meta"}),
         mock.patch.object(torch.cuda, "get_device_properties", lambda _=None: properties),
         mock.patch.object(
@@ -208,7 +213,7 @@ def kernel_of(launch: Launch) -> JITFunction:
 
 def compiled(launch: Launch) -> Any:
     """Triton's CompiledKernel of a launch; `asm["cubin"]` is the card's machine code."""
-    driver.set_active(Driver(launch.arch))
+    driver.set_active(Driver(launch.arch, launch.arch))
     return kernel_of(launch).preload(launch.specialization)
 
 
