@@ -94,11 +94,12 @@ class Driver:
 @dataclass(frozen=True)
 class Launch:
     """One launch: how many programs of what. `specialization` is Triton's own JSON of a compile:
-    types, which integers are 1 or multiples of 16, constants, warps, stages and card. `integers`:
+    types, which integers are 1 or multiples of 16, constants, warps, stages. `integers`:
     the values of the other integers, by name.
     """
 
     kernel: str
+    arch: int
     grid: tuple[int, ...]
     specialization: str
     integers: dict[str, int]
@@ -118,10 +119,6 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         return json.loads(self.specialization)["options"]
-
-    @property
-    def arch(self) -> int:
-        return json.loads(self.specialization)["target"]["arch"]
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={self.options[name]}" for name in ("num_warps", "num_stages"))
@@ -158,7 +155,7 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
 
     def note(*, fn, compile, **_) -> bool:
         grid, integers = asked[-1]
-        found.append(Launch(fn.name, grid, compile["specialization_data"], integers))
+        found.append(Launch(fn.name, card.arch, grid, compile["specialization_data"], integers))
         return True  # as if it were compiled already
 
     properties = SimpleNamespace(
@@ -184,7 +181,7 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
 
 def distinct(launches: list[Launch]) -> list[Launch]:
     """One launch of every specialisation, in order."""
-    return list({launch.specialization: launch for launch in launches}.values())
+    return list({(launch.arch, launch.specialization): launch for launch in launches}.values())
 
 
 @dataclass(frozen=True)
@@ -241,7 +238,8 @@ def result_of(launch: Launch, cache: Path) -> Result:
     """Compile a launch, or read what came of it: results lie in `cache` by the kernel's source, the
     specialisation and Triton's version.
     """
-    parts = (triton.__version__, kernel_of(launch).cache_key, launch.specialization)
+    source = kernel_of(launch).cache_key
+    parts = (triton.__version__, str(launch.arch), source, launch.specialization)
     path = cache / hashlib.sha256("\n".join(parts).encode()).hexdigest()
     if path.exists():
         return Result(**json.loads(path.read_text()))
