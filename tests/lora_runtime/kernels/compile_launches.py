@@ -143,15 +143,26 @@ def while_serving() -> dict[str, object]:
         forms = gpu_drives.forms_of(base)
         serving = gpu_drives.cuda_engine(base, forms)
         serving.runner.warm_up(lambda _: None)
-        known = {launch.specialization for launch in launches}
         num_warm = len(launches)
         gpu_drives.varied_load(serving, forms)
-    late = [launch for launch in distinct(launches) if launch.specialization not in known]
+    known = distinct(launches[:num_warm])
+    late = distinct(launches)[len(known) :]
     return {
         "warm_launches": num_warm,
         "launches": len(launches) - num_warm,
-        "complaints": [f"{launch.kernel}: {launch}" for launch in late],
+        "complaints": [f"{launch.kernel}: {_what_is_new(launch, known)}" for launch in late],
     }
+
+
+def _what_is_new(launch: Launch, known: Sequence[Launch]) -> str:
+    """In which arguments a launch differs from the nearest known one of its kernel."""
+    own = launch.kinds.items()
+    others = [one.kinds.items() for one in known if one.kernel == launch.kernel]
+    if not others:
+        return "not launched before"
+    nearest = min(others, key=lambda other: len(own - other))
+    news = ", ".join(f"{name}={value}" for name, value in own if (name, value) not in nearest)
+    return f"{news} instead of {', '.join(f'{n}={v}' for n, v in nearest - own)}"
 
 
 def main() -> None:

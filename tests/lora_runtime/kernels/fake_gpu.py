@@ -117,13 +117,18 @@ class Launch:
         return data["signature"] | dict(zip(keys, data["constant_vals"], strict=True))
 
     @property
-    def options(self) -> dict[str, Any]:
-        return json.loads(self.specialization)["options"]
+    def kinds(self) -> dict[str, Any]:
+        """`arguments` with warps and stages; a type says where its values are multiples of 16."""
+        data, found = json.loads(self.specialization), self.arguments
+        names = list(found)
+        for (place,), facts in zip(data["attrs_keys"], data["attrs_vals"], strict=True):
+            if facts:
+                found[names[place]] = f"{found[names[place]]} of 16s"
+        return found | {name: data["options"][name] for name in ("num_warps", "num_stages")}
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={self.options[name]}" for name in ("num_warps", "num_stages"))
-        values = [f"{name}={value}" for name, value in self.arguments.items()]
-        return f"{self.kernel}({', '.join(values)}; {options})"
+        values = [f"{name}={value}" for name, value in self.kinds.items()]
+        return f"{self.kernel}({', '.join(values)})"
 
 
 class _ZeroFilled(TorchFunctionMode):
@@ -180,8 +185,11 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
-    """One launch of every specialisation, in order."""
-    return list({(launch.arch, launch.specialization): launch for launch in launches}.values())
+    """The first launch of every specialisation, in order."""
+    found: dict[tuple[int, str], Launch] = {}
+    for launch in launches:
+        found.setdefault((launch.arch, launch.specialization), launch)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
