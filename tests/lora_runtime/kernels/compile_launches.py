@@ -81,10 +81,11 @@ def largest(launches: Iterable[Launch]) -> Iterator[Launch]:
         yield max(own, key=_tile_size)
 
 
-def smallest(launches: Iterable[Launch]) -> Iterator[Launch]:
-    """Of each kernel the launch with most integers equal to 1, in bfloat16 where it has a dtype."""
+def smallest(launches: Sequence[Launch]) -> Iterator[Launch]:
+    """Of each kernel the launch with most integers equal to 1, in bfloat16 if it has a dtype."""
+    with_dtype = {launch.kernel for launch in launches if _is_bfloat16(launch)}
     for own in _by_kernel(launches):
-        if _is_bfloat16(own[0]) or own[0].kernel == "tiles_kernel":
+        if _is_bfloat16(own[0]) or own[0].kernel not in with_dtype:
             yield max(own, key=_num_ones)
 
 
