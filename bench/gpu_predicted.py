@@ -70,9 +70,6 @@ class Case:
     per_pass: float = 0.0
     """Weights, of one program."""
 
-    def __post_init__(self) -> None:
-        assert self.launches, f"{self.name}: nothing was launched in Triton"
-
     @property
     def main(self) -> Launch:
         """The launch of the kernel with the longest loop; the others prepare for it."""
@@ -101,7 +98,8 @@ class Case:
 
     @property
     def merge_us(self) -> float:
-        parts = self.main.arguments.get("SPLITS", 1)
+        sizes = self.main.arguments | self.main.integers
+        parts = next((n for name, n in sizes.items() if name.lower().endswith("splits")), 1)
         return MERGE_US * parts if self.code.merges_serially else 0.0
 
     @property
@@ -133,9 +131,10 @@ def launches_of(action: Callable[[], object]) -> tuple[Launch, ...]:
     return tuple(found)
 
 
-def product(name: str, rows: int, kind: str = "nf4") -> Case:
+def product(name: str, rows: int, kind: str = "nf4") -> Case | None:
     """W x of one linear layer: from codes of 4 bits with an absmax for 64, or of 8 bits. Every
-    program goes through its share of W, BLOCK_N outputs by BLOCK_K inputs a pass.
+    program goes through its share of W, BLOCK_N outputs by BLOCK_K inputs a pass. None where
+    another library than Triton does it.
     """
     out_features, in_features = LINEARS[name]
     size, x = out_features * in_features, sizeless(rows, in_features)
@@ -148,6 +147,8 @@ def product(name: str, rows: int, kind: str = "nf4") -> Case:
     else:
         codes = sizeless(out_features, in_features, dtype=torch.int8)
         found = launches_of(lambda: kernels.int8_product(x, codes, absmax[:out_features]))
+    if not found:
+        return None
     moved = size * (9 / 16 if kind == "nf4" else 1) + 2 * rows * (in_features + out_features)
     per_pass = _constant(found, "BLOCK_N") * _constant(found, "BLOCK_K")
     programs = max(launch.num_programs for launch in found)
@@ -248,7 +249,7 @@ def table(columns: str, rows: Iterable[Iterable[object]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def code_table(cases: Iterable[tuple[str, Case]]) -> None:
+def code_table(cases: Iterable[tuple[str, Case | None]]) -> None:
     """The machine code of the main kernels, once each."""
     print("\n## Machine code of the main kernels\n")
     print(
@@ -261,6 +262,8 @@ def code_table(cases: Iterable[tuple[str, Case]]) -> None:
     )
     rows = []
     for name, case in cases:
+        if case is None:
+            continue
         code, weights = case.code, case.per_pass
         clocks = code.clocks(1)
         rates = [weights / n if n and weights else "" for n in clocks.values()]
@@ -292,7 +295,11 @@ def products_table(kind: str) -> None:
     print(f"\n## Products from {kind}: floor; predicted µs; held up by")
     rows = []
     for num_rows in ROWS:
-        cases = [product(name, num_rows, kind) for name in LINEARS]
+        found = (product(name, num_rows, kind) for name in LINEARS)
+        cases = [case for case in found if case is not None]
+        if len(cases) < len(LINEARS):
+            rows.append((num_rows, *["not in Triton"] * len(LINEARS), "", ""))
+            continue
         cells = [f"{c.floor_us:.1f}; {c.predicted_us:.0f}; {c.holds_up}" for c in cases]
         floor, time = (sum(getattr(c, n) for c in cases) for n in ("floor_us", "predicted_us"))
         step = f"{floor * NUM_LAYERS / 1e3:.2f}; {time * NUM_LAYERS / 1e3:.2f}"
