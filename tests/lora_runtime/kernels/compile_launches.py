@@ -138,21 +138,30 @@ def report(
 
 
 def while_serving() -> dict[str, object]:
-    """What an engine compiles after its warm-up, under rows, lengths and adapters that change."""
-    base = tiny_base("llama-bias", dtype=torch.bfloat16, dequantized_cache=False)
+    """What is compiled after the warm-up, under rows, lengths and adapters that change: of a tiny
+    engine in all its ways, and of steps of a real model's shape.
+    """
+    tiny = tiny_base("llama-bias", dtype=torch.bfloat16, dequantized_cache=False)
     with launches_on(CARDS[90]) as launches, gpu_drives.as_on_cuda():
-        forms = gpu_drives.forms_of(base)
-        serving = gpu_drives.cuda_engine(base, forms)
+        forms = gpu_drives.forms_of(tiny)
+        serving = gpu_drives.cuda_engine(tiny, forms)
         serving.runner.warm_up(lambda _: None)
-        num_warm = len(launches)
+        num_warm_tiny = len(distinct(launches))
         gpu_drives.varied_load(serving, forms)
-    known = distinct(launches[:num_warm])
-    late = distinct(launches)[len(known) :]
-    return {
-        "warm_launches": num_warm,
-        "launches": len(launches) - num_warm,
-        "complaints": [f"{launch.kernel}: {_what_is_new(launch, known)}" for launch in late],
-    }
+    with launches_on(CARDS[90]) as others:
+        base = gpu_drives.sizeless_base(gpu_drives.LLAMA, torch.bfloat16)
+        runner = gpu_drives.sizeless_runner(base, max_vocabulary_rows=64)
+        gpu_drives.graphs_of(runner)
+        num_warm = len(distinct(others))
+        gpu_drives.steps_of(runner)
+    late = _late(launches, num_warm_tiny) + _late(others, num_warm)
+    return {"launches": len(launches) + len(others), "complaints": late}
+
+
+def _late(launches: list[Launch], num_warm: int) -> list[str]:
+    """What is new in the specialisations after the first `num_warm`."""
+    known, late = distinct(launches)[:num_warm], distinct(launches)[num_warm:]
+    return [f"{launch.kernel}: {_what_is_new(launch, known)}" for launch in late]
 
 
 def _what_is_new(launch: Launch, known: Sequence[Launch]) -> str:

@@ -8,8 +8,7 @@ on the tiny models of the other tests.
 from __future__ import annotations
 
 import contextlib
-import runpy
-import sys
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -343,14 +342,16 @@ def training() -> None:
 
 
 def bench() -> None:
-    """The dry run of bench/gpu.py."""
+    """The dry run of bench/gpu.py, all stages."""
+    from bench import gpu as benchmark
+
     with (
         as_on_cuda(),
-        mock.patch.object(sys, "argv", ["gpu"]),
-        open("/dev/null", "w") as nowhere,
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        runpy.run_module("bench.gpu", run_name="__main__")
+        assert benchmark.main(["--out", folder]) == 0, (Path(folder) / "rows.jsonl").read_text()
 
 
 DRIVES: dict[str, Callable[[], None]] = {

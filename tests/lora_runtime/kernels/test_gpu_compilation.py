@@ -49,7 +49,7 @@ def test_nothing_is_compiled_while_serving(tmp_path):
     many rows a step has, how long they are and which adapters come.
     """
     found = compile_launches("while-serving", tmp_path)
-    assert found["warm_launches"] > 0 and found["launches"] > 1000
+    assert found["launches"] > 1000
     assert found["complaints"] == [], "\n".join(found["complaints"])
 
 
