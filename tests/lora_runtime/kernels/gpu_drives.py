@@ -39,7 +39,7 @@ from lora_runtime.engine.memory_budget import largest_step
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.probe import probe_logits
 from tests.driver import run, tiny_engine
-from tests.tiny import VOCAB_SIZE, tiny_base
+from tests.tiny import tiny_base
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = (1, 2, 3, 7, 16, 33, 64, 65, 133)
@@ -354,7 +354,41 @@ def bench() -> None:
         assert benchmark.main(["--out", folder]) == 0, (Path(folder) / "rows.jsonl").read_text()
 
 
+def bench_sizes() -> None:
+    """The kernels of bench/gpu.py at the sizes that it has on a GPU: the checks on the CPU, what is
+    timed without memory. In a process that has not imported the benchmark yet.
+    """
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        from bench import gpu_kernels, gpu_timing
+    from bench.gpu import CANDIDATES
+
+    def once(call: Callable[[int], object], num_calls: int) -> float:
+        call(0)
+        return 1.0
+
+    with mock.patch.object(gpu_kernels, "DEVICE", torch.device("cpu")):
+        for case in gpu_kernels.check_cases():
+            gpu_kernels.check(**case)
+    ceilings = gpu_timing.Ceilings(1.0, 1.0, 1.0)
+    candidates = {"triton": CANDIDATES["triton"]}
+    with mock.patch.multiple(
+        gpu_kernels,
+        DEVICE=torch.device("meta"),
+        seconds_per_call=once,
+        error=lambda y, expected: 0.0,
+        copies_of=lambda num_bytes: 1,
+    ):
+        tables = [
+            *gpu_kernels.product_tables(ceilings, candidates),
+            gpu_kernels.values_table(ceilings),
+            gpu_kernels.adapter_table(ceilings),
+            gpu_kernels.attention_table(ceilings),
+        ]
+        for table in tables:
+            for case in table.cases():
+                table.measure(**case)
+
+
 DRIVES: dict[str, Callable[[], None]] = {
-    drive.__name__: drive for drive in (real_shapes, sample, serving, training, bench)
+    drive.__name__: drive for drive in (real_shapes, sample, serving, training, bench, bench_sizes)
 }
-assert VOCAB_SIZE > 11, "prompts hold these tokens"
