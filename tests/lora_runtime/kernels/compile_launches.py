@@ -65,9 +65,11 @@ def _is_bfloat16(launch: Launch) -> bool:
     return "*bf16" in launch.arguments.values()
 
 
-def _tile_size(launch: Launch) -> int:
-    sides = [n for name, n in launch.arguments.items() if name.startswith("BLOCK_")]
-    return math.prod(sides)
+def _tile_size(launch: Launch) -> tuple[int, int]:
+    """Of equal tiles the one with more switched on: splits, biases, windows."""
+    numbers = {name: n for name, n in launch.arguments.items() if isinstance(n, int)}
+    sides = [n for name, n in numbers.items() if name.startswith("BLOCK_")]
+    return math.prod(sides), sum(n for name, n in numbers.items() if name.isupper())
 
 
 def _num_ones(launch: Launch) -> int:
