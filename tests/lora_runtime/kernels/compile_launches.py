@@ -1,0 +1,210 @@
+"""Compile what a GPU would be asked to launch, for cards that need not be there.
+
+    python -m tests.lora_runtime.kernels.compile_launches all            every launch, every card
+    python -m tests.lora_runtime.kernels.compile_launches sample         some of every kernel
+    python -m tests.lora_runtime.kernels.compile_launches while-serving  compiles after the warm-up
+
+The first is `make test-gpu-compile`: the launches of serving, training, bench/gpu.py and of real
+models' shapes, by gpu_drives.py. It takes long when nothing is known yet; results are kept in
+--cache by the source of each kernel. test_gpu_compilation.py runs the others. Prints one JSON
+object; status 1 when anything is wrong with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import torch
+from triton.runtime import JITFunction
+
+from lora_runtime import kernels
+from tests.lora_runtime.kernels import gpu_drives
+from tests.lora_runtime.kernels.fake_gpu import (
+    CARDS,
+    Card,
+    Launch,
+    Result,
+    distinct,
+    launches_on,
+    result_of,
+)
+from tests.tiny import tiny_base
+
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loramux-launches"
+
+
+def launches_of(drive: str, card: Card) -> list[Launch]:
+    """Every specialisation that a drive launches on a card."""
+    with launches_on(card) as launches:
+        gpu_drives.DRIVES[drive]()
+    return distinct(launches)
+
+
+def kernel_names() -> set[str]:
+    """The kernels of the product: what is compiled by itself, and not called by a kernel alone."""
+    modules = [f"lora_runtime.kernels.{m.name}" for m in iter_modules(kernels.__path__)]
+    members = [vars(import_module(name)) for name in modules if "gpu" in name]
+    functions = [m for own in members for m in own.values() if isinstance(m, JITFunction)]
+    return {f.__name__ for f in functions if f.__name__.endswith("_kernel")}
+
+
+def _is_bfloat16(launch: Launch) -> bool:
+    return "*bf16" in launch.arguments.values()
+
+
+def _tile_size(launch: Launch) -> tuple[int, int]:
+    """Of equal tiles the one with more switched on: splits, biases, windows."""
+    numbers = {name: n for name, n in launch.arguments.items() if isinstance(n, int)}
+    sides = [n for name, n in numbers.items() if name.startswith("BLOCK_")]
+    return math.prod(sides), sum(n for name, n in numbers.items() if name.isupper())
+
+
+def _num_ones(launch: Launch) -> int:
+    """Integers that are constants because they are 1."""
+    return sum(name.islower() and n == 1 for name, n in launch.arguments.items())
+
+
+def largest(launches: Iterable[Launch]) -> Iterator[Launch]:
+    """Of every kernel in either dtype the launch of the largest tile."""
+    for own in _by_kernel(launches):
+        yield max(own, key=_tile_size)
+
+
+def smallest(launches: Sequence[Launch]) -> Iterator[Launch]:
+    """Of each kernel the launch with most integers equal to 1, in bfloat16 if it has a dtype."""
+    with_dtype = {launch.kernel for launch in launches if _is_bfloat16(launch)}
+    for own in _by_kernel(launches):
+        if _is_bfloat16(own[0]) or own[0].kernel not in with_dtype:
+            yield max(own, key=_num_ones)
+
+
+def _by_kernel(launches: Iterable[Launch]) -> list[list[Launch]]:
+    found: dict[tuple[str, bool], list[Launch]] = {}
+    for launch in launches:
+        found.setdefault((launch.kernel, _is_bfloat16(launch)), []).append(launch)
+    return list(found.values())
+
+
+def sample() -> list[Launch]:
+    """The largest tiles on a card with little shared memory, and the smallest steps on another."""
+    return [
+        *largest(launches_of("sample", CARDS[89])),
+        *smallest(launches_of("sample", CARDS[90])),
+    ]
+
+
+def everything(cards: Sequence[Card], jobs: int) -> list[Launch]:
+    """Each drive in a process of its own: the benchmark's dry run changes how Triton works, and
+    bitsandbytes keeps its tables on the device that asked first.
+    """
+    drives = [name for name in gpu_drives.DRIVES if name != "sample"]
+    with _processes(jobs, tasks_each=1) as pool:
+        found = pool.map(launches_of, *zip(*itertools.product(drives, cards), strict=True))
+        return distinct([launch for own in found for launch in own])
+
+
+def _processes(jobs: int, tasks_each: int | None = None) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=tasks_each)
+
+
+def report(
+    launches: Sequence[Launch], results: Iterable[Result], names: set[str]
+) -> dict[str, object]:
+    """How many launches of which kernels were compiled, and what is wrong with which of them."""
+    found = zip(launches, results, strict=True)
+    complaints = [(launch, r.complaint(CARDS[launch.arch])) for launch, r in found]
+    return {
+        "launches": len(launches),
+        "kernels": sorted({launch.kernel for launch in launches}),
+        "never_launched": sorted(names - {launch.kernel for launch in launches}),
+        "complaints": [
+            f"{launch.kernel} on sm_{launch.arch}: {said}: {launch}"
+            for launch, said in complaints
+            if said is not None
+        ],
+    }
+
+
+def while_serving() -> dict[str, object]:
+    """What is compiled after the warm-up, under rows, lengths and adapters that change: of a tiny
+    engine in all its ways, and of steps of a real model's shape.
+    """
+    tiny = tiny_base("llama-bias", dtype=torch.bfloat16, dequantized_cache=False)
+    with launches_on(CARDS[90]) as launches, gpu_drives.as_on_cuda():
+        forms = gpu_drives.forms_of(tiny)
+        serving = gpu_drives.cuda_engine(tiny, forms)
+        serving.runner.warm_up(lambda _: None)
+        num_warm_tiny = len(distinct(launches))
+        gpu_drives.varied_load(serving, forms)
+    with launches_on(CARDS[90]) as others:
+        base = gpu_drives.sizeless_base(gpu_drives.LLAMA, torch.bfloat16)
+        runner = gpu_drives.sizeless_runner(base, max_vocabulary_rows=64)
+        gpu_drives.graphs_of(runner)
+        num_warm = len(distinct(others))
+        gpu_drives.steps_of(runner)
+    late = _late(launches, num_warm_tiny) + _late(others, num_warm)
+    return {"launches": len(launches) + len(others), "complaints": late}
+
+
+def _late(launches: list[Launch], num_warm: int) -> list[str]:
+    """What is new in the specialisations after the first `num_warm`."""
+    known, late = distinct(launches)[:num_warm], distinct(launches)[num_warm:]
+    return [f"{launch.kernel}: {_what_is_new(launch, known)}" for launch in late]
+
+
+def _what_is_new(launch: Launch, known: Sequence[Launch]) -> str:
+    """In which arguments a launch differs from the nearest known one of its kernel."""
+    own = launch.kinds.items()
+    others = [one.kinds.items() for one in known if one.kernel == launch.kernel]
+    if not others:
+        return "not launched before"
+    nearest = min(others, key=lambda other: len(own - other))
+    news = ", ".join(f"{name}={value}" for name, value in own if (name, value) not in nearest)
+    return f"{news} instead of {', '.join(f'{n}={v}' for n, v in nearest - own)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("all", "sample", "while-serving"))
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--cards", nargs="*", type=int, choices=CARDS, default=list(CARDS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # Triton's own: large, and of no use afterwards
+        os.environ["TRITON_CACHE_DIR"] = folder
+        found = _run(args.what, args.cache, [CARDS[arch] for arch in args.cards], args.jobs)
+    print(json.dumps(found, indent=1))
+    sys.exit(bool(found["complaints"] or found.get("never_launched")))
+
+
+def _run(what: str, cache: Path, cards: Sequence[Card], jobs: int) -> dict[str, object]:
+    if what == "while-serving":
+        return while_serving()
+    compile_one: Callable[[Launch], Result] = partial(result_of, cache=cache)
+    if what == "sample":
+        launches = sample()
+        return report(launches, map(compile_one, launches), kernel_names())
+    launches = everything(cards, jobs)
+    with _processes(jobs) as pool:
+        return report(launches, pool.map(compile_one, launches, chunksize=8), kernel_names())
+
+
+if __name__ == "__main__":
+    main()
