@@ -15,6 +15,7 @@ from lora_runtime.kernels.types import (
     NO_RUN,
     AdapterMemory,
     AttentionMeta,
+    HeadNorm,
     Run,
     Span,
     StepMeta,
@@ -26,6 +27,7 @@ __all__ = [
     "NO_RUN",
     "AdapterMemory",
     "AttentionMeta",
+    "HeadNorm",
     "Run",
     "Span",
     "StepMeta",
@@ -47,6 +49,7 @@ __all__ = [
     "patch_logits",
     "rms_norm",
     "rotate",
+    "rotate_and_write",
     "to_device",
     "write_kv",
 ]
@@ -176,23 +179,63 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return backend.rms_norm(x, weight, eps, plus_one=plus_one)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool = False,
+    branch_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """s = residual + x, rounded, and `rms_norm` of s: a residual connection and the norm behind it.
 
-    Shapes: x and residual (..., width), weight (width,). Returns (s, y).
+    With `branch_weight` x is first replaced by its own `rms_norm` under that weight, rounded
+    (Gemma's norms behind attention and MLP). Shapes: x and residual (..., width), the weights
+    (width,). Returns (s, y).
     """
-    backend = gpu if gpu.can_run(x, residual, weight) else reference
-    return backend.add_rms_norm(x, residual, weight, eps)
+    weights = (weight,) if branch_weight is None else (weight, branch_weight)
+    backend = gpu if gpu.can_run(x, residual, *weights) else reference
+    return backend.add_rms_norm(
+        x, residual, weight, eps, plus_one=plus_one, branch_weight=branch_weight
+    )
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None = None
+) -> tuple[Tensor, Tensor]:
     """y = x cos + turned(x) sin, turned(x) = [−second half, first half], of queries and keys.
 
-    Shapes: q (T, H, D), k (T, G, D), cos and sin (T, R); of a head's D values the first R are
-    rotated. Rounded once. Source: RoFormer, arXiv:2104.09864.
+    With `norm` x is first replaced by the `rms_norm` of its heads, rounded. Shapes: q (T, H, D),
+    k (T, G, D), cos and sin (T, R); of a head's D values the first R are rotated. Rounded once.
+    Source: RoFormer, arXiv:2104.09864.
     """
-    backend = gpu if gpu.can_run(q, k, cos, sin) else reference
-    return backend.rotate(q, k, cos, sin)
+    backend = gpu if gpu.can_run(q, k, cos, sin, *_weights(norm)) else reference
+    return backend.rotate(q, k, cos, sin, norm)
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """`rotate`, and `write_kv` of the rotated keys and of v: what a layer does before it attends.
+
+    Shapes as there. Returns the rotated queries (T, H, D).
+    """
+    tensors = (q, k, v, cos, sin, keys, values, *_weights(norm))
+    backend = gpu if gpu.can_run(*tensors) else reference
+    return backend.rotate_and_write(q, k, v, cos, sin, keys, values, slot_mapping, norm)
+
+
+def _weights(norm: HeadNorm | None) -> tuple[Tensor, ...]:
+    return () if norm is None else (norm.q_weight, norm.k_weight)
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:

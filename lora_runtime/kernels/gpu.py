@@ -84,6 +84,7 @@ paged_attention = _op("gpu_attention", "paged_attention")
 rms_norm = _op("gpu_elementwise", "rms_norm")
 add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
 rotate = _op("gpu_elementwise", "rotate")
+rotate_and_write = _op("gpu_elementwise", "rotate_and_write")
 gated_activation = _op("gpu_elementwise", "gated_activation")
 
 

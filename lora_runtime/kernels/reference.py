@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.kernels.types import NO_RUN, AdapterMemory, AttentionMeta, Run, StepMeta
+from lora_runtime.kernels.types import (
+    NO_RUN,
+    AdapterMemory,
+    AttentionMeta,
+    HeadNorm,
+    Run,
+    StepMeta,
+)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -197,15 +204,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool,
+    branch_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.add_rms_norm`."""
+    if branch_weight is not None:
+        x = rms_norm(x, branch_weight, eps, plus_one=plus_one)
     total = residual + x
-    return total, rms_norm(total, weight, eps, plus_one=False)
+    return total, rms_norm(total, weight, eps, plus_one=plus_one)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None
+) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.rotate`."""
+    if norm is not None:
+        q = rms_norm(q, norm.q_weight, norm.eps, plus_one=norm.plus_one)
+        k = rms_norm(k, norm.k_weight, norm.eps, plus_one=norm.plus_one)
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    norm: HeadNorm | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.rotate_and_write`."""
+    q, k = rotate(q, k, cos, sin, norm)
+    write_kv(keys, values, k, v, slot_mapping)
+    return q
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

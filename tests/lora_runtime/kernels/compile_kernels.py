@@ -25,9 +25,12 @@ TARGET = GPUTarget("cuda", 90, 32)
 ACTIVATIONS = {
     "x_ptr", "y_ptr", "base_ptr", "bias_ptr", "values_ptr", "weights_ptr", "q_ptr", "k_ptr",
     "v_ptr", "keys_ptr", "out_ptr", "weight_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr",
-    "out_q_ptr", "out_k_ptr", "total_ptr", "residual_ptr",
+    "out_q_ptr", "q_weight_ptr", "k_weight_ptr", "branch_weight_ptr", "total_ptr", "residual_ptr",
 }  # fmt: skip
-FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
+FLOATS = {
+    "hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr",
+    "parts_ptr", "sums_ptr",
+}  # fmt: skip
 SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "embed_scale": "fp32"}
 SIZES = {"head_dim", "width", "in_features", "out_features"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
@@ -83,7 +86,8 @@ for dtype, block_d in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.floa
     kinds = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "BLOCK_SIZE": 16, "BLOCK_D": block_d}
     compile_kernel(
         gpu_attention_kernels.decode_kernel, floats=floats, **kinds,
-        IS_DECODE=True, SPLITS=4, MIN_SHARE=128, BLOCK_H=16, BLOCK_K=decode_keys,
+        IS_DECODE=True, MAX_SPLITS=16, MIN_SHARE=128, BLOCK_H=16, BLOCK_JOIN=512 // block_d,
+        BLOCK_K=decode_keys,
     )  # fmt: skip
     compile_kernel(
         gpu_attention_kernels.prefill_kernel, floats=floats, **kinds,
@@ -92,9 +96,12 @@ for dtype, block_d in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.floa
 for block in (128, 4096):
     compile_kernel(
         gpu_elementwise._rms_norm_kernel, PLUS_ONE=False, HAS_RESIDUAL=block == 4096,
-        BLOCK_ROWS=max(1, 1024 // block), BLOCK=block,
+        HAS_BRANCH_NORM=block == 4096, BLOCK_ROWS=max(1, 1024 // block), BLOCK=block,
     )  # fmt: skip
-compile_kernel(gpu_elementwise._rotate_kernel, BLOCK_H=4, BLOCK_D=128)
+compile_kernel(
+    gpu_elementwise._rotate_kernel,
+    **{"WRITES": True, "HAS_NORM": True, "PLUS_ONE": True, "BLOCK_H": 4, "BLOCK_D": 128},
+)  # fmt: skip
 compile_kernel(gpu_elementwise._gated_activation_kernel, IS_SILU=False, BLOCK=1024)
 compile_kernel(gpu_vocabulary._embed_kernel, BLOCK_N=256, BLOCK_R=16)
 for floats in ("bf16", "fp32"):
