@@ -38,11 +38,11 @@ DECODE_HEADS = {torch.bfloat16: 64, torch.float32: 16}
 """Query heads of one key head in a decode program, as prefill's tiles; more of them read the keys
 once more."""
 WIDE_WARPS = 8
-"""Warps of a float32 program, which has no tensor cores, and of a prefill tile of heads wider than
-128: with the usual 4 registers spill."""
+"""Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
+wider than 128: with the usual 4 registers spill."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
-PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 16384)}
+PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 8192)}
 """Queries of one row and head in a tile, and bytes of keys: what the registers hold, as float32
 products run without tensor cores."""
 WRITE_BLOCK = 1024
@@ -101,7 +101,7 @@ def paged_attention(
             BLOCK_K=tile_keys(q, head_dim, num_bytes),
             BLOCK_D=head_dim,
             CHUNK=64,
-            num_warps=WIDE_WARPS if q.dtype == torch.float32 or head_dim > 128 else 4,
+            num_warps=WIDE_WARPS if head_dim > 128 else 4,
         )
     return out
 
@@ -151,7 +151,7 @@ def _decode(
 
 def tile_keys(q: Tensor, head_dim: int, num_bytes: int) -> int:
     """How many keys are looked at together: as many as fill num_bytes."""
-    return min(64, num_bytes // (head_dim * q.itemsize))
+    return min(64, max(MIN_DOT, num_bytes // (head_dim * q.itemsize)))
 
 
 def _row_starts(meta: AttentionMeta) -> Tensor:
