@@ -22,8 +22,10 @@ from lora_runtime.engine.step_buffers import StepBuffers
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows that a graph is captured for; a step takes the smallest that holds it."""
 
-Replay = Callable[[], Tensor]
-Capture = Callable[[Callable[[], Tensor]], Replay]
+Outputs = tuple[Tensor, Tensor]
+"""Logits (n, vocab) of the rows, and what `sampler.greedy` makes of them (n, 2)."""
+Replay = Callable[[], Outputs]
+Capture = Callable[[Callable[[], Outputs]], Replay]
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -37,17 +39,17 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
+        forward: Callable[[ForwardBatch], Outputs],
         buffers: tuple[StepBuffers, ...],
         capture: Capture,
     ) -> None:
-        """`forward`: a batch → logits. `buffers`: one a bucket, ascending."""
+        """`forward`: a batch → Outputs. `buffers`: one a bucket, ascending."""
         self._forward, self._buffers, self._capture = forward, buffers, capture
         self._replays: dict[tuple[int, bool], Replay] = {}
         self._layout: object = None
 
-    def logits(self, plan: ScheduledBatch, layout: object) -> Tensor | None:
-        """Run a step: (n, vocab) of its rows in order, or None when it fits no graph.
+    def run(self, plan: ScheduledBatch, layout: object) -> Outputs | None:
+        """Run a step: outputs of its rows in order, or None when it fits no graph.
 
         `layout` of the adapter pool: graphs with adapters that were captured under another are
         dropped. The result is overwritten by the next step.
@@ -60,7 +62,8 @@ class DecodeGraphs:
         if has_adapters and layout != self._layout:
             self._replays = {key: r for key, r in self._replays.items() if not key[1]}
             self._layout = layout
-        return self._replay(buffers, has_adapters)()[: len(rows)]
+        logits, best = self._replay(buffers, has_adapters)()
+        return logits[: len(rows)], best[: len(rows)]
 
     def warm_up(self, layout: object, on_progress: Callable[[str], None]) -> None:
         """Capture all graphs now; the largest first, whose memory the others then share."""
@@ -88,7 +91,7 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+    def __call__(self, run: Callable[[], Outputs]) -> Replay:
         """Run once outside, where kernels are compiled and libraries set up, then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -97,10 +100,10 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = run()
+            outputs = run()
 
-        def replay() -> Tensor:
+        def replay() -> Outputs:
             graph.replay()
-            return logits
+            return outputs
 
         return replay

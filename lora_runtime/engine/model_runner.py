@@ -14,9 +14,9 @@ from lora_runtime.base.loader import Base
 from lora_runtime.core import AdapterPlacement, ScheduledBatch
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
-from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, buckets
+from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
-from lora_runtime.engine.sampler import Draw, draw
+from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 
 
@@ -39,6 +39,8 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """What the last step gave each row that sampled."""
+        self._best: Tensor | None = None
+        """What `greedy` makes of the last logits, where a graph has made it too."""
 
     @torch.inference_mode()
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
@@ -48,7 +50,7 @@ class ModelRunner:
             StepBuffers(size, num_blocks, self.block_size, self.base.device)
             for size in buckets(max_num_seqs)
         ]
-        self.graphs = DecodeGraphs(self.forward, tuple(buffers), capture)
+        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), capture)
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
@@ -65,18 +67,26 @@ class ModelRunner:
     @torch.inference_mode()
     def start(self, plan: ScheduledBatch) -> Draw:
         """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
-        found = draw(self.logits(plan), [row.sequence for row in plan.sequences if row.samples])
+        logits = self.logits(plan)
+        due = [row.sequence for row in plan.sequences if row.samples]
+        found = draw(logits, due, self._best)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
         """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""
+        self._best = None
         if self.graphs is not None:
-            replayed = self.graphs.logits(plan, self.pool.layout)
+            replayed = self.graphs.run(plan, self.pool.layout)
             if replayed is not None:
-                return replayed
+                logits, self._best = replayed
+                return logits
         batch = build_batch(plan, self.block_size, self.base.device)
         return self.forward(batch, plan_layers(plan, batch, self.cache))
+
+    def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
+        logits = self.forward(batch)
+        return logits, greedy(logits)
 
     def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache.

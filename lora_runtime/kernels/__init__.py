@@ -38,11 +38,13 @@ __all__ = [
     "can_multiply_codes",
     "can_run_on_gpu",
     "can_use_panels",
+    "draw_cut",
     "embed_adapters",
     "four_bit_product",
     "four_bit_values",
     "gated_activation",
     "int8_product",
+    "invert",
     "pack_panels",
     "paged_attention",
     "panel_product",
@@ -245,6 +247,28 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """
     backend = gpu if gpu.can_run(gate, up) else reference
     return backend.gated_activation(gate, up, kind)
+
+
+def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Draw a token a row by inversion, the most likely first, from the likeliest of them.
+
+    p = softmax(scaled) in descending order, equal ones by token id; of these are kept the first
+    top_k, those before which Σ p < top_p, and those with p ≥ min_p · max p. Drawn is the first
+    at which the cumulative sum of what is kept passes `number` of its total. Shapes: scaled
+    (n, vocab) float32, 0 at the largest, number (n, 1) float64 in [0, 1), top_k, top_p, min_p
+    (n, 1) float32. Returns (n, 1) int64. The Triton backend adds up in another order, and in
+    whole parts of 2⁻⁴⁰ of the largest p where more than a thousand tokens are kept.
+    Source: Holtzman et al., arXiv:1904.09751.
+    """
+    backend = gpu if gpu.can_run(scaled) else reference
+    return backend.draw_cut(scaled, number, top_k, top_p, min_p)
+
+
+def invert(kept: Tensor, number: Tensor) -> Tensor:
+    """Where the cumulative sum of `kept` (n, vocab) first passes number (n, 1) of the whole: (n, 1)
+    int64.
+    """
+    return reference.invert(kept, number)
 
 
 def can_use_panels(x: Tensor) -> bool:

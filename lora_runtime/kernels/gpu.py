@@ -86,6 +86,7 @@ add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
 rotate = _op("gpu_elementwise", "rotate")
 rotate_and_write = _op("gpu_elementwise", "rotate_and_write")
 gated_activation = _op("gpu_elementwise", "gated_activation")
+draw_cut = _op("gpu_sampling", "draw_cut")
 
 
 def apply_adapters(

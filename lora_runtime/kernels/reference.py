@@ -261,3 +261,28 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     dtype = _accumulator(gate.dtype)
     activation = F.silu if kind == "silu" else partial(F.gelu, approximate="tanh")
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.draw_cut`."""
+    ordered, order = torch.sort(scaled, dim=1, descending=True, stable=True)
+    kept = cut(torch.softmax(ordered, dim=1), top_k, top_p, min_p)
+    return order.gather(1, invert(kept, number))
+
+
+def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities (n, c), the largest first, with 0 for those that are not kept."""
+    before = ordered.cumsum(dim=1) - ordered
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    is_likely = ordered >= min_p * ordered[:, :1]
+    is_kept = (rank < top_k) & (before < top_p) & is_likely
+    return torch.where(is_kept, ordered, 0.0)
+
+
+def invert(kept: Tensor, number: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.invert`."""
+    cumulative = kept.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.searchsorted(cumulative, torch.minimum(number * total, below), right=True)
+    return place.clamp(max=kept.shape[1] - 1)  # a NaN row passes nowhere
