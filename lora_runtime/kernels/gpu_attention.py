@@ -117,7 +117,8 @@ def _decode(
 ) -> None:
     num_rows, num_groups = len(meta.block_tables), keys.shape[1]
     heads_per_group = q.shape[1] // num_groups
-    block_h = min(DECODE_HEADS[q.dtype], max(MIN_DOT, triton.next_power_of_2(heads_per_group)))
+    most = min(DECODE_HEADS[q.dtype], triton.next_power_of_2(heads_per_group))
+    block_h = max(MIN_DOT, most)
     head_blocks = triton.cdiv(heads_per_group, block_h)
     num_units = num_rows * num_groups * head_blocks
     longest = meta.block_tables.shape[1] * meta.block_size
@@ -142,7 +143,7 @@ def _decode(
         MAX_SPLITS=MAX_SPLITS,
         MIN_SHARE=MIN_SPLIT_KEYS,
         BLOCK_H=block_h,
-        BLOCK_JOIN=min(block_h, max(1, JOINED_VALUES // head_dim)),
+        BLOCK_JOIN=min(most, max(1, JOINED_VALUES // head_dim)),
         BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),
         BLOCK_D=head_dim,
         num_warps=WIDE_WARPS if q.dtype == torch.float32 else 4,
