@@ -1,8 +1,11 @@
-"""What loramux is compared with on a GPU: transformers and PEFT over bitsandbytes' 4-bit layers."""
+"""What loramux is compared with on a GPU: transformers and PEFT over bitsandbytes' 4-bit layers,
+and transformers on bfloat16 weights."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from functools import lru_cache
 
 import bitsandbytes as bnb
 import torch
@@ -10,7 +13,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.gpu_engine import NEW_TOKENS, PROMPT, RANK, random_model
+from bench.gpu_engine import (
+    ADAPTERS,
+    NEW_TOKENS,
+    PROMPT,
+    RANK,
+    random_model,
+    release,
+    served_cases,
+)
+from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE
 
 
@@ -63,3 +75,32 @@ def tokens_per_second(model: nn.Module, rows: int, adapters: int = 0) -> float:
         out.cpu()
         speed = num_tokens / (time.perf_counter() - start)
     return speed
+
+
+def peers_table() -> Table:
+    """The cases of `served` by transformers' generate, and by PEFT where adapters are mixed."""
+
+    @lru_cache(maxsize=1)
+    def model_of(name: str) -> nn.Module:
+        release()
+        match name:
+            case "transformers bfloat16":
+                model = random_model()
+                model.set_attn_implementation("sdpa")
+                return model
+            case "transformers nf4":
+                return four_bit_model()
+            case "peft nf4":
+                return with_adapters(four_bit_model(), min(8, ADAPTERS))
+        raise ValueError(name)
+
+    def cases() -> Iterator[Case]:
+        for name in ("transformers bfloat16", "transformers nf4", "peft nf4"):
+            for case in served_cases(name):
+                if (name == "peft nf4") == bool(case["adapters"]):
+                    yield case
+
+    def measure(contender: str, rows: int, adapters: int) -> Figures:
+        return {"tokens_per_s": tokens_per_second(model_of(contender), rows, adapters)}
+
+    return Table("served", cases, measure)

@@ -7,19 +7,42 @@ run, whose figures mean nothing.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+IS_INTERPRETED = not HAS_GPU and os.environ.get("TRITON_INTERPRET") == "1"
+if IS_INTERPRETED:
     import tests.lora_runtime.kernels.on_triton  # noqa: F401  mends the interpreter
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ROTATED_BYTES = (512 << 20) if HAS_GPU else 1
 """Copies of a weight come to at least as much together; the second-level cache is 50 MB."""
 REPLAYS = 20 if HAS_GPU else 1
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches on the simplest work, measured in the same run."""
+
+    read_bytes_per_s: float
+    copy_bytes_per_s: float
+    multiply_adds_per_s: float
+
+    @classmethod
+    def measured(cls) -> Ceilings:
+        return cls(read_bandwidth(), copy_bandwidth(), gemm_rate())
+
+    def read_seconds(self, num_bytes: float) -> float:
+        return num_bytes / self.read_bytes_per_s
+
+    def copy_seconds(self, num_bytes: float) -> float:
+        """`num_bytes`: what is read and what is written."""
+        return num_bytes / self.copy_bytes_per_s
 
 
 def copies_of(num_bytes: int) -> int:

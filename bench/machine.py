@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from lora_runtime.kernels import BACKEND
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
 def facts() -> dict[str, object]:
@@ -30,8 +30,16 @@ def facts() -> dict[str, object]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "kernel_backend": BACKEND,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; one that was only copied here brings no metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _commit() -> str:

@@ -13,6 +13,9 @@ from enum import StrEnum
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 
+MAX_STOP_TOKEN_IDS = 1024
+"""Stop tokens of one request, the base's own end tokens included."""
+
 
 class FinishReason(StrEnum):
     """Why a request ended."""
@@ -48,7 +51,7 @@ class SamplingParams:
             ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
             ("min_tokens", min_tokens, 0 <= min_tokens <= max_tokens, "between 0 and max_tokens"),
             ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 and 100"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 (off) and 2^31 - 1"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("seed", seed, seed is None or 0 <= seed < 2**63, "between 0 and 2^63 - 1"),
@@ -59,6 +62,12 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
                 )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"sampling.stop_token_ids has {len(self.stop_token_ids)} ids, the end tokens "
+                f"included; at most {MAX_STOP_TOKEN_IDS} are allowed",
+                field="sampling.stop_token_ids",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +186,8 @@ class ScheduledBatch:
     sequences: tuple[ScheduledSequence, ...]
     loads: tuple[AdapterPlacement, ...] = ()
     """Adapters to copy into the device pool, before the forward or beside it."""
+    failed: tuple[StepOutput, ...] = ()
+    """Terminal outputs of rows that could not be planned."""
 
     @property
     def num_tokens(self) -> int:

@@ -15,6 +15,7 @@ LoramuxError
 │   ├── AdapterTooLarge         it can never fit the adapter pool
 │   └── AdapterFailed           it produced non-finite values while serving
 ├── DataError                   a training example cannot be used
+├── RequestFailed               something unforeseen ended one request
 ├── Overloaded                  a queue or a pool is full; try again later
 └── Unavailable                 the engine is stopping or has died
 """
@@ -89,6 +90,10 @@ class AdapterFailed(AdapterError):
 
 class DataError(LoramuxError):
     """A training example cannot be used; the message names file and line."""
+
+
+class RequestFailed(LoramuxError):
+    """Something unforeseen ended this request, and no other; the log has the cause."""
 
 
 class Overloaded(LoramuxError):

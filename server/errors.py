@@ -61,6 +61,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, 422, "PARITY_FAILED"),
         errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, 413, "ADAPTER_TOO_LARGE"),
         errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_FAILED"),
+        errors.RequestFailed: WireError(_Code.INTERNAL, 500, "REQUEST_FAILED"),
         errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
         errors.Unavailable: WireError(_Code.UNAVAILABLE, 503, "UNAVAILABLE"),
     }

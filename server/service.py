@@ -242,11 +242,12 @@ class Service:
                 f"at most {room} fit",
                 field="sampling.max_tokens",
             )
-        end_ids = frozenset() if call.ignore_eos else self._tokenizer.eos_token_ids
+        vocab_size = self._engine.info.base.vocab_size
+        end_ids = {token for token in self._tokenizer.eos_token_ids if token < vocab_size}
         return replace(
             call.sampling,
             max_tokens=min(wanted, room),
-            stop_token_ids=call.sampling.stop_token_ids | end_ids,
+            stop_token_ids=call.sampling.stop_token_ids | (set() if call.ignore_eos else end_ids),
         )
 
     async def _run(

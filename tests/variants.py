@@ -13,7 +13,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ LAYER_MAPS = {
     "replication": [[0, 2], [1, 3]],
     "replication-2": [[0, 1], [0, 3], [1, 2]],
     "replication-dora": [[0, 3], [1, 3]],
+    "replication-layers": [[0, 2], [0, 2]],
 }
 NATIVELY_REPLICATED = ("llama", "llama-bias")
 """Shapes on which PEFT's own replication runs."""
@@ -54,6 +55,8 @@ class Variant:
     skeleton: Model
     """The base, of the adapter's depth, without the adapter."""
     invocation: tuple[int, ...] = ()
+    config: dict = field(default_factory=dict)
+    """Options of PEFT's LoraConfig, where they were asked for by `write_plain`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,14 @@ def write_variants(
     chosen = names if names is not None else variant_names(setting.has_bias)
     seeds = {name: seed for seed, name in enumerate(_RECIPES, start=1)}
     return [_RECIPES[name](setting, name, seeds[name]) for name in chosen]
+
+
+def write_plain(
+    base: Base, shape: str, folder: Path, name: str, *, seed: int, **config: object
+) -> Variant:
+    """Write a random adapter of these options in folder/name; raises what PEFT raises."""
+    variant = _plain(**config)(_Setting(base, shape, folder), name, seed)
+    return replace(variant, config=config)
 
 
 def variant_names(has_bias: bool) -> list[str]:
@@ -370,9 +381,10 @@ def _replicated(**config: object):
         ranges, folder = LAYER_MAPS[name], setting.root / name
         stack = lambda dtype: _stacked(setting.twin(dtype), ranges)  # noqa: E731
         is_native = setting.shape in NATIVELY_REPLICATED
+        options = {key: v(setting) if callable(v) else v for key, v in config.items()}
         model = setting.twin() if is_native else stack(torch.float32)
         native = {"layer_replication": ranges} if is_native else {}
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**_options(**native, **config)))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**_options(**native, **options)))
         randomise(adapted, seed)
         adapted.save_pretrained(folder)
         if is_native:
@@ -456,4 +468,7 @@ _RECIPES: dict[str, Callable[[_Setting, str, int], Variant]] = {
     "replication": _replicated(),
     "replication-2": _replicated(r=4),
     "replication-dora": _replicated(use_dora=True),
+    "replication-layers": _replicated(
+        target_modules=lambda s: s.modules, layers_to_transform=[0, 1]
+    ),
 }  # fmt: skip

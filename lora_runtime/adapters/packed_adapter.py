@@ -5,6 +5,7 @@ A load is then one copy, and the host keeps one copy of the weights.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class PackedAdapter:
 
     storage (n,) uint8: pinned for a CUDA device, so that it is copied while steps run. runs
     (k, R, 8) int64: a Run for each of the k `paths` and each of R replicas, whose offsets count
-    from the first byte.
+    from the first byte. R is how often the layer map visits a layer at most: a visit without
+    tensors has NO_RUN.
     """
 
     digest: str
@@ -157,7 +159,8 @@ def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
 
 def _runs(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
     index = {path: i for i, path in enumerate(paths)}
-    runs = empty_runs(len(paths), 1 + max((key.replica for key in form.modules), default=0))
+    num_visits = 1 if form.layer_map is None else max(Counter(form.layer_map).values())
+    runs = empty_runs(len(paths), num_visits)
     for key, module in form.modules.items():
         runs[index[key.path], key.replica] = torch.tensor(_run(module, offsets))
     return runs

@@ -50,6 +50,7 @@ class AdapterPool:
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
         self.runs = empty_runs(len(self._index), max_slots, 1).to(like.device)
+        self._no_run = empty_runs().to(like.device)
         self.bindings: dict[str, PooledBinding] = {}
         self._bound = None if bound is None else set(bound)
         self._bind()
@@ -100,6 +101,12 @@ class AdapterPool:
             runs = runs.pin_memory()
         self.runs[:, placement.slot] = runs.to(self.runs.device, non_blocking=True)
         self._touched[placement.slot] = set(adapter.paths)
+        self._bind()
+
+    def clear(self, slot: int) -> None:
+        """Take an adapter away: its slot points at nothing, on the current CUDA stream."""
+        self.runs[:, slot] = self._no_run
+        self._touched[slot] = set()
         self._bind()
 
     def _bind(self) -> None:

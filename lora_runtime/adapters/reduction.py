@@ -126,21 +126,24 @@ def _initial_adapter(folder: Path, spec: AdapterSpec, max_bytes: int) -> Adapter
 def _trained_biases(
     spec: AdapterSpec, base: BaseSpec, weights: BaseWeights, tensors: AdapterTensors
 ) -> dict[ModuleKey, Tensor]:
-    """Biases that replace the base's: of the targets, of every module, or of a replaced head."""
-    biases: dict[ModuleKey, Tensor] = {}
+    """Biases that replace the base's: of the targets, of every module, or of a replaced head.
+
+    PEFT's visits of one layer share its parameters, so a bias trained at one acts at all of them,
+    adapted or not.
+    """
+    shared: dict[str, Tensor] = {}
     for site in spec.sites:
         is_wanted = spec.bias == "all" or (spec.bias == "lora_only" and site in spec.targets)
         is_wanted = is_wanted or site.path in spec.vocabulary.replaced
         if is_wanted and weights.bias(site.path) is not None:
             size = (base.shapes[site.path].out_features,)
-            biases[_key(site)] = tensors.take(site.name, Part.BIAS, size).float()
-    for key, bias in biases.items():
-        if not torch.equal(bias, biases.get(ModuleKey(key.path), bias)):
-            raise AdapterRefused(
-                f"the visits of {key.path} share one bias, and the file holds different ones",
-                field="bias",
-            )
-    return biases
+            bias = tensors.take(site.name, Part.BIAS, size).float()
+            if not torch.equal(bias, shared.setdefault(site.path, bias)):
+                raise AdapterRefused(
+                    f"the visits of {site.path} share one bias, and the file holds different ones",
+                    field="bias",
+                )
+    return {_key(site): shared[site.path] for site in spec.sites if site.path in shared}
 
 
 def _notes(

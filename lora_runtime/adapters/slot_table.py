@@ -70,6 +70,7 @@ class SlotTable:
         self._sizes: dict[str, int] = {}
         self._resident: OrderedDict[str, AdapterPlacement] = OrderedDict()
         self._pins: dict[str, int] = {}
+        self._vacated: set[int] = set()
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ class SlotTable:
         """Remove an adapter that no request pins; its slot and bytes become free."""
         assert digest not in self._pins, "forgetting a pinned adapter"
         if digest in self._resident:
-            self._evict(digest)
+            self.evict(digest)
         del self._sizes[digest]
 
     def check_fits(self, digests: Collection[str]) -> None:
@@ -112,7 +113,7 @@ class SlotTable:
         acquired = self._acquire_each(digests)
         if acquired is None and not self._pins:
             for resident in list(self._resident):
-                self._evict(resident)
+                self.evict(resident)
             acquired = self._acquire_each(digests)
         return acquired
 
@@ -131,7 +132,7 @@ class SlotTable:
         for digest, got in zip(digests, acquired, strict=False):
             self.release(digest)
             if got.load is not None:
-                self._evict(digest)
+                self.evict(digest)
 
     def _acquire(self, digest: str) -> Acquired | None:
         load = None
@@ -140,7 +141,7 @@ class SlotTable:
                 victim = next((other for other in self._resident if other not in self._pins), None)
                 if victim is None:
                     return None
-                self._evict(victim)
+                self.evict(victim)
         self._resident.move_to_end(digest)
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
@@ -150,6 +151,13 @@ class SlotTable:
         self._pins[digest] -= 1
         if self._pins[digest] == 0:
             del self._pins[digest]
+
+    def take_vacated(self) -> tuple[int, ...]:
+        """Slots that lost their adapter and got no other since this was last asked: their run
+        tables still point at its bytes.
+        """
+        vacated, self._vacated = tuple(sorted(self._vacated)), set()
+        return vacated
 
     def is_pinned(self, digest: str) -> bool:
         """True while a running request uses the adapter."""
@@ -162,13 +170,16 @@ class SlotTable:
         if address is None:
             return None
         placement = AdapterPlacement(digest, self._free_slots.pop(), address)
+        self._vacated.discard(placement.slot)
         self._resident[digest] = placement
         return placement
 
-    def _evict(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
+        """Take an adapter that no request pins out of its slot; it stays known."""
         placement = self._resident.pop(digest)
         self._space.free(placement.address, self._sizes[digest])
         self._free_slots.append(placement.slot)
+        self._vacated.add(placement.slot)
 
     def check_integrity(self) -> None:
         """Assert that free and resident bytes add up, and that what is pinned is resident."""

@@ -52,6 +52,13 @@ class AdapterLoads:
         event = self._enqueue(lambda: self._pool.copy(placement, adapter))
         self._copies.append((event, adapter))
 
+    def clear(self, slot: int) -> None:
+        """Empty a slot, in order with the copies to it and behind the steps that read it."""
+        if self._enqueue is None:
+            self._pool.clear(slot)
+        else:
+            self._enqueue(lambda: self._pool.clear(slot))
+
     def in_progress(self) -> frozenset[str] | None:
         """Digests of adapters whose copies are not done; None when copies are done at once."""
         if self._enqueue is None:

@@ -30,6 +30,8 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_users = [0] * num_blocks
         self._contents: dict[int, Content] = {}
+        self._digests: dict[int, frozenset[str]] = {}
+        """Of each block with content: the adapters that acted on it or on a token before it."""
         self._cached: dict[Content, int] = {}
 
     @property
@@ -102,12 +104,19 @@ class BlockManager:
                 content = sequence.block_keys[index], plane
                 if self._cached.setdefault(content, block) == block:
                     self._contents[block] = content
+                    self._digests[block] = _digests_before(sequence, (index + 1) * self.block_size)
         sequence.num_cached_blocks = num_whole
 
     def retract(self, sequence: Sequence) -> None:
         """Nobody new may find the blocks of `sequence`, whose keys and values are suspect."""
         for block in sequence.block_table:
             self._forget(block)
+
+    def forget_adapter(self, digest: str) -> None:
+        """Drop all content that depends on an adapter; no live sequence may use it."""
+        for block in [block for block, digests in self._digests.items() if digest in digests]:
+            self._forget(block)
+            self._free.move_to_end(block, last=False)
 
     def release(self, sequence: Sequence) -> None:
         """Give back all blocks of `sequence`; the end of its cached prefix is evicted first."""
@@ -125,6 +134,7 @@ class BlockManager:
         assert self._num_users == [users[block] for block in range(self.num_blocks)]
         assert set(self._free) == set(range(self.num_blocks)) - set(users)
         assert self._cached == {content: block for block, content in self._contents.items()}
+        assert self._digests.keys() == self._contents.keys()
         has_content = [block in self._contents for block in self._free]
         assert has_content == sorted(has_content), "a cached block would go before an empty one"
 
@@ -137,7 +147,7 @@ class BlockManager:
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block, None)
         if content is not None:
-            del self._cached[content]
+            del self._cached[content], self._digests[block]
 
     def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
         keys, request = sequence.block_keys, sequence.request
@@ -149,3 +159,8 @@ class BlockManager:
             parent = keys[-1] if keys else None
             tokens = sequence.token_ids[start:stop]
             keys.append(block_key(parent, tokens, effect, request.cache_salt))
+
+
+def _digests_before(sequence: Sequence, stop: int) -> frozenset[str]:
+    uses = sequence.request.adapters
+    return frozenset(use.digest for use in uses if use.start_position < stop)

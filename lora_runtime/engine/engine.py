@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import deque
+from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +18,15 @@ from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import FinishReason, Request, ScheduledBatch, Sequence, StepOutput
+from lora_runtime.core import (
+    AdapterUse,
+    FinishReason,
+    Request,
+    ScheduledBatch,
+    Sequence,
+    SequenceStatus,
+    StepOutput,
+)
 from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats
@@ -25,6 +37,8 @@ from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
+
+log = logging.getLogger(__name__)
 
 USUAL_MAX_RANK = 64
 """Graphs are captured for adapters of up to this rank; one of a larger rank captures them anew."""
@@ -132,31 +146,100 @@ class Engine:
         for digest in freed:
             self.slots.forget(digest)
             self.host.remove(digest)
+            self.blocks.forget_adapter(digest)
+        self.runner.clear(self.slots.take_vacated())
         return freed
 
     def step(self) -> list[StepOutput]:
-        """Plan a step, start it, and record what is done: this one, or the one before it."""
+        """Plan a step, start it, and record what is done: this one, or the one before it.
+
+        A row that cannot be planned, run, sampled or recorded ends with RequestFailed, and the
+        others go on. Raises what the device raises when not even the base runs any more.
+        """
         outputs = self._expire()
         plan = self.scheduler.schedule(self.runner.loads.in_progress())
-        num_steps_ahead = self.num_steps_ahead if self._start(plan) else 0
-        while len(self._started) > num_steps_ahead:
-            plan, drawn = self._started.popleft()
-            outputs += self.scheduler.commit(plan, drawn.result())
+        outputs += plan.failed
+        plan, failed = self._load(plan)
+        outputs += failed
+        if not plan.sequences:
+            if not self._started:
+                self.runner.loads.wait()
+            outputs += self._commit(num_steps_ahead=0)
+        elif self._start(plan):
+            outputs += self._commit(self.num_steps_ahead)
+        else:
+            outputs += self._commit(num_steps_ahead=0) + self._run_each(plan)
         self._num_steps += 1
         for output in outputs:
             if output.finish_reason is not None:
                 self._live.pop(output.request_id, None)
         return outputs
 
+    def _load(self, plan: ScheduledBatch) -> tuple[ScheduledBatch, list[StepOutput]]:
+        """Copy the adapters that a plan asks for, or start to.
+
+        One that cannot be copied ends its rows: the plan without them, and their outputs.
+        """
+        self.runner.clear(self.slots.take_vacated())
+        outputs: list[StepOutput] = []
+        for placement in plan.loads:
+            try:
+                self.runner.load(placement)
+            except Exception as cause:
+                users = [s for s in self.scheduler.running if _uses(s, placement.digest)]
+                outputs += [self.scheduler.fail(sequence, cause) for sequence in users]
+                self.slots.evict(placement.digest)
+        if outputs:
+            rows = tuple(row for row in plan.sequences if row.sequence in self.scheduler.running)
+            plan = replace(plan, sequences=rows)
+        return plan, outputs
+
     def _start(self, plan: ScheduledBatch) -> bool:
-        """Start a plan if it has rows; without anything to run, wait for adapters."""
-        self.runner.load(plan.loads)
-        if plan.sequences:
+        """Start a plan; False when something went wrong with one of its rows, or with all."""
+        try:
             self._started.append((plan, self.runner.start(plan)))
-            self.scheduler.advance(plan)
-        elif not self._started:
-            self.runner.loads.wait()
-        return bool(plan.sequences)
+        except Exception:
+            log.exception("a step of %d rows failed; each is run alone", len(plan.sequences))
+            return False
+        self.scheduler.advance(plan)
+        return True
+
+    def _commit(self, num_steps_ahead: int) -> list[StepOutput]:
+        """Record started steps until `num_steps_ahead` of them are left."""
+        outputs: list[StepOutput] = []
+        while len(self._started) > num_steps_ahead:
+            plan, drawn = self._started.popleft()
+            try:
+                sampled = drawn.result()
+            except Exception as cause:  # nothing tells which of the rows it was
+                outputs += [self.scheduler.fail(sequence, cause) for sequence in _live(plan)]
+                self.runner.check()
+            else:
+                outputs += self.scheduler.commit(plan, sampled)
+        return outputs
+
+    def _run_each(self, plan: ScheduledBatch) -> list[StepOutput]:
+        """Run the rows of a failed step one by one, with no step in flight; those that fail end.
+
+        A row's keys and values are only its own, so that writing them again changes nothing.
+        """
+        outputs: list[StepOutput] = []
+        num_failed = 0
+        for row in plan.sequences:
+            if row.sequence.status is not SequenceStatus.RUNNING:
+                continue  # a step that was in flight ended it
+            alone = ScheduledBatch((row,))
+            try:
+                sampled = self.runner.start(alone).result()
+            except Exception as cause:
+                num_failed += 1
+                outputs.append(self.scheduler.fail(row.sequence, cause))
+            else:
+                self.scheduler.advance(alone)
+                outputs += self.scheduler.commit(alone, sampled)
+        if num_failed == len(outputs):
+            self.runner.check()
+        return outputs
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and people."""
@@ -213,14 +296,38 @@ class Engine:
                 f"{num_prompt} tokens at most {longest - num_prompt} fit",
                 field="sampling.max_tokens",
             )
+        self._check_token_ids(request.prompt_token_ids, "prompt")
+        self._check_token_ids(request.sampling.stop_token_ids, "sampling.stop_token_ids")
+        for index, use in enumerate(request.adapters):
+            self._check_use(use, f"adapters[{index}]")
+
+    def _check_token_ids(self, token_ids: Collection[int], field: str) -> None:
+        """Every id is used as an index into the vocabulary."""
         vocab_size = self.base.spec.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt_token_ids):
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
             raise InvalidRequest(
-                f"token ids must be between 0 and {vocab_size - 1}", field="prompt"
+                f"{field} holds token id {wrong}; ids must be between 0 and {vocab_size - 1}",
+                field=field,
             )
-        for use in request.adapters:
-            if not self.host.is_referenced(use.digest):
-                raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")
+
+    def _check_use(self, use: AdapterUse, field: str) -> None:
+        if not self.host.is_referenced(use.digest):
+            raise AdapterNotFound(f"no adapter with digest {use.digest[:12]} is loaded")
+        if not math.isfinite(use.weight):
+            raise InvalidRequest(
+                f"{field}.weight is {use.weight!r}; it must be finite", field=f"{field}.weight"
+            )
+        if use.start_position < 0:
+            raise InvalidRequest(
+                f"{field}.start_position is {use.start_position}; it must not be negative",
+                field=f"{field}.start_position",
+            )
+
+
+def _live(plan: ScheduledBatch) -> list[Sequence]:
+    rows = (row.sequence for row in plan.sequences)
+    return [sequence for sequence in rows if sequence.status is not SequenceStatus.FINISHED]
 
 
 def _uses(sequence: Sequence, digest: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
+from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.core import AdapterPlacement, ScheduledBatch
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
@@ -59,10 +60,15 @@ class ModelRunner:
             self.graphs.warm_up(self.pool.layout, on_progress)
 
     @torch.inference_mode()
-    def load(self, placements: tuple[AdapterPlacement, ...]) -> None:
-        """Copy adapters to the device, or start to."""
-        for placement in placements:
-            self.loads.start(placement, self.host[placement.digest])
+    def load(self, placement: AdapterPlacement) -> None:
+        """Copy an adapter to the device, or start to."""
+        self.loads.start(placement, self.host[placement.digest])
+
+    @torch.inference_mode()
+    def clear(self, slots: Iterable[int]) -> None:
+        """Empty slots of the pool whose adapters have gone."""
+        for slot in slots:
+            self.loads.clear(slot)
 
     @torch.inference_mode()
     def start(self, plan: ScheduledBatch) -> Draw:
@@ -72,6 +78,16 @@ class ModelRunner:
         found = draw(logits, due, self._best)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Run one token of the base, outside of cache and pool, and wait for it.
+
+        Raises what the device raises: after an error that took the device away, anything does.
+        """
+        one = torch.zeros(1, dtype=torch.int64, device=self.base.device)
+        attention = VarlenAttention([Rows([1])], self.base.device)
+        self.base.forward(one, one, attention, one).cpu()
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
         """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""

@@ -158,7 +158,8 @@ def _logprobs(logits: Tensor, token_ids: Tensor, params: list[SamplingParams]) -
     rows = _on_device(wanted, logits.device).long()
     logprobs = torch.log_softmax(logits.index_select(0, rows).float(), dim=1)
     sampled = logprobs.gather(1, token_ids.index_select(0, rows)[:, None])
-    values, ids = logprobs.topk(max(params[row].num_logprobs or 0 for row in wanted), dim=1)
+    num_top = max(params[row].num_logprobs or 0 for row in wanted)
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
     return torch.cat([sampled, values, ids.double()], dim=1)
 
 

@@ -13,6 +13,7 @@ Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:23
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence as AbstractSequence
@@ -33,7 +34,9 @@ from lora_runtime.core import (
     TokenLogprob,
 )
 from lora_runtime.engine.block_manager import BlockManager
-from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded
+from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded, RequestFailed
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -66,6 +69,12 @@ class Scheduler:
         self._remove(sequence)
         return _terminal(sequence, (), reason, error)
 
+    def fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
+        """Finish a sequence that something unforeseen went wrong with."""
+        log.error("request %s failed", sequence.request.request_id, exc_info=cause)
+        error = RequestFailed("something unforeseen ended this request; the log has the cause")
+        return self.end(sequence, FinishReason.ERROR, error)
+
     def schedule(self, loading: AbstractSet[str] | None = None) -> ScheduledBatch:
         """Plan one step. The plan may be without rows when nothing can run yet.
 
@@ -83,8 +92,9 @@ class Scheduler:
                 planned.append(_chunk(sequence, num_tokens))
                 budget -= num_tokens
         loads: list[AdapterPlacement] = []
+        failed: list[StepOutput] = []
         if self.num_preemptions == num_preemptions:
-            while budget > 0 and self._admit(loads):
+            while budget > 0 and self._admit(loads, failed):
                 sequence = self.running[-1]
                 if _lacks_adapter(sequence, loading, loads):
                     continue
@@ -92,7 +102,7 @@ class Scheduler:
                 self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
                 planned.append(_chunk(sequence, num_tokens))
                 budget -= num_tokens
-        return ScheduledBatch(tuple(planned), tuple(loads))
+        return ScheduledBatch(tuple(planned), tuple(loads), tuple(failed))
 
     def advance(self, batch: ScheduledBatch) -> None:
         """Count a plan that has been started as done; what it samples is pending."""
@@ -110,20 +120,27 @@ class Scheduler:
 
         `sampled` has one entry per sequence that samples, in order. Sequences that have ended
         since are passed over; one that was preempted gets its token, and has no blocks to share.
+        One that cannot be recorded fails alone.
         """
         outputs, results = [], iter(sampled)
         for row in batch.sequences:
             result = next(results) if row.samples else None
             if row.sequence.status is SequenceStatus.FINISHED:
                 continue
-            if result is not None and not result.is_finite:
-                outputs.append(self._fail(row.sequence))
-                continue
-            if row.sequence.status is SequenceStatus.RUNNING:
-                self._blocks.publish(row.sequence, row.end)
-            if result is not None:
-                outputs.append(self._accept(row.sequence, row.end, result))
+            try:
+                output = self._record(row, result)
+            except Exception as cause:
+                output = self.fail(row.sequence, cause)
+            if output is not None:
+                outputs.append(output)
         return outputs
+
+    def _record(self, row: ScheduledSequence, result: SampledToken | None) -> StepOutput | None:
+        if result is not None and not result.is_finite:
+            return self._fail_non_finite(row.sequence)
+        if row.sequence.status is SequenceStatus.RUNNING:
+            self._blocks.publish(row.sequence, row.end)
+        return None if result is None else self._accept(row.sequence, row.end, result)
 
     def check_integrity(self) -> None:
         """Assert that blocks, slots and pins agree with the live sequences."""
@@ -147,11 +164,20 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _admit(self, loads: list[AdapterPlacement]) -> bool:
-        """Move the first waiting sequence to running if its blocks and adapters fit."""
-        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
-            return False
-        sequence = self.waiting[0]
+    def _admit(self, loads: list[AdapterPlacement], failed: list[StepOutput]) -> bool:
+        """Move the first waiting sequence to running if its blocks and adapters fit.
+
+        Those before it that cannot be planned end, and their outputs go to `failed`.
+        """
+        while self.waiting and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            try:
+                return self._place(sequence, loads)
+            except Exception as cause:
+                failed.append(self.fail(sequence, cause))
+        return False
+
+    def _place(self, sequence: Sequence, loads: list[AdapterPlacement]) -> bool:
         found = self._blocks.find(sequence)
         if not self._blocks.has_room(sequence, found):
             return False
@@ -173,7 +199,7 @@ class Scheduler:
         loads.extend(got.load for got in acquired if got.load is not None)
         return tuple(got.slot for got in acquired)
 
-    def _fail(self, sequence: Sequence) -> StepOutput:
+    def _fail_non_finite(self, sequence: Sequence) -> StepOutput:
         self._blocks.retract(sequence)
         error = AdapterFailed(
             "the model gave non-finite logits for this request; its adapter's weights overflow"

@@ -76,9 +76,11 @@ def apply_adapters(
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
     runs (S, R, 8) int64, a Run each. Returns (T, out) in base's dtype; nothing is changed in
     place. Products accumulate in float32. Rows without an entry are exactly base + bias, whatever
-    values other rows or unused memory hold.
+    values other rows or unused memory hold. Raises IndexError where `meta` names a slot or replica
+    that `runs` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
+    meta.check_within(runs)
     backends = (b for b in (gpu, cpu) if b.can_run(base, x, weights=(memory.weights,)))
     backend = next(backends, reference)
     return backend.apply_adapters(base, x, bias, memory, runs, meta)
@@ -98,6 +100,7 @@ def apply_stacked_adapters(
     Shapes: base (T, Σ widths), bias (Σ widths,) or None, runs (P, S, R, 8), a table for each of
     the P widths; other names as in `apply_adapters`. Returns (T, Σ widths).
     """
+    meta.check_within(runs)
     if gpu.can_run(base, x, weights=(memory.weights,)):
         return gpu.apply_stacked_adapters(base, x, bias, memory, runs, meta, widths)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
@@ -122,6 +125,7 @@ def embed_adapters(
     Shapes: base (T, hidden), token_ids (T,), A (rank, vocab), B' (rank, hidden); other names as in
     `apply_adapters`. Returns (T, hidden) in base's dtype.
     """
+    meta.check_within(runs)
     backend = gpu if gpu.can_run(base, weights=(memory.weights,)) else reference
     return backend.embed_adapters(base, token_ids, scale, memory, runs, meta, vocab_size)
 
@@ -134,6 +138,7 @@ def patch_logits(
     Shapes: y and base (T, vocab) with base = W x, x (T, hidden); names as in `apply_adapters`.
     Returns (T, vocab) in y's dtype; y itself may be overwritten.
     """
+    meta.check_within(runs)
     backend = gpu if gpu.can_run(y, base, x, weights=(memory.weights,)) else reference
     return backend.patch_logits(y, base, x, memory, runs, meta)
 

@@ -113,6 +113,11 @@ class StepMeta:
     replicas: Tensor
     weights: Tensor
     segment_starts: Tensor
+    end_slot: int = 0
+    """Above every entry of `slots`, known on the host: ops compare it with their tables. 0 where
+    the tables are rewritten in place; whoever writes them keeps to the slots of the pool."""
+    end_replica: int = 0
+    """Above every entry of `replicas`."""
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a backend makes of the tables once a step. Tables that are changed in place, as those
     of a captured graph are, belong in a StepMeta that is made for the capture."""
@@ -126,6 +131,8 @@ class StepMeta:
         )
         if not ordered:
             return None
+        if min(min(span.slot, span.replica) for span in ordered) < 0:
+            raise IndexError("a span's slot or replica is negative")
         lengths = torch.tensor([span.num_tokens for span in ordered])
         ends = torch.cumsum(lengths, 0)
         first = torch.tensor([span.first_token for span in ordered])
@@ -145,7 +152,21 @@ class StepMeta:
             replicas=per_entry([span.replica for span in ordered], torch.int32),
             weights=per_entry([span.weight for span in ordered], torch.float32),
             segment_starts=to_device(starts, device),
+            end_slot=1 + max(span.slot for span in ordered),
+            end_replica=1 + max(span.replica for span in ordered),
         )
+
+    def check_within(self, runs: Tensor) -> None:
+        """Raise IndexError unless run tables (…, S, R, 8) have every slot and replica named here.
+
+        A kernel that read beyond a slot's R runs would apply the next slot's: another adapter.
+        """
+        num_slots, num_replicas = runs.shape[-3:-1]
+        if self.end_slot > num_slots or self.end_replica > num_replicas:
+            raise IndexError(
+                f"the step has slots below {self.end_slot} and replicas below {self.end_replica}; "
+                f"the run tables have {num_slots} and {num_replicas}"
+            )
 
 
 def _segment_starts(ordered: list[Span]) -> list[int]:

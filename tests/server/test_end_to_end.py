@@ -266,6 +266,28 @@ BAD_REQUESTS = {
         "sampling.max_tokens",
     ),
     "token id outside": (dict(token_ids=[9999]), InvalidRequest, "token_ids"),
+    "stop token outside": (
+        dict(text="x", min_tokens=1, stop_token_ids=[1_000_000]),
+        InvalidRequest,
+        "sampling.stop_token_ids",
+    ),
+    "too many stop tokens": (
+        dict(text="x", stop_token_ids=range(5000)),
+        InvalidRequest,
+        "sampling.stop_token_ids",
+    ),
+    "min_tokens above max_tokens": (
+        dict(text="x", min_tokens=5),
+        InvalidRequest,
+        "sampling.min_tokens",
+    ),
+    "top_k beyond 31 bits": (dict(text="x", top_k=2**32 - 1), InvalidRequest, "sampling.top_k"),
+    "logprobs 21": (dict(text="x", logprobs=21), InvalidRequest, "sampling.logprobs"),
+    "temperature NaN": (
+        dict(text="x", temperature=float("nan")),
+        InvalidRequest,
+        "sampling.temperature",
+    ),
 }
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.core import AdapterUse, FinishReason, SamplingParams
+from lora_runtime.core import AdapterUse, FinishReason, SamplingParams, Sequence
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, AdapterTooLarge, InvalidRequest
+from lora_runtime.kernels import NO_RUN
 from tests.driver import greedy, run, tiny_engine
 from tests.peft_adapters import write_adapter
 from tests.tiny import VOCAB_SIZE, dense_twin
@@ -160,6 +161,39 @@ def test_an_adapter_is_its_content(base, forms):
     assert forms[0].digest not in engine.host
     with pytest.raises(AdapterNotFound):
         engine.drop_adapter(forms[0].digest)
+
+
+def test_an_unloaded_adapter_leaves_nothing_behind(base, forms):
+    """Neither runs that a later step could read, nor cached blocks; the others keep theirs."""
+    engine = with_adapters(base, forms)
+    requests = mixed_requests(forms, max_tokens=2)
+    run(engine, requests)
+    slots = {digest: engine.slots._resident[digest].slot for digest in engine.slots.resident}
+    for form in forms:
+        own = [r for r in requests if r.adapters and r.adapters[0].digest == form.digest]
+        others = [r for r in requests if r not in own]
+        found = lambda rows: [len(engine.blocks.find(Sequence.of(r))) for r in rows]  # noqa: E731
+        before = found(others)
+        assert sum(found(own)) > 0 or len(own[1].prompt_token_ids) < 5
+        engine.drop_adapter(form.digest)
+        assert (engine.pool.runs[:, slots[form.digest]] == torch.tensor(NO_RUN)).all()
+        assert found(own) == [0, 0] and found(others) == before
+        engine.check_integrity()
+        requests = others
+    assert not engine.pool.bindings and engine.slots.num_bytes_used == 0
+    assert any(found(requests)), "the base's blocks stay"
+
+
+def test_evicted_adapters_leave_no_runs(base, forms):
+    engine = with_adapters(base, forms, max_slots=4)
+    run(engine, mixed_requests(forms, max_tokens=2))
+    for form in forms[:2]:
+        engine.slots.evict(form.digest)
+    run(engine, [greedy("base", [5, 6], None, 1)])
+    resident = {engine.slots._resident[form.digest].slot for form in forms[2:]}
+    for slot in range(4):
+        is_empty = bool((engine.pool.runs[:, slot] == torch.tensor(NO_RUN)).all())
+        assert is_empty == (slot not in resident)
 
 
 def test_unload_with_cancel_ends_its_rows_only(base, forms):

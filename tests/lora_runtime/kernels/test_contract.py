@@ -7,9 +7,11 @@ import torch
 
 from lora_runtime.kernels import (
     NO_RUN,
+    AdapterMemory,
     Span,
     StepMeta,
     apply_adapters,
+    apply_stacked_adapters,
     cpu,
     embed_adapters,
     patch_logits,
@@ -112,6 +114,24 @@ def test_span_order_does_not_matter():
     forward = apply_adapters(base, x, None, memory, runs, StepMeta.build(SPANS))
     backward = apply_adapters(base, x, None, memory, runs, StepMeta.build(reversed(SPANS)))
     assert torch.equal(forward, backward)
+
+
+@pytest.mark.parametrize("outside", [{"slot": 3}, {"slot": 0, "replica": 2}])
+def test_every_op_refuses_a_slot_or_replica_outside_of_the_run_tables(outside):
+    """Beyond a slot's runs lie the next slot's: another adapter's weights."""
+    memory = AdapterMemory(torch.zeros(64), torch.zeros(64), torch.zeros(64, dtype=torch.int32))
+    runs = torch.tensor(NO_RUN).repeat(3, 2, 1)
+    base, x, ids = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
+    inside = Span(slot=2, replica=1, first_token=0, num_tokens=1)
+    meta = StepMeta.build([inside, Span(first_token=1, num_tokens=2, **outside)])
+    for op in (
+        lambda: apply_adapters(base, x, None, memory, runs, meta),
+        lambda: apply_stacked_adapters(base, x, None, memory, runs[None], meta, (4,)),
+        lambda: embed_adapters(base, ids, 1.0, memory, runs, meta, 4),
+        lambda: patch_logits(base, base, x, memory, runs, meta),
+    ):
+        with pytest.raises(IndexError, match="run tables"):
+            op()
 
 
 def test_base_only_step_has_no_tables():
