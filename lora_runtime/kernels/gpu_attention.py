@@ -40,6 +40,9 @@ once more."""
 WIDE_WARPS = 8
 """Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
 wider than 128: with the usual 4 registers spill."""
+MAX_REGISTERS = 255
+"""Said of such a tile in float32: left to itself the compiler takes 80 a thread and spills, for the
+sake of programs that shared memory has no room for."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
 PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 8192)}
@@ -89,7 +92,7 @@ def paged_attention(
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
         block_q, num_bytes = PREFILL_TILES[q.dtype]
-        num_tiles = num_rows + len(q) // block_q
+        num_tiles, is_wide = num_rows + len(q) // block_q, head_dim > 128
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
             num_rows,
@@ -101,7 +104,8 @@ def paged_attention(
             BLOCK_K=tile_keys(q, head_dim, num_bytes),
             BLOCK_D=head_dim,
             CHUNK=64,
-            num_warps=WIDE_WARPS if head_dim > 128 else 4,
+            num_warps=WIDE_WARPS if is_wide else 4,
+            maxnreg=MAX_REGISTERS if is_wide and q.dtype == torch.float32 else None,
         )
     return out
 
