@@ -32,8 +32,9 @@ class _Norm(nn.Module):
     relies_on = ("weight", "variance_epsilon")
 
     def forward(self, x: Tensor) -> Tensor:
-        if (handed_on := getattr(x, "handed_on", None)) and handed_on[0] is self:
-            return handed_on[1]
+        norm, normed = vars(x).pop("handed_on", (None, None))
+        if norm is self:
+            return normed
         if not can_run_on_gpu(x):
             return super().forward(x)
         return rms_norm(x, self.weight, getattr(self, self.epsilon), plus_one=self.plus_one)

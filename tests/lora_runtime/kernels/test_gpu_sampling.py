@@ -20,7 +20,7 @@ def triton_takes_the_device(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
     monkeypatch.setattr(gpu_sampling, "CANDIDATES", 32)
-    monkeypatch.setattr(gpu_sampling, "BLOCK", 128)
+    monkeypatch.setattr(gpu_sampling, "BLOCK", 256)
 
 
 def one(scaled, number, top_k, top_p, min_p):
@@ -58,12 +58,13 @@ def test_draws(backend, spread, step):
     assert found[:, 0].tolist() == [one(*row) for row in given]
 
 
-def test_all_tokens_are_drawn_in_their_order():
-    """A fine row of numbers gives a flat row's tokens one after another, as far as top_k."""
-    scaled = torch.zeros(4, VOCAB_SIZE, device=DEVICE)
+def test_all_tokens_are_drawn_in_their_order(monkeypatch):
+    """From 0 to 1 numbers give a flat row's first to last token, in several blocks."""
+    monkeypatch.setattr(gpu_sampling, "BLOCK", 64)
+    scaled = torch.zeros(3, VOCAB_SIZE, device=DEVICE)
     scaled[:, 7] = -200.0
-    number = torch.linspace(0, 1 - 2**-53, 4, dtype=torch.float64, device=DEVICE)[:, None]
-    cuts = [torch.full((4, 1), cut, device=DEVICE) for cut in (torch.inf, 0.9999999, 0.0)]
+    number = torch.linspace(0, 1 - 2**-53, 3, dtype=torch.float64, device=DEVICE)[:, None]
+    cuts = [torch.full((3, 1), cut, device=DEVICE) for cut in (torch.inf, 0.9999999, 0.0)]
     found = kernels.draw_cut(scaled, number, *cuts)[:, 0].tolist()
     assert found == sorted(found) and found[0] == 0 and found[-1] == VOCAB_SIZE - 1
     assert 7 not in found
@@ -77,11 +78,5 @@ def test_rows_that_are_not_finite_touch_no_other():
     others = [0, 1, 4, 5, 6, 7]
     assert torch.equal(found[others], expected[others])
     assert 0 <= int(found[2]) < VOCAB_SIZE and int(found[3]) < 5
-
-
-def test_a_row_is_drawn_alone_as_beside_others():
-    scaled, number, cuts = (part.to(DEVICE) for part in rows(0.3, 0.25))
-    together = kernels.draw_cut(scaled, number, *cuts)
-    for i in (0, 2, 6):
-        alone = kernels.draw_cut(scaled[i : i + 1], number[i : i + 1], *cuts[:, i : i + 1])
-        assert torch.equal(alone[0], together[i])
+    alone = kernels.draw_cut(scaled[6:7], number[6:7], *cuts[:, 6:7])
+    assert torch.equal(alone[0], expected[6])
