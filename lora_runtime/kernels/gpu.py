@@ -84,6 +84,7 @@ paged_attention = _op("gpu_attention", "paged_attention")
 rms_norm = _op("gpu_elementwise", "rms_norm")
 add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
 rotate = _op("gpu_elementwise", "rotate")
+apply_gated_adapters = _op("gpu_adapters", "apply_gated_adapters")
 gated_activation = _op("gpu_elementwise", "gated_activation")
 
 
