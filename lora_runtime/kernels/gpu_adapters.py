@@ -28,8 +28,10 @@ from lora_runtime.kernels.gpu_adapter_kernels import (
 )
 from lora_runtime.kernels.types import AdapterMemory, StepMeta
 
-MIN_DOT = 16
-"""Smallest side of a tensor-core product."""
+SHRINK_RANKS, EXPAND_RANKS = 32, 16
+"""Ranks that are multiplied at once, whatever the largest is: other numbers would be other kernels.
+Most adapters are one or two passes of expand, where more at once would cost registers.
+"""
 MAX_PARTS = 3
 """Modules of one launch: the query, key and value projections."""
 TILES_CHUNK = 64
@@ -52,13 +54,12 @@ class Shape(NamedTuple):
     split_inputs: int
     """Inputs of a split of shrink, at least."""
     max_splits: int
-    out_block: int
-    """Outputs of a program of expand."""
-    out_warps: int
+    out_bytes: int
+    """Of one row of B' that a program of expand reads at once."""
 
 
-SMALL_STEP = Shape(16, 512, 3, 512, 16, 128, 4)
-LARGE_STEP = Shape(64, 128, 4, 2048, 8, 64, 4)
+SMALL_STEP = Shape(16, 512, 3, 512, 16, 256)
+LARGE_STEP = Shape(64, 128, 4, 2048, 4, 128)
 MAX_SMALL_STEP = 256
 """Entries of a small step: as many as the largest decode step may have."""
 
@@ -132,7 +133,8 @@ def apply_adapters(
     y = torch.empty_like(base)
     width = base.shape[1]
     starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
-    num_blocks = sum(triton.cdiv(part, shape.out_block) for part in widths)
+    out_block = shape.out_bytes // memory.weights.itemsize
+    num_blocks = sum(triton.cdiv(part, out_block) for part in widths)
     expand_kernel[len(tiles.tokens), num_blocks](
         y,
         *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
@@ -158,7 +160,8 @@ def apply_gated_adapters(
     hidden = shrink(x.contiguous(), memory, runs, meta, tiles, shape)
     width = base.shape[1] // 2
     y = base.new_empty(len(base), width)
-    gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, shape.out_block)](
+    out_block = shape.out_bytes // memory.weights.itemsize
+    gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block)](
         y,
         *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
         width,
@@ -205,29 +208,23 @@ def _expand_arguments(
 def _expand_options(
     bias: Tensor | None, hidden: Tensor, memory: AdapterMemory, shape: Shape
 ) -> dict[str, Any]:
-    """One stage, 16 ranks a pass: most adapters are one or two, and more would cost registers."""
+    """One stage: a pass has nothing ahead to read for most adapters."""
     return {
         "HAS_BIAS": bias is not None,
         "SPLITS": hidden.shape[1],
         "BLOCK_S": triton.next_power_of_2(hidden.shape[1]),
         "BLOCK_M": shape.block_rows,
-        "BLOCK_R": MIN_DOT,
-        "BLOCK_N": shape.out_block,
+        "BLOCK_R": EXPAND_RANKS,
+        "BLOCK_N": shape.out_bytes // memory.weights.itemsize,
         "ALIGNMENT": _elements(memory, memory.weights),
         "VECTOR_ALIGNMENT": _elements(memory, memory.vectors),
         "num_stages": 1,
-        "num_warps": shape.out_warps,
     }
 
 
 def _elements(memory: AdapterMemory, view: Tensor) -> int:
     """The memory's alignment in elements of a view."""
     return max(1, memory.alignment // view.itemsize)
-
-
-def _rank_block(max_rank: int) -> int:
-    """Ranks that are multiplied at once."""
-    return min(32, max(MIN_DOT, triton.next_power_of_2(max_rank)))
 
 
 def num_splits(in_features: int, shape: Shape, block: int) -> tuple[int, int]:
@@ -249,11 +246,10 @@ def shrink(
     rank, rounded up to a multiple of 16.
     """
     max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
-    rank_block, in_features = _rank_block(max_rank), x.shape[1]
-    rank_blocks = triton.cdiv(max_rank, rank_block)
+    rank_blocks, in_features = triton.cdiv(max_rank, SHRINK_RANKS), x.shape[1]
     block = shape.shrink_bytes // memory.weights.itemsize
     splits, inputs_per_split = num_splits(in_features, shape, block)
-    size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, MIN_DOT) * MIN_DOT)
+    size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
     hidden = x.new_empty(size, dtype=torch.float32)
     assert hidden.numel() < 2**31, "places in a part are 32-bit numbers"
     if max_rank > 0:
@@ -275,7 +271,7 @@ def shrink(
             size[3],
             SPLITS=splits,
             BLOCK_M=shape.block_rows,
-            BLOCK_R=rank_block,
+            BLOCK_R=SHRINK_RANKS,
             BLOCK_K=block,
             ALIGNMENT=_elements(memory, memory.weights),
             num_stages=shape.stages,

@@ -23,7 +23,9 @@ BLOCK_N = 256
 BLOCK_R = 16
 BLOCK_ROWS = 32
 """Replaced rows of the output layer that are multiplied at once."""
-BLOCK_K = 128
+BLOCK_K, STAGES = 32, 5
+"""Inputs that are multiplied at once, and how many times that is on its way: wider passes spill
+registers."""
 MAX_PROGRAMS = 512
 """Programs of one tile of tokens, about four a multiprocessor; unmeasured. A pool that once held a
 whole output layer launches as many for any adapter."""
@@ -68,7 +70,7 @@ def patch_logits(
             meta.weights, tiles.tokens, tiles.entries, tiles.next_entry, x.shape[1], y.stride(0),
             base.stride(0), y.shape[1], runs.shape[1],
             BLOCK_M=TILE, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
-            ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize),
+            ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize), num_stages=STAGES,
         )  # fmt: skip
     return y
 

@@ -139,10 +139,15 @@ def sizeless_runner(
     return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS)
 
 
-def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Stands for a capture: runs now and gives the same at every replay."""
-    logits = forward()
-    return lambda: logits
+class Captured:
+    """Stands for a capture: runs now, and nothing at every replay."""
+
+    def __call__(self, run: Callable[[], object]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+    def drop(self, replays: object) -> None:
+        """There is nothing to free."""
 
 
 def planned_row(length: int, num_tokens: int, slot: int | None) -> ScheduledSequence:
@@ -181,7 +186,7 @@ def steps_of(runner: ModelRunner, rows: Sequence[int] = ROWS) -> None:
 @torch.inference_mode()
 def graphs_of(runner: ModelRunner) -> None:
     """The steps that graphs are captured of, and what else is done before the first request."""
-    runner.use_graphs(MAX_ROWS, MAX_LENGTH, captured)
+    runner.use_graphs(MAX_ROWS, MAX_LENGTH, Captured())
     runner.warm_up(lambda _: None)
     runner.graphs = None
 
@@ -292,7 +297,7 @@ def cuda_engine(base: Base, forms: Sequence[ServingForm], **options) -> Engine:
     """An engine that holds `forms`, with decode graphs whose capture runs once."""
     options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 16, **options}
     serving = tiny_engine(base, poison=False, steps_ahead=1, **options)
-    serving.runner.use_graphs(24, 512, captured)
+    serving.runner.use_graphs(24, 512, Captured())
     for form in forms:
         serving.add_adapter(form)
     return serving
