@@ -146,15 +146,18 @@ def shrink_kernel(
 
 @triton.jit
 def _low_rank(
-    hidden_ptr, b_ptr, rank, rows, is_row, n, out_features, stride_split,
+    hidden_ptr, b_ptr, rank, entry, n, out_features, stride_split, stride_entry,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision."""
+    """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision. Rows
+    without an entry (−1) are 0.
+    """
     i = tl.arange(0, BLOCK_R)
     split = tl.arange(0, BLOCK_S)[:, None, None]
-    h_place = split * stride_split + rows[None, :, None] + i[None, None, :]
-    is_h = (split < SPLITS) & is_row[None, :, None]
+    row = entry[None, :, None]
+    h_place = split * stride_split + row * stride_entry + i[None, None, :]
+    is_h = (split < SPLITS) & (row >= 0)
     b_place = i[:, None] * out_features + n[None, :]
     is_out = (n < out_features)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -222,8 +225,8 @@ def _adapted(
         if rank > 0:
             delta = _low_rank(
                 hidden_ptr, weights_ptr + tl.multiple_of(b_at, ALIGNMENT), rank,
-                entry * stride_entry, is_row, n, out_features, stride_split,
-                SPLITS, BLOCK_S, BLOCK_M, BLOCK_R, BLOCK_N,
+                tl.where(is_row, entry, -1), n, out_features, stride_split, stride_entry, SPLITS,
+                BLOCK_S, BLOCK_M, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             acc = tl.where(is_row[:, None], acc + scale * delta, acc)
         if gain_at >= 0:
