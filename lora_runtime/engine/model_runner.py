@@ -83,7 +83,7 @@ class ModelRunner:
         """
         bindings = self.pool.all_bindings()
         longest = min(self.cache.num_slots, self.base.spec.max_model_len)
-        for num_tokens in {min(n, longest) for n in WARM_TOKENS}:
+        for num_tokens in sorted({min(n, longest) for n in WARM_TOKENS}):
             for slots in ((), (0,)):
                 plan = _warm_plan(num_tokens, slots, self.block_size)
                 batch = build_batch(plan, self.block_size, self.base.device)
