@@ -7,11 +7,12 @@ PROTOS := $(wildcard protos/loramux/v1/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint protos clean
+.PHONY: help demo test test-gpu-compile lint protos clean
 
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
 	@echo "make test    run the whole test suite        (ARGS='-k name -x' goes to pytest)"
+	@echo "make test-gpu-compile  compile every GPU launch for four cards; no GPU needed"
 	@echo "make lint    ruff, mypy and buf lint"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"
@@ -21,6 +22,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-gpu-compile: $(VENV)/installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

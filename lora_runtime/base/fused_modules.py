@@ -63,8 +63,11 @@ class _GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
-        kind = ACTIVATIONS[_activation(self)]
-        return self.down_proj(gated_activation(self.gate_proj(x), self.up_proj(x), kind))
+        kind, stack = ACTIVATIONS[_activation(self)], self.gate_proj.stack
+        gated = None if stack is None else stack.gated(x, kind)
+        if gated is None:
+            gated = gated_activation(self.gate_proj(x), self.up_proj(x), kind)
+        return self.down_proj(gated)
 
 
 class _JoinedGateMLP(nn.Module):

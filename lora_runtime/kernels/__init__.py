@@ -33,6 +33,7 @@ __all__ = [
     "StepMeta",
     "add_rms_norm",
     "apply_adapters",
+    "apply_gated_adapters",
     "apply_stacked_adapters",
     "can_dequantize",
     "can_multiply_codes",
@@ -106,6 +107,28 @@ def apply_stacked_adapters(
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, runs, strict=True)
     return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
+
+
+def apply_gated_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    kind: str,
+) -> Tensor:
+    """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
+
+    gate and up share x and are rounded to base's dtype before, as if they had been written.
+    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first; runs (2, S, R, 8);
+    `kind` as in `gated_activation`. Returns (T, width).
+    """
+    if gpu.can_run(base, x, weights=(memory.weights,)):
+        return gpu.apply_gated_adapters(base, x, bias, memory, runs, meta, kind)
+    width = base.shape[1] // 2
+    y = apply_stacked_adapters(base, x, bias, memory, runs, meta, (width, width))
+    return gated_activation(*y.chunk(2, dim=1), kind)
 
 
 def embed_adapters(

@@ -89,7 +89,7 @@ def _product(
     return y.view(*x.shape[:-1], out_features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # 1 would be a Python int
 def _product_kernel(
     y_ptr,
     partial_ptr,

@@ -1,0 +1,375 @@
+"""What a GPU is asked to do: steps of real models' shapes, serving, training, the benchmark.
+
+Run within `fake_gpu.launches_on`. Shapes of real models live on "meta", where a tensor has a size
+but no memory, so that a whole step of an 8B model takes milliseconds; what has to read values runs
+on the tiny models of the other tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_runtime import kernels
+from lora_runtime.adapters import packed_adapter
+from lora_runtime.adapters.pool import AdapterPool
+from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
+from lora_runtime.base import loader, self_check
+from lora_runtime.base.loader import Base, prepare_base
+from lora_runtime.config import BaseConfig
+from lora_runtime.core import (
+    AdapterUse,
+    Request,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSequence,
+)
+from lora_runtime.core import Sequence as Row
+from lora_runtime.engine import engine
+from lora_runtime.engine.engine import USUAL_MAX_RANK, Engine
+from lora_runtime.engine.memory_budget import largest_step
+from lora_runtime.engine.model_runner import ModelRunner
+from lora_runtime.engine.probe import probe_logits
+from tests.driver import run, tiny_engine
+from tests.tiny import VOCAB_SIZE, tiny_base
+
+DTYPES = (torch.bfloat16, torch.float32)
+ROWS = (1, 2, 3, 7, 16, 33, 64, 65, 133)
+BLOCK_SIZE = 16
+MAX_ROWS, MAX_LENGTH = 256, 8192
+FORMATS = ("nf4", "nf4-double", "fp4", "int8", "none")
+LLAMA = "llama-3.1-8b"
+SHAPES = {
+    LLAMA: dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256,
+    ),
+    "smollm2-135m": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+    ),
+    "mistral-7b": dict(
+        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, sliding_window=4096,
+    ),
+    "qwen2.5-7b": dict(
+        model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936,
+    ),
+    "gemma2-9b": dict(
+        model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, vocab_size=256000, sliding_window=4096,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3-1b": dict(
+        model_type="gemma3_text", hidden_size=1152, intermediate_size=6912, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, vocab_size=262144, sliding_window=512,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3-mini": dict(
+        model_type="phi3", hidden_size=3072, intermediate_size=8192, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32064, pad_token_id=0,
+    ),
+    "one key head": dict(
+        model_type="llama", hidden_size=4544, intermediate_size=18176, num_attention_heads=71,
+        num_key_value_heads=1, vocab_size=65024,
+    ),
+}  # fmt: skip
+"""Of the families that are served, and queries that are no power of two over one key head."""
+
+
+def sizeless_base(
+    shape: str, dtype: torch.dtype, quantization: str = "nf4", num_layers: int | None = None
+) -> Base:
+    """A base of a real model's shape without memory, by default of one layer of each kind. The
+    checks of a loaded model that read values are left out.
+    """
+    options = {"max_position_embeddings": 131072} | SHAPES[shape]
+    options["num_hidden_layers"] = num_layers or len(options.get("layer_types", [None]))
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    finally:
+        torch.set_default_dtype(before)
+    model.config.dtype = dtype
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "embed_scale"):  # one number, which is read
+        embedding.embed_scale = torch.tensor(config.hidden_size**0.5)
+    with (
+        mock.patch.multiple(
+            loader,
+            original_logits=lambda model: [],
+            self_check=lambda model, original: None,
+            fingerprint=lambda model, quantization: "",
+        ),
+        mock.patch.object(loader.BaseWeights, "measure_rows", lambda self: None),
+    ):
+        settings = BaseConfig(quantization=quantization, dequantized_cache=False)
+        return prepare_base(model, settings, shape, Path("."))
+
+
+def sizeless_runner(
+    base: Base, *, max_rank: int = USUAL_MAX_RANK, max_vocabulary_rows: int = 0, replicas: int = 1
+) -> ModelRunner:
+    """A runner over `base`, any module of which may have adapters of up to `max_rank`."""
+    like = torch.empty(0, dtype=base.dtype, device=base.device)
+    paths = base.spec.shapes if max_vocabulary_rows else base.spec.linears
+    pool = AdapterPool(base.spec.shapes, 1 << 30, 256, like, bound=paths, max_rank=max_rank)
+    if replicas > 1:
+        pool.runs = torch.empty(pool.runs.shape[0], 256, replicas, 8, dtype=torch.int64).to("meta")
+    pool.memory = replace(pool.memory, max_rows=max_vocabulary_rows)
+    pool._bind()
+    cache = base.allocate_kv(MAX_ROWS * BLOCK_SIZE)
+    return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS)
+
+
+class Captured:
+    """Stands for a capture: runs now, and nothing at every replay."""
+
+    def __call__(self, run: Callable[[], object]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+    def drop(self, replays: object) -> None:
+        """There is nothing to free."""
+
+
+def planned_row(length: int, num_tokens: int, slot: int | None) -> ScheduledSequence:
+    """The last `num_tokens` tokens of a row of `length`, under the adapter in a slot."""
+    uses = () if slot is None else (AdapterUse(digest=str(slot)),)
+    row = Row.of(Request(request_id="", prompt_token_ids=(1,) * length, adapters=uses))
+    row.slots = () if slot is None else (slot,)
+    row.block_table = list(range(-(-length // BLOCK_SIZE)))
+    return ScheduledSequence(row, length - num_tokens, num_tokens)
+
+
+def step(lengths: Sequence[int], num_tokens: Sequence[int], adapters: int) -> ScheduledBatch:
+    """Rows of `lengths` of which the last `num_tokens` are computed; row i is under adapter
+    i mod `adapters`, or all under none.
+    """
+    pairs = enumerate(zip(lengths, num_tokens, strict=True))
+    slots = (lambda i: i % adapters) if adapters else (lambda i: None)
+    return ScheduledBatch(tuple(planned_row(*sizes, slots(i)) for i, sizes in pairs))
+
+
+@torch.inference_mode()
+def steps_of(runner: ModelRunner, rows: Sequence[int] = ROWS) -> None:
+    """Steps that no graph holds: `rows` rows of one token, one of them long; beside a prompt; and
+    prompts alone.
+    """
+    for adapters in (0, 8):
+        for n in rows:
+            runner.logits(step([40] * n, [1] * n, adapters))
+            runner.logits(step([MAX_LENGTH, *[40] * n], [1] * (n + 1), adapters))
+            runner.logits(step([17, *[40] * n], [17, *[1] * n], adapters))
+            runner.logits(step([n], [n], adapters))
+        for prompt in (300, 2048):
+            runner.logits(step([prompt], [prompt], adapters))
+
+
+@torch.inference_mode()
+def graphs_of(runner: ModelRunner) -> None:
+    """The steps that graphs are captured of, and what else is done before the first request."""
+    runner.use_graphs(MAX_ROWS, MAX_LENGTH, Captured())
+    runner.warm_up(lambda _: None)
+    runner.graphs = None
+
+
+def real_shapes() -> None:
+    """Every step of every shape; of one of them in every format, rank and kind of adapter."""
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for quantization in FORMATS if shape == LLAMA else ("nf4",):
+                runner = sizeless_runner(sizeless_base(shape, dtype, quantization))
+                graphs_of(runner)
+                steps_of(runner)
+        base = sizeless_base(LLAMA, dtype)
+        for max_rank in (8, 128):
+            steps_of(sizeless_runner(base, max_rank=max_rank), (1, 33, 133))
+        for replicas in (2, 16):
+            steps_of(sizeless_runner(base, replicas=replicas), (1, 33))
+        for max_vocabulary_rows in (64, base.spec.vocab_size):
+            steps_of(sizeless_runner(base, max_vocabulary_rows=max_vocabulary_rows), (1, 33, 133))
+
+
+def sample() -> None:
+    """A little of `real_shapes` that launches every kernel."""
+    for dtype in DTYPES:
+        for quantization in ("nf4", "int8"):
+            base = sizeless_base(LLAMA, dtype, quantization)
+            runner = sizeless_runner(base, max_vocabulary_rows=64)
+            steps_of(runner, (1, 33))
+        steps_of(sizeless_runner(sizeless_base("one key head", dtype)), (3,))
+        other_ops(dtype)
+
+
+def other_ops(dtype: torch.dtype) -> None:
+    """The write of keys that transformers has rotated, and draws from a large vocabulary."""
+    with torch.device("meta"):
+        k, slots = torch.empty(3, 8, 128, dtype=dtype), torch.empty(3, dtype=torch.int64)
+        scaled, number = torch.empty(3, 128256), torch.empty(3, 1, dtype=torch.float64)
+        kernels.write_kv(k, k, k, k, slots)
+        kernels.draw_cut(scaled, number, *torch.empty(3, 3, 1))
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """What an engine does on a CUDA device and not elsewhere, as far as it touches launches."""
+    pool = partial(AdapterPool, max_rank=USUAL_MAX_RANK)
+
+    def bound_pool(paths, *args, bound=None, max_rank=0):
+        return pool(paths, *args, bound=bound or list(paths))
+
+    with (
+        mock.patch.object(packed_adapter, "adapter_dtype", lambda base: base.dtype),
+        mock.patch.object(engine, "adapter_dtype", lambda base: base.dtype),
+        mock.patch.object(engine, "AdapterPool", bound_pool),
+        mock.patch.dict(
+            self_check.SELF_CHECK_TOLERANCE, dict.fromkeys(DTYPES, float("inf")), clear=True
+        ),
+    ):
+        yield
+
+
+def forms_of(base: Base) -> list[ServingForm]:
+    """An adapter of every kind that a kernel treats differently."""
+    linears = base.spec.linears
+
+    def low_rank(rank: int, path: str, **parts) -> ModuleForm:
+        shape = base.spec.shapes[path]
+        a, b = torch.zeros(rank, shape.in_features), torch.zeros(shape.out_features, rank)
+        return ModuleForm(a=a, b=b, **parts)
+
+    def form(name: str, modules: dict[str, ModuleForm], **options) -> ServingForm:
+        keyed = {ModuleKey(path): module for path, module in modules.items()}
+        return ServingForm(
+            digest=name, variant=name, modules=keyed, honoured={}, inert={}, **options
+        )
+
+    patch = RowPatch(torch.zeros(2, base.spec.hidden_size), torch.tensor([3, 9]).int())
+    everywhere = {path: low_rank(8, path) for path in linears}
+    gains = {
+        path: low_rank(4, path, gain=torch.ones(shape.out_features))
+        for path, shape in linears.items()
+    }
+    deep = (0, 1, *range(base.spec.num_layers))
+    vocabulary = {
+        base.spec.embedding: low_rank(4, base.spec.embedding, patch=patch),
+        base.spec.head: low_rank(4, base.spec.head, patch=patch),
+    }
+    return [
+        form("lora", everywhere),
+        form("dora", gains),
+        form("alora", everywhere, invocation_tokens=(7, 11)),
+        form("large", {path: low_rank(96, path) for path in list(linears)[:3]}),
+        form("vocabulary", vocabulary),
+        form("replicated", everywhere, layer_map=deep),
+    ]
+
+
+def requests_of(forms: Sequence[ServingForm], lengths: Sequence[int]) -> list[Request]:
+    """Greedy and drawn requests: of the base, of every adapter, of two at once."""
+    owners = [(), *((form.digest,) for form in forms), ("lora", "dora")]
+    kinds = [
+        dict(temperature=0.0),
+        dict(temperature=0.7, top_p=0.9),
+        dict(temperature=1.0, top_k=5, min_p=0.1, num_logprobs=3),
+        dict(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({1})),
+    ]
+    return [
+        Request(
+            request_id=str(i),
+            prompt_token_ids=(*([5] * length), 7, 11, 9),
+            sampling=SamplingParams(max_tokens=6, **kinds[i % len(kinds)]),
+            adapters=tuple(AdapterUse(digest=digest) for digest in owners[i % len(owners)]),
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def cuda_engine(base: Base, forms: Sequence[ServingForm], **options) -> Engine:
+    """An engine that holds `forms`, with decode graphs whose capture runs once."""
+    options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 16, **options}
+    serving = tiny_engine(base, poison=False, steps_ahead=1, **options)
+    serving.runner.use_graphs(24, 512, Captured())
+    for form in forms:
+        serving.add_adapter(form)
+    return serving
+
+
+def varied_load(serving: Engine, forms: Sequence[ServingForm]) -> None:
+    """Rows that grow in number and length, prompts in chunks, adapters that come and go."""
+    lengths = [1, 2, 3, 5, 9, 17, 33, 60, 120, 200, 4, 4, 7, 31, 64, 90, 11, 3, 2, 1]
+    requests = requests_of(forms, lengths)
+    arrivals = {request.request_id: 2 * i for i, request in enumerate(requests)}
+    run(serving, requests, arrivals=arrivals)
+
+
+def serving(shapes: Sequence[str] = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3")) -> None:
+    """Start, warm-up, the largest step, the parity gate's forwards, and requests of every kind."""
+    with as_on_cuda():
+        for shape in shapes:
+            for dtype in DTYPES:
+                base = tiny_base(shape, dtype=dtype, dequantized_cache=False)
+                forms = forms_of(base)
+                serving = cuda_engine(base, forms)
+                serving.runner.warm_up(lambda _: None)
+                serving.runner.start(largest_step(base, serving.config)).result()
+                probe_logits(base, forms[0], [[5, 6], [7, 8, 9]])
+                varied_load(serving, forms)
+
+
+def training() -> None:
+    """Updates and evaluation of two units on a quantised base without dense copies."""
+    from lora_runtime.training.config import UnitConfig
+    from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data
+    from tests.lora_runtime.training.tiny_runs import run as train
+
+    with as_on_cuda(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = make_tokenizer(folder)
+        data, held_out = ragged_data(folder / "data", 8), ragged_data(folder / "eval", 4, seed=1)
+        for quantization in ("nf4", "nf4-double", "int8"):
+            for dtype in DTYPES:
+                base = tiny_base(
+                    "llama", dtype=dtype, quantization=quantization, dequantized_cache=False
+                )
+                units = [
+                    UnitConfig(name=kind, data=data, eval_data=held_out, max_steps=2, **options)
+                    for kind, options in (("lora", {}), ("dora", {"use_dora": True}))
+                ]
+                train(base, tokenizer, folder / f"{quantization}-{dtype}", units)
+
+
+def bench() -> None:
+    """The dry run of bench/gpu.py."""
+    with (
+        as_on_cuda(),
+        mock.patch.object(sys, "argv", ["gpu"]),
+        open("/dev/null", "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        runpy.run_module("bench.gpu", run_name="__main__")
+
+
+DRIVES: dict[str, Callable[[], None]] = {
+    drive.__name__: drive for drive in (real_shapes, sample, serving, training, bench)
+}
+assert VOCAB_SIZE > 11, "prompts hold these tokens"
