@@ -61,6 +61,11 @@ class AdapterPool:
         bounds = self.memory.max_rank, self.memory.max_rows
         return *bounds, frozenset(self.bindings), self.runs.data_ptr()
 
+    def all_bindings(self) -> dict[str, PooledBinding]:
+        """As if adapters touched every module and replaced rows of the vocabulary."""
+        memory = replace(self.memory, max_rows=self.memory.max_rows or USUAL_MAX_ROWS)
+        return {path: PooledBinding(memory, self.runs, i) for path, i in self._index.items()}
+
     @property
     def num_replicas(self) -> int:
         """Visits to one layer that the run tables have room for."""

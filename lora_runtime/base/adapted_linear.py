@@ -119,6 +119,10 @@ class Stack(Protocol):
         """The output of one of the layers."""
         ...
 
+    def gated(self, x: Tensor, kind: str) -> Tensor | None:
+        """act(first) · second of two layers, if their step can end so."""
+        ...
+
 
 class AdaptedLinear(nn.Module):
     """y = W x + bias, plus every row's own adapters. x (..., in) → (..., out).

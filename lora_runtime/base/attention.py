@@ -11,7 +11,13 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lora_runtime.kernels import AttentionMeta, paged_attention, write_kv
+from lora_runtime.kernels import (
+    AttentionMeta,
+    HeadNorm,
+    paged_attention,
+    rotate_and_write,
+    write_kv,
+)
 
 NAME = "loramux"
 
@@ -113,7 +119,30 @@ class PagedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        layer = layer if self.layer is None else self.layer
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self._memory(layer)
         write_kv(keys, values, k, v, self.meta.slot_mapping)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
+
+    def rotate_and_attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norm: HeadNorm | None,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """`attend` of queries and keys that are still to be normed and rotated: cos, sin (T, R)."""
+        keys, values = self._memory(layer)
+        slots = self.meta.slot_mapping
+        q = rotate_and_write(q, k, v, cos, sin, keys, values, slots, norm)
+        return paged_attention(q, keys, values, self.meta, scale, window, softcap)
+
+    def _memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        layer = layer if self.layer is None else self.layer
+        return self.cache.keys[layer], self.cache.values[layer]

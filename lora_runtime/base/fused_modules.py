@@ -7,37 +7,67 @@ forward is the original wherever a fused kernel cannot run: on a CPU, or with gr
 from __future__ import annotations
 
 from functools import cache
-from types import FunctionType
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
-from lora_runtime.kernels import add_rms_norm, can_run_on_gpu, gated_activation, rms_norm, rotate
+from lora_runtime.base.attention import Attention, PagedAttention
+from lora_runtime.errors import BaseRefused
+from lora_runtime.kernels import (
+    HeadNorm,
+    add_rms_norm,
+    can_run_on_gpu,
+    gated_activation,
+    rms_norm,
+    rotate,
+)
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations → ours."""
 
 
 class _Norm(nn.Module):
-    plus_one = False
+    plus_one, epsilon = False, "variance_epsilon"
+    relies_on = ("weight", "variance_epsilon")
 
     def forward(self, x: Tensor) -> Tensor:
+        norm, normed = vars(x).pop("handed_on", (None, None))
+        if norm is self:
+            return normed
         if not can_run_on_gpu(x):
             return super().forward(x)
-        eps = self.eps if self.plus_one else self.variance_epsilon
-        return rms_norm(x, self.weight, eps, plus_one=self.plus_one)
+        return rms_norm(x, self.weight, getattr(self, self.epsilon), plus_one=self.plus_one)
 
 
 class _NormPlusOne(_Norm):
-    plus_one = True
+    plus_one, epsilon = True, "eps"
+    relies_on = ("weight", "eps")
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor, norm: Any, branch_norm: Any = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of residual and x, or of what `branch_norm` makes of x, and the `norm` of the sum."""
+    return add_rms_norm(
+        x,
+        residual,
+        norm.weight,
+        getattr(norm, norm.epsilon),
+        plus_one=norm.plus_one,
+        branch_weight=None if branch_norm is None else branch_norm.weight,
+    )
 
 
 class _GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
-        kind = ACTIVATIONS[_activation(self)]
-        return self.down_proj(gated_activation(self.gate_proj(x), self.up_proj(x), kind))
+        kind, stack = ACTIVATIONS[_activation(self)], self.gate_proj.stack
+        gated = None if stack is None else stack.gated(x, kind)
+        if gated is None:
+            gated = gated_activation(self.gate_proj(x), self.up_proj(x), kind)
+        return self.down_proj(gated)
 
 
 class _JoinedGateMLP(nn.Module):
@@ -49,19 +79,116 @@ class _JoinedGateMLP(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Its forward is the original's, in which one name means something else."""
+    """Norms of heads, rotation and the write of keys and values are one launch."""
+
+    relies_on = ("config", "head_dim", "layer_idx", "scaling", "o_proj")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        batch: Attention | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, R) → (1, T, H)."""
+        if batch is None or len(hidden_states) > 1 or not can_run_on_gpu(hidden_states):
+            given = {"position_embeddings": position_embeddings, "batch": batch}
+            return super().forward(hidden_states, **given, **kwargs)
+        q, k, v = self._heads(hidden_states)
+        (cos,), (sin,) = position_embeddings
+        options = {
+            "layer": self.layer_idx,
+            "scale": self.scaling,
+            "window": self._window(),
+            "softcap": self._softcap(),
+        }
+        if isinstance(batch, PagedAttention):
+            out = batch.rotate_and_attend(q, k, v, cos, sin, self._norm(), **options)
+        else:
+            q, k = rotate(q, k, cos, sin, self._norm())
+            out = batch.attend(q, k, v, **options)
+        return self.o_proj(out.flatten(1)[None]), None
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries (T, H, D), keys and values (T, G, D) of x (1, T, width)."""
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        return tuple(part[0].unflatten(1, (-1, self.head_dim)) for part in parts)
+
+    def _norm(self) -> HeadNorm | None:
+        q, k = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+        return (
+            None if q is None else HeadNorm(q.weight, k.weight, getattr(q, q.epsilon), q.plus_one)
+        )
+
+    def _window(self) -> int | None:
+        return getattr(self, "sliding_window", None)
+
+    def _softcap(self) -> float | None:
+        return None
+
+
+class _AttentionOfConfigsWindow(_Attention):
+    def _window(self) -> int | None:
+        return getattr(self.config, "sliding_window", None)
+
+
+class _JoinedAttention(_AttentionOfConfigsWindow):
+    relies_on = (*_Attention.relies_on, "qkv_proj", "num_key_value_heads")
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        groups = self.num_key_value_heads
+        heads = self.qkv_proj(x)[0].unflatten(1, (-1, self.head_dim))
+        return heads.split((self.config.num_attention_heads, groups, groups), 1)
+
+
+class _CappedAttention(_Attention):
+    relies_on = (*_Attention.relies_on, "attn_logit_softcapping")
+
+    def _softcap(self) -> float | None:
+        return self.attn_logit_softcapping
 
 
 class _Layer(nn.Module):
-    """Attention, then MLP, each behind a norm; the first sum and the second norm are one launch."""
+    """Attention, then MLP, each behind a norm. Each sum and the norm behind it are one launch.
+
+    Behind the last sum comes the norm of another module, the next layer's or the decoder's: it
+    finds what was made for it on the tensor that it is given, and only on that one. Whoever else
+    is given the tensor finds the plain sum.
+    """
+
+    relies_on = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    norm_behind: tuple[Any, ...] = ()
+    """The norm behind the last sum, if it is one of ours; in a tuple it is no submodule."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if not can_run_on_gpu(hidden_states):
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
-        sums = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
-        return sums[0] + self.mlp(sums[1])
+        total, normed = _add_norm(attended, hidden_states, self.post_attention_layernorm)
+        return self._sum(self.mlp(normed), total)
+
+    def _sum(self, x: Tensor, residual: Tensor, branch_norm: Any = None) -> Tensor:
+        """residual + x, or what `branch_norm` makes of x, with what `norm_behind` makes of it."""
+        if not self.norm_behind or not can_run_on_gpu(x):
+            return residual + (x if branch_norm is None else branch_norm(x))
+        total, normed = _add_norm(x, residual, *self.norm_behind, branch_norm)
+        total.handed_on = (*self.norm_behind, normed)
+        return total
+
+
+class _LayerOfFourNorms(_Layer):
+    """What attention and MLP give is normed too, before it is added (Gemma)."""
+
+    relies_on = (*_Layer.relies_on, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not can_run_on_gpu(hidden_states):
+            return super(_Layer, self).forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        total, normed = _add_norm(
+            attended, hidden_states, self.pre_feedforward_layernorm, self.post_attention_layernorm
+        )
+        return self._sum(self.mlp(normed), total, self.post_feedforward_layernorm)
 
 
 TABLE: dict[type, tuple[str, ...]] = {
@@ -69,52 +196,54 @@ TABLE: dict[type, tuple[str, ...]] = {
     _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm"),
     _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"),
     _JoinedGateMLP: ("Phi3MLP",),
-    _Attention: ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention",
-                 "Gemma2Attention", "Gemma3Attention", "Phi3Attention"),
+    _Attention: ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention"),
+    _AttentionOfConfigsWindow: ("MistralAttention",),
+    _JoinedAttention: ("Phi3Attention",),
+    _CappedAttention: ("Gemma2Attention",),
     _Layer: ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
              "Phi3DecoderLayer"),
+    _LayerOfFourNorms: ("Gemma2DecoderLayer", "Gemma3DecoderLayer"),
 }  # fmt: skip
 """How modules are fused → classes of transformers. A class that is not here stays as it is."""
 KINDS = {name: kind for kind, names in TABLE.items() for name in names}
 
 
 def fuse_modules(model: nn.Module) -> None:
-    """Fuse every module of `model` that TABLE knows, in place; the model is in eval mode."""
+    """Fuse every module of `model` that TABLE knows, in place; the model is in eval mode.
+
+    Raises BaseRefused where this version of transformers lacks what the fused forward reads.
+    """
     for module in model.modules():
         kind = KINDS.get(type(module).__name__)
         is_mlp = kind in (_GatedMLP, _JoinedGateMLP)
         if kind is not None and not (is_mlp and _activation(module) not in ACTIVATIONS):
+            _check(module, kind)
             module.__class__ = _fused(kind, type(module))
+    for module in model.modules():
+        _join_layers(getattr(module, "layers", None), getattr(module, "norm", None))
+
+
+def _join_layers(layers: Any, last_norm: Any) -> None:
+    """Tell every layer of a decoder which norm comes behind it."""
+    if isinstance(layers, nn.ModuleList) and all(isinstance(layer, _Layer) for layer in layers):
+        norms = [*(layer.input_layernorm for layer in layers), last_norm][1:]
+        for layer, norm in zip(layers, norms, strict=True):
+            layer.norm_behind = (norm,) if isinstance(norm, _Norm) else ()
+
+
+def _check(module: nn.Module, kind: Any) -> None:
+    missing = [name for name in getattr(kind, "relies_on", ()) if not hasattr(module, name)]
+    if missing:
+        raise BaseRefused(
+            f"{type(module).__name__} of transformers {transformers.__version__} has no "
+            f"{', '.join(missing)}, which its fused forward reads; install a version from 5.17 "
+            "to 5.23"
+        )
 
 
 @cache
 def _fused(kind: type, original: type) -> type:
-    members: dict[str, Any] = {}
-    if kind is _Attention:
-        members["forward"] = _rotating_forward(original)
-    return type(f"Fused{original.__name__}", (kind, original), members)
-
-
-def _rotating_forward(original: Any) -> FunctionType:
-    """The forward of an attention class, with our `rotate` for its apply_rotary_pos_emb."""
-    forward = original.forward
-    plain = forward.__globals__["apply_rotary_pos_emb"]
-
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """q (1, H, T, D), k (1, G, T, D), cos and sin (1, T, R)."""
-        if not can_run_on_gpu(q) or len(q) > 1:
-            return plain(q, k, cos, sin)
-        q, k = rotate(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])
-        return q.transpose(0, 1)[None], k.transpose(0, 1)[None]
-
-    names = {**forward.__globals__, "apply_rotary_pos_emb": apply_rotary_pos_emb}
-    fused = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    fused.__kwdefaults__ = forward.__kwdefaults__
-    return fused
+    return type(f"Fused{original.__name__}", (kind, original), {})
 
 
 def _activation(module: Any) -> str:

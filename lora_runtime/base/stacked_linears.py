@@ -13,7 +13,13 @@ from torch import Tensor, cat, nn
 
 from lora_runtime.base.adapted_linear import AdaptedLinear, PooledBinding
 from lora_runtime.base.quant_linear import FrozenLinear
-from lora_runtime.kernels import apply_stacked_adapters, can_run_on_gpu
+from lora_runtime.kernels import (
+    AdapterMemory,
+    StepMeta,
+    apply_gated_adapters,
+    apply_stacked_adapters,
+    can_run_on_gpu,
+)
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of modules of one parent that get the same x, in the order in which they are called."""
@@ -47,19 +53,28 @@ class StackedLinears:
             self._x, self._outputs = None, ()
         return y
 
+    def gated(self, x: Tensor, kind: str) -> Tensor | None:
+        """act(gate) · up of a gate and an up projection (..., width), where a step has adapters of
+        both: the activation is the end of their launch. None: ask each member.
+        """
+        if not can_run_on_gpu(x) or (arguments := self._adapted(x)) is None:
+            return None
+        return apply_gated_adapters(*arguments, kind).view(*x.shape[:-1], -1)
+
     def _run(self, x: Tensor) -> Tensor:
-        if (runs := self._runs()) is None:
+        if (arguments := self._adapted(x)) is None:
             return self.joined(x)
-        rows = x.reshape(-1, x.shape[-1])
-        return apply_stacked_adapters(
-            self.joined.product(rows),
-            rows,
-            self.joined.bias,
-            self._bindings()[0].memory,
-            runs,
-            self.context.meta,
-            self.widths,
-        ).view(*x.shape[:-1], -1)
+        return apply_stacked_adapters(*arguments, self.widths).view(*x.shape[:-1], -1)
+
+    def _adapted(
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, AdapterMemory, Tensor, StepMeta] | None:
+        """The joined product and what the ops of adapters add to it, if they can go together."""
+        if (runs := self._runs()) is None:
+            return None
+        rows, memory = x.reshape(-1, x.shape[-1]), self._bindings()[0].memory
+        product = self.joined.product(rows)
+        return product, rows, self.joined.bias, memory, runs, self.context.meta
 
     def _is_adapted(self) -> bool:
         bound = {} if self.context.meta is None else self.context.bindings

@@ -1,16 +1,18 @@
 """Decode steps as CUDA graphs: the launches of a whole forward are replayed in one call.
 
-A graph is captured for every bucket of rows, with adapters and for the base alone. What changes
-from step to step (tokens, cache blocks, which adapters of which ranks act on which rows) is read
-from tables at fixed addresses, so one graph serves any mix. It holds as long as the pool's layout
-does: which modules have adapters at all, and the largest rank.
-Unmeasured on a GPU; tests run the same tables and kernels without capturing.
+A graph is captured for every bucket of rows: one for the base alone, and a few by how many
+different adapters the step may hold, because a launch has a program for every tile that so many
+could need. What changes from step to step (tokens, cache blocks, which adapters of which ranks act
+on which rows) is read from tables at fixed addresses, so one graph serves any mix. It holds as long
+as the pool's layout does: which modules have adapters at all, and the largest rank.
+Unmeasured on a GPU; tests run the same tables and kernels without capturing, and capture on
+stand-ins for CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +24,26 @@ from lora_runtime.engine.step_buffers import StepBuffers
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows that a graph is captured for; a step takes the smallest that holds it."""
 
-Replay = Callable[[], Tensor]
-Capture = Callable[[Callable[[], Tensor]], Replay]
+MAX_SEGMENTS = (4, 16, 64)
+"""Different adapters that a graph is captured for, below its number of rows. One for one adapter
+alone would save a few empty programs of the one for four, which end at once."""
+
+Outputs = tuple[Tensor, Tensor]
+"""Logits (n, vocab) of the rows, and what `sampler.greedy` makes of them (n, 2)."""
+Replay = Callable[[], object]
+"""Runs again what was captured."""
+
+
+class Capture(Protocol):
+    """Makes functions that a device repeats on its own."""
+
+    def __call__(self, run: Callable[[], object]) -> Replay:
+        """Capture what `run` does on the device."""
+        ...
+
+    def drop(self, replays: Iterable[Replay]) -> None:
+        """Free what was captured: none of these is called again."""
+        ...
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -32,22 +52,32 @@ def buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*below, min(max_num_seqs, BUCKETS[-1]))
 
 
+def segment_bounds(num_rows: int) -> tuple[int, ...]:
+    """The numbers of different adapters to capture a bucket for, ascending; the last is all."""
+    return (*(bound for bound in MAX_SEGMENTS if bound < num_rows), num_rows)
+
+
 class DecodeGraphs:
     """Replays a step where a graph fits it; captures the graph when it is wanted first."""
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
+        forward: Callable[[ForwardBatch], Outputs],
         buffers: tuple[StepBuffers, ...],
+        outputs: Outputs,
         capture: Capture,
     ) -> None:
-        """`forward`: a batch → logits. `buffers`: one a bucket, ascending."""
+        """`buffers`: one a bucket, ascending. `outputs`: room for those of the largest bucket,
+        where every graph leaves its own.
+        """
         self._forward, self._buffers, self._capture = forward, buffers, capture
-        self._replays: dict[tuple[int, bool], Replay] = {}
+        self._outputs = outputs
+        self._replays: dict[tuple[int, int], Replay] = {}
+        """By rows and different adapters, 0 for the base alone."""
         self._layout: object = None
 
-    def logits(self, plan: ScheduledBatch, layout: object) -> Tensor | None:
-        """Run a step: (n, vocab) of its rows in order, or None when it fits no graph.
+    def run(self, plan: ScheduledBatch, layout: object) -> Outputs | None:
+        """Run a step: outputs of its rows in order, or None when it fits no graph.
 
         `layout` of the adapter pool: graphs with adapters that were captured under another are
         dropped. The result is overwritten by the next step.
@@ -56,51 +86,78 @@ class DecodeGraphs:
         buffers = next((b for b in self._buffers if b.takes(rows)), None)
         if buffers is None:
             return None
-        has_adapters = buffers.fill(rows)
-        if has_adapters and layout != self._layout:
-            self._replays = {key: r for key, r in self._replays.items() if not key[1]}
+        num_segments = buffers.fill(rows)
+        if num_segments > 0 and layout != self._layout:
+            self._drop_adapted()
             self._layout = layout
-        return self._replay(buffers, has_adapters)()[: len(rows)]
+        bounds = (0, *segment_bounds(buffers.num_rows))
+        self._replay(buffers, next(bound for bound in bounds if num_segments <= bound))()
+        logits, best = self._outputs
+        return logits[: len(rows)], best[: len(rows)]
 
     def warm_up(self, layout: object, on_progress: Callable[[str], None]) -> None:
         """Capture all graphs now; the largest first, whose memory the others then share."""
         self._layout = layout
-        todo = list(product(reversed(self._buffers), (True, False)))
-        for done, (buffers, has_adapters) in enumerate(todo, 1):
-            self._replay(buffers, has_adapters)
+        todo = [
+            (buffers, bound)
+            for buffers in reversed(self._buffers)
+            for bound in (*reversed(segment_bounds(buffers.num_rows)), 0)
+        ]
+        for done, (buffers, bound) in enumerate(todo, 1):
+            self._replay(buffers, bound)
             on_progress(f"capturing decode graphs {done}/{len(todo)}")
 
-    def _replay(self, buffers: StepBuffers, has_adapters: bool) -> Replay:
-        key = (buffers.num_rows, has_adapters)
+    def _replay(self, buffers: StepBuffers, max_segments: int) -> Replay:
+        key = (buffers.num_rows, max_segments)
         if key not in self._replays:
-            self._replays[key] = self._capture(
-                lambda: self._forward(buffers.batch(has_adapters=has_adapters))
-            )
+
+            def run() -> None:
+                outputs = self._forward(buffers.batch(max_segments))
+                for room, found in zip(self._outputs, outputs, strict=True):
+                    room[: buffers.num_rows].copy_(found)
+
+            self._replays[key] = self._capture(run)
         return self._replays[key]
+
+    def _drop_adapted(self) -> None:
+        keys = [key for key in self._replays if key[1] > 0]
+        self._capture.drop([self._replays.pop(key) for key in keys])
 
 
 class CudaCapture:
     """Captures graphs that share one memory pool: only one of them runs at a time.
 
+    All are captured on one stream: libraries keep a workspace for every stream they have seen.
     Other threads, which may be packing adapters, are free to use CUDA meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Replay, torch.cuda.CUDAGraph] = {}
 
-    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+    def __call__(self, run: Callable[[], object]) -> Replay:
         """Run once outside, where kernels are compiled and libraries set up, then capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = run()
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                run()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                run()
+        self._graphs[graph.replay] = graph
+        return graph.replay
 
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+    def drop(self, replays: Iterable[Replay]) -> None:
+        """Free graphs when the device is done with them. Without any left their pool ends: torch
+        asserts that a pool which is captured into again is still some graph's.
+        """
+        torch.cuda.synchronize(self._device)
+        for replay in replays:
+            self._graphs.pop(replay).reset()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()

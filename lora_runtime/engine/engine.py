@@ -76,7 +76,8 @@ class Engine:
         )
         self.info = _info(base, config, num_blocks, self.pool.nbytes)
         if has_graphs:
-            self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, CudaCapture())
+            capture = CudaCapture(base.device)
+            self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, capture)
         self.num_steps_ahead = int(base.device.type == "cuda")
         """0, or 1: a step runs on the device while the next one is planned and queued."""
         self._started: deque[tuple[ScheduledBatch, Draw]] = deque()

@@ -13,9 +13,12 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+import torch
 
 from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.packed_adapter import pack_for
@@ -50,10 +53,17 @@ def start_engine(
 ) -> InThreadEngine:
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
     say = on_progress or (lambda _: None)
-    engine = Engine(load_base(config.base, on_progress), config)
-    say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
-    engine.runner.warm_up(say)
+    base = load_base(config.base, on_progress)
+    with _current(base.device):
+        engine = Engine(base, config)
+        say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
+        engine.runner.warm_up(say)
     return InThreadEngine(engine)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the thread's own: every thread begins with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class InThreadEngine:
@@ -149,16 +159,20 @@ class InThreadEngine:
 
     def _run(self) -> None:
         try:
-            while self._failure is None:
-                self._run_commands()
-                outputs = [] if self._engine.is_idle else self._engine.step()
-                self._engine.collect()
-                self._stats = self._engine.stats()
-                self._deliver(outputs)
-                self._resolve_unloads()
+            with _current(self._engine.base.device):
+                while self._failure is None:
+                    self._run_once()
         except Exception:
             log.exception("the engine has died")
             self._fail(Unavailable("the engine has died; the server's log says why"))
+
+    def _run_once(self) -> None:
+        self._run_commands()
+        outputs = [] if self._engine.is_idle else self._engine.step()
+        self._engine.collect()
+        self._stats = self._engine.stats()
+        self._deliver(outputs)
+        self._resolve_unloads()
 
     def _run_commands(self) -> None:
         """Run queued commands up to a long one; wait for one when there is nothing else to do."""

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.pool import AdapterPool
+from lora_runtime.base.adapted_linear import PooledBinding
 from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
-from lora_runtime.core import AdapterPlacement, ScheduledBatch
+from lora_runtime.core import (
+    AdapterPlacement,
+    AdapterUse,
+    Request,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+)
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
-from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, buckets
+from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
-from lora_runtime.engine.sampler import Draw, draw
+from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
+from lora_runtime.kernels import can_run_on_gpu
+
+WARM_TOKENS = (2, 32, 64, 96, 320)
+"""Tokens of the steps that are run before any request: one of every size by which a kernel is
+chosen, 16, 32 and 64 rows of a product and 256 entries of adapters."""
 
 
 class ModelRunner:
@@ -40,6 +54,8 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """What the last step gave each row that sampled."""
+        self._best: Tensor | None = None
+        """What `greedy` makes of the last logits, where a graph has made it too."""
 
     @torch.inference_mode()
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
@@ -49,13 +65,34 @@ class ModelRunner:
             StepBuffers(size, num_blocks, self.block_size, self.base.device)
             for size in buckets(max_num_seqs)
         ]
-        self.graphs = DecodeGraphs(self.forward, tuple(buffers), capture)
+        largest, vocab_size = buffers[-1].num_rows, self.base.spec.vocab_size
+        logits = torch.empty(largest, vocab_size, dtype=self.base.dtype, device=self.base.device)
+        best = torch.empty(largest, 2, dtype=torch.int64, device=self.base.device)
+        outputs = (logits, best)
+        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), outputs, capture)
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
-        """Compile and capture what decode steps need, before the first request waits for it."""
+        """Compile and capture what steps need, before the first request waits for it. Only while
+        nothing runs: it writes to the cache.
+        """
+        if can_run_on_gpu(torch.empty(0, dtype=self.base.dtype, device=self.base.device)):
+            on_progress("compiling the kernels of prompts and adapters")
+            self._warm_up_kernels()
         if self.graphs is not None:
             self.graphs.warm_up(self.pool.layout, on_progress)
+
+    def _warm_up_kernels(self) -> None:
+        """Steps as no graph holds them, short and long, of the base and with an adapter: in a slot
+        that holds none, so that all kernels run and change nothing.
+        """
+        bindings = self.pool.all_bindings()
+        longest = min(self.cache.num_slots, self.base.spec.max_model_len)
+        for num_tokens in sorted({min(n, longest) for n in WARM_TOKENS}):
+            for slots in ((), (0,)):
+                plan = _warm_plan(num_tokens, slots, self.block_size)
+                batch = build_batch(plan, self.block_size, self.base.device)
+                self.forward(batch, bindings=bindings)
 
     @torch.inference_mode()
     def load(self, placement: AdapterPlacement) -> None:
@@ -71,7 +108,9 @@ class ModelRunner:
     @torch.inference_mode()
     def start(self, plan: ScheduledBatch) -> Draw:
         """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
-        found = draw(self.logits(plan), [row.sequence for row in plan.sequences if row.samples])
+        logits = self.logits(plan)
+        due = [row.sequence for row in plan.sequences if row.samples]
+        found = draw(logits, due, self._best)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
 
@@ -87,21 +126,34 @@ class ModelRunner:
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
         """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""
+        self._best = None
         if self.graphs is not None:
-            replayed = self.graphs.logits(plan, self.pool.layout)
+            replayed = self.graphs.run(plan, self.pool.layout)
             if replayed is not None:
-                return replayed
+                logits, self._best = replayed
+                return logits
         batch = build_batch(plan, self.block_size, self.base.device)
         return self.forward(batch, plan_layers(plan, batch, self.cache))
 
-    def forward(self, batch: ForwardBatch, planned: PlannedLayers | None = None) -> Tensor:
+    def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
+        logits = self.forward(batch)
+        return logits, greedy(logits)
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        planned: PlannedLayers | None = None,
+        bindings: Mapping[str, PooledBinding] | None = None,
+    ) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache.
 
-        A token −1 − r is what the step before gave row r of those that sampled.
+        A token −1 − r is what the step before gave row r of those that sampled. `bindings`: the
+        pool's own, if not given.
         """
         drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
         attention = planned.batch if planned else PagedAttention(self.cache, batch.attention)
-        with self.base.context.effect(batch.adapters, self.pool.bindings, batch.head_adapters):
+        bound = self.pool.bindings if bindings is None else bindings
+        with self.base.context.effect(batch.adapters, bound, batch.head_adapters):
             return self.base.forward(
                 torch.where(batch.token_ids < 0, drawn, batch.token_ids),
                 batch.positions,
@@ -109,3 +161,17 @@ class ModelRunner:
                 batch.logits_at,
                 planned.layers if planned else None,
             )
+
+
+def _warm_plan(num_tokens: int, slots: tuple[int, ...], block_size: int) -> ScheduledBatch:
+    """A decode row beside a prompt, `num_tokens` tokens in all."""
+    rows, uses = [], tuple(AdapterUse(digest="") for _ in slots)
+    for length, start in ((num_tokens - 1, 0), (2, 1)):
+        sampling = SamplingParams(max_tokens=1)
+        request = Request(
+            request_id="", prompt_token_ids=(0,) * length, sampling=sampling, adapters=uses
+        )
+        row = Sequence.of(request)
+        row.slots, row.block_table = slots, list(range(-(-length // block_size)))
+        rows.append(ScheduledSequence(row, start, length - start))
+    return ScheduledBatch(tuple(rows))

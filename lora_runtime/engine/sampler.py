@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.core import SampledToken, SamplingParams, Sequence, TokenLogprob
-from lora_runtime.kernels import to_device
+from lora_runtime.kernels import draw_cut, invert, to_device
 
 
 def uniform(sequence: Sequence) -> float:
@@ -47,28 +47,31 @@ class Draw:
         ]
 
 
-def draw(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Draw:
-    """Draw one token a row: logits (n, vocab), row i for sequences[i].
+def draw(logits: Tensor, sequences: AbstractSequence[Sequence], best: Tensor | None = None) -> Draw:
+    """Draw one token a row: logits (n, vocab), row i for sequences[i]. `best`: `greedy` of the
+    logits, if it is known.
 
     temperature 0 takes the most likely token; else one is drawn by inversion from
     softmax(logits / temperature) cut to top_k, top_p and min_p. Stop tokens are excluded before
     min_tokens. Log probabilities are of the unmodified logits, in float32.
     """
     params = [sequence.request.sampling for sequence in sequences]
-    chosen = choose(logits, sequences)
+    chosen = choose(logits, sequences, best)
     logprobs = _logprobs(logits, chosen[:, 0], params)
     copied = [None if t is None else t.to("cpu", non_blocking=True) for t in (chosen, logprobs)]
     stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
     return Draw(chosen[:, 0], *copied, params, stream and stream.record_event())
 
 
-def choose(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Tensor:
+def choose(
+    logits: Tensor, sequences: AbstractSequence[Sequence], best: Tensor | None = None
+) -> Tensor:
     """What `draw` draws, still on the device: (n, 2) int64 as in `greedy`.
 
     One copy goes there, of all parameters, if any row draws (one more before min_tokens).
     """
     allowed = _without_early_stops(logits, sequences)
-    chosen = greedy(allowed)
+    chosen = greedy(allowed) if best is None or allowed is not logits else best.clone()
     drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
         drawn.sort(key=lambda row: not _is_cut(sequences[row].request.sampling))
@@ -137,33 +140,12 @@ def _draw(logits: Tensor, parameters: Tensor, num_cut: int) -> Tensor:
     found = []
     if num_cut > 0:
         limits = (top_k[:num_cut], top_p[:num_cut], min_p[:num_cut])
-        found.append(_draw_cut(scaled[:num_cut], number[:num_cut], *limits))
+        found.append(draw_cut(scaled[:num_cut], number[:num_cut], *limits))
     if num_cut < len(logits):
         probabilities = torch.softmax(scaled[num_cut:], dim=1)
         is_kept = probabilities >= min_p[num_cut:] * probabilities.amax(dim=1, keepdim=True)
-        found.append(_invert(torch.where(is_kept, probabilities, 0.0), number[num_cut:]))
+        found.append(invert(torch.where(is_kept, probabilities, 0.0), number[num_cut:]))
     return torch.cat(found)[:, 0]
-
-
-def _draw_cut(
-    scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
-    ordered, order = torch.sort(scaled, dim=1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered, dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    rank = torch.arange(scaled.shape[1], device=scaled.device)
-    is_likely = probabilities >= min_p * probabilities[:, :1]
-    is_kept = (rank < top_k) & (before < top_p) & is_likely
-    return order.gather(1, _invert(torch.where(is_kept, probabilities, 0.0), number))
-
-
-def _invert(kept: Tensor, number: Tensor) -> Tensor:
-    """Where the cumulative sum of `kept` (n, vocab) first passes number (n, 1) of the whole."""
-    cumulative = kept.double().cumsum(dim=1)
-    total = cumulative[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    place = torch.searchsorted(cumulative, torch.minimum(number * total, below), right=True)
-    return place.clamp(max=kept.shape[1] - 1)  # a NaN row passes nowhere
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, params: list[SamplingParams]) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The tables of a decode step at fixed addresses, as a captured graph wants them.
 
 All but the block tables lie in one run of bytes, twice: on the host, where a step is written down,
-and on the device, where the graph reads it. One copy brings a step over, and one more for every row
-that has got blocks since. What is copied lies in pinned memory that nothing is written to again
+and on the device, where the graph reads it. One copy brings a step over, and one more the blocks
+that its rows have got since. What is copied lies in pinned memory that nothing is written to again
 before the copy is done, so the next step can be written down while this one runs.
 """
 
@@ -19,6 +19,8 @@ from lora_runtime.kernels import AttentionMeta, StepMeta
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
 PADDING = {"token_ids": 0, "positions": 0, "seen": -1, "cache_slots": -1}
+ALIGNMENT = 16
+"""Bytes. Kernels compiled for tables at multiples of it then serve every number of rows."""
 
 
 class StepBuffers:
@@ -32,7 +34,7 @@ class StepBuffers:
     ) -> None:
         self.num_rows, self.block_size = num_rows, block_size
         self._sections = _sections(num_rows)
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sections.values())
+        size = sum(_num_bytes(*section) for section in self._sections.values())
         self._host = torch.zeros(size, dtype=torch.uint8)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
@@ -47,27 +49,31 @@ class StepBuffers:
         num_entries = sum(len(row.sequence.slots) for row in rows)
         return max(len(rows), num_entries) <= self.num_rows and all(map(_is_decode, rows))
 
-    def fill(self, rows: Rows) -> bool:
-        """Write a step down and start its copy to the device; True when it has adapters."""
+    def fill(self, rows: Rows) -> int:
+        """Write a step down and start its copy to the device. Returns its number of segments, the
+        different adapters in it.
+        """
         host, n = self._host_views, len(rows)
         for name, padding in PADDING.items():
             host[name][n:] = padding
         host["token_ids"][:n] = [row.sequence.token_ids[row.start] for row in rows]
         host["positions"][:n] = host["seen"][:n] = [row.start for row in rows]
         host["cache_slots"][:n] = [self._cache_slot(row) for row in rows]
-        for index, row in enumerate(rows):
-            self._fill_table(index, row.sequence)
-        has_adapters = self._fill_adapters(rows)
-        _copy(self._host, self._device)
-        return has_adapters
+        self._fill_tables(rows)
+        num_segments = self._fill_adapters(rows)
+        self._device.copy_(_staged(self._host, self._device), non_blocking=True)
+        return num_segments
 
-    def batch(self, *, has_adapters: bool) -> ForwardBatch:
-        """The step on the device, under tables that nothing has been derived from yet."""
+    def batch(self, max_segments: int) -> ForwardBatch:
+        """The step on the device, under tables that nothing has been derived from yet; it has at
+        most `max_segments` segments, and with 0 it is the base's alone.
+        """
         views = self._views(self._device)
         adapters = None
-        if has_adapters:
-            names = ("tokens", "slots", "replicas", "weights", "segment_starts")
-            adapters = StepMeta(**{name: views[name] for name in names})
+        if max_segments > 0:
+            names = ("tokens", "slots", "replicas", "weights")
+            starts = views["segment_starts"][: max_segments + 1]
+            adapters = StepMeta(**{name: views[name] for name in names}, segment_starts=starts)
         attention = AttentionMeta(
             rows=self._rows,
             positions=views["seen"],
@@ -88,17 +94,26 @@ class StepBuffers:
         block, offset = divmod(row.start, self.block_size)
         return row.sequence.block_table[block] * self.block_size + offset
 
-    def _fill_table(self, index: int, sequence: Sequence) -> None:
-        """A running row's table only grows, so what an earlier step wrote of it holds."""
-        table, row = sequence.block_table, (sequence, sequence.num_preemptions)
-        known = self._tables.get(index, (None, 0))
-        begin = known[1] if known[0] == row else 0
-        if begin < len(table):
-            blocks = torch.tensor(table[begin:], dtype=INT32)
-            _copy(blocks, self._block_tables[index, begin : len(table)])
-            self._tables[index] = row, len(table)
+    def _fill_tables(self, rows: Rows) -> None:
+        """A running row's table only grows, so what an earlier step wrote of it holds. The rest of
+        all rows goes over together: when a row ends, all behind it move up.
+        """
+        places, blocks, width = [], [], self._block_tables.shape[1]
+        for index, row in enumerate(rows):
+            sequence = row.sequence
+            table, owner = sequence.block_table, (sequence, sequence.num_preemptions)
+            known = self._tables.get(index, (None, 0))
+            begin = known[1] if known[0] == owner else 0
+            if begin < len(table):
+                places += range(index * width + begin, index * width + len(table))
+                blocks += table[begin:]
+                self._tables[index] = owner, len(table)
+        if places:
+            staged = _staged(torch.tensor([places, blocks]), self._device)
+            at, new = staged.to(self._device.device, non_blocking=True)
+            self._block_tables.view(-1).index_copy_(0, at, new.int())
 
-    def _fill_adapters(self, rows: Rows) -> bool:
+    def _fill_adapters(self, rows: Rows) -> int:
         """Entries in the order of StepMeta; those beyond the last segment's end are padding, and
         so are segments without any.
         """
@@ -114,25 +129,29 @@ class StepBuffers:
         host["segment_starts"][len(starts) :] = n
         for name, column in (("slots", 0), ("tokens", 1), ("weights", 2)):
             host[name][:n] = [entry[column] for entry in entries]
-        return n > 0
+        return len(starts)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0
         for name, (shape, dtype) in self._sections.items():
             end = start + math.prod(shape) * dtype.itemsize
             views[name] = buffer[start:end].view(dtype).view(shape)
-            start = end
+            start += _num_bytes(shape, dtype)
         return views
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
-    """From the host, which may change `source` at once."""
-    staged = source.pin_memory() if target.is_cuda else source
-    target.copy_(staged, non_blocking=True)
+def _staged(source: Tensor, target: Tensor) -> Tensor:
+    """What may be copied to `target` while the host changes `source` again."""
+    return source.pin_memory() if target.is_cuda else source
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of a section with its padding."""
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _sections(num_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name → shape and dtype; the widest first, so that every one is aligned."""
+    """Name → shape and dtype."""
     per_row = (num_rows,)
     return {
         "token_ids": (per_row, INT64),

@@ -15,6 +15,7 @@ from lora_runtime.kernels.types import (
     NO_RUN,
     AdapterMemory,
     AttentionMeta,
+    HeadNorm,
     Run,
     Span,
     StepMeta,
@@ -26,27 +27,32 @@ __all__ = [
     "NO_RUN",
     "AdapterMemory",
     "AttentionMeta",
+    "HeadNorm",
     "Run",
     "Span",
     "StepMeta",
     "add_rms_norm",
     "apply_adapters",
+    "apply_gated_adapters",
     "apply_stacked_adapters",
     "can_dequantize",
     "can_multiply_codes",
     "can_run_on_gpu",
     "can_use_panels",
+    "draw_cut",
     "embed_adapters",
     "four_bit_product",
     "four_bit_values",
     "gated_activation",
     "int8_product",
+    "invert",
     "pack_panels",
     "paged_attention",
     "panel_product",
     "patch_logits",
     "rms_norm",
     "rotate",
+    "rotate_and_write",
     "to_device",
     "write_kv",
 ]
@@ -101,6 +107,28 @@ def apply_stacked_adapters(
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, runs, strict=True)
     return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
+
+
+def apply_gated_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    kind: str,
+) -> Tensor:
+    """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
+
+    gate and up share x and are rounded to base's dtype before, as if they had been written.
+    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first; runs (2, S, R, 8);
+    `kind` as in `gated_activation`. Returns (T, width).
+    """
+    if gpu.can_run(base, x, weights=(memory.weights,)):
+        return gpu.apply_gated_adapters(base, x, bias, memory, runs, meta, kind)
+    width = base.shape[1] // 2
+    y = apply_stacked_adapters(base, x, bias, memory, runs, meta, (width, width))
+    return gated_activation(*y.chunk(2, dim=1), kind)
 
 
 def embed_adapters(
@@ -181,23 +209,63 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return backend.rms_norm(x, weight, eps, plus_one=plus_one)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool = False,
+    branch_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """s = residual + x, rounded, and `rms_norm` of s: a residual connection and the norm behind it.
 
-    Shapes: x and residual (..., width), weight (width,). Returns (s, y).
+    With `branch_weight` x is first replaced by its own `rms_norm` under that weight, rounded
+    (Gemma's norms behind attention and MLP). Shapes: x and residual (..., width), the weights
+    (width,). Returns (s, y).
     """
-    backend = gpu if gpu.can_run(x, residual, weight) else reference
-    return backend.add_rms_norm(x, residual, weight, eps)
+    weights = (weight,) if branch_weight is None else (weight, branch_weight)
+    backend = gpu if gpu.can_run(x, residual, *weights) else reference
+    return backend.add_rms_norm(
+        x, residual, weight, eps, plus_one=plus_one, branch_weight=branch_weight
+    )
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None = None
+) -> tuple[Tensor, Tensor]:
     """y = x cos + turned(x) sin, turned(x) = [−second half, first half], of queries and keys.
 
-    Shapes: q (T, H, D), k (T, G, D), cos and sin (T, R); of a head's D values the first R are
-    rotated. Rounded once. Source: RoFormer, arXiv:2104.09864.
+    With `norm` x is first replaced by the `rms_norm` of its heads, rounded. Shapes: q (T, H, D),
+    k (T, G, D), cos and sin (T, R); of a head's D values the first R are rotated. Rounded once.
+    Source: RoFormer, arXiv:2104.09864.
     """
-    backend = gpu if gpu.can_run(q, k, cos, sin) else reference
-    return backend.rotate(q, k, cos, sin)
+    backend = gpu if gpu.can_run(q, k, cos, sin, *_weights(norm)) else reference
+    return backend.rotate(q, k, cos, sin, norm)
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """`rotate`, and `write_kv` of the rotated keys and of v: what a layer does before it attends.
+
+    Shapes as there. Returns the rotated queries (T, H, D).
+    """
+    tensors = (q, k, v, cos, sin, keys, values, *_weights(norm))
+    backend = gpu if gpu.can_run(*tensors) else reference
+    return backend.rotate_and_write(q, k, v, cos, sin, keys, values, slot_mapping, norm)
+
+
+def _weights(norm: HeadNorm | None) -> tuple[Tensor, ...]:
+    return () if norm is None else (norm.q_weight, norm.k_weight)
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -207,6 +275,28 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """
     backend = gpu if gpu.can_run(gate, up) else reference
     return backend.gated_activation(gate, up, kind)
+
+
+def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Draw a token a row by inversion, the most likely first, from the likeliest of them.
+
+    p = softmax(scaled) in descending order, equal ones by token id; of these are kept the first
+    top_k, those before which Σ p < top_p, and those with p ≥ min_p · max p. Drawn is the first
+    at which the cumulative sum of what is kept passes `number` of its total. Shapes: scaled
+    (n, vocab) float32, 0 at the largest, number (n, 1) float64 in [0, 1), top_k, top_p, min_p
+    (n, 1) float32. Returns (n, 1) int64. The Triton backend adds up in another order, and in
+    whole parts of 2⁻⁴⁰ of the largest p where more than a thousand tokens are kept.
+    Source: Holtzman et al., arXiv:1904.09751.
+    """
+    backend = gpu if gpu.can_run(scaled) else reference
+    return backend.draw_cut(scaled, number, top_k, top_p, min_p)
+
+
+def invert(kept: Tensor, number: Tensor) -> Tensor:
+    """Where the cumulative sum of `kept` (n, vocab) first passes number (n, 1) of the whole: (n, 1)
+    int64.
+    """
+    return reference.invert(kept, number)
 
 
 def can_use_panels(x: Tensor) -> bool:

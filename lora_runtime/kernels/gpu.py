@@ -84,7 +84,10 @@ paged_attention = _op("gpu_attention", "paged_attention")
 rms_norm = _op("gpu_elementwise", "rms_norm")
 add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
 rotate = _op("gpu_elementwise", "rotate")
+rotate_and_write = _op("gpu_elementwise", "rotate_and_write")
+apply_gated_adapters = _op("gpu_adapters", "apply_gated_adapters")
 gated_activation = _op("gpu_elementwise", "gated_activation")
+draw_cut = _op("gpu_sampling", "draw_cut")
 
 
 def apply_adapters(

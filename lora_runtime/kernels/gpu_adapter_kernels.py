@@ -2,7 +2,8 @@
 
 A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
 x are parts of one launch: their outputs lie side by side, their run tables one after another.
-Unmeasured.
+Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of 1, or a
+multiple of 16, would be a kernel of its own, compiled while requests wait. Unmeasured.
 """
 
 from __future__ import annotations
@@ -10,8 +11,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_runtime.kernels.gpu_elementwise import gated_value
+
+BATCH_SIZES = [
+    "num_segments", "num_tokens", "num_entries", "num_entry_tiles", "num_entry_places",
+    "num_replicas", "rank_blocks", "stride_part_runs",
+]  # fmt: skip
+"""Arguments that the rows of a step, or the largest adapter so far, decide."""
+
+
+def batch_jit(function):
+    """`triton.jit` that compiles one kernel for all values of BATCH_SIZES."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[n for n in BATCH_SIZES if n in names])
+
 
 @triton.jit
+def keys_of(entry, slots_ptr, replicas_ptr, num_replicas):
+    """Which run each entry is under, slot · R + replica. −1: none, as for a replica that the table
+    has no room for; the largest number where there is no entry.
+    """
+    slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
+    replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
+    key = tl.where(replica < num_replicas, slot * num_replicas + replica, -1)
+    return tl.where(entry >= 0, key, 2147483647)
+
+
+@batch_jit
 def tiles_kernel(
     entries_ptr,
     owners_ptr,
@@ -62,79 +88,84 @@ def tiles_kernel(
 
 
 @triton.jit
+def shrink_tile(
+    hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
+    tile, part, rank_block, split, in_features, inputs_per_split, num_entries, num_replicas,
+    stride_part_runs, stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and one block
+    of ranks r, over the split's inputs k. Ranks up to the next multiple of 8 are zeros: what reads
+    them may read 32 bytes at once.
+    """
+    entry = tl.load(entries_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    key = keys_of(tl.max(entry, 0), slots_ptr, replicas_ptr, num_replicas)
+    has_run = (key >= 0) & (key < 2147483647)
+    run_ptr = runs_ptr + part.to(tl.int64) * stride_part_runs + key.to(tl.int64) * 8
+    rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
+    a_at = tl.load(run_ptr + 1, mask=has_run, other=0)
+    if rank_block * BLOCK_R < rank:
+        r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+        is_row, is_rank = entry >= 0, r < rank
+        token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
+        x_rows = x_ptr + token[:, None] * in_features
+        a_ptr = weights_ptr + tl.multiple_of(a_at, ALIGNMENT)
+        a_rows = a_ptr + r[None, :].to(tl.int64) * in_features
+        begin = split * inputs_per_split
+        end = tl.minimum(begin + inputs_per_split, in_features)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(begin, end, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            is_in = k < end
+            x = tl.load(x_rows + k[None, :], mask=is_row[:, None] & is_in[None, :], other=0.0)
+            a = tl.load(a_rows + k[:, None], mask=is_in[:, None] & is_rank[None, :], other=0.0)
+            acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
+        row = (part * SPLITS + split).to(tl.int64) * num_entries + entry
+        tl.store(
+            hidden_ptr + row[:, None] * stride_entry + r[None, :],
+            tl.where(is_rank[None, :], acc, 0.0),
+            mask=is_row[:, None] & (r < (rank + 7) // 8 * 8)[None, :],
+        )
+
+
+@batch_jit
 def shrink_kernel(
-    hidden_ptr,
-    x_ptr,
-    weights_ptr,
-    runs_ptr,
-    tokens_ptr,
-    slots_ptr,
-    replicas_ptr,
-    tiles_ptr,
-    in_features,
-    num_replicas,
-    rank_blocks,
-    stride_part_runs,
-    stride_part,
-    stride_split,
-    stride_entry,
-    inputs_per_split,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] over the split's inputs k, r < rank."""
-    split = tl.program_id(2)
-    part, rank_block = tl.program_id(1) // rank_blocks, tl.program_id(1) % rank_blocks
-    entry = tl.load(tiles_ptr + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
-    first = tl.max(entry, 0)
-    if first < 0:
-        return
-    run = tl.load(slots_ptr + first).to(tl.int64) * num_replicas + tl.load(replicas_ptr + first)
-    run_ptr = runs_ptr + part * stride_part_runs + run * 8
-    rank = tl.load(run_ptr).to(tl.int32)
-    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    if rank_block * BLOCK_R >= rank:
-        return
-    a_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 1), ALIGNMENT)
-    is_row = entry >= 0
-    token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
-    x_rows = x_ptr + token[:, None] * in_features
-    a_rows = a_ptr + r[None, :].to(tl.int64) * in_features
-    begin = split * inputs_per_split
-    end = tl.minimum(begin + inputs_per_split, in_features)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_rows + k[None, :], mask=is_row[:, None] & (k < end)[None, :], other=0.0)
-        a = tl.load(a_rows + k[:, None], mask=(k < end)[:, None] & (r < rank)[None, :], other=0.0)
-        acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
-    place = entry[:, None].to(tl.int64) * stride_entry + r[None, :]
-    tl.store(
-        hidden_ptr + part.to(tl.int64) * stride_part + split.to(tl.int64) * stride_split + place,
-        acc,
-        mask=is_row[:, None] & (r < rank)[None, :],
-    )
+    hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
+    rank_blocks, in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
+    stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """A `shrink_tile` a program."""
+    shrink_tile(
+        hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
+        tl.program_id(0), tl.program_id(1) // rank_blocks, tl.program_id(1) % rank_blocks,
+        tl.program_id(2), in_features, inputs_per_split, num_entries, num_replicas,
+        stride_part_runs, stride_entry, SPLITS, BLOCK_M, BLOCK_R, BLOCK_K, ALIGNMENT,
+    )  # fmt: skip
 
 
 @triton.jit
 def _low_rank(
-    hidden_ptr, b_ptr, rank, rows, is_row, n, out_features, stride_split,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    hidden_ptr, b_ptr, rank, entry, n, out_features, stride_split, stride_entry,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision."""
+    """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision. Rows
+    without an entry (−1) are 0.
+    """
+    i = tl.arange(0, BLOCK_R)
+    split = tl.arange(0, BLOCK_S)[:, None, None]
+    row = entry[None, :, None]
+    h_place = split * stride_split + row * stride_entry + i[None, None, :]
+    is_h = (split < SPLITS) & (row >= 0)
+    b_place = i[:, None] * out_features + n[None, :]
+    is_out = (n < out_features)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, rank, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        is_rank = r < rank
-        h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLITS):
-            h_ptr = hidden_ptr + split * stride_split + rows[:, None] + r[None, :]
-            h += tl.load(h_ptr, mask=is_row[:, None] & is_rank[None, :], other=0.0)
-        b_place = r[:, None].to(tl.int64) * out_features + n[None, :]
-        is_b = is_rank[:, None] & (n < out_features)[None, :]
-        b = tl.load(b_ptr + b_place, mask=is_b, other=0.0)
+        r = start + i
+        b = tl.load(b_ptr + b_place, mask=(r < rank)[:, None] & is_out, other=0.0)
+        is_read = is_h & (r < (rank + 7) // 8 * 8)[None, None, :]
+        h = tl.sum(tl.load(hidden_ptr + start + h_place, mask=is_read, other=0.0), 0)
         if b.dtype == tl.float32:
             acc = tl.dot(h, b, acc, input_precision="ieee")
         else:
@@ -142,99 +173,141 @@ def _low_rank(
             low = tl.where(tl.abs(h) < float("inf"), h - high.to(tl.float32), 0.0).to(b.dtype)
             acc = tl.dot(high, b, acc)
             acc = tl.dot(low, b, acc)
+        b_ptr += BLOCK_R * out_features.to(tl.int64)
     return acc
 
 
 @triton.jit
-def expand_kernel(
-    y_ptr,
-    base_ptr,
-    bias_ptr,
-    hidden_ptr,
-    weights_ptr,
-    vectors_ptr,
-    runs_ptr,
-    slots_ptr,
-    replicas_ptr,
-    scales_ptr,
-    tokens_ptr,
-    entries_ptr,
-    next_ptr,
-    num_entry_tiles,
-    stride_row,
-    start_1,
-    start_2,
-    end,
-    num_replicas,
-    stride_part_runs,
-    stride_part,
-    stride_split,
-    stride_entry,
-    HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    VECTOR_ALIGNMENT: tl.constexpr,
-):
-    """y of one tile of tokens and outputs, all their entries included.
+def _owners(tokens_ptr, entries_ptr, tile, num_entry_places, BLOCK_M: tl.constexpr):
+    """Tokens that a tile writes, −1 for none, and each one's first entry, −1 for none."""
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(tokens_ptr + place)
+    entry = tl.load(entries_ptr + place, mask=place < num_entry_places, other=-1)
+    return token, tl.where(token >= 0, entry, -1)
 
-    The outputs of up to three parts lie side by side and begin at 0, start_1 and start_2.
+
+@triton.jit
+def _adapted(
+    base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
+    scales_ptr, next_ptr, token, entry, part, start, n, out_features, stride_row, num_entries,
+    num_replicas, stride_part_runs, stride_entry, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) float32: outputs n of one part, which begins at `start` of a row, of one
+    tile of tokens, all their entries included.
+
     The entries of a tile are of one adapter, so the loop runs once, unless tokens have more: then
     every row steps along its own chain, and the rows of the lowest run that is left go together.
-    Rows are selected, never multiplied by a mask.
+    Rows are selected, never multiplied by a mask. What only gains and biases need is read again
+    for them: held all along it would cost every adapter registers.
     """
-    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = tl.load(tokens_ptr + place).to(tl.int64)
+    is_out = n < out_features
+    is_cell = (token >= 0)[:, None] & is_out[None, :]
+    cell = token[:, None].to(tl.int64) * stride_row + (start + n)[None, :]
+    acc = tl.load(base_ptr + cell, mask=is_cell, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + start + n, mask=is_out, other=0.0).to(tl.float32)[None, :]
+    stride_split = num_entries * stride_entry
+    hidden_ptr += part * SPLITS * stride_split
+    runs_ptr += part * stride_part_runs
+    key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
+    lowest = tl.min(key, 0)
+    while lowest < 2147483647:
+        is_row, has_run = key == lowest, lowest >= 0
+        run_ptr = runs_ptr + lowest.to(tl.int64) * 8
+        following = tl.load(next_ptr + entry, mask=is_row, other=-1)
+        scale = tl.load(scales_ptr + entry, mask=is_row, other=0.0)[:, None]
+        rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
+        b_at = tl.load(run_ptr + 2, mask=has_run, other=-1)
+        gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
+        bias_at = tl.load(run_ptr + 4, mask=has_run, other=-1)
+        if rank > 0:
+            delta = _low_rank(
+                hidden_ptr, weights_ptr + tl.multiple_of(b_at, ALIGNMENT), rank,
+                tl.where(is_row, entry, -1), n, out_features, stride_split, stride_entry, SPLITS,
+                BLOCK_S, BLOCK_M, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
+            acc = tl.where(is_row[:, None], acc + scale * delta, acc)
+        if gain_at >= 0:
+            gain_ptr = vectors_ptr + tl.multiple_of(gain_at, VECTOR_ALIGNMENT)
+            gain = tl.load(gain_ptr + n, mask=is_out, other=1.0)
+            product = tl.load(base_ptr + cell, mask=is_cell, other=0.0).to(tl.float32)
+            acc = tl.where(is_row[:, None], acc + scale * ((gain - 1)[None, :] * product), acc)
+        if bias_at >= 0:
+            own_ptr = vectors_ptr + tl.multiple_of(bias_at, VECTOR_ALIGNMENT)
+            bias = tl.load(own_ptr + n, mask=is_out, other=0.0)
+            if HAS_BIAS:
+                bias -= tl.load(bias_ptr + start + n, mask=is_out, other=0.0).to(tl.float32)
+            acc = tl.where(is_row[:, None], acc + scale * bias[None, :], acc)
+        entry = tl.where(is_row, following, entry)
+        key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
+        lowest = tl.min(key, 0)
+    return acc
+
+
+@batch_jit
+def expand_kernel(
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, num_entries,
+    num_replicas, stride_part_runs, stride_entry, start_1, start_2, end, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """y of one tile of tokens and some outputs. Those of up to three parts lie side by side, and
+    begin at 0, start_1 and start_2. A tile of padding ends when it has read its tokens.
+    """
+    token, entry = _owners(tokens_ptr, entries_ptr, tl.program_id(0), num_entry_places, BLOCK_M)
+    if tl.max(token, 0) < 0:
+        return
     block_1 = tl.cdiv(start_1, BLOCK_N)
     block_2 = block_1 + tl.cdiv(start_2 - start_1, BLOCK_N)
     part = (tl.program_id(1) >= block_1).to(tl.int32) + (tl.program_id(1) >= block_2).to(tl.int32)
     start = tl.where(part == 0, 0, tl.where(part == 1, start_1, start_2))
     first_block = tl.where(part == 0, 0, tl.where(part == 1, block_1, block_2))
     part_end = tl.where(part == 0, start_1, tl.where(part == 1, start_2, end))
-    out_features = part_end - start
     n = (tl.program_id(1) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_out = n < out_features
-    is_cell = (token >= 0)[:, None] & is_out[None, :]
-    cell = token[:, None] * stride_row + (start + n)[None, :]
-    product = tl.load(base_ptr + cell, mask=is_cell, other=0.0).to(tl.float32)
-    b0 = tl.zeros((BLOCK_N,), tl.float32)
-    if HAS_BIAS:
-        b0 = tl.load(bias_ptr + start + n, mask=is_out, other=0.0).to(tl.float32)
-    hidden_ptr += part.to(tl.int64) * stride_part
-    runs_ptr += part * stride_part_runs
-    acc = product + b0[None, :]
-    has_entry = (token >= 0) & (place < num_entry_tiles * BLOCK_M)
-    entry = tl.load(entries_ptr + place, mask=has_entry, other=-1)
-    slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
-    replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
-    key = tl.where(entry >= 0, slot * num_replicas + replica, 2147483647)
-    lowest = tl.min(key, 0)
-    while lowest < 2147483647:
-        is_row = key == lowest
-        run_ptr = runs_ptr + lowest.to(tl.int64) * 8
-        scale = tl.load(scales_ptr + entry, mask=is_row, other=0.0)[:, None]
-        rank = tl.load(run_ptr).to(tl.int32)
-        if rank > 0:
-            b_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 2), ALIGNMENT)
-            delta = _low_rank(
-                hidden_ptr, b_ptr, rank,
-                entry.to(tl.int64) * stride_entry, is_row, n, out_features, stride_split,
-                SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
-            acc = tl.where(is_row[:, None], acc + scale * delta, acc)
-        gain_at = tl.multiple_of(tl.load(run_ptr + 3), VECTOR_ALIGNMENT)
-        if gain_at >= 0:
-            gain = tl.load(vectors_ptr + gain_at + n, mask=is_out, other=1.0)
-            acc = tl.where(is_row[:, None], acc + scale * ((gain - 1)[None, :] * product), acc)
-        bias_at = tl.multiple_of(tl.load(run_ptr + 4), VECTOR_ALIGNMENT)
-        if bias_at >= 0:
-            bias = tl.load(vectors_ptr + bias_at + n, mask=is_out, other=0.0)
-            acc = tl.where(is_row[:, None], acc + scale * (bias - b0)[None, :], acc)
-        entry = tl.where(is_row, tl.load(next_ptr + entry, mask=is_row, other=-1), entry)
-        slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
-        replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
-        key = tl.where(entry >= 0, slot * num_replicas + replica, 2147483647)
-        lowest = tl.min(key, 0)
-    tl.store(y_ptr + cell, acc.to(y_ptr.dtype.element_ty), mask=is_cell)
+    y = _adapted(
+        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
+        scales_ptr, next_ptr, token, entry, part.to(tl.int64), start, n, part_end - start, end,
+        num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S,
+        BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+    )  # fmt: skip
+    is_cell = (token >= 0)[:, None] & (n < part_end - start)[None, :]
+    cell = token[:, None].to(tl.int64) * end + (start + n)[None, :]
+    tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
+
+
+@batch_jit
+def gated_expand_kernel(
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, num_entries,
+    num_replicas, stride_part_runs, stride_entry, width, IS_SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
+    VECTOR_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """act(gate) · up of one tile of tokens and some columns: two parts of `width`, gate and up,
+    both rounded as `expand_kernel` writes them.
+    """
+    token, entry = _owners(tokens_ptr, entries_ptr, tl.program_id(0), num_entry_places, BLOCK_M)
+    if tl.max(token, 0) < 0:
+        return
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.full((), 0, tl.int64)
+    gate = _adapted(
+        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
+        scales_ptr, next_ptr, token, entry, first, 0, n, width, 2 * width, num_entries,
+        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S, BLOCK_M, BLOCK_R,
+        BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+    ).to(y_ptr.dtype.element_ty)  # fmt: skip
+    up = _adapted(
+        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
+        scales_ptr, next_ptr, token, entry, first + 1, width, n, width, 2 * width, num_entries,
+        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S, BLOCK_M, BLOCK_R,
+        BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+    ).to(y_ptr.dtype.element_ty)  # fmt: skip
+    y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)
+    is_cell = (token >= 0)[:, None] & (n < width)[None, :]
+    cell = token[:, None].to(tl.int64) * width + n[None, :]
+    tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)

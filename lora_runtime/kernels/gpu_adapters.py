@@ -2,10 +2,10 @@
 
 Two launches a module, or for up to three modules that share x, whatever mix of adapters, ranks and
 compositions the step holds. Shrink: H[e] = A x[t] of every entry e, tiles of entries of one
-segment, the inputs split where tiles are few.
-Expand: y[t] of every token, written once, with gain, bias and all further entries of the token
-in the epilogue. Grids follow from shapes alone and all tables are made on the device, so a CUDA
-graph can be replayed with any adapters: no host sync as long as `memory.max_rank` is set.
+segment, the inputs split. Expand: y[t] of every token, written once, with gain, bias and all
+further entries of the token; of a gate and an up projection together their gated activation.
+Grids follow from shapes alone and all tables are made on the device, so a CUDA graph can be
+replayed with any adapters: no host sync as long as `memory.max_rank` is set.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 Source: the SGMV of Punica (arXiv:2310.18547), ranks of different sizes in one batch as in S-LoRA
 (arXiv:2311.03285).
@@ -14,7 +14,7 @@ Source: the SGMV of Punica (arXiv:2310.18547), ranks of different sizes in one b
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,22 +22,51 @@ from torch import Tensor
 
 from lora_runtime.kernels.gpu_adapter_kernels import (
     expand_kernel,
+    gated_expand_kernel,
     shrink_kernel,
     tiles_kernel,
 )
 from lora_runtime.kernels.types import AdapterMemory, StepMeta
 
-MIN_DOT = 16
-"""Smallest side of a tensor-core product."""
-SHRINK_BLOCK = 64
-"""Inputs that are reduced at once."""
-MIN_PROGRAMS = 256
-"""Shrink splits K until it has as many programs, about two a multiprocessor; unmeasured."""
-MAX_SPLITS = 8
+SHRINK_RANKS, EXPAND_RANKS = 32, 16
+"""Ranks that are multiplied at once, whatever the largest is: other numbers would be other kernels.
+Most adapters are one or two passes of expand, where more at once would cost registers.
+"""
 MAX_PARTS = 3
 """Modules of one launch: the query, key and value projections."""
 TILES_CHUNK = 64
 """Segments or entries that are looked at together when tiles are made."""
+
+
+class Shape(NamedTuple):
+    """How a step is cut, by its number of entries; unmeasured.
+
+    Shrink's splits follow from the inputs alone, so that few tiles are as quick as many: every
+    program of a decode step reads about as much. Of many tiles each would write as many sums.
+    """
+
+    block_rows: int
+    """Entries or tokens of a tile."""
+    shrink_bytes: int
+    """Of one row of A that are read at once."""
+    stages: int
+    """Reads of A and x that are under way at once, and the one in use."""
+    split_inputs: int
+    """Inputs of a split of shrink, at least."""
+    max_splits: int
+    out_bytes: int
+    """Of one row of B' that a program of expand reads at once."""
+
+
+SMALL_STEP = Shape(16, 512, 3, 512, 16, 256)
+LARGE_STEP = Shape(64, 128, 4, 2048, 4, 128)
+MAX_SMALL_STEP = 256
+"""Entries of a small step: as many as the largest decode step may have."""
+
+
+def step_shape(num_entries: int) -> Shape:
+    """The tiles of a step of E entries."""
+    return SMALL_STEP if num_entries <= MAX_SMALL_STEP else LARGE_STEP
 
 
 class Tiles(NamedTuple):
@@ -55,13 +84,17 @@ class Tiles(NamedTuple):
 
 
 def step_tiles(meta: StepMeta, num_tokens: int, block: int) -> Tiles:
-    """The tiles of a step, made once, shapes from E, K and T alone: P1 = K + ⌊E/M⌋,
-    P2 = P1 + ⌈T/M⌉. Entries beyond the last segment's end are padding.
+    """The tiles of a step, made once, shapes from E, K and T alone. Entries beyond the last
+    segment's end are padding.
+
+    P1 = min(K, E) + ⌊max(E − K, 0) / M⌋, the most that E entries in K segments can need: one a
+    segment, and one more for every M entries beyond the first of each. P2 = P1 + ⌈T/M⌉.
     """
     key = (num_tokens, block)
     if key not in meta.derived:
         num_entries, num_segments = len(meta.tokens), len(meta.segment_starts) - 1
-        num_entry_tiles = num_segments + num_entries // block
+        num_firsts = min(num_segments, num_entries)
+        num_entry_tiles = num_firsts + (num_entries - num_firsts) // block
         num_tiles = num_entry_tiles + triton.cdiv(num_tokens, block)
         tiles = Tiles(
             meta.tokens.new_empty(num_entry_tiles, block),
@@ -94,18 +127,66 @@ def apply_adapters(
     widths: tuple[int, ...],
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_stacked_adapters`; runs (P, S, R, 8) of P ≤ 3 parts."""
-    base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
-    is_small = len(meta.tokens) <= 256
-    tiles = step_tiles(meta, len(base), 16 if is_small else 64)
-    max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
-    rank_block = min(32, max(MIN_DOT, triton.next_power_of_2(max_rank)))
-    hidden = _shrink(x, memory, max_rank, rank_block, runs, meta, tiles)
+    base, runs = base.contiguous(), runs.contiguous()
+    shape, tiles = _cut(meta, len(base))
+    hidden = shrink(x.contiguous(), memory, runs, meta, tiles, shape)
     y = torch.empty_like(base)
-    num_tiles, block = tiles.tokens.shape
-    out_block = 64 if is_small else 128
-    starts = [*accumulate(widths[:-1]), *[base.shape[1]] * (MAX_PARTS - len(widths))]
-    expand_kernel[num_tiles, sum(triton.cdiv(width, out_block) for width in widths)](
+    width = base.shape[1]
+    starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
+    out_block = shape.out_bytes // memory.weights.itemsize
+    num_blocks = sum(triton.cdiv(part, out_block) for part in widths)
+    expand_kernel[len(tiles.tokens), num_blocks](
         y,
+        *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        *starts,
+        width,
+        **_expand_options(bias, hidden, memory, shape),
+    )
+    return y
+
+
+def apply_gated_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    kind: str,
+) -> Tensor:
+    """See `lora_runtime.kernels.apply_gated_adapters`; runs (2, S, R, 8)."""
+    base, runs = base.contiguous(), runs.contiguous()
+    shape, tiles = _cut(meta, len(base))
+    hidden = shrink(x.contiguous(), memory, runs, meta, tiles, shape)
+    width = base.shape[1] // 2
+    y = base.new_empty(len(base), width)
+    out_block = shape.out_bytes // memory.weights.itemsize
+    gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block)](
+        y,
+        *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        width,
+        IS_SILU=kind == "silu",
+        **_expand_options(bias, hidden, memory, shape),
+    )
+    return y
+
+
+def _cut(meta: StepMeta, num_tokens: int) -> tuple[Shape, Tiles]:
+    shape = step_shape(len(meta.tokens))
+    return shape, step_tiles(meta, num_tokens, shape.block_rows)
+
+
+def _expand_arguments(
+    base: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    memory: AdapterMemory,
+    runs: Tensor,
+    meta: StepMeta,
+    tiles: Tiles,
+) -> tuple[Tensor | int, ...]:
+    """What both kernels of expand begin with, behind y."""
+    return (
         base,
         base if bias is None else bias,
         hidden,
@@ -115,25 +196,30 @@ def apply_adapters(
         meta.slots,
         meta.replicas,
         meta.weights,
-        tiles.tokens,
-        tiles.entries,
-        tiles.next_entry,
-        len(tiles.entries),
-        base.shape[1],
-        *starts,
-        base.shape[1],
+        *(tiles.tokens, tiles.entries, tiles.next_entry),
+        tiles.entries.numel(),
+        len(meta.tokens),
         runs.shape[2],
         runs.stride(0),
-        *hidden.stride()[:3],
-        HAS_BIAS=bias is not None,
-        SPLITS=hidden.shape[1],
-        BLOCK_M=block,
-        BLOCK_R=rank_block,
-        BLOCK_N=out_block,
-        ALIGNMENT=_elements(memory, memory.weights),
-        VECTOR_ALIGNMENT=_elements(memory, memory.vectors),
+        hidden.shape[3],
     )
-    return y
+
+
+def _expand_options(
+    bias: Tensor | None, hidden: Tensor, memory: AdapterMemory, shape: Shape
+) -> dict[str, Any]:
+    """One stage: a pass has nothing ahead to read for most adapters."""
+    return {
+        "HAS_BIAS": bias is not None,
+        "SPLITS": hidden.shape[1],
+        "BLOCK_S": triton.next_power_of_2(hidden.shape[1]),
+        "BLOCK_M": shape.block_rows,
+        "BLOCK_R": EXPAND_RANKS,
+        "BLOCK_N": shape.out_bytes // memory.weights.itemsize,
+        "ALIGNMENT": _elements(memory, memory.weights),
+        "VECTOR_ALIGNMENT": _elements(memory, memory.vectors),
+        "num_stages": 1,
+    }
 
 
 def _elements(memory: AdapterMemory, view: Tensor) -> int:
@@ -141,24 +227,33 @@ def _elements(memory: AdapterMemory, view: Tensor) -> int:
     return max(1, memory.alignment // view.itemsize)
 
 
-def _shrink(
+def num_splits(in_features: int, shape: Shape, block: int) -> tuple[int, int]:
+    """How many splits shrink has, and inputs of each, a multiple of what is read at once."""
+    inputs = max(shape.split_inputs, triton.cdiv(in_features, shape.max_splits))
+    inputs = triton.cdiv(inputs, block) * block
+    return triton.cdiv(in_features, inputs), inputs
+
+
+def shrink(
     x: Tensor,
     memory: AdapterMemory,
-    max_rank: int,
-    rank_block: int,
     runs: Tensor,
     meta: StepMeta,
     tiles: Tiles,
+    shape: Shape,
 ) -> Tensor:
-    """Partial sums of A x over slices of the inputs: (P, splits, E, max_rank) float32."""
-    num_tiles, block = tiles.entries.shape
-    rank_blocks = triton.cdiv(max_rank, rank_block)
-    num_splits = triton.cdiv(MIN_PROGRAMS, num_tiles * len(runs) * max(rank_blocks, 1))
-    num_splits = min(num_splits, MAX_SPLITS, triton.cdiv(x.shape[1], 2 * SHRINK_BLOCK))
-    num_splits = 1 << (num_splits.bit_length() - 1)
-    hidden = x.new_empty(len(runs), num_splits, len(meta.tokens), max_rank, dtype=torch.float32)
+    """Partial sums of A x over slices of the inputs: (P, splits, E, R) float32, R the largest
+    rank, rounded up to a multiple of 16.
+    """
+    max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
+    rank_blocks, in_features = triton.cdiv(max_rank, SHRINK_RANKS), x.shape[1]
+    block = shape.shrink_bytes // memory.weights.itemsize
+    splits, inputs_per_split = num_splits(in_features, shape, block)
+    size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
+    hidden = x.new_empty(size, dtype=torch.float32)
+    assert hidden.numel() < 2**31, "places in a part are 32-bit numbers"
     if max_rank > 0:
-        shrink_kernel[num_tiles, rank_blocks * len(runs), num_splits](
+        shrink_kernel[len(tiles.entries), rank_blocks * len(runs), splits](
             hidden,
             x,
             memory.weights,
@@ -167,15 +262,18 @@ def _shrink(
             meta.slots,
             meta.replicas,
             tiles.entries,
-            x.shape[1],
-            runs.shape[2],
             rank_blocks,
+            in_features,
+            inputs_per_split,
+            len(meta.tokens),
+            runs.shape[2],
             runs.stride(0),
-            *hidden.stride()[:3],
-            triton.cdiv(triton.cdiv(x.shape[1], num_splits), SHRINK_BLOCK) * SHRINK_BLOCK,
-            BLOCK_M=block,
-            BLOCK_R=rank_block,
-            BLOCK_K=SHRINK_BLOCK,
+            size[3],
+            SPLITS=splits,
+            BLOCK_M=shape.block_rows,
+            BLOCK_R=SHRINK_RANKS,
+            BLOCK_K=block,
             ALIGNMENT=_elements(memory, memory.weights),
+            num_stages=shape.stages,
         )
     return hidden

@@ -34,7 +34,18 @@ MIN_SPLIT_KEYS = 128
 """Keys that a split has at least, the last of a row excepted."""
 DECODE_BYTES = 16384
 """Keys, and as much of values, that a decode program looks at together."""
-PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 16384)}
+DECODE_HEADS = {torch.bfloat16: 64, torch.float32: 16}
+"""Query heads of one key head in a decode program, as prefill's tiles; more of them read the keys
+once more."""
+WIDE_WARPS = 8
+"""Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
+wider than 128: with the usual 4 registers spill."""
+MAX_REGISTERS = 255
+"""Said of such a tile in float32: left to itself the compiler takes 80 a thread and spills, for the
+sake of programs that shared memory has no room for."""
+JOINED_VALUES = 512
+"""Values of each split that the last program of a row looks at together."""
+PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 8192)}
 """Queries of one row and head in a tile, and bytes of keys: what the registers hold, as float32
 products run without tensor cores."""
 WRITE_BLOCK = 1024
@@ -81,7 +92,7 @@ def paged_attention(
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
         block_q, num_bytes = PREFILL_TILES[q.dtype]
-        num_tiles = num_rows + len(q) // block_q
+        num_tiles, is_wide = num_rows + len(q) // block_q, head_dim > 128
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
             num_rows,
@@ -93,6 +104,8 @@ def paged_attention(
             BLOCK_K=tile_keys(q, head_dim, num_bytes),
             BLOCK_D=head_dim,
             CHUNK=64,
+            num_warps=WIDE_WARPS if is_wide else 4,
+            maxnreg=MAX_REGISTERS if is_wide and q.dtype == torch.float32 else None,
         )
     return out
 
@@ -107,35 +120,43 @@ def _decode(
     head_dim: int,
 ) -> None:
     num_rows, num_groups = len(meta.block_tables), keys.shape[1]
+    heads_per_group = q.shape[1] // num_groups
+    most = min(DECODE_HEADS[q.dtype], triton.next_power_of_2(heads_per_group))
+    block_h = max(MIN_DOT, most)
+    head_blocks = triton.cdiv(heads_per_group, block_h)
+    num_units = num_rows * num_groups * head_blocks
     longest = meta.block_tables.shape[1] * meta.block_size
     num_splits = min(
-        triton.cdiv(MIN_PROGRAMS, num_rows * num_groups),
-        triton.cdiv(longest, MIN_SPLIT_KEYS),
-        MAX_SPLITS,
+        triton.cdiv(MIN_PROGRAMS, num_units), triton.cdiv(longest, MIN_SPLIT_KEYS), MAX_SPLITS
     )
-    queries = max(MIN_DOT, triton.next_power_of_2(q.shape[1] // num_groups))
-    parts = (num_rows, num_groups, num_splits, queries, head_dim + 2)
-    partial = torch.empty(parts, device=q.device) if num_splits > 1 else arguments[0]
-    decode_kernel[num_rows, num_groups, num_splits](
+    num_parts = num_units * num_splits * block_h if num_splits > 1 else 0
+    parts = torch.empty(num_parts * head_dim, device=q.device)
+    sums = torch.empty(num_parts * 2, device=q.device)
+    decode_kernel[num_rows, num_groups * head_blocks, num_splits](
         *arguments,
-        partial,
+        parts,
+        sums,
         counters(q.device),
+        num_splits,
+        head_blocks,
         *sizes,
         IS_DECODE=is_decode,
         HAS_WINDOW=sizes[-2] > 0,
         HAS_SOFTCAP=sizes[-1] > 0,
         BLOCK_SIZE=meta.block_size,
-        SPLITS=num_splits,
+        MAX_SPLITS=MAX_SPLITS,
         MIN_SHARE=MIN_SPLIT_KEYS,
-        BLOCK_H=queries,
+        BLOCK_H=block_h,
+        BLOCK_JOIN=min(most, max(1, JOINED_VALUES // head_dim)),
         BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),
         BLOCK_D=head_dim,
+        num_warps=WIDE_WARPS if q.dtype == torch.float32 else 4,
     )
 
 
 def tile_keys(q: Tensor, head_dim: int, num_bytes: int) -> int:
     """How many keys are looked at together: as many as fill num_bytes."""
-    return min(64, num_bytes // (head_dim * q.itemsize))
+    return min(64, max(MIN_DOT, num_bytes // (head_dim * q.itemsize)))
 
 
 def _row_starts(meta: AttentionMeta) -> Tensor:

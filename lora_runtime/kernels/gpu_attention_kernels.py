@@ -13,8 +13,16 @@ STAGES = tl.constexpr(5)
 """One pass ahead for the keys and values, and one more for the blocks they lie in: with the usual 3
 the copies of a pass begin at the end of the one before, and nothing is done while they run."""
 
+OF_THE_STEP = {
+    "do_not_specialize": ["num_rows", "num_blocks", "num_splits"],
+    "do_not_specialize_on_alignment": [
+        "slots_ptr", "tables_ptr", "positions_ptr", "starts_ptr", "counters_ptr",
+    ],
+}  # fmt: skip
+"""What changes from step to step must not ask for another compilation: no step waits for one."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=OF_THE_STEP["do_not_specialize_on_alignment"])
 def write_kv_kernel(
     keys_ptr,
     values_ptr,
@@ -80,7 +88,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(**OF_THE_STEP)
 def decode_kernel(
     out_ptr,
     q_ptr,
@@ -89,8 +97,11 @@ def decode_kernel(
     tables_ptr,
     positions_ptr,
     starts_ptr,
-    partial_ptr,
+    parts_ptr,
+    sums_ptr,
     counters_ptr,
+    num_splits,
+    head_blocks,
     num_blocks,
     heads_per_group,
     head_dim,
@@ -106,30 +117,36 @@ def decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_JOIN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All query heads of one row's only token that share a key head, over one split of its keys.
+    """Up to BLOCK_H query heads of one row's only token that share a key head, over one split of
+    its keys.
 
-    A row takes as many splits as its own length is worth; the programs of the others return.
+    A row takes as many splits as its own length is worth; the programs of the others return. A
+    split leaves its sums in parts (units, splits, BLOCK_H, BLOCK_D) and its largest score and total
+    weight in sums (units, splits, BLOCK_H, 2), a unit being the heads of this program.
     """
-    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, split = tl.program_id(0), tl.program_id(2)
+    group, first_head = tl.program_id(1) // head_blocks, tl.program_id(1) % head_blocks * BLOCK_H
     token = row
     if not IS_DECODE:
         token = tl.load(starts_ptr + row)
         if tl.load(starts_ptr + row + 1) - token != 1:
             return
     h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    is_d = d < head_dim
-    is_cell = (h < heads_per_group)[:, None] & is_d[None, :]
-    head = group * heads_per_group + h
+    num_heads = tl.minimum(heads_per_group - first_head, BLOCK_H)
+    is_head, is_d = h < num_heads, d < head_dim
+    is_cell = is_head[:, None] & is_d[None, :]
+    head = group * heads_per_group + first_head + h
     position = tl.load(positions_ptr + token)
     first = tl.maximum(position - window + 1, 0) if HAS_WINDOW else 0
     num_keys = position + 1 - first
-    share = tl.cdiv(tl.maximum(tl.cdiv(num_keys, SPLITS), MIN_SHARE), BLOCK_K) * BLOCK_K
+    share = tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), MIN_SHARE), BLOCK_K) * BLOCK_K
     num_shares = tl.maximum(tl.cdiv(num_keys, share), 1)
     if split >= num_shares:
         return
@@ -145,38 +162,58 @@ def decode_kernel(
         begin, tl.minimum(begin + share, position + 1), stride_slot, d, is_d,
         scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K,
     )  # fmt: skip
-    if (SPLITS > 1) and (num_shares > 1):
-        unit = row * tl.num_programs(1) + group
-        parts_ptr = partial_ptr + unit.to(tl.int64) * SPLITS * BLOCK_H * (BLOCK_D + 2)
-        h_place = h * (BLOCK_D + 2)
-        own_ptr = parts_ptr + split * BLOCK_H * (BLOCK_D + 2)
-        tl.store(own_ptr + h_place[:, None] + d[None, :], acc)
-        tl.store(own_ptr + h_place + BLOCK_D, top)
-        tl.store(own_ptr + h_place + BLOCK_D + 1, total)
-        tl.debug_barrier()
-        if tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel") < num_shares - 1:
-            return
+    out_ptr += token.to(tl.int64) * stride_out + (group * heads_per_group + first_head) * head_dim
+    if num_shares == 1:
+        y = acc / tl.where(total == 0, 1.0, total)[:, None]
+        place = h[:, None] * head_dim + d[None, :]
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=is_cell)
+        return
+    unit = row * tl.num_programs(1) + tl.program_id(1)
+    first_part = unit.to(tl.int64) * num_splits
+    part = (first_part + split) * BLOCK_H + h
+    tl.store(parts_ptr + part[:, None] * BLOCK_D + d[None, :], acc, mask=is_cell)
+    tl.store(sums_ptr + part * 2, top, mask=is_head)
+    tl.store(sums_ptr + part * 2 + 1, total, mask=is_head)
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel") == num_shares - 1:
         tl.store(counters_ptr + unit, 0)
-        acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        for s in range(num_shares):
-            part_ptr = parts_ptr + s * BLOCK_H * (BLOCK_D + 2) + h_place
-            part_top = tl.load(part_ptr + BLOCK_D, cache_modifier=".cg")
-            new_top = tl.maximum(top, part_top)
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            fade, part_fade = tl.exp2(top - shift), tl.exp2(part_top - shift)
-            part = tl.load(part_ptr[:, None] + d[None, :], cache_modifier=".cg")
-            acc = acc * fade[:, None] + part * part_fade[:, None]
-            part_total = tl.load(part_ptr + BLOCK_D + 1, cache_modifier=".cg")
-            total = total * fade + part_total * part_fade
-            top = new_top
-    y = acc / tl.where(total == 0, 1.0, total)[:, None]
-    out_place = token.to(tl.int64) * stride_out + head[:, None] * head_dim + d[None, :]
-    tl.store(out_ptr + out_place, y.to(out_ptr.dtype.element_ty), mask=is_cell)
+        _join(
+            out_ptr, parts_ptr, sums_ptr, first_part, num_shares, num_heads, head_dim,
+            MAX_SPLITS, BLOCK_H, BLOCK_JOIN, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
+def _join(
+    out_ptr, parts_ptr, sums_ptr, first_part, num_shares, num_heads, head_dim,
+    MAX_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_JOIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The result of all splits of a unit: BLOCK_JOIN heads at a time, of which all splits are read
+    together, since one read after another would wait for each.
+    """
+    s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
+    for first_head in tl.range(0, num_heads, BLOCK_JOIN, num_stages=1):
+        h = first_head + tl.arange(0, BLOCK_JOIN)
+        is_part = (s < num_shares)[:, None] & (h < num_heads)[None, :]
+        is_d = (d < head_dim)[None, None, :]
+        place = (first_part + s)[:, None] * BLOCK_H + h[None, :]
+        top = tl.load(sums_ptr + place * 2, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(sums_ptr + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
+        acc = tl.load(
+            parts_ptr + place[:, :, None] * BLOCK_D + d[None, None, :],
+            mask=is_part[:, :, None] & is_d, other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        highest = tl.max(top, 0)
+        fade = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
+        whole = tl.sum(total * fade, 0)
+        y = tl.sum(acc * fade[:, :, None], 0) / tl.where(whole == 0, 1.0, whole)[:, None]
+        is_cell = (h < num_heads)[:, None] & (d < head_dim)[None, :]
+        place = h[:, None] * head_dim + d[None, :]
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=is_cell)
+
+
+@triton.jit(**OF_THE_STEP)
 def prefill_kernel(
     out_ptr,
     q_ptr,

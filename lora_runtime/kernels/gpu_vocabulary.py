@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_runtime.kernels.gpu_adapter_kernels import batch_jit, keys_of
 from lora_runtime.kernels.gpu_adapters import step_tiles
 from lora_runtime.kernels.types import AdapterMemory, Run, StepMeta
 
@@ -22,7 +23,9 @@ BLOCK_N = 256
 BLOCK_R = 16
 BLOCK_ROWS = 32
 """Replaced rows of the output layer that are multiplied at once."""
-BLOCK_K = 128
+BLOCK_K, STAGES = 32, 5
+"""Inputs that are multiplied at once, and how many times that is on its way: wider passes spill
+registers."""
 MAX_PROGRAMS = 512
 """Programs of one tile of tokens, about four a multiprocessor; unmeasured. A pool that once held a
 whole output layer launches as many for any adapter."""
@@ -67,7 +70,7 @@ def patch_logits(
             meta.weights, tiles.tokens, tiles.entries, tiles.next_entry, x.shape[1], y.stride(0),
             base.stride(0), y.shape[1], runs.shape[1],
             BLOCK_M=TILE, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
-            ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize),
+            ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize), num_stages=STAGES,
         )  # fmt: skip
     return y
 
@@ -88,7 +91,7 @@ def _find(indices_ptr, row_ids_at, num_rows, wanted):
     return tl.where(has_ids, place, wanted), is_there
 
 
-@triton.jit
+@batch_jit
 def _embed_kernel(
     y_ptr, base_ptr, ids_ptr, weights_ptr, vectors_ptr, indices_ptr, runs_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, embed_scale,
@@ -106,23 +109,24 @@ def _embed_kernel(
     token_id = tl.load(ids_ptr + token)
     entry = tl.load(entries_ptr + place, mask=place < num_entry_places, other=-1)
     while entry >= 0:
-        run = tl.load(slots_ptr + entry).to(tl.int64) * num_replicas + tl.load(replicas_ptr + entry)
-        run_ptr = runs_ptr + run * 8
+        key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
+        has_run = key >= 0
+        run_ptr = runs_ptr + key.to(tl.int64) * 8
         weight = tl.load(scales_ptr + entry)
-        rank = tl.load(run_ptr).to(tl.int32)
-        a_ptr = weights_ptr + tl.load(run_ptr + 1) + token_id
-        b_ptr = weights_ptr + tl.load(run_ptr + 2)
+        rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
+        a_ptr = weights_ptr + tl.load(run_ptr + 1, mask=has_run, other=0) + token_id
+        b_ptr = weights_ptr + tl.load(run_ptr + 2, mask=has_run, other=0)
         for start in range(0, rank, BLOCK_R):
             r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
             a = tl.load(a_ptr + r * vocab_size, mask=r < rank, other=0.0).to(tl.float32)
             mask = (r < rank)[:, None] & is_in[None, :]
             b = tl.load(b_ptr + r[:, None] * width + n[None, :], mask=mask, other=0.0)
             acc += weight * embed_scale * tl.sum(a[:, None] * b.to(tl.float32), 0)
-        gain_at = tl.load(run_ptr + 3)
+        gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
         if gain_at >= 0:
             gain = tl.load(vectors_ptr + gain_at + n, mask=is_in, other=1.0)
             acc += weight * (gain - 1) * embedded
-        num_rows = tl.load(run_ptr + 5).to(tl.int32)
+        num_rows = tl.load(run_ptr + 5, mask=has_run, other=0).to(tl.int32)
         if num_rows > 0:
             row_ids_at = tl.load(run_ptr + 7)
             row, is_there = _find(indices_ptr, row_ids_at, num_rows, token_id.to(tl.int32))
@@ -132,14 +136,6 @@ def _embed_kernel(
                 acc += weight * (embed_scale * values - embedded)
         entry = tl.load(next_ptr + entry)
     tl.store(y_ptr + token * width + n, acc.to(y_ptr.dtype.element_ty), mask=is_in)
-
-
-@triton.jit
-def _keys(entry, slots_ptr, replicas_ptr, num_replicas):
-    """Which run each entry is under; the largest number where there is none."""
-    slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
-    replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
-    return tl.where(entry >= 0, slot * num_replicas + replica, 2147483647)
 
 
 @triton.jit
@@ -166,7 +162,7 @@ def _row_products(
     return acc
 
 
-@triton.jit
+@batch_jit
 def _patch_kernel(
     y_ptr, base_ptr, x_ptr, weights_ptr, indices_ptr, runs_ptr, slots_ptr, replicas_ptr,
     scales_ptr, tokens_ptr, entries_ptr, next_ptr, in_features, stride_y, stride_base, vocab_size,
@@ -183,17 +179,18 @@ def _patch_kernel(
     first = tl.load(entries_ptr + at, mask=token >= 0, other=-1)
     x_rows = x_ptr + token[:, None] * in_features
     entry, most, most_ids_at = first, 0, tl.full((), -1, tl.int64)
-    key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+    key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
     lowest = tl.min(key, 0)
     while lowest < 2147483647:
         run_ptr = runs_ptr + lowest.to(tl.int64) * 8
-        num_rows = tl.load(run_ptr + 5).to(tl.int32)
-        most_ids_at = tl.where(num_rows > most, tl.load(run_ptr + 7), most_ids_at)
+        num_rows = tl.load(run_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
+        row_ids_at = tl.load(run_ptr + 7, mask=lowest >= 0, other=-1)
+        most_ids_at = tl.where(num_rows > most, row_ids_at, most_ids_at)
         most = tl.maximum(most, num_rows)
         entry = tl.where(
             key == lowest, tl.load(next_ptr + entry, mask=key == lowest, other=-1), entry
         )
-        key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+        key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
         lowest = tl.min(key, 0)
     for block in range(tl.program_id(1), tl.cdiv(most, BLOCK_ROWS), tl.num_programs(1)):
         low = block * BLOCK_ROWS
@@ -202,17 +199,18 @@ def _patch_kernel(
         is_last = high >= most
         high = tl.where(is_last, vocab_size, _id_at(indices_ptr, most_ids_at, high, high < most))
         entry = first
-        key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+        key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
         lowest = tl.min(key, 0)
         while lowest < 2147483647:
             is_token = key == lowest
             run_ptr = runs_ptr + lowest.to(tl.int64) * 8
-            num_rows = tl.load(run_ptr + 5).to(tl.int32)
-            row_ids_at = tl.load(run_ptr + 7)
+            num_rows = tl.load(run_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
+            row_ids_at = tl.load(run_ptr + 7, mask=lowest >= 0, other=-1)
             begin, _ = _find(indices_ptr, row_ids_at, num_rows, low)
             end, _ = _find(indices_ptr, row_ids_at, num_rows, high)
             end = tl.minimum(end, num_rows)
-            rows_ptr = weights_ptr + tl.multiple_of(tl.load(run_ptr + 6), ALIGNMENT)
+            rows_at = tl.load(run_ptr + 6, mask=lowest >= 0, other=0)
+            rows_ptr = weights_ptr + tl.multiple_of(rows_at, ALIGNMENT)
             scale = tl.load(scales_ptr + entry, mask=is_token, other=0.0)[:, None]
             for start in range(begin, end, BLOCK_ROWS):
                 n = start + tl.arange(0, BLOCK_ROWS)
@@ -230,5 +228,5 @@ def _patch_kernel(
                 tl.store(cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
             tl.debug_barrier()  # the next run's threads read what these wrote
             entry = tl.where(is_token, tl.load(next_ptr + entry, mask=is_token, other=-1), entry)
-            key = _keys(entry, slots_ptr, replicas_ptr, num_replicas)
+            key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
             lowest = tl.min(key, 0)

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.kernels.types import NO_RUN, AdapterMemory, AttentionMeta, Run, StepMeta
+from lora_runtime.kernels.types import (
+    NO_RUN,
+    AdapterMemory,
+    AttentionMeta,
+    HeadNorm,
+    Run,
+    StepMeta,
+)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -197,15 +204,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool,
+    branch_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.add_rms_norm`."""
+    if branch_weight is not None:
+        x = rms_norm(x, branch_weight, eps, plus_one=plus_one)
     total = residual + x
-    return total, rms_norm(total, weight, eps, plus_one=False)
+    return total, rms_norm(total, weight, eps, plus_one=plus_one)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None
+) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.rotate`."""
+    if norm is not None:
+        q = rms_norm(q, norm.q_weight, norm.eps, plus_one=norm.plus_one)
+        k = rms_norm(k, norm.k_weight, norm.eps, plus_one=norm.plus_one)
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_mapping: Tensor,
+    norm: HeadNorm | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.rotate_and_write`."""
+    q, k = rotate(q, k, cos, sin, norm)
+    write_kv(keys, values, k, v, slot_mapping)
+    return q
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -222,3 +261,28 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     dtype = _accumulator(gate.dtype)
     activation = F.silu if kind == "silu" else partial(F.gelu, approximate="tanh")
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.draw_cut`."""
+    ordered, order = torch.sort(scaled, dim=1, descending=True, stable=True)
+    kept = cut(torch.softmax(ordered, dim=1), top_k, top_p, min_p)
+    return order.gather(1, invert(kept, number))
+
+
+def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities (n, c), the largest first, with 0 for those that are not kept."""
+    before = ordered.cumsum(dim=1) - ordered
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    is_likely = ordered >= min_p * ordered[:, :1]
+    is_kept = (rank < top_k) & (before < top_p) & is_likely
+    return torch.where(is_kept, ordered, 0.0)
+
+
+def invert(kept: Tensor, number: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.invert`."""
+    cumulative = kept.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.searchsorted(cumulative, torch.minimum(number * total, below), right=True)
+    return place.clamp(max=kept.shape[1] - 1)  # a NaN row passes nowhere

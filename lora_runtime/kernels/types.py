@@ -65,6 +65,15 @@ NO_RUN = Run()
 """Entry of a run table for a module that an adapter does not touch."""
 
 
+class HeadNorm(NamedTuple):
+    """The norms of queries and of keys over each head's values: weights (D,), see `rms_norm`."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    plus_one: bool
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A host tensor on `device`. On CUDA the host does not wait for the copy."""
     is_cuda = torch.device(device).type == "cuda"

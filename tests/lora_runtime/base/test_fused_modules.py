@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from lora_runtime.base import fused_modules
+from lora_runtime.base.attention import PagedAttention
 from lora_runtime.base.fused_modules import fuse_modules
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
-from lora_runtime.kernels import gpu
+from lora_runtime.errors import BaseRefused
+from lora_runtime.kernels import AttentionMeta, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import CONFIGS, dense_twin, in_float64, tiny_base
 
@@ -21,8 +23,6 @@ PARTIAL = CONFIGS["phi3"] | {
     "rope_parameters": CONFIGS["phi3"]["rope_parameters"] | {"partial_rotary_factor": 0.5}
 }
 """Half of a head is rotated."""
-NORMS = {"qwen3": 3, "gemma2": 4, "gemma3": 6}
-"""Norms of a layer that are launches of their own, where it is not one."""
 
 
 @pytest.fixture
@@ -46,6 +46,25 @@ def logits(base, ids):
     return base.forward(ids, positions, attention, positions)
 
 
+def paged_logits(base, ids):
+    """Of the last two tokens, through the cache: all others as a prompt, then one step."""
+    found, block_size = [], 4
+    cache = base.allocate_kv(4 * block_size)
+    cache.keys.fill_(float("nan")), cache.values.fill_(float("nan"))
+    table = torch.tensor([[2, 0, 3]])
+    for tokens in torch.arange(len(ids)).tensor_split([len(ids) - 1]):
+        meta = AttentionMeta(
+            rows=torch.zeros(len(tokens), dtype=torch.int32),
+            positions=tokens.int(),
+            slot_mapping=table[0, tokens // block_size] * block_size + tokens % block_size,
+            block_tables=table.int(),
+            block_size=block_size,
+        )
+        attention = PagedAttention(cache, meta)
+        found.append(base.forward(ids[tokens], tokens, attention, torch.tensor([len(tokens) - 1])))
+    return torch.cat(found)
+
+
 def token_ids():
     return torch.randint(3, 300, (5,), generator=torch.Generator().manual_seed(0))
 
@@ -63,11 +82,17 @@ def test_logits_are_transformers(monkeypatch, calls, shape):
         found = logits(base, ids)
     layers = base.spec.num_layers
     assert calls == {
-        "rms_norm": NORMS.get(shape, 1) * layers + 1,
+        "rms_norm": 1,
+        "add_rms_norm": 2 * layers,
         "rotate": layers,
         "gated_activation": layers,
-    } | ({} if shape.startswith("gemma") else {"add_rms_norm": layers})
+    }
     assert (found - expected).abs().max() <= 2e-4
+    calls.clear()
+    with torch.no_grad():
+        found = paged_logits(base, ids)
+    assert calls["rotate"] == 0 and calls["rms_norm"] == 2, "the cache is written by the rotation"
+    assert (found - expected[-2:]).abs().max() <= 2e-4
 
 
 @pytest.mark.parametrize("shape", ["qwen3", "gemma3"])
@@ -92,6 +117,26 @@ def test_the_slow_twin_runs_where_a_gradient_is_wanted(monkeypatch, calls):
     monkeypatch.setattr(embedded, "forward", lambda ids: x[ids])
     base.forward(positions, positions, attention, positions).sum().backward()
     assert x.grad.abs().sum() > 0 and not calls
+
+
+def test_gradients_of_one_projection_alone_are_those_of_the_slow_twin(monkeypatch):
+    """What the first layer is given wants no gradient, nor do its keys and values."""
+    base, ids, scale = tiny_base("qwen3"), token_ids(), torch.ones((), requires_grad=True)
+    q_proj = base.model.get_submodule("model.layers.0.self_attn.q_proj")
+    forward = q_proj.forward
+    monkeypatch.setattr(q_proj, "forward", lambda x: forward(x) * scale)
+    found = []
+    for devices in (set(), {DEVICE}):
+        monkeypatch.setattr(gpu, "DEVICES", devices)
+        (gradient,) = torch.autograd.grad(logits(base, ids).square().sum(), scale)
+        found.append(gradient)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+
+
+def test_a_version_of_transformers_that_lacks_what_is_read_is_named():
+    attention = type("Phi3Attention", (nn.Module,), {"config": None, "head_dim": 8})()
+    with pytest.raises(BaseRefused, match=r"Phi3Attention of transformers .* scaling, .*qkv_proj"):
+        fuse_modules(attention)
 
 
 def test_names_and_parameters_stay_and_what_is_not_in_the_table_is_left_alone():

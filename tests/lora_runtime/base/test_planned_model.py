@@ -16,7 +16,8 @@ from lora_runtime.base.layer_plan import shortest_plan
 from lora_runtime.base.planned_model import LayerStep, PlannedBatch, PlannedLayer, planned_model
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
-from lora_runtime.kernels import Span, StepMeta
+from lora_runtime.kernels import Span, StepMeta, gpu
+from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base
 
 PLAIN = (0, 1, 2)
@@ -85,6 +86,19 @@ def test_each_row_equals_its_own_stacked_model_alone(shape, token_ids):
     logits = planned_logits(base, MAPS, token_ids)
     for row, layer_map, got in zip(token_ids.split(LENGTHS), MAPS, logits, strict=True):
         assert_close(got, stacked(twin, layer_map)(row[None], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2"])
+def test_a_layer_that_makes_the_next_ones_norm_may_be_followed_by_another(
+    monkeypatch, shape, token_ids
+):
+    """Fused layers, whose last sum and the norm behind it are one launch."""
+    monkeypatch.setitem(globals(), "LENGTHS", [5, 4, 1, 6])
+    base, token_ids = tiny_base(shape), token_ids[:16]
+    expected = planned_logits(base, MAPS, token_ids)
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    for got, wanted in zip(planned_logits(base, MAPS, token_ids), expected, strict=True):
+        assert_close(got, wanted)
 
 
 @torch.no_grad()

@@ -6,12 +6,16 @@ insists on what a graph could not know better: the pool's layout at its capture.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import fields
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledSequence, Sequence
+from lora_runtime.engine import model_runner, step_buffers
 from lora_runtime.engine.batch import build_batch
 from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.step_buffers import StepBuffers
@@ -35,6 +39,7 @@ class Captures:
 
     def __init__(self, engine):
         self.pool, self.num_captured, self.num_replayed = engine.pool, 0, 0
+        self.num_dropped = 0
 
     def __call__(self, forward):
         self.num_captured += 1
@@ -43,9 +48,14 @@ class Captures:
         def replay():
             self.num_replayed += 1
             assert self.pool.layout == layout
-            return forward()
+            forward()
 
         return replay
+
+    def drop(self, replays):
+        for replay in replays:
+            assert replay is not None
+            self.num_dropped += 1
 
 
 def replaying_engine(base, **options):
@@ -100,7 +110,7 @@ def test_a_larger_rank_captures_anew(tmp_path):
     for form in forms:
         engine.add_adapter(form)
         run(engine, [greedy(form.digest, [5, 6], form.digest, max_tokens=2)])
-    assert captures.num_captured == captures.num_replayed == 2
+    assert captures.num_captured == captures.num_replayed == 2 and captures.num_dropped == 1
 
 
 def rows_of(specs, slots):
@@ -121,7 +131,7 @@ def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():
     assert buffers.takes(full) and buffers.fill(full)
     rows = rows_of([([3, 9], 5), ([0], 4), ([7, 2], 8)], [3, None, 1])
     assert buffers.takes(rows) and buffers.fill(rows)
-    batch = buffers.batch(has_adapters=True)
+    batch = buffers.batch(6)
     plain = build_batch(ScheduledBatch(rows), 4, torch.device(DEVICE))
     for name in ("token_ids", "positions"):
         assert torch.equal(getattr(batch, name)[:3], getattr(plain, name))
@@ -133,7 +143,41 @@ def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():
     for name in ("tokens", "slots", "weights"):
         assert torch.equal(getattr(batch.adapters, name)[:2], getattr(plain.adapters, name))
     assert batch.adapters.segment_starts.tolist() == [0, 1, 2, 2, 2, 2, 2]
+    assert buffers.batch(4).adapters.segment_starts.tolist() == [0, 1, 2, 2, 2]
+    assert buffers.batch(0).adapters is None
     assert not buffers.fill(rows_of([([3], 1)], [None]))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7])
+def test_tables_lie_where_one_compiled_kernel_serves_any_number_of_rows(num_rows):
+    batch = StepBuffers(num_rows, 8, 4, torch.device(DEVICE)).batch(num_rows)
+    tables = (batch.token_ids, batch.positions, *vars_of(batch.adapters), *vars_of(batch.attention))
+    places = [table.data_ptr() for table in tables if isinstance(table, torch.Tensor)]
+    assert len(places) == 11 and not any(place % 16 for place in places)
+
+
+def vars_of(table):
+    return [getattr(table, field.name) for field in fields(table)]
+
+
+def test_blocks_of_all_rows_go_over_in_one_copy(monkeypatch):
+    """Two rows have got blocks, then the first one ends and the others move up."""
+    copies, real = [], step_buffers._staged
+    monkeypatch.setattr(
+        step_buffers,
+        "_staged",
+        lambda source, target: copies.append(source) or real(source, target),
+    )
+    buffers = StepBuffers(3, 8, 4, torch.device(DEVICE))
+    rows = rows_of([([3, 9], 5), ([7, 2, 6], 9), ([8], 2)], [None] * 3)
+    for step, num_places in ((rows, 6), (rows, 0), (rows[1:], 4), (rows[1:], 0)):
+        copies.clear()
+        buffers.fill(step)
+        assert [copy.shape for copy in copies[:-1]] == ([(2, num_places)] if num_places else [])
+        tables = buffers.batch(0).attention.block_tables.tolist()
+        for table, row in zip(tables, step, strict=False):
+            own = row.sequence.block_table
+            assert table[: len(own)] == own
 
 
 def test_a_table_follows_its_row_as_it_grows_moves_and_is_preempted():
@@ -142,7 +186,7 @@ def test_a_table_follows_its_row_as_it_grows_moves_and_is_preempted():
 
     def tables(*rows):
         buffers.fill(rows)
-        return buffers.batch(has_adapters=False).attention.block_tables.tolist()
+        return buffers.batch(0).attention.block_tables.tolist()
 
     assert [table[:3] for table in tables(first, second)] == [[3, 9, 0], [7, 2, 6]]
     first.sequence.block_table.append(5)
@@ -187,8 +231,36 @@ def test_a_forward_reads_nothing_on_the_host(shape, tmp_path):
     buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
     buffers.fill(rows_of([([3, 4], 6)], [0]))
     with torch.inference_mode(), NoHostReads():
-        logits = engine.runner.forward(buffers.batch(has_adapters=True))
+        logits = engine.runner.forward(buffers.batch(2))
     assert logits.shape == (2, base.spec.vocab_size)
+
+
+def test_a_warm_up_changes_nothing(monkeypatch, tmp_path):
+    """It runs prompts with an adapter in an empty slot, of the vocabulary too, and captures."""
+    monkeypatch.setattr(model_runner, "WARM_TOKENS", (3,))
+    base = tiny_base("llama", dequantized_cache=False)
+    adapter = write_adapter(
+        dense_twin(base, "llama"), tmp_path, seed=1, target_modules=["v_proj", "up_proj"]
+    )
+    form = load_adapter(adapter, base.spec, base.weights)
+    tokens, launched = [], Counter()
+    for name in ("embed_adapters", "patch_logits", "apply_gated_adapters"):
+        real = getattr(gpu, name)
+        monkeypatch.setattr(
+            gpu, name, lambda *a, name=name, real=real: launched.update([name]) or real(*a)
+        )
+    for is_warm in (False, True):
+        engine, captures = replaying_engine(base)
+        engine.add_adapter(form)
+        if is_warm:
+            engine.runner.warm_up(lambda _: None)
+            assert captures.num_captured == 4 + 5 and captures.num_replayed == 0
+            assert launched.keys() == {"embed_adapters", "patch_logits", "apply_gated_adapters"}
+        traces = run(engine, [greedy("1", [5, 6], form.digest, 2), greedy("2", [9], None, 2)])
+        tokens.append([trace.token_ids for trace in traces.values()])
+        logits = [row.isfinite().all() for trace in traces.values() for row in trace.logits]
+        assert all(logits)
+    assert tokens[0] == tokens[1]
 
 
 def test_buckets_hold_what_runs_at_once():

@@ -175,6 +175,19 @@ def test_greedy_gives_the_best_token_and_whether_the_row_is_finite(dtype):
     assert torch.equal(found[[0, 4], 0], logits[[0, 4]].argmax(1))
 
 
+def test_what_a_graph_has_chosen_is_taken_over_where_nothing_is_excluded(monkeypatch):
+    """The graph's memory is its own: rows that draw do not write to it."""
+    logits, greedy_row, drawing = random_logits(2), row(temperature=0.0), row(seed=1)
+    early = row(temperature=0.0, min_tokens=2, stop_token_ids=frozenset([4, 9]))
+    expected = [choose(logits, rows) for rows in ([greedy_row, drawing], [greedy_row, early])]
+    best, calls = greedy(logits), []
+    kept = best.clone()
+    monkeypatch.setattr(sampler, "greedy", lambda *a, real=greedy: calls.append(1) or real(*a))
+    assert torch.equal(choose(logits, [greedy_row, drawing], best), expected[0])
+    assert torch.equal(best, kept) and calls == []
+    assert torch.equal(choose(logits, [greedy_row, early], best), expected[1]) and calls == [1]
+
+
 @pytest.mark.parametrize("cut", [dict(), dict(min_p=0.1), dict(top_k=5), dict(top_p=0.9)])
 @pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-60])
 def test_a_temperature_near_zero_is_argmax(temperature, cut):

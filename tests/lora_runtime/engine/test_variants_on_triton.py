@@ -52,11 +52,13 @@ def served(world, num_steps):
 
 
 def test_float32_logits_equal_the_oracle(monkeypatch, tmp_path):
-    """q, k and v go together, and so do gate and up."""
-    launches, real = [], stacked_linears.apply_stacked_adapters
-    monkeypatch.setattr(
-        stacked_linears, "apply_stacked_adapters", lambda *a: launches.append(a[-1]) or real(*a)
-    )
+    """q, k and v go together, and so do gate and up with their activation."""
+    launches = []
+    for name in ("apply_stacked_adapters", "apply_gated_adapters"):
+        real = getattr(stacked_linears, name)
+        monkeypatch.setattr(
+            stacked_linears, name, lambda *a, real=real: launches.append(len(a[4])) or real(*a)
+        )
     world = world_of("llama-bias", torch.float32, tmp_path, NAMES)
     for index, row, token_ids, logits in served(world, NUM_STEPS):
         expected = world.expected(index, token_ids, torch.float32)
@@ -65,7 +67,7 @@ def test_float32_logits_equal_the_oracle(monkeypatch, tmp_path):
         if row is not None:
             base = teacher_forced(world.twin, world.prompt(index), token_ids)
             assert (expected - base).abs().max() >= 1.0, f"{row} has no visible effect"
-    assert {len(widths) for widths in launches} == {2, 3}
+    assert set(launches) == {2, 3}
 
 
 def test_bfloat16_error_is_within_a_quarter_of_pefts(tmp_path):

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_runtime import kernels
 from lora_runtime.adapters import packed_adapter
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
@@ -138,10 +139,15 @@ def sizeless_runner(
     return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS)
 
 
-def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Stands for a capture: runs now and gives the same at every replay."""
-    logits = forward()
-    return lambda: logits
+class Captured:
+    """Stands for a capture: runs now, and nothing at every replay."""
+
+    def __call__(self, run: Callable[[], object]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+    def drop(self, replays: object) -> None:
+        """There is nothing to free."""
 
 
 def planned_row(length: int, num_tokens: int, slot: int | None) -> ScheduledSequence:
@@ -180,7 +186,7 @@ def steps_of(runner: ModelRunner, rows: Sequence[int] = ROWS) -> None:
 @torch.inference_mode()
 def graphs_of(runner: ModelRunner) -> None:
     """The steps that graphs are captured of, and what else is done before the first request."""
-    runner.use_graphs(MAX_ROWS, MAX_LENGTH, captured)
+    runner.use_graphs(MAX_ROWS, MAX_LENGTH, Captured())
     runner.warm_up(lambda _: None)
     runner.graphs = None
 
@@ -210,6 +216,16 @@ def sample() -> None:
             runner = sizeless_runner(base, max_vocabulary_rows=64)
             steps_of(runner, (1, 33))
         steps_of(sizeless_runner(sizeless_base("one key head", dtype)), (3,))
+        other_ops(dtype)
+
+
+def other_ops(dtype: torch.dtype) -> None:
+    """The write of keys that transformers has rotated, and draws from a large vocabulary."""
+    with torch.device("meta"):
+        k, slots = torch.empty(3, 8, 128, dtype=dtype), torch.empty(3, dtype=torch.int64)
+        scaled, number = torch.empty(3, 128256), torch.empty(3, 1, dtype=torch.float64)
+        kernels.write_kv(k, k, k, k, slots)
+        kernels.draw_cut(scaled, number, *torch.empty(3, 3, 1))
 
 
 @contextlib.contextmanager
@@ -291,7 +307,7 @@ def cuda_engine(base: Base, forms: Sequence[ServingForm], **options) -> Engine:
     """An engine that holds `forms`, with decode graphs whose capture runs once."""
     options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 16, **options}
     serving = tiny_engine(base, poison=False, steps_ahead=1, **options)
-    serving.runner.use_graphs(24, 512, captured)
+    serving.runner.use_graphs(24, 512, Captured())
     for form in forms:
         serving.add_adapter(form)
     return serving

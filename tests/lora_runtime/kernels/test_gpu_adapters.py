@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import gelu, silu
 
 from lora_runtime import kernels
-from lora_runtime.kernels import NO_RUN, AdapterMemory, Span, StepMeta, gpu, reference
+from lora_runtime.kernels import (
+    NO_RUN,
+    AdapterMemory,
+    Span,
+    StepMeta,
+    gpu,
+    gpu_adapters,
+    reference,
+)
 from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
 from tests.lora_runtime.kernels.test_backends import popularity
@@ -127,28 +137,67 @@ def test_non_finite_values_stay_in_their_rows():
     assert not y[[1, 5, 11]].isfinite().all(1).any()
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-@pytest.mark.parametrize("widths", [(70, 33, 33), (20, 150)])
-def test_modules_that_share_their_input_are_one_launch(monkeypatch, widths, on_gpu):
-    """Each part has adapters of its own ranks, gains and biases for the same slots and tokens."""
-    monkeypatch.setattr(gpu, "DEVICES", {DEVICE} if on_gpu else set())
-    counts, dtype = [2, 1, 3], torch.float32
-    parts = [mixed_batch(counts, 40, width, dtype, seed=9 + i) for i, width in enumerate(widths)]
-    x, memories, meta = parts[0][0][1], [p[0][3] for p in parts], parts[0][0][5]
-    bases, biases = (torch.cat([p[0][i] for p in parts], dim=-1) for i in (0, 2))
+def stacked_batch(counts, widths, dtype, seed):
+    """`mixed_batch` of modules that share x: each has adapters of its own ranks, gains and biases
+    for the same slots and tokens. Returns the stacked op's arguments without the widths.
+    """
+    parts = [mixed_batch(counts, 40, width, dtype, seed + i)[0] for i, width in enumerate(widths)]
+    x, memories, meta = parts[0][1], [part[3] for part in parts], parts[0][5]
+    bases, biases = (torch.cat([part[i] for part in parts], dim=-1) for i in (0, 2))
     shifts = [sum(len(m.weights) for m in memories[:i]) for i in range(len(widths))]
-    runs = torch.stack([p[0][4] for p in parts])
+    runs = torch.stack([part[4] for part in parts])
     for own, shift in zip(runs, shifts, strict=True):
         own[..., 1:5] += torch.where(own[..., 1:5] >= 0, shift, 0)
     flat = [torch.cat([getattr(m, n) for m in memories]) for n in ("weights", "vectors", "indices")]
-    arguments = (bases, x, biases, AdapterMemory(*flat), runs, meta)
+    return bases, x, biases, AdapterMemory(*flat), runs, meta
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("widths", [(70, 33, 33), (20, 150)])
+def test_modules_that_share_their_input_are_one_launch(monkeypatch, widths, on_gpu):
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE} if on_gpu else set())
+    arguments = stacked_batch([2, 1, 3], widths, torch.float32, seed=9)
+    bases, x, biases, memory, runs, meta = arguments
     y = kernels.apply_stacked_adapters(*map(on_device, arguments), widths).cpu()
     for part, base, bias, own in zip(
         y.split(widths, 1), bases.split(widths, 1), biases.split(widths), runs, strict=True
     ):
-        expected = reference.apply_adapters(base, x, bias, AdapterMemory(*flat), own, meta)
+        expected = reference.apply_adapters(base, x, bias, memory, own, meta)
         torch.testing.assert_close(part, expected, rtol=2e-5, atol=2e-5)
         assert (part - base - bias).abs().max() > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize(
+    ("counts", "dtype", "kind", "has_bias"),
+    [
+        ([2, 0, 3, 1], torch.float32, "silu", True),
+        ([2, 0, 3, 1], torch.bfloat16, "gelu_tanh", False),
+        ([190, 80], torch.bfloat16, "silu", True),
+    ],
+)
+def test_gate_and_up_end_in_their_activation_bit_for_bit(
+    monkeypatch, counts, dtype, kind, has_bias
+):
+    """As one op writes the two halves and the other reads them, under small tiles and large; and
+    as plain torch."""
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    base, x, bias, memory, runs, meta = map(
+        on_device, stacked_batch(counts, (150, 150), dtype, sum(counts))
+    )
+    bias = bias if has_bias else None
+    y = kernels.apply_gated_adapters(base, x, bias, memory, runs, meta, kind)
+    both = kernels.apply_stacked_adapters(base, x, bias, memory, runs, meta, (150, 150))
+    assert y.dtype == dtype
+    assert torch.equal(y, kernels.gated_activation(*both.chunk(2, 1), kind))
+    act = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh")}[kind]
+    biases = bias.chunk(2) if has_bias else (None, None)
+    gate, up = (
+        reference.apply_adapters(half, x, own, memory, table, meta)
+        for half, own, table in zip(base.chunk(2, 1), biases, runs, strict=True)
+    )
+    tolerance = 2e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(y, act(gate) * up, rtol=tolerance, atol=tolerance)
 
 
 def test_large_steps_use_large_tiles():
@@ -174,6 +223,67 @@ def test_padded_tables_change_nothing():
     )
     expected = apply_adapters(*arguments)
     assert torch.equal(apply_adapters(*arguments[:-1], padded), expected)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_tiles_hold_every_entry_and_token_once(block):
+    """Segments without entries between and behind others, as many as tiles can be; the bound of
+    their number is reached, and what is beyond is padding."""
+    counts = [block + 1, 0, 1, 2 * block + 1, 0, 1]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    num_entries, num_tokens = int(starts[-1]), int(starts[-1]) + 5
+    tokens = torch.randperm(num_tokens)[:num_entries].int()
+    slots = torch.arange(6).repeat_interleave(torch.tensor(counts)).int()
+    meta = StepMeta(tokens, slots, slots * 0, torch.ones(num_entries), starts)
+    tiles = gpu_adapters.step_tiles(on_device(meta), num_tokens, block)
+    entries, owners = tiles.entries.cpu(), tiles.tokens.cpu()
+    assert sorted(entries[entries >= 0].tolist()) == list(range(num_entries))
+    assert sorted(owners[owners >= 0].tolist()) == list(range(num_tokens))
+    for entry, token in zip(entries, owners, strict=False):
+        assert len(slots[entry[entry >= 0]].unique()) <= 1, "a tile of two adapters"
+        assert torch.equal(tokens[entry[entry >= 0]], token[token >= 0])
+    used = (entries >= 0).any(1)
+    assert used.sum() == 7 and used[:7].all() and len(entries) == 6 + (num_entries - 6) // block
+
+
+def test_as_many_tiles_as_there_can_be():
+    """An entry a segment; and one segment that needs a tile more than its entries fill."""
+    for starts, num_tiles in (([0, 1, 2, 3, 4, 5], 5), ([0, 1, 18, 18], 3)):
+        column = torch.zeros(starts[-1]).int()
+        tokens, starts = torch.arange(starts[-1]).int(), torch.tensor(starts).int()
+        meta = StepMeta(tokens, column, column, column.float(), starts)
+        tiles = gpu_adapters.step_tiles(on_device(meta), len(tokens), 16)
+        assert len(tiles.entries) >= num_tiles == (tiles.entries >= 0).any(1).sum()
+        assert (tiles.entries >= 0).sum() == len(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 7, 15, 17, 33, 64, 100])
+def test_ranks_beside_their_blocks(rank, dtype):
+    """The last ranks of a block are read as zeros up to a multiple of 8, and not beyond: poison
+    lies behind every part, and in what shrink does not write."""
+    scattered, (a, b) = Scattered(), (torch.randn(rank, 1100), torch.randn(rank, 130) / rank)
+    runs = table([[scattered.run(a=a.to(dtype), b=b.to(dtype))]])
+    memory = dataclasses.replace(scattered.memory(dtype), max_rank=128)
+    base, x = torch.randn(3, 130).to(dtype), torch.randn(3, 1100).to(dtype)
+    meta = StepMeta.build([Span(slot=0, first_token=1, num_tokens=2)])
+    y = apply_adapters(base, x, None, memory, runs, meta)
+    expected = base.double()
+    expected[1:] += x[1:].double() @ a.to(dtype).double().T @ b.to(dtype).double()
+    assert torch.equal(y[0], base[0])
+    tolerance = 2e-4 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=20 * tolerance / 2)
+
+
+def test_a_visit_that_the_table_has_no_room_for_has_no_run():
+    """Replica 1 of a table of one: its place would be the next slot's. The token's other entry
+    acts, and so do other rows'."""
+    (base, x, bias, memory, runs, _), _ = mixed_batch([2, 2], 40, 24, torch.float32, seed=8)
+    good = [Span(slot=1, first_token=1, num_tokens=2), Span(slot=0, first_token=4, num_tokens=1)]
+    lost = [Span(slot=0, first_token=2, num_tokens=2, replica=1)]
+    expected = apply_adapters(base, x, bias, memory, runs, StepMeta.build(good))
+    y = apply_adapters(base, x, bias, memory, runs, StepMeta.build([*good, *lost]))
+    assert torch.equal(y, expected) and not torch.equal(y[4], base[4] + bias)
 
 
 def test_a_told_rank_bound_and_a_step_without_ranks():

@@ -120,11 +120,14 @@ def test_windows_and_soft_caps(options):
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_rows_are_split_and_joined(monkeypatch, window):
-    """A split begins and ends anywhere; some rows are shorter than the number of splits."""
+    """A split begins and ends anywhere; some rows are shorter than the number of splits. Twenty
+    query heads of one key head are two programs, each of which joins its heads eight at a time.
+    """
     check([(700, 1), (0, 1), (2, 1)], (2, 1), 16, window=window)
     monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
     check([(130, 1), (0, 1), (66, 1)], (2, 1), 16, window=window)
     check([(130, 1), (0, 1), (66, 3)], (2, 1), 16, window=window)
+    check([(130, 1), (3, 1)], (20, 1), 64, window=window)
     assert not counters(torch.empty(0, device=DEVICE).device).any(), "a launch resets them"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from lora_runtime import kernels
-from lora_runtime.kernels import gpu, gpu_elementwise, reference
+from lora_runtime.kernels import HeadNorm, gpu, gpu_elementwise, reference
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
@@ -61,15 +62,24 @@ def test_rms_norm(monkeypatch, kind, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 33, 1100])
-def test_add_rms_norm(width, dtype):
-    """The sum is torch's to the bit, and the norm is that of the rounded sum."""
-    norm = LlamaRMSNorm(width, eps=1e-5).to(DEVICE, dtype)
-    norm.weight.requires_grad_(False).copy_(random(width, dtype=dtype))
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("has_branch_norm", [False, True])
+def test_add_rms_norm(has_branch_norm, kind, width, dtype):
+    """The sum is torch's to the bit, where nothing is normed before, and the norm that of it."""
+    norm, branch = (kind(width, eps=1e-5).to(DEVICE, dtype) for _ in range(2))
+    for one in (norm, branch):
+        one.weight.requires_grad_(False).copy_(random(width, dtype=dtype))
     x = 3 * random(1, 5, width, dtype=dtype)
     residual = random(1, 5, 2 * width, dtype=dtype)[..., width:]
+    options = dict(plus_one=kind is Gemma2RMSNorm)
+    options["branch_weight"] = branch.weight if has_branch_norm else None
     for op in (kernels.add_rms_norm, reference.add_rms_norm):
-        total, y = op(x, residual, norm.weight, 1e-5)
-        assert torch.equal(total, residual + x) and total.dtype == y.dtype == dtype
+        total, y = op(x, residual, norm.weight, 1e-5, **options)
+        assert total.dtype == y.dtype == dtype
+        if has_branch_norm:
+            close(total, residual + branch(x))
+        else:
+            assert torch.equal(total, residual + x)
         close(y, norm(total))
 
 
@@ -85,24 +95,53 @@ def test_a_norm_is_bit_equal_in_any_batch_beside_any_neighbour(width):
         assert torch.equal(kernels.rms_norm(x[rows], weight, 1e-5, plus_one=False), y[rows])
 
 
+def head_norm(kind, head_dim, dtype):
+    """transformers' modules for queries and keys, and what our ops take for both."""
+    modules = [kind(head_dim, eps=1e-5).to(DEVICE, dtype) for _ in range(2)]
+    for module in modules:
+        module.weight.requires_grad_(False).copy_(random(head_dim, dtype=dtype))
+    weights = (module.weight for module in modules)
+    return modules, HeadNorm(*weights, eps=1e-5, plus_one=kind is Gemma2RMSNorm)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [None, LlamaRMSNorm, Gemma2RMSNorm])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "rotated"), [((5, 2), 16, 16), ((1, 1), 80, 80), ((4, 4), 48, 20)]
 )
-def test_rotate(heads, head_dim, rotated, dtype):
-    """transformers rounds each product, so it may be a few bfloat16 steps off."""
-    width = sum(heads) * head_dim
-    qk = random(6, width + 7, dtype=dtype)[:, :width].unflatten(1, (-1, head_dim))
-    q, k = qk.split(heads, 1)
+def test_rotate(heads, head_dim, rotated, kind, dtype):
+    """transformers rounds each product, so it may be a few bfloat16 steps off. Queries, keys and
+    values are slices of one product, and what the cache held stays where nothing is written.
+    """
+    num_heads, num_groups = heads
+    width = (num_heads + 2 * num_groups) * head_dim
+    qkv = random(6, width + 7, dtype=dtype)[:, :width].unflatten(1, (-1, head_dim))
+    q, k, v = qkv.split((num_heads, num_groups, num_groups), 1)
     angles = torch.rand(1, 6, rotated // 2, device=DEVICE) * 6
     cos, sin = (torch.cat([f(angles)] * 2, -1).to(dtype) for f in (torch.cos, torch.sin))
-    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    for rotate in (kernels.rotate, reference.rotate):
-        for y, wanted in zip(rotate(q, k, cos[0], sin[0]), expected, strict=True):
+    modules, norm = head_norm(kind, head_dim, dtype) if kind else ([nn.Identity()] * 2, None)
+    turned = (
+        module(part.transpose(0, 1)[None]) for module, part in zip(modules, (q, k), strict=True)
+    )
+    expected = [x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*turned, cos, sin)]
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-6
+    slots = torch.tensor([7, 2, -1, 0, 9, 4], device=DEVICE)
+    empty = random(2, 11, num_groups, head_dim, dtype=dtype)
+    spread = torch.stack([cos[0], sin[0]], -1)
+    for backend in (kernels, reference):
+        turned = backend.rotate(q, k, *spread.unbind(-1), norm)
+        cache = empty.clone()
+        rotated_q = backend.rotate_and_write(q, k, v, cos[0], sin[0], *cache, slots, norm)
+        assert torch.equal(rotated_q, turned[0])
+        for y, wanted in zip(turned, expected, strict=True):
             assert y.is_contiguous() and y.dtype == dtype
-            tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-6
-            torch.testing.assert_close(y, wanted[0].transpose(0, 1), rtol=0, atol=tolerance)
-            assert torch.equal(y[..., rotated:], wanted[0].transpose(0, 1)[..., rotated:])
+            torch.testing.assert_close(y, wanted, rtol=tolerance if kind else 0, atol=tolerance)
+            if norm is None:
+                assert torch.equal(y[..., rotated:], wanted[..., rotated:])
+        for found, before, wanted in zip(cache, empty, (turned[1], v), strict=True):
+            is_written = torch.isin(torch.arange(11, device=DEVICE), slots)
+            assert torch.equal(found[~is_written], before[~is_written])
+            assert torch.equal(found[slots[slots >= 0]], wanted[slots >= 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
