@@ -53,7 +53,7 @@ def _runtime() -> Iterator[tuple[str, str]]:
     import torch
 
     from lora_runtime import kernels
-    from lora_runtime.base.loader import resolve_device, resolve_dtype
+    from lora_runtime.base.device import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     yield "device", str(device)
