@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lora_runtime.config import CPU_DEFAULTS, DeviceDefaults, cuda_defaults
 from lora_runtime.errors import ConfigError
 
 NATIVE_BFLOAT16 = (8, 0)
@@ -11,17 +12,34 @@ NATIVE_BFLOAT16 = (8, 0)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a setting. Raises ConfigError when the machine lacks it."""
+    """The torch device of a setting. Raises ConfigError (`device`) when the machine lacks it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(
-            f"device {name!r} cannot be used here: {error}", field="device"
-        ) from error
+            f"device is {name!r}, and torch finds no CUDA device here (`loramux doctor` says why); "
+            "use cpu or auto, or mend that",
+            field="device",
+        )
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ConfigError(
+            f"device is {name!r}, and the GPUs that this process sees are cuda:0 to "
+            f"cuda:{count - 1}; use one of them (CUDA_VISIBLE_DEVICES renumbers them from 0)",
+            field="device",
+        )
     return device
+
+
+def device_defaults(name: str) -> DeviceDefaults:
+    """Defaults of settings for the device of a setting. Raises ConfigError as `resolve_device`."""
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return CPU_DEFAULTS
+    return cuda_defaults(torch.cuda.get_device_properties(device).total_memory)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -199,6 +199,7 @@ def test_every_setting_is_a_flag_of_serve(invoke):
 def test_settings_can_be_shown_and_are_checked(invoke):
     shown = invoke("serve", "--print-config", "--block-size", "8")
     assert "block_size: 8\n" in shown.stdout
+    assert "max_num_seqs: 64\nmax_num_batched_tokens: 512\n" in shown.stdout
     refused = invoke("serve", "--block-size", "0")
     assert refused.exit_code == 1 and refused.stderr.startswith("error: block_size")
     assert invoke("serve", "--block-size", "x").exit_code == 2

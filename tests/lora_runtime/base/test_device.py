@@ -1,16 +1,67 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lora_runtime.base.device import resolve_device, resolve_dtype
+from lora_runtime.base.device import device_defaults, resolve_device, resolve_dtype
+from lora_runtime.config import CPU_DEFAULTS
 from lora_runtime.errors import ConfigError
 
 
-def test_a_device_that_is_not_here_is_refused():
-    with pytest.raises(ConfigError, match="'cuda:99' cannot be used here") as caught:
-        resolve_device("cuda:99")
+def machine(monkeypatch, num_gpus: int, total_bytes: int = 0) -> None:
+    """torch.cuda's view of a machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    properties = SimpleNamespace(total_memory=total_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "name", "expected"),
+    [
+        (0, "auto", "cpu"),
+        (2, "auto", "cuda"),
+        (2, "cpu", "cpu"),
+        (1, "cuda", "cuda"),
+        (2, "cuda:1", "cuda:1"),
+    ],
+)
+def test_the_device_of_a_setting(monkeypatch, num_gpus, name, expected):
+    machine(monkeypatch, num_gpus)
+    assert resolve_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "name", "message"),
+    [
+        (0, "cuda", "'cuda', and torch finds no CUDA device here .*use cpu or auto"),
+        (0, "cuda:0", "'cuda:0', and torch finds no CUDA device"),
+        (2, "cuda:2", "'cuda:2', .* are cuda:0 to cuda:1; use one of them"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(monkeypatch, num_gpus, name, message):
+    machine(monkeypatch, num_gpus)
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve_device(name)
     assert caught.value.field == "device"
+
+
+@pytest.mark.parametrize(
+    ("total_bytes", "expected"),
+    [
+        (12 << 30, (128, 2048, 1536 << 20)),
+        (24 << 30, (128, 2048, 3 << 30)),
+        (80 << 30, (256, 4096, 10 << 30)),
+        (85_017_755_648, (256, 4096, 10134 << 20)),
+    ],
+)
+def test_defaults_follow_the_device(monkeypatch, total_bytes, expected):
+    machine(monkeypatch, 1, total_bytes)
+    found = device_defaults("cuda:0")
+    assert (found.max_num_seqs, found.max_num_batched_tokens, found.pool_bytes) == expected
+    assert device_defaults("auto") == found and device_defaults("cpu") == CPU_DEFAULTS
 
 
 @pytest.mark.parametrize(
