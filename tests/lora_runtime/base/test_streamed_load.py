@@ -197,3 +197,15 @@ def test_the_check_against_the_original_still_refuses(tmp_path, monkeypatch, dty
     monkeypatch.setattr(AdaptedLinear, "forward", wrong)
     with pytest.raises(BaseRefused, match="does not give its own logits"):
         load_base(BaseConfig(model=str(folder), dtype=dtype, device="cpu"))
+
+
+def test_a_checkpoint_in_shards_is_the_same_base(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "one")
+    whole(folder, torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    prints = {
+        load_base(BaseConfig(model=str(each), dtype=dtype, device="cpu")).spec.fingerprint
+        for each in (folder, tmp_path / "shards")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(prints) == 1
