@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,40 @@ from lora_runtime.errors import ConfigError
 Quantization = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
 """bitsandbytes' 4-bit formats, `nf4` also with quantised scales; LLM.int8's weights; none."""
 DtypeName = Literal["auto", "float32", "bfloat16"]
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?")
+DEVICE_RULE = "auto, cpu, cuda or cuda:N with the number of a GPU, counted from 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDefaults:
+    """The settings whose default follows the device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    pool_bytes: int
+
+
+CPU_DEFAULTS = DeviceDefaults(max_num_seqs=64, max_num_batched_tokens=512, pool_bytes=512 << 20)
+"""Also what settings have that are made in code, without a device in mind."""
+LARGE_DEVICE_BYTES = 40_000_000_000
+"""Memory from which on a GPU counts as a data centre's."""
+POOL_SHARE = 8
+"""One part in so many of a GPU's memory is for adapters."""
+
+
+def cuda_defaults(total_bytes: int) -> DeviceDefaults:
+    """The defaults for a CUDA device of that much memory.
+
+    A step of more tokens than the packed products take dequantises the whole base once, however
+    many tokens it has: with few it spends longer on that than on multiplying. More tokens make
+    other rows of the step wait longer for theirs.
+    """
+    is_large = total_bytes >= LARGE_DEVICE_BYTES
+    return DeviceDefaults(
+        max_num_seqs=256 if is_large else 128,
+        max_num_batched_tokens=4096 if is_large else 2048,
+        pool_bytes=total_bytes // POOL_SHARE >> 20 << 20,
+    )
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -31,6 +66,10 @@ class BaseConfig:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dequantized_cache: bool = True
     """CPU only: keep a private dequantised copy of the weights for speed (counted as resident)."""
+
+    def __post_init__(self) -> None:
+        is_known = DEVICE_NAME.fullmatch(self.device) is not None
+        _require(is_known, "device", self.device, DEVICE_RULE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +109,9 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one engine step and of the queue."""
 
-    max_num_seqs: int = 64
+    max_num_seqs: int = CPU_DEFAULTS.max_num_seqs
     """Sequences that run at once."""
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = CPU_DEFAULTS.max_num_batched_tokens
     """Tokens in one step, decode rows and prefill chunks together."""
     max_model_len: int | None = None
     """Longest prompt + output; None takes the base's own limit."""
@@ -105,7 +144,7 @@ class SchedulerConfig:
 class AdapterConfig:
     """The device pool that holds adapters, and its bookkeeping."""
 
-    pool_bytes: int = 512 << 20
+    pool_bytes: int = CPU_DEFAULTS.pool_bytes
     """Device bytes for adapters; each takes the bytes of its own tensors, whatever its rank."""
     max_slots: int = 256
     """Adapters resident on the device at once."""

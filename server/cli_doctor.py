@@ -27,11 +27,29 @@ PACKAGES = (
 def doctor(
     base: Annotated[str, typer.Option(help="The base to look for.")] = "smollm2-135m",
 ) -> None:
-    """Show versions, device, kernel backend, memory, and whether the base is on this machine."""
+    """Show versions, device, kernel backend, memory, and whether the base is on this machine.
+
+    What the GPU path lacks is listed below, with what to change.
+    """
+    from lora_runtime.kernels.gpu_needs import gpu_needs
+
+    needs = list(gpu_needs())
     table = Table("what", "found", title="loramux doctor")
     for what, found in (*_versions(), *_machine(), *_runtime(), ("base", _base(base))):
         table.add_row(what, found)
-    Console(markup=False).print(table)
+    table.add_section()
+    for need in needs:
+        table.add_row(need.name, need.found)
+    console = Console(markup=False, soft_wrap=True, highlight=False)
+    console.print(table)
+    missing = [need for need in needs if need.advice]
+    console.print(
+        "What the GPU path lacks here (a CPU needs none of it):"
+        if missing
+        else "A GPU can be used."
+    )
+    for need in missing:
+        console.print(f"- {need.name}: {need.found}. {need.advice}")
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -53,14 +71,10 @@ def _runtime() -> Iterator[tuple[str, str]]:
     import torch
 
     from lora_runtime import kernels
-    from lora_runtime.base.loader import resolve_device, resolve_dtype
+    from lora_runtime.base.device import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     yield "device", str(device)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        yield "device memory", f"{decimal(free)} free of {decimal(total)} ({name})"
     yield "dtype", str(resolve_dtype("auto", device)).removeprefix("torch.")
     yield "threads", str(torch.get_num_threads())
     yield "kernel backend", kernels.BACKEND

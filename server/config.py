@@ -29,6 +29,9 @@ from pydantic_settings import (
 )
 
 from lora_runtime.config import (
+    CPU_DEFAULTS,
+    DEVICE_NAME,
+    DEVICE_RULE,
     AdapterConfig,
     BaseConfig,
     CacheConfig,
@@ -53,6 +56,12 @@ def _checked_address(address: str) -> str:
     return address
 
 
+def _checked_device(name: str) -> str:
+    if DEVICE_NAME.fullmatch(name) is None:
+        raise ValueError(f"must be {DEVICE_RULE}")
+    return name
+
+
 def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
@@ -60,6 +69,7 @@ def _split_paths(value: object) -> object:
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
+DeviceName = Annotated[str, AfterValidator(_checked_device)]
 Paths = Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_split_paths)]
 
 
@@ -76,7 +86,7 @@ class ServerConfig(BaseSettings):
     """Format of the inner linear layers."""
     dtype: DtypeName = "auto"
     """Compute dtype."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dequantized_cache: bool = True
     """CPU only: keep a dequantised copy of the weights; faster, more memory."""
@@ -93,10 +103,10 @@ class ServerConfig(BaseSettings):
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 
-    max_num_seqs: PositiveInt = 64
-    """Sequences that run at once."""
-    max_num_batched_tokens: PositiveInt = 512
-    """Tokens in one engine step."""
+    max_num_seqs: PositiveInt = CPU_DEFAULTS.max_num_seqs
+    """Sequences that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
+    max_num_batched_tokens: PositiveInt = CPU_DEFAULTS.max_num_batched_tokens
+    """Tokens in one engine step. On CUDA 2048, or 4096 from 40 GB of memory on."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt + output; none: the base's own limit."""
     block_size: PositiveInt = 16
@@ -107,8 +117,8 @@ class ServerConfig(BaseSettings):
     """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
     cuda_graphs: bool = True
     """CUDA only: capture decode steps as graphs at the start, which makes each step faster."""
-    adapter_pool_bytes: PositiveInt = 512 << 20
-    """Bytes of device memory for adapters."""
+    adapter_pool_bytes: PositiveInt = CPU_DEFAULTS.pool_bytes
+    """Bytes of device memory for adapters. On CUDA an eighth of the device's."""
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
@@ -161,20 +171,36 @@ def load_config(
 ) -> ServerConfig:
     """Merge YAML file, environment and flags (None = not given) into checked settings.
 
-    Raises ConfigError; `field` is the key, the message says where it was set and what to change.
+    What none of them gives is fit for the device. Raises ConfigError; `field` is the key, the
+    message says where it was set and what to change.
     """
     layers: dict[str, Mapping[str, Any]] = {
         str(file): _read_yaml(file) if file else {},
         "the environment": EnvSettingsSource(ServerConfig)(),
         "the flags": {name: value for name, value in (flags or {}).items() if value is not None},
     }
-    merged = {name: value for layer in layers.values() for name, value in layer.items()}
+    given = {name: value for layer in layers.values() for name, value in layer.items()}
     try:
-        config = ServerConfig(**merged)
+        config = ServerConfig(**given)
+        config = ServerConfig(**{**_device_defaults(config.device), **given})
     except ValidationError as error:
         raise _config_error(error, layers) from None
     config.to_engine_config()
     return config
+
+
+def _device_defaults(device: str) -> Mapping[str, int]:
+    """Defaults that are other ones than a CPU's. Imports torch where a GPU is possible."""
+    if device == "cpu":
+        return {}
+    from lora_runtime.base.device import device_defaults
+
+    defaults = device_defaults(device)
+    return {
+        "max_num_seqs": defaults.max_num_seqs,
+        "max_num_batched_tokens": defaults.max_num_batched_tokens,
+        "adapter_pool_bytes": defaults.pool_bytes,
+    }
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:

@@ -58,6 +58,7 @@ GRPC_DOORS = [
     "server.grpc_server", "server.app", "server.errors", "server.client", "server.client_channel",
 ]  # fmt: skip
 DOORS = {
+    "accelerate": ["lora_runtime.base.streamed_load"],
     "bitsandbytes": ["lora_runtime.base.quant_linear", "lora_runtime.training.*"],
     "gguf": ["lora_runtime.base.gguf"],
     "google.rpc": ["server.errors"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.quant_linear import ROW_BLOCK, FrozenLinear
 from lora_runtime.kernels import can_multiply_codes, int8_product
 
 MAX_CODE = 127
@@ -28,11 +28,10 @@ class Int8Linear(FrozenLinear):
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        rounded = weight.detach().to(torch.bfloat16).float()
-        absmax = rounded.abs().amax(1)
-        codes = torch.round(rounded * (MAX_CODE / absmax[:, None]))
-        self.register_buffer("codes", codes.nan_to_num(0.0, 0.0, 0.0).to(torch.int8))
-        self.register_buffer("absmax", absmax)
+        parts = [_quantized(rows) for rows in weight.detach().split(ROW_BLOCK)]
+        codes, absmax = zip(*parts, strict=True)
+        self.register_buffer("codes", torch.cat(codes))
+        self.register_buffer("absmax", torch.cat(absmax))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
@@ -56,3 +55,11 @@ class Int8Linear(FrozenLinear):
 
     def _dequantized(self, rows: slice) -> Tensor:
         return self.codes[rows] * (self.absmax[rows, None] / MAX_CODE)
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of some rows of a weight."""
+    rounded = rows.to(torch.bfloat16).float()
+    absmax = rounded.abs().amax(1)
+    codes = torch.round(rounded * (MAX_CODE / absmax[:, None]))
+    return codes.nan_to_num(0.0, 0.0, 0.0).to(torch.int8), absmax

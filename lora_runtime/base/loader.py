@@ -1,12 +1,13 @@
 """From a checkpoint folder to a base ready for adapters.
 
 transformers owns the model's definition; its inner linears, attention and rotary tables are
-replaced by ours. Before quantising, the result is compared with the untouched model.
+replaced by ours. Before quantising, the result is compared with the untouched model. The weights of
+inner linears visit the device one at a time, so that it never holds all of them unquantised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_runtime.base import attention
 from lora_runtime.base.adapted_linear import (
@@ -25,19 +26,27 @@ from lora_runtime.base.adapted_linear import (
 )
 from lora_runtime.base.attention import Attention, KVCache
 from lora_runtime.base.catalog import resolve_base
+from lora_runtime.base.device import resolve_device, resolve_dtype
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.fused_modules import fuse_modules
 from lora_runtime.base.head_model import head_model
 from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.planned_model import PlannedBatch, planned_model
-from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
+from lora_runtime.base.quant_linear import DenseLinear, FrozenLinear, QuantLinear
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.self_check import original_logits, self_check
 from lora_runtime.base.stacked_linears import stack_linears
+from lora_runtime.base.streamed_load import (
+    decoder_layers,
+    inner_linears,
+    place,
+    read_model,
+    visiting,
+)
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
-from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_run_on_gpu
 
 Progress = Callable[[str], None]
@@ -121,10 +130,10 @@ def load_base(config: BaseConfig, on_progress: Progress | None = None) -> Base:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
-    model = AutoModelForCausalLM.from_pretrained(
-        resolved.folder, dtype=dtype, local_files_only=True, attn_implementation="eager"
-    ).to(device)
-    return prepare_base(model, config, resolved.name, resolved.folder, on_progress=say)
+    model = read_model(resolved.folder, dtype)
+    return prepare_base(
+        model, config, resolved.name, resolved.folder, device=device, dtype=dtype, on_progress=say
+    )
 
 
 def prepare_base(
@@ -132,23 +141,35 @@ def prepare_base(
     config: BaseConfig,
     name: str,
     folder: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     on_progress: Progress = lambda _: None,
 ) -> Base:
-    """Operate on a loaded transformers model, which becomes the base (`config.model` is unused)."""
+    """Operate on a loaded transformers model, which becomes the base (`config.model` is unused).
+
+    `device` and `dtype`: where it is to compute and in what; None: where and what it is.
+    """
+    device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
+    _refuse_unsupported(model)
+    place(model, device)
     fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
-    layers = _decoder_layers(model)
-    _refuse_unsupported(model, layers)
     on_progress("checking against the original model")
-    original = original_logits(model)
+    with visiting(inner_linears(model).values(), device, dtype):
+        original = original_logits(model)
     context = StepContext()
-    linears = dict(_replace_linears(model, layers, context))
+    linears = dict(_replace_linears(model, context))
     model.set_attn_implementation(attention.NAME)
     fuse_modules(model)
-    self_check(model, original)
-    keep_copies = config.dequantized_cache and model.device.type == "cpu"
+    with visiting([adapted.linear for adapted in linears.values()], device, dtype):
+        self_check(model, original)
+    keep_copies = config.dequantized_cache and device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
-    _freeze(linears.values(), config.quantization, keep_copies=keep_copies)
+    freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
+    for adapted in linears.values():
+        dense = adapted.linear
+        adapted.linear = freeze(dense.weight_values().to(device, dtype), dense.bias)
     _freeze_head(model, keep_copies=keep_copies)
     if can_run_on_gpu(model.get_input_embeddings().weight):
         stack_linears(model)
@@ -183,7 +204,7 @@ def _spec(
         embedding=_path_of(model, embedding),
         head=_path_of(model, head),
         is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
-        num_layers=len(_decoder_layers(model)),
+        num_layers=len(decoder_layers(model)),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=int(config.max_position_embeddings),
@@ -205,30 +226,6 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a setting. Raises ConfigError when the machine lacks it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used here: {error}", field="device"
-        ) from error
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of a setting; `auto` is bfloat16 where it is native."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16
-    is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if is_native else torch.float32
-
-
 def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     """(key-value heads, head size) of every layer."""
     config = model.config.get_text_config()
@@ -236,19 +233,9 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise BaseRefused(
-            f"{model.config.model_type} has no list of decoder layers; "
-            "only dense decoder-only models are served"
-        )
-    return layers
-
-
-def _refuse_unsupported(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+def _refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise BaseRefused for weights that are not in an nn.Linear: experts, Conv1D, state spaces."""
-    for path, module in layers.named_modules():
+    for path, module in decoder_layers(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and type(module) is not nn.Linear:
                 raise BaseRefused(
@@ -259,12 +246,12 @@ def _refuse_unsupported(model: PreTrainedModel, layers: nn.ModuleList) -> None:
 
 
 def _replace_linears(
-    model: PreTrainedModel, layers: nn.ModuleList, context: StepContext
+    model: PreTrainedModel, context: StepContext
 ) -> Iterator[tuple[str, AdaptedLinear]]:
     """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers."""
-    prefix = next(path for path, module in model.named_modules() if module is layers)
-    inner = [(path, m) for path, m in layers.named_modules() if type(m) is nn.Linear]
-    for path, linear in inner:
+    layers = decoder_layers(model)
+    prefix = _path_of(model, layers)
+    for path, linear in inner_linears(model).items():
         parent, _, name = path.rpartition(".")
         adapted = AdaptedLinear(
             f"{prefix}.{path}", DenseLinear(linear.weight, linear.bias), context
@@ -273,17 +260,15 @@ def _replace_linears(
         yield adapted.path, adapted
 
 
-def _freeze(linears: Iterable[AdaptedLinear], quantization: str, *, keep_copies: bool) -> None:
-    freeze = {
+def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
+    """What makes a frozen layer of a dense weight and a bias."""
+    return {
         "none": DenseLinear,
         "nf4": QuantLinear,
         "nf4-double": partial(QuantLinear, is_nested=True),
         "fp4": partial(QuantLinear, quant_type="fp4"),
         "int8": Int8Linear,
     }[quantization]
-    for adapted in linears:
-        dense = adapted.linear
-        adapted.linear = freeze(dense.weight_values(), dense.bias, keep_copies=keep_copies)
 
 
 def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:

@@ -29,6 +29,10 @@ from lora_runtime.kernels import (
 
 BLOCK_SIZE = 64
 """Weights that share one absmax."""
+NESTED_BLOCK_SIZE = 256
+"""absmax values that share a second one in double quantisation."""
+QUANTIZED_AT_ONCE = 1 << 18
+"""Weights that are quantised at once, whole blocks: on a CPU each takes 20 bytes meanwhile."""
 ROW_BLOCK = 512
 """Rows that are dequantised at once: a multiple of BLOCK_SIZE, so that no absmax is split."""
 
@@ -177,21 +181,23 @@ class QuantLinear(FrozenLinear):
         self.dtype = weight.dtype
         self.quant_type = quant_type
         self.is_nested = is_nested
-        packed, state = bnb.quantize_4bit(
-            weight.detach().to(torch.bfloat16),
-            blocksize=BLOCK_SIZE,
-            quant_type=quant_type,
-            compress_statistics=is_nested,
-        )
-        self.register_buffer("packed", packed.flatten())
-        self.register_buffer("absmax", state.absmax)
-        self.register_buffer("code", state.code, persistent=False)
+        packed, absmax = _quantized(weight.detach(), quant_type)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        code = bnb.get_4bit_type(quant_type, device=weight.device)
+        self.register_buffer("code", code, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         if is_nested:
-            self.register_buffer("nested_absmax", state.state2.absmax)
-            self.register_buffer("nested_code", state.state2.code, persistent=False)
-            self.register_buffer("nested_offset", state.offset)
-            self.nested_block_size = state.state2.blocksize
+            self._quantize_scales()
+
+    def _quantize_scales(self) -> None:
+        offset = self.absmax.mean()
+        self.absmax, state = bnb.quantize_blockwise(
+            self.absmax - offset, blocksize=NESTED_BLOCK_SIZE
+        )
+        self.register_buffer("nested_absmax", state.absmax)
+        self.register_buffer("nested_code", state.code, persistent=False)
+        self.register_buffer("nested_offset", offset)
 
     @property
     def joined_parts(self) -> tuple[str, ...]:
@@ -229,7 +235,7 @@ class QuantLinear(FrozenLinear):
         state = bnb.QuantState(
             absmax=self.nested_absmax,
             code=self.nested_code,
-            blocksize=self.nested_block_size,
+            blocksize=NESTED_BLOCK_SIZE,
             dtype=torch.float32,
         )
         return bnb.dequantize_blockwise(self.absmax, state) + self.nested_offset
@@ -250,3 +256,15 @@ class QuantLinear(FrozenLinear):
             dtype=dtype,
         )
         return bnb.dequantize_4bit(packed[:, None], state).reshape(size)
+
+
+def _quantized(weight: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """(packed, absmax) of a weight, some of it at a time: no block depends on another."""
+    parts = []
+    for some in weight.flatten().split(QUANTIZED_AT_ONCE):
+        packed, state = bnb.quantize_4bit(
+            some.to(torch.bfloat16), blocksize=BLOCK_SIZE, quant_type=quant_type
+        )
+        parts.append((packed.flatten(), state.absmax))
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(absmax)

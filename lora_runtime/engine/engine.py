@@ -61,7 +61,7 @@ class Engine:
             bound=base.spec.linears if has_graphs else None,
             max_rank=USUAL_MAX_RANK if has_graphs else 0,
         )
-        num_blocks = num_kv_blocks(base, config, self.pool)
+        num_blocks = num_kv_blocks(base, config)
         self.blocks = BlockManager(
             num_blocks,
             config.cache.block_size,

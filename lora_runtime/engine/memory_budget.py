@@ -2,29 +2,47 @@
 
 On a CUDA device with neither `num_blocks` nor `kv_bytes` set:
 
-    KV bytes = gpu_memory_utilization · total − in use − activations
+    KV bytes = gpu_memory_utilization · total − in use − activations − graphs
 
 in use: the base, the adapter pool, CUDA itself and other processes; activations: the peak of a
-largest step. Decode graphs, and adapters that are being checked, take from the share left over.
+largest step; graphs: what the largest decode graph holds, whose memory the others share, and the
+logits they all write to. Both are measured with an adapter on every linear of every row. What CUDA
+keeps of each graph itself, and adapters that are being checked, take from the share left over.
 Source: vLLM's memory profiling. Unmeasured on a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from lora_runtime.adapters.host_cache import HostCache
+from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.pool import AdapterPool
+from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import Request, SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from lora_runtime.core import (
+    AdapterPlacement,
+    AdapterUse,
+    Request,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+)
+from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.errors import ConfigError
 
 DEFAULT_KV_BYTES = 1 << 30
 """Where nothing is measured."""
+MEASURED_RANK = 16
+"""Rank of the adapter in a measured step; ranks take little beside the outputs of its linears."""
+MEASURED_DIGEST = "measured"
+"""Names that adapter; no content has a digest like it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +53,12 @@ class DeviceMemory:
     in_use: int
     activations: int
     """What a largest step takes beyond `in_use`."""
+    graphs: int
+    """What decode graphs will hold beyond `in_use`; 0 without graphs."""
 
 
-def num_kv_blocks(base: Base, config: EngineConfig, pool: AdapterPool) -> int:
-    """Blocks of the cache; call it when all else that stays on the device is there.
+def num_kv_blocks(base: Base, config: EngineConfig) -> int:
+    """Blocks of the cache; call it when base, adapter pool and all else that stays are there.
 
     Raises ConfigError naming `kv_bytes` or `gpu_memory_utilization` when they leave too little.
     """
@@ -47,7 +67,7 @@ def num_kv_blocks(base: Base, config: EngineConfig, pool: AdapterPool) -> int:
     if cache.num_blocks is not None:
         return cache.num_blocks
     if cache.kv_bytes is None and base.device.type == "cuda":
-        return blocks_that_fit(measure(base, config, pool), block_bytes, config)
+        return blocks_that_fit(measure(base, config), block_bytes, config)
     kv_bytes = cache.kv_bytes or DEFAULT_KV_BYTES
     if kv_bytes < block_bytes:
         raise ConfigError(
@@ -62,43 +82,88 @@ def blocks_that_fit(memory: DeviceMemory, block_bytes: int, config: EngineConfig
     Raises ConfigError (field `gpu_memory_utilization`) when a largest step would not fit.
     """
     utilization = config.cache.gpu_memory_utilization
-    left = int(utilization * memory.total) - memory.in_use - memory.activations
+    needed = memory.activations + memory.graphs
+    left = int(utilization * memory.total) - memory.in_use - needed
     num_tokens = config.scheduler.max_num_batched_tokens
     least = -(-num_tokens // config.cache.block_size) * block_bytes
     if left < least:
         raise ConfigError(
             f"gpu_memory_utilization is {utilization}: of {memory.total} bytes, {memory.in_use} of "
-            f"them in use and {memory.activations} needed by a step, it leaves {max(left, 0)} for "
-            f"keys and values, and a step's {num_tokens} tokens take {least}; raise it, or lower "
-            "max_num_batched_tokens or the adapter pool's bytes",
+            f"them in use, {memory.activations} needed by a step and {memory.graphs} by decode "
+            f"graphs, it leaves {max(left, 0)} for keys and values, and the {num_tokens} tokens of "
+            f"a step take {least}; raise it, or lower max_num_batched_tokens, max_num_seqs or the "
+            "adapter pool's bytes",
             field="gpu_memory_utilization",
         )
     return left // block_bytes
 
 
-def measure(base: Base, config: EngineConfig, pool: AdapterPool) -> DeviceMemory:
-    """Run a largest step over a small cache of its own and see what it took.
-
-    Twice: the first run compiles kernels and sets up what libraries keep, which counts as in use.
+def measure(base: Base, config: EngineConfig) -> DeviceMemory:
+    """Run a largest step, and a largest decode step, over a small cache of their own, and see what
+    they took.
     """
+    activations, graphs = _largest_steps(base, config)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(base.device)
+    return DeviceMemory(total=total, in_use=total - free, activations=activations, graphs=graphs)
+
+
+@torch.inference_mode()
+def _largest_steps(base: Base, config: EngineConfig) -> tuple[int, int]:
+    """Bytes of activations and of graphs; nothing stays on the device."""
     plan, block_size = largest_step(base, config), config.cache.block_size
     num_blocks = sum(len(row.sequence.block_table) for row in plan.sequences)
     cache = base.allocate_kv(num_blocks * block_size)
+    pool = _pool_with_an_adapter(base)
     runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.sequences))
-    runner.start(plan).result()
-    torch.cuda.reset_peak_memory_stats(base.device)
-    before = torch.cuda.memory_allocated(base.device)
-    runner.start(plan).result()
-    activations = torch.cuda.max_memory_allocated(base.device) - before
-    del runner, cache
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(base.device)
-    return DeviceMemory(total=total, in_use=total - free, activations=activations)
+    activations = _peak(base.device, lambda: runner.start(plan).result())
+    return activations, _graph_bytes(runner, plan) if config.cuda_graphs else 0
+
+
+def _graph_bytes(runner: ModelRunner, plan: ScheduledBatch) -> int:
+    """What the graph of most rows will hold: all that its forward takes, and its logits."""
+    rows = plan.sequences[: buckets(len(plan.sequences))[-1]]
+    last = tuple(ScheduledSequence(row.sequence, row.end - 1, 1) for row in rows)
+    decode = ScheduledBatch(last)
+    logits = runner.logits(decode)
+    return logits.nbytes + _peak(runner.base.device, lambda: runner.logits(decode))
+
+
+def _peak(device: torch.device, run: Callable[[], object]) -> int:
+    """Bytes that `run` takes while it runs.
+
+    It runs twice: the first time compiles kernels and sets up what libraries keep, which counts as
+    in use.
+    """
+    run()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _pool_with_an_adapter(base: Base) -> AdapterPool:
+    """A pool whose slot 0 has an adapter for all inner linears and the output layer."""
+    paths = (*base.spec.linears, base.spec.head)
+    modules = {}
+    for path in paths:
+        shape = base.spec.shapes[path]
+        a = torch.zeros(MEASURED_RANK, shape.in_features)
+        b = torch.zeros(shape.out_features, MEASURED_RANK)
+        modules[ModuleKey(path)] = ModuleForm(a=a, b=b)
+    form = ServingForm(
+        digest=MEASURED_DIGEST, variant="lora", modules=modules, honoured={}, inert={}
+    )
+    adapter = pack_for(base, form)
+    like = torch.empty(0, dtype=adapter.dtype, device=base.device)
+    pool = AdapterPool(base.spec.shapes, adapter.nbytes, 1, like)
+    pool.load(AdapterPlacement(MEASURED_DIGEST, slot=0, address=0), adapter)
+    return pool
 
 
 def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
     """As many rows and tokens as a step may have, the first rows as long as can be; all sample,
-    in the way that takes most memory.
+    in the way that takes most memory, and have the adapter of slot 0.
     """
     limits, longest = config.scheduler, base.spec.max_model_len
     longest = min(limits.max_model_len or longest, longest)
@@ -109,6 +174,7 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
         row = Sequence.of(_request(str(index), length))
         num_blocks = -(-length // config.cache.block_size)
         row.block_table = list(range(first_block, first_block + num_blocks))
+        row.slots = (0,)
         first_block += num_blocks
         rows.append(ScheduledSequence(row, 0, length))
     return ScheduledBatch(tuple(rows))
@@ -116,4 +182,9 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
 
 def _request(request_id: str, num_tokens: int) -> Request:
     sampling = SamplingParams(max_tokens=1, top_p=0.9, num_logprobs=20)
-    return Request(request_id=request_id, prompt_token_ids=(0,) * num_tokens, sampling=sampling)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=(0,) * num_tokens,
+        sampling=sampling,
+        adapters=(AdapterUse(digest=MEASURED_DIGEST),),
+    )

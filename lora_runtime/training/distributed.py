@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_runtime.base.loader import resolve_device
+from lora_runtime.base.device import resolve_device
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.units import Unit

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lora_runtime.kernels import gpu_needs
+from lora_runtime.kernels.gpu_needs import Need
 from lora_runtime.training import dry_run, trainer
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
@@ -199,6 +201,7 @@ def test_every_setting_is_a_flag_of_serve(invoke):
 def test_settings_can_be_shown_and_are_checked(invoke):
     shown = invoke("serve", "--print-config", "--block-size", "8")
     assert "block_size: 8\n" in shown.stdout
+    assert "max_num_seqs: 64\nmax_num_batched_tokens: 512\n" in shown.stdout
     refused = invoke("serve", "--block-size", "0")
     assert refused.exit_code == 1 and refused.stderr.startswith("error: block_size")
     assert invoke("serve", "--block-size", "x").exit_code == 2
@@ -209,6 +212,15 @@ def test_doctor_names_what_is_here(invoke):
     assert result.exit_code == 0
     for what in ("torch", "transformers", "device", "kernel backend", "memory", "not here"):
         assert what in result.stdout
+
+
+def test_doctor_says_what_to_change(invoke, monkeypatch):
+    needs = [Need(name="a", found="well"), Need(name="b", found="ill", advice="Mend it.")]
+    monkeypatch.setattr(gpu_needs, "gpu_needs", lambda: iter(needs))
+    lacking = invoke("doctor", "--base", "/does/not/exist")
+    assert lacking.exit_code == 0 and lacking.stdout.endswith("\n- b: ill. Mend it.\n")
+    needs.pop()
+    assert invoke("doctor").stdout.endswith("\nA GPU can be used.\n")
 
 
 @pytest.fixture

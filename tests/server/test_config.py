@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from lora_runtime.base import device
+from lora_runtime.config import BaseConfig, DeviceDefaults
 from lora_runtime.errors import ConfigError
 from server.config import ServerConfig, load_config, split_address
+
+BAD_DEVICES = ["", "gpu", "0", "cuda0", "cuda:", "cuda:-1", "cuda:01", "cuda:1.5", "cuda:x",
+               "CUDA", "cuda: 1", "cuda:1 ", "cuda:1\n", "cpu:0", "meta", "mps"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +101,7 @@ def test_a_wrong_key_is_refused_with_the_nearest_valid_one(tmp_path):
         ("grpc_address", "localhost:65536"),
         ("adapter_roots", ["/does/not/exist"]),
         ("max_num_batched_tokens", 1),
+        *(("device", name) for name in BAD_DEVICES),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(setting, value):
@@ -132,3 +138,48 @@ def test_addresses():
 def test_the_settings_cannot_change_later():
     with pytest.raises(ValueError, match="frozen"):
         load_config().block_size = 4
+
+
+@pytest.mark.parametrize("name", BAD_DEVICES)
+def test_the_engine_refuses_a_device_by_its_name_too(name):
+    with pytest.raises(ConfigError, match="must be auto, cpu, cuda or cuda:N") as caught:
+        BaseConfig(device=name)
+    assert caught.value.field == "device"
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:7", "cuda:10"])
+def test_names_of_devices(name):
+    assert BaseConfig(device=name).device == name
+
+
+DEVICE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens", "adapter_pool_bytes")
+
+
+def test_what_is_not_set_is_fit_for_the_device(tmp_path, monkeypatch):
+    asked = []
+    defaults = DeviceDefaults(max_num_seqs=200, max_num_batched_tokens=3000, pool_bytes=5 << 30)
+    monkeypatch.setattr(device, "device_defaults", lambda name: asked.append(name) or defaults)
+    config = load_config(flags={"device": "cuda:1"})
+    assert [getattr(config, name) for name in DEVICE_SETTINGS] == [200, 3000, 5 << 30]
+    scheduler = config.to_engine_config().scheduler
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (200, 3000)
+    monkeypatch.setenv("LORAMUX_MAX_NUM_SEQS", "2")
+    config = load_config(
+        write(tmp_path, "max_num_batched_tokens: 900\n"), {"adapter_pool_bytes": 77}
+    )
+    assert [getattr(config, name) for name in DEVICE_SETTINGS] == [2, 900, 77]
+    assert asked == ["cuda:1", "auto"]
+
+
+def test_a_cpu_asks_for_no_device(monkeypatch):
+    monkeypatch.setattr(device, "device_defaults", lambda name: 1 / 0)
+    config = load_config(flags={"device": "cpu"})
+    assert [getattr(config, name) for name in DEVICE_SETTINGS] == [64, 512, 512 << 20]
+
+
+def test_a_default_of_the_device_that_does_not_fit_a_setting_is_named(monkeypatch):
+    defaults = DeviceDefaults(max_num_seqs=256, max_num_batched_tokens=4096, pool_bytes=1)
+    monkeypatch.setattr(device, "device_defaults", lambda name: defaults)
+    with pytest.raises(ConfigError, match="100.*at least max_num_seqs .256.") as caught:
+        load_config(flags={"max_num_batched_tokens": 100})
+    assert caught.value.field == "max_num_batched_tokens"

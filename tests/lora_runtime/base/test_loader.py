@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_runtime.base.loader import load_base, prepare_base, resolve_device, resolve_dtype
+from lora_runtime.base.loader import load_base, prepare_base
 from lora_runtime.base.rotary import fix_rotary
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
-from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.errors import BaseRefused
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
 
 
@@ -94,11 +94,3 @@ def test_a_model_whose_attention_we_do_not_express_is_refused(monkeypatch):
     monkeypatch.setattr("lora_runtime.base.varlen_attention._masked_attention", forget_window)
     with pytest.raises(BaseRefused, match="does not give its own logits"):
         tiny_base("gemma2")
-
-
-def test_device_and_dtype_settings():
-    with pytest.raises(ConfigError) as caught:
-        resolve_device("cuda:99")
-    assert caught.value.field == "device"
-    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16

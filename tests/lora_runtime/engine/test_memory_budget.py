@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,39 +42,40 @@ def settings(*, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=None, *
 
 
 @pytest.mark.parametrize(
-    ("total", "utilization", "in_use", "activations", "expected"),
+    ("total", "utilization", "in_use", "activations", "graphs", "expected"),
     [
-        (80 * GIB, 0.9, 6 * GIB, 2 * GIB, 64 * 1024),
-        (80 * GIB, 0.5, 6 * GIB, 2 * GIB, 32 * 1024),
-        (80 * GIB, 1.0, 0, 0, 80 * 1024),
-        (1000, 1.0, 900, 1, None),
-        (GIB + 63 * GIB // 1024, 1.0, 0, GIB, 63),
-        (GIB + 64 * GIB // 1024 - 1, 1.0, 0, GIB, None),
-        (GIB + 64 * GIB // 1024, 1.0, 0, GIB, 64),
+        (80 * GIB, 0.9, 6 * GIB, 2 * GIB, 0, 64 * 1024),
+        (80 * GIB, 0.9, 6 * GIB, 2 * GIB, GIB, 63 * 1024),
+        (80 * GIB, 0.5, 6 * GIB, 2 * GIB, 0, 32 * 1024),
+        (80 * GIB, 1.0, 0, 0, 0, 80 * 1024),
+        (1000, 1.0, 900, 1, 3, None),
+        (GIB + 63 * GIB // 1024, 1.0, 0, GIB, 0, 63),
+        (GIB + 64 * GIB // 1024 - 1, 1.0, 0, GIB - 5, 5, None),
+        (GIB + 64 * GIB // 1024, 1.0, 0, GIB - 5, 5, 64),
     ],
 )
-def test_the_cache_gets_what_is_left(total, utilization, in_use, activations, expected):
+def test_the_cache_gets_what_is_left(total, utilization, in_use, activations, graphs, expected):
     """Blocks of 1 MiB and 4 tokens; a step of 256 tokens takes 64 of them, one of 252 takes 63."""
     num_tokens = 252 if expected == 63 else 256
     config = settings(max_num_batched_tokens=num_tokens, gpu_memory_utilization=utilization)
-    memory = DeviceMemory(total=total, in_use=in_use, activations=activations)
+    memory = DeviceMemory(total=total, in_use=in_use, activations=activations, graphs=graphs)
     if expected is not None:
         assert blocks_that_fit(memory, 1 << 20, config) == expected
         return
-    with pytest.raises(ConfigError, match="max_num_batched_tokens or the adapter") as caught:
+    with pytest.raises(ConfigError, match="max_num_seqs or the adapter") as caught:
         blocks_that_fit(memory, 1 << 20, config)
     assert caught.value.field == "gpu_memory_utilization"
-    numbers = (utilization, total, in_use, activations, num_tokens, 64 << 20)
+    numbers = (utilization, total, in_use, activations, graphs, num_tokens, 64 << 20)
     assert all(str(number) in str(caught.value) for number in numbers)
 
 
 def test_settings_come_before_measuring(base):
-    pool, block_bytes = None, base.kv_bytes_per_token() * 4
-    assert num_kv_blocks(base, settings(num_blocks=7, kv_bytes=1), pool) == 7
-    assert num_kv_blocks(base, settings(kv_bytes=10 * block_bytes - 1), pool) == 9
-    assert num_kv_blocks(base, settings(), pool) == GIB // block_bytes
+    block_bytes = base.kv_bytes_per_token() * 4
+    assert num_kv_blocks(base, settings(num_blocks=7, kv_bytes=1)) == 7
+    assert num_kv_blocks(base, settings(kv_bytes=10 * block_bytes - 1)) == 9
+    assert num_kv_blocks(base, settings()) == GIB // block_bytes
     with pytest.raises(ConfigError) as caught:
-        num_kv_blocks(base, settings(kv_bytes=block_bytes - 1), pool)
+        num_kv_blocks(base, settings(kv_bytes=block_bytes - 1))
     assert caught.value.field == "kv_bytes"
 
 
@@ -137,30 +140,46 @@ class Device:
         return 600, 1000
 
 
-def test_what_is_measured_is_a_real_step(base, monkeypatch):
-    device, config = Device(monkeypatch), settings()
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_what_is_measured_are_real_steps_with_adapters(base, monkeypatch, cuda_graphs):
+    """A largest step with everything it draws, and the forward of the largest decode graph."""
+    device, config = Device(monkeypatch), replace(settings(), cuda_graphs=cuda_graphs)
     forward = memory_budget.ModelRunner.forward
 
     def recorded(runner, batch, planned=None):
         device.forwards.append(batch)
+        paths = {*base.spec.linears, base.spec.head}
+        assert paths == set(runner.pool.bindings)
         logits = forward(runner, batch, planned)
         assert logits.shape == (4, base.spec.vocab_size) and logits.isfinite().all()
         return logits
 
     monkeypatch.setattr(memory_budget.ModelRunner, "forward", recorded)
-    pool = AdapterPool(base.spec.shapes, 0, 1, torch.empty(0))
-    assert measure(base, config, pool) == DeviceMemory(total=1000, in_use=400, activations=50)
-    assert [len(batch.token_ids) for batch in device.forwards] == [32, 32]
+    logits_bytes = 4 * base.spec.vocab_size * base.dtype.itemsize
+    assert measure(base, config) == DeviceMemory(
+        total=1000, in_use=400, activations=50, graphs=50 + logits_bytes if cuda_graphs else 0
+    )
+    steps = [32, 32, 4, 4, 4] if cuda_graphs else [32, 32]
+    assert [len(batch.token_ids) for batch in device.forwards] == steps
+    for batch in device.forwards:
+        assert sorted(batch.adapters.tokens.tolist()) == list(range(len(batch.token_ids)))
+        assert sorted(batch.head_adapters.tokens.tolist()) == [0, 1, 2, 3]
 
 
 def test_the_pool_is_there_before_the_cache_is_sized(base, monkeypatch):
-    found = []
+    made = []
 
-    def sized(base, config, pool):
-        found.append(pool.nbytes)
+    def sized(base, config):
+        made.append("cache")
         return 40
 
+    def pool(*args, **kwargs):
+        made.append("pool")
+        return AdapterPool(*args, **kwargs)
+
+    monkeypatch.setattr("lora_runtime.engine.engine.AdapterPool", pool)
     monkeypatch.setattr("lora_runtime.engine.engine.num_kv_blocks", sized)
     engine = Engine(base, settings())
-    assert found == [1 << 20] and engine.info.num_blocks == engine.blocks.num_blocks == 40
+    assert made == ["pool", "cache"]
+    assert engine.info.num_blocks == engine.blocks.num_blocks == 40
     assert engine.runner.cache.num_slots == 160

@@ -1,0 +1,125 @@
+"""Bring a model to its device without ever holding it there whole in 16 bits.
+
+The inner linears, most of a model, keep their weights where the checkpoint has them: in its files,
+which are mapped into memory, so that the system reads pages when they are wanted and may drop them
+again. A weight visits the device, in the compute dtype, while its layer runs or is quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.errors import BaseRefused
+
+Linear = nn.Linear | DenseLinear
+
+HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_NAMES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""How safetensors names dtypes."""
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint's model on the host as transformers loads it in `dtype`; weights of inner
+    linears may still have the checkpoint's dtype.
+
+    transformers maps what it need not cast. A 16-bit checkpoint for float32 is therefore loaded in
+    its own 16 bits, and all but those weights is cast here; other pairs of dtypes are cast by
+    transformers, one whole copy on the host.
+    """
+    stored = _half_dtype(folder) if dtype == torch.float32 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=stored or dtype, local_files_only=True, attn_implementation="eager"
+    )
+    return model if stored is None else _in_float32(model)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers. Raises BaseRefused for a model that has none."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise BaseRefused(
+            f"{model.config.model_type} has no list of decoder layers; "
+            "only dense decoder-only models are served"
+        )
+    return layers
+
+
+def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every nn.Linear inside the decoder layers, by its path from the list of layers."""
+    return {
+        path: module
+        for path, module in decoder_layers(model).named_modules()
+        if type(module) is nn.Linear
+    }
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Copy all but the weights of inner linears to `device`: out of the checkpoint's files."""
+    for tensor in _all_but_inner_weights(model):
+        tensor.data = tensor.data.to(device, copy=True)
+
+
+@contextmanager
+def visiting(linears: Iterable[Linear], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """While inside, each of `linears` has its weight on `device` in `dtype` when it runs."""
+    stored: dict[nn.Module, Tensor] = {}
+
+    def arrive(linear: Linear, _args: object) -> None:
+        stored[linear] = linear.weight.data
+        linear.weight.data = linear.weight.data.to(device, dtype)
+
+    def leave(linear: Linear, _args: object, _output: object) -> None:
+        linear.weight.data = stored.pop(linear)
+
+    hooks = []
+    for linear in linears:
+        hooks.append(linear.register_forward_pre_hook(arrive))
+        hooks.append(linear.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _half_dtype(folder: Path) -> torch.dtype | None:
+    """The 16-bit dtype of all floating-point tensors of a checkpoint, or None."""
+    names = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    floats = names.intersection(FLOAT_NAMES)
+    return HALF_DTYPES.get(floats.pop()) if len(floats) == 1 else None
+
+
+def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
+    """A float32 model with the tensors of `stored`, of which inner linears keep theirs as they are.
+
+    Built anew, because a model computes some of its buffers in the dtype it is built in.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            stored.config, dtype=torch.float32, attn_implementation="eager"
+        )
+    model.load_state_dict(stored.state_dict(), assign=True)
+    model.tie_weights()
+    for tensor in _all_but_inner_weights(model):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return model
+
+
+def _all_but_inner_weights(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Every parameter and buffer once, but for the weights of inner linears."""
+    weights = {id(linear.weight) for linear in inner_linears(model).values()}
+    return (t for t in chain(model.parameters(), model.buffers()) if id(t) not in weights)
