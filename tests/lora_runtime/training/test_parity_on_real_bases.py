@@ -67,10 +67,7 @@ CASES = [
     Case("smollm2-135m", SOME, 2),
     pytest.param(
         Case(GEMMA, EVERY, 12),
-        marks=[
-            pytest.mark.skipif(not GEMMA, reason="GEMMA_GGUF names no file"),
-            pytest.mark.timeout(1800),
-        ],
+        marks=pytest.mark.skipif(not GEMMA, reason="GEMMA_GGUF names no file"),
     ),
 ]
 
@@ -99,6 +96,7 @@ async def load_all(base, folders):
     return loads
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=["smollm2", "gemma3"])
 def test_every_honest_adapter_loads_and_a_changed_tensor_is_refused(case, tmp_path, capsys):
     base = load_base(BaseConfig(model=case.model))
