@@ -193,7 +193,7 @@ def decode_step(rows: int, num_adapters: int, num_layers: int) -> tuple[list[Lau
     with launches_on(CARD) as launches:
         base = gpu_drives.sizeless_base(gpu_drives.LLAMA, BFLOAT16, num_layers=num_layers)
         runner = gpu_drives.sizeless_runner(base)
-        runner.use_graphs(rows, 1024, gpu_drives.captured)
+        runner.use_graphs(rows, 1024, gpu_drives.Captured())
         launches.clear()
         with TorchLaunches() as others, torch.inference_mode():
             runner.logits(plan)

@@ -40,10 +40,7 @@ def test_a_sample_of_every_kernel_fits_the_cards(pytestconfig):
     assert found["complaints"] == [], "\n".join(found["complaints"])
 
 
-@pytest.mark.xfail(
-    reason="sizes of a batch are constants of the kernels, and no step with an adapter is warm",
-    strict=True,
-)
+@pytest.mark.timeout(400)
 def test_nothing_is_compiled_while_serving(tmp_path):
     """A compile stops all streams for a second: after the warm-up every launch is known, however
     many rows a step has, how long they are and which adapters come.
