@@ -119,7 +119,7 @@ def _decode(
     decode_kernel[num_rows, num_groups, num_splits](
         *arguments,
         partial,
-        counters(q.device),
+        counters(q.device, num_rows * num_groups),
         *sizes,
         IS_DECODE=is_decode,
         HAS_WINDOW=sizes[-2] > 0,

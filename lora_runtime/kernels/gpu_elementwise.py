@@ -145,6 +145,16 @@ def _rotate_kernel(
 
 
 @triton.jit
+def gated_value(gate, up, IS_SILU: tl.constexpr):
+    """act(gate) · up in float32."""
+    if IS_SILU:
+        slope = gate
+    else:
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 √(2/π)
+    return gate / (1.0 + tl.exp(-slope)) * up
+
+
+@triton.jit
 def _gated_activation_kernel(
     y_ptr, gate_ptr, up_ptr, width, stride_gate, stride_up,
     IS_SILU: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,9 +165,5 @@ def _gated_activation_kernel(
     is_in = i < width
     gate = tl.load(gate_ptr + row * stride_gate + i, mask=is_in, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up + i, mask=is_in, other=0.0).to(tl.float32)
-    if IS_SILU:
-        slope = gate
-    else:
-        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 √(2/π)
-    y = gate / (1.0 + tl.exp(-slope)) * up
+    y = gated_value(gate, up, IS_SILU)
     tl.store(y_ptr + row * width + i, y.to(y_ptr.dtype.element_ty), mask=is_in)
