@@ -29,8 +29,8 @@ MAX_PROGRAMS = 512
 multiprocessor; unmeasured."""
 MAX_SPLITS = 16
 BLOCK_N = 128
-MAX_TILES = 8
-"""Tiles of rows that one program multiplies."""
+MAX_REGISTERS = {1: 128, 2: 128, 4: 168}
+"""Tiles of rows → registers of a thread, for four, four and three programs a multiprocessor."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
 
@@ -115,7 +115,7 @@ def _product(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
-    tiles = min(MAX_TILES, triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m)))
+    tiles = min(max_tiles(rows.device), triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m)))
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
     y = rows.new_empty(num_rows, out_features // 2 if gate else out_features)
@@ -139,13 +139,15 @@ def _product(
         FORMAT=name,
         GATE=gate,
         IS_NESTED=nested is not None,
+        IS_EVEN=in_features % tiling.block_k == 0,
         SPLITS=num_splits,
         TILES=tiles,
         BLOCK_M=tiling.block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tiling.block_k,
         num_warps=4,
-        num_stages=_stages(tiling, tiles, rows.device),
+        num_stages=tiling.num_stages,
+        maxnreg=MAX_REGISTERS.get(tiles),
         enable_fp_fusion=nested is None,  # bitsandbytes rounds between × and +
     )
     return y.view(*x.shape[:-1], y.shape[1])
@@ -160,16 +162,12 @@ def _splits(out_features: int, in_features: int, block_k: int) -> tuple[int, int
     return triton.cdiv(num_passes, passes_per_split), passes_per_split * block_k
 
 
-def _stages(tiling: Tiling, tiles: int, device: torch.device) -> int:
-    """One copy on its way less where 64 rows of x leave no room for it: Ampere's and Ada's small
-    multiprocessors and Blackwell's in workstations have 99 KB a block.
-    """
-    is_tight = tiles == MAX_TILES and not _has_large_shared_memory(device)
-    return min(2, tiling.num_stages) if is_tight else tiling.num_stages
-
-
 @cache
-def _has_large_shared_memory(device: torch.device) -> bool:
+def max_tiles(device: torch.device) -> int:
+    """Tiles of rows that one program multiplies: 8 where a block may have the 100 KB of shared
+    memory that they take, 4 (68 KB) where it has 99, as on Ada and on Blackwell's workstation cards.
+    """
     if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 * 1024
+        return 4
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 8 if room > 128 * 1024 else 4

@@ -28,8 +28,8 @@ def product_program(
     program, y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr,
     nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, num_rows, in_features, num_blocks,
     out_features, inputs_per_split, FORMAT: tl.constexpr, GATE: tl.constexpr, IS_NESTED: tl.constexpr,
-    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One of the programs of a product: y[m, n] = Σ_k W[n, k] x[m, k] for a tile of outputs n, up
     to TILES · BLOCK_M rows m and one split of the inputs.
@@ -62,13 +62,13 @@ def product_program(
     if FORMAT == "int8":
         sums = _add_int8(
             sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
-            TILES, BLOCK_M, BLOCK_K,
+            IS_EVEN, TILES, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     elif x_ptr.dtype.element_ty == tl.bfloat16:
         sums = _add_four_bit(
             sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr,
             nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, m, num_rows, row, begin, end,
-            num_blocks, IS_NESTED, TILES, BLOCK_M, BLOCK_N,
+            num_blocks, IS_NESTED, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         sums = _add_four_bit_float32(
@@ -134,18 +134,18 @@ def _cells(m, n, is_output, num_rows, width):
 def _add_four_bit(
     sums, x_ptr, words_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_code_ptr,
     nested_offset_ptr, m, num_rows, row, begin, end, num_blocks, IS_NESTED: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums + W xᵀ in bfloat16, four blocks of 64 inputs a pass. A word is eight codes."""
     end_block = end // 64
     b, word, k = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 64)
-    first_block = row * num_blocks
-    word_ptr = words_ptr + (first_block[:, None, None] + b[None, :, None]) * 8 + word
-    x_ptr += m.to(tl.int64)[:, None, None] * (num_blocks * 64) + b[None, :, None] * 64 + k
+    first_block = row.to(tl.int32) * num_blocks
+    word_place = (first_block[:, None, None] + b[None, :, None]) * 8 + word
+    x_place = m[:, None, None] * (num_blocks * 64) + b[None, :, None] * 64 + k
     code = _code_pairs(table_ptr)
-    for block in range(begin // 64, end_block, 4):
-        is_in = block + b < end_block
-        words = tl.load(word_ptr + block * 8, mask=is_in[None, :, None], other=0)
+    for block in range(tl.multiple_of(begin // 64, 4), end_block, 4):
+        is_in = (block + b < end_block) | IS_EVEN
+        words = tl.load(words_ptr + (word_place + block * 8), mask=is_in[None, :, None], other=0)
         scale = block_scales(
             absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
             first_block[:, None] + block + b[None, :], is_in[None, :], IS_NESTED,
@@ -155,9 +155,9 @@ def _add_four_bit(
         values = tl.reshape(values, (BLOCK_N, 256))
         added = ()
         for tile in tl.static_range(TILES):
-            is_row = tile * BLOCK_M + m < num_rows
-            place = x_ptr + (tile * BLOCK_M * 64) * tl.cast(num_blocks, tl.int64) + block * 64
-            x = tl.load(place, mask=is_in[None, :, None] & is_row[:, None, None], other=0.0)
+            place = tl.minimum(tile * BLOCK_M + m, num_rows - 1)[:, None, None] * (num_blocks * 64)
+            place += b[None, :, None] * 64 + k + block * 64
+            x = tl.load(x_ptr + place, mask=is_in[None, :, None], other=0.0)
             x = tl.permute(tl.reshape(x, (BLOCK_M, 4, 8, 2, 2, 2)), (2, 4, 1, 3, 5, 0))
             x = tl.reshape(x, (256, BLOCK_M))
             added = added + (tl.dot(values, x, sums[tile]),)
@@ -281,7 +281,7 @@ def _add_four_bit_float32(
 @triton.jit
 def _add_int8(
     sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums + W xᵀ."""
     k = tl.arange(0, BLOCK_K)
@@ -289,7 +289,7 @@ def _add_int8(
     code_ptr = codes_ptr + row[:, None] * in_features + k[None, :]
     rows_ptr = x_ptr + m.to(tl.int64)[None, :] * in_features + k[:, None]
     for start in range(begin, end, BLOCK_K):
-        is_in = start + k < end
+        is_in = (start + k < end) | IS_EVEN
         codes = tl.load(code_ptr + start, mask=is_in[None, :], other=0)
         values = (codes.to(tl.float32) * scale).to(x_ptr.dtype.element_ty)
         added = ()
@@ -307,15 +307,16 @@ def product_kernel(
     y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, nested_absmax_ptr,
     nested_code_ptr, nested_offset_ptr, num_rows, in_features, num_blocks, out_features,
     inputs_per_split,
-    FORMAT: tl.constexpr, GATE: tl.constexpr, IS_NESTED: tl.constexpr, SPLITS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, GATE: tl.constexpr, IS_NESTED: tl.constexpr, IS_EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A product and nothing else; programs beyond its own could do other work with the same x."""
     product_program(
         tl.program_id(0), y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr,
         table_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, num_rows, in_features,
-        num_blocks, out_features, inputs_per_split, FORMAT, GATE, IS_NESTED, SPLITS, TILES,
-        BLOCK_M, BLOCK_N, BLOCK_K,
+        num_blocks, out_features, inputs_per_split, FORMAT, GATE, IS_NESTED, IS_EVEN,
+        SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
