@@ -47,6 +47,14 @@ class StackedLinears:
             self._x, self._outputs = None, ()
         return y
 
+    def gated(self, x: Tensor, kind: str) -> Tensor | None:
+        """act(gate) · up, where the members are gate and up: one launch, or None while adapters
+        act on either, which change both before the activation.
+        """
+        if self._is_adapted() or not can_run_on_gpu(x):
+            return None
+        return self.joined.gated_product(x, kind)
+
     def _run(self, x: Tensor) -> Tensor:
         if (runs := self._runs()) is None:
             return self.joined(x)

@@ -21,7 +21,11 @@ import triton
 from torch import Tensor
 
 from lora_runtime.kernels.gpu_counters import counters
-from lora_runtime.kernels.gpu_quantised_kernels import product_kernel, values_kernel
+from lora_runtime.kernels.gpu_quantised_kernels import (
+    product_kernel,
+    scales_kernel,
+    values_kernel,
+)
 from lora_runtime.kernels.types import NestedScales
 
 MAX_PROGRAMS = 512
@@ -64,7 +68,7 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    return _product(x, packed, absmax, code, nested, out_features, "four_bit", "")
+    return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit", "")
 
 
 def four_bit_gated_product(
@@ -77,12 +81,12 @@ def four_bit_gated_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_gated_product`."""
-    return _product(x, packed, absmax, code, nested, out_features, "four_bit", kind)
+    return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit", kind)
 
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.int8_product`."""
-    return _product(x, codes, absmax, absmax, None, len(codes), "int8", "")
+    return _product(x, codes, absmax, absmax, len(codes), "int8", "")
 
 
 def four_bit_values(
@@ -95,11 +99,24 @@ def four_bit_values(
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_values`."""
     values = torch.empty(shape, dtype=dtype, device=packed.device)
+    is_plain = nested is None
     values_kernel[(triton.cdiv(len(packed), VALUES_BLOCK),)](
         values, packed, absmax, code, *(nested or (code, code, code)), values.numel(), len(packed),
-        IS_NESTED=nested is not None, BLOCK=VALUES_BLOCK, enable_fp_fusion=nested is None,
+        IS_NESTED=not is_plain, BLOCK=VALUES_BLOCK,
+        enable_fp_fusion=is_plain,  # bitsandbytes rounds between × and +
     )  # fmt: skip
     return values
+
+
+def _scales(absmax: Tensor, nested: NestedScales | None) -> Tensor:
+    """float32, made anew for every product: kept, they would take 0.5 bits a weight more."""
+    if nested is None:
+        return absmax
+    scales = torch.empty(absmax.shape, device=absmax.device)
+    scales_kernel[(triton.cdiv(len(absmax), VALUES_BLOCK),)](
+        scales, absmax, *nested, len(absmax), BLOCK=VALUES_BLOCK, enable_fp_fusion=False
+    )
+    return scales
 
 
 def _product(
@@ -107,7 +124,6 @@ def _product(
     codes: Tensor,
     absmax: Tensor,
     table: Tensor,
-    nested: NestedScales | None,
     out_features: int,
     name: str,
     gate: str,
@@ -115,7 +131,9 @@ def _product(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
-    tiles = min(max_tiles(rows.device), triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m)))
+    tiles = min(
+        max_tiles(rows.device), triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
+    )
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
     y = rows.new_empty(num_rows, out_features // 2 if gate else out_features)
@@ -130,7 +148,6 @@ def _product(
         codes,
         absmax,
         table,
-        *(nested or (table, table, table)),
         num_rows,
         in_features,
         in_features // 64,
@@ -138,7 +155,6 @@ def _product(
         inputs_per_split,
         FORMAT=name,
         GATE=gate,
-        IS_NESTED=nested is not None,
         IS_EVEN=in_features % tiling.block_k == 0,
         SPLITS=num_splits,
         TILES=tiles,
@@ -148,7 +164,6 @@ def _product(
         num_warps=4,
         num_stages=tiling.num_stages,
         maxnreg=MAX_REGISTERS.get(tiles),
-        enable_fp_fusion=nested is None,  # bitsandbytes rounds between × and +
     )
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -165,7 +180,7 @@ def _splits(out_features: int, in_features: int, block_k: int) -> tuple[int, int
 @cache
 def max_tiles(device: torch.device) -> int:
     """Tiles of rows that one program multiplies: 8 where a block may have the 100 KB of shared
-    memory that they take, 4 (68 KB) where it has 99, as on Ada and on Blackwell's workstation cards.
+    memory that they take, 4 (68 KB) where it has 99, as on Ada and Blackwell's workstation cards.
     """
     if device.type != "cuda":
         return 4

@@ -1,4 +1,4 @@
-"""The bodies of the quantised products; `gpu_quantised.py` says what they are for and launches them.
+"""The bodies of the quantised products; `gpu_quantised.py` says what they are for, and launches.
 
 4-bit codes in bfloat16. A thread of a tensor-core product holds, of a row of W, whatever inputs we
 like, as long as x lies in the same order: here one block of 64 inputs out of every 256. So it makes
@@ -26,10 +26,9 @@ from lora_runtime.kernels.gpu_elementwise import gated_value
 @triton.jit
 def product_program(
     program, y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr,
-    nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, num_rows, in_features, num_blocks,
-    out_features, inputs_per_split, FORMAT: tl.constexpr, GATE: tl.constexpr, IS_NESTED: tl.constexpr,
-    IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
+    GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One of the programs of a product: y[m, n] = Σ_k W[n, k] x[m, k] for a tile of outputs n, up
     to TILES · BLOCK_M rows m and one split of the inputs.
@@ -66,15 +65,13 @@ def product_program(
         )  # fmt: skip
     elif x_ptr.dtype.element_ty == tl.bfloat16:
         sums = _add_four_bit(
-            sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr,
-            nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, m, num_rows, row, begin, end,
-            num_blocks, IS_NESTED, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
+            sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
+            num_rows, row, begin, end, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         sums = _add_four_bit_float32(
-            sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_code_ptr,
-            nested_offset_ptr, m, num_rows, row, begin, end, num_blocks, IS_NESTED, TILES,
-            BLOCK_M, BLOCK_N,
+            sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end,
+            num_blocks, TILES, BLOCK_M,
         )  # fmt: skip
     if SPLITS == 1:
         for tile in tl.static_range(TILES):
@@ -132,8 +129,7 @@ def _cells(m, n, is_output, num_rows, width):
 
 @triton.jit
 def _add_four_bit(
-    sums, x_ptr, words_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_code_ptr,
-    nested_offset_ptr, m, num_rows, row, begin, end, num_blocks, IS_NESTED: tl.constexpr,
+    sums, x_ptr, words_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end, num_blocks,
     IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums + W xᵀ in bfloat16, four blocks of 64 inputs a pass. A word is eight codes."""
@@ -141,20 +137,18 @@ def _add_four_bit(
     b, word, k = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 64)
     first_block = row.to(tl.int32) * num_blocks
     word_place = (first_block[:, None, None] + b[None, :, None]) * 8 + word
-    x_place = m[:, None, None] * (num_blocks * 64) + b[None, :, None] * 64 + k
     code = _code_pairs(table_ptr)
     for block in range(tl.multiple_of(begin // 64, 4), end_block, 4):
         is_in = (block + b < end_block) | IS_EVEN
         words = tl.load(words_ptr + (word_place + block * 8), mask=is_in[None, :, None], other=0)
-        scale = block_scales(
-            absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
-            first_block[:, None] + block + b[None, :], is_in[None, :], IS_NESTED,
-        )[:, :, None]  # fmt: skip
-        values = _look_up(words, scale, code)
+        scale_place = first_block[:, None] + block + b[None, :]
+        scale = tl.load(absmax_ptr + scale_place, mask=is_in[None, :], other=0.0)
+        values = _look_up(words, scale[:, :, None], code)
         values = tl.permute(values, (0, 2, 4, 1, 3, 5))
         values = tl.reshape(values, (BLOCK_N, 256))
         added = ()
         for tile in tl.static_range(TILES):
+            # The last row again, where there are no more: a mask would cost registers.
             place = tl.minimum(tile * BLOCK_M + m, num_rows - 1)[:, None, None] * (num_blocks * 64)
             place += b[None, :, None] * 64 + k + block * 64
             x = tl.load(x_ptr + place, mask=is_in[None, :, None], other=0.0)
@@ -173,20 +167,6 @@ def _code_pairs(table_ptr):
     for i in tl.static_range(1, 16):
         codes = codes + (tl.load(one + i),)
     return codes
-
-
-@triton.jit
-def block_scales(
-    absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, block, is_block,
-    IS_NESTED: tl.constexpr,
-):  # fmt: skip
-    """absmax of blocks; with double quantisation code × nested absmax, rounded, + offset."""
-    absmax = tl.load(absmax_ptr + block, mask=is_block, other=0)
-    if IS_NESTED:
-        scale = tl.load(nested_absmax_ptr + block // 256, mask=is_block, other=0.0)
-        offset = tl.load(nested_offset_ptr + block // 256, mask=is_block, other=0.0)
-        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + offset
-    return absmax
 
 
 @triton.jit
@@ -251,9 +231,8 @@ def _round_pair(a, b):
 
 @triton.jit
 def _add_four_bit_float32(
-    sums, x_ptr, packed_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_code_ptr,
-    nested_offset_ptr, m, num_rows, row, begin, end, num_blocks, IS_NESTED: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, x_ptr, packed_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end, num_blocks,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """sums + W xᵀ in float32, one block of 64 inputs a pass: the plain form, for exactness."""
     byte, k = tl.arange(0, 32), tl.arange(0, 64)
@@ -261,10 +240,7 @@ def _add_four_bit_float32(
     rows_ptr = x_ptr + m.to(tl.int64)[None, :] * (num_blocks * 64) + k[:, None]
     for block in range(begin // 64, end // 64):
         pairs = tl.load(byte_ptr + block * 32)
-        scale = block_scales(
-            absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
-            row * num_blocks + block, row >= 0, IS_NESTED,
-        )[:, None]  # fmt: skip
+        scale = tl.load(absmax_ptr + row * num_blocks + block)[:, None]
         first = tl.load(table_ptr + (pairs >> 4)) * scale
         second = tl.load(table_ptr + (pairs & 15)) * scale
         values = tl.interleave(first, second)
@@ -304,20 +280,36 @@ def _add_int8(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def product_kernel(
-    y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, nested_absmax_ptr,
-    nested_code_ptr, nested_offset_ptr, num_rows, in_features, num_blocks, out_features,
-    inputs_per_split,
-    FORMAT: tl.constexpr, GATE: tl.constexpr, IS_NESTED: tl.constexpr, IS_EVEN: tl.constexpr,
-    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,
+    in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
+    GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A product and nothing else; programs beyond its own could do other work with the same x."""
     product_program(
         tl.program_id(0), y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr,
-        table_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, num_rows, in_features,
-        num_blocks, out_features, inputs_per_split, FORMAT, GATE, IS_NESTED, IS_EVEN,
-        SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        table_ptr, num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT, GATE,
+        IS_EVEN, SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+
+
+@triton.jit
+def _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block):
+    """absmax of blocks under double quantisation; compiled without fused multiply-adds."""
+    code = tl.load(code_ptr + tl.load(codes_ptr + block, mask=is_block, other=0).to(tl.int32))
+    scale = tl.load(absmax_ptr + block // 256, mask=is_block, other=0.0)
+    return code * scale + tl.load(offset_ptr + block // 256, mask=is_block, other=0.0)
+
+
+@triton.jit
+def scales_kernel(
+    scales_ptr, codes_ptr, absmax_ptr, code_ptr, offset_ptr, num_blocks, BLOCK: tl.constexpr
+):
+    """The absmax of every 4-bit block, from their own 8-bit codes."""
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_block = block < num_blocks
+    scale = _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block)
+    tl.store(scales_ptr + block, scale, mask=is_block)
 
 
 @triton.jit
@@ -332,10 +324,13 @@ def values_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     byte = tl.load(packed_ptr + i, mask=i < num_bytes, other=0).to(tl.int32)
-    scale = block_scales(
-        absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, i // 32,
-        i < num_bytes, IS_NESTED,
-    )  # fmt: skip
+    if IS_NESTED:
+        scale = _nested_scale(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, i // 32,
+            i < num_bytes,
+        )  # fmt: skip
+    else:
+        scale = tl.load(absmax_ptr + i // 32, mask=i < num_bytes, other=0.0)
     code = tl.load(table_ptr + tl.arange(0, 16))
     first = (tl.gather(code, byte >> 4, 0) * scale).to(values_ptr.dtype.element_ty)
     second = (tl.gather(code, byte & 15, 0) * scale).to(values_ptr.dtype.element_ty)

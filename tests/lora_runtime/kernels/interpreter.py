@@ -1,9 +1,10 @@
 """Puts right what Triton's interpreter (3.7.1) does wrong or lacks, and what makes it slow.
 
-Missing: PTX. Two instructions are given, as the PTX ISA defines them. Wrong: float32 is cut to bfloat16 instead of rounded, and matrices of bfloat16 are multiplied as the
-integers of their bits. Slow: every launch wraps the whole language anew, every value's type and
-shape is made anew, and every whole number is watched for an overflow that small shapes cannot have;
-together that is two thirds of the time.
+Lacking: PTX; two instructions are given, as the PTX ISA defines them. Wrong: float32 is cut to
+bfloat16 instead of rounded, and matrices of bfloat16 are multiplied as the integers of their bits.
+Slow: every launch wraps the whole language anew, every value's type and shape is made anew, and
+every whole number is watched for an overflow that small shapes cannot have; together that is two
+thirds of the time.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class _Results(list):
 
 def _permute_bytes(a, b, selector):
     """prmt: bytes 0 to 3 are a's, 4 to 7 b's; a nibble's fourth bit repeats the byte's sign."""
-    a, b, selector = (np.asarray(value).astype(np.uint64) & 0xFFFFFFFF for value in (a, b, selector))
+    a, b, selector = (
+        np.asarray(value).astype(np.uint64) & 0xFFFFFFFF for value in (a, b, selector)
+    )
     bytes_of_both, result = a | (b << np.uint64(32)), np.uint64(0)
     for place in range(4):
         nibble = (selector >> np.uint64(4 * place)) & np.uint64(15)
