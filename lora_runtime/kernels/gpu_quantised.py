@@ -33,8 +33,6 @@ MAX_PROGRAMS = 512
 multiprocessor; unmeasured."""
 MAX_SPLITS = 16
 BLOCK_N = 128
-MAX_REGISTERS = {1: 128, 2: 128, 4: 168}
-"""Tiles of rows → registers of a thread, for four, four and three programs a multiprocessor."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
 
@@ -42,20 +40,21 @@ VALUES_BLOCK = 1024
 class Tiling(NamedTuple):
     """How a format's product is cut up, unmeasured.
 
-    block_m: rows of a tile; block_k: inputs a pass; num_stages: of the loop, one more than the
-    passes whose copies to shared memory are on their way.
+    block_m: rows of a tile; max_tiles: of a program; block_k: inputs a pass; num_stages: of the
+    loop, one more than the passes whose copies to shared memory are on their way.
     """
 
     block_m: int
+    max_tiles: int
     block_k: int
     num_stages: int
 
 
 TILINGS = {
-    ("four_bit", torch.bfloat16): Tiling(8, 256, 3),
-    ("four_bit", torch.float32): Tiling(16, 64, 1),
-    ("int8", torch.bfloat16): Tiling(8, 128, 3),
-    ("int8", torch.float32): Tiling(16, 64, 1),
+    ("four_bit", torch.bfloat16): Tiling(8, 8, 256, 3),
+    ("four_bit", torch.float32): Tiling(16, 1, 64, 1),
+    ("int8", torch.bfloat16): Tiling(8, 8, 128, 3),
+    ("int8", torch.float32): Tiling(16, 1, 64, 1),
 }
 
 
@@ -131,9 +130,8 @@ def _product(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
-    tiles = min(
-        max_tiles(rows.device), triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
-    )
+    tiles = triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
+    tiles = min(tiles, tiling.max_tiles, max_tiles(rows.device))
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
     y = rows.new_empty(num_rows, out_features // 2 if gate else out_features)
@@ -163,7 +161,6 @@ def _product(
         BLOCK_K=tiling.block_k,
         num_warps=4,
         num_stages=tiling.num_stages,
-        maxnreg=MAX_REGISTERS.get(tiles),
     )
     return y.view(*x.shape[:-1], y.shape[1])
 

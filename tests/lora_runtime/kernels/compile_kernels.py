@@ -17,7 +17,7 @@ from lora_runtime.kernels import (
     gpu_attention,
     gpu_attention_kernels,
     gpu_elementwise,
-    gpu_quantised,
+    gpu_quantised_kernels,
     gpu_vocabulary,
 )
 
@@ -27,7 +27,16 @@ ACTIVATIONS = {
     "v_ptr", "keys_ptr", "out_ptr", "weight_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr",
     "out_q_ptr", "out_k_ptr", "total_ptr", "residual_ptr",
 }  # fmt: skip
-FLOATS = {"hidden_ptr", "vectors_ptr", "scales_ptr", "absmax_ptr", "table_ptr", "partial_ptr"}
+FLOATS = {
+    "code_ptr",
+    "offset_ptr",
+    "hidden_ptr",
+    "vectors_ptr",
+    "scales_ptr",
+    "absmax_ptr",
+    "table_ptr",
+    "partial_ptr",
+}
 SCALARS = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "embed_scale": "fp32"}
 SIZES = {"head_dim", "width", "in_features", "out_features"}
 TILE = {"BLOCK_M": 16, "BLOCK_R": 16, "ALIGNMENT": 8}
@@ -66,13 +75,13 @@ compile_kernel(
     gpu_adapter_kernels.expand_kernel,
     **TILE, HAS_BIAS=True, SPLITS=4, BLOCK_N=64, VECTOR_ALIGNMENT=4,
 )  # fmt: skip
-for is_int8, codes in ((False, "i32"), (True, "i8")):
+for name, codes in (("four_bit", "u8"), ("int8", "i8")):
     compile_kernel(
-        gpu_quantised._product_kernel,
-        codes,
-        **{"IS_INT8": is_int8, "SPLITS": 4, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128},
-    )
-compile_kernel(gpu_quantised._values_kernel, BLOCK=1024)
+        gpu_quantised_kernels.product_kernel, codes,
+        FORMAT=name, GATE="", IS_EVEN=True, SPLITS=4, TILES=2, BLOCK_M=8, BLOCK_N=128, BLOCK_K=256,
+    )  # fmt: skip
+compile_kernel(gpu_quantised_kernels.scales_kernel, BLOCK=1024)
+compile_kernel(gpu_quantised_kernels.values_kernel, IS_NESTED=False, BLOCK=1024)
 compile_kernel(gpu_attention_kernels.write_kv_kernel, BLOCK=1024)
 for dtype, block_d in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)):
     floats = "fp32" if dtype == torch.float32 else "bf16"

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_runtime.kernels import AdapterMemory, Span, StepMeta, gpu_adapters
 
 KERNELS = [
-    "tiles_kernel", "shrink_kernel", "expand_kernel", "_product_kernel", "_values_kernel",
+    "tiles_kernel", "shrink_kernel", "expand_kernel", "product_kernel", "scales_kernel",
+    "values_kernel",
     "write_kv_kernel", "decode_kernel", "prefill_kernel", "_rms_norm_kernel", "_rotate_kernel",
     "_gated_activation_kernel", "_embed_kernel", "_patch_kernel",
 ]  # fmt: skip
