@@ -19,6 +19,7 @@ from lora_runtime.kernels import (
     StepMeta,
     apply_adapters,
     embed_adapters,
+    gated_activation,
     patch_logits,
 )
 
@@ -120,7 +121,7 @@ class Stack(Protocol):
         ...
 
     def gated(self, x: Tensor, kind: str) -> Tensor | None:
-        """act(first) · second of two layers, if their step can end so."""
+        """act(first) · second of two layers in one launch, or None where a step cannot end so."""
         ...
 
 
@@ -137,6 +138,13 @@ class AdaptedLinear(nn.Module):
         self.context = context
         self.stack: Stack | None = None
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def gated(self, x: Tensor, kind: str) -> Tensor:
+        """act(gate) · up of this layer's outputs' two halves, see `gated_activation`."""
+        if self.context.meta is None or self.path not in self.context.bindings:
+            return self.linear.gated_product(x, kind)
+        gate, up = self(x).chunk(2, dim=-1)
+        return gated_activation(gate, up, kind)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stack is not None and self.stack.takes(x):

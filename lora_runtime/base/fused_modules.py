@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
+from lora_runtime.base.adapted_linear import AdaptedLinear
 from lora_runtime.base.attention import Attention, PagedAttention
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import (
@@ -63,7 +64,7 @@ class _GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
-        kind, stack = ACTIVATIONS[_activation(self)], self.gate_proj.stack
+        kind, stack = ACTIVATIONS[_activation(self)], getattr(self.gate_proj, "stack", None)
         gated = None if stack is None else stack.gated(x, kind)
         if gated is None:
             gated = gated_activation(self.gate_proj(x), self.up_proj(x), kind)
@@ -74,8 +75,11 @@ class _JoinedGateMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
+        kind = ACTIVATIONS[_activation(self)]
+        if isinstance(self.gate_up_proj, AdaptedLinear):
+            return self.down_proj(self.gate_up_proj.gated(x, kind))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(gated_activation(gate, up, ACTIVATIONS[_activation(self)]))
+        return self.down_proj(gated_activation(gate, up, kind))
 
 
 class _Attention(nn.Module):

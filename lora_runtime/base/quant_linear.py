@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_runtime.kernels import (
+    NestedScales,
     can_dequantize,
     can_multiply_codes,
     can_use_panels,
+    four_bit_gated_product,
     four_bit_product,
     four_bit_values,
+    gated_activation,
     pack_panels,
     panel_product,
 )
@@ -98,6 +101,13 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         product = self.product(x)
         return product if self.bias is None else product + self.bias
+
+    def gated_product(self, x: Tensor, kind: str) -> Tensor:
+        """act(gate) · up of the two halves of this layer's outputs, see `gated_activation`:
+        x (..., in) → (..., out / 2).
+        """
+        gate, up = self(x).chunk(2, dim=-1)
+        return gated_activation(gate, up, kind)
 
     @property
     def joined_parts(self) -> tuple[str, ...]:
@@ -198,24 +208,48 @@ class QuantLinear(FrozenLinear):
         self.register_buffer("nested_absmax", state.absmax)
         self.register_buffer("nested_code", state.code, persistent=False)
         self.register_buffer("nested_offset", offset)
+        offsets = offset.expand(len(state.absmax)).clone()
+        self.register_buffer("nested_offsets", offsets, persistent=False)
 
     @property
     def joined_parts(self) -> tuple[str, ...]:
-        is_whole_blocks = self.in_features % BLOCK_SIZE == 0
-        return ("packed", "absmax") if is_whole_blocks and not self.is_nested else ()
+        num_blocks, odd = divmod(self.out_features * self.in_features, BLOCK_SIZE)
+        if self.in_features % BLOCK_SIZE or odd:
+            return ()
+        if not self.is_nested:
+            return ("packed", "absmax")
+        is_whole = num_blocks % NESTED_BLOCK_SIZE == 0
+        return ("packed", "absmax", "nested_absmax", "nested_offsets") if is_whole else ()
 
     def product(self, x: Tensor) -> Tensor:
-        if not self.keep_copies and self.in_features % BLOCK_SIZE == 0 and can_multiply_codes(x):
+        if self._reads_codes(x):
             return four_bit_product(
-                x, self.packed, self.block_scales(), self.code, self.out_features
+                x, self.packed, self.absmax, self.code, self.out_features, self._nested_scales()
             )
         return super().product(x)
+
+    def gated_product(self, x: Tensor, kind: str) -> Tensor:
+        if self.bias is None and self._reads_codes(x):
+            return four_bit_gated_product(
+                x, self.packed, self.absmax, self.code, self.out_features, kind,
+                self._nested_scales(),
+            )  # fmt: skip
+        return super().gated_product(x, kind)
+
+    def _reads_codes(self, x: Tensor) -> bool:
+        is_whole_blocks = self.in_features % BLOCK_SIZE == 0
+        return not self.keep_copies and is_whole_blocks and can_multiply_codes(x)
+
+    def _nested_scales(self) -> NestedScales | None:
+        if not self.is_nested:
+            return None
+        return NestedScales(self.nested_absmax, self.nested_code, self.nested_offsets)
 
     def weight_values(self) -> Tensor:
         if not can_dequantize(self.packed):
             return self.dequantize().to(self.dtype)
-        size = (self.out_features, self.in_features)
-        return four_bit_values(self.packed, self.block_scales(), self.code, size, self.dtype)
+        size, nested = (self.out_features, self.in_features), self._nested_scales()
+        return four_bit_values(self.packed, self.absmax, self.code, size, self.dtype, nested)
 
     def row_values(self, rows: slice) -> Tensor:
         first, last = rows.start * self.in_features, rows.stop * self.in_features
@@ -238,7 +272,8 @@ class QuantLinear(FrozenLinear):
             blocksize=NESTED_BLOCK_SIZE,
             dtype=torch.float32,
         )
-        return bnb.dequantize_blockwise(self.absmax, state) + self.nested_offset
+        offsets = self.nested_offsets.repeat_interleave(NESTED_BLOCK_SIZE)[: len(self.absmax)]
+        return bnb.dequantize_blockwise(self.absmax, state) + offsets
 
     def _dequantized(
         self, packed: Tensor, absmax: Tensor, num_rows: int, dtype: torch.dtype

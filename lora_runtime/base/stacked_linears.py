@@ -54,10 +54,14 @@ class StackedLinears:
         return y
 
     def gated(self, x: Tensor, kind: str) -> Tensor | None:
-        """act(gate) · up of a gate and an up projection (..., width), where a step has adapters of
-        both: the activation is the end of their launch. None: ask each member.
+        """act(gate) · up of a gate and an up projection (..., width) in one launch: the product's or,
+        with adapters of both, theirs. None where only some have adapters: ask each member.
         """
-        if not can_run_on_gpu(x) or (arguments := self._adapted(x)) is None:
+        if not can_run_on_gpu(x):
+            return None
+        if not self._is_adapted():
+            return self.joined.gated_product(x, kind)
+        if (arguments := self._adapted(x)) is None:
             return None
         return apply_gated_adapters(*arguments, kind).view(*x.shape[:-1], -1)
 

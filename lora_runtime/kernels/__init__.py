@@ -16,6 +16,7 @@ from lora_runtime.kernels.types import (
     AdapterMemory,
     AttentionMeta,
     HeadNorm,
+    NestedScales,
     Run,
     Span,
     StepMeta,
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterMemory",
     "AttentionMeta",
     "HeadNorm",
+    "NestedScales",
     "Run",
     "Span",
     "StepMeta",
@@ -41,6 +43,7 @@ __all__ = [
     "can_use_panels",
     "draw_cut",
     "embed_adapters",
+    "four_bit_gated_product",
     "four_bit_product",
     "four_bit_values",
     "gated_activation",
@@ -329,19 +332,42 @@ def can_multiply_codes(x: Tensor) -> bool:
 
 
 def four_bit_product(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, out_features: int
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
 ) -> Tensor:
-    """W x from W's 4-bit codes: x (..., in) → (..., out) in x's dtype, at most 64 rows.
+    """W x from W's 4-bit codes: x (..., in) → (..., out) in x's dtype.
 
-    W = fp32(code[c] × absmax) rounded once to x's dtype; sums in float32. Shapes: packed
-    (out · in / 2,) uint8, two codes a byte, high nibble first; absmax (out · in / 64,) float32;
-    code (16,) float32; in a multiple of 64. Source: QLoRA, arXiv:2305.14314.
+    W = fp32(code[c] × absmax) rounded once to x's dtype; sums in float32. A row's result is
+    bit-equal whatever the number of rows. Shapes: packed (out · in / 2,) uint8, two codes a byte,
+    high nibble first, at an address that is a multiple of 4; absmax (out · in / 64,) float32, or
+    uint8 with `nested`; code (16,) float32; in a multiple of 64. Source: QLoRA, arXiv:2305.14314.
     """
-    return gpu.four_bit_product(x, packed, absmax, code, out_features)
+    return gpu.four_bit_product(x, packed, absmax, code, out_features, nested)
+
+
+def four_bit_gated_product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    kind: str,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """act(gate) · up of two layers that share x: x (..., in) → (..., out / 2), one launch.
+
+    The first half of W's rows gives gate, the second up. Bit-equal to `gated_activation` of the
+    halves of `four_bit_product`, whose names and shapes these are.
+    """
+    return gpu.four_bit_gated_product(x, packed, absmax, code, out_features, kind, nested)
 
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
-    """W x from W's 8-bit codes: x (..., in) → (..., out) in x's dtype, at most 64 rows.
+    """W x from W's 8-bit codes: x (..., in) → (..., out) in x's dtype.
 
     W = fp32(code × (absmax / 127)) rounded once to x's dtype; sums in float32. Shapes: codes
     (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
@@ -355,9 +381,14 @@ def can_dequantize(packed: Tensor) -> bool:
 
 
 def four_bit_values(
-    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    nested: NestedScales | None = None,
 ) -> Tensor:
     """W = fp32(code[c] × absmax) of `shape`, rounded once to dtype; names as in
     `four_bit_product`, any shape.
     """
-    return gpu.four_bit_values(packed, absmax, code, shape, dtype)
+    return gpu.four_bit_values(packed, absmax, code, shape, dtype, nested)

@@ -136,7 +136,7 @@ def _decode(
         *arguments,
         parts,
         sums,
-        counters(q.device),
+        counters(q.device, num_units),
         num_splits,
         head_blocks,
         *sizes,

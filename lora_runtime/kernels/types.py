@@ -19,6 +19,19 @@ def wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+class NestedScales(NamedTuple):
+    """How the absmax of 4-bit blocks is kept as 8-bit codes c (double quantisation): block i's is
+    code[c_i] × absmax[i // 256], rounded to float32, + offset[i // 256].
+
+    absmax and offset (⌈blocks / 256⌉,) float32, code (256,) float32.
+    Source: QLoRA, arXiv:2305.14314 §3.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterMemory:
     """All adapters' tensors, flat: weights in the pool's dtype, vectors float32, indices int32.

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_runtime.base import fused_modules
+from lora_runtime.base import fused_modules, quant_linear
 from lora_runtime.base.attention import PagedAttention
 from lora_runtime.base.fused_modules import fuse_modules
 from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.base.stacked_linears import stack_linears
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import AttentionMeta, gpu
@@ -29,14 +30,17 @@ PARTIAL = CONFIGS["phi3"] | {
 def calls(monkeypatch):
     """How often each fused op ran."""
     found = Counter()
-    for name in ("rms_norm", "add_rms_norm", "rotate", "gated_activation"):
-        real = getattr(fused_modules, name)
+    fused = ("rms_norm", "add_rms_norm", "rotate", "gated_activation")
+    places = [(fused_modules, name) for name in fused]
+    places += [(quant_linear, name) for name in ("gated_activation", "four_bit_gated_product")]
+    for module, name in places:
+        real = getattr(module, name)
 
         def counted(*args, _real=real, _name=name, **kwargs):
             found[_name] += 1
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(fused_modules, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return found
 
 
@@ -79,13 +83,14 @@ def test_logits_are_transformers(monkeypatch, calls, shape):
         expected = twin(ids[None]).logits[0]
         assert not calls, "a CPU runs transformers' own code"
         monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+        stack_linears(base.model)
         found = logits(base, ids)
     layers = base.spec.num_layers
     assert calls == {
         "rms_norm": 1,
         "add_rms_norm": 2 * layers,
         "rotate": layers,
-        "gated_activation": layers,
+        "gated_activation" if shape == "llama-bias" else "four_bit_gated_product": layers,
     }
     assert (found - expected).abs().max() <= 2e-4
     calls.clear()

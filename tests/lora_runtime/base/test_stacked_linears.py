@@ -8,16 +8,28 @@ import torch
 from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
 from lora_runtime.base.stacked_linears import join_layers
-from lora_runtime.kernels import gpu
+from lora_runtime.kernels import gated_activation, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import tiny_base
 
 KINDS = {
     "nf4": QuantLinear,
     "fp4": lambda weight, bias: QuantLinear(weight, bias, quant_type="fp4"),
+    "nf4-double": lambda weight, bias: QuantLinear(weight, bias, is_nested=True),
     "int8": Int8Linear,
     "none": DenseLinear,
 }
+
+
+def test_gate_and_up_are_one_launch_unless_adapters_act_on_them(on_triton):
+    base = tiny_base("llama", dequantized_cache=False)
+    mlp = base.model.get_submodule("model.layers.0.mlp")
+    x = torch.randn(1, 3, 64).to(DEVICE)
+    alone = mlp.gate_proj.stack.gated(x, "silu")
+    assert torch.equal(alone, gated_activation(mlp.gate_proj(x), mlp.up_proj(x), "silu"))
+    for name, is_one in (("up_proj", False), ("down_proj", True)):
+        with base.context.effect(object(), {f"model.layers.0.mlp.{name}": object()}):
+            assert (mlp.gate_proj.stack.gated(x, "silu") is not None) == is_one
 
 
 @pytest.fixture
@@ -28,14 +40,15 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_joined_layers_keep_their_bits_and_share_their_memory(kind, has_bias):
-    sizes = [(70, 128), (33, 128), (1, 128)]
+    width = 16384 if kind == "nf4-double" else 128  # whole blocks of 256 scales
+    sizes = [(70, 128), (33, 128), (1, 128)] if width == 128 else [(2, width), (1, width)]
     biases = [torch.randn(n) if has_bias else None for n, _ in sizes]
     layers = [
         KINDS[kind](torch.randn(size), bias) for size, bias in zip(sizes, biases, strict=True)
     ]
     before = [{name: t.clone() for name, t in layer.state_dict().items()} for layer in layers]
     values = [layer.weight_values().clone() for layer in layers]
-    x = torch.randn(5, 128)
+    x = torch.randn(5, width)
     expected = torch.cat([layer(x) for layer in layers], 1)
     joined = join_layers(layers)
     torch.testing.assert_close(joined(x), expected)

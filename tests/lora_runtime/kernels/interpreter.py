@@ -1,9 +1,10 @@
-"""Puts right what Triton's interpreter (3.7.1) does wrong, and what makes it slow.
+"""Puts right what Triton's interpreter (3.7.1) does wrong or lacks, and what makes it slow.
 
-Wrong: float32 is cut to bfloat16 instead of rounded, and matrices of bfloat16 are multiplied as the
-integers of their bits. Slow: every launch wraps the whole language anew, every value's type and
-shape is made anew, and every whole number is watched for an overflow that small shapes cannot have;
-together that is two thirds of the time.
+Lacking: PTX; two instructions are given, as the PTX ISA defines them. Wrong: float32 is cut to
+bfloat16 instead of rounded, and matrices of bfloat16 are multiplied as the integers of their bits.
+Slow: every launch wraps the whole language anew, every value's type and shape is made anew, and
+every whole number is watched for an overflow that small shapes cannot have; together that is two
+thirds of the time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def mend() -> None:
     if interpreter._patch_lang is not _wrap_once:
         _round_bfloat16()
         _widen_bfloat16_products()
+        _give_instructions()
         _remember_types()
         interpreter._patch_lang = _wrap_once
         builder = interpreter.interpreter_builder
@@ -52,6 +54,49 @@ def _widen_bfloat16_products() -> None:
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(
         self, widened(a), widened(b), *rest
     )
+
+
+def _give_instructions() -> None:
+    instructions = {
+        "prmt.b32 $0, $1, $2, $3;": _permute_bytes,
+        "cvt.rn.bf16x2.f32 $0, $2, $1;": _round_pair,
+    }
+
+    def create_inline_asm(self, assembly, constraints, values, types, is_pure, pack):
+        result = instructions[assembly](*(value.data for value in values))
+        return _Results([interpreter.TensorHandle(result, tl.int32)])
+
+    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+
+
+class _Results(list):
+    """Of an operation."""
+
+    def get_result(self, place):
+        return self[place]
+
+
+def _permute_bytes(a, b, selector):
+    """prmt: bytes 0 to 3 are a's, 4 to 7 b's; a nibble's fourth bit repeats the byte's sign."""
+    a, b, selector = (
+        np.asarray(value).astype(np.uint64) & 0xFFFFFFFF for value in (a, b, selector)
+    )
+    bytes_of_both, result = a | (b << np.uint64(32)), np.uint64(0)
+    for place in range(4):
+        nibble = (selector >> np.uint64(4 * place)) & np.uint64(15)
+        byte = (bytes_of_both >> (np.uint64(8) * (nibble & np.uint64(7)))) & np.uint64(255)
+        sign = np.where(byte > 127, np.uint64(255), np.uint64(0))
+        result = result | (np.where(nibble > 7, sign, byte) << np.uint64(8 * place))
+    return result.astype(np.uint32).view(np.int32)
+
+
+def _round_pair(a, b):
+    """cvt.rn.bf16x2.f32: a in the low half."""
+    low, high = (
+        torch.from_numpy(np.array(value, np.float32)).bfloat16().view(torch.int16).numpy()
+        for value in (a, b)
+    )
+    return low.view(np.uint16) | (high.astype(np.int32) << 16)
 
 
 _wrap = interpreter._patch_lang

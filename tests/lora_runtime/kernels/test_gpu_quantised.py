@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lora_runtime.base.int8_linear import Int8Linear
 from lora_runtime.base.quant_linear import QuantLinear
-from lora_runtime.kernels import gpu, gpu_counters, gpu_quantised
+from lora_runtime.kernels import gated_activation, gpu, gpu_counters, gpu_quantised
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
-SHAPES = [(17, 64), (64, 192), (70, 320), (130, 1088)]
-"""(out, in): no multiples of the tiles, with and without a split of the inputs."""
+ROWS = [1, 2, 3, 7, 16, 33, 64, 65, 133]
+"""Part of a tile, whole tiles, more than a program multiplies at once."""
+KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
@@ -29,6 +32,12 @@ def layer_of(kind, shape, dtype):
     return QuantLinear(weight, None, quant_type=kind[:3], is_nested=kind == "nf4-double")
 
 
+def random_shape(blocks):
+    """(out, in), in up to so many blocks of 64: mostly no multiples of the tiles."""
+    out_features, num_blocks = torch.randint(1, 300, ()), torch.randint(1, blocks, ())
+    return int(out_features), 64 * int(num_blocks)
+
+
 def counted(monkeypatch, name):
     calls, real = [], getattr(gpu_quantised, name)
     monkeypatch.setattr(gpu_quantised, name, lambda *a: calls.append(1) or real(*a))
@@ -41,27 +50,48 @@ def expected_product(layer, x):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_small_batches_multiply_codes(monkeypatch, kind, shape, num_rows, dtype):
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_multiply_codes(monkeypatch, kind, num_rows, dtype):
+    shape = random_shape(14)
     layer = layer_of(kind, shape, dtype)
     calls = counted(monkeypatch, "int8_product" if kind == "int8" else "four_bit_product")
-    x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
+    x = torch.randn(1, num_rows, shape[1]).to(DEVICE, dtype)
     y = layer.product(x)
-    assert calls == [1] and y.dtype == dtype and y.shape == (num_rows, shape[0])
+    assert calls == [1] and y.dtype == dtype and y.shape == (1, num_rows, shape[0])
     rounding = 2**-8 if dtype == BFLOAT16 else 1e-5
     torch.testing.assert_close(y.double(), expected_product(layer, x), rtol=rounding, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["fp4", "nf4-double"])
-def test_other_formats_multiply_codes(monkeypatch, kind):
-    layer = layer_of(kind, (48, 256), BFLOAT16)
-    calls = counted(monkeypatch, "four_bit_product")
-    x = torch.randn(2, 3, 256).to(DEVICE, BFLOAT16)
-    y = layer.product(x)
-    assert calls == [1] and y.shape == (2, 3, 48)
-    torch.testing.assert_close(y.double(), expected_product(layer, x), rtol=2**-8, atol=2e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_that_is_multiplied_is_bitsandbytes_rounded_once(monkeypatch, kind):
+    """Rows of the identity; 64 rows a program, as on a GPU with much shared memory."""
+    monkeypatch.setattr(gpu_quantised, "max_tiles", lambda device: 8)
+    for dtype, num_inputs in ((BFLOAT16, 320), (FLOAT32, 128)):
+        layer = layer_of(kind, (140, num_inputs), dtype)
+        values = layer.dequantize().to(dtype)
+        y = torch.cat([layer.product(x) for x in torch.eye(num_inputs).to(values).split(192)])
+        assert torch.equal(y, values.T)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+@pytest.mark.parametrize(("activation", "num_rows"), [("silu", 1), ("gelu_tanh", 17)])
+def test_a_gated_product_is_bit_equal_to_product_and_activation(kind, dtype, activation, num_rows):
+    """With splits and without, an output width that fills no tile."""
+    for shape in ((2 * 77, 192), (2 * 70, 1088)):
+        layer = layer_of(kind, shape, dtype)
+        x = (torch.randn(num_rows, shape[1]) / shape[1] ** 0.5).to(DEVICE, dtype)
+        gate, up = layer.product(x).chunk(2, 1)
+        expected = gated_activation(gate[None], up[None], activation)[0]
+        assert torch.equal(layer.gated_product(x[None], activation)[0], expected)
+
+
+def test_a_bias_is_added_before_the_activation():
+    layer = QuantLinear(torch.randn(40, 64, device=DEVICE), torch.randn(40, device=DEVICE))
+    x = torch.randn(1, 2, 64, device=DEVICE)
+    gate, up = F.linear(x, layer.dequantize(), layer.bias).chunk(2, -1)
+    torch.testing.assert_close(layer.gated_product(x, "silu"), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
@@ -88,12 +118,20 @@ def test_a_row_does_not_hear_of_its_neighbours():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_row_is_bit_equal_in_any_batch_and_splits_leave_no_trace(kind):
-    layer = layer_of(kind, (130, 1088), BFLOAT16)
-    x = torch.randn(40, 1088).to(DEVICE, BFLOAT16)
+    layer = layer_of(kind, (100, 1088), BFLOAT16)
+    x = torch.randn(70, 1088).to(DEVICE, BFLOAT16)
     y = layer.product(x)
-    for rows in (slice(0, 1), slice(3, 10), slice(0, 40)):
+    for rows in (slice(0, 1), slice(3, 10), slice(33, 70), slice(0, 40)):
         assert torch.equal(layer.product(x[rows]), y[rows])
     assert not gpu_counters.counters(x.device).any()
+
+
+def test_counters_are_as_many_as_wanted_and_a_thread_has_its_own():
+    device = torch.device(DEVICE)
+    own, many = gpu_counters.counters(device), gpu_counters.counters(device, 65_537)
+    assert len(many) >= 65_537 and gpu_counters.counters(device) is own
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(gpu_counters.counters, device).result() is not own
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -110,7 +148,7 @@ def test_values_are_bit_equal_to_bitsandbytes(monkeypatch, kind, shape, dtype):
 def test_large_batches_odd_widths_and_gradients_take_the_dequantised_weight(monkeypatch):
     calls = counted(monkeypatch, "four_bit_product")
     for shape, num_rows, has_grad in [
-        ((20, 64), 65, False),
+        ((20, 64), 257, False),
         ((20, 66), 2, False),
         ((20, 64), 2, True),
     ]:

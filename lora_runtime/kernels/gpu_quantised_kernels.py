@@ -1,0 +1,338 @@
+"""The bodies of the quantised products; `gpu_quantised.py` says what they are for, and launches.
+
+4-bit codes in bfloat16. A thread of a tensor-core product holds, of a row of W, whatever inputs we
+like, as long as x lies in the same order: here one block of 64 inputs out of every 256. So it makes
+the block's sixteen products fp32(code × absmax) once, rounds them, keeps them as bytes in eight
+registers and looks four codes up at a time by byte permutations. What comes out is the operand of
+the tensor core: no weight goes through shared memory, and no index is an address.
+How Triton is led there: words and x are loaded in their natural order and reordered by views, and
+all that stands between the loads and `tl.dot` is elementwise or a view, so that the compiler moves
+the change of layout in front of it. A value that is not loaded, such as `tl.arange` or a scalar
+taken along, would hinder that. Tiles of 8 rows are the tensor core's smallest; larger ones would
+make Triton share the weights out among warps so that each decodes them anew, or take them through
+shared memory.
+Unmeasured: compiled and counted, tested through Triton's interpreter, never run on a GPU.
+Sources: PTX ISA, `prmt` and `mma.m16n8k16`; bench/NOTES.md has the counts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lora_runtime.kernels.gpu_elementwise import gated_value
+
+
+@triton.jit
+def product_program(
+    program, y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr,
+    num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
+    GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One of the programs of a product: y[m, n] = Σ_k W[n, k] x[m, k] for a tile of outputs n, up
+    to TILES · BLOCK_M rows m and one split of the inputs.
+
+    Rows vary fastest, then outputs: programs that read the same weights run together.
+    With GATE the outputs are those of two joined layers: a tile is half gate, half the same
+    outputs of up, and y (rows, out / 2) = act(gate) · up of both, rounded to y's dtype first.
+    """
+    row_tiles = tl.cdiv(num_rows, TILES * BLOCK_M)
+    output_tiles = tl.cdiv(out_features, BLOCK_N)
+    unit = program % (row_tiles * output_tiles)
+    split = program // (row_tiles * output_tiles)
+    first_row = unit % row_tiles * (TILES * BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
+    n = unit // row_tiles * BLOCK_N + i
+    is_output = n < out_features
+    if GATE != "":
+        half: tl.constexpr = BLOCK_N // 2
+        inner = out_features // 2
+        n = unit // row_tiles * half + i % half
+        is_output = n < inner
+        n += i // half * inner
+    row = tl.where(is_output, n, 0).to(tl.int64)
+    begin = split * inputs_per_split
+    end = tl.minimum(begin + inputs_per_split, in_features)
+    m = first_row + tl.arange(0, BLOCK_M)
+    sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    for _ in tl.static_range(TILES - 1):
+        sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    if FORMAT == "int8":
+        sums = _add_int8(
+            sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
+            IS_EVEN, TILES, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    elif x_ptr.dtype.element_ty == tl.bfloat16:
+        sums = _add_four_bit(
+            sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
+            num_rows, row, begin, end, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        sums = _add_four_bit_float32(
+            sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end,
+            num_blocks, TILES, BLOCK_M,
+        )  # fmt: skip
+    if SPLITS == 1:
+        for tile in tl.static_range(TILES):
+            _store(
+                y_ptr, sums[tile], unit // row_tiles, n, tile * BLOCK_M + m, is_output, num_rows,
+                out_features, GATE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        size = tl.cast(num_rows, tl.int64) * out_features
+        for tile in tl.static_range(TILES):
+            cell, is_cell = _cells(tile * BLOCK_M + m, n, is_output, num_rows, out_features)
+            tl.store(partial_ptr + split * size + cell, sums[tile], mask=is_cell)
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters_ptr + unit, 0)
+            for tile in tl.static_range(TILES):
+                cell, is_cell = _cells(tile * BLOCK_M + m, n, is_output, num_rows, out_features)
+                acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for s in range(SPLITS):
+                    place = partial_ptr + s * size + cell
+                    acc += tl.load(place, mask=is_cell, other=0.0, cache_modifier=".cg")
+                _store(
+                    y_ptr, acc, unit // row_tiles, n, tile * BLOCK_M + m, is_output, num_rows,
+                    out_features, GATE, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    y_ptr, acc, output_tile, n, m, is_output, num_rows, out_features, GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Round the sums of a tile and write them, or what becomes of gate and up."""
+    y = acc.to(y_ptr.dtype.element_ty)
+    if GATE == "":
+        cell, is_cell = _cells(m, n, is_output, num_rows, out_features)
+        tl.store(y_ptr + cell, y, mask=is_cell)
+    else:
+        half: tl.constexpr = BLOCK_N // 2
+        inner = out_features // 2
+        pair = tl.permute(tl.reshape(y, (2, half, BLOCK_M)), (1, 2, 0)).to(tl.float32)
+        gate, up = tl.split(pair)
+        y = gated_value(gate, up, GATE == "silu").to(y_ptr.dtype.element_ty)
+        n = output_tile * half + tl.arange(0, half)
+        cell, is_cell = _cells(m, n, n < inner, num_rows, inner)
+        tl.store(y_ptr + cell, y, mask=is_cell)
+
+
+@triton.jit
+def _cells(m, n, is_output, num_rows, width):
+    """Places of (n, m) in (rows, width), and which of them exist."""
+    cell = m[None, :].to(tl.int64) * width + n[:, None]
+    return cell, is_output[:, None] & (m < num_rows)[None, :]
+
+
+@triton.jit
+def _add_four_bit(
+    sums, x_ptr, words_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end, num_blocks,
+    IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """sums + W xᵀ in bfloat16, four blocks of 64 inputs a pass. A word is eight codes."""
+    end_block = end // 64
+    b, word, k = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 64)
+    first_block = row.to(tl.int32) * num_blocks
+    word_place = (first_block[:, None, None] + b[None, :, None]) * 8 + word
+    code = _code_pairs(table_ptr)
+    for block in range(tl.multiple_of(begin // 64, 4), end_block, 4):
+        is_in = (block + b < end_block) | IS_EVEN
+        words = tl.load(words_ptr + (word_place + block * 8), mask=is_in[None, :, None], other=0)
+        scale_place = first_block[:, None] + block + b[None, :]
+        scale = tl.load(absmax_ptr + scale_place, mask=is_in[None, :], other=0.0)
+        values = _look_up(words, scale[:, :, None], code)
+        values = tl.permute(values, (0, 2, 4, 1, 3, 5))
+        values = tl.reshape(values, (BLOCK_N, 256))
+        added = ()
+        for tile in tl.static_range(TILES):
+            # The last row again, where there are no more: a mask would cost registers.
+            place = tl.minimum(tile * BLOCK_M + m, num_rows - 1)[:, None, None] * (num_blocks * 64)
+            place += b[None, :, None] * 64 + k + block * 64
+            x = tl.load(x_ptr + place, mask=is_in[None, :, None], other=0.0)
+            x = tl.permute(tl.reshape(x, (BLOCK_M, 4, 8, 2, 2, 2)), (2, 4, 1, 3, 5, 0))
+            x = tl.reshape(x, (256, BLOCK_M))
+            added = added + (tl.dot(values, x, sums[tile]),)
+        sums = added
+    return sums
+
+
+@triton.jit
+def _code_pairs(table_ptr):
+    """The sixteen codes, as loaded values of one element that fit any layout."""
+    one = table_ptr + tl.arange(0, 1)[None, None, :]
+    codes = (tl.load(one),)
+    for i in tl.static_range(1, 16):
+        codes = codes + (tl.load(one + i),)
+    return codes
+
+
+@triton.jit
+def _look_up(words, scale, code):
+    """The values (N, 4, 8, 2, 2, 2) bfloat16 of words (N, 4, 8) under scales (N, 4, 1); the last
+    three dimensions count a word's codes in order.
+
+    Of sixteen 16-bit products the low bytes are one table, the high bytes another, four registers
+    each. `prmt` takes three bits of a code to choose among eight bytes; the fourth bit chooses
+    which eight, through a mask of whole bytes, which `prmt` makes by repeating a byte's sign.
+    """
+    low_0, high_0 = _byte_tables(scale, code[0], code[1], code[2], code[3])
+    low_1, high_1 = _byte_tables(scale, code[4], code[5], code[6], code[7])
+    low_2, high_2 = _byte_tables(scale, code[8], code[9], code[10], code[11])
+    low_3, high_3 = _byte_tables(scale, code[12], code[13], code[14], code[15])
+    shifted, index = words << 4, words & 0x77777777
+    is_upper = byte_permute(shifted, words, 0xD9C8)
+    low = _choose(is_upper, index, low_0, low_1, low_2, low_3)
+    high = _choose(is_upper, index, high_0, high_1, high_2, high_3)
+    pair_0, pair_1 = byte_permute(low, high, 0x4051), byte_permute(low, high, 0x6273)
+    is_upper, index = byte_permute(shifted, words, 0xFBEA), index >> 16
+    low = _choose(is_upper, index, low_0, low_1, low_2, low_3)
+    high = _choose(is_upper, index, high_0, high_1, high_2, high_3)
+    pair_2, pair_3 = byte_permute(low, high, 0x4051), byte_permute(low, high, 0x6273)
+    pairs = tl.join(tl.join(pair_0, pair_2), tl.join(pair_1, pair_3))
+    first = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.join(first, (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
+
+
+@triton.jit
+def _choose(is_upper, index, table_0, table_1, table_2, table_3):
+    """Four bytes at once, each out of sixteen."""
+    upper, lower = byte_permute(table_2, table_3, index), byte_permute(table_0, table_1, index)
+    return (is_upper & upper) | (~is_upper & lower)
+
+
+@triton.jit
+def _byte_tables(scale, code_0, code_1, code_2, code_3):
+    """The low and the high bytes of four products code × scale, rounded to bfloat16."""
+    first = _round_pair(code_0 * scale, code_1 * scale)
+    second = _round_pair(code_2 * scale, code_3 * scale)
+    return byte_permute(first, second, 0x6420), byte_permute(first, second, 0x7531)
+
+
+@triton.jit
+def byte_permute(a, b, selector):
+    """Four of the eight bytes of a (low) and b, chosen by the selector's low four nibbles; a
+    nibble's top bit asks for the byte's sign, repeated. PTX: prmt.b32.
+    """
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _round_pair(a, b):
+    """Two float32 rounded to the nearest bfloat16, a in the low half of 32 bits."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _add_four_bit_float32(
+    sums, x_ptr, packed_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end, num_blocks,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """sums + W xᵀ in float32, one block of 64 inputs a pass: the plain form, for exactness."""
+    byte, k = tl.arange(0, 32), tl.arange(0, 64)
+    byte_ptr = packed_ptr + row[:, None] * (num_blocks * 32) + byte[None, :]
+    rows_ptr = x_ptr + m.to(tl.int64)[None, :] * (num_blocks * 64) + k[:, None]
+    for block in range(begin // 64, end // 64):
+        pairs = tl.load(byte_ptr + block * 32)
+        scale = tl.load(absmax_ptr + row * num_blocks + block)[:, None]
+        first = tl.load(table_ptr + (pairs >> 4)) * scale
+        second = tl.load(table_ptr + (pairs & 15)) * scale
+        values = tl.interleave(first, second)
+        added = ()
+        for tile in tl.static_range(TILES):
+            is_row = (tile * BLOCK_M + m < num_rows)[None, :]
+            place = rows_ptr + (tile * BLOCK_M * 64) * tl.cast(num_blocks, tl.int64) + block * 64
+            x = tl.load(place, mask=is_row, other=0.0)
+            added = added + (tl.dot(values, x, sums[tile], input_precision="ieee"),)
+        sums = added
+    return sums
+
+
+@triton.jit
+def _add_int8(
+    sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
+    IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums + W xᵀ."""
+    k = tl.arange(0, BLOCK_K)
+    scale = tl.div_rn(tl.load(absmax_ptr + row), 127.0)[:, None]
+    code_ptr = codes_ptr + row[:, None] * in_features + k[None, :]
+    rows_ptr = x_ptr + m.to(tl.int64)[None, :] * in_features + k[:, None]
+    for start in range(begin, end, BLOCK_K):
+        is_in = (start + k < end) | IS_EVEN
+        codes = tl.load(code_ptr + start, mask=is_in[None, :], other=0)
+        values = (codes.to(tl.float32) * scale).to(x_ptr.dtype.element_ty)
+        added = ()
+        for tile in tl.static_range(TILES):
+            is_row = (tile * BLOCK_M + m < num_rows)[None, :]
+            place = rows_ptr + (tile * BLOCK_M) * tl.cast(in_features, tl.int64) + start
+            x = tl.load(place, mask=is_in[:, None] & is_row, other=0.0)
+            added = added + (tl.dot(values, x, sums[tile], input_precision="ieee"),)
+        sums = added
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def product_kernel(
+    y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,
+    in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
+    GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A product and nothing else; programs beyond its own could do other work with the same x."""
+    product_program(
+        tl.program_id(0), y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr,
+        table_ptr, num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT, GATE,
+        IS_EVEN, SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block):
+    """absmax of blocks under double quantisation; compiled without fused multiply-adds."""
+    code = tl.load(code_ptr + tl.load(codes_ptr + block, mask=is_block, other=0).to(tl.int32))
+    scale = tl.load(absmax_ptr + block // 256, mask=is_block, other=0.0)
+    return code * scale + tl.load(offset_ptr + block // 256, mask=is_block, other=0.0)
+
+
+@triton.jit
+def scales_kernel(
+    scales_ptr, codes_ptr, absmax_ptr, code_ptr, offset_ptr, num_blocks, BLOCK: tl.constexpr
+):
+    """The absmax of every 4-bit block, from their own 8-bit codes."""
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_block = block < num_blocks
+    scale = _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block)
+    tl.store(scales_ptr + block, scale, mask=is_block)
+
+
+@triton.jit
+def values_kernel(
+    values_ptr, packed_ptr, absmax_ptr, table_ptr, nested_absmax_ptr, nested_code_ptr,
+    nested_offset_ptr, size, num_bytes, IS_NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values[2i] and values[2i + 1] of every byte i; a row may end inside a byte or a block.
+
+    A thread's values are written together, 16 bytes at a time.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    byte = tl.load(packed_ptr + i, mask=i < num_bytes, other=0).to(tl.int32)
+    if IS_NESTED:
+        scale = _nested_scale(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, i // 32,
+            i < num_bytes,
+        )  # fmt: skip
+    else:
+        scale = tl.load(absmax_ptr + i // 32, mask=i < num_bytes, other=0.0)
+    code = tl.load(table_ptr + tl.arange(0, 16))
+    first = (tl.gather(code, byte >> 4, 0) * scale).to(values_ptr.dtype.element_ty)
+    second = (tl.gather(code, byte & 15, 0) * scale).to(values_ptr.dtype.element_ty)
+    k = 2 * start + tl.arange(0, 2 * BLOCK)
+    tl.store(values_ptr + k, tl.interleave(first, second), mask=k < size)
