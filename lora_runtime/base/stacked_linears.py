@@ -54,8 +54,8 @@ class StackedLinears:
         return y
 
     def gated(self, x: Tensor, kind: str) -> Tensor | None:
-        """act(gate) · up of a gate and an up projection (..., width) in one launch: the product's or,
-        with adapters of both, theirs. None where only some have adapters: ask each member.
+        """act(gate) · up of a gate and an up projection (..., width) in one launch: the product's
+        or, with adapters of both, theirs. None where only some have adapters: ask each member.
         """
         if not can_run_on_gpu(x):
             return None

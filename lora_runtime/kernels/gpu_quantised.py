@@ -176,10 +176,15 @@ def _splits(out_features: int, in_features: int, block_k: int) -> tuple[int, int
 
 @cache
 def max_tiles(device: torch.device) -> int:
-    """Tiles of rows that one program multiplies: 8 where a block may have the 100 KB of shared
-    memory that they take, 4 (68 KB) where it has 99, as on Ada and Blackwell's workstation cards.
-    """
+    """Tiles of rows that one program multiplies on a device."""
     if device.type != "cuda":
-        return 4
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 8 if room > 128 * 1024 else 4
+        return tiles_that_fit(0)
+    properties = torch.cuda.get_device_properties(device)
+    return tiles_that_fit(properties.shared_memory_per_block_optin)
+
+
+def tiles_that_fit(shared_bytes: int) -> int:
+    """8 tiles of rows where a block may have the 102 KB of shared memory that they take, 4 (70 KB)
+    where it has 99 KB, as on Ada and Blackwell's workstation cards.
+    """
+    return 8 if shared_bytes > 128 * 1024 else 4
