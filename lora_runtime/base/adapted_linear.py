@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_runtime.base.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
     AdapterMemory,
+    PooledAdapters,
     StepMeta,
     apply_adapters,
     embed_adapters,
@@ -60,7 +61,9 @@ class PooledBinding:
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        return apply_adapters(layer.product(x), x, layer.bias, self.memory, self.runs, meta)
+        adapters = PooledAdapters(self.memory, self.runs[None], meta)
+        product, hidden = layer.product_and_shrink(x, adapters)
+        return apply_adapters(product, x, layer.bias, self.memory, self.runs, meta, hidden)
 
     def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.runs, meta)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.quant_linear import ROW_BLOCK, FrozenLinear
-from lora_runtime.kernels import can_multiply_codes, int8_product
+from lora_runtime.kernels import (
+    PooledAdapters,
+    can_multiply_codes,
+    can_shrink_with_product,
+    int8_product,
+    int8_product_and_shrink,
+)
 
 MAX_CODE = 127
 
@@ -42,6 +48,13 @@ class Int8Linear(FrozenLinear):
         if not self.keep_copies and can_multiply_codes(x):
             return int8_product(x, self.codes, self.absmax)
         return super().product(x)
+
+    def product_and_shrink(
+        self, x: Tensor, adapters: PooledAdapters
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.keep_copies and can_shrink_with_product(x, adapters):
+            return int8_product_and_shrink(x, self.codes, self.absmax, adapters)
+        return super().product_and_shrink(x, adapters)
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)

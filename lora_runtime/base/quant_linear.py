@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from lora_runtime.kernels import (
     NestedScales,
+    PooledAdapters,
     can_dequantize,
     can_multiply_codes,
+    can_shrink_with_product,
     can_use_panels,
     four_bit_gated_product,
     four_bit_product,
+    four_bit_product_and_shrink,
     four_bit_values,
     gated_activation,
     pack_panels,
@@ -63,6 +66,14 @@ class FrozenLinear(nn.Module):
                 self._panels = pack_panels(self.weight_values())
             return panel_product(x, self._panels, self.out_features)
         return _FrozenProduct.apply(x, self)
+
+    def product_and_shrink(
+        self, x: Tensor, adapters: PooledAdapters
+    ) -> tuple[Tensor, Tensor | None]:
+        """`product` of x (T, in), and what its adapters' ops take as `hidden`: A x where one launch
+        makes both, else None.
+        """
+        return self.product(x), None
 
     def tracked_product(self, x: Tensor) -> Tensor:
         """W x by the same sums whether or not a gradient is wanted."""
@@ -227,6 +238,16 @@ class QuantLinear(FrozenLinear):
                 x, self.packed, self.absmax, self.code, self.out_features, self._nested_scales()
             )
         return super().product(x)
+
+    def product_and_shrink(
+        self, x: Tensor, adapters: PooledAdapters
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._reads_codes(x) and can_shrink_with_product(x, adapters):
+            return four_bit_product_and_shrink(
+                x, self.packed, self.absmax, self.code, self.out_features, adapters,
+                self._nested_scales(),
+            )  # fmt: skip
+        return super().product_and_shrink(x, adapters)
 
     def gated_product(self, x: Tensor, kind: str) -> Tensor:
         if self.bias is None and self._reads_codes(x):

@@ -14,8 +14,7 @@ from torch import Tensor, cat, nn
 from lora_runtime.base.adapted_linear import AdaptedLinear, PooledBinding
 from lora_runtime.base.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
-    AdapterMemory,
-    StepMeta,
+    PooledAdapters,
     apply_gated_adapters,
     apply_stacked_adapters,
     can_run_on_gpu,
@@ -61,24 +60,26 @@ class StackedLinears:
             return None
         if not self._is_adapted():
             return self.joined.gated_product(x, kind)
-        if (arguments := self._adapted(x)) is None:
+        if (adapters := self._adapters()) is None:
             return None
-        return apply_gated_adapters(*arguments, kind).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        product, hidden = self.joined.product_and_shrink(rows, adapters)
+        y = apply_gated_adapters(product, rows, self.joined.bias, *adapters, kind, hidden)
+        return y.view(*x.shape[:-1], -1)
 
     def _run(self, x: Tensor) -> Tensor:
-        if (arguments := self._adapted(x)) is None:
+        if (adapters := self._adapters()) is None:
             return self.joined(x)
-        return apply_stacked_adapters(*arguments, self.widths).view(*x.shape[:-1], -1)
+        rows, bias = x.reshape(-1, x.shape[-1]), self.joined.bias
+        product, hidden = self.joined.product_and_shrink(rows, adapters)
+        y = apply_stacked_adapters(product, rows, bias, *adapters, self.widths, hidden)
+        return y.view(*x.shape[:-1], -1)
 
-    def _adapted(
-        self, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, AdapterMemory, Tensor, StepMeta] | None:
-        """The joined product and what the ops of adapters add to it, if they can go together."""
+    def _adapters(self) -> PooledAdapters | None:
+        """The adapters of all members, if they can go together."""
         if (runs := self._runs()) is None:
             return None
-        rows, memory = x.reshape(-1, x.shape[-1]), self._bindings()[0].memory
-        product = self.joined.product(rows)
-        return product, rows, self.joined.bias, memory, runs, self.context.meta
+        return PooledAdapters(self._bindings()[0].memory, runs, self.context.meta)
 
     def _is_adapted(self) -> bool:
         bound = {} if self.context.meta is None else self.context.bindings

@@ -17,6 +17,7 @@ from lora_runtime.kernels.types import (
     AttentionMeta,
     HeadNorm,
     NestedScales,
+    PooledAdapters,
     Run,
     Span,
     StepMeta,
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionMeta",
     "HeadNorm",
     "NestedScales",
+    "PooledAdapters",
     "Run",
     "Span",
     "StepMeta",
@@ -40,14 +42,17 @@ __all__ = [
     "can_dequantize",
     "can_multiply_codes",
     "can_run_on_gpu",
+    "can_shrink_with_product",
     "can_use_panels",
     "draw_cut",
     "embed_adapters",
     "four_bit_gated_product",
     "four_bit_product",
+    "four_bit_product_and_shrink",
     "four_bit_values",
     "gated_activation",
     "int8_product",
+    "int8_product_and_shrink",
     "invert",
     "pack_panels",
     "paged_attention",
@@ -71,6 +76,7 @@ def apply_adapters(
     memory: AdapterMemory,
     runs: Tensor,
     meta: StepMeta,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
 
@@ -80,13 +86,15 @@ def apply_adapters(
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
     runs (S, R, 8) int64, a Run each. Returns (T, out) in base's dtype; nothing is changed in
     place. Products accumulate in float32. Rows without an entry are exactly base + bias, whatever
-    values other rows or unused memory hold. Raises IndexError where `meta` names a slot or replica
-    that `runs` does not have.
+    values other rows or unused memory hold. `hidden`: A x, where the launch of the product made it
+    (`four_bit_product_and_shrink`). Raises IndexError where `meta` names a slot or replica that
+    `runs` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
     meta.check_within(runs)
-    backends = (b for b in (gpu, cpu) if b.can_run(base, x, weights=(memory.weights,)))
-    backend = next(backends, reference)
+    if gpu.can_run(base, x, weights=(memory.weights,)):
+        return gpu.apply_adapters(base, x, bias, memory, runs, meta, hidden)
+    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else reference
     return backend.apply_adapters(base, x, bias, memory, runs, meta)
 
 
@@ -98,6 +106,7 @@ def apply_stacked_adapters(
     runs: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """`apply_adapters` of up to three modules that share x, their outputs side by side in `base`.
 
@@ -106,7 +115,7 @@ def apply_stacked_adapters(
     """
     meta.check_within(runs)
     if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_stacked_adapters(base, x, bias, memory, runs, meta, widths)
+        return gpu.apply_stacked_adapters(base, x, bias, memory, runs, meta, widths, hidden)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, runs, strict=True)
     return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
@@ -120,6 +129,7 @@ def apply_gated_adapters(
     runs: Tensor,
     meta: StepMeta,
     kind: str,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
 
@@ -127,8 +137,9 @@ def apply_gated_adapters(
     Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first; runs (2, S, R, 8);
     `kind` as in `gated_activation`. Returns (T, width).
     """
+    meta.check_within(runs)
     if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_gated_adapters(base, x, bias, memory, runs, meta, kind)
+        return gpu.apply_gated_adapters(base, x, bias, memory, runs, meta, kind, hidden)
     width = base.shape[1] // 2
     y = apply_stacked_adapters(base, x, bias, memory, runs, meta, (width, width))
     return gated_activation(*y.chunk(2, dim=1), kind)
@@ -373,6 +384,36 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
     """
     return gpu.int8_product(x, codes, absmax)
+
+
+def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:
+    """True when `four_bit_product_and_shrink` and its 8-bit kin take x (T, in) and its adapters."""
+    return gpu.can_shrink_with_product(x, adapters)
+
+
+def four_bit_product_and_shrink(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    adapters: PooledAdapters,
+    nested: NestedScales | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`four_bit_product` of x (T, in), and A x of every adapter that acts on it, in one launch.
+
+    The second is what `apply_adapters` and its kin take as `hidden`; its layout is the backend's.
+    """
+    adapters.meta.check_within(adapters.runs)
+    return gpu.four_bit_product_and_shrink(x, packed, absmax, code, out_features, adapters, nested)
+
+
+def int8_product_and_shrink(
+    x: Tensor, codes: Tensor, absmax: Tensor, adapters: PooledAdapters
+) -> tuple[Tensor, Tensor]:
+    """`int8_product` of x (T, in), and A x as in `four_bit_product_and_shrink`."""
+    adapters.meta.check_within(adapters.runs)
+    return gpu.int8_product_and_shrink(x, codes, absmax, adapters)
 
 
 def can_dequantize(packed: Tensor) -> bool:

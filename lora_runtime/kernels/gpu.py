@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, StepMeta, wants_gradient
+from lora_runtime.kernels.types import AdapterMemory, PooledAdapters, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
@@ -23,6 +23,9 @@ MAX_PRODUCT_ROWS = 256
 """Rows up to which a quantised product reads the codes instead of a dequantised W; unmeasured.
 By bytes: dequantising writes and reads 2 a weight besides the codes' 0.56, as much as reading the
 codes eight times, and 64 rows read them once.
+"""
+MAX_SMALL_STEP = 256
+"""Entries of a step whose adapters go in small tiles: as many as the largest decode step may have.
 """
 
 
@@ -64,6 +67,17 @@ def can_multiply_codes(x: Tensor) -> bool:
     return x.numel() <= MAX_PRODUCT_ROWS * x.shape[-1] and can_run(x)
 
 
+def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:
+    """True when the product with x (T, in) and shrink of its adapters may be one launch."""
+    memory, meta = adapters.memory, adapters.meta
+    return (
+        len(meta.tokens) <= MAX_SMALL_STEP
+        and bool(memory.max_rank)
+        and can_multiply_codes(x)
+        and can_run(x, weights=(memory.weights,))
+    )
+
+
 def _op(module: str, name: str) -> Callable[..., Any]:
     """An op of a Triton module, which is imported at the first call; documented and typed in
     `lora_runtime.kernels`. Its first argument says on which device it runs.
@@ -83,6 +97,8 @@ four_bit_product = _op("gpu_quantised", "four_bit_product")
 four_bit_gated_product = _op("gpu_quantised", "four_bit_gated_product")
 four_bit_values = _op("gpu_quantised", "four_bit_values")
 int8_product = _op("gpu_quantised", "int8_product")
+four_bit_product_and_shrink = _op("gpu_quantised", "four_bit_product_and_shrink")
+int8_product_and_shrink = _op("gpu_quantised", "int8_product_and_shrink")
 write_kv = _op("gpu_attention", "write_kv")
 paged_attention = _op("gpu_attention", "paged_attention")
 rms_norm = _op("gpu_elementwise", "rms_norm")
@@ -101,6 +117,8 @@ def apply_adapters(
     memory: AdapterMemory,
     runs: Tensor,
     meta: StepMeta,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
-    return apply_stacked_adapters(base, x, bias, memory, runs[None], meta, (base.shape[1],))
+    widths = (base.shape[1],)
+    return apply_stacked_adapters(base, x, bias, memory, runs[None], meta, widths, hidden)

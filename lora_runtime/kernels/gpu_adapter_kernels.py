@@ -14,8 +14,9 @@ import triton.language as tl
 from lora_runtime.kernels.gpu_elementwise import gated_value
 
 BATCH_SIZES = [
-    "num_segments", "num_tokens", "num_entries", "num_entry_tiles", "num_entry_places",
-    "num_replicas", "rank_blocks", "stride_part_runs",
+    "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",
+    "num_entry_places", "num_tiles", "num_replicas", "rank_blocks", "num_rank_blocks",
+    "stride_part_runs",
 ]  # fmt: skip
 """Arguments that the rows of a step, or the largest adapter so far, decide."""
 

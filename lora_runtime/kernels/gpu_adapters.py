@@ -2,8 +2,10 @@
 
 Two launches a module, or for up to three modules that share x, whatever mix of adapters, ranks and
 compositions the step holds. Shrink: H[e] = A x[t] of every entry e, tiles of entries of one
-segment, the inputs split. Expand: y[t] of every token, written once, with gain, bias and all
-further entries of the token; of a gate and an up projection together their gated activation.
+segment, the inputs split; in a small step its programs run in the launch of the base's product,
+which reads the same x (`gpu_quantised.py`). Expand: y[t] of every token, written once, with gain,
+bias and all further entries of the token; of a gate and an up projection together their gated
+activation.
 Grids follow from shapes alone and all tables are made on the device, so a CUDA graph can be
 replayed with any adapters: no host sync as long as `memory.max_rank` is set.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
@@ -13,6 +15,7 @@ Source: the SGMV of Punica (arXiv:2310.18547), ranks of different sizes in one b
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_runtime.kernels.gpu import MAX_SMALL_STEP
 from lora_runtime.kernels.gpu_adapter_kernels import (
     expand_kernel,
     gated_expand_kernel,
@@ -60,8 +64,6 @@ class Shape(NamedTuple):
 
 SMALL_STEP = Shape(16, 512, 3, 512, 16, 256)
 LARGE_STEP = Shape(64, 128, 4, 2048, 4, 128)
-MAX_SMALL_STEP = 256
-"""Entries of a small step: as many as the largest decode step may have."""
 
 
 def step_shape(num_entries: int) -> Shape:
@@ -125,11 +127,12 @@ def apply_adapters(
     runs: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_stacked_adapters`; runs (P, S, R, 8) of P ≤ 3 parts."""
     base, runs = base.contiguous(), runs.contiguous()
     shape, tiles = _cut(meta, len(base))
-    hidden = shrink(x.contiguous(), memory, runs, meta, tiles, shape)
+    hidden = shrink(x, memory, runs, meta) if hidden is None else hidden
     y = torch.empty_like(base)
     width = base.shape[1]
     starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
@@ -153,11 +156,12 @@ def apply_gated_adapters(
     runs: Tensor,
     meta: StepMeta,
     kind: str,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_gated_adapters`; runs (2, S, R, 8)."""
     base, runs = base.contiguous(), runs.contiguous()
     shape, tiles = _cut(meta, len(base))
-    hidden = shrink(x.contiguous(), memory, runs, meta, tiles, shape)
+    hidden = shrink(x, memory, runs, meta) if hidden is None else hidden
     width = base.shape[1] // 2
     y = base.new_empty(len(base), width)
     out_block = shape.out_bytes // memory.weights.itemsize
@@ -234,17 +238,23 @@ def num_splits(in_features: int, shape: Shape, block: int) -> tuple[int, int]:
     return triton.cdiv(in_features, inputs), inputs
 
 
-def shrink(
-    x: Tensor,
-    memory: AdapterMemory,
-    runs: Tensor,
-    meta: StepMeta,
-    tiles: Tiles,
-    shape: Shape,
-) -> Tensor:
-    """Partial sums of A x over slices of the inputs: (P, splits, E, R) float32, R the largest
-    rank, rounded up to a multiple of 16.
+class ShrinkLaunch(NamedTuple):
+    """What shrink is launched with, alone or in the launch of a product.
+
+    hidden (P, splits, E, R) float32: its result, partial sums of A x over slices of the inputs, R
+    the largest rank rounded up to a multiple of 16. grid: tiles of entries, blocks of ranks of all
+    P parts, splits. `arguments` and `options` are of `shrink_tile`, without hidden.
     """
+
+    hidden: Tensor
+    grid: tuple[int, int, int]
+    arguments: tuple[Tensor | int, ...]
+    options: dict[str, int]
+
+
+def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> ShrinkLaunch:
+    """The launch for x (T, in), contiguous, and runs (P, S, R, 8)."""
+    shape, tiles = _cut(meta, len(x))
     max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
     rank_blocks, in_features = triton.cdiv(max_rank, SHRINK_RANKS), x.shape[1]
     block = shape.shrink_bytes // memory.weights.itemsize
@@ -252,28 +262,30 @@ def shrink(
     size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
     hidden = x.new_empty(size, dtype=torch.float32)
     assert hidden.numel() < 2**31, "places in a part are 32-bit numbers"
-    if max_rank > 0:
-        shrink_kernel[len(tiles.entries), rank_blocks * len(runs), splits](
-            hidden,
-            x,
-            memory.weights,
-            runs,
-            meta.tokens,
-            meta.slots,
-            meta.replicas,
-            tiles.entries,
-            rank_blocks,
-            in_features,
-            inputs_per_split,
-            len(meta.tokens),
-            runs.shape[2],
-            runs.stride(0),
-            size[3],
-            SPLITS=splits,
-            BLOCK_M=shape.block_rows,
-            BLOCK_R=SHRINK_RANKS,
-            BLOCK_K=block,
-            ALIGNMENT=_elements(memory, memory.weights),
-            num_stages=shape.stages,
+    return ShrinkLaunch(
+        hidden=hidden,
+        grid=(len(tiles.entries), rank_blocks * len(runs), splits),
+        arguments=(
+            *(x, memory.weights, runs, meta.tokens, meta.slots, meta.replicas, tiles.entries),
+            *(rank_blocks, in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
+            *(runs.stride(0), size[3]),
+        ),
+        options={
+            "SPLITS": splits,
+            "BLOCK_M": shape.block_rows,
+            "BLOCK_R": SHRINK_RANKS,
+            "BLOCK_K": block,
+            "ALIGNMENT": _elements(memory, memory.weights),
+        },
+    )
+
+
+def shrink(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> Tensor:
+    """`ShrinkLaunch.hidden` of x, by a launch of its own."""
+    launch = shrink_launch(x.contiguous(), memory, runs, meta)
+    if math.prod(launch.grid) > 0:
+        stages = step_shape(len(meta.tokens)).stages
+        shrink_kernel[launch.grid](
+            launch.hidden, *launch.arguments, **launch.options, num_stages=stages
         )
-    return hidden
+    return launch.hidden

@@ -1,10 +1,11 @@
 """Products with quantised weights in Triton: codes are dequantised in registers.
 
 One kernel for any number of rows: tiles of W are made in registers and multiplied by up to 64 rows
-on tensor cores; more rows are further programs, which find the codes in the cache. Inputs are split
-where the outputs alone give too few programs; the program that comes last adds up the partial sums,
-always in the same order. Neither the split nor the order of the inputs depends on the number of
-rows, so that a row is the same in any batch.
+on tensor cores; more rows are further programs, which find the codes in the cache. A second kernel
+is the same with shrink of the adapters of the same x (`gpu_adapters.py`).
+Inputs are split where the outputs alone give too few programs; the program that comes last adds up
+the partial sums, always in the same order. Neither the split nor the order of the inputs depends on
+the number of rows, so that a row is the same in any batch.
 W = fp32(code × absmax) is rounded once to the compute dtype; sums are float32.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU. Tile sizes come
 from counting the instructions of the compiled loop, 4 to 5 a weight; bench/NOTES.md has them.
@@ -20,13 +21,15 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_runtime.kernels.gpu_adapters import ShrinkLaunch, shrink_launch
 from lora_runtime.kernels.gpu_counters import counters
 from lora_runtime.kernels.gpu_quantised_kernels import (
+    product_and_shrink_kernel,
     product_kernel,
     scales_kernel,
     values_kernel,
 )
-from lora_runtime.kernels.types import NestedScales
+from lora_runtime.kernels.types import NestedScales, PooledAdapters
 
 MAX_PROGRAMS = 512
 """Inputs are split until a launch has about as many programs for one tile of rows, four a
@@ -67,7 +70,7 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit", "")
+    return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit")
 
 
 def four_bit_gated_product(
@@ -85,7 +88,31 @@ def four_bit_gated_product(
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.int8_product`."""
-    return _product(x, codes, absmax, absmax, len(codes), "int8", "")
+    return _product(x, codes, absmax, absmax, len(codes), "int8")
+
+
+def four_bit_product_and_shrink(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    adapters: PooledAdapters,
+    nested: NestedScales | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.four_bit_product_and_shrink`."""
+    shrink = shrink_launch(x.contiguous(), *adapters)
+    scales = _scales(absmax, nested)
+    y = _product(x, packed, scales, code, out_features, "four_bit", shrink=shrink)
+    return y, shrink.hidden
+
+
+def int8_product_and_shrink(
+    x: Tensor, codes: Tensor, absmax: Tensor, adapters: PooledAdapters
+) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.int8_product_and_shrink`."""
+    shrink = shrink_launch(x.contiguous(), *adapters)
+    return _product(x, codes, absmax, absmax, len(codes), "int8", shrink=shrink), shrink.hidden
 
 
 def four_bit_values(
@@ -125,8 +152,10 @@ def _product(
     table: Tensor,
     out_features: int,
     name: str,
-    gate: str,
+    gate: str = "",
+    shrink: ShrinkLaunch | None = None,
 ) -> Tensor:
+    """The product, and in the same launch the shrink of adapters of the same x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
@@ -138,30 +167,34 @@ def _product(
     partial = y
     if num_splits > 1:
         partial = rows.new_empty(num_splits, num_rows, out_features, dtype=torch.float32)
-    product_kernel[(num_units * num_splits,)](
-        y,
-        partial,
-        counters(rows.device, num_units),
-        rows,
-        codes,
-        absmax,
-        table,
-        num_rows,
-        in_features,
-        in_features // 64,
-        out_features,
-        inputs_per_split,
-        FORMAT=name,
-        GATE=gate,
-        IS_EVEN=in_features % tiling.block_k == 0,
-        SPLITS=num_splits,
-        TILES=tiles,
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=tiling.block_k,
-        num_warps=4,
-        num_stages=tiling.num_stages,
+    arguments = (
+        *(y, partial, counters(rows.device, num_units), rows, codes, absmax, table, num_rows),
+        *(in_features, in_features // 64, out_features, inputs_per_split),
     )
+    options = {
+        "FORMAT": name,
+        "GATE": gate,
+        "IS_EVEN": in_features % tiling.block_k == 0,
+        "SPLITS": num_splits,
+        "TILES": tiles,
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": tiling.block_k,
+        "num_warps": 4,
+        "num_stages": tiling.num_stages,
+    }
+    num_programs = num_units * num_splits
+    if shrink is None:
+        product_kernel[(num_programs,)](*arguments, **options)
+    else:
+        num_tiles, num_rank_blocks, num_shrink_splits = shrink.grid
+        num_programs += num_tiles * num_rank_blocks * num_shrink_splits
+        product_and_shrink_kernel[(num_programs,)](
+            *arguments,
+            *(shrink.hidden, num_tiles, num_rank_blocks, *shrink.arguments),
+            **options,
+            **{f"SHRINK_{name}": value for name, value in shrink.options.items()},
+        )
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_runtime.kernels.gpu_adapter_kernels import batch_jit, shrink_tile
 from lora_runtime.kernels.gpu_elementwise import gated_value
 
 
@@ -278,19 +279,54 @@ def _add_int8(
     return sums
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@batch_jit
 def product_kernel(
     y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,
     in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
     GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A product and nothing else; programs beyond its own could do other work with the same x."""
+    """A product and nothing else."""
     product_program(
         tl.program_id(0), y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr,
         table_ptr, num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT, GATE,
         IS_EVEN, SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+
+
+@batch_jit
+def product_and_shrink_kernel(
+    y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,
+    in_features, num_blocks, out_features, inputs_per_split,
+    hidden_ptr, num_tiles, num_rank_blocks, shrunk_ptr, weights_ptr, runs_ptr, tokens_ptr,
+    slots_ptr, replicas_ptr, entries_ptr, rank_blocks, shrunk_features, inputs_per_shrink,
+    num_entries, num_replicas, stride_part_runs, stride_entry,
+    FORMAT: tl.constexpr, GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHRINK_SPLITS: tl.constexpr, SHRINK_BLOCK_M: tl.constexpr, SHRINK_BLOCK_R: tl.constexpr,
+    SHRINK_BLOCK_K: tl.constexpr, SHRINK_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """A product, and A x of the adapters of the same x. The programs of shrink come first: they
+    are short, and behind the product's they would begin when those end.
+    """
+    program = tl.program_id(0)
+    num_shrinks = num_tiles * num_rank_blocks * SHRINK_SPLITS
+    if program < num_shrinks:
+        rest = program // num_tiles
+        rank_block = rest % num_rank_blocks
+        shrink_tile(
+            hidden_ptr, shrunk_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr,
+            entries_ptr, program % num_tiles, rank_block // rank_blocks, rank_block % rank_blocks,
+            rest // num_rank_blocks, shrunk_features, inputs_per_shrink, num_entries, num_replicas,
+            stride_part_runs, stride_entry, SHRINK_SPLITS, SHRINK_BLOCK_M, SHRINK_BLOCK_R,
+            SHRINK_BLOCK_K, SHRINK_ALIGNMENT,
+        )  # fmt: skip
+    else:
+        product_program(
+            program - num_shrinks, y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr,
+            table_ptr, num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT,
+            GATE, IS_EVEN, SPLITS, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -56,6 +56,16 @@ class AdapterMemory:
         return cls(*views, max_rank=0, max_rows=0, alignment=alignment)
 
 
+class PooledAdapters(NamedTuple):
+    """The adapters of a step at up to three modules that share x: their memory, the modules' run
+    tables (P, S, R, 8) int64, and which of them act on which tokens.
+    """
+
+    memory: AdapterMemory
+    runs: Tensor
+    meta: StepMeta
+
+
 class Run(NamedTuple):
     """Where one adapter's parts of one module lie: element offsets, −1 for a part it lacks.
 

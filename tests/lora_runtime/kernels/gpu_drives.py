@@ -211,7 +211,7 @@ def real_shapes() -> None:
 def sample() -> None:
     """A little of `real_shapes` that launches every kernel."""
     for dtype in DTYPES:
-        for quantization in ("nf4", "int8"):
+        for quantization in ("nf4", "nf4-double", "int8"):
             base = sizeless_base(LLAMA, dtype, quantization)
             runner = sizeless_runner(base, max_vocabulary_rows=64)
             steps_of(runner, (1, 33))

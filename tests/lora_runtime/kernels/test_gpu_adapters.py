@@ -30,6 +30,7 @@ from tests.lora_runtime.kernels.test_contract import (
     build_adapters,
     dense,
 )
+from tests.lora_runtime.kernels.test_gpu_quantised import layer_of
 
 RANKS = [1, 3, 8, 16, 64]
 
@@ -312,3 +313,42 @@ def test_the_public_op_takes_it_for_tensors_of_its_devices_without_gradient(monk
     torch.testing.assert_close(y.cpu().double(), expected, rtol=2e-5, atol=2e-5)
     kernels.apply_adapters(arguments[0].requires_grad_(), *arguments[1:]).sum().backward()
     assert called == [1] and arguments[0].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "num_rows"), [("nf4", 1), ("nf4-double", 3), ("int8", 19)])
+def test_shrink_in_the_launch_of_the_product_changes_no_bit(monkeypatch, kind, num_rows, dtype):
+    """Three parts that share x, adapters of several ranks, padding tiles, splits of both."""
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    in_features, widths = 1088, (70, 20, 33)
+    layer = layer_of(kind, (sum(widths), in_features), dtype)
+    generator = torch.Generator().manual_seed(num_rows)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    scattered = Scattered()
+    runs = [
+        [[scattered.run(a=random(rank, in_features), b=random(rank, width))] for rank in (1, 40, 8)]
+        for width in widths
+    ]
+    spans = [Span(slot=i * i % 3, first_token=i, num_tokens=1) for i in range(num_rows)]
+    memory, meta = map(on_device, (scattered.memory(dtype), StepMeta.build(spans)))
+    memory = dataclasses.replace(memory, max_rank=40)
+    tables = torch.stack([table(part) for part in runs]).to(DEVICE)
+    x = (random(num_rows, in_features) / in_features**0.5).to(DEVICE, dtype)
+    adapters = kernels.PooledAdapters(memory, tables, meta)
+    product, hidden = layer.product_and_shrink(x, adapters)
+    assert hidden is not None and torch.equal(product, layer.product(x))
+    apart = kernels.apply_stacked_adapters(product, x, None, *adapters, widths)
+    joined = kernels.apply_stacked_adapters(product, x, None, *adapters, widths, hidden)
+    assert torch.equal(joined, apart) and not torch.equal(joined, product)
+
+
+def test_a_large_step_shrinks_in_a_launch_of_its_own(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    layer = layer_of("nf4", (16, 64), torch.float32)
+    scattered = Scattered()
+    runs = table([[scattered.run(a=torch.randn(4, 64), b=torch.randn(4, 16))]])
+    spans = [Span(slot=0, first_token=0, num_tokens=257)]
+    memory, meta = map(on_device, (scattered.memory(torch.float32), StepMeta.build(spans)))
+    adapters = kernels.PooledAdapters(memory, runs[None].to(DEVICE), meta)
+    _, hidden = layer.product_and_shrink(torch.randn(257, 64, device=DEVICE), adapters)
+    assert hidden is None
