@@ -207,21 +207,46 @@ def launches_a_layer(rows: int, num_adapters: int) -> tuple[Counter[str], Counte
     return layer, one - layer
 
 
-def adapters(rows: int) -> list[Case]:
-    """The launches of one layer that are the adapters' alone, of all its linear layers."""
-    count = min(rows, NUM_ADAPTERS)
-    launches, _ = decode_step(rows, count, 1)
-    cases = []
-    for kind in ("shrink", "expand"):
-        own = [launch for launch in launches if kind in launch.kernel]
-        for (name, (out_features, in_features)), launch in zip(LINEARS.items(), own, strict=False):
-            width = PARTS[name] * in_features if kind == "shrink" else out_features
-            inputs = launch.integers.get("inputs_per_split", in_features)
-            passes = -(-inputs // launch.arguments["BLOCK_K"]) if kind == "shrink" else 1
-            busy = launch.num_programs // launch.grid[0] * min(count, launch.grid[0])
-            moved = 2 * count * RANK * width + 4 * rows * out_features * (kind == "expand")
-            cases.append(Case(f"{kind} {name}", (launch,), moved, passes, busy))
+def expands(launches: list[Launch], rows: int, count: int) -> list[Case]:
+    """The launches of one layer that are the adapters' alone."""
+    own, cases = [launch for launch in launches if "expand" in launch.kernel], []
+    for (name, (out_features, _)), launch in zip(LINEARS.items(), own, strict=True):
+        busy = launch.num_programs // launch.grid[0] * min(count, launch.grid[0])
+        moved = 2 * count * RANK * out_features + 4 * rows * out_features
+        cases.append(Case(f"expand {name}", (launch,), moved, 1, busy))
     return cases
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """The part of a product's launch that is the adapters': it has no launch of its own."""
+
+    launch: Launch
+    num_programs: int
+    num_bytes: float
+
+    @classmethod
+    def of(cls, launch: Launch, name: str, rows: int, count: int) -> Shrink:
+        alone = product(name, rows)
+        assert alone is not None
+        moved = 2 * count * RANK * PARTS[name] * LINEARS[name][1]
+        return cls(launch, launch.num_programs - alone.main.num_programs, moved)
+
+    @property
+    def floor_us(self) -> float:
+        return self.num_bytes / BYTES_PER_S * 1e6
+
+    @property
+    def predicted_us(self) -> float:
+        """Its bytes, or its programs in turn, empty ones too, beside the product's."""
+        at_once = CARD.multiprocessors * code_of(self.launch).programs_at_once(CARD)
+        return max(self.floor_us / REACHED, PROGRAM_US * self.num_programs / at_once)
+
+
+def shrinks(launches: list[Launch], rows: int, count: int) -> list[Shrink]:
+    own = [launch for launch in launches if "shrink" in launch.kernel]
+    pairs = zip(LINEARS, own, strict=True)
+    return [Shrink.of(launch, name, rows, count) for name, launch in pairs]
 
 
 class TorchLaunches(TorchDispatchMode):
@@ -308,19 +333,24 @@ def products_table(kind: str) -> None:
 
 
 def adapters_table() -> None:
+    """Shrink is part of the products' launches, so its time is what they take longer."""
     print(f"\n## Adapters of a layer, up to {NUM_ADAPTERS} of rank {RANK}, in a decode graph")
     rows = []
     for num_rows in ROWS:
-        cases = adapters(num_rows)
-        for kind in ("shrink", "expand"):
-            own = [case for case in cases if kind in case.name]
-            floor, time = (sum(getattr(c, n) for c in own) for n in ("floor_us", "predicted_us"))
-            programs = sum(case.main.num_programs for case in own)
-            passes = " ".join(f"{case.passes:g}" for case in own)
-            registers = max((case.code.registers for case in own), default=0)
-            rows.append((num_rows, kind, len(own), programs, passes, registers, floor, time))
-    columns = "rows | kind | launches | programs | passes | registers | floor µs | predicted µs"
-    table(columns, rows)
+        count = min(num_rows, NUM_ADAPTERS)
+        launches, _ = decode_step(num_rows, count, 1)
+        shrunk, expanded = (make(launches, num_rows, count) for make in (shrinks, expands))
+        floor = sum(part.floor_us for part in (*shrunk, *expanded))
+        times = [sum(part.predicted_us for part in own) for own in (shrunk, expanded)]
+        programs = [sum(part.num_programs for part in shrunk)]
+        programs.append(sum(case.main.num_programs for case in expanded))
+        registers = max(case.code.registers for case in expanded)
+        rows.append((num_rows, *programs, registers, floor, *times, sum(times) / floor))
+    table(
+        "rows | programs of shrink | of expand | registers of expand | floor µs | shrink µs | "
+        "expand µs | over floor",
+        rows,
+    )
 
 
 def launches_table() -> None:

@@ -30,9 +30,9 @@ from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu
 
-WARM_TOKENS = (2, 32, 64, 96, 320)
+WARM_TOKENS = (2, 16, 32, 64, 96, 320)
 """Tokens of the steps that are run before any request: one of every size by which a kernel is
-chosen, 16, 32 and 64 rows of a product and 256 entries of adapters."""
+chosen, 8 to 64 rows of a product and 256 entries of adapters."""
 
 
 class ModelRunner:
