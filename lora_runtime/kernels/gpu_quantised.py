@@ -56,9 +56,10 @@ class Tiling(NamedTuple):
 TILINGS = {
     ("four_bit", torch.bfloat16): Tiling(8, 8, 256, 3),
     ("four_bit", torch.float32): Tiling(16, 1, 64, 1),
-    ("int8", torch.bfloat16): Tiling(8, 8, 128, 3),
-    ("int8", torch.float32): Tiling(16, 1, 64, 1),
+    ("eight_bit", torch.bfloat16): Tiling(8, 8, 128, 3),
+    ("eight_bit", torch.float32): Tiling(16, 1, 64, 1),
 }
+"""By format and dtype. No format is called like a dtype: Triton's preload would make it one."""
 
 
 def four_bit_product(
@@ -88,7 +89,7 @@ def four_bit_gated_product(
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.int8_product`."""
-    return _product(x, codes, absmax, absmax, len(codes), "int8")
+    return _product(x, codes, absmax, absmax, len(codes), "eight_bit")
 
 
 def four_bit_product_and_shrink(
@@ -112,7 +113,7 @@ def int8_product_and_shrink(
 ) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.int8_product_and_shrink`."""
     shrink = shrink_launch(x.contiguous(), *adapters)
-    return _product(x, codes, absmax, absmax, len(codes), "int8", shrink=shrink), shrink.hidden
+    return _product(x, codes, absmax, absmax, len(codes), "eight_bit", shrink=shrink), shrink.hidden
 
 
 def four_bit_values(

@@ -59,7 +59,7 @@ def product_program(
     sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     for _ in tl.static_range(TILES - 1):
         sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-    if FORMAT == "int8":
+    if FORMAT == "eight_bit":
         sums = _add_int8(
             sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
             IS_EVEN, TILES, BLOCK_M, BLOCK_K,

@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -115,6 +116,12 @@ class Launch:
         names = list(data["signature"])
         keys = [names[place] for (place,) in data["constant_keys"]]
         return data["signature"] | dict(zip(keys, data["constant_vals"], strict=True))
+
+    @property
+    def constants(self) -> set[str]:
+        data = json.loads(self.specialization)
+        names = list(data["signature"])
+        return {names[place] for (place,) in data["constant_keys"]}
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -220,6 +227,9 @@ def kernel_of(launch: Launch) -> JITFunction:
 
 def compiled(launch: Launch) -> Any:
     """Triton's CompiledKernel of a launch; `asm["cubin"]` is the card's machine code."""
+    for name, value in launch.arguments.items():
+        is_dtype = name in launch.constants and isinstance(value, str) and tl.dtype.is_dtype(value)
+        assert not is_dtype, f"preload would make the constant {name}={value!r} a dtype"
     driver.set_active(Driver(launch.arch, launch.arch))
     return kernel_of(launch).preload(launch.specialization)
 
