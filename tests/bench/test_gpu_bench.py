@@ -27,6 +27,7 @@ TABLES = {
 }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stages", "interpret"), [(["kernels"], "1"), (["engine", "serve", "training"], "0")]
 )

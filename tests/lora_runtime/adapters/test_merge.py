@@ -20,7 +20,7 @@ from lora_runtime.errors import AdapterRefused
 from tests.lora_runtime.adapters.test_convert import largest_difference, logits
 from tests.peft_adapters import load_in_peft, write_adapter
 from tests.tiny import SHAPES, dense_twin, tiny_base, tiny_checkpoint
-from tests.variants import variant_names, write_variants
+from tests.variants import LAYER_MAPS, variant_names, write_variants
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -96,7 +96,7 @@ def test_every_family_is_a_checkpoint_that_serves_like_the_adapter(tmp_path, sha
 
 REFUSED = {
     "alora": "alora_invocation_tokens",
-    **dict.fromkeys(("replication", "replication-2", "replication-dora"), "layer_replication"),
+    **dict.fromkeys(LAYER_MAPS, "layer_replication"),
 }
 
 

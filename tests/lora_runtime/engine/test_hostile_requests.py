@@ -142,10 +142,10 @@ def break_forward(engine, monkeypatch, forms):
 def break_sampling(engine, monkeypatch, forms):
     """In its third token, when others have been drawn in the same step."""
 
-    def broken(logits, sequences):
+    def broken(logits, sequences, *best):
         if any(is_victim(s) and s.num_output_tokens >= 2 for s in sequences):
             raise IndexError("sampling")
-        return draw(logits, sequences)
+        return draw(logits, sequences, *best)
 
     draw = model_runner.draw
     monkeypatch.setattr(model_runner, "draw", broken)

@@ -211,16 +211,16 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
 
 
 def test_a_visit_that_the_table_has_no_room_for_replaces_nothing():
-    """Replica 1 of a table of one: its place would be the next slot's."""
+    """Replica 1 of a table of one: its place would be the next slot's. The public op refuses it."""
     memory, runs, _ = adapters(torch.float32)
     base, ids = torch.randn(4, WIDTH), torch.tensor([3, 17, 40, 5])
     good = [Span(slot=1, first_token=1, num_tokens=2)]
     lost = [Span(slot=0, first_token=0, num_tokens=3, replica=1)]
     metas = [StepMeta.build(spans) for spans in (good, [*good, *lost])]
     arguments = [(base, ids, SCALE, memory, runs, meta, VOCAB) for meta in metas]
-    embedded = [kernels.embed_adapters(*map(on_device, own)).cpu() for own in arguments]
+    embedded = [gpu.embed_adapters(*map(on_device, own)).cpu() for own in arguments]
     x, logits = torch.randn(4, WIDTH), torch.randn(4, VOCAB)
     arguments = [(logits.clone(), logits, x, memory, runs, meta) for meta in metas]
-    patched = [kernels.patch_logits(*map(on_device, own)).cpu() for own in arguments]
+    patched = [gpu.patch_logits(*map(on_device, own)).cpu() for own in arguments]
     for (expected, found), plain in ((embedded, base), (patched, logits)):
         assert torch.equal(found, expected) and not torch.equal(found, plain)

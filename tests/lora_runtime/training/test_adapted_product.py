@@ -19,6 +19,7 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import unit_logits, window_losses
 from tests.lora_runtime.training.test_variants import ROWS, VARIANTS, unit_of
 from tests.lora_runtime.training.tiny_runs import (
+    at_every_token,
     make_unit,
     ragged_data,
     randomise,
@@ -175,9 +176,11 @@ def test_every_variant_learns_as_well_as_in_float32(
 def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, on_the_gpu_road, name):
     base = tiny_base("llama", dtype=torch.bfloat16)
     unit = unit_of(base, tokenizer, tmp_path, name)
-    started = unit_logits(base, unit)(ROWS, True)
+    started = at_every_token(unit_logits(base, unit))(ROWS, True)
     unit.modules = {}  # the base alone, in the unit's order of layers
-    for ours, theirs in zip(started, unit_logits(base, unit)(ROWS, True), strict=True):
+    for ours, theirs in zip(
+        started, at_every_token(unit_logits(base, unit))(ROWS, True), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 

@@ -170,7 +170,7 @@ def test_an_example_that_never_fits_fails_its_unit_alone(
 @pytest.mark.parametrize("num_passes", [1, 3])
 def test_resume_keeps_the_sizes(tmp_path, tokenizer, base, monkeypatch, num_passes):
     configs = configs_of(tmp_path)[:2]
-    SmallMemory(monkeypatch, 60)
+    SmallMemory(monkeypatch, 64)
     options = dict(max_seq_len=50)
     console = quiet_console()
     whole = run(base, tokenizer, tmp_path / "whole", configs, console=console, **options)
