@@ -13,6 +13,7 @@ how much depends on base, adapter and rows. So the record says how much it was t
     noise = √(mean (base in bfloat16 − base in float32)² + mean (adapter …)²), in logits
     limit = max(LIMIT, NOISE_FACTOR · noise · √n / the error's denominator),  n recorded numbers
 
+The base's own numbers must agree in the same way, relative to their own length.
 The squares are added because another machine may round base and adapter in unrelated ways. For the
 same reason an equal error is expected of a server, and NOISE_FACTOR is what it may be off by: on a
 CPU a server's error was 0.7 to 1.05 times the noise, over thirteen variants on SmolLM2-135M and
@@ -49,6 +50,9 @@ ROUGH_FLOOR = 0.3
 """LIMIT and FLOOR for records of version 1 where they or the server are in bfloat16. Such a record
 is itself rounded, on random tokens, by an unknown amount: honest adapters were off by up to 0.16
 with this floor. What this still refuses are other weights with an effect of their own."""
+
+ROUGH_BASE_LIMIT = 0.1
+"""The same for the base's own logits, which by the fingerprint are the recorded ones."""
 
 PUBLIC_TEXTS = (
     "The river rises in the hills north of the town, runs past the old mill and under a stone "
@@ -102,13 +106,16 @@ class Parity:
 
     error: float
     """Relative error of the effect."""
+    base_error: float
+    """Relative error of the base's own logits."""
     effect: float
     """Root mean square of the recorded Δz, in logits."""
     limit: float
+    base_limit: float
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit
+        return self.error <= self.limit and self.base_error <= self.base_limit
 
 
 def public_rows(
@@ -165,12 +172,17 @@ def compare(golden: Golden, numbers: Sequence[Tensor], dtype: str) -> Parity:
     limit, floor = (ROUGH_LIMIT, ROUGH_FLOOR) if is_rough else (LIMIT, FLOOR)
     smallest = torch.finfo(torch.float64).tiny
     scale = max(float(effect.norm()), floor * float(adapter.norm()), smallest)
+    base_scale = max(float(base.norm()), smallest)
+    base_limit = ROUGH_BASE_LIMIT if is_rough else LIMIT
     if is_coarse and golden.noise is not None:
-        limit = max(limit, NOISE_FACTOR * golden.noise * len(effect) ** 0.5 / scale)
+        noise = NOISE_FACTOR * golden.noise * len(effect) ** 0.5
+        limit, base_limit = max(limit, noise / scale), max(base_limit, noise / base_scale)
     return Parity(
         error=float((adapter_here - base_here - effect).norm()) / scale,
+        base_error=float((base_here - base).norm()) / base_scale,
         effect=float(effect.norm()) / len(effect) ** 0.5,
         limit=limit,
+        base_limit=base_limit,
     )
 
 
@@ -182,7 +194,8 @@ def require(parity: Parity, golden: Golden, tensors_sha256: str | None = None) -
         raise ParityFailed(
             f"the adapter does not do here what {SIDECAR_FILE} recorded: relative error "
             f"{parity.error:.2g} of its effect ({parity.effect:.3g} logits), at most "
-            f"{parity.limit:.2g} is accepted. Its weights were changed after the record, or this "
+            f"{parity.limit:.2g} is accepted (of the base's own logits {parity.base_error:.2g}, at "
+            f"most {parity.base_limit:.2g}). Its weights were changed after the record, or this "
             f"machine computes wrongly; remove {SIDECAR_FILE} only if you changed them on purpose",
             field=SIDECAR_FILE,
         )

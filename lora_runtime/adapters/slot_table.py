@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -120,7 +120,11 @@ class SlotTable:
     def _acquire_each(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
         acquired: list[Acquired] = []
         for digest in digests:
-            got = self._acquire(digest)
+            try:
+                got = self._acquire(digest)
+            except Exception:
+                self._undo(digests, acquired)
+                raise
             if got is None:
                 self._undo(digests, acquired)
                 return None
@@ -152,12 +156,16 @@ class SlotTable:
         if self._pins[digest] == 0:
             del self._pins[digest]
 
-    def take_vacated(self) -> tuple[int, ...]:
-        """Slots that lost their adapter and got no other since this was last asked: their run
-        tables still point at its bytes.
+    @property
+    def vacated(self) -> tuple[int, ...]:
+        """Slots that lost their adapter, got no other and were not `cleared`: their run tables
+        still point at its bytes.
         """
-        vacated, self._vacated = tuple(sorted(self._vacated)), set()
-        return vacated
+        return tuple(sorted(self._vacated))
+
+    def cleared(self, slot: int) -> None:
+        """The run tables of a vacated slot point at nothing any more."""
+        self._vacated.discard(slot)
 
     def is_pinned(self, digest: str) -> bool:
         """True while a running request uses the adapter."""
@@ -181,7 +189,10 @@ class SlotTable:
         self._free_slots.append(placement.slot)
         self._vacated.add(placement.slot)
 
-    def check_integrity(self) -> None:
-        """Assert that free and resident bytes add up, and that what is pinned is resident."""
+    def check_integrity(self, pins: Mapping[str, int]) -> None:
+        """Assert that free and resident bytes add up, and that exactly `pins` are pinned, each so
+        often, and resident.
+        """
+        assert self._pins == pins, (self._pins, pins)
         assert self.num_bytes_used == sum(self._sizes[digest] for digest in self._resident)
         assert set(self._pins) <= set(self._resident)

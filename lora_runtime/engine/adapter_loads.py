@@ -39,7 +39,8 @@ class AdapterLoads:
 
     def __init__(self, pool: AdapterPool, enqueue: Enqueue | None) -> None:
         self._pool, self._enqueue = pool, enqueue
-        self._copies: list[tuple[Event, PackedAdapter]] = []
+        self._copies: list[tuple[Event, PackedAdapter | None]] = []
+        """Under way, in order; None: the emptying of a slot."""
 
     def start(self, placement: AdapterPlacement, adapter: PackedAdapter) -> None:
         """Copy an adapter to its place, or start to."""
@@ -57,14 +58,14 @@ class AdapterLoads:
         if self._enqueue is None:
             self._pool.clear(slot)
         else:
-            self._enqueue(lambda: self._pool.clear(slot))
+            self._copies.append((self._enqueue(lambda: self._pool.clear(slot)), None))
 
     def in_progress(self) -> frozenset[str] | None:
         """Digests of adapters whose copies are not done; None when copies are done at once."""
         if self._enqueue is None:
             return None
         self._copies = [copy for copy in self._copies if not copy[0].query()]
-        return frozenset(adapter.digest for _, adapter in self._copies)
+        return frozenset(adapter.digest for _, adapter in self._copies if adapter is not None)
 
     def wait(self) -> None:
         """Return when one more copy is done, at once if there is none."""

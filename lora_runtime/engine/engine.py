@@ -34,7 +34,7 @@ from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.memory_budget import num_kv_blocks
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
-from lora_runtime.engine.scheduler import Scheduler
+from lora_runtime.engine.scheduler import Scheduler, terminal_output
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
 
@@ -82,6 +82,8 @@ class Engine:
         """0, or 1: a step runs on the device while the next one is planned and queued."""
         self._started: deque[tuple[ScheduledBatch, Draw]] = deque()
         self._live: dict[str, Sequence] = {}
+        self._outputs: list[StepOutput] = []
+        """Made and not yet taken: they are not lost with what is raised behind them."""
         self._num_steps = 0
 
     @property
@@ -107,15 +109,24 @@ class Engine:
     ) -> list[StepOutput]:
         """End a request before its next step, freeing all it holds; no output if it is over."""
         sequence = self._live.pop(request_id, None)
-        return [] if sequence is None else [self.scheduler.end(sequence, reason, error)]
+        if sequence is None or sequence.status is SequenceStatus.FINISHED:
+            return []
+        return [self.scheduler.end(sequence, reason, error)]
 
     def abort_all(self, error: LoramuxError) -> list[StepOutput]:
-        """End every request with `error`."""
-        return [
-            output
-            for request_id in list(self._live)
-            for output in self.abort(request_id, FinishReason.ERROR, error)
-        ]
+        """End every request with `error`, when no step follows: what they hold is not freed."""
+        outputs = self.take_outputs()
+        for sequence in self._live.values():
+            if sequence.status is not SequenceStatus.FINISHED:
+                sequence.status = SequenceStatus.FINISHED
+                outputs.append(terminal_output(sequence, FinishReason.ERROR, error))
+        self._live.clear()
+        return outputs
+
+    def take_outputs(self) -> list[StepOutput]:
+        """What steps and commands gave since it was last taken, also one that raised."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def add_adapter(self, form: ServingForm) -> None:
         """Pack and keep an adapter, of whose tensors nothing is needed then; see `add_packed`."""
@@ -128,14 +139,17 @@ class Engine:
         self.host.add(adapter)
 
     def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
-        """Give up one reference. With the last, new requests fail and `cancel` ends old ones."""
+        """Give up one reference. With the last, new requests fail and `cancel` ends old ones, whose
+        outputs are returned.
+        """
         if not self.host.is_referenced(digest):
             raise AdapterNotFound(f"no adapter with digest {digest[:12]} is loaded")
         is_last = self.host.drop(digest)
         users = [s.request.request_id for s in self._live.values() if _uses(s, digest)]
-        outputs = [o for user in users for o in self.abort(user)] if is_last and cancel else []
+        if is_last and cancel:
+            self._outputs += [output for user in users for output in self.abort(user)]
         self.collect()
-        return outputs
+        return self.take_outputs()
 
     def collect(self) -> list[str]:
         """Free every dropped adapter that no live request uses; returns their digests."""
@@ -148,52 +162,62 @@ class Engine:
             self.slots.forget(digest)
             self.host.remove(digest)
             self.blocks.forget_adapter(digest)
-        self.runner.clear(self.slots.take_vacated())
+        self._clear_slots()
         return freed
+
+    def _clear_slots(self) -> None:
+        """Empty the slots whose adapters have gone; one that cannot be is tried again. No row is
+        under it before another adapter is copied there.
+        """
+        for slot in self.slots.vacated:
+            try:
+                self.runner.clear(slot)
+            except Exception:
+                log.exception("slot %d of the adapter pool could not be emptied", slot)
+            else:
+                self.slots.cleared(slot)
 
     def step(self) -> list[StepOutput]:
         """Plan a step, start it, and record what is done: this one, or the one before it.
 
         A row that cannot be planned, run, sampled or recorded ends with RequestFailed, and the
-        others go on. Raises what the device raises when not even the base runs any more.
+        others go on. Where a step's results cannot be read, all of its rows end so. Raises what the
+        device raises when not even the base runs any more; `take_outputs` has what came before.
         """
-        outputs = self._expire()
+        self._outputs += self._expire()
         plan = self.scheduler.schedule(self.runner.loads.in_progress())
-        outputs += plan.failed
-        plan, failed = self._load(plan)
-        outputs += failed
+        self._outputs += plan.failed
+        plan = self._load(plan)
         if not plan.sequences:
             if not self._started:
                 self.runner.loads.wait()
-            outputs += self._commit(num_steps_ahead=0)
+            self._commit(num_steps_ahead=0)
         elif self._start(plan):
-            outputs += self._commit(self.num_steps_ahead)
+            self._commit(self.num_steps_ahead)
         else:
-            outputs += self._commit(num_steps_ahead=0) + self._run_each(plan)
+            self._commit(num_steps_ahead=0)
+            self._run_each(plan)
         self._num_steps += 1
+        outputs = self.take_outputs()
         for output in outputs:
             if output.finish_reason is not None:
                 self._live.pop(output.request_id, None)
         return outputs
 
-    def _load(self, plan: ScheduledBatch) -> tuple[ScheduledBatch, list[StepOutput]]:
-        """Copy the adapters that a plan asks for, or start to.
-
-        One that cannot be copied ends its rows: the plan without them, and their outputs.
+    def _load(self, plan: ScheduledBatch) -> ScheduledBatch:
+        """Copy the adapters that a plan asks for, or start to. One that cannot be copied ends its
+        rows: the plan without them.
         """
-        self.runner.clear(self.slots.take_vacated())
-        outputs: list[StepOutput] = []
+        self._clear_slots()
         for placement in plan.loads:
             try:
                 self.runner.load(placement)
             except Exception as cause:
                 users = [s for s in self.scheduler.running if _uses(s, placement.digest)]
-                outputs += [self.scheduler.fail(sequence, cause) for sequence in users]
+                self._outputs += [self.scheduler.fail(sequence, cause) for sequence in users]
                 self.slots.evict(placement.digest)
-        if outputs:
-            rows = tuple(row for row in plan.sequences if row.sequence in self.scheduler.running)
-            plan = replace(plan, sequences=rows)
-        return plan, outputs
+        rows = tuple(row for row in plan.sequences if row.sequence.status is SequenceStatus.RUNNING)
+        return replace(plan, sequences=rows)
 
     def _start(self, plan: ScheduledBatch) -> bool:
         """Start a plan; False when something went wrong with one of its rows, or with all."""
@@ -205,42 +229,39 @@ class Engine:
         self.scheduler.advance(plan)
         return True
 
-    def _commit(self, num_steps_ahead: int) -> list[StepOutput]:
+    def _commit(self, num_steps_ahead: int) -> None:
         """Record started steps until `num_steps_ahead` of them are left."""
-        outputs: list[StepOutput] = []
         while len(self._started) > num_steps_ahead:
             plan, drawn = self._started.popleft()
             try:
                 sampled = drawn.result()
             except Exception as cause:  # nothing tells which of the rows it was
-                outputs += [self.scheduler.fail(sequence, cause) for sequence in _live(plan)]
+                self._outputs += [self.scheduler.fail(row, cause) for row in _live(plan)]
                 self.runner.check()
             else:
-                outputs += self.scheduler.commit(plan, sampled)
-        return outputs
+                self._outputs += self.scheduler.commit(plan, sampled)
 
-    def _run_each(self, plan: ScheduledBatch) -> list[StepOutput]:
+    def _run_each(self, plan: ScheduledBatch) -> None:
         """Run the rows of a failed step one by one, with no step in flight; those that fail end.
 
         A row's keys and values are only its own, so that writing them again changes nothing.
         """
-        outputs: list[StepOutput] = []
-        num_failed = 0
+        num_run = num_failed = 0
         for row in plan.sequences:
             if row.sequence.status is not SequenceStatus.RUNNING:
                 continue  # a step that was in flight ended it
+            num_run += 1
             alone = ScheduledBatch((row,))
             try:
                 sampled = self.runner.start(alone).result()
             except Exception as cause:
                 num_failed += 1
-                outputs.append(self.scheduler.fail(row.sequence, cause))
+                self._outputs.append(self.scheduler.fail(row.sequence, cause))
             else:
                 self.scheduler.advance(alone)
-                outputs += self.scheduler.commit(alone, sampled)
-        if num_failed == len(outputs):
+                self._outputs += self.scheduler.commit(alone, sampled)
+        if num_failed == num_run:
             self.runner.check()
-        return outputs
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and people."""

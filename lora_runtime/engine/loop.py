@@ -168,7 +168,8 @@ class InThreadEngine:
 
     def _run_once(self) -> None:
         self._run_commands()
-        outputs = [] if self._engine.is_idle else self._engine.step()
+        is_idle = self._engine.is_idle
+        outputs = self._engine.take_outputs() if is_idle else self._engine.step()
         self._engine.collect()
         self._stats = self._engine.stats()
         self._deliver(outputs)
@@ -209,7 +210,7 @@ class InThreadEngine:
         for digest in list(self._unloading):
             if digest not in self._engine.host or self._engine.host.is_referenced(digest):
                 for freed in self._unloading.pop(digest):
-                    freed.set_result(None)
+                    _settle(freed)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Hand outputs to their streams, waking each event loop once."""
@@ -233,10 +234,20 @@ class InThreadEngine:
             self._failure = error
         self._deliver(self._engine.abort_all(error))
         while not self._inbox.empty():
-            self._inbox.get().done.set_exception(error)
+            _settle(self._inbox.get().done, error)
         for waiting in self._unloading.values():
             for freed in waiting:
-                freed.set_exception(error)
+                _settle(freed, error)
+
+
+def _settle(future: Future, error: Exception | None = None) -> None:
+    """Give a future its end, unless its caller has gone."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -100,10 +100,9 @@ class ModelRunner:
         self.loads.start(placement, self.host[placement.digest])
 
     @torch.inference_mode()
-    def clear(self, slots: Iterable[int]) -> None:
-        """Empty slots of the pool whose adapters have gone."""
-        for slot in slots:
-            self.loads.clear(slot)
+    def clear(self, slot: int) -> None:
+        """Empty a slot of the pool whose adapter has gone."""
+        self.loads.clear(slot)
 
     @torch.inference_mode()
     def start(self, plan: ScheduledBatch) -> Draw:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as AbstractSequence
 from collections.abc import Set as AbstractSet
 
@@ -67,7 +67,7 @@ class Scheduler:
     ) -> StepOutput:
         """Finish a sequence now, free all it holds and give its terminal output."""
         self._remove(sequence)
-        return _terminal(sequence, (), reason, error)
+        return terminal_output(sequence, reason, error)
 
     def fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         """Finish a sequence that something unforeseen went wrong with."""
@@ -145,7 +145,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that blocks, slots and pins agree with the live sequences."""
         self._blocks.check_integrity(self.running)
-        self._slots.check_integrity()
+        uses = (use.digest for row in self.running for use in row.request.adapters)
+        self._slots.check_integrity(Counter(uses))
         assert not any(sequence.block_table for sequence in self.waiting)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -184,7 +185,12 @@ class Scheduler:
         slots = self._acquire_slots(sequence, loads)
         if slots is None:
             return False
-        self._blocks.share(sequence, found)
+        try:
+            self._blocks.share(sequence, found)
+        except Exception:
+            for use in sequence.request.adapters:
+                self._slots.release(use.digest)
+            raise
         sequence.slots, sequence.status = slots, SequenceStatus.RUNNING
         sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
         self.running.append(self.waiting.popleft())
@@ -220,7 +226,7 @@ class Scheduler:
                 logprobs=logprobs,
             )
         self._remove(sequence)
-        return _terminal(sequence, (result.token_id,), reason, None, logprobs)
+        return terminal_output(sequence, reason, None, (result.token_id,), logprobs)
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
@@ -266,13 +272,14 @@ def _finish_reason(sequence: Sequence, position: int) -> FinishReason | None:
     return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None
 
 
-def _terminal(
+def terminal_output(
     sequence: Sequence,
-    token_ids: tuple[int, ...],
     reason: FinishReason,
     error: LoramuxError | None,
+    token_ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprob, ...] = (),
 ) -> StepOutput:
+    """The last output of a request, with how long each of its phases took."""
     now, arrival = time.monotonic(), sequence.request.arrival
     scheduled = sequence.first_scheduled or now
     first_token = sequence.first_token or now

@@ -22,8 +22,9 @@ MAX_MATCH_S = 0.1
 """One match takes microseconds; a tenth of a second means catastrophic backtracking."""
 MAX_TOTAL_S = 10.0
 
-_READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{[a-z]|--|&&|~~|\|\|")
-"""Nested sets, POSIX classes and fuzzy counts mean something to `regex`, but not to PEFT's `re`."""
+_READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{(?!\d+(,\d*)?\}|,\d+\})|--|&&|~~|\|\||[^\x00-\x7f]")
+"""Nested sets, POSIX classes, braces that are no plain count ({e}, {1<=e<=2}: fuzzy matches) and,
+without regard to case, letters beyond ASCII mean something else to `regex` than to PEFT's `re`."""
 _FIRST_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _INDEX_AFTER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
@@ -99,7 +100,7 @@ class PatternMatcher:
         if _READ_DIFFERENTLY.search(pattern):
             raise AdapterRefused(
                 f"{field} holds {pattern[:80]!r}, which regex engines read differently; "
-                "write it without nested sets, POSIX classes and '{letter'",
+                "write it in ASCII, without nested sets, POSIX classes and braces but {n,m}",
                 field=field,
             )
 
@@ -173,11 +174,31 @@ def _target_test(
 
 
 def unmatched_targets(selection: Selection, names: Collection[str]) -> list[str]:
-    """Entries of target_modules that mean no module of this base, sorted; PEFT passes over them."""
+    """Entries of target_modules that mean no module of this base, sorted; PEFT passes over them.
+
+    Raises: AdapterRefused for one that means a module which holds others: PEFT cannot adapt it.
+    """
     if isinstance(selection.target_modules, str):
         return []
     known = {tail for name in names for tail in tails(name)}
-    return sorted(set(selection.target_modules) - known)
+    unmatched = sorted(set(selection.target_modules) - known)
+    holders = {name.rpartition(".")[0] for name in names}
+    holders |= {outer for name in holders for outer in _outer(name)}
+    held = {tail for name in holders for tail in tails(name)}
+    for entry in unmatched:
+        if entry in held:
+            raise AdapterRefused(
+                f"target_modules names {entry[:80]!r}, which holds other modules; name the linear "
+                "layers in it",
+                field="target_modules",
+            )
+    return unmatched
+
+
+def _outer(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _exclusion_test(

@@ -29,6 +29,9 @@ OLD_VERSION, VERSION = 1, 2
 OLD_DTYPES = ("float64", "float32", "bfloat16")
 MAX_SIDECAR_BYTES = 1 << 18
 MAX_ROWS = len(PUBLIC_TEXTS)
+MAX_NOISE = 2.0
+"""In logits: ten times what bfloat16 moved them by on any base so far. A record of more noise would
+let anything pass."""
 MAX_POSITIONS = MAX_ROWS * NUM_POSITIONS
 """With ROW_LENGTH and NUM_TOP what the trainer writes, or wrote in version 1, so that no sidecar
 asks for more work than ours does."""
@@ -85,18 +88,19 @@ def _parse(content: Mapping[str, Any], base: BaseSpec) -> Golden:
     longest = min(ROW_LENGTH, base.max_model_len)
     rows = [_ids(row, longest, base.vocab_size) for row in _items(content["rows"], MAX_ROWS)]
     places = _items(content["positions"], MAX_POSITIONS)
+    positions = tuple(_parse_position(place, rows, base.vocab_size) for place in places)
+    if {place.row for place in positions} != set(range(len(rows))):
+        raise ValueError("a row in it has no recorded position")
     golden = Golden(
-        base_fingerprint=str(content["base_fingerprint"]),
-        rows=tuple(rows),
-        positions=tuple(_parse_position(place, rows, base.vocab_size) for place in places),
+        base_fingerprint=str(content["base_fingerprint"]), rows=tuple(rows), positions=positions
     )
     if version == OLD_VERSION:
         if content["dtype"] not in OLD_DTYPES:
             raise ValueError(f"dtype {content['dtype']!r}; known are {', '.join(OLD_DTYPES)}")
         return replace(golden, dtype=content["dtype"])
     (noise,) = _floats([content["noise"]], 1)
-    if noise < 0:
-        raise ValueError(f"noise {noise}; it is 0 or positive")
+    if not 0 <= noise <= MAX_NOISE:
+        raise ValueError(f"noise {noise}; it is from 0 to {MAX_NOISE} logits")
     tensors_sha256 = content["tensors_sha256"]
     if not isinstance(tensors_sha256, str | None):
         raise ValueError(f"tensors_sha256 {tensors_sha256!r}; it is a text or null")

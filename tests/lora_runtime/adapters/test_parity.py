@@ -408,3 +408,20 @@ def test_a_link_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):
     monkeypatch.setattr(parity_file, "MAX_SIDECAR_BYTES", 100)
     with pytest.raises(AdapterRefused, match="at most 100"):
         read_golden(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_record_of_other_base_logits_is_refused(adapted, dtype):
+    """Shifted by so much that the adapter's own effect would drown in the error's denominator."""
+    logits = logits_of(adapted)
+    record = recorded(logits)
+    shifted = [
+        replace(
+            place,
+            base=tuple(number + 1e6 for number in place.base),
+            adapter=tuple(number + 1e6 for number in place.adapter),
+        )
+        for place in record.positions
+    ]
+    parity = checked(replace(record, positions=tuple(shifted)), logits, dtype)
+    assert parity.base_error > parity.base_limit and not parity.passed

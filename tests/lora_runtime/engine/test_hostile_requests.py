@@ -6,16 +6,20 @@ faults put into planning, copying, the forward, sampling and recording of one ro
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 
 from lora_runtime.core import AdapterUse, FinishReason, Request, SamplingParams
 from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import model_runner
-from lora_runtime.errors import LoramuxError, RequestFailed
+from lora_runtime.engine.loop import InThreadEngine
+from lora_runtime.errors import LoramuxError, RequestFailed, Unavailable
 from tests.driver import Trace, greedy, run
 from tests.lora_runtime.engine.test_engine import mixed_requests, prompt, with_adapters
 from tests.tiny import VOCAB_SIZE
@@ -234,3 +238,82 @@ def test_results_that_cannot_be_read_end_the_rows_of_their_step(base, forms, alo
     assert 0 < len(failed) < len(traces)
     for key in traces.keys() - failed:
         assert traces[key].token_ids == alone[key]
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_streams_of_a_dying_engine_get_their_one_end(base, forms, monkeypatch, steps_ahead):
+    """Also those that the dying step had ended already: by a deadline, or as failed rows."""
+    asyncio.run(die_with_streams(base, forms, monkeypatch, steps_ahead))
+
+
+async def die_with_streams(base, forms, monkeypatch, steps_ahead):
+    engine = with_adapters(base, forms, steps_ahead=steps_ahead)
+    client = InThreadEngine(engine)
+
+    async def ends_of(request):
+        return [o async for o in client.generate(request) if o.finish_reason is not None]
+
+    requests = [greedy(str(i), prompt(6), None, 400) for i in range(3)]
+    requests.append(replace(requests[0], request_id="late", deadline=time.monotonic() + 0.5))
+    streams = [asyncio.create_task(ends_of(request)) for request in requests]
+    while engine.stats().num_running < 4:
+        await asyncio.sleep(0.01)
+
+    def lost(*args, **kwargs):
+        time.sleep(0.6)  # the deadline passes meanwhile
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(type(base), "forward", lost)
+    for stream in asyncio.as_completed(streams, timeout=30):
+        (end,) = await stream
+        is_cancelled = end.finish_reason is FinishReason.CANCELLED
+        assert is_cancelled or isinstance(end.error, RequestFailed | Unavailable)
+    assert not client.stats().is_alive
+    monkeypatch.undo()
+    await client.close(drain_s=0)
+
+
+def test_rows_cancelled_by_an_unload_that_fails_get_their_end(base, forms, monkeypatch):
+    asyncio.run(unload_with_a_fault(base, forms, monkeypatch))
+
+
+async def unload_with_a_fault(base, forms, monkeypatch):
+    engine = with_adapters(base, forms)
+    client, digest = InThreadEngine(engine), forms[0].digest
+    stream = client.generate(greedy("r", prompt(6), digest, 400))
+    await anext(stream)
+    clear, calls = engine.pool.clear, []
+
+    def broken(slot):
+        calls.append(slot)
+        if len(calls) == 1:
+            raise MemoryError("clear")
+        return clear(slot)
+
+    monkeypatch.setattr(engine.pool, "clear", broken)
+    await asyncio.wait_for(client.unload_adapter(digest, cancel=True), 20)
+    outputs = [output async for output in stream]
+    assert outputs[-1].finish_reason == FinishReason.CANCELLED
+    base_row = [o async for o in client.generate(greedy("base", [5, 6], None, 2))]
+    assert base_row[-1].finish_reason == FinishReason.LENGTH
+    assert len(calls) > 1, "the slot is emptied later"
+    await client.close(drain_s=0)
+
+
+def test_a_fault_while_slots_are_taken_leaves_no_pin(base, forms, alone, monkeypatch):
+    """Else an adapter would count as resident that was never copied, and serve the base."""
+    engine = with_adapters(base, forms)
+    acquire, calls = engine.slots._acquire, []
+
+    def broken(digest):
+        calls.append(digest)
+        if len(calls) == 2:
+            raise MemoryError("acquire")
+        return acquire(digest)
+
+    monkeypatch.setattr(engine.slots, "_acquire", broken)
+    uses = tuple(AdapterUse(digest=form.digest) for form in forms[:2])
+    both = replace(greedy("both", prompt(9), None, 4), adapters=uses)
+    assert isinstance(drive(engine, [lambda: both])["both"].error, RequestFailed)
+    traces = drive(engine, [lambda r=r: r for r in mixed_requests(forms)])
+    assert {key: trace.token_ids for key, trace in traces.items()} == alone

@@ -112,6 +112,9 @@ HOSTILE = {
     "invalid": "q_proj(",
     "other engines' syntax": "(?:q_proj){e<=1}",
     "POSIX class": "[[:alpha:]]+",
+    "fuzzy by a range": "(q_porj){1<=e<=2}",
+    "fuzzy by a cost": "(q_porj){2i+2d+1s<=4}",
+    "letters of other alphabets": "(?i)q_proj|ı",
     "recursion": "(?R)",
     "a huge count": "a{99999999999999999999}",
 }
