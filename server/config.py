@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,7 @@ from lora_runtime.config import (
     AdapterConfig,
     BaseConfig,
     CacheConfig,
+    DeviceDefaults,
     DtypeName,
     EngineConfig,
     Quantization,
@@ -182,25 +183,37 @@ def load_config(
     given = {name: value for layer in layers.values() for name, value in layer.items()}
     try:
         config = ServerConfig(**given)
-        config = ServerConfig(**{**_device_defaults(config.device), **given})
+        config = ServerConfig(**{**_device_defaults(config, given.keys()), **given})
     except ValidationError as error:
         raise _config_error(error, layers) from None
     config.to_engine_config()
     return config
 
 
-def _device_defaults(device: str) -> Mapping[str, int]:
-    """Defaults that are other ones than a CPU's. Imports torch where a GPU is possible."""
-    if device == "cpu":
-        return {}
-    from lora_runtime.base.device import device_defaults
-
-    defaults = device_defaults(device)
+def _device_defaults(config: ServerConfig, given: Collection[str]) -> Mapping[str, int]:
+    """Defaults that depend on the device. Rows of a step that are not given follow its tokens if
+    those are, and the other way round: a row takes a token at least.
+    """
+    defaults = _defaults_of(config.device)
+    num_rows, num_tokens = defaults.max_num_seqs, defaults.max_num_batched_tokens
+    if "max_num_batched_tokens" in given:
+        num_rows = min(num_rows, config.max_num_batched_tokens)
+    if "max_num_seqs" in given:
+        num_tokens = max(num_tokens, config.max_num_seqs)
     return {
-        "max_num_seqs": defaults.max_num_seqs,
-        "max_num_batched_tokens": defaults.max_num_batched_tokens,
+        "max_num_seqs": num_rows,
+        "max_num_batched_tokens": num_tokens,
         "adapter_pool_bytes": defaults.pool_bytes,
     }
+
+
+def _defaults_of(device: str) -> DeviceDefaults:
+    """Imports torch where a GPU is possible."""
+    if device == "cpu":
+        return CPU_DEFAULTS
+    from lora_runtime.base.device import device_defaults
+
+    return device_defaults(device)
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:

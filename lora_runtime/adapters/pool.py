@@ -59,7 +59,7 @@ class AdapterPool:
     def layout(self) -> tuple[object, ...]:
         """Equal as long as a captured graph stays right: what it binds, its bounds and tables."""
         bounds = self.memory.max_rank, self.memory.max_rows
-        return *bounds, frozenset(self.bindings), self.runs.data_ptr()
+        return *bounds, frozenset(self.bindings), self.runs.data_ptr(), self.runs.shape
 
     def all_bindings(self) -> dict[str, PooledBinding]:
         """As if adapters touched every module and replaced rows of the vocabulary."""
@@ -89,6 +89,7 @@ class AdapterPool:
             tables = empty_runs(num_modules, max_slots, adapter.num_replicas).to(self.runs.device)
             tables[:, :, :old_replicas] = self.runs
             self.runs = tables
+        self._bind()
 
     def copy(self, placement: AdapterPlacement, adapter: PackedAdapter) -> None:
         """Copy bytes and runs, in place and on the current CUDA stream, after `make_room_for`.

@@ -142,9 +142,15 @@ class AdaptedLinear(nn.Module):
         self.stack: Stack | None = None
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
+    @property
+    def is_observed(self) -> bool:
+        """True while somebody listens to calls of this module: it must be called then."""
+        return bool(self._forward_pre_hooks or self._forward_hooks)
+
     def gated(self, x: Tensor, kind: str) -> Tensor:
         """act(gate) · up of this layer's outputs' two halves, see `gated_activation`."""
-        if self.context.meta is None or self.path not in self.context.bindings:
+        is_adapted = self.context.meta is not None and self.path in self.context.bindings
+        if not is_adapted and not self.is_observed:
             return self.linear.gated_product(x, kind)
         gate, up = self(x).chunk(2, dim=-1)
         return gated_activation(gate, up, kind)

@@ -54,9 +54,10 @@ class StackedLinears:
 
     def gated(self, x: Tensor, kind: str) -> Tensor | None:
         """act(gate) · up of a gate and an up projection (..., width) in one launch: the product's
-        or, with adapters of both, theirs. None where only some have adapters: ask each member.
+        or, with adapters of both, theirs. None where only some have adapters, or where somebody
+        listens to a member: ask each.
         """
-        if not can_run_on_gpu(x):
+        if not can_run_on_gpu(x) or any(member.is_observed for member in self.members):
             return None
         if not self._is_adapted():
             return self.joined.gated_product(x, kind)

@@ -7,7 +7,7 @@ again. A weight visits the device, in the compute dtype, while its layer runs or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -37,10 +37,24 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     transformers, one whole copy on the host.
     """
     stored = _half_dtype(folder) if dtype == torch.float32 else None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=stored or dtype, local_files_only=True, attn_implementation="eager"
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=stored or dtype,
+        local_files_only=True,
+        attn_implementation="eager",
+        output_loading_info=True,
     )
+    _check_complete(found)
     return model if stored is None else _in_float32(model)
+
+
+def _check_complete(found: Mapping[str, Collection[str]]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers, and warns."""
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise BaseRefused(
+            f"the checkpoint has no tensor {missing[0]} ({len(missing)} are missing). "
+            "Download it again, or name the folder of the whole model"
+        )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -48,8 +48,8 @@ class Capture(Protocol):
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:
     """The numbers of rows to capture, ascending; the last holds `max_num_seqs`, up to 256."""
-    below = tuple(size for size in BUCKETS if size < max_num_seqs)
-    return (*below, min(max_num_seqs, BUCKETS[-1]))
+    largest = min(max_num_seqs, BUCKETS[-1])
+    return (*(size for size in BUCKETS if size < largest), largest)
 
 
 def segment_bounds(num_rows: int) -> tuple[int, ...]:

@@ -16,6 +16,9 @@ from torch import Tensor
 from lora_runtime.core import SampledToken, SamplingParams, Sequence, TokenLogprob
 from lora_runtime.kernels import draw_cut, invert, to_device
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""A top_p below it would be 0 in float32, and keep no token."""
+
 
 def uniform(sequence: Sequence) -> float:
     """The row's random number in [0, 1) for its next token: by seed and position, if seeded."""
@@ -110,7 +113,7 @@ def _parameters(
     for row in rows:
         sampling = sequences[row].request.sampling
         top_k = sampling.top_k or float("inf")
-        cuts = (top_k, sampling.top_p, sampling.min_p)
+        cuts = (top_k, max(sampling.top_p, SMALLEST), sampling.min_p)
         values.append((row, sampling.temperature, uniform(sequences[row]), *cuts))
     return _on_device(values, device)
 

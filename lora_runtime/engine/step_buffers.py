@@ -99,6 +99,7 @@ class StepBuffers:
         all rows goes over together: when a row ends, all behind it move up.
         """
         places, blocks, width = [], [], self._block_tables.shape[1]
+        held = {}
         for index, row in enumerate(rows):
             sequence = row.sequence
             table, owner = sequence.block_table, (sequence, sequence.num_preemptions)
@@ -107,11 +108,12 @@ class StepBuffers:
             if begin < len(table):
                 places += range(index * width + begin, index * width + len(table))
                 blocks += table[begin:]
-                self._tables[index] = owner, len(table)
+                held[index] = owner, len(table)
         if places:
             staged = _staged(torch.tensor([places, blocks]), self._device)
             at, new = staged.to(self._device.device, non_blocking=True)
             self._block_tables.view(-1).index_copy_(0, at, new.int())
+        self._tables |= held  # only now: a copy that fails is made again
 
     def _fill_adapters(self, rows: Rows) -> int:
         """Entries in the order of StepMeta; those beyond the last segment's end are padding, and

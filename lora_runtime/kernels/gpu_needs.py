@@ -108,7 +108,15 @@ def _capability(index: int) -> Need:
 
 
 def _memory(index: int) -> Need:
-    free, total = torch.cuda.mem_get_info(index)
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:  # a full or exclusive GPU takes no further process
+        return Need(
+            name=f"cuda:{index} memory",
+            found=f"cannot be asked: {str(error).splitlines()[0]}",
+            advice="Other processes hold all of it, or it takes one process alone (nvidia-smi "
+            "shows which). Stop them.",
+        )
     advice = None
     if free < LEAST_FREE_BYTES:
         advice = (

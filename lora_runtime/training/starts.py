@@ -114,7 +114,7 @@ def _start(
         start = Factors(*(part.contiguous() for part in found))
         factors = Factors(*map(torch.zeros_like, start))
     elif config.start in LOST_BY_QUANTISATION:
-        rms = measured.get((path, site.replica))
+        rms = measured[path, site.replica] if config.start == "qera" else None
         factors = _lost_by_quantisation(config, base, path, target, rms)
     else:
         factors = kaiming(shape, target.rank, generator)

@@ -100,7 +100,6 @@ def test_a_wrong_key_is_refused_with_the_nearest_valid_one(tmp_path):
         ("http_address", "localhost:http"),
         ("grpc_address", "localhost:65536"),
         ("adapter_roots", ["/does/not/exist"]),
-        ("max_num_batched_tokens", 1),
         *(("device", name) for name in BAD_DEVICES),
     ],
 )
@@ -177,9 +176,24 @@ def test_a_cpu_asks_for_no_device(monkeypatch):
     assert [getattr(config, name) for name in DEVICE_SETTINGS] == [64, 512, 512 << 20]
 
 
-def test_a_default_of_the_device_that_does_not_fit_a_setting_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_num_batched_tokens": 100}, (100, 100)),
+        ({"max_num_seqs": 8192}, (8192, 8192)),
+        ({"max_num_seqs": 7}, (7, 4096)),
+    ],
+)
+def test_rows_and_tokens_of_a_step_follow_the_one_that_is_set(monkeypatch, given, expected):
+    defaults = DeviceDefaults(max_num_seqs=256, max_num_batched_tokens=4096, pool_bytes=1 << 20)
+    monkeypatch.setattr(device, "device_defaults", lambda name: defaults)
+    config = load_config(flags=given)
+    assert (config.max_num_seqs, config.max_num_batched_tokens) == expected
+
+
+def test_settings_that_do_not_fit_each_other_are_named(monkeypatch):
     defaults = DeviceDefaults(max_num_seqs=256, max_num_batched_tokens=4096, pool_bytes=1)
     monkeypatch.setattr(device, "device_defaults", lambda name: defaults)
-    with pytest.raises(ConfigError, match="100.*at least max_num_seqs .256.") as caught:
-        load_config(flags={"max_num_batched_tokens": 100})
+    with pytest.raises(ConfigError, match="100.*at least max_num_seqs .200.") as caught:
+        load_config(flags={"max_num_batched_tokens": 100, "max_num_seqs": 200})
     assert caught.value.field == "max_num_batched_tokens"

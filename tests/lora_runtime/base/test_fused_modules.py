@@ -17,6 +17,7 @@ from lora_runtime.base.stacked_linears import stack_linears
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import AttentionMeta, gpu
+from lora_runtime.training.calibration import input_rms
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import CONFIGS, dense_twin, in_float64, tiny_base
 
@@ -164,3 +165,15 @@ def test_an_activation_that_is_not_known_is_left_alone():
     mlp.config.hidden_act = "relu"
     fuse_modules(mlp)
     assert type(mlp) is original
+
+
+@pytest.mark.parametrize("shape", ["llama", "phi3"])
+def test_who_listens_to_a_linear_layer_hears_every_call(monkeypatch, shape):
+    """QERA measures its inputs so, gate's and up's too, which else end in one product."""
+    monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+    base = tiny_base(shape, device=DEVICE, dequantized_cache=False)
+    stack_linears(base.model)
+    paths = list(base.spec.linears)
+    rows = [torch.arange(3, 9, device=DEVICE)]
+    found = input_rms(base, None, paths, rows)
+    assert found.keys() == {(path, 0) for path in paths}

@@ -8,6 +8,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,3 +210,15 @@ def test_a_checkpoint_in_shards_is_the_same_base(tmp_path):
         for dtype in ("float32", "bfloat16")
     }
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, dtype):
+    """transformers would fill it with other random numbers at every load."""
+    folder = tiny_checkpoint(tmp_path, "llama")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BaseRefused, match=r"no tensor model\.layers\.1\.self_attn\.q_proj\.weight"):
+        read_model(folder, dtype)

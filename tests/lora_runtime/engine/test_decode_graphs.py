@@ -265,4 +265,6 @@ def test_a_warm_up_changes_nothing(monkeypatch, tmp_path):
 
 def test_buckets_hold_what_runs_at_once():
     assert buckets(1) == (1,) and buckets(3) == (1, 2, 3) and buckets(33)[-2:] == (32, 33)
-    assert buckets(1000)[-1] == 256
+    for most in (1, 7, 64, 255, 256, 257, 300, 1000):
+        found = buckets(most)
+        assert found[-1] == min(most, 256) and list(found) == sorted(set(found))

@@ -129,3 +129,12 @@ def test_no_library_of_the_driver(machine, monkeypatch, tmp_path):
     assert list(missing()) == ["libcuda"] and "ldconfig" in missing()["libcuda"]
     monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}")
     assert missing() == {}
+
+
+def test_a_gpu_that_takes_no_further_process(machine, monkeypatch):
+    def full(index):
+        raise torch.OutOfMemoryError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    (said,) = missing().values()
+    assert "out of memory. Other processes hold all of it" in said
