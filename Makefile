@@ -12,7 +12,8 @@ SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
 	@echo "make test    run the whole test suite        (ARGS='-k name -x' goes to pytest)"
-	@echo "make test-gpu-compile  compile every GPU launch for four cards; no GPU needed"
+	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
+	@echo "                       ARGS='--cards 90' first"
 	@echo "make lint    ruff, mypy and buf lint"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"

@@ -6,8 +6,8 @@
     python -m bench.gpu training --out FOLDER     updates beside PEFT
 
 The base has Llama-3.1-8B's shape and random weights: nothing is downloaded. Every row of every
-table is in FOLDER/rows.jsonl as soon as it is measured, one that fails costs only itself, and
-`--seconds` ends a run before whoever lends the GPU does. Ceilings are measured in the same run.
+table is in FOLDER/rows.jsonl as soon as it is measured, one that fails costs only itself, and with
+`--seconds 540` no row is begun after nine minutes. Ceilings are measured in the same run.
 
 On a machine without a GPU it is a dry run of tiny sizes, which shows that everything runs and
 measures nothing; with TRITON_INTERPRET=1 through Triton's interpreter, which `kernels` needs.
@@ -99,21 +99,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", default=list(STAGES))
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows and traces")
-    parser.add_argument("--seconds", type=float, default=3600, help="leave out what comes later")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder for rows, facts and traces"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3600,
+        help="begin no further row after so many; one that is begun is finished (default: 3600)",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="*", help="names of tables; default: all of the stages")
     args = parser.parse_args(arguments)
+    if not HAS_GPU:
+        print("No GPU: a dry run of tiny sizes. No figure below means anything.")
+        if "kernels" in args.stages and not IS_INTERPRETED:
+            parser.error("the stage kernels runs in the interpreter here: set TRITON_INTERPRET=1")
     if unknown := set(args.stages) - STAGES.keys():
         parser.error(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if IS_INTERPRETED:
         gpu.DEVICES.add(DEVICE.type)
     recorder = Recorder(args.out, args.seconds, facts=facts())
+    unknown = set(args.only or ())
     for stage in args.stages:
         for table in STAGES[stage](args.out):
+            unknown.discard(table.name)
             if args.only is None or table.name in args.only:
                 recorder.run(table)
         gpu_engine.release()
-    return recorder.num_failed
+    if unknown:
+        print(f"no table of these stages is called {', '.join(sorted(unknown))}")
+    return recorder.num_failed + len(unknown)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Recorder:
     def __init__(self, folder: Path, seconds: float, *, facts: Figures) -> None:
         """`seconds`: how long the run may take in all. `facts` go to facts.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder} holds files already; name a new folder for every run")
         self.folder = folder
         self.num_failed = 0
         self._end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""`python -m server` is `loramux`; without a command it serves."""
+"""`python -m server` is `loramux`; given flags alone it serves."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ import sys
 from server.cli import main
 
 arguments = sys.argv[1:]
-main(arguments if arguments[:1] and not arguments[0].startswith("-") else ["serve", *arguments])
+is_flag = arguments[:1] and arguments[0].startswith("-") and arguments[0] != "--help"
+main(["serve", *arguments] if is_flag else arguments or ["--help"])

@@ -5,9 +5,10 @@ On a CUDA device with neither `num_blocks` nor `kv_bytes` set:
     KV bytes = gpu_memory_utilization · total − in use − activations − graphs
 
 in use: the base, the adapter pool, CUDA itself and other processes; activations: the peak of a
-largest step; graphs: what the largest decode graph holds, whose memory the others share, and the
-logits they all write to. Both are measured with an adapter on every linear of every row. What CUDA
-keeps of each graph itself, and adapters that are being checked, take from the share left over.
+largest step; graphs: memory of the largest decode graph, which the others reuse, and its logits.
+Both are measured with an adapter on every linear of every row. CUDA's own bookkeeping of each
+graph, the graphs' block tables and adapters that are being checked must fit into the share left
+over, 1 − gpu_memory_utilization.
 Source: vLLM's memory profiling. Unmeasured on a GPU.
 """
 

@@ -29,8 +29,9 @@ from lora_runtime.kernels import AttentionMeta, StepMeta, to_device
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """Where the rows keep keys and values: a block holds as many layers as the base has, L, so
-    position p of a row's map is layer p mod L of its plane p // L.
+    """Where the rows keep keys and values. A block has room for L layers, the base's number. A row
+    whose map is longer uses several sets of blocks, called planes: position p of its map is stored
+    in plane p // L, as layer p mod L.
 
     cache: all layers as one, L · num_blocks blocks. slots (K, T), tables (K, N, M) int64 for each
     plane, within one layer.

@@ -71,8 +71,9 @@ class Scheduler:
 
     def fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         """Finish a sequence that something unforeseen went wrong with."""
-        log.error("request %s failed", sequence.request.request_id, exc_info=cause)
-        error = RequestFailed("something unforeseen ended this request; the log has the cause")
+        request_id = sequence.request.request_id
+        log.error("request %s failed", request_id, exc_info=cause)
+        error = RequestFailed(f"something unforeseen ended request {request_id}; see the log")
         return self.end(sequence, FinishReason.ERROR, error)
 
     def schedule(self, loading: AbstractSet[str] | None = None) -> ScheduledBatch:

@@ -65,8 +65,8 @@ class StepBuffers:
         return num_segments
 
     def batch(self, max_segments: int) -> ForwardBatch:
-        """The step on the device, under tables that nothing has been derived from yet; it has at
-        most `max_segments` segments, and with 0 it is the base's alone.
+        """The step on the device, as new table objects, so that nothing derived from others is
+        reused; it has at most `max_segments` segments, and with 0 it is the base's alone.
         """
         views = self._views(self._device)
         adapters = None
@@ -116,8 +116,8 @@ class StepBuffers:
         self._tables |= held  # only now: a copy that fails is made again
 
     def _fill_adapters(self, rows: Rows) -> int:
-        """Entries in the order of StepMeta; those beyond the last segment's end are padding, and
-        so are segments without any.
+        """Entries sorted as StepMeta wants them. Unused places at the end, and unused segments, are
+        empty.
         """
         entries = sorted(
             (slot, index, use.weight)

@@ -2,9 +2,9 @@
 
 The most likely CANDIDATES tokens of a row are ordered; where the draw is cut before the last of
 them, which is nearly always, they are all that it depends on. A row whose cut lies further down is
-drawn by bisection: a token's place in the order is a number, and what lies above a place is counted
-and summed in passes over the row. Which rows these are is known on the device only, so the kernel
-is always launched; it returns at once for the others.
+drawn by bisection: the bits of −logit order the tokens from the likeliest on, and passes over the
+row count and sum all tokens that are likelier than a place in that order. Which rows these are is
+known on the device only, so the kernel is always launched; it returns at once for the others.
 Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 """
 
@@ -47,7 +47,7 @@ def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p
 def _most_likely(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row in order and where they are, equal ones by their place.
 
-    Of those equal to the last one, any may be there.
+    Where several tie with the last value kept, which of them are kept is undefined.
     """
     ids = scaled.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
     values, order = scaled.gather(1, ids).sort(dim=1, descending=True, stable=True)

@@ -43,6 +43,13 @@ def test_a_dry_run_passes(stages, interpret, tmp_path):
     assert json.loads((tmp_path / "facts.json").read_text())["torch"]
 
 
+def test_a_used_folder_is_refused(tmp_path):
+    """Else rows of one card could stand under another's facts."""
+    Recorder(tmp_path, 60, facts={})
+    with pytest.raises(FileExistsError, match="a new folder"):
+        Recorder(tmp_path, 60, facts={})
+
+
 def test_a_row_that_fails_costs_only_itself(tmp_path):
     def measure(divisor):
         return {"result": 6 / divisor}

@@ -182,9 +182,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=("all", "sample", "while-serving"))
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--cards", nargs="*", type=int, choices=CARDS, default=list(CARDS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, help=f"kept results (default: {DEFAULT_CACHE})"
+    )
+    parser.add_argument(
+        "--cards", nargs="*", type=int, choices=CARDS, default=list(CARDS),
+        help="compute capabilities, times ten (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all)")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:  # Triton's own: large, and of no use afterwards
