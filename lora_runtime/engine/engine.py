@@ -114,12 +114,16 @@ class Engine:
         return [self.scheduler.end(sequence, reason, error)]
 
     def abort_all(self, error: LoramuxError) -> list[StepOutput]:
-        """End every request with `error`, when no step follows: what they hold is not freed."""
-        outputs = self.take_outputs()
+        """End every request with `error`, whatever has happened before."""
+        outputs, reason = self.take_outputs(), FinishReason.ERROR
         for sequence in self._live.values():
-            if sequence.status is not SequenceStatus.FINISHED:
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # its end is among what was taken
+            try:
+                outputs.append(self.scheduler.end(sequence, reason, error))
+            except Exception:  # what keeps count of blocks and slots may be what broke
                 sequence.status = SequenceStatus.FINISHED
-                outputs.append(terminal_output(sequence, FinishReason.ERROR, error))
+                outputs.append(terminal_output(sequence, reason, error))
         self._live.clear()
         return outputs
 
