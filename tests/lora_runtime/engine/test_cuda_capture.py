@@ -145,6 +145,9 @@ class Engine:
     def stats(self):
         return None
 
+    def take_outputs(self):
+        return []
+
     def collect(self):
         self.note("step")
 
