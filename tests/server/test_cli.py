@@ -293,12 +293,13 @@ def test_train_by_file(invoke, runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["serve"]),
+        ([], ["--help"]),
+        (["--help"], ["--help"]),
         (["--base", "b"], ["serve", "--base", "b"]),
         (["train", "run.yaml"], ["train", "run.yaml"]),
     ],
 )
-def test_python_m_server_serves_unless_it_is_told_what(monkeypatch, arguments, expected):
+def test_python_m_server_is_the_command_and_flags_alone_serve(monkeypatch, arguments, expected):
     """torchrun starts modules: `torchrun -m server train run.yaml`."""
     called = []
     monkeypatch.setattr("server.cli.main", called.append)
