@@ -114,6 +114,7 @@ def sizeless_base(
     with (
         mock.patch.multiple(
             loader,
+            place=lambda model, device: None,  # it has no memory, but for that one number
             original_logits=lambda model: [],
             self_check=lambda model, original: None,
             fingerprint=lambda model, quantization: "",
