@@ -34,7 +34,8 @@ def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **confi
 
 def load_in_peft(model, folder: Path):
     """The oracle: peft's own reading of the adapter over `model`."""
-    return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    device = str(model.device)  # where PEFT would put the adapter on a GPU if there is one
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder, torch_device=device).eval()
 
 
 def four_adapters(model, folder: Path, *, fused: bool = False, scale: float = 1.0) -> list[Path]:

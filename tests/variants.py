@@ -267,7 +267,7 @@ def _plain(**config: object):
 
 
 def _load(model: PreTrainedModel, folder: Path) -> nn.Module:
-    return peft.PeftModel.from_pretrained(model, folder).eval()
+    return peft.PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).eval()
 
 
 def _mutating(keeps_initial: bool = False, is_converted: bool = False, **config: object):

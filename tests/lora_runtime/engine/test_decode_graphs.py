@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledSequence, Sequence
+from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import model_runner, step_buffers
 from lora_runtime.engine.batch import build_batch
 from lora_runtime.engine.decode_graphs import buckets
@@ -32,6 +33,10 @@ READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_se
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
+
+
+def base_of(shape):
+    return tiny_base(shape, dequantized_cache=False, device=DEVICE)
 
 
 class Captures:
@@ -67,10 +72,11 @@ def replaying_engine(base, **options):
 
 def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_path):
     """A base row, an adapter and a composition that arrives late, against plain torch."""
-    base = tiny_base("llama", dequantized_cache=False)
+    base = base_of("llama")
     folders = four_adapters(dense_twin(base, "llama"), tmp_path)
     forms = [load_adapter(folders[i], base.spec, base.weights) for i in (1, 3)]
     plain = tiny_engine(base)
+    plain.runner.graphs = None  # which on a GPU it has: plain torch cannot be captured
     replaying, captures = replaying_engine(base, steps_ahead=1)
     owners = [(), (forms[0],), (forms[0], forms[1])]
     requests = [
@@ -95,8 +101,9 @@ def uses_of(forms):
     return tuple(AdapterUse(digest=form.digest, weight=0.5 + i) for i, form in enumerate(forms))
 
 
-def test_a_larger_rank_captures_anew(tmp_path):
-    base = tiny_base("llama", dequantized_cache=False)
+def test_a_larger_rank_captures_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "USUAL_MAX_RANK", 0)  # graphs on a GPU hold smaller ones
+    base = base_of("llama")
     twin = dense_twin(base, "llama")
     forms = [
         load_adapter(
@@ -221,7 +228,7 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", ["llama", "gemma2", "phi3-longrope"])
 def test_a_forward_reads_nothing_on_the_host(shape, tmp_path):
-    base = tiny_base(shape, dequantized_cache=False)
+    base = base_of(shape)
     twin = dense_twin(base, shape)
     adapter = write_adapter(twin, tmp_path, seed=1, target_modules=["down_proj"])
     engine, _ = replaying_engine(base)
@@ -238,7 +245,7 @@ def test_a_forward_reads_nothing_on_the_host(shape, tmp_path):
 def test_a_warm_up_changes_nothing(monkeypatch, tmp_path):
     """It runs prompts with an adapter in an empty slot, of the vocabulary too, and captures."""
     monkeypatch.setattr(model_runner, "WARM_TOKENS", (3,))
-    base = tiny_base("llama", dequantized_cache=False)
+    base = base_of("llama")
     adapter = write_adapter(
         dense_twin(base, "llama"), tmp_path, seed=1, target_modules=["v_proj", "up_proj"]
     )

@@ -22,7 +22,8 @@ class Machine:
         self.set_cuda(built_for="13.0", driver=13000, capability=(9, 0), free=70 * GIB)
         (tmp_path / "libcuda.so.1").touch()
         monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
-        monkeypatch.delenv("CC", raising=False)
+        for name in ("CC", "LD_LIBRARY_PATH"):
+            monkeypatch.delenv(name, raising=False)
 
     def set_cuda(self, *, built_for="13.0", driver=13000, capability=(9, 0), free=70 * GIB, gpus=1):
         set_to = self.monkeypatch.setattr
