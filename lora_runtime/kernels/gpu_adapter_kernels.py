@@ -3,7 +3,9 @@
 A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
 x are parts of one launch: their outputs lie side by side, their run tables one after another.
 Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of 1, or a
-multiple of 16, would be a kernel of its own, compiled while requests wait. Unmeasured.
+multiple of 16, would be a kernel of its own, compiled while requests wait.
+A program waits for one load after another before it can ask for weights: what it needs to know of
+its tile lies in tables by the tile (`tiles_kernel`), which are read at once, then the run.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ def tiles_kernel(
     entries_ptr,
     owners_ptr,
     next_ptr,
+    tile_slots_ptr,
+    tile_replicas_ptr,
     tokens_ptr,
+    slots_ptr,
+    replicas_ptr,
     starts_ptr,
     num_segments,
     num_tokens,
@@ -68,6 +74,11 @@ def tiles_kernel(
         num_tiles += tl.sum(count, 0)
     entry = begin + m
     is_entry = (entry < end) & (tile < num_entry_tiles)
+    is_used = (begin < end) & (tile < num_entry_tiles)
+    slot = tl.load(slots_ptr + begin, mask=is_used, other=-1)
+    replica = tl.load(replicas_ptr + begin, mask=is_used, other=0)
+    tl.store(tile_slots_ptr + tile, slot, mask=tile < num_entry_tiles)
+    tl.store(tile_replicas_ptr + tile, replica, mask=tile < num_entry_tiles)
     other_token = (tile - num_entry_tiles) * BLOCK_M + m
     token = tl.load(tokens_ptr + entry, mask=is_entry, other=-1)
     token = tl.where(tile < num_entry_tiles, token, other_token)
@@ -95,25 +106,28 @@ def shrink_tile(
     stride_part_runs, stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and one block
-    of ranks r, over the split's inputs k. Ranks up to the next multiple of 8 are zeros: what reads
-    them may read 32 bytes at once.
+    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and all ranks r
+    from block `rank_block` on, over the split's inputs k. Ranks up to the next multiple of 8 are
+    zeros: what reads them may read 32 bytes at once. slots, replicas: of each tile.
     """
     entry = tl.load(entries_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-    key = keys_of(tl.max(entry, 0), slots_ptr, replicas_ptr, num_replicas)
-    has_run = (key >= 0) & (key < 2147483647)
-    run_ptr = runs_ptr + part.to(tl.int64) * stride_part_runs + key.to(tl.int64) * 8
+    slot, replica = tl.load(slots_ptr + tile), tl.load(replicas_ptr + tile)
+    has_run = (slot >= 0) & (replica < num_replicas)
+    run_ptr = runs_ptr + part.to(tl.int64) * stride_part_runs
+    run_ptr += (slot * num_replicas + replica).to(tl.int64) * 8
     rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
     a_at = tl.load(run_ptr + 1, mask=has_run, other=0)
-    if rank_block * BLOCK_R < rank:
-        r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-        is_row, is_rank = entry >= 0, r < rank
-        token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
-        x_rows = x_ptr + token[:, None] * in_features
-        a_ptr = weights_ptr + tl.multiple_of(a_at, ALIGNMENT)
+    is_row = entry >= 0
+    token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
+    x_rows = x_ptr + token[:, None] * in_features
+    a_ptr = weights_ptr + tl.multiple_of(a_at, ALIGNMENT)
+    begin = split * inputs_per_split
+    end = tl.minimum(begin + inputs_per_split, in_features)
+    row = (part * SPLITS + split).to(tl.int64) * num_entries + entry
+    for first_rank in range(rank_block * BLOCK_R, rank, BLOCK_R):
+        r = first_rank + tl.arange(0, BLOCK_R)
+        is_rank = r < rank
         a_rows = a_ptr + r[None, :].to(tl.int64) * in_features
-        begin = split * inputs_per_split
-        end = tl.minimum(begin + inputs_per_split, in_features)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for start in range(begin, end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -121,7 +135,6 @@ def shrink_tile(
             x = tl.load(x_rows + k[None, :], mask=is_row[:, None] & is_in[None, :], other=0.0)
             a = tl.load(a_rows + k[:, None], mask=is_in[:, None] & is_rank[None, :], other=0.0)
             acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
-        row = (part * SPLITS + split).to(tl.int64) * num_entries + entry
         tl.store(
             hidden_ptr + row[:, None] * stride_entry + r[None, :],
             tl.where(is_rank[None, :], acc, 0.0),
@@ -148,25 +161,25 @@ def shrink_kernel(
 @triton.jit
 def _low_rank(
     hidden_ptr, b_ptr, rank, entry, n, out_features, stride_split, stride_entry,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision. Rows
     without an entry (−1) are 0.
     """
     i = tl.arange(0, BLOCK_R)
-    split = tl.arange(0, BLOCK_S)[:, None, None]
-    row = entry[None, :, None]
-    h_place = split * stride_split + row * stride_entry + i[None, None, :]
-    is_h = (split < SPLITS) & (row >= 0)
+    h_place = entry[:, None] * stride_entry + i[None, :]
+    is_h = (entry >= 0)[:, None]
     b_place = i[:, None] * out_features + n[None, :]
     is_out = (n < out_features)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, rank, BLOCK_R):
         r = start + i
         b = tl.load(b_ptr + b_place, mask=(r < rank)[:, None] & is_out, other=0.0)
-        is_read = is_h & (r < (rank + 7) // 8 * 8)[None, None, :]
-        h = tl.sum(tl.load(hidden_ptr + start + h_place, mask=is_read, other=0.0), 0)
+        is_read = is_h & (r < (rank + 7) // 8 * 8)[None, :]
+        h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for split in tl.static_range(SPLITS):
+            part_ptr = hidden_ptr + split * stride_split + start
+            h += tl.load(part_ptr + h_place, mask=is_read, other=0.0)
         if b.dtype == tl.float32:
             acc = tl.dot(h, b, acc, input_precision="ieee")
         else:
@@ -179,21 +192,31 @@ def _low_rank(
 
 
 @triton.jit
-def _owners(tokens_ptr, entries_ptr, tile, num_entry_places, BLOCK_M: tl.constexpr):
-    """Tokens that a tile writes, −1 for none, and each one's first entry, −1 for none."""
+def _owners(
+    tokens_ptr, entries_ptr, tile_slots_ptr, tile_replicas_ptr, tile, num_entry_places,
+    num_replicas, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Tokens that a tile writes, −1 for none, each one's first entry, −1 for none, and its key as
+    in `keys_of`: the tile's.
+    """
     place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    has_entries = tile * BLOCK_M < num_entry_places
     token = tl.load(tokens_ptr + place)
     entry = tl.load(entries_ptr + place, mask=place < num_entry_places, other=-1)
-    return token, tl.where(token >= 0, entry, -1)
+    slot = tl.load(tile_slots_ptr + tile, mask=has_entries, other=0)
+    replica = tl.load(tile_replicas_ptr + tile, mask=has_entries, other=0)
+    entry = tl.where(token >= 0, entry, -1)
+    key = tl.where(replica < num_replicas, slot * num_replicas + replica, -1)
+    return token, entry, tl.where(entry >= 0, key, 2147483647)
 
 
 @triton.jit
 def _adapted(
     base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-    scales_ptr, next_ptr, token, entry, part, start, n, out_features, stride_row, num_entries,
+    scales_ptr, next_ptr, token, entry, key, part, start, n, out_features, stride_row, num_entries,
     num_replicas, stride_part_runs, stride_entry, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
+    VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) float32: outputs n of one part, which begins at `start` of a row, of one
     tile of tokens, all their entries included.
@@ -212,7 +235,6 @@ def _adapted(
     stride_split = num_entries * stride_entry
     hidden_ptr += part * SPLITS * stride_split
     runs_ptr += part * stride_part_runs
-    key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
     lowest = tl.min(key, 0)
     while lowest < 2147483647:
         is_row, has_run = key == lowest, lowest >= 0
@@ -227,7 +249,7 @@ def _adapted(
             delta = _low_rank(
                 hidden_ptr, weights_ptr + tl.multiple_of(b_at, ALIGNMENT), rank,
                 tl.where(is_row, entry, -1), n, out_features, stride_split, stride_entry, SPLITS,
-                BLOCK_S, BLOCK_M, BLOCK_R, BLOCK_N,
+                BLOCK_M, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             acc = tl.where(is_row[:, None], acc + scale * delta, acc)
         if gain_at >= 0:
@@ -250,15 +272,19 @@ def _adapted(
 @batch_jit
 def expand_kernel(
     y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
-    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, num_entries,
-    num_replicas, stride_part_runs, stride_entry, start_1, start_2, end, HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
+    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
+    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
+    stride_entry, start_1, start_2, end, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
+    VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """y of one tile of tokens and some outputs. Those of up to three parts lie side by side, and
     begin at 0, start_1 and start_2. A tile of padding ends when it has read its tokens.
     """
-    token, entry = _owners(tokens_ptr, entries_ptr, tl.program_id(0), num_entry_places, BLOCK_M)
+    token, entry, key = _owners(
+        tokens_ptr, entries_ptr, tile_slots_ptr, tile_replicas_ptr, tl.program_id(0),
+        num_entry_places, num_replicas, BLOCK_M,
+    )  # fmt: skip
     if tl.max(token, 0) < 0:
         return
     block_1 = tl.cdiv(start_1, BLOCK_N)
@@ -270,8 +296,8 @@ def expand_kernel(
     n = (tl.program_id(1) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = _adapted(
         base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, part.to(tl.int64), start, n, part_end - start, end,
-        num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S,
+        scales_ptr, next_ptr, token, entry, key, part.to(tl.int64), start, n, part_end - start,
+        end, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS,
         BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
     )  # fmt: skip
     is_cell = (token >= 0)[:, None] & (n < part_end - start)[None, :]
@@ -282,31 +308,34 @@ def expand_kernel(
 @batch_jit
 def gated_expand_kernel(
     y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
-    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, num_entries,
-    num_replicas, stride_part_runs, stride_entry, width, IS_SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
+    replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
+    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
+    stride_entry, width, IS_SILU: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
     VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """act(gate) · up of one tile of tokens and some columns: two parts of `width`, gate and up,
     both rounded as `expand_kernel` writes them.
     """
-    token, entry = _owners(tokens_ptr, entries_ptr, tl.program_id(0), num_entry_places, BLOCK_M)
+    token, entry, key = _owners(
+        tokens_ptr, entries_ptr, tile_slots_ptr, tile_replicas_ptr, tl.program_id(0),
+        num_entry_places, num_replicas, BLOCK_M,
+    )  # fmt: skip
     if tl.max(token, 0) < 0:
         return
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.full((), 0, tl.int64)
     gate = _adapted(
         base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, first, 0, n, width, 2 * width, num_entries,
-        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S, BLOCK_M, BLOCK_R,
-        BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+        scales_ptr, next_ptr, token, entry, key, first, 0, n, width, 2 * width, num_entries,
+        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
+        ALIGNMENT, VECTOR_ALIGNMENT,
     ).to(y_ptr.dtype.element_ty)  # fmt: skip
     up = _adapted(
         base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, first + 1, width, n, width, 2 * width, num_entries,
-        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_S, BLOCK_M, BLOCK_R,
-        BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+        scales_ptr, next_ptr, token, entry, key, first + 1, width, n, width, 2 * width, num_entries,
+        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
+        ALIGNMENT, VECTOR_ALIGNMENT,
     ).to(y_ptr.dtype.element_ty)  # fmt: skip
     y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)
     is_cell = (token >= 0)[:, None] & (n < width)[None, :]

@@ -8,14 +8,12 @@ bias and all further entries of the token; of a gate and an up projection togeth
 activation.
 Grids follow from shapes alone and all tables are made on the device, so a CUDA graph can be
 replayed with any adapters: no host sync as long as `memory.max_rank` is set.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 Source: the SGMV of Punica (arXiv:2310.18547), ranks of different sizes in one batch as in S-LoRA
 (arXiv:2311.03285).
 """
 
 from __future__ import annotations
 
-import math
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -43,7 +41,7 @@ TILES_CHUNK = 64
 
 
 class Shape(NamedTuple):
-    """How a step is cut, by its number of entries; unmeasured.
+    """How a step is cut, by its number of entries.
 
     Shrink's splits follow from the inputs alone, so that few tiles are as quick as many: every
     program of a decode step reads about as much. Of many tiles each would write as many sums.
@@ -59,11 +57,14 @@ class Shape(NamedTuple):
     """Inputs of a split of shrink, at least."""
     max_splits: int
     out_bytes: int
-    """Of one row of B' that a program of expand reads at once."""
+    """Of one row of B' that a program of expand reads at once: with few bytes a program waits
+    longer for its tables than for weights, and hundreds of them in turn for each other.
+    """
+    expand_warps: int
 
 
-SMALL_STEP = Shape(16, 512, 3, 512, 16, 256)
-LARGE_STEP = Shape(64, 128, 4, 2048, 4, 128)
+SMALL_STEP = Shape(16, 512, 3, 512, 16, out_bytes=1024, expand_warps=8)
+LARGE_STEP = Shape(64, 128, 4, 2048, 4, out_bytes=128, expand_warps=4)
 
 
 def step_shape(num_entries: int) -> Shape:
@@ -78,11 +79,14 @@ class Tiles(NamedTuple):
     tokens (P2, M) int32: every token once, −1 for an empty place; the first P1 tiles hold tokens
     at the place of their first entry, the others tokens without any entry.
     next_entry (E,) int32: the following entry of the same token, −1 after the last.
+    slots, replicas (P1,) int32: of a tile's entries; the slot of an empty tile is −1.
     """
 
     entries: Tensor
     tokens: Tensor
     next_entry: Tensor
+    slots: Tensor
+    replicas: Tensor
 
 
 def step_tiles(meta: StepMeta, num_tokens: int, block: int) -> Tiles:
@@ -102,12 +106,14 @@ def step_tiles(meta: StepMeta, num_tokens: int, block: int) -> Tiles:
             meta.tokens.new_empty(num_entry_tiles, block),
             meta.tokens.new_empty(num_tiles, block),
             meta.tokens.new_empty(num_entries),
+            meta.tokens.new_empty(num_entry_tiles),
+            meta.tokens.new_empty(num_entry_tiles),
         )
         tiles_kernel[(num_tiles,)](
-            tiles.entries,
-            tiles.tokens,
-            tiles.next_entry,
+            *tiles,
             meta.tokens,
+            meta.slots,
+            meta.replicas,
             meta.segment_starts,
             num_segments,
             num_tokens,
@@ -200,7 +206,7 @@ def _expand_arguments(
         meta.slots,
         meta.replicas,
         meta.weights,
-        *(tiles.tokens, tiles.entries, tiles.next_entry),
+        *(tiles.tokens, tiles.entries, tiles.next_entry, tiles.slots, tiles.replicas),
         tiles.entries.numel(),
         len(meta.tokens),
         runs.shape[2],
@@ -216,12 +222,12 @@ def _expand_options(
     return {
         "HAS_BIAS": bias is not None,
         "SPLITS": hidden.shape[1],
-        "BLOCK_S": triton.next_power_of_2(hidden.shape[1]),
         "BLOCK_M": shape.block_rows,
         "BLOCK_R": EXPAND_RANKS,
         "BLOCK_N": shape.out_bytes // memory.weights.itemsize,
         "ALIGNMENT": _elements(memory, memory.weights),
         "VECTOR_ALIGNMENT": _elements(memory, memory.vectors),
+        "num_warps": shape.expand_warps,
         "num_stages": 1,
     }
 
@@ -242,8 +248,9 @@ class ShrinkLaunch(NamedTuple):
     """What shrink is launched with, alone or in the launch of a product.
 
     hidden (P, splits, E, R) float32: its result, partial sums of A x over slices of the inputs, R
-    the largest rank rounded up to a multiple of 16. grid: tiles of entries, blocks of ranks of all
-    P parts, splits. `arguments` and `options` are of `shrink_tile`, without hidden.
+    the largest rank rounded up to a multiple of 16. grid: tiles of entries, P parts, splits; a
+    program goes through all ranks of its adapter, mostly one block of them. `arguments` and
+    `options` are of `shrink_tile`, without hidden.
     """
 
     hidden: Tensor
@@ -256,7 +263,7 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
     """The launch for x (T, in), contiguous, and runs (P, S, R, 8)."""
     shape, tiles = _cut(meta, len(x))
     max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
-    rank_blocks, in_features = triton.cdiv(max_rank, SHRINK_RANKS), x.shape[1]
+    in_features = x.shape[1]
     block = shape.shrink_bytes // memory.weights.itemsize
     splits, inputs_per_split = num_splits(in_features, shape, block)
     size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
@@ -264,10 +271,10 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
     assert hidden.numel() < 2**31, "places in a part are 32-bit numbers"
     return ShrinkLaunch(
         hidden=hidden,
-        grid=(len(tiles.entries), rank_blocks * len(runs), splits),
+        grid=(len(tiles.entries), len(runs), splits),
         arguments=(
-            *(x, memory.weights, runs, meta.tokens, meta.slots, meta.replicas, tiles.entries),
-            *(rank_blocks, in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
+            *(x, memory.weights, runs, meta.tokens, tiles.slots, tiles.replicas, tiles.entries),
+            *(1, in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
             *(runs.stride(0), size[3]),
         ),
         options={
@@ -283,7 +290,7 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
 def shrink(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> Tensor:
     """`ShrinkLaunch.hidden` of x, by a launch of its own."""
     launch = shrink_launch(x.contiguous(), memory, runs, meta)
-    if math.prod(launch.grid) > 0:
+    if launch.hidden.numel() > 0:
         stages = step_shape(len(meta.tokens)).stages
         shrink_kernel[launch.grid](
             launch.hidden, *launch.arguments, **launch.options, num_stages=stages
