@@ -18,7 +18,7 @@ from lora_runtime.kernels.gpu_elementwise import gated_value
 BATCH_SIZES = [
     "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",
     "num_entry_places", "num_tiles", "num_replicas", "rank_blocks", "num_rank_blocks",
-    "stride_part_runs",
+    "stride_part_runs", "blocks_per_program",
 ]  # fmt: skip
 """Arguments that the rows of a step, or the largest adapter so far, decide."""
 
@@ -159,36 +159,36 @@ def shrink_kernel(
 
 
 @triton.jit
-def _low_rank(
-    hidden_ptr, b_ptr, rank, entry, n, out_features, stride_split, stride_entry,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+def _hidden(
+    hidden_ptr, first_rank, rank, entry, stride_split, stride_entry, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Σ_r h[m, r] B'[r, n] (BLOCK_M, BLOCK_N) float32; h is kept to 16 bits of precision. Rows
-    without an entry (−1) are 0.
+    """h[m, r] of BLOCK_R ranks from the first on, as the sum of two values of `dtype`, which keep
+    16 bits of it; of float32 the first is h. Rows without an entry (−1) are 0.
     """
-    i = tl.arange(0, BLOCK_R)
-    h_place = entry[:, None] * stride_entry + i[None, :]
-    is_h = (entry >= 0)[:, None]
-    b_place = i[:, None] * out_features + n[None, :]
-    is_out = (n < out_features)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, rank, BLOCK_R):
-        r = start + i
-        b = tl.load(b_ptr + b_place, mask=(r < rank)[:, None] & is_out, other=0.0)
-        is_read = is_h & (r < (rank + 7) // 8 * 8)[None, :]
-        h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part_ptr = hidden_ptr + split * stride_split + start
-            h += tl.load(part_ptr + h_place, mask=is_read, other=0.0)
-        if b.dtype == tl.float32:
-            acc = tl.dot(h, b, acc, input_precision="ieee")
-        else:
-            high = h.to(b.dtype)
-            low = tl.where(tl.abs(h) < float("inf"), h - high.to(tl.float32), 0.0).to(b.dtype)
-            acc = tl.dot(high, b, acc)
-            acc = tl.dot(low, b, acc)
-        b_ptr += BLOCK_R * out_features.to(tl.int64)
-    return acc
+    r = first_rank + tl.arange(0, BLOCK_R)
+    place = entry[:, None] * stride_entry + r[None, :]
+    is_read = (entry >= 0)[:, None] & (r < (rank + 7) // 8 * 8)[None, :]
+    h = tl.load(hidden_ptr + place, mask=is_read, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        h += tl.load(hidden_ptr + split * stride_split + place, mask=is_read, other=0.0)
+    high = h.to(dtype)
+    return high, tl.where(tl.abs(h) < float("inf"), h - high.to(tl.float32), 0.0).to(dtype)
+
+
+@triton.jit
+def _plus_product(
+    delta, high, low, b_ptr, first_rank, rank, n, out_features, BLOCK_R: tl.constexpr
+):
+    """delta + Σ_r h[m, r] B'[r, n] of BLOCK_R ranks from the first on: (BLOCK_M, BLOCK_N)."""
+    r = first_rank + tl.arange(0, BLOCK_R)
+    is_b = (r < rank)[:, None] & (n < out_features)[None, :]
+    place = r[:, None].to(tl.int64) * out_features + n[None, :]
+    b = tl.load(b_ptr + place, mask=is_b, other=0.0)
+    delta = tl.dot(high, b, delta, input_precision="ieee")
+    if b.dtype != tl.float32:
+        delta = tl.dot(low, b, delta)
+    return delta
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _adapted(
     """(BLOCK_M, BLOCK_N) float32: outputs n of one part, which begins at `start` of a row, of one
     tile of tokens, all their entries included.
 
-    The entries of a tile are of one adapter, so the loop runs once, unless tokens have more: then
-    every row steps along its own chain, and the rows of the lowest run that is left go together.
+    Every row steps along its own chain of entries, and the rows of the lowest run that is left go
+    together.
     Rows are selected, never multiplied by a mask. What only gains and biases need is read again
     for them: held all along it would cost every adapter registers.
     """
@@ -246,11 +246,16 @@ def _adapted(
         gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
         bias_at = tl.load(run_ptr + 4, mask=has_run, other=-1)
         if rank > 0:
-            delta = _low_rank(
-                hidden_ptr, weights_ptr + tl.multiple_of(b_at, ALIGNMENT), rank,
-                tl.where(is_row, entry, -1), n, out_features, stride_split, stride_entry, SPLITS,
-                BLOCK_M, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
+            delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for first_rank in range(0, rank, BLOCK_R):
+                high, low = _hidden(
+                    hidden_ptr, first_rank, rank, tl.where(is_row, entry, -1), stride_split,
+                    stride_entry, SPLITS, BLOCK_R, weights_ptr.dtype.element_ty,
+                )  # fmt: skip
+                delta = _plus_product(
+                    delta, high, low, weights_ptr + tl.multiple_of(b_at, ALIGNMENT), first_rank,
+                    rank, n, out_features, BLOCK_R,
+                )  # fmt: skip
             acc = tl.where(is_row[:, None], acc + scale * delta, acc)
         if gain_at >= 0:
             gain_ptr = vectors_ptr + tl.multiple_of(gain_at, VECTOR_ALIGNMENT)
@@ -269,17 +274,138 @@ def _adapted(
     return acc
 
 
+@triton.jit
+def _plain_blocks(
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, scales_ptr, b_ptr, rank, token, entry, rows, start,
+    first, num_blocks, width, num_entries, stride_entry, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Blocks of outputs from `first` on, of a tile whose rows have one adapter without gain and
+    bias, or none: one loop over the blocks and all ranks of each, in which what later passes need
+    is on its way.
+    """
+    dtype: tl.constexpr = b_ptr.dtype.element_ty
+    scale = tl.load(scales_ptr + entry, mask=entry >= 0, other=0.0)[:, None]
+    has_delta = (entry >= 0)[:, None] & (rank > 0)
+    stride_split = num_entries * stride_entry
+    high, low = _hidden(
+        hidden_ptr, 0, rank, entry, stride_split, stride_entry, SPLITS, BLOCK_R, dtype
+    )
+    passes = tl.maximum(tl.cdiv(rank, BLOCK_R), 1)
+    turn, n = 0, first + tl.arange(0, BLOCK_N)
+    delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(0, num_blocks * passes, num_stages=STAGES):
+        is_last = turn == passes - 1
+        is_cell = (token >= 0)[:, None] & (n < width)[None, :] & is_last
+        cell = rows + n[None, :]
+        base = tl.load(base_ptr + cell, mask=is_cell, other=0.0).to(tl.float32)
+        own_high, own_low = high, low
+        if turn > 0:  # a branch, or its loads would take shared memory in every stage
+            own_high, own_low = _hidden(
+                hidden_ptr, turn * BLOCK_R, rank, entry, stride_split, stride_entry, SPLITS,
+                BLOCK_R, dtype,
+            )  # fmt: skip
+        delta = tl.where(turn == 0, 0.0, delta)
+        r = turn * BLOCK_R
+        delta = _plus_product(delta, own_high, own_low, b_ptr, r, rank, n, width, BLOCK_R)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + start + n, mask=n < width, other=0.0)
+            base += bias.to(tl.float32)[None, :]
+        y = tl.where(has_delta, base + scale * delta, base)
+        tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
+        turn, n = tl.where(is_last, 0, turn + 1), tl.where(is_last, n + BLOCK_N, n)
+
+
+@triton.jit
+def _plain_gated_blocks(
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, scales_ptr, b_ptr_0, b_ptr_1, rank_0, rank_1, token,
+    entry, rows, first, num_blocks, width, num_entries, stride_entry, IS_SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_plain_blocks` of gate and up, which end in one value."""
+    dtype: tl.constexpr = b_ptr_0.dtype.element_ty
+    scale = tl.load(scales_ptr + entry, mask=entry >= 0, other=0.0)[:, None]
+    is_row = (entry >= 0)[:, None]
+    stride_split = num_entries * stride_entry
+    up_ptr = hidden_ptr + SPLITS * stride_split.to(tl.int64)
+    high_0, low_0 = _hidden(
+        hidden_ptr, 0, rank_0, entry, stride_split, stride_entry, SPLITS, BLOCK_R, dtype
+    )
+    high_1, low_1 = _hidden(
+        up_ptr, 0, rank_1, entry, stride_split, stride_entry, SPLITS, BLOCK_R, dtype
+    )
+    passes = tl.maximum(tl.cdiv(tl.maximum(rank_0, rank_1), BLOCK_R), 1)
+    turn, n = 0, first + tl.arange(0, BLOCK_N)
+    delta_0 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    delta_1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(0, num_blocks * passes, num_stages=STAGES):
+        is_last = turn == passes - 1
+        is_cell = (token >= 0)[:, None] & (n < width)[None, :] & is_last
+        gate_ptr = base_ptr + 2 * rows + n[None, :]
+        gate = tl.load(gate_ptr, mask=is_cell, other=0.0).to(tl.float32)
+        up = tl.load(gate_ptr + width, mask=is_cell, other=0.0).to(tl.float32)
+        own_high_0, own_low_0, own_high_1, own_low_1 = high_0, low_0, high_1, low_1
+        if turn > 0:
+            own_high_0, own_low_0 = _hidden(
+                hidden_ptr, turn * BLOCK_R, rank_0, entry, stride_split, stride_entry, SPLITS,
+                BLOCK_R, dtype,
+            )  # fmt: skip
+            own_high_1, own_low_1 = _hidden(
+                up_ptr, turn * BLOCK_R, rank_1, entry, stride_split, stride_entry, SPLITS, BLOCK_R,
+                dtype,
+            )  # fmt: skip
+        delta_0, delta_1 = tl.where(turn == 0, 0.0, delta_0), tl.where(turn == 0, 0.0, delta_1)
+        r = turn * BLOCK_R
+        delta_0 = _plus_product(
+            delta_0, own_high_0, own_low_0, b_ptr_0, r, rank_0, n, width, BLOCK_R
+        )
+        delta_1 = _plus_product(
+            delta_1, own_high_1, own_low_1, b_ptr_1, r, rank_1, n, width, BLOCK_R
+        )
+        if HAS_BIAS:
+            bias_0 = tl.load(bias_ptr + n, mask=n < width, other=0.0)
+            bias_1 = tl.load(bias_ptr + width + n, mask=n < width, other=0.0)
+            gate += bias_0.to(tl.float32)[None, :]
+            up += bias_1.to(tl.float32)[None, :]
+        gate = tl.where(is_row & (rank_0 > 0), gate + scale * delta_0, gate)
+        up = tl.where(is_row & (rank_1 > 0), up + scale * delta_1, up)
+        gate, up = gate.to(y_ptr.dtype.element_ty), up.to(y_ptr.dtype.element_ty)
+        y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)
+        tl.store(y_ptr + rows + n[None, :], y.to(y_ptr.dtype.element_ty), mask=is_cell)
+        turn, n = tl.where(is_last, 0, turn + 1), tl.where(is_last, n + BLOCK_N, n)
+
+
+@triton.jit
+def _run(runs_ptr, weights_ptr, part, stride_part_runs, lowest, ALIGNMENT: tl.constexpr):
+    """Of the run that all entries of a tile are under, 2147483647 or −1 for none: rank, B', and
+    whether it has neither gain nor bias.
+    """
+    has_run = (lowest >= 0) & (lowest < 2147483647)
+    run_ptr = runs_ptr + part * stride_part_runs + lowest.to(tl.int64) * 8
+    rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
+    b_at = tl.load(run_ptr + 2, mask=has_run, other=0)
+    gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
+    bias_at = tl.load(run_ptr + 4, mask=has_run, other=-1)
+    b_ptr = weights_ptr + tl.multiple_of(b_at, ALIGNMENT)
+    return rank, b_ptr, (gain_at < 0) & (bias_at < 0)
+
+
 @batch_jit
 def expand_kernel(
     y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
     tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
-    stride_entry, start_1, start_2, end, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
-    VECTOR_ALIGNMENT: tl.constexpr,
+    stride_entry, blocks_per_program, start_1, start_2, end, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile of tokens and some outputs. Those of up to three parts lie side by side, and
-    begin at 0, start_1 and start_2. A tile of padding ends when it has read its tokens.
+    """y of one tile of tokens and some blocks of outputs of one part. Parts lie side by side, up to
+    three, and begin at 0, start_1 and start_2. A tile of padding ends when it has read its tokens.
+
+    Tiles of rows with one adapter without gain and bias, or with none, which most are, go the short
+    way of `_plain_blocks`; it gives the same bits.
     """
     token, entry, key = _owners(
         tokens_ptr, entries_ptr, tile_slots_ptr, tile_replicas_ptr, tl.program_id(0),
@@ -287,22 +413,38 @@ def expand_kernel(
     )  # fmt: skip
     if tl.max(token, 0) < 0:
         return
-    block_1 = tl.cdiv(start_1, BLOCK_N)
-    block_2 = block_1 + tl.cdiv(start_2 - start_1, BLOCK_N)
-    part = (tl.program_id(1) >= block_1).to(tl.int32) + (tl.program_id(1) >= block_2).to(tl.int32)
+    outputs = blocks_per_program * BLOCK_N
+    chunk_1 = tl.cdiv(start_1, outputs)
+    chunk_2 = chunk_1 + tl.cdiv(start_2 - start_1, outputs)
+    part = (tl.program_id(1) >= chunk_1).to(tl.int32) + (tl.program_id(1) >= chunk_2).to(tl.int32)
     start = tl.where(part == 0, 0, tl.where(part == 1, start_1, start_2))
-    first_block = tl.where(part == 0, 0, tl.where(part == 1, block_1, block_2))
-    part_end = tl.where(part == 0, start_1, tl.where(part == 1, start_2, end))
-    n = (tl.program_id(1) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _adapted(
-        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, key, part.to(tl.int64), start, n, part_end - start,
-        end, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS,
-        BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
-    )  # fmt: skip
-    is_cell = (token >= 0)[:, None] & (n < part_end - start)[None, :]
-    cell = token[:, None].to(tl.int64) * end + (start + n)[None, :]
-    tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
+    first_chunk = tl.where(part == 0, 0, tl.where(part == 1, chunk_1, chunk_2))
+    width = tl.where(part == 0, start_1, tl.where(part == 1, start_2, end)) - start
+    first = (tl.program_id(1) - first_chunk) * outputs
+    num_blocks = tl.cdiv(tl.minimum(width - first, outputs), BLOCK_N)
+    part = part.to(tl.int64)
+    rows = token[:, None].to(tl.int64) * end + start
+    lowest = tl.min(key, 0)
+    following = tl.load(next_ptr + entry, mask=entry >= 0, other=-1)
+    rank, b_ptr, is_plain = _run(runs_ptr, weights_ptr, part, stride_part_runs, lowest, ALIGNMENT)
+    if is_plain & (tl.max(following, 0) < 0):
+        part_ptr = hidden_ptr + part * SPLITS * (num_entries * stride_entry)
+        _plain_blocks(
+            y_ptr, base_ptr, bias_ptr, part_ptr, scales_ptr, b_ptr, rank, token, entry, rows,
+            start, first, num_blocks, width, num_entries, stride_entry, HAS_BIAS, SPLITS,
+            BLOCK_M, BLOCK_R, BLOCK_N, STAGES,
+        )  # fmt: skip
+    else:
+        for block in range(0, num_blocks):
+            n = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            y = _adapted(
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                replicas_ptr, scales_ptr, next_ptr, token, entry, key, part, start, n, width, end,
+                num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS,
+                BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+            )  # fmt: skip
+            is_cell = (token >= 0)[:, None] & (n < width)[None, :]
+            tl.store(y_ptr + rows + n[None, :], y.to(y_ptr.dtype.element_ty), mask=is_cell)
 
 
 @batch_jit
@@ -310,12 +452,12 @@ def gated_expand_kernel(
     y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
     tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
-    stride_entry, width, IS_SILU: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
-    VECTOR_ALIGNMENT: tl.constexpr,
+    stride_entry, blocks_per_program, width, IS_SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """act(gate) · up of one tile of tokens and some columns: two parts of `width`, gate and up,
-    both rounded as `expand_kernel` writes them.
+    """act(gate) · up of one tile of tokens and some blocks of columns: two parts of `width`, gate
+    and up, both rounded as `expand_kernel` writes them, and both by its ways.
     """
     token, entry, key = _owners(
         tokens_ptr, entries_ptr, tile_slots_ptr, tile_replicas_ptr, tl.program_id(0),
@@ -323,21 +465,40 @@ def gated_expand_kernel(
     )  # fmt: skip
     if tl.max(token, 0) < 0:
         return
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.full((), 0, tl.int64)
-    gate = _adapted(
-        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, key, first, 0, n, width, 2 * width, num_entries,
-        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
-        ALIGNMENT, VECTOR_ALIGNMENT,
-    ).to(y_ptr.dtype.element_ty)  # fmt: skip
-    up = _adapted(
-        base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
-        scales_ptr, next_ptr, token, entry, key, first + 1, width, n, width, 2 * width, num_entries,
-        num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
-        ALIGNMENT, VECTOR_ALIGNMENT,
-    ).to(y_ptr.dtype.element_ty)  # fmt: skip
-    y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)
-    is_cell = (token >= 0)[:, None] & (n < width)[None, :]
-    cell = token[:, None].to(tl.int64) * width + n[None, :]
-    tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
+    first = tl.program_id(1) * blocks_per_program * BLOCK_N
+    num_blocks = tl.minimum(tl.cdiv(width - first, BLOCK_N), blocks_per_program)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    rows = token[:, None].to(tl.int64) * width
+    one = tl.full((), 1, tl.int64)
+    lowest = tl.min(key, 0)
+    following = tl.load(next_ptr + entry, mask=entry >= 0, other=-1)
+    rank_0, b_ptr_0, is_plain_0 = _run(
+        runs_ptr, weights_ptr, one - 1, stride_part_runs, lowest, ALIGNMENT
+    )
+    rank_1, b_ptr_1, is_plain_1 = _run(
+        runs_ptr, weights_ptr, one, stride_part_runs, lowest, ALIGNMENT
+    )
+    if is_plain_0 & is_plain_1 & (tl.max(following, 0) < 0):
+        _plain_gated_blocks(
+            y_ptr, base_ptr, bias_ptr, hidden_ptr, scales_ptr, b_ptr_0, b_ptr_1, rank_0, rank_1,
+            token, entry, rows, first, num_blocks, width, num_entries, stride_entry, IS_SILU,
+            HAS_BIAS, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N, STAGES,
+        )  # fmt: skip
+    else:
+        for block in range(0, num_blocks):
+            n = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            gate = _adapted(
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                replicas_ptr, scales_ptr, next_ptr, token, entry, key, one - 1, 0, n, width,
+                2 * width, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS,
+                SPLITS, BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+            ).to(dtype)  # fmt: skip
+            up = _adapted(
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                replicas_ptr, scales_ptr, next_ptr, token, entry, key, one, width, n, width,
+                2 * width, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS,
+                SPLITS, BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
+            ).to(dtype)  # fmt: skip
+            y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)
+            is_cell = (token >= 0)[:, None] & (n < width)[None, :]
+            tl.store(y_ptr + rows + n[None, :], y.to(dtype), mask=is_cell)

@@ -57,14 +57,23 @@ class Shape(NamedTuple):
     """Inputs of a split of shrink, at least."""
     max_splits: int
     out_bytes: int
-    """Of one row of B' that a program of expand reads at once: with few bytes a program waits
-    longer for its tables than for weights, and hundreds of them in turn for each other.
-    """
+    """Of one row of B' that a program of expand reads at once."""
+    expand_stages: int
+    """Reads of B' and the base's product that are under way at once, and the one in use."""
     expand_warps: int
 
 
-SMALL_STEP = Shape(16, 512, 3, 512, 16, out_bytes=1024, expand_warps=8)
-LARGE_STEP = Shape(64, 128, 4, 2048, 4, out_bytes=128, expand_warps=4)
+SMALL_STEP = Shape(16, 512, 3, 512, 16, out_bytes=256, expand_stages=4, expand_warps=4)
+LARGE_STEP = Shape(64, 128, 4, 2048, 4, out_bytes=128, expand_stages=3, expand_warps=4)
+EXPAND_PROGRAMS = 528
+"""Programs of expand, four a multiprocessor, over which its blocks of outputs are spread: before it
+can ask for weights each waits for one table after another, which with a block a program is most of
+its time."""
+MAX_REGISTERS, FEW_SPLITS = 255, 8
+"""Said of programs of expand that are gated, of large tiles or of more splits: left to itself the
+compiler takes 128 or 168 a thread and spills some."""
+MAX_BLOCKS = 16
+"""Blocks of outputs of a program of expand, at most: the last programs end alone."""
 
 
 def step_shape(num_entries: int) -> Shape:
@@ -143,12 +152,15 @@ def apply_adapters(
     width = base.shape[1]
     starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
     out_block = shape.out_bytes // memory.weights.itemsize
-    num_blocks = sum(triton.cdiv(part, out_block) for part in widths)
-    expand_kernel[len(tiles.tokens), num_blocks](
+    blocks = _blocks_per_program(len(tiles.tokens), sum(widths), out_block)
+    num_chunks = sum(triton.cdiv(part, out_block * blocks) for part in widths)
+    expand_kernel[len(tiles.tokens), num_chunks](
         y,
         *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        blocks,
         *starts,
         width,
+        maxnreg=None if shape is SMALL_STEP and hidden.shape[1] <= FEW_SPLITS else MAX_REGISTERS,
         **_expand_options(bias, hidden, memory, shape),
     )
     return y
@@ -171,14 +183,23 @@ def apply_gated_adapters(
     width = base.shape[1] // 2
     y = base.new_empty(len(base), width)
     out_block = shape.out_bytes // memory.weights.itemsize
-    gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block)](
+    blocks = _blocks_per_program(len(tiles.tokens), width, out_block)
+    gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block * blocks)](
         y,
         *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        blocks,
         width,
         IS_SILU=kind == "silu",
+        maxnreg=MAX_REGISTERS,
         **_expand_options(bias, hidden, memory, shape),
     )
     return y
+
+
+def _blocks_per_program(num_tiles: int, width: int, out_block: int) -> int:
+    """Blocks of outputs that one program of expand goes through."""
+    num_blocks = num_tiles * triton.cdiv(width, out_block)
+    return max(1, min(MAX_BLOCKS, num_blocks // EXPAND_PROGRAMS))
 
 
 def _cut(meta: StepMeta, num_tokens: int) -> tuple[Shape, Tiles]:
@@ -218,13 +239,13 @@ def _expand_arguments(
 def _expand_options(
     bias: Tensor | None, hidden: Tensor, memory: AdapterMemory, shape: Shape
 ) -> dict[str, Any]:
-    """One stage: a pass has nothing ahead to read for most adapters."""
     return {
         "HAS_BIAS": bias is not None,
         "SPLITS": hidden.shape[1],
         "BLOCK_M": shape.block_rows,
         "BLOCK_R": EXPAND_RANKS,
         "BLOCK_N": shape.out_bytes // memory.weights.itemsize,
+        "STAGES": shape.expand_stages,
         "ALIGNMENT": _elements(memory, memory.weights),
         "VECTOR_ALIGNMENT": _elements(memory, memory.vectors),
         "num_warps": shape.expand_warps,

@@ -85,4 +85,4 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
         )
     assert y.shape == (9, 300)
     assert tiles.grids == [(3 + 1,)]
-    assert expand.grids == [(3 + 1, 2)] and shrink.grids == [(3, 1, 8)]
+    assert expand.grids == [(3 + 1, 5)] and shrink.grids == [(3, 1, 8)]
