@@ -6,7 +6,6 @@ worth, of which the last joins their results. Rows with more tokens take the pre
 tiles of queries. Which row is which is found on the device; grids follow from shapes alone, so a
 CUDA graph of a decode step can be replayed for rows of any length.
 torch's own varlen attention with paged keys is not used: not every torch that we support has it.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 Source: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), split keys as in
 Flash-Decoding (Dao et al., 2023).
 """
@@ -30,8 +29,11 @@ MIN_PROGRAMS = 1056
 long row among short ones is still spread, and the splits that a short row has no use for return at
 once."""
 MAX_SPLITS = 16
-MIN_SPLIT_KEYS = 128
-"""Keys that a split has at least, the last of a row excepted."""
+MIN_SPLIT_KEYS = 512
+"""Keys that a split has at least, the last of a row excepted: splits of fewer take longer to be
+written, read and joined than to be gone through."""
+FEW_SPLIT_KEYS = 64
+"""The same where so few rows are decoded that half of the programs would be missing."""
 DECODE_BYTES = 16384
 """Keys, and as much of values, that a decode program looks at together."""
 DECODE_HEADS = {torch.bfloat16: 64, torch.float32: 16}
@@ -48,9 +50,11 @@ DECODE_REGISTERS = 168
 the three programs can have for which a multiprocessor has shared memory."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
-PREFILL_TILES = {torch.bfloat16: (64, 8192), torch.float32: (16, 8192)}
-"""Queries of one row and head in a tile, and bytes of keys: what the registers hold, as float32
-products run without tensor cores."""
+PREFILL_TILES = {torch.bfloat16: (64, 16384, 4), torch.float32: (16, 8192, 4)}
+"""Queries of one row and head in a tile, bytes of keys, and warps: what the registers hold, as
+float32 products run without tensor cores."""
+WIDE_TILES = {torch.bfloat16: (64, 8192, WIDE_WARPS), torch.float32: (16, 8192, WIDE_WARPS)}
+"""The same for heads wider than 128."""
 WRITE_BLOCK = 1024
 MIN_DOT = 16
 
@@ -94,8 +98,9 @@ def paged_attention(
     head_dim = max(MIN_DOT, triton.next_power_of_2(q.shape[2]))
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
-        block_q, num_bytes = PREFILL_TILES[q.dtype]
-        num_tiles, is_wide = num_rows + len(q) // block_q, head_dim > 128
+        is_wide = head_dim > 128
+        block_q, num_bytes, num_warps = (WIDE_TILES if is_wide else PREFILL_TILES)[q.dtype]
+        num_tiles = num_rows + len(q) // block_q
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
             num_rows,
@@ -107,7 +112,7 @@ def paged_attention(
             BLOCK_K=tile_keys(q, head_dim, num_bytes),
             BLOCK_D=head_dim,
             CHUNK=64,
-            num_warps=WIDE_WARPS if is_wide else 4,
+            num_warps=num_warps,
             maxnreg=MAX_REGISTERS if is_wide and q.dtype == torch.float32 else None,
         )
     return out
@@ -129,9 +134,10 @@ def _decode(
     head_blocks = triton.cdiv(heads_per_group, block_h)
     num_units = num_rows * num_groups * head_blocks
     longest = meta.block_tables.shape[1] * meta.block_size
-    num_splits = min(
-        triton.cdiv(MIN_PROGRAMS, num_units), triton.cdiv(longest, MIN_SPLIT_KEYS), MAX_SPLITS
-    )
+    is_few = 2 * num_units * MAX_SPLITS <= MIN_PROGRAMS
+    min_keys = min(FEW_SPLIT_KEYS, MIN_SPLIT_KEYS) if is_few else MIN_SPLIT_KEYS
+    num_splits = min(triton.cdiv(MIN_PROGRAMS, num_units), triton.cdiv(longest, min_keys))
+    num_splits = min(num_splits, MAX_SPLITS)
     num_parts = num_units * num_splits * block_h if num_splits > 1 else 0
     parts = torch.empty(num_parts * head_dim, device=q.device)
     sums = torch.empty(num_parts * 2, device=q.device)
@@ -141,6 +147,7 @@ def _decode(
         sums,
         counters(q.device, num_units),
         num_splits,
+        min_keys,
         head_blocks,
         *sizes,
         IS_DECODE=is_decode,
@@ -148,7 +155,6 @@ def _decode(
         HAS_SOFTCAP=sizes[-1] > 0,
         BLOCK_SIZE=meta.block_size,
         MAX_SPLITS=MAX_SPLITS,
-        MIN_SHARE=MIN_SPLIT_KEYS,
         BLOCK_H=block_h,
         BLOCK_JOIN=min(most, max(1, JOINED_VALUES // head_dim)),
         BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),

@@ -14,7 +14,7 @@ STAGES = tl.constexpr(5)
 the copies of a pass begin at the end of the one before, and nothing is done while they run."""
 
 OF_THE_STEP = {
-    "do_not_specialize": ["num_rows", "num_blocks", "num_splits"],
+    "do_not_specialize": ["num_rows", "num_blocks", "num_splits", "min_keys"],
     "do_not_specialize_on_alignment": [
         "slots_ptr", "tables_ptr", "positions_ptr", "starts_ptr", "counters_ptr",
     ],
@@ -56,15 +56,17 @@ def _attend(
     acc, top, total, q, keys_ptr, values_ptr, table_ptr, query_position, begin, end,
     stride_slot, d, is_d, scale, window, softcap, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the keys begin … end − 1 for the queries q (rows, BLOCK_D).
+    """One pass over the keys begin … end − 1 for the queries q (rows, BLOCK_D). Not masked: every
+    query sees all of them, and they are whole blocks of BLOCK_K.
 
     Returns Σ p v, the largest score s and Σ p, with p = 2^(s − largest), s in units of ln 2. A
     query sees the keys up to query_position (rows,), the last `window` of them.
     """
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         position = start + tl.arange(0, BLOCK_K)
-        is_key = position < end
+        is_key = (position < end) if IS_MASKED else (position >= 0)
         block = tl.load(table_ptr + position // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
         place = (block * BLOCK_SIZE + position % BLOCK_SIZE)[:, None] * stride_slot + d[None, :]
         mask = is_key[:, None] & is_d[None, :]
@@ -72,11 +74,12 @@ def _attend(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         if HAS_SOFTCAP:
             scores = softcap * LOG2_E * (1 - 2 / (tl.exp2(2 * scores / softcap) + 1))
-        distance = query_position[:, None] - position[None, :]
-        is_seen = is_key[None, :] & (distance >= 0)
-        if HAS_WINDOW:
-            is_seen &= distance < window
-        scores = tl.where(is_seen, scores, float("-inf"))
+        if IS_MASKED:
+            distance = query_position[:, None] - position[None, :]
+            is_seen = is_key[None, :] & (distance >= 0)
+            if HAS_WINDOW:
+                is_seen &= distance < window
+            scores = tl.where(is_seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - shift[:, None])
@@ -101,6 +104,7 @@ def decode_kernel(
     sums_ptr,
     counters_ptr,
     num_splits,
+    min_keys,
     head_blocks,
     num_blocks,
     heads_per_group,
@@ -118,7 +122,6 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    MIN_SHARE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_JOIN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,7 +149,7 @@ def decode_kernel(
     position = tl.load(positions_ptr + token)
     first = tl.maximum(position - window + 1, 0) if HAS_WINDOW else 0
     num_keys = position + 1 - first
-    share = tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), MIN_SHARE), BLOCK_K) * BLOCK_K
+    share = tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), min_keys), BLOCK_K) * BLOCK_K
     num_shares = tl.maximum(tl.cdiv(num_keys, share), 1)
     if split >= num_shares:
         return
@@ -160,7 +163,7 @@ def decode_kernel(
         keys_ptr + group * stride_group, values_ptr + group * stride_group,
         tables_ptr + row.to(tl.int64) * num_blocks, position + h * 0,
         begin, tl.minimum(begin + share, position + 1), stride_slot, d, is_d,
-        scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K,
+        scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K, True,
     )  # fmt: skip
     out_ptr += token.to(tl.int64) * stride_out + (group * heads_per_group + first_head) * head_dim
     if num_shares == 1:
@@ -268,15 +271,26 @@ def prefill_kernel(
     first_key = 0
     if HAS_WINDOW:
         first_key = tl.maximum(tl.load(positions_ptr + begin) - window + 1, 0)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    q = tl.load(q_ptr + q_place, mask=is_cell, other=0.0)
+    keys_ptr += group * stride_group
+    values_ptr += group * stride_group
+    table_ptr = tables_ptr + row.to(tl.int64) * num_blocks
+    if not HAS_WINDOW:  # what all queries see takes no comparing
+        lowest = tl.min(tl.where(is_token, position, 2147483646), 0)
+        masked_from = (lowest + 1) // BLOCK_K * BLOCK_K
+        acc, top, total = _attend(
+            acc, top, total, q, keys_ptr, values_ptr, table_ptr, position, 0, masked_from,
+            stride_slot, d, is_d, scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE,
+            BLOCK_K, False,
+        )  # fmt: skip
+        first_key = masked_from
     acc, top, total = _attend(
-        tl.zeros((BLOCK_Q, BLOCK_D), tl.float32),
-        tl.full((BLOCK_Q,), float("-inf"), tl.float32),
-        tl.zeros((BLOCK_Q,), tl.float32),
-        tl.load(q_ptr + q_place, mask=is_cell, other=0.0),
-        keys_ptr + group * stride_group, values_ptr + group * stride_group,
-        tables_ptr + row.to(tl.int64) * num_blocks, position,
-        first_key, tl.max(position, 0) + 1, stride_slot, d, is_d,
-        scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K,
+        acc, top, total, q, keys_ptr, values_ptr, table_ptr, position, first_key,
+        tl.max(position, 0) + 1, stride_slot, d, is_d, scale, window, softcap, HAS_WINDOW,
+        HAS_SOFTCAP, BLOCK_SIZE, BLOCK_K, True,
     )  # fmt: skip
     y = acc / tl.where(total == 0, 1.0, total)[:, None]
     out_place = token[:, None].to(tl.int64) * stride_out + head * head_dim + d[None, :]

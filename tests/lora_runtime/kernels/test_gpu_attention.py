@@ -187,4 +187,4 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             cache = torch.empty(4000, 2, 64)
             gpu_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
             gpu_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
-    assert grids == [(3, 1), (3, 2, 10), (18, 1), (3, 2, 10), (3 + 1, 8)]
+    assert grids == [(3, 1), (3, 2, 16), (18, 1), (3, 2, 16), (3 + 1, 8)]
