@@ -24,28 +24,24 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_engine, gpu_kernels, gpu_peers, gpu_training, machine, nf4_product
+from bench import gpu_engine, gpu_kernels, gpu_peers, gpu_training, machine
 from bench.gpu_rows import Recorder, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, IS_INTERPRETED, Ceilings
 from lora_runtime.kernels import gpu
 
 CANDIDATES: dict[str, Callable] = {
-    "triton": lambda x, weight: weight.product(x),
+    "triton": lambda x, weight: weight.triton_product(x),
     "bitsandbytes": lambda x, weight: weight.bitsandbytes_product(x),
     "dequantised": lambda x, weight: weight.dequantised_product(x),
 }
 """Ways to multiply by an NF4 weight."""
 if HAS_GPU:  # the source needs a device to be compiled for
-    CANDIDATES["cuda"] = lambda x, weight: nf4_product.four_bit_product(
-        x, weight.packed, weight.absmax, weight.code, weight.shape[0]
-    )
+    CANDIDATES["cuda"] = lambda x, weight: weight.cuda_product(x)
 
 
 def kernels_stage(folder: Path) -> Iterator[Table]:
     """Is everything right, and what share of its bytes' time does each kernel reach?"""
     yield Table("checks", gpu_kernels.check_cases, gpu_kernels.check)
-    if HAS_GPU:
-        yield Table("cuda_checks", lambda: [{}], gpu_kernels.cuda_check)
     yield Table("ceilings", lambda: [{}], lambda: asdict(ceilings()))
     yield from gpu_kernels.product_tables(ceilings(), CANDIDATES)
     yield gpu_kernels.values_table(ceilings())

@@ -6,17 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import nf4_product
 from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, Ceilings, copies_of, seconds_per_call
 from lora_runtime import kernels
-from lora_runtime.kernels import AdapterMemory, AttentionMeta, Run, Span, StepMeta, reference
+from lora_runtime.kernels import (
+    AdapterMemory,
+    AttentionMeta,
+    Run,
+    Span,
+    StepMeta,
+    cuda_product,
+    reference,
+)
 
 BFLOAT16 = torch.bfloat16
 CHECKED_ROWS = (1, 2, 3, 7, 16, 33, 64, 65, 133) if HAS_GPU else (1, 3)
@@ -63,6 +71,13 @@ class FourBit:
 
     def product(self, x: Tensor) -> Tensor:
         return kernels.four_bit_product(x, self.packed, self.absmax, self.code, self.shape[0])
+
+    def triton_product(self, x: Tensor) -> Tensor:
+        with mock.patch.object(cuda_product, "can_run", lambda x: False):
+            return self.product(x)
+
+    def cuda_product(self, x: Tensor) -> Tensor:
+        return cuda_product.four_bit_product(x, self.packed, self.absmax, self.code, self.shape[0])
 
     def bitsandbytes_product(self, x: Tensor) -> Tensor:
         """bitsandbytes' own product of the same bytes. At few rows it rounds W twice."""
@@ -242,11 +257,6 @@ def step_of(row_owners: Sequence[int]) -> StepMeta:
     meta = StepMeta.build(spans, DEVICE)
     assert meta is not None
     return meta
-
-
-def cuda_check() -> Figures:
-    """Errors of the product in CUDA, at shapes with every kind of tail and all its variants."""
-    return {"errors": {name: error(*pair) for name, *pair in nf4_product.checks(DEVICE)}}
 
 
 # Times

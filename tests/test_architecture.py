@@ -60,6 +60,7 @@ GRPC_DOORS = [
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
     "bitsandbytes": ["lora_runtime.base.quant_linear", "lora_runtime.training.*"],
+    "cuda": ["lora_runtime.kernels.cuda_product"],
     "gguf": ["lora_runtime.base.gguf"],
     "google.rpc": ["server.errors"],
     "grpc": GRPC_DOORS,
@@ -93,6 +94,7 @@ EVERYWHERE = {"torch", "numpy"}
 """Third-party packages without a door."""
 
 DISTRIBUTIONS = {
+    "cuda": "cuda-bindings",
     "google": "protobuf",
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",

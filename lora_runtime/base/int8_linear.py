@@ -45,16 +45,19 @@ class Int8Linear(FrozenLinear):
         return ("codes", "absmax")
 
     def product(self, x: Tensor) -> Tensor:
-        if not self.keep_copies and can_multiply_codes(x):
+        if self._reads_codes(x):
             return int8_product(x, self.codes, self.absmax)
         return super().product(x)
 
     def product_and_shrink(
         self, x: Tensor, adapters: PooledAdapters
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.keep_copies and can_shrink_with_product(x, adapters):
+        if self._reads_codes(x) and can_shrink_with_product(x, adapters):
             return int8_product_and_shrink(x, self.codes, self.absmax, adapters)
         return super().product_and_shrink(x, adapters)
+
+    def _reads_codes(self, x: Tensor) -> bool:
+        return not self.keep_copies and can_multiply_codes(x)
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)

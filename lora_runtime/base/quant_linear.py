@@ -259,7 +259,7 @@ class QuantLinear(FrozenLinear):
 
     def _reads_codes(self, x: Tensor) -> bool:
         is_whole_blocks = self.in_features % BLOCK_SIZE == 0
-        return not self.keep_copies and is_whole_blocks and can_multiply_codes(x)
+        return not self.keep_copies and is_whole_blocks and can_multiply_codes(x, is_four_bit=True)
 
     def _nested_scales(self) -> NestedScales | None:
         if not self.is_nested:

@@ -337,9 +337,11 @@ def can_run_on_gpu(x: Tensor) -> bool:
     return gpu.can_run(x)
 
 
-def can_multiply_codes(x: Tensor) -> bool:
-    """True when `four_bit_product` and `int8_product` take x: CUDA, few rows, no gradient."""
-    return gpu.can_multiply_codes(x)
+def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
+    """True when `int8_product`, or with `is_four_bit` `four_bit_product`, takes x: CUDA, few rows,
+    no gradient.
+    """
+    return gpu.can_multiply_codes(x, is_four_bit=is_four_bit)
 
 
 def four_bit_product(
@@ -387,7 +389,9 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:
-    """True when `four_bit_product_and_shrink` and its 8-bit kin take x (T, in) and its adapters."""
+    """True when `four_bit_product_and_shrink` and its 8-bit kin take x (T, in) and its adapters,
+    as far as `can_multiply_codes` does.
+    """
     return gpu.can_shrink_with_product(x, adapters)
 
 

@@ -1,7 +1,7 @@
-"""The Triton backend's door: which tensors it takes, and Triton imported only when it is used.
+"""The GPU backend's door: which tensors it takes, and Triton imported only when it is used.
 
-Unmeasured: no GPU was at hand when it was written. It is tested on a CPU through Triton's
-interpreter; tile sizes, splits and the crossover below are estimates.
+Kernels are Triton's but for the 4-bit product of bfloat16, which is CUDA's where that can be
+compiled. They are tested on a CPU through Triton's interpreter too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_runtime.kernels import cuda_product
 from lora_runtime.kernels.types import AdapterMemory, PooledAdapters, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
 DTYPES = (torch.bfloat16, torch.float32)
-MAX_PRODUCT_ROWS = 256
-"""Rows up to which a quantised product reads the codes instead of a dequantised W; unmeasured.
-By bytes: dequantising writes and reads 2 a weight besides the codes' 0.56, as much as reading the
-codes eight times, and 64 rows read them once.
+MAX_PRODUCT_ROWS = 64
+"""Rows up to which a quantised product in Triton reads the codes instead of a dequantised W: on an
+H100 they are as fast at 64 rows, and with more the codes are far behind.
 """
 MAX_SMALL_STEP = 256
 """Entries of a step whose adapters go in small tiles: as many as the largest decode step may have.
@@ -62,18 +62,20 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     )
 
 
-def can_multiply_codes(x: Tensor) -> bool:
+def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
     """True when a product with x (..., in) may read quantised weights directly."""
-    return x.numel() <= MAX_PRODUCT_ROWS * x.shape[-1] and can_run(x)
+    if not can_run(x):
+        return False
+    is_cuda = is_four_bit and cuda_product.can_run(x)
+    return x.numel() <= (cuda_product.MAX_ROWS if is_cuda else MAX_PRODUCT_ROWS) * x.shape[-1]
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:
-    """True when the product with x (T, in) and shrink of its adapters may be one launch."""
+    """True when a product that reads codes and shrink of its adapters may be one op."""
     memory, meta = adapters.memory, adapters.meta
     return (
         len(meta.tokens) <= MAX_SMALL_STEP
         and bool(memory.max_rank)
-        and can_multiply_codes(x)
         and can_run(x, weights=(memory.weights,))
     )
 

@@ -278,6 +278,15 @@ class ShrinkLaunch(NamedTuple):
     grid: tuple[int, int, int]
     arguments: tuple[Tensor | int, ...]
     options: dict[str, int]
+    stages: int
+    """Of a launch of its own."""
+
+    def run(self) -> None:
+        """Fill `hidden`, by a launch of its own."""
+        if self.hidden.numel() > 0:
+            shrink_kernel[self.grid](
+                self.hidden, *self.arguments, **self.options, num_stages=self.stages
+            )
 
 
 def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> ShrinkLaunch:
@@ -305,15 +314,12 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
             "BLOCK_K": block,
             "ALIGNMENT": _elements(memory, memory.weights),
         },
+        stages=shape.stages,
     )
 
 
 def shrink(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> Tensor:
     """`ShrinkLaunch.hidden` of x, by a launch of its own."""
     launch = shrink_launch(x.contiguous(), memory, runs, meta)
-    if launch.hidden.numel() > 0:
-        stages = step_shape(len(meta.tokens)).stages
-        shrink_kernel[launch.grid](
-            launch.hidden, *launch.arguments, **launch.options, num_stages=stages
-        )
+    launch.run()
     return launch.hidden

@@ -1,19 +1,23 @@
-"""Products with quantised weights in Triton: codes are dequantised in registers.
+"""Products with quantised weights: codes are dequantised in registers.
 
-One kernel for any number of rows: tiles of W are made in registers and multiplied by up to 64 rows
-on tensor cores; more rows are further programs, which find the codes in the cache. A second kernel
-is the same with shrink of the adapters of the same x (`gpu_adapters.py`).
+4-bit products of bfloat16 go to `cuda_product.py` where it can be compiled; the others, and int8,
+are Triton's. There, one kernel for any number of rows: tiles of W are made in registers and
+multiplied by up to 64 rows on tensor cores; more rows are further programs, which find the codes in
+the cache. A second kernel is the same with shrink of the adapters of the same x
+(`gpu_adapters.py`).
 Inputs are split where the outputs alone give too few programs; the program that comes last adds up
 the partial sums, always in the same order. Neither the split nor the order of the inputs depends on
 the number of rows, so that a row is the same in any batch.
 W = fp32(code × absmax) is rounded once to the compute dtype; sums are float32.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU. Tile sizes come
-from counting the instructions of the compiled loop, 4 to 5 a weight; bench/NOTES.md has them.
+Tile sizes come from counting the instructions of the compiled loop, 4 to 5 a weight; bench/NOTES.md
+has them, and the times measured on an H100.
 Source: QLoRA (arXiv:2305.14314) for the format, split-K as in arXiv:2402.00025.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_runtime.kernels import cuda_product
 from lora_runtime.kernels.gpu_adapters import ShrinkLaunch, shrink_launch
 from lora_runtime.kernels.gpu_counters import counters
 from lora_runtime.kernels.gpu_quantised_kernels import (
@@ -71,6 +76,8 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
+    if cuda_product.can_run(x):
+        return cuda_product.four_bit_product(x, packed, absmax, code, out_features, nested)
     return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit")
 
 
@@ -84,6 +91,8 @@ def four_bit_gated_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_gated_product`."""
+    if cuda_product.can_run(x):
+        return cuda_product.four_bit_product(x, packed, absmax, code, out_features, nested, kind)
     return _product(x, packed, _scales(absmax, nested), code, out_features, "four_bit", kind)
 
 
@@ -102,10 +111,14 @@ def four_bit_product_and_shrink(
     nested: NestedScales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.four_bit_product_and_shrink`."""
-    shrink = shrink_launch(x.contiguous(), *adapters)
+    launch = shrink_launch(x.contiguous(), *adapters)
+    if cuda_product.can_run(x):
+        with _beside(launch, x.device):
+            y = cuda_product.four_bit_product(x, packed, absmax, code, out_features, nested)
+        return y, launch.hidden
     scales = _scales(absmax, nested)
-    y = _product(x, packed, scales, code, out_features, "four_bit", shrink=shrink)
-    return y, shrink.hidden
+    y = _product(x, packed, scales, code, out_features, "four_bit", shrink=launch)
+    return y, launch.hidden
 
 
 def int8_product_and_shrink(
@@ -133,6 +146,28 @@ def four_bit_values(
         enable_fp_fusion=is_plain,  # bitsandbytes rounds between × and +
     )  # fmt: skip
     return values
+
+
+@contextmanager
+def _beside(launch: ShrinkLaunch, device: torch.device) -> Iterator[None]:
+    """Shrink runs at the same time as what is queued within: on a branch of the graph that is being
+    captured. Outside of a capture it runs before, since its time there is the host's.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        launch.run()
+        yield
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        launch.run()
+    yield
+    current.wait_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _scales(absmax: Tensor, nested: NestedScales | None) -> Tensor:

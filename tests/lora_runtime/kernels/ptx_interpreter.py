@@ -12,26 +12,95 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tests.bench import nf4_twin as hardware
+Registers = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+LANES = np.arange(32)
+G, T = LANES >> 2, LANES & 3
 
 TYPES = {
-    "u16": np.uint16, "b16": np.uint16, "s16": np.int16, "u32": np.uint32, "b32": np.uint32,
-    "s32": np.int32, "u64": np.uint64, "b64": np.uint64, "s64": np.int64, "f32": np.float32,
-    "pred": np.bool_,
+    "u8": np.uint8, "u16": np.uint16, "b16": np.uint16, "s16": np.int16, "u32": np.uint32,
+    "b32": np.uint32, "s32": np.int32, "u64": np.uint64, "b64": np.uint64, "s64": np.int64,
+    "f32": np.float32, "pred": np.bool_,
 }  # fmt: skip
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 BUFFER = 1 << 32
 """Distance of buffers in the space of addresses: what runs over the end of one is in none."""
-SHARED = 1 << 14
+SHARED = 1 << 17
 """Bytes of shared memory a program."""
+DYNAMIC = 1 << 10
+"""Where in it the memory lies whose size the launch gives, behind what the source declares."""
 OPERATIONS = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "setp.lt": np.less, "setp.le": np.less_equal, "setp.gt": np.greater,
     "setp.ge": np.greater_equal, "setp.eq": np.equal, "setp.ne": np.not_equal,
 }  # fmt: skip
-NOTHING = {"bar", "barrier", "membar", "fence", "bra", "ret", "cvta"}
+NOTHING = {"bar", "barrier", "membar", "fence", "bra", "ret", "cvta", "prefetch"}
+"""A barrier is nothing to do where the threads that are furthest behind go first."""
+
+
+def permute(a: Registers, b: Registers, selector: Registers | int) -> Registers:
+    """prmt.b32: digit i of the selector picks byte i of the result among those of a, 0 to 3, and
+    of b, 4 to 7; with the digit's top bit set, that byte's sign eight times.
+    """
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    selector = np.asarray(selector, np.uint64)
+    result = np.zeros(both.shape, np.uint64)
+    for i in range(4):
+        digit = selector >> np.uint64(4 * i) & np.uint64(15)
+        byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+        if (digit & np.uint64(8)).any():
+            byte = np.where(digit & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(0xFF), byte)
+        result |= byte << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
+def lop3(a: Registers, b: Registers, c: Registers, truth: int) -> Registers:
+    """lop3.b32: bit 4a + 2b + c of the truth table, for each bit."""
+    result = np.zeros_like(a)
+    for case in range(8):
+        if truth >> case & 1:
+            terms = [x if case >> i & 1 else ~x for x, i in ((a, 2), (b, 1), (c, 0))]
+            result |= terms[0] & terms[1] & terms[2]
+    return result
+
+
+def bfloat16_bits(values: Floats) -> Registers:
+    """Rounded to nearest, ties to even; NaN is 0x7FFF."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> np.uint64(16) & 1)) >> np.uint64(16)
+    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint32)
+
+
+def bfloat16_pair(low: Floats, high: Floats) -> Registers:
+    """cvt.rn.bf16x2.f32 %0, high, low."""
+    return bfloat16_bits(low) | bfloat16_bits(high) << np.uint32(16)
+
+
+def values_of_pair(pair: Registers) -> list[NDArray[np.float64]]:
+    """The two bfloat16 of a register, the lower first."""
+    halves = ((pair & 0xFFFF) << np.uint32(16), pair & np.uint32(0xFFFF0000))
+    return [np.ascontiguousarray(half).view(np.float32).astype(np.float64) for half in halves]
+
+
+def multiply(sums: Floats, w: list[Registers], x: list[Registers]) -> None:
+    """mma.sync.m16n8k16 of each warp: sums (warps, 32, 4) += A B, rounded to float32.
+
+    A's register j holds row g + 8 (j % 2), columns 2t and 2t + 1 + 8 (j // 2); B's register j rows
+    2t and 2t + 1 + 8j, column g; the sums' number i row g + 8 (i // 2), column 2t + i % 2.
+    """
+    a, b = np.empty((len(sums), 16, 16)), np.empty((len(sums), 16, 8))
+    for j in range(4):
+        for i, value in enumerate(values_of_pair(w[j])):
+            a[:, G + 8 * (j % 2), 2 * T + i + 8 * (j // 2)] = value
+    for j in range(2):
+        for i, value in enumerate(values_of_pair(x[j])):
+            b[:, 2 * T + i + 8 * j, G] = value
+    product = a @ b
+    for i in range(4):
+        sums[:, :, i] = sums[:, :, i] + product[:, G + 8 * (i // 2), 2 * T + i % 2]
 
 
 @dataclass
@@ -54,12 +123,18 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
+    dynamic: str = ""
+    """The name of shared memory whose size the launch gives."""
 
     @classmethod
     def parse(cls, ptx: str, name: str) -> Kernel:
         text = re.sub(r"//.*", "", ptx).partition(f".entry {name}(")[2]
         head, _, body = text.partition("{")
-        kernel = cls(parameters=re.findall(r"\.param \.\w+ (\w+)", head))
+        dynamic = re.search(r"\.extern \.shared .* (\w+)\[\]", ptx)
+        kernel = cls(
+            parameters=re.findall(r"\.param \.\w+ (\w+)", head),
+            dynamic=dynamic.group(1) if dynamic else "",
+        )
         body = re.split(r"\n}", body)[0]
         for statement in re.split(r";|(?<=:)\n", re.sub(r"(\$\w+:)", r"\1\n", body)):
             statement = statement.strip()
@@ -140,7 +215,7 @@ class Machine:
         elif re.fullmatch(r"-?(0x)?[0-9A-Fa-f]+U?", operand):
             value = np.array(int(operand.rstrip("U"), 0))
         else:
-            value = np.array(0)  # the name of shared memory
+            value = np.array(DYNAMIC if operand == self.kernel.dynamic else 0)
         return np.broadcast_to(value.astype(kind), self.count)
 
     @property
@@ -157,19 +232,25 @@ class Machine:
         old[self.threads] = value
 
     def execute(self, i: Instruction) -> None:
-        name, target = i.operation[0], i.operands[0]
+        name = i.operation[0]
+        if name == "cp":
+            return self.copy(i) if "shared" in i.operation else None
+        target = i.operands[0]
         if name in ("ld", "st", "atom"):
             return self.access(i)
         if name == "mma":
             return self.mma(i)
         if name in ("mov", "cvt") and i.operation[-1] == "f32" and "bf16x2" in i.operation:
             high, low = (self.read(o, np.float32) for o in i.operands[1:])
-            return self.write(target, hardware.bfloat16_pair(low, high))
+            return self.write(target, bfloat16_pair(low, high))
         if name == "shfl":
             register, _, value = i.operands[0].partition("|")
-            lane = self.read(i.operands[2], np.uint32)
-            source = np.arange(self.count) // 32 * 32 + lane
-            return self.write(register, self.read(i.operands[1], np.uint32)[source])
+            # Bits of a lane's number that stay its own.
+            segment = int(self.read(i.operands[3], np.uint32)[0]) >> 8 & 31
+            thread, lane = np.arange(self.count), self.read(i.operands[2], np.int32)
+            source = (thread & ~31 | thread & segment) + (lane & 31 & ~segment)
+            value = self.read(i.operands[1], np.uint32)[source]
+            return self.write(register, value.view(i.type if i.type is np.float32 else np.uint32))
         self.write(target, self.arithmetic(i))
         return None
 
@@ -183,13 +264,23 @@ class Machine:
         if name == "cvt":
             return self.read(i.operands[1], kind).astype(TYPES[i.operation[-2]])
         a, *others = (self.read(o, kind) for o in i.operands[1:])
+        if name == "not":
+            return ~a
+        if name == "neg":
+            return -a
         if name in ("shl", "shr"):
             amount = self.read(i.operands[2], np.uint32).astype(kind)
             return a << amount if name == "shl" else a >> amount
+        if name == "fma":
+            return (a.astype(np.float64) * others[0] + others[1]).astype(np.float32)
+        if name == "div":
+            return a / others[0] if kind is np.float32 else a // others[0]
+        if name == "ex2":
+            return np.exp2(a)
         if name == "prmt":
-            return hardware.permute(a, *others)
+            return permute(a, *others)
         if name == "lop3":
-            return hardware.lop3(a, *others[:2], int(i.operands[4], 0))
+            return lop3(a, *others[:2], int(i.operands[4], 0))
         if name == "bfi":
             start, width = int(i.operands[3]), int(i.operands[4])
             mask = np.uint32(((1 << width) - 1) << start & 0xFFFFFFFF)
@@ -238,6 +329,21 @@ class Machine:
                 self.write(register, cells[index].view(i.type))
         return None
 
+    def copy(self, i: Instruction) -> None:
+        """cp.async of 16 bytes to shared memory, or of zeros; done at once."""
+        target = self.read(i.operands[0].strip("[]"), np.uint32).astype(np.int64)
+        source = self.read(i.operands[1].strip("[]"), np.uint64).astype(np.int64)
+        size = self.read(i.operands[3], np.uint32)
+        assert not (target % 16).any() and not (source % 16).any(), "not aligned"
+        assert np.isin(size, (0, 16)).all()
+        values = np.zeros((self.count, 4), np.uint32)
+        for buffer in np.unique(source[size > 0] // BUFFER):
+            own = (source // BUFFER == buffer) & (size > 0)
+            cells = self.buffers[int(buffer) - 1].reshape(-1).view(np.uint32)
+            values[own] = cells[source[own, None] % BUFFER // 4 + np.arange(4)]
+        target = target + self.program[self.threads] * self.shared.shape[1]
+        self.shared.reshape(-1).view(np.uint32)[target[:, None] // 4 + np.arange(4)] = values
+
     def atomic_add(self, cells: np.ndarray, index: np.ndarray, operand: str) -> np.ndarray:
         value, old = self.read(operand, np.uint32), np.zeros(self.count, np.uint32)
         for k in range(self.count):
@@ -250,6 +356,6 @@ class Machine:
         assert not self.count % 32, "a whole warp takes part"
         w, x = ([self.read(n, np.uint32).reshape(-1, 32) for n in names[k]] for k in (1, 2))
         sums = np.stack([self.read(n, np.float32).reshape(-1, 32) for n in names[3]], -1)
-        hardware.multiply(sums, w, x)
+        multiply(sums, w, x)
         for k, name in enumerate(names[0]):
             self.write(name, sums[..., k].ravel())

@@ -1,8 +1,4 @@
-// y = x Wᵀ for 1 to 64 rows of x, with W in bitsandbytes' 4-bit format: a candidate for the product.
-//
-// UNMEASURED. This kernel has been compiled and its instructions counted, and every index, byte
-// and rounding in it has been emulated on a CPU, but it has never run on a GPU. It is one candidate
-// beside others in bench/; it moves into the product only when a real GPU has shown it ahead there.
+// y = x Wᵀ for few rows of bfloat16 x, with W in bitsandbytes' 4-bit format.
 //
 // What W is. packed (out · in / 2 bytes) holds two codes of 4 bits a byte, the earlier one in the
 // high nibble; every 64 consecutive weights of a row, a block, share one absmax; and a weight is
@@ -12,7 +8,7 @@
 // Why it is done in this way. On an H100 the bytes of W come in at about 21 weights a clock and
 // multiprocessor, so a weight may cost three integer operations and no more. Looking each code up
 // in shared memory, or writing values to shared memory so that a tensor core can read them, costs
-// more than that. Here weights pass through registers only, and no warp waits for another.
+// more than that. Here weights pass through registers only.
 //
 // 1. A thread owns whole blocks. A block has one absmax, so it has only sixteen different values.
 //    The thread makes these sixteen once (16 multiplications, 8 conversions of a pair, exactly the
@@ -31,18 +27,19 @@
 //    lane 4g + t owns block t of rows g and g + 8; the eight codes of a packed word feed two mma,
 //    and the 8 words of a block feed 16. The four lanes of a row read 128 consecutive bytes.
 // 4. x is the other operand. For word q, lane 4g + t needs the 8 consecutive inputs
-//    256 chunk + 64 t + 8 q … + 7 of row g of x: 16 bytes, but in 32 different cache lines a load.
-//    So the product wants x permuted: permute_rows writes these 16-byte pieces in the order in
-//    which warps read them, xp[chunk][q][tile of 8 rows][lane], with zeros where there is no row or
-//    no input. In a model, the kernel that makes x would write it so at no cost.
+//    256 chunk + 64 t + 8 q … + 7 of row g of x. All warps of a program need the same, so they
+//    bring a chunk of x into shared memory together, in the order in which it is read, some chunks
+//    ahead; one barrier a chunk.
 // 5. Inputs are split over gridDim.y where the outputs alone give too few warps. Each warp writes
 //    its sums in the order of its own registers; the warp that comes last at a tile adds up all
 //    splits' sums in the order of the splits, so the result does not depend on who was last.
 //
-// A warp makes 16 · OUT_TILES outputs for 8 · ROW_TILES rows and works alone, so that a program may
-// have as many warps as suits the launch, up to MAX_WARPS. Shared memory holds the sixteen numbers
-// of the code and nothing else. in_features is a multiple of BLOCK, out_features any number, rows
-// any number up to 8 · ROW_TILES; out_features · in_features / 2 < 2³², as offsets have 32 bits.
+// A warp makes 16 · OUT_TILES outputs for 8 · ROW_TILES rows. More rows are further programs, which
+// find the codes in the cache. What a row's sums are, and their order, does not depend on how many
+// rows there are. in_features is a multiple of BLOCK, out_features any number;
+// out_features · in_features / 2 < 2³², as offsets have 32 bits.
+// With GATE the outputs are those of two joined layers, and y is act(gate) · up of both, each
+// rounded to bfloat16 first. With NESTED a block's absmax is an 8-bit code itself.
 // There are no includes, so that NVRTC can compile it as it is; bfloat16 is handled as bits.
 
 #ifndef ROW_TILES
@@ -51,13 +48,23 @@
 #ifndef OUT_TILES
 #define OUT_TILES 1  // tiles of 16 outputs a warp makes
 #endif
-#ifndef MIN_PROGRAMS
-#define MIN_PROGRAMS 2  // programs of MAX_WARPS that must fit a multiprocessor: limits registers
+#ifndef MAX_WARPS
+#define MAX_WARPS 16  // of a program, of which a multiprocessor holds one
 #endif
-#define MAX_WARPS 8
-#define BLOCK 64   // weights that share one absmax
-#define CHUNK 256  // inputs a warp takes at once, a block for each of the four lanes of a row
-#define WORDS 8    // words of eight codes a block
+#ifndef STAGES
+#define STAGES 3  // chunks of x that shared memory holds
+#endif
+#ifndef GATE
+#define GATE 0  // 1: silu, 2: gelu in tanh's form
+#endif
+#ifndef NESTED
+#define NESTED 0
+#endif
+#define BLOCK 64         // weights that share one absmax
+#define CHUNK 256        // inputs a warp takes at once, a block for each of the four lanes of a row
+#define WORDS 8          // words of eight codes a block
+#define NESTED_BLOCK 256 // blocks that share a second absmax
+#define STAGE_BYTES (ROW_TILES * 8 * CHUNK * 2)
 
 // Selectors of PRMT; the least significant digit is of the lowest byte.
 #define LOW_BYTES 0x6420         // of four bfloat16
@@ -73,6 +80,13 @@ typedef unsigned int word;
 
 struct Table {  // bytes of a block's sixteen values, four values a register
   word low[4], high[4];
+};
+
+struct Scales {         // of blocks
+  const float* absmax;  // of blocks or, with NESTED, of NESTED_BLOCK codes
+  const unsigned char* codes;
+  const float* code;    // 256 numbers
+  const float* offset;  // of NESTED_BLOCK codes
 };
 
 __device__ __forceinline__ word permute(word a, word b, word selector) {
@@ -104,6 +118,17 @@ __device__ __forceinline__ uint4 load_codes(const uint4* packed, word block) {
   return v;
 }
 
+__device__ __forceinline__ float load_scale(const Scales& scales, word block) {
+#if NESTED
+  const float code = __ldg(scales.code + __ldg(scales.codes + block));
+  const word group = block / NESTED_BLOCK;
+  // Rounded between × and +, as bitsandbytes does.
+  return __fadd_rn(__fmul_rn(code, __ldg(scales.absmax + group)), __ldg(scales.offset + group));
+#else
+  return __ldg(scales.absmax + block);
+#endif
+}
+
 // Numbers 4i … 4i + 3 of the code: read anew for each chunk, which keeps sixteen registers free
 // between; without the volatile they would be held all the time.
 __device__ __forceinline__ float4 load_code(const float4* code, int i) {
@@ -114,11 +139,21 @@ __device__ __forceinline__ float4 load_code(const float4* code, int i) {
   return v;
 }
 
+__device__ __forceinline__ uint4 load_x(word place) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(place));
+  return v;
+}
+
 // What another program wrote: from the second-level cache.
 __device__ __forceinline__ float4 load_part(const float4* place) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(place) : "memory");
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(place)
+               : "memory");
   return v;
 }
 
@@ -127,6 +162,23 @@ __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
+}
+
+// Starts to bring a chunk of x to `stage`, in pieces of 8 inputs: piece [q][m][4g + t] is
+// x[8m + g][256 chunk + 64t + 8q …], zeros where there is no row or no input. Eight threads that
+// follow each other write to eight different groups of banks.
+__device__ __forceinline__ void stage_x(word stage, const unsigned short* x, int chunk,
+                                        int num_rows, int in_features) {
+  for (int i = threadIdx.x; i < ROW_TILES * 256; i += blockDim.x) {
+    const int t = i & 3, q = i >> 3 & 7, g = (i >> 5 & 6) | (i >> 2 & 1), m = i >> 8;
+    const int row = 8 * m + g, k = CHUNK * chunk + BLOCK * t + 8 * q;
+    const bool is_piece = row < num_rows && k < in_features;
+    const word target = stage + ((q * ROW_TILES + m) * 32 + 4 * g + t) * 16;
+    const unsigned short* source = x + (is_piece ? (long long)row * in_features + k : 0);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(is_piece ? 16 : 0)
+                 : "memory");
+  }
 }
 
 // sums (16 outputs × 8 rows) += W (16 × 16) xᵀ (16 × 8)
@@ -169,43 +221,72 @@ __device__ __forceinline__ word word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Writes y[row …][output …]: sums.x and .y are rows 2t and 2t + 1 of output g, .z and .w of g + 8.
+// The row of W that is row 8r + g of tile a of a warp's tile. With GATE the first eight are of the
+// gate and the others the same eight of up. A row that is not there is read as the last one.
+__device__ __forceinline__ int row_of_w(int tile, int a, int r, int g, int out_features) {
+  if (GATE) {
+    const int inner = out_features / 2;
+    return min((tile * OUT_TILES + a) * 8 + g, inner - 1) + r * inner;
+  }
+  return min((tile * OUT_TILES + a) * 16 + 8 * r + g, out_features - 1);
+}
+
+__device__ __forceinline__ float rounded(float value) {
+  return __uint_as_float(bfloat16_pair(0.0f, value) & 0xFFFF0000u);
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+  float slope = gate;
+  if (GATE == 2) slope = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + __expf(-slope)) * up;
+}
+
+// Writes what a tile's sums become: .x and .y are rows 2t and 2t + 1 of output g, .z and .w of
+// output g + 8, or of up's output g.
 __device__ __forceinline__ void store(unsigned short* y, float4 sums, int row, int output,
-                                      int num_rows, int out_features) {
+                                      int num_rows, int num_outputs) {
   word near = bfloat16_pair(sums.x, sums.y), far = bfloat16_pair(sums.z, sums.w);
+  if (GATE)
+    near = bfloat16_pair(gated(rounded(sums.x), rounded(sums.z)),
+                         gated(rounded(sums.y), rounded(sums.w)));
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (row + i >= num_rows) break;
-    unsigned short* place = y + (long long)(row + i) * out_features + output;
-    if (output < out_features) place[0] = near >> (16 * i);
-    if (output + 8 < out_features) place[8] = far >> (16 * i);
+    unsigned short* place = y + (long long)(row + i) * num_outputs + output;
+    if (output < num_outputs) place[0] = near >> (16 * i);
+    if (!GATE && output + 8 < num_outputs) place[8] = far >> (16 * i);
   }
 }
 
-// grid (programs, splits), any whole number of warps up to MAX_WARPS a program; a warp a tile.
-// y (num_rows, out_features) bfloat16; partial (splits, tiles, OUT_TILES, ROW_TILES, 32) float4 and
-// counters (tiles) zeros, both unused where there is one split; packed, absmax and code (16) as
-// above; xp from permute_rows.
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_PROGRAMS)
-nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __restrict__ packed,
-            const float* __restrict__ absmax, const float4* __restrict__ code,
-            const uint4* __restrict__ xp, int num_rows, int in_features, int out_features,
-            int chunks_per_split) {
+// grid (row blocks · programs, splits), up to MAX_WARPS warps a program; a warp a tile; dynamic
+// shared memory of STAGES · STAGE_BYTES. y (num_rows, outputs) bfloat16; partial (splits, row
+// blocks · tiles, OUT_TILES, ROW_TILES, 32) float4 and counters (row blocks · tiles) zeros, both
+// unused where there is one split; packed, scales and code (16) as above; x (num_rows, in_features).
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
+four_bit_product(unsigned short* y, float4* partial, int* counters,
+                 const uint4* __restrict__ packed, const float* __restrict__ absmax,
+                 const unsigned char* __restrict__ scale_codes,
+                 const float* __restrict__ scale_code, const float* __restrict__ scale_offset,
+                 const float4* __restrict__ code, const unsigned short* __restrict__ x,
+                 int num_rows, int in_features, int out_features, int chunks_per_split) {
+  extern __shared__ uint4 staged[];
   __shared__ float4 shared_code[4];
   if (threadIdx.x < 4) shared_code[threadIdx.x] = code[threadIdx.x];
-  __syncthreads();
+  const Scales scales = {absmax, scale_codes, scale_code, scale_offset};
+  const int row_blocks = (num_rows + 8 * ROW_TILES - 1) / (8 * ROW_TILES);
+  const int row_block = blockIdx.x % row_blocks;
+  x += (long long)row_block * 8 * ROW_TILES * in_features;
+  num_rows = min(num_rows - row_block * 8 * ROW_TILES, 8 * ROW_TILES);
   float4 sums[OUT_TILES][ROW_TILES] = {};
   {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int tile = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    if (tile * 16 * OUT_TILES >= out_features) return;
+    const int tile = blockIdx.x / row_blocks * (blockDim.x >> 5) + (threadIdx.x >> 5);
     const int blocks = in_features / BLOCK, chunks = (in_features + CHUNK - 1) / CHUNK;
     int chunk = blockIdx.y * chunks_per_split;
     const int end = min(chunk + chunks_per_split, chunks);
 
-    // The lane's block of each of its rows of W. An output that is not there is read as the last
-    // one; instead of a block beyond the row's end the lane reads one of its own row again, and x
-    // is zero there.
+    // The lane's block of each of its rows of W. Instead of a block beyond the row's end it reads
+    // one of its own row again, and x is zero there.
     word block[OUT_TILES][2];
     uint4 codes[OUT_TILES][2][2];
     float scale[OUT_TILES][2];
@@ -213,14 +294,28 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
     for (int a = 0; a < OUT_TILES; a++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int output = min(tile * 16 * OUT_TILES + 16 * a + 8 * r + g, out_features - 1);
-        block[a][r] = output * blocks + min(4 * chunk + t, blocks - 1);
+        const word first = row_of_w(tile, a, r, g, out_features) * blocks;
+        block[a][r] = first + min(4 * chunk + t, blocks - 1);
         codes[a][r][0] = load_codes<0>(packed, block[a][r]);
         codes[a][r][1] = load_codes<1>(packed, block[a][r]);
-        scale[a][r] = absmax[block[a][r]];
+        scale[a][r] = load_scale(scales, block[a][r]);
       }
 
+    const word stages = (word)__cvta_generic_to_shared(staged);
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+      if (chunk + i < end)
+        stage_x(stages + i * STAGE_BYTES, x, chunk + i, num_rows, in_features);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    word stage = stages, free_stage = stages + (STAGES - 1) * STAGE_BYTES;
+
     for (; chunk < end; chunk++) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+      __syncthreads();  // all threads' pieces are there, and nobody reads the chunk before
+      if (chunk + STAGES - 1 < end)
+        stage_x(free_stage, x, chunk + STAGES - 1, num_rows, in_features);
+      asm volatile("cp.async.commit_group;" ::: "memory");
       Table table[OUT_TILES][2];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -238,15 +333,14 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
 #pragma unroll
           for (int r = 0; r < 2; r++) {
             block[a][r] += 4 * (chunk + 1) + t < blocks ? 4 : 0;
-            scale[a][r] = absmax[block[a][r]];
+            scale[a][r] = load_scale(scales, block[a][r]);
           }
-      const word first_piece = (word)chunk * WORDS * ROW_TILES * 32 + lane;
-      const uint4* pieces = (const uint4*)((const char*)xp + first_piece * 16);
+      const word pieces = stage + lane * 16;
 #pragma unroll
       for (int q = 0; q < WORDS; q++) {
-        uint4 x[ROW_TILES];
+        uint4 rows[ROW_TILES];
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; m++) x[m] = pieces[(q * ROW_TILES + m) * 32];
+        for (int m = 0; m < ROW_TILES; m++) rows[m] = load_x(pieces + (q * ROW_TILES + m) * 512);
 #pragma unroll
         for (int a = 0; a < OUT_TILES; a++) {
           word near[4], far[4];
@@ -254,10 +348,10 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
           dequantise(table[a][1], word_of(codes[a][1][q / 4], q % 4), far);
 #pragma unroll
           for (int m = 0; m < ROW_TILES; m++)
-            multiply(sums[a][m], near[0], far[0], near[1], far[1], x[m].x, x[m].y);
+            multiply(sums[a][m], near[0], far[0], near[1], far[1], rows[m].x, rows[m].y);
 #pragma unroll
           for (int m = 0; m < ROW_TILES; m++)
-            multiply(sums[a][m], near[2], far[2], near[3], far[3], x[m].z, x[m].w);
+            multiply(sums[a][m], near[2], far[2], near[3], far[3], rows[m].z, rows[m].w);
         }
         if (q % 4 == 3 && is_more)
 #pragma unroll
@@ -267,27 +361,33 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
               codes[a][r][q / 4] = q < 4 ? load_codes<0>(packed, block[a][r])
                                          : load_codes<1>(packed, block[a][r]);
       }
+      free_stage = stage;
+      stage = stage == stages + (STAGES - 1) * STAGE_BYTES ? stages : stage + STAGE_BYTES;
     }
   }
 
   const int lane = thread_index() & 31, g = lane >> 2, t = lane & 3;
-  const int tile = blockIdx.x * (blockDim.x >> 5) + (thread_index() >> 5);
+  const int tile = blockIdx.x / row_blocks * (blockDim.x >> 5) + (thread_index() >> 5);
+  const int num_outputs = GATE ? out_features / 2 : out_features;
+  const int tile_outputs = (GATE ? 8 : 16) * OUT_TILES;
+  if (tile * tile_outputs >= num_outputs) return;
   const int splits = gridDim.y;
   if (splits > 1) {
-    const long long tiles = (out_features + 16 * OUT_TILES - 1) / (16 * OUT_TILES);
-    const long long split_size = tiles * (OUT_TILES * ROW_TILES * 32);
-    float4* parts = partial + (long long)tile * (OUT_TILES * ROW_TILES * 32) + lane;
+    const int unit = tile * row_blocks + row_block;
+    const long long units = (num_outputs + tile_outputs - 1) / tile_outputs * row_blocks;
+    const long long split_size = units * (OUT_TILES * ROW_TILES * 32);
+    float4* parts = partial + (long long)unit * (OUT_TILES * ROW_TILES * 32) + lane;
 #pragma unroll
     for (int i = 0; i < OUT_TILES * ROW_TILES; i++)
       parts[blockIdx.y * split_size + i * 32] = sums[i / ROW_TILES][i % ROW_TILES];
     __threadfence();
     __syncwarp();
     int arrived = 0;
-    if (lane == 0) arrived = atomicAdd(counters + tile, 1);
+    if (lane == 0) arrived = atomicAdd(counters + unit, 1);
     arrived = __shfl_sync(0xFFFFFFFFu, arrived, 0);
     if (arrived < splits - 1) return;
     __threadfence();
-    if (lane == 0) counters[tile] = 0;
+    if (lane == 0) counters[unit] = 0;
 #pragma unroll
     for (int i = 0; i < OUT_TILES * ROW_TILES; i++)
       sums[i / ROW_TILES][i % ROW_TILES] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -301,21 +401,11 @@ nf4_product(unsigned short* y, float4* partial, int* counters, const uint4* __re
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
   }
+  y += (long long)row_block * 8 * ROW_TILES * num_outputs;
 #pragma unroll
   for (int a = 0; a < OUT_TILES; a++)
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
-      store(y, sums[a][m], 8 * m + 2 * t, (tile * OUT_TILES + a) * 16 + g, num_rows, out_features);
-}
-
-// A thread a piece of 16 bytes: xp[chunk][q][m][4g + t] = x[8m + g][256 chunk + 64t + 8q … + 7].
-extern "C" __global__ void permute_rows(uint4* xp, const uint4* x, int num_rows, int in_features) {
-  const int chunks = (in_features + CHUNK - 1) / CHUNK;
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  const int t = i & 3, g = i >> 2 & 7, m = i / 32 % ROW_TILES;
-  const int q = i / (32 * ROW_TILES) % WORDS, chunk = i / (32 * ROW_TILES * WORDS);
-  if (chunk >= chunks) return;
-  const int row = 8 * m + g, k = CHUNK * chunk + BLOCK * t + 8 * q;
-  const uint4 zeros = {};
-  xp[i] = row < num_rows && k < in_features ? x[((long long)row * in_features + k) / 8] : zeros;
+      store(y, sums[a][m], 8 * m + 2 * t, (tile * OUT_TILES + a) * (GATE ? 8 : 16) + g, num_rows,
+            num_outputs);
 }
