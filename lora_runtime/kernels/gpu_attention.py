@@ -46,11 +46,11 @@ MAX_REGISTERS = 255
 """Said of such a tile in float32: left to itself the compiler takes 80 a thread and spills, for the
 sake of programs that shared memory has no room for."""
 DECODE_REGISTERS = 168
-"""Said of a decode program of heads of 128 and more in bfloat16, for the same reason: as many as
+"""Said of a decode program of heads of 64 and more in bfloat16, for the same reason: as many as
 the three programs can have for which a multiprocessor has shared memory."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
-PREFILL_TILES = {torch.bfloat16: (64, 16384, 4), torch.float32: (16, 8192, 4)}
+PREFILL_TILES = {torch.bfloat16: (64, 8192, 4), torch.float32: (16, 8192, 4)}
 """Queries of one row and head in a tile, bytes of keys, and warps: what the registers hold, as
 float32 products run without tensor cores."""
 WIDE_TILES = {torch.bfloat16: (64, 8192, WIDE_WARPS), torch.float32: (16, 8192, WIDE_WARPS)}
@@ -160,7 +160,7 @@ def _decode(
         BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),
         BLOCK_D=head_dim,
         num_warps=WIDE_WARPS if q.dtype == torch.float32 else 4,
-        maxnreg=DECODE_REGISTERS if q.dtype == torch.bfloat16 and head_dim >= 128 else None,
+        maxnreg=DECODE_REGISTERS if q.dtype == torch.bfloat16 and head_dim >= 64 else None,
     )
 
 
