@@ -25,6 +25,9 @@ from lora_runtime.kernels.types import NestedScales
 
 SOURCE = Path(__file__).with_name("csrc") / "four_bit_product.cu"
 OLDEST_CAPABILITY = (8, 0)
+OVERLAP_CAPABILITY = (9, 0)
+"""From which on a launch may begin before the one ahead of it has ended (programmatic dependent
+launch)."""
 MAX_ROWS = 128
 """More rows go through a dequantised W. On an H100 the two meet between 128 and 192 rows."""
 CHUNK = 256
@@ -130,10 +133,13 @@ def four_bit_product(
     out_features: int,
     nested: NestedScales | None = None,
     gate: str = "",
+    *,
+    overlaps: bool = False,
 ) -> Tensor:
     """y (…, out) = x Wᵀ, or with `gate` (…, out / 2), see `lora_runtime.kernels`; one launch.
 
-    x (…, in) bfloat16 of 1 to MAX_ROWS rows.
+    x (…, in) bfloat16 of 1 to MAX_ROWS rows. `overlaps`: it may begin while the launch queued
+    before it, which then must not write x, is at work; so it does if that one lets it.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, in_features = rows.shape
@@ -146,24 +152,42 @@ def four_bit_product(
         _function(x.device, cut.variant, GATES[gate], nested is not None),
         cut,
         (y, partial, counters(x.device, cut.row_blocks * cut.tiles), packed, *scales, code, rows),
-        (num_rows, in_features, out_features, cut.chunks_per_split),
+        (num_rows, in_features, out_features, cut.chunks_per_split, int(overlaps)),
+        overlaps=overlaps and can_overlap(x.device),
     )
     return y.view(*x.shape[:-1], num_outputs)
 
 
-def launch(function: Any, cut: Plan, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> None:
+def launch(
+    function: Any,
+    cut: Plan,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    *,
+    overlaps: bool = False,
+) -> None:
     """Queue the kernel on the current stream."""
     from cuda.bindings import driver
 
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = cut.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = 32 * cut.warps, 1, 1
+    config.sharedMemBytes = cut.variant.shared_bytes
+    config.hStream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+    if overlaps:
+        attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
     values = (*(tensor.data_ptr() for tensor in tensors), *numbers)
     types = (*(ctypes.c_void_p,) * len(tensors), *(ctypes.c_int,) * len(numbers))
-    stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-    block = (32 * cut.warps, 1, 1)
-    _checked(
-        driver.cuLaunchKernel(
-            function, *cut.grid, *block, cut.variant.shared_bytes, stream, (values, types), 0
-        )
-    )
+    _checked(driver.cuLaunchKernelEx(config, function, (values, types), 0))
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """True where a launch may begin while the one before it is at work."""
+    return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 
 @cache

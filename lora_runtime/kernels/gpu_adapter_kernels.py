@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_runtime.kernels.gpu_elementwise import gated_value
 
@@ -147,9 +148,11 @@ def shrink_kernel(
     hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
     rank_blocks, in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
     stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr, LETS_NEXT_BEGIN: tl.constexpr,
 ):  # fmt: skip
     """A `shrink_tile` a program."""
+    if LETS_NEXT_BEGIN:
+        gdc_launch_dependents()
     shrink_tile(
         hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
         tl.program_id(0), tl.program_id(1) // rank_blocks, tl.program_id(1) % rank_blocks,

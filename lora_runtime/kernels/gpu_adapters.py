@@ -281,11 +281,15 @@ class ShrinkLaunch(NamedTuple):
     stages: int
     """Of a launch of its own."""
 
-    def run(self) -> None:
-        """Fill `hidden`, by a launch of its own."""
+    def run(self, *, lets_next_begin: bool = False) -> None:
+        """Fill `hidden`, by a launch of its own; the next one may begin while it is at work."""
         if self.hidden.numel() > 0:
             shrink_kernel[self.grid](
-                self.hidden, *self.arguments, **self.options, num_stages=self.stages
+                self.hidden,
+                *self.arguments,
+                **self.options,
+                LETS_NEXT_BEGIN=lets_next_begin,
+                num_stages=self.stages,
             )
 
 

@@ -12,6 +12,8 @@ Flash-Decoding (Dao et al., 2023).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -53,6 +55,9 @@ JOINED_VALUES = 512
 PREFILL_TILES = {torch.bfloat16: (64, 8192, 4), torch.float32: (16, 8192, 4)}
 """Queries of one row and head in a tile, bytes of keys, and warps: what the registers hold, as
 float32 products run without tensor cores."""
+WARPGROUP_TILE = (128, 16384, 8)
+"""In bfloat16 where warps multiply in groups of four: on an H100 a prompt of 8,192 tokens takes
+0.89 of the time of the tile above, 512 tokens after 8,192 take 0.62. Elsewhere registers spill."""
 WIDE_TILES = {torch.bfloat16: (64, 8192, WIDE_WARPS), torch.float32: (16, 8192, WIDE_WARPS)}
 """The same for heads wider than 128."""
 WRITE_BLOCK = 1024
@@ -99,7 +104,10 @@ def paged_attention(
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
         is_wide = head_dim > 128
-        block_q, num_bytes, num_warps = (WIDE_TILES if is_wide else PREFILL_TILES)[q.dtype]
+        tile = (WIDE_TILES if is_wide else PREFILL_TILES)[q.dtype]
+        if q.dtype == torch.bfloat16 and not is_wide and has_warpgroups(q.device):
+            tile = WARPGROUP_TILE
+        block_q, num_bytes, num_warps = tile
         num_tiles = num_rows + len(q) // block_q
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
@@ -162,6 +170,12 @@ def _decode(
         num_warps=WIDE_WARPS if q.dtype == torch.float32 else 4,
         maxnreg=DECODE_REGISTERS if q.dtype == torch.bfloat16 and head_dim >= 64 else None,
     )
+
+
+@cache
+def has_warpgroups(device: torch.device) -> bool:
+    """True on Hopper, whose tensor cores take products of four warps together (`wgmma`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def tile_keys(q: Tensor, head_dim: int, num_bytes: int) -> int:

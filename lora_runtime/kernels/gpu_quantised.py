@@ -16,8 +16,6 @@ Source: QLoRA (arXiv:2305.14314) for the format, split-K as in arXiv:2402.00025.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -113,8 +111,10 @@ def four_bit_product_and_shrink(
     """See `lora_runtime.kernels.four_bit_product_and_shrink`."""
     launch = shrink_launch(x.contiguous(), *adapters)
     if cuda_product.can_run(x):
-        with _beside(launch, x.device):
-            y = cuda_product.four_bit_product(x, packed, absmax, code, out_features, nested)
+        launch.run(lets_next_begin=cuda_product.can_overlap(x.device))
+        y = cuda_product.four_bit_product(
+            x, packed, absmax, code, out_features, nested, overlaps=True
+        )
         return y, launch.hidden
     scales = _scales(absmax, nested)
     y = _product(x, packed, scales, code, out_features, "four_bit", shrink=launch)
@@ -146,28 +146,6 @@ def four_bit_values(
         enable_fp_fusion=is_plain,  # bitsandbytes rounds between × and +
     )  # fmt: skip
     return values
-
-
-@contextmanager
-def _beside(launch: ShrinkLaunch, device: torch.device) -> Iterator[None]:
-    """Shrink runs at the same time as what is queued within: on a branch of the graph that is being
-    captured. Outside of a capture it runs before, since its time there is the host's.
-    """
-    if not torch.cuda.is_current_stream_capturing():
-        launch.run()
-        yield
-        return
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        launch.run()
-    yield
-    current.wait_stream(side)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _scales(absmax: Tensor, nested: NestedScales | None) -> Tensor:

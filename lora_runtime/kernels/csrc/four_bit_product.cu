@@ -38,6 +38,9 @@
 // find the codes in the cache. What a row's sums are, and their order, does not depend on how many
 // rows there are. in_features is a multiple of BLOCK, out_features any number;
 // out_features · in_features / 2 < 2³², as offsets have 32 bits.
+// It may be launched while the launch before it is at work (from compute capability 9.0 on): codes
+// and scales, which nobody writes, are asked for at once, and the wait comes before x or, where the
+// launch before it does not make x either, at the end.
 // With GATE the outputs are those of two joined layers, and y is act(gate) · up of both, each
 // rounded to bfloat16 first. With NESTED a block's absmax is an 8-bit code itself.
 // There are no includes, so that NVRTC can compile it as it is; bfloat16 is handled as bits.
@@ -217,6 +220,13 @@ __device__ __forceinline__ void dequantise(const Table& table, word codes, word*
   look_up(table, index >> 16, permute(raised, codes, TOP_BITS_SECOND), weights[2], weights[3]);
 }
 
+// Until all that the launch before this one does is done, and can be seen.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ word word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -262,13 +272,15 @@ __device__ __forceinline__ void store(unsigned short* y, float4 sums, int row, i
 // shared memory of STAGES · STAGE_BYTES. y (num_rows, outputs) bfloat16; partial (splits, row
 // blocks · tiles, OUT_TILES, ROW_TILES, 32) float4 and counters (row blocks · tiles) zeros, both
 // unused where there is one split; packed, scales and code (16) as above; x (num_rows, in_features).
+// x_is_made: the launch before this one has no part in x.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
 four_bit_product(unsigned short* y, float4* partial, int* counters,
                  const uint4* __restrict__ packed, const float* __restrict__ absmax,
                  const unsigned char* __restrict__ scale_codes,
                  const float* __restrict__ scale_code, const float* __restrict__ scale_offset,
                  const float4* __restrict__ code, const unsigned short* __restrict__ x,
-                 int num_rows, int in_features, int out_features, int chunks_per_split) {
+                 int num_rows, int in_features, int out_features, int chunks_per_split,
+                 int x_is_made) {
   extern __shared__ uint4 staged[];
   __shared__ float4 shared_code[4];
   if (threadIdx.x < 4) shared_code[threadIdx.x] = code[threadIdx.x];
@@ -301,6 +313,7 @@ four_bit_product(unsigned short* y, float4* partial, int* counters,
         scale[a][r] = load_scale(scales, block[a][r]);
       }
 
+    if (!x_is_made) wait_for_launch_before();
     const word stages = (word)__cvta_generic_to_shared(staged);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -366,6 +379,7 @@ four_bit_product(unsigned short* y, float4* partial, int* counters,
     }
   }
 
+  if (x_is_made) wait_for_launch_before();  // who waits for this launch waits for that one too
   const int lane = thread_index() & 31, g = lane >> 2, t = lane & 3;
   const int tile = blockIdx.x / row_blocks * (blockDim.x >> 5) + (thread_index() >> 5);
   const int num_outputs = GATE ? out_features / 2 : out_features;

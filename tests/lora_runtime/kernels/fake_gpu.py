@@ -34,7 +34,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from lora_runtime.kernels import gpu, gpu_quantised
+from lora_runtime.kernels import gpu, gpu_attention, gpu_quantised
 
 KB = 1024
 
@@ -180,6 +180,7 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
     driver.set_active(Driver(card.arch, -card.arch))
     with (
         mock.patch.object(gpu_quantised, "max_tiles", lambda _: tiles),
+        mock.patch.object(gpu_attention, "has_warpgroups", lambda _: card.arch // 10 == 9),
         mock.patch.object(JITFunction, "run", noting),
         mock.patch.object(gpu, "DEVICES", gpu.DEVICES | {"cpu", "meta"}),
         mock.patch.object(torch.cuda, "get_device_properties", lambda _=None: properties),
