@@ -32,18 +32,24 @@ def four_bit_model() -> PreTrainedModel:
     layers = model.get_decoder().layers
     for path, linear in [(p, m) for p, m in layers.named_modules() if type(m) is nn.Linear]:
         parent, _, name = path.rpartition(".")
-        layer = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False,
-            compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False,
-        )  # fmt: skip
-        layer.weight = bnb.nn.Params4bit(
-            linear.weight.data.cpu(), requires_grad=False, quant_type="nf4",
-            compress_statistics=False,
-        )  # fmt: skip
-        setattr(layers.get_submodule(parent), name, layer.to(DEVICE))
+        with torch.device("meta"):  # random weights for 8B on the host take minutes
+            layer = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False,
+                compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False,
+            )  # fmt: skip
+        layer.weight = _four_bit_weight(linear.weight.data, layer)
+        setattr(layers.get_submodule(parent), name, layer)
     model.is_loaded_in_4bit = True
     model.set_attn_implementation("sdpa")
     return model
+
+
+def _four_bit_weight(weight: torch.Tensor, layer: bnb.nn.Linear4bit) -> bnb.nn.Params4bit:
+    """Quantised where it is, and not on its way from the host."""
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    return bnb.nn.Params4bit.from_prequantized(
+        packed, state.as_dict(packed=True), device=weight.device, module=layer
+    )
 
 
 def with_adapters(model: PreTrainedModel, count: int) -> nn.Module:

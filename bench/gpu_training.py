@@ -96,6 +96,8 @@ def _ours(num_units: int, tokens: int) -> Update:
         step = units[0].step
         while units[0].step == step:
             run_pass(base, units)
+            if errors := [unit.error for unit in units if unit.error]:
+                raise RuntimeError(errors[0])
 
     return update
 
