@@ -200,7 +200,7 @@ class UnitConfig:
         return math.ceil(num_examples * self.num_epochs / self.examples_per_step)
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """Updates over which the learning rate rises from 0."""
+        """Updates before the learning rate is at its peak; the first has a part of it already."""
         return math.ceil(self.warmup * num_steps if self.warmup < 1 else self.warmup)
 
 

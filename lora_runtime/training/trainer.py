@@ -98,6 +98,9 @@ def train_units(
         return []
     record = recorder(base, tokenizer)
     results = [_finish(unit, base, config.output / unit.name, sweeps, record) for unit in units]
+    for result in results:
+        for warning in result.warnings:
+            say(console, f"{result.name}: warning: {warning}")
     results += winners(results, sweeps, config.output)
     write_report(config.output / "report", results)
     if not active:
