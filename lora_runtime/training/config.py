@@ -24,11 +24,11 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inve
 """Names of transformers' `get_scheduler` that need no further options."""
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-paged-8bit"]
-Truncation = Literal["end", "start", "error"]
+Truncation = Literal["end", "start", "error", "drop"]
 InstructionStyle = Literal["chat", "alpaca"]
 Column = Literal[
-    "messages", "prompt", "completion", "instruction", "input", "output", "system", "history",
-    "text", "chosen", "rejected",
+    "messages", "conversations", "prompt", "completion", "instruction", "input",
+    "output", "system", "history", "text", "chosen", "rejected",
 ]  # fmt: skip
 """Keys that the formats of training data have."""
 
@@ -45,16 +45,18 @@ class UnitConfig:
     name: str
     """Folder of the adapter below the run's output."""
     data: Path
-    """JSONL, JSON (a list), CSV, TSV or Parquet; the keys of its rows say which format it is:
-    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; `text`; or, learned as
-    `training/preferences.py` says, `prompt`, `chosen`, `rejected`."""
+    """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
+    format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
+    learned as `training/preferences.py` says."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Key of a format → the file's own name for it; all other columns are then ignored."""
+    """Key of a format → the file's own name for it; all other columns are then left out and shown
+    as not used."""
     instructions: InstructionStyle = "chat"
     """How `instruction` data is asked: as a message of the user by the base's chat template, or
     by the prompt of Stanford Alpaca."""
     truncation: Truncation = "end"
-    """What examples over `max_seq_len` lose, or that they are an error."""
+    """What examples over `max_seq_len` lose, or that they are an `error`, or that `drop` leaves
+    them out and counts them."""
     eval_data: Path | None = None
     """Held-out examples in the same format; never trained on."""
     eval_fraction: float = 0.0

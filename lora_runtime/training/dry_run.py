@@ -18,7 +18,7 @@ from lora_runtime.base.loader import Base, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Item, micro_batches, num_tokens
+from lora_runtime.training.data import Dataset, Item, micro_batches, num_tokens
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.sweep import expand
 from lora_runtime.training.trainer import create_units
@@ -61,6 +61,8 @@ class DryRun:
     together: Estimate
     base_bytes: int
     """The base with its private copies, shared by all units."""
+    data: tuple[tuple[str, Dataset, Dataset | None], ...]
+    """Of every unit its name, what it is trained on, and what is held out."""
 
 
 def dry_run(config: TrainConfig, on_progress: Callable[[str], None] | None = None) -> DryRun:
@@ -76,7 +78,11 @@ def estimate(base: Base, tokenizer: Tokenizer, config: TrainConfig) -> DryRun:
     base = recomputed(base) if config.activation_checkpointing else base
     alone = tuple(_estimate(base, [unit]) for unit in units)
     together = _estimate(base, units) if len(units) > 1 else alone[0]
-    return DryRun(units=alone, together=together, base_bytes=_base_bytes(base))
+    data = tuple(
+        (unit.name, unit.dataset, unit.held_out.dataset if unit.held_out else None)
+        for unit in units
+    )
+    return DryRun(units=alone, together=together, base_bytes=_base_bytes(base), data=data)
 
 
 def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:

@@ -369,7 +369,7 @@ def test_dry_run_shows_estimates_and_trains_nothing(invoke, runs, monkeypatch, t
 
     def measure(config, on_progress):
         asked.append(config)
-        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000)
+        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000, data=())
 
     monkeypatch.setattr(dry_run, "dry_run", measure)
     monkeypatch.setenv("COLUMNS", "200")
