@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.fields import convert, convert_fields
+from lora_runtime.training.fields import convert, convert_fields, parse_yaml
 
 Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "qera"]
 INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq|qera"
@@ -245,14 +243,15 @@ class TrainConfig:
     def from_yaml(cls, path: Path) -> TrainConfig:
         """Read a run from a file whose keys are the fields of TrainConfig and UnitConfig.
 
-        Relative paths are relative to the working directory. Raises ConfigError naming the key
+        Relative paths are relative to the working directory. The base may be written as for the
+        server: `base` a name, its other settings beside it. Raises ConfigError naming the key
         and, for an unknown one, the nearest valid one.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-        return convert(content, cls, "")
+        return convert(_with_base(content), cls, "")
 
     @staticmethod
     def unit_fields(text: str) -> dict[str, Any]:
@@ -260,10 +259,10 @@ class TrainConfig:
         mapping without its braces. Raises ConfigError as `from_yaml`.
         """
         try:
-            content = yaml.safe_load(f"{{{text}}}")
-        except yaml.YAMLError as error:
+            content = parse_yaml(f"{{{text}}}")
+        except ValueError as error:
             raise ConfigError(
-                f"unit {text!r} cannot be read as YAML; write it as in name: a, rank: 8",
+                f"unit {text!r} cannot be read as YAML, as in name: a, rank: 8: {error}",
                 field="unit",
             ) from error
         return convert_fields(content, UnitConfig, "unit")
@@ -275,6 +274,24 @@ class TrainConfig:
     def seed_of(self, unit: UnitConfig) -> int:
         """The seed a unit uses."""
         return self.seed if unit.seed is None else unit.seed
+
+
+def _with_base(content: object) -> object:
+    """A file's settings with those of the base below `base`."""
+    if not isinstance(content, dict):
+        return content
+    names = [entry.name for entry in fields(BaseConfig)]
+    beside = {name: content[name] for name in names if name in content}
+    base = content.get("base", {})
+    base = {"model": base} if isinstance(base, str) else base
+    if not beside or not isinstance(base, dict):
+        return {**content, "base": base} if "base" in content else content
+    if twice := beside.keys() & base.keys():
+        raise ConfigError(
+            f"{min(twice)} stands in the file and below base too; remove one", field=min(twice)
+        )
+    rest = {name: value for name, value in content.items() if name not in beside}
+    return {**rest, "base": {**base, **beside}}
 
 
 def _is_folder_name(name: str) -> bool:
