@@ -32,6 +32,11 @@ Column = Literal[
 
 SweepValue = bool | int | str | float
 
+MAX_EXAMPLES_PER_STEP = 1 << 20
+"""An update holds the list of its examples."""
+SEEDS = range(-(1 << 63), 1 << 64)
+SEED_RULE = "a whole number of at most 64 bits, as torch takes it"
+
 RESERVED_NAMES = ("checkpoints", "report")
 """Folders of a run that are not adapters."""
 
@@ -158,6 +163,13 @@ class UnitConfig:
             ("eval_fraction", 0 <= self.eval_fraction < 1, "0 or more and below 1"),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+            (
+                "gradient_accumulation",
+                self.examples_per_step <= MAX_EXAMPLES_PER_STEP,
+                f"so that an update takes at most {MAX_EXAMPLES_PER_STEP:,} examples, "
+                "micro_batch_size · gradient_accumulation",
+            ),
+            ("seed", self.seed is None or self.seed in SEEDS, SEED_RULE),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             ("eval_interval", self.eval_interval >= 1, "at least 1"),
@@ -232,6 +244,7 @@ class TrainConfig:
         checks: list[tuple[str, bool, str]] = [
             ("units", len(names) > 0, "at least one unit"),
             ("units", len(set(names)) == len(names), "units of different names"),
+            ("seed", self.seed in SEEDS, SEED_RULE),
             ("max_seq_len", self.max_seq_len >= 2, "at least 2"),
             ("max_seq_len", self._fits_batches(), "at most the units' max_tokens_per_batch"),
             ("log_interval", self.log_interval >= 1, "at least 1"),

@@ -218,7 +218,7 @@ def _read(
     unused: dict[str, None] = {}
     kind, num_dropped = "", 0
     for where, kind, row in _typed_rows(path, columns):
-        unused.update(dict.fromkeys(row.unused))
+        unused.update(dict.fromkeys(key if key.strip() else repr(key) for key in row.unused))
         try:
             draw = _draw(content_of(row.values, kind))
             splits = split_row(row.values, kind, tokenizer, instructions)

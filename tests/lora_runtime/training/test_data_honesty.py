@@ -9,11 +9,14 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lora_runtime.errors import DataError
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
+from lora_runtime.training.data.formats import FORMATS, MEANINGFUL
 from lora_runtime.training.dry_run import estimate
 from lora_runtime.training.progress import show_data
 from tests.lora_runtime.training.tiny_runs import quiet_console, run, shown, write_jsonl
@@ -252,6 +255,12 @@ def test_every_unused_column_is_in_the_tables_of_train_and_dry_run(tmp_path, tok
     assert "columns not used: id, topic, note" in page
 
 
+def test_a_column_without_a_name_is_shown(tmp_path, tokenizer):
+    """Data frames write their index as such a one."""
+    (tmp_path / "d.csv").write_text(",text\n0,the fox\n")
+    assert load_dataset(tmp_path / "d.csv", tokenizer, 64).unused == ("''",)
+
+
 NULLS = {"tool_calls": None, "name": None, "weight": None, "function_call": {}, "tools": []}
 
 
@@ -367,6 +376,38 @@ def test_one_object_and_a_list_are_read_whatever_the_name(tmp_path, tokenizer, n
     for content in (CHAT, [CHAT]):
         (tmp_path / name).write_text(json.dumps(content, indent=indent))
         assert load_dataset(tmp_path / name, tokenizer, 64).digest == expected
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "weight", "tool_calls", "x"]),
+            values,
+        )
+    ),
+    max_leaves=8,
+)
+SOUND = st.sampled_from([USER, ASSISTANT, SYSTEM, {"from": "gpt", "value": "b"}])
+TURNS = st.lists(SOUND | SOUND | ANY, max_size=4)
+KEYS = sorted({*MEANINGFUL, "messages", "conversations", "id"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(KEYS), ANY | TURNS | TURNS, max_size=4), max_size=3)
+)
+def test_whatever_rows_hold_they_are_read_or_refused(tokenizer, tmp_path_factory, rows):
+    path = write_jsonl(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
+    try:
+        dataset = load_dataset(path, tokenizer, 64)
+    except DataError as error:
+        assert str(path) in error.message
+    else:
+        used = FORMATS[dataset.format]
+        assert len(dataset.items) == len(rows)
+        assert all({*row} <= {*used.required, *used.optional, *dataset.unused} for row in rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
