@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lora_runtime.base import attention
 from lora_runtime.base.adapted_linear import (
@@ -138,6 +138,19 @@ def load_base(
     return prepare_base(
         model, config, resolved.name, resolved.folder, device=device, dtype=dtype, on_progress=say
     )
+
+
+def configured_length(folder: Path) -> int | None:
+    """`max_model_len` of the base in `folder`, before it is loaded; None where that takes more than
+    its config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return int(config.get_text_config().max_position_embeddings)
+    except (OSError, ValueError, AttributeError):
+        return None  # `load_base` says what is wrong
 
 
 def prepare_base(

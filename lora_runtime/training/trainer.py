@@ -24,7 +24,7 @@ from rich.console import Console
 from lora_runtime.adapters.parity import Golden
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.device import resolve_device
-from lora_runtime.base.loader import Base, load_base
+from lora_runtime.base.loader import Base, configured_length, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
@@ -79,6 +79,8 @@ def load_all_of(
     for unit in config.units:
         check_optimizer(unit, resolve_device(base_config.device))
     resolved = resolve_base(base_config.model, on_progress=say)
+    if (longest := configured_length(resolved.folder)) is not None:
+        _check_length(config, resolved.name, longest)
     tokenizer = Tokenizer.load(resolved.folder)
     say("reading the data")
     data = read_data(config, tokenizer)
@@ -253,16 +255,19 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
     return data
 
 
+def _check_length(config: TrainConfig, name: str, max_model_len: int) -> None:
+    if config.max_seq_len > max_model_len:
+        raise ConfigError(
+            f"max_seq_len is {config.max_seq_len}; {name} takes {max_model_len}",
+            field="max_seq_len",
+        )
+
+
 def create_units(
     base: Base, data: Data, config: TrainConfig, sweeps: Sweeps, world: World = ALONE
 ) -> list[Unit]:
     """Start the weights of every unit of a run whose sweeps are expanded. Raises ConfigError."""
-    if config.max_seq_len > base.spec.max_model_len:
-        raise ConfigError(
-            f"max_seq_len is {config.max_seq_len}; {base.spec.name} takes "
-            f"{base.spec.max_model_len}",
-            field="max_seq_len",
-        )
+    _check_length(config, base.spec.name, base.spec.max_model_len)
     units: list[Unit] = []
     for unit_config, (dataset, held_out) in zip(config.units, data, strict=True):
         seed = config.seed_of(unit_config)

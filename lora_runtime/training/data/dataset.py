@@ -187,7 +187,7 @@ def _dataset(file: _File) -> Dataset:
         num_truncated=sum(entry.num_truncated for entry in file.entries),
         num_dropped=file.num_dropped,
         unused=file.unused,
-        notes=tuple(f"{count} times: {note}" for note, count in notes.items()),
+        notes=tuple(f"{note} (rows: {count})" for note, count in notes.items()),
         digest=digest.hexdigest(),
     )
 

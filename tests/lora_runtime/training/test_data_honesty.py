@@ -281,11 +281,11 @@ def test_a_first_turn_of_the_assistant_is_context_and_said(tmp_path, tokenizer):
     assert learned(tokenizer, dataset.examples[1]) == "Bonjour<|im_end|>"
     assert dataset.examples[1].token_ids.tolist()[:1] == tokenizer.encode("<|im_start|>")
     assert dataset.notes == (
-        "1 times: first turn of the assistant is context, as no prompt asks for it",
+        "first turn of the assistant is context, as no prompt asks for it (rows: 1)",
     )
     console = quiet_console()
     show_data(console, [("u", dataset, None)])
-    assert "u: 1 times: first turn of the assistant is context" in shown(console)
+    assert "u: first turn of the assistant is context" in shown(console)
     shared = {"conversations": [{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "a"},
                                 {"from": "gpt", "value": "b"}]}  # fmt: skip
     assert load(tmp_path, tokenizer, [shared]).notes == dataset.notes

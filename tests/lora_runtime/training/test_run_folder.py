@@ -255,6 +255,7 @@ def mistakes(tmp_path):
         "paged": ({}, {"data": pairs, "optimizer": "adamw-paged"}, ConfigError, "optimizer"),
         "output": ({"output": pairs / "below"}, {"data": pairs}, ConfigError, "output"),
         "resume": ({"resume": True}, {"data": pairs}, ConfigError, "resume"),
+        "too long": ({"max_seq_len": 513}, {"data": pairs}, ConfigError, "max_seq_len"),
         "extra": ({"tensorboard": True}, {"data": pairs}, ConfigError, "tensorboard"),
     }
 
@@ -262,7 +263,7 @@ def mistakes(tmp_path):
 @pytest.mark.usefixtures("no_base")
 @pytest.mark.parametrize(
     "name", ["missing data", "broken data", "labels", "broken eval data", "nothing held out",
-             "for preferences", "paged", "output", "resume", "extra"],
+             "for preferences", "paged", "output", "resume", "too long", "extra"],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_base_is_loaded(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -270,8 +271,9 @@ def test_mistakes_are_found_before_the_base_is_loaded(tmp_path, monkeypatch, nam
     write_tokenizer(folder)
     options, unit, error, field = mistakes(tmp_path)[name]
     config = TrainConfig(
-        **{"output": tmp_path / "out", **options}, units=(UnitConfig(name="u", **unit),),
-        base=BaseConfig(model=str(folder), dtype="float32", device="cpu"), max_seq_len=128,
+        **{"output": tmp_path / "out", "max_seq_len": 128, **options},
+        units=(UnitConfig(name="u", **unit),),
+        base=BaseConfig(model=str(folder), dtype="float32", device="cpu"),
     )  # fmt: skip
     with pytest.raises(error) as caught:
         train(config, quiet_console())
