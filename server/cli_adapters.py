@@ -13,9 +13,16 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
-from lora_runtime.config import DtypeName, EngineConfig, Quantization
+from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
-from server.config import load_config
+from server.cli_settings import (
+    BaseName,
+    ComputeDtype,
+    ConfigFile,
+    Device,
+    Format,
+    engine_settings,
+)
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.parity import Parity
@@ -26,19 +33,15 @@ MAX_SHOWN = 60
 """Characters of a field's value in the table."""
 
 Folder = Annotated[Path, typer.Argument(help="The adapter's folder.")]
-BaseName = Annotated[
-    str | None, typer.Option(help="As in `loramux serve`, whose settings hold here too.")
-]
-Format = Annotated[
-    Quantization | None, typer.Option(help="Format of the base's linear layers, as in serving.")
-]
 
 
 def verify(
     path: Folder,
+    config: ConfigFile = None,
     base: BaseName = None,
     quantization: Format = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Compute dtype, as in serving.")] = None,
+    dtype: ComputeDtype = None,
+    device: Device = None,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Judge the config's fields; load no base.")
     ] = False,
@@ -49,20 +52,22 @@ def verify(
     was made.
     """
     console = Console(markup=False)
-    config = _read_config(path)
-    refusal = next(field_refusals(config), None)
+    fields = _read_config(path)
+    refusal = next(field_refusals(fields), None)
     if config_only or refusal:
-        console.print(_field_table(config))
+        console.print(_field_table(fields))
         if refusal:
             raise refusal
         return
-    settings = engine_settings(base, quantization, dtype)
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype=dtype, device=device
+    )
     try:
         loaded, form = load_on_base(path, settings)
     except AdapterRefused as error:
-        console.print(_field_table(config, error=error))
+        console.print(_field_table(fields, error=error))
         raise
-    console.print(_field_table(config, form=form))
+    console.print(_field_table(fields, form=form))
     console.print(_module_table(form))
     console.print(_fact_table(form, loaded, settings))
     console.print(_parity_line(_check(path, form, loaded)))
@@ -71,8 +76,10 @@ def verify(
 def convert(
     path: Folder,
     out: Annotated[Path, typer.Argument(help="A new folder for the converted adapter.")],
+    config: ConfigFile = None,
     base: BaseName = None,
     quantization: Format = None,
+    device: Device = None,
 ) -> None:
     """Make it a plain LoRA that PEFT loads on the unmodified base, where that is exact.
 
@@ -86,7 +93,10 @@ def convert(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype="float32", device=device
+    )
+    loaded, form = load_on_base(path, settings)
     files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
     golden = read_golden(path, loaded.spec)
     write_adapter(out, *files)
@@ -108,12 +118,6 @@ def _read_config(path: Path) -> Mapping[str, object]:
     if content is None:
         raise AdapterRefused(f"{CONFIG_FILE} is missing from the folder", field=CONFIG_FILE)
     return parse_object(content, CONFIG_FILE)
-
-
-def engine_settings(base: str | None, quantization: str | None, dtype: str | None) -> EngineConfig:
-    """The settings a server would take, with these in place of its own. Raises ConfigError."""
-    flags = {"base": base, "quantization": quantization, "dtype": dtype}
-    return load_config(None, flags).to_engine_config()
 
 
 def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:

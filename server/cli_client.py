@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
+from server.cli_command import Command
 from server.client import DEFAULT_TARGET, Client
 from server.client_requests import Sampling
 
@@ -114,7 +115,7 @@ def _summary(finished: generation_pb2.Finished) -> str:
     )
 
 
-@adapters.command("load")
+@adapters.command("load", cls=Command)
 def load(
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
@@ -133,7 +134,7 @@ def load(
     Console(markup=False).print(adapter_table([response.adapter]))
 
 
-@adapters.command("unload")
+@adapters.command("unload", cls=Command)
 def unload(
     name: Name,
     cancel: Annotated[
@@ -150,14 +151,14 @@ def unload(
     typer.echo(f"{name} is unloaded")
 
 
-@adapters.command("list")
+@adapters.command("list", cls=Command)
 def list_adapters(address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
         Console(markup=False).print(adapter_table(client.list_adapters()))
 
 
-@adapters.command("show")
+@adapters.command("show", cls=Command)
 def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
     """Show everything the server knows of one adapter."""
     with Client(address) as client:

@@ -87,7 +87,7 @@ DOORS = {
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli_*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.config", "server.cli", "lora_runtime.training.config"],
+    "yaml": ["server.cli", "lora_runtime.training.fields"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}

@@ -283,7 +283,7 @@ def test_train_by_file(invoke, runs, tmp_path):
     result = invoke("train", str(file), "--resume")
     assert result.exit_code == 1 and "loss is not finite" in result.stdout
     assert runs[0].resume and [unit.name for unit in runs[0].units] == ["good", "bad"]
-    assert invoke("train", str(file), "--rank", "4").exit_code == 2
+    assert invoke("train", str(file), "--unit", "name: c, data: d").exit_code == 2
     assert invoke("train", "--data", "d.jsonl").exit_code == 2
     file.write_text("output: out\nunit: []\n")
     refused = invoke("train", str(file))
@@ -369,7 +369,7 @@ def test_dry_run_shows_estimates_and_trains_nothing(invoke, runs, monkeypatch, t
 
     def measure(config, on_progress):
         asked.append(config)
-        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000)
+        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000, data=())
 
     monkeypatch.setattr(dry_run, "dry_run", measure)
     monkeypatch.setenv("COLUMNS", "200")
