@@ -123,6 +123,9 @@ class ServerConfig(BaseSettings):
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds without any progress after which a busy engine counts as hung: its requests end and
+    so does the process. Probes turn earlier, after 4 seconds at most."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = "info"

@@ -77,6 +77,7 @@ class ScriptedEngine:
         self.vanishes = False
         """Streams end after the second token without a result, as if the engine had died."""
         self.is_alive = True
+        self.is_busy, self.num_beats, self.num_failed_in_a_row = False, 0, 0
         self.references: Counter[str] = Counter()
         self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
@@ -106,6 +107,9 @@ class ScriptedEngine:
             running_adapters=(),
             waiting_adapters=(),
             resident_adapters=tuple(self.references),
+            is_busy=self.is_busy,
+            num_beats=self.num_beats,
+            num_failed_in_a_row=self.num_failed_in_a_row,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -116,6 +120,8 @@ class ScriptedEngine:
             for index in range(request.sampling.max_tokens):
                 await asyncio.sleep(0)
                 await self.gate.wait()
+                if not self.is_alive:
+                    raise self.failure or Unavailable("the engine has died")
                 output = self._step(request, index)
                 is_over = output.finish_reason is not None
                 yield output
@@ -146,6 +152,11 @@ class ScriptedEngine:
             self._cancelled |= {r.request_id for r in self._using(digest)}
         while self._using(digest):
             await asyncio.sleep(0.001)
+
+    def abandon(self, error: Unavailable) -> None:
+        self.is_alive = False
+        self.failure = error
+        self.gate.set()
 
     async def close(self, *, drain_s: float) -> None:
         self.is_alive = False
