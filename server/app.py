@@ -26,11 +26,13 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import ConfigError
 from lora_runtime.text.tokenizer import Tokenizer
+from server.codec import adapter_name
 from server.config import ServerConfig, split_address
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
+from server.names import NameStore
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -93,6 +95,8 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
+    for name in config.adapters:
+        adapter_name(name, "adapters")
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition()
@@ -221,12 +225,13 @@ async def _serve_engine(
     metrics = Metrics(engine)
     condition.metrics = metrics
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
-    registry = Registry(engine=engine, observer=metrics, base_name=base_name)
-    store = AdapterStore(
-        config.adapter_store or cache_folder() / "uploads", config.max_upload_bytes
-    )
+    folder = config.adapter_store or cache_folder() / "uploads"
+    store = AdapterStore(folder, config.max_upload_bytes)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
+    registry = stopping = loading = None
     try:
+        names = await asyncio.to_thread(_open_names, config, folder, engine)
+        registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
@@ -237,14 +242,43 @@ async def _serve_engine(
             base_name=base_name,
         )
         stopping = asyncio.create_task(stop.wait())
+        loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
+        if config.wait_for_adapters:
+            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+        else:
+            loading.add_done_callback(_log_failure)
         await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
-        stopping.cancel()
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        watching.cancel()
+        for task in (watching, stopping, loading):
+            if task is not None:
+                task.cancel()
         await engine.close(drain_s=0)
-        await registry.close()
+        if registry is not None:
+            await registry.close()
+
+
+def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
+    """A folder that nobody chose may be another server's, or not writable: then there is no memory
+    of names, and the log says so.
+    """
+    try:
+        return NameStore(folder, engine.info.base.fingerprint)
+    except ConfigError as error:
+        if config.adapter_store is not None:
+            raise
+        logger.warning("names of adapters are not kept over a restart", reason=error.message)
+        return None
+
+
+async def _load_adapters(config: ServerConfig, service: Service) -> None:
+    """Load what the names held, then what the operator named. Raises what the latter raises."""
+    await service.restore_adapters()
+    for name, path in config.adapters.items():
+        await service.preload(name, path)
 
 
 async def _run(
@@ -256,6 +290,8 @@ async def _run(
     announce: Announcement,
 ) -> None:
     """Run gRPC until a signal, or until one part fails; then stop it and raise what failed."""
+    if any(part.done() for part in parts):
+        return _raise_failures(parts)
     grpc_server = await start_grpc(service, config.grpc_address, is_serving=condition.is_ready)
     condition.is_open = True
     await grpc_server.show_health()
@@ -267,6 +303,10 @@ async def _run(
         condition.is_open = False
         await grpc_server.stop(config.drain_s if stop.is_requested else FAILURE_GRACE_S)
         serving.cancel()
+    _raise_failures(parts)
+
+
+def _raise_failures(parts: list[asyncio.Task[None]]) -> None:
     for part in parts:
         if part.done():
             part.result()
@@ -296,6 +336,11 @@ def _listen(address: str) -> socket.socket:
             f"cannot listen on {address}: {error.strerror}; choose another http_address",
             field="http_address",
         ) from None
+
+
+def _log_failure(loading: asyncio.Task[None]) -> None:
+    if not loading.cancelled() and loading.exception() is not None:
+        logger.error("an adapter named at the start was not loaded", exc_info=loading.exception())
 
 
 def _log_progress(step: str) -> None:

@@ -67,11 +67,27 @@ def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _split_adapters(value: object) -> object:
+    """NAME=PATH, in a list (flags) or one text (environment), to a mapping."""
+    parts = _split_paths(value)
+    if not isinstance(parts, list | tuple):
+        return value
+    pairs = [str(part).partition("=") for part in parts]
+    if not all(name and path for name, _, path in pairs):
+        raise ValueError("must be NAME=PATH")
+    named = {name: path for name, _, path in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("names an adapter twice")
+    return named
+
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
 DeviceName = Annotated[str, AfterValidator(_checked_device)]
 Paths = Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_split_paths)]
+
+NamedPaths = Annotated[dict[str, DirectoryPath], NoDecode, BeforeValidator(_split_adapters)]
 
 
 class ServerConfig(BaseSettings):
@@ -99,8 +115,16 @@ class ServerConfig(BaseSettings):
     adapter_roots: Paths = ()
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
 
+    adapters: NamedPaths = {}
+    """Adapters that are loaded at the start, NAME=PATH, wherever they lie; each takes the place of
+    what its name held."""
+    wait_for_adapters: bool = True
+    """Be ready only when the adapters of the last run, and those named, have been loaded or have
+    failed; else at once, and each is there when it has been loaded."""
+
     adapter_store: Path | None = None
-    """Folder that keeps uploaded adapters by content; none: `uploads` in the cache folder."""
+    """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
+    server at a time. None: `uploads` in the cache folder."""
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 

@@ -82,6 +82,7 @@ def engine(tmp_path):
 @asynccontextmanager
 async def running(engine: LocalEngine, **flags) -> AsyncIterator[Running]:
     listen = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
+    listen["adapter_store"] = engine.base_folder / "store"
     ports: asyncio.Future[Ports] = asyncio.get_running_loop().create_future()
     config = load_config(flags={**listen, **flags})
     starting = app.serve(config, start=engine.start, on_ready=ports.set_result)
@@ -229,7 +230,9 @@ async def test_probes_are_503_while_the_engine_is_loading(engine):
         release.wait()
         return engine
 
-    config = load_config(flags={"grpc_address": "127.0.0.1:0", "http_address": address})
+    store = engine.base_folder / "store"
+    flags = {"grpc_address": "127.0.0.1:0", "http_address": address, "adapter_store": store}
+    config = load_config(flags=flags)
     ready = asyncio.Event()
     task = asyncio.create_task(app.serve(config, start=start, on_ready=lambda _: ready.set()))
     async with httpx.AsyncClient(base_url=f"http://{address}") as http:
