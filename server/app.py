@@ -95,8 +95,8 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    for name in config.adapters:
-        adapter_name(name, "adapters")
+    for name in config.adapter:
+        adapter_name(name, "adapter")
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition()
@@ -277,7 +277,7 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
 async def _load_adapters(config: ServerConfig, service: Service) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
     await service.restore_adapters()
-    for name, path in config.adapters.items():
+    for name, path in config.adapter.items():
         await service.preload(name, path)
 
 

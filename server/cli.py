@@ -72,7 +72,7 @@ def serve(
     grpc_address: Annotated[str | None, _setting("grpc_address")] = None,
     http_address: Annotated[str | None, _setting("http_address")] = None,
     adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", "--adapter-root")] = None,
-    adapters: Annotated[list[str] | None, _setting("adapters", "--adapter")] = None,
+    adapter: Annotated[list[str] | None, _setting("adapter")] = None,
     wait_for_adapters: Annotated[bool | None, _setting("wait_for_adapters")] = None,
     adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
     max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,

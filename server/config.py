@@ -115,7 +115,7 @@ class ServerConfig(BaseSettings):
     adapter_roots: Paths = ()
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
 
-    adapters: NamedPaths = {}
+    adapter: NamedPaths = {}
     """Adapters that are loaded at the start, NAME=PATH, wherever they lie; each takes the place of
     what its name held."""
     wait_for_adapters: bool = True

@@ -8,7 +8,6 @@ writing every thread's traceback to stderr.
 from __future__ import annotations
 
 import faulthandler
-import sys
 import time
 
 FROZEN_S = 20.0
@@ -30,7 +29,7 @@ class ExitGuard:
         left = FROZEN_S
         if self._deadline is not None:
             left = min(left, max(self._deadline - time.monotonic(), LEAST_S))
-        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(left, exit=True, file=2)
 
     def limit(self, seconds: float) -> None:
         """From now on the process has `seconds` left at most; its exit code is then 1."""

@@ -198,12 +198,12 @@ async def test_ready_only_when_all_are_loaded(host):
 async def test_adapters_named_at_the_start(host, tmp_path):
     outside = host.folder / "elsewhere"
     shutil.copytree(host.roots / host.write("one", "a1"), outside)
-    async with host.serving(adapters=[f"x={outside}", f"y={host.roots / 'one'}"]) as client:
+    async with host.serving(adapter=[f"x={outside}", f"y={host.roots / 'one'}"]) as client:
         assert await ask(client, "x") == await ask(client, "y")
         (first, *_), (second, *_) = await known(client)
         assert (first, second) == ("x", "y")
     (outside / "adapter_model.safetensors").write_text("b2")
-    async with host.serving(adapters=[f"x={outside}"]) as client:
+    async with host.serving(adapter=[f"x={outside}"]) as client:
         assert (await client.get_adapter("x")).digest[0] == "b"
 
 
@@ -222,7 +222,7 @@ async def test_adapters_named_at_the_start(host, tmp_path):
 async def test_what_cannot_be_loaded_at_the_start_ends_it(host, adapters, error):
     host.write("one", "a1")
     with pytest.raises(error):
-        async with host.serving(adapters=[text.format(root=host.roots) for text in adapters]):
+        async with host.serving(adapter=[text.format(root=host.roots) for text in adapters]):
             pass
 
 
