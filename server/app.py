@@ -115,6 +115,7 @@ class Condition:
 
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
+    service: Service | None = None
     is_open: bool = False
     """Requests are taken."""
 
@@ -124,7 +125,9 @@ class Condition:
 
     def is_ready(self) -> bool:
         """Tell whether requests are taken and likely to be answered."""
-        return self.is_open and self.watchdog is not None and self.watchdog.is_ready
+        if self.service is None or self.watchdog is None:
+            return False
+        return self.is_open and self.watchdog.is_ready and not self.service.is_stuck()
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page of metrics, empty while loading."""
@@ -293,7 +296,7 @@ async def _run(
     if any(part.done() for part in parts):
         return _raise_failures(parts)
     grpc_server = await start_grpc(service, config.grpc_address, is_serving=condition.is_ready)
-    condition.is_open = True
+    condition.service, condition.is_open = service, True
     await grpc_server.show_health()
     announce.ready(grpc_server.port)
     serving = asyncio.create_task(grpc_server.wait())

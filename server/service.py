@@ -48,6 +48,8 @@ __all__ = ["RequestObserver", "Service"]
 logger = structlog.get_logger(__name__)
 
 NUM_TOKENISERS = 4
+STUCK_S = 10.0
+"""Far longer than any one prompt takes."""
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
@@ -211,6 +213,10 @@ class Service:
     def is_alive(self) -> bool:
         """Tell whether the engine works; health follows it."""
         return self._engine.stats().is_alive
+
+    def is_stuck(self) -> bool:
+        """Tell whether conversations wait that nobody renders: none is answered then."""
+        return self._tokenisers.is_stuck(STUCK_S)
 
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
         record, _ = await self._load(

@@ -27,6 +27,8 @@ from server.sources import OPTIONAL_FILES, REQUIRED_FILES
 STALE_S = 86_400
 """Age at which a temporary folder is no running upload's: its server was killed."""
 MAX_RUNNING_UPLOADS = 16
+IDLE_S = 30.0
+"""An upload that sends nothing for so long is ended: it holds one of the places above."""
 NUM_DISK_THREADS = 4
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -88,7 +90,7 @@ class AdapterStore:
 
     async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
         upload = Upload(call.files, folder)
-        async for part in data:
+        while (part := await _next_part(data)) is not None:
             await self._in_thread(upload.write, part)
         await self._in_thread(upload.finish)
         return upload
@@ -200,6 +202,16 @@ class Upload:
 
     def _open(self, file: UploadFile) -> BinaryIO:
         return (self.folder / file.name).open("ab")
+
+
+async def _next_part(data: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(IDLE_S):
+            return await anext(data, None)
+    except TimeoutError:
+        raise InvalidRequest(
+            f"nothing came for {IDLE_S:.0f} s; send the whole adapter again", field="chunk.data"
+        ) from None
 
 
 async def to_the_end(work: Awaitable[T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,6 +41,8 @@ class WorkerPool:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._num_alive = self._num_idle = 0
+        self._moved_at = time.monotonic()
+        """When a call was last begun."""
 
     @property
     def num_waiting(self) -> int:
@@ -48,6 +51,10 @@ class WorkerPool:
     def is_full(self) -> bool:
         """True when one more call would be refused."""
         return len(self._waiting) >= self._max_waiting
+
+    def is_stuck(self, seconds: float) -> bool:
+        """True when calls wait and none was begun for so long."""
+        return bool(self._waiting) and time.monotonic() - self._moved_at > seconds
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call in a thread and return the result. Cancelled while it waits, it is never called.
@@ -70,6 +77,8 @@ class WorkerPool:
                 raise Overloaded(
                     f"{len(self._waiting)} calls wait for {self._name} already; try again later"
                 )
+            if not self._waiting:
+                self._moved_at = time.monotonic()
             self._waiting.append(job)
             if self._num_idle >= len(self._waiting):
                 self._changed.notify()
@@ -95,6 +104,7 @@ class WorkerPool:
                 self._changed.wait_for(lambda: self._waiting, timeout=IDLE_S)
                 self._num_idle -= 1
             if self._waiting:
+                self._moved_at = time.monotonic()
                 return self._waiting.popleft()
             self._num_alive -= 1
             return None

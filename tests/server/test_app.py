@@ -276,6 +276,29 @@ async def test_a_hung_engine_ends_streams_typed_and_the_server_with_an_error(eng
         assert isinstance(outcome, Unavailable) and "no progress" in str(outcome)
 
 
+async def test_a_signal_while_adapters_are_loaded_again_ends_the_server(engine, monkeypatch):
+    async with running(engine) as server:
+        path = engine.base_folder / "x"
+        path.mkdir()
+        for name in REQUIRED_FILES:
+            (path / name).write_text("{}")
+        await server.client.upload_adapter("x", path)
+    again = LocalEngine(engine.base_folder)
+    again.load_gate.clear()
+
+    async def interrupt() -> None:
+        await until(lambda: again.num_started == 1)
+        await asyncio.sleep(0.3)
+        send(signal.SIGTERM)
+
+    interrupting = asyncio.create_task(interrupt())
+    flags = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
+    config = load_config(flags={**flags, "adapter_store": engine.base_folder / "store"})
+    await asyncio.wait_for(app.serve(config, start=again.start), 5)
+    await interrupting
+    assert again.num_closed == 1
+
+
 async def test_a_dead_engine_ends_the_server_with_an_error(engine):
     async with running(engine) as server:
         engine.is_alive = False

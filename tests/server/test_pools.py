@@ -6,11 +6,15 @@ import asyncio
 import threading
 import time
 
+import grpc
 import pytest
 
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import Overloaded
-from server.sources import Sources
+from lora_runtime.errors import InvalidRequest, Overloaded
+from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
+from server import service, uploads
+from server.errors import from_rpc_error
+from server.sources import REQUIRED_FILES, Sources
 from server.uploads import MAX_RUNNING_UPLOADS, Upload
 from tests.fakes import ByteTokenizer
 from tests.server.world import until
@@ -122,6 +126,40 @@ async def test_uploads_that_run_are_bounded(serve, stuck):
         await until(lambda: world.service._store._num_running == MAX_RUNNING_UPLOADS)
         with pytest.raises(Overloaded, match=f"{MAX_RUNNING_UPLOADS} uploads"):
             await asyncio.wait_for(upload(world, "one-more"), 2)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_an_upload_that_sends_nothing_gives_its_place_back(serve, monkeypatch):
+    monkeypatch.setattr(uploads, "IDLE_S", 0.2)
+    async with serve() as world:
+
+        async def parts():
+            files = [{"name": name, "num_bytes": 1} for name in REQUIRED_FILES]
+            yield adapters_pb2.UploadAdapterRequest(start={"name": "x", "files": files})
+            await asyncio.sleep(60)
+
+        async with grpc.aio.insecure_channel(world.target) as channel:
+            upload = adapters_pb2_grpc.AdapterServiceStub(channel).UploadAdapter(parts())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(upload, 5)
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, InvalidRequest) and "nothing came" in str(error)
+        assert world.service._store._num_running == 0
+
+
+async def test_chats_that_nobody_renders_are_seen(serve, stuck, monkeypatch):
+    monkeypatch.setattr(service, "STUCK_S", 0.2)
+    async with serve() as world:
+        assert not world.service.is_stuck()
+        calls = stuck(ByteTokenizer, "apply_chat_template")
+        waiting = [asyncio.create_task(chat(world)) for _ in range(4)]
+        await until(lambda: len(calls) == 4)
+        await asyncio.sleep(0.3)
+        assert not world.service.is_stuck(), "all are being rendered, and none waits"
+        waiting.append(asyncio.create_task(chat(world)))
+        await until(world.service.is_stuck)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
