@@ -34,6 +34,7 @@ from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.probe import effect_of
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Overloaded, Unavailable
+from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -61,6 +62,8 @@ def start_engine(
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
     say = on_progress or (lambda _: None)
     base = load_base(config.base, on_progress)
+    if base.device.type == "cuda":
+        watch_compiles()
     with _current(base.device):
         engine = Engine(base, config)
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
@@ -108,7 +111,7 @@ class InThreadEngine:
             self._stats,
             is_alive=self._failure is None and self._thread.is_alive(),
             num_waiting=self._stats.num_waiting + self._num_arriving,
-            is_busy=self._is_busy,
+            is_busy=self._is_busy and not is_compiling(),
             num_beats=self._num_beats + self._engine.base.context.num_calls,
             num_failed_in_a_row=self._failures.length,
         )
