@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 Outputs = asyncio.Queue[StepOutput]
 POLL_S = 0.02
 """How often `close` looks whether the engine is idle."""
-CLOSE_S = 2.0
+CLOSE_S = 1.0
 """What the engine's thread gets to end, beyond the drain; a stuck one is left behind."""
 NUM_READERS = 2
 """Adapters that are read at once."""

@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_runtime.engine.model_runner import ModelRunner
 from server import exit_guard
 from server.cli import main
 
-FILE = Path(sys.argv[1])
 FROZEN_S = 3.0
 start = ModelRunner.start
 
 
-def misbehave(self: ModelRunner, plan: object) -> object:
+def misbehaving(file: Path) -> Callable[[ModelRunner, object], object]:
     """As ModelRunner.start, once the file is gone."""
-    while FILE.exists():
-        match FILE.read_text():
-            case "hang":
-                time.sleep(0.05)
-            case "freeze":
-                sum(range(10**11))
-            case "fail":
-                raise RuntimeError("as the test says")
-    return start(self, plan)
+
+    def run(self: ModelRunner, plan: object) -> object:
+        while file.exists():
+            match file.read_text():
+                case "hang":
+                    time.sleep(0.05)
+                case "freeze":
+                    sum(range(10**11))
+                case "fail":
+                    raise RuntimeError("as the test says")
+        return start(self, plan)
+
+    return run
 
 
 if __name__ == "__main__":
-    ModelRunner.start = misbehave
+    ModelRunner.start = misbehaving(Path(sys.argv[1]))
     exit_guard.FROZEN_S = FROZEN_S
     main(sys.argv[2:])

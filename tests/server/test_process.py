@@ -172,7 +172,7 @@ async def test_an_interpreter_that_is_frozen_ends_too(base, tmp_path):
         server.process.send_signal(signal.SIGTERM)
         code, seconds = await server.end(FROZEN_S + 5)
         assert code == 1 and seconds <= FROZEN_S + 2
-        assert "misbehave" in "".join(server.lines), "it says what it was doing"
+        assert "faulty_server.py" in "".join(server.lines), "it says what it was doing"
         with pytest.raises(Unavailable):
             await stream
 
