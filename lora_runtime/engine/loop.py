@@ -239,8 +239,11 @@ class InThreadEngine:
             self._running = command.done
             try:
                 command.done.set_result(command.action())
-            except Exception as error:
-                command.done.set_exception(error)
+            except BaseException as error:
+                with suppress(InvalidStateError):  # it was answered when this was abandoned
+                    command.done.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
             self._running = None
             if command.is_long:
                 return
@@ -304,7 +307,7 @@ class InThreadEngine:
             ]
         )
         running = self._running
-        if running is not None:
+        if running is not None and threading.current_thread() is not self._thread:
             with suppress(InvalidStateError):  # it has ended just now
                 running.set_exception(error)
         with suppress(queue.Empty):

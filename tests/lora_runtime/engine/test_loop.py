@@ -110,6 +110,20 @@ def test_a_stuck_engine_stands_still_and_can_be_abandoned():
     asyncio.run(run())
 
 
+def test_an_engine_that_is_closed_has_not_died(caplog):
+    async def run() -> None:
+        steps = ScriptedSteps()
+        steps.abort_all = lambda error: []
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(lambda: engine.stats().num_beats > 5)
+        await engine.close(drain_s=0)
+        assert isinstance((await asyncio.wait_for(stream, 1)).error, Unavailable)
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
 def test_closing_leaves_a_stuck_engine_behind():
     async def run() -> None:
         steps = ScriptedSteps()
