@@ -237,13 +237,8 @@ class InThreadEngine:
             if not command.done.set_running_or_notify_cancel():
                 continue
             self._running = command.done
-            try:
-                command.done.set_result(command.action())
-            except BaseException as error:
-                with suppress(InvalidStateError):  # it was answered when this was abandoned
-                    command.done.set_exception(error)
-                if not isinstance(error, Exception):
-                    raise
+            with suppress(InvalidStateError):  # it was answered when the engine was abandoned
+                _do(command)
             self._running = None
             if command.is_long:
                 return
@@ -317,6 +312,21 @@ class InThreadEngine:
             while True:
                 for freed in self._unloading.popitem()[1]:
                     _settle(freed, error)
+
+
+def _do(command: _Command) -> None:
+    """Run a command and answer its caller. What is no Exception, like SystemExit, ends the engine,
+    and is not for the caller's event loop.
+    """
+    try:
+        result = command.action()
+    except Exception as error:
+        command.done.set_exception(error)
+    except BaseException as error:
+        command.done.set_exception(Unavailable(f"the engine has died of {error!r}"))
+        raise
+    else:
+        command.done.set_result(result)
 
 
 def _settle(future: Future, error: Exception | None = None) -> None:

@@ -92,8 +92,10 @@ class WorkerPool:
                 continue
             try:
                 job.done.set_result(job.function())
-            except BaseException as error:  # also SystemExit: the caller is told, the thread stays
+            except Exception as error:
                 job.done.set_exception(error)
+            except BaseException as error:  # SystemExit is for no thread, and no event loop either
+                job.done.set_exception(RuntimeError(f"{error!r} was raised in {self._name}"))
             del job  # nothing of it is kept while the thread waits for the next one
 
     def _next(self) -> _Job | None:
