@@ -40,7 +40,7 @@ class WorkerPool:
         self._num_threads, self._max_waiting = num_threads, max_waiting
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
-        self._num_alive = self._num_idle = 0
+        self._num_alive = self._num_idle = self._num_running = 0
         self._moved_at = time.monotonic()
         """When a call was last begun."""
 
@@ -49,8 +49,11 @@ class WorkerPool:
         return len(self._waiting)
 
     def is_full(self) -> bool:
-        """True when one more call would be refused."""
-        return len(self._waiting) >= self._max_waiting
+        """True when one more call would be refused. A call that a free thread is about to take
+        does not count as waiting.
+        """
+        num_free = self._num_threads - self._num_running
+        return len(self._waiting) - num_free >= self._max_waiting
 
     def is_stuck(self, seconds: float) -> bool:
         """True when calls wait and none was begun for so long."""
@@ -88,15 +91,19 @@ class WorkerPool:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
-            if not job.done.set_running_or_notify_cancel():
-                continue
-            try:
-                job.done.set_result(job.function())
-            except Exception as error:
-                job.done.set_exception(error)
-            except BaseException as error:  # SystemExit is for no thread, and no event loop either
-                job.done.set_exception(RuntimeError(f"{error!r} was raised in {self._name}"))
+            if job.done.set_running_or_notify_cancel():
+                self._do(job)
             del job  # nothing of it is kept while the thread waits for the next one
+            with self._changed:
+                self._num_running -= 1
+
+    def _do(self, job: _Job) -> None:
+        try:
+            job.done.set_result(job.function())
+        except Exception as error:
+            job.done.set_exception(error)
+        except BaseException as error:  # SystemExit is for no thread, and no event loop either
+            job.done.set_exception(RuntimeError(f"{error!r} was raised in {self._name}"))
 
     def _next(self) -> _Job | None:
         """Wait for a job; None when the thread is to end."""
@@ -107,6 +114,7 @@ class WorkerPool:
                 self._num_idle -= 1
             if self._waiting:
                 self._moved_at = time.monotonic()
+                self._num_running += 1
                 return self._waiting.popleft()
             self._num_alive -= 1
             return None
