@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +72,8 @@ def serve(
     grpc_address: Annotated[str | None, _setting("grpc_address")] = None,
     http_address: Annotated[str | None, _setting("http_address")] = None,
     adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", *ROOT_FLAGS)] = None,
+    adapter: Annotated[list[str] | None, _setting("adapter")] = None,
+    wait_for_adapters: Annotated[bool | None, _setting("wait_for_adapters")] = None,
     adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
     max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
@@ -84,6 +85,7 @@ def serve(
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
+    engine_timeout_s: Annotated[float | None, _setting("engine_timeout_s")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,
     log_level: Annotated[LogLevel | None, _setting("log_level")] = None,
     log_format: Annotated[LogFormat | None, _setting("log_format")] = None,
@@ -102,6 +104,6 @@ def serve(
         typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
         return
     setup_logging(level=settings.log_level, log_format=settings.log_format)
-    from server.app import serve as serve_until_stopped
+    from server.app import run
 
-    asyncio.run(serve_until_stopped(settings))
+    run(settings)

@@ -68,6 +68,20 @@ def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _split_adapters(value: object) -> object:
+    """NAME=PATH, in a list (flags) or one text (environment), to a mapping."""
+    parts = _split_paths(value)
+    if not isinstance(parts, list | tuple):
+        return value
+    pairs = [str(part).partition("=") for part in parts]
+    if not all(name and path for name, _, path in pairs):
+        raise ValueError("must be NAME=PATH")
+    named = {name: path for name, _, path in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("names an adapter twice")
+    return named
+
+
 PREFIX = "LORAMUX_"
 OTHER_VARIABLES = ("ADDRESS", "CACHE", "CONFIG")
 """Variables of no setting: a client's server, the folder of bases, the file of settings."""
@@ -83,6 +97,8 @@ LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
 DeviceName = Annotated[str, AfterValidator(_checked_device)]
 Paths = Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_split_paths)]
+
+NamedPaths = Annotated[dict[str, DirectoryPath], NoDecode, BeforeValidator(_split_adapters)]
 
 
 class ServerConfig(BaseSettings):
@@ -110,8 +126,16 @@ class ServerConfig(BaseSettings):
     adapter_roots: Paths = ()
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
 
+    adapter: NamedPaths = {}
+    """Adapters that are loaded at the start, NAME=PATH, wherever they lie; each takes the place of
+    what its name held."""
+    wait_for_adapters: bool = True
+    """Be ready only when the adapters of the last run, and those named, have been loaded or have
+    failed; else at once, and each is there when it has been loaded."""
+
     adapter_store: Path | None = None
-    """Folder that keeps uploaded adapters by content; none: `uploads` in the cache folder."""
+    """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
+    server at a time. None: `uploads` in the cache folder."""
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 
@@ -134,6 +158,9 @@ class ServerConfig(BaseSettings):
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds without any progress after which a busy engine counts as hung: its requests end and
+    so does the process. Probes turn earlier, after 4 seconds at most."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = "info"

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
+
 from lora_runtime.core import Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
-from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.engine.worker_pool import WorkerPool
+from lora_runtime.errors import InvalidRequest, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.tokenizer import Tokenizer
 from server.calls import (
@@ -35,12 +38,20 @@ from server.calls import (
 )
 from server.composition import chat_template, depth, request_notes, uses
 from server.output import OutputText, RequestMeter, RequestObserver
-from server.registry import Registry
+from server.registry import Registry, Settle
 from server.sources import Sources
 from server.uploads import AdapterStore, Upload, to_the_end
 from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]
+
+logger = structlog.get_logger(__name__)
+
+NUM_TOKENISERS = 4
+STUCK_S = 10.0
+"""Far longer than any one prompt takes."""
+NUM_DISK_THREADS = 2
+MAX_WAITING_DISK = 256
 
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
@@ -73,6 +84,14 @@ class Service:
         self._observer = observer
         self._base_name = base_name
         self._versions = installed_versions()
+        self._tokenisers = WorkerPool(
+            "tokenising", num_threads=NUM_TOKENISERS, max_waiting=engine.info.max_queued_requests
+        )
+        self._disk = WorkerPool(
+            "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
+        )
+        self._num_preparing = 0
+        """Calls whose prompts are being made."""
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -81,7 +100,8 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        prompt, records = await self._prepare(call)
+        with self._preparing():
+            prompt, records = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
             request_id=uuid.uuid4().hex,
@@ -114,10 +134,10 @@ class Service:
             case TextPrompt(text=text) if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
-                return await asyncio.to_thread(self._tokenizer.encode, text)
+                return await self._tokenisers.run(self._tokenizer.encode, text)
             case ChatPrompt(messages=messages):
                 render = self._tokenizer.apply_chat_template
-                return await asyncio.to_thread(render, messages, template)
+                return await self._tokenisers.run(render, messages, template)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
 
@@ -125,8 +145,9 @@ class Service:
         self, name: str, source: str, *, replace: bool = False
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
-        folder = await asyncio.to_thread(self._sources.resolve, source)
-        return await self._load(name, folder, source, replace)
+        with _refusals_logged(name, source):
+            folder = await self._disk.run(self._sources.resolve, source)
+            return await self._load(name, folder, source, replace)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -135,9 +156,30 @@ class Service:
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
-        self._registry.check_name(call.name)
-        async with self._store.receive(call, data) as upload:
-            return await to_the_end(self._load_upload(call, upload))
+        with _refusals_logged(call.name, "an upload"):
+            self._registry.check_name(call.name)
+            async with self._store.receive(call, data) as upload:
+                num_bytes = sum(file.num_bytes for file in call.files)
+                logger.info(
+                    "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
+                )
+                return await to_the_end(self._load_upload(call, upload))
+
+    async def preload(self, name: str, folder: Path) -> None:
+        """Load a folder that the operator named, wherever it lies, in place of what the name held.
+
+        Raises as `load_adapter`.
+        """
+        found = await self._disk.run(Sources([folder]).resolve, str(folder.resolve()))
+        await self._load(name, found, str(folder), replace=True)
+
+    async def restore_adapters(self) -> None:
+        """Load again what the names held before a restart; see `Registry.restore`."""
+
+        async def resolve(source: str) -> Path:
+            return await self._disk.run(self._sources.resolve, source)
+
+        await self._registry.restore(resolve, self._try_template)
 
     async def rollback_adapter(self, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
@@ -172,17 +214,50 @@ class Service:
         """Tell whether the engine works; health follows it."""
         return self._engine.stats().is_alive
 
+    def is_stuck(self) -> bool:
+        """Tell whether conversations wait that nobody renders: none is answered then."""
+        return self._tokenisers.is_stuck(STUCK_S)
+
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
-        record, _ = await self._load(call.name, upload.folder, upload.digest, call.replace)
-        await self._store.keep(upload)
+        record, _ = await self._load(
+            call.name,
+            upload.folder,
+            upload.digest,
+            call.replace,
+            settle=lambda: self._store.keep(upload),
+        )
         return record
 
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool
+        self,
+        name: str,
+        folder: Path,
+        source: str,
+        replace: bool,
+        settle: Settle | None = None,
     ) -> tuple[AdapterRecord, bool]:
         return await self._registry.load(
-            name, folder, source=source, replace=replace, review=self._try_template
+            name,
+            folder,
+            source=source,
+            replace=replace,
+            review=self._try_template,
+            settle=settle,
         )
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
+        queue is taken: before anything is done for the call.
+        """
+        num_waiting = self._engine.stats().num_waiting + self._num_preparing
+        if num_waiting >= self._engine.info.max_queued_requests:
+            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
 
     async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:
         """Return a call's tokens and the adapters that are to answer.
@@ -279,6 +354,19 @@ class Service:
             num_output_tokens=meter.num_output_tokens,
             timing=timing,
         )
+
+
+@contextmanager
+def _refusals_logged(name: str, source: str) -> Iterator[None]:
+    """Log why an adapter is not loaded; what is loaded the registry logs."""
+    try:
+        yield
+    except LoramuxError as error:
+        logger.warning("adapter refused", adapter=name, source=source, error=error.message)
+        raise
+    except asyncio.CancelledError:
+        logger.info("adapter load left by its caller", adapter=name, source=source)
+        raise
 
 
 def token_limit(info: EngineInfo, num_layers: int = 0) -> int:

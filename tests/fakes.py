@@ -77,6 +77,8 @@ class ScriptedEngine:
         self.vanishes = False
         """Streams end after the second token without a result, as if the engine had died."""
         self.is_alive = True
+        self.num_waiting = 0
+        self.is_busy, self.num_beats, self.num_failed_in_a_row = False, 0, 0
         self.references: Counter[str] = Counter()
         self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
@@ -84,7 +86,7 @@ class ScriptedEngine:
         self.seen: list[Request] = []
         self._cancelled: set[str] = set()
         self._max_queued = max_queued
-        self._info = _info(max_model_len)
+        self._info = _info(max_model_len, max_queued)
 
     @property
     def info(self) -> EngineInfo:
@@ -94,7 +96,7 @@ class ScriptedEngine:
         return EngineStats(
             is_alive=self.is_alive,
             num_running=len(self.running),
-            num_waiting=0,
+            num_waiting=self.num_waiting,
             kv_blocks_used=0,
             kv_blocks_total=self._info.num_blocks,
             pool_bytes_used=0,
@@ -106,6 +108,9 @@ class ScriptedEngine:
             running_adapters=(),
             waiting_adapters=(),
             resident_adapters=tuple(self.references),
+            is_busy=self.is_busy,
+            num_beats=self.num_beats,
+            num_failed_in_a_row=self.num_failed_in_a_row,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -116,6 +121,8 @@ class ScriptedEngine:
             for index in range(request.sampling.max_tokens):
                 await asyncio.sleep(0)
                 await self.gate.wait()
+                if not self.is_alive:
+                    raise self.failure or Unavailable("the engine has died")
                 output = self._step(request, index)
                 is_over = output.finish_reason is not None
                 yield output
@@ -146,6 +153,11 @@ class ScriptedEngine:
             self._cancelled |= {r.request_id for r in self._using(digest)}
         while self._using(digest):
             await asyncio.sleep(0.001)
+
+    def abandon(self, error: Unavailable) -> None:
+        self.is_alive = False
+        self.failure = error
+        self.gate.set()
 
     async def close(self, *, drain_s: float) -> None:
         self.is_alive = False
@@ -222,7 +234,7 @@ def _load_error(kind: str, folder: Path) -> Exception:
     return errors[kind]
 
 
-def _info(max_model_len: int) -> EngineInfo:
+def _info(max_model_len: int, max_queued: int) -> EngineInfo:
     base = BaseSpec(
         name="tiny",
         fingerprint="f" * 64,
@@ -249,4 +261,5 @@ def _info(max_model_len: int) -> EngineInfo:
         num_blocks=1000,
         pool_bytes=1 << 20,
         max_slots=16,
+        max_queued_requests=max_queued,
     )

@@ -85,6 +85,8 @@ class StepContext:
     meta: Any = None
     head_meta: Any = None
     bindings: Mapping[str, Binding] = field(default_factory=dict)
+    num_calls: int = 0
+    """Linear layers called so far: what moves during a long forward, for who watches over it."""
 
     @contextmanager
     def effect(
@@ -149,6 +151,7 @@ class AdaptedLinear(nn.Module):
 
     def gated(self, x: Tensor, kind: str) -> Tensor:
         """act(gate) · up of this layer's outputs' two halves, see `gated_activation`."""
+        self.context.num_calls += 1
         is_adapted = self.context.meta is not None and self.path in self.context.bindings
         if not is_adapted and not self.is_observed:
             return self.linear.gated_product(x, kind)
@@ -156,6 +159,7 @@ class AdaptedLinear(nn.Module):
         return gated_activation(gate, up, kind)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.context.num_calls += 1
         if self.stack is not None and self.stack.takes(x):
             return self.stack.output(self, x)
         context, linear = self.context, self.linear

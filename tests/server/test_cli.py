@@ -171,7 +171,9 @@ def test_a_refused_value_is_one_line_that_names_its_field(ask):
 def test_prompts_are_not_logged(ask, server):
     ask("generate", SECRET, "--max-tokens", "2")
     ask("generate", SECRET, "--adapter", "nobody")
-    assert "parrot" not in re.sub(r"adapters/parrot", "", server.log.read_text())
+    log = server.log.read_text()
+    assert not any(word in log for word in set(SECRET.split()) - {"the", "a", "parrot"})
+    assert SECRET not in log
 
 
 def test_no_server_is_one_line_that_names_the_address(invoke):
