@@ -18,7 +18,8 @@ from lora_runtime.errors import AdapterRefused, ConfigError
 from server.config import load_config
 
 if TYPE_CHECKING:
-    from lora_runtime.adapters.parity import Parity
+    from lora_runtime.adapters.files.folder import FolderContent
+    from lora_runtime.adapters.parity import Golden, Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
 
@@ -58,14 +59,14 @@ def verify(
         return
     settings = engine_settings(base, quantization, dtype)
     try:
-        loaded, form = load_on_base(path, settings)
+        loaded, form, content = load_on_base(path, settings)
     except AdapterRefused as error:
         console.print(_field_table(config, error=error))
         raise
     console.print(_field_table(config, form=form))
     console.print(_module_table(form))
     console.print(_fact_table(form, loaded, settings))
-    console.print(_parity_line(_check(path, form, loaded)))
+    console.print(_parity_line(_check(content, form, loaded)))
 
 
 def convert(
@@ -82,13 +83,13 @@ def convert(
     from lora_runtime.adapters.convert import plain_files
     from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.files.parity_file import read_golden, write_golden
+    from lora_runtime.adapters.files.parity_file import write_golden
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
-    files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
-    golden = read_golden(path, loaded.spec)
+    loaded, form, content = load_on_base(path, engine_settings(base, quantization, "float32"))
+    files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
+    golden = _golden(content, loaded)
     write_adapter(out, *files)
     if form.chat_template is not None:
         write_file(out, TEMPLATE_FILE, form.chat_template.encode())
@@ -101,7 +102,8 @@ def convert(
 
 def _read_config(path: Path) -> Mapping[str, object]:
     """The config alone, so that its table is shown whatever is wrong with the tensors."""
-    from lora_runtime.adapters.files.folder import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
+    from lora_runtime.adapters.files.file_names import CONFIG_FILE, MAX_CONFIG_BYTES
+    from lora_runtime.adapters.files.folder import read_optional
     from lora_runtime.adapters.files.strict_json import parse_object
 
     content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -116,26 +118,33 @@ def engine_settings(base: str | None, quantization: str | None, dtype: str | Non
     return load_config(None, flags).to_engine_config()
 
 
-def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm, FolderContent]:
     """Load the base and reduce the adapter for it. Raises BaseRefused, AdapterRefused."""
-    from lora_runtime.adapters.reduction import load_adapter
+    from lora_runtime.adapters.files.folder import read_folder
+    from lora_runtime.adapters.reduction import reduce_folder
     from lora_runtime.base.loader import load_base
 
     with Console(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
-        return base, load_adapter(path, base.spec, base.weights)
+        content = read_folder(path)
+        return base, reduce_folder(content, base.spec, base.weights), content
 
 
-def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
+def _golden(content: FolderContent, base: Base) -> Golden | None:
+    from lora_runtime.adapters.files.parity_file import parse_golden
+
+    return None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+
+
+def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | None:
     """The parity gate. Raises ParityFailed."""
-    from lora_runtime.adapters.files.parity_file import read_golden
     from lora_runtime.adapters.packed_adapter import pack_for
     from lora_runtime.adapters.parity import gate
     from lora_runtime.engine.probe import effect_of
 
     logits = effect_of(base, pack_for(base, form))
-    return gate(read_golden(path, base.spec), logits, base.spec.dtype, form.tensors_sha256)
+    return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(

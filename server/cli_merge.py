@@ -37,7 +37,7 @@ def merge(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
+    loaded, form, _ = load_on_base(path, engine_settings(base, quantization, "float32"))
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
     template = {} if form.chat_template is None else {TEMPLATE_FILE: form.chat_template.encode()}
     write_checkpoint(

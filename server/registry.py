@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterExists, AdapterNotFound, InvalidRequest, LoramuxError
 from server.calls import AdapterRecord, AdapterState
@@ -89,6 +90,7 @@ class Registry:
         source: str,
         replace: bool = False,
         review: Review = lambda loaded: (),
+        rules: FolderRules = ANY_FOLDER,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
@@ -98,7 +100,7 @@ class Registry:
         Raises AdapterExists, InvalidRequest (the base's name) and whatever the engine raises.
         """
         self.check_name(name)
-        return await self._finish(self._load(name, folder, source, replace, review))
+        return await self._finish(self._load(name, folder, source, replace, review, rules))
 
     def check_name(self, name: str) -> None:
         """Raise InvalidRequest (field `name`) for the base's name."""
@@ -127,11 +129,17 @@ class Registry:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool, review: Review
+        self,
+        name: str,
+        folder: Path,
+        source: str,
+        replace: bool,
+        review: Review,
+        rules: FolderRules,
     ) -> tuple[AdapterRecord, bool]:
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, source)
+            loaded = await self._read(name, folder, source, rules)
             held = self._held(name)
             if held is not None and held.loaded == loaded:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
@@ -166,13 +174,15 @@ class Registry:
             self._observer.on_adapter_loaded(name, record.digest, record.loaded.nbytes, 0.0)
             return record
 
-    async def _read(self, name: str, folder: Path, source: str) -> LoadedAdapter:
+    async def _read(
+        self, name: str, folder: Path, source: str, rules: FolderRules
+    ) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
         record = AdapterRecord(name=name, source=source, state=AdapterState.VERIFYING)
         if self._held(name) is None:
             self._records[name] = record
         try:
-            return await self._engine.load_adapter(folder)
+            return await self._engine.load_adapter(folder, rules)
         except LoramuxError as error:
             public = without_path(error, folder, source)
             self._fail(record, public.message)

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
-from lora_runtime.core import Request, SamplingParams
+from lora_runtime.core import FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.errors import InvalidRequest, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
@@ -126,7 +126,8 @@ class Service:
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         folder = await asyncio.to_thread(self._sources.resolve, source)
-        return await self._load(name, folder, source, replace)
+        rules = FolderRules(roots=self._sources.roots, sha256=self._store.digest_of(folder))
+        return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -173,15 +174,21 @@ class Service:
         return self._engine.stats().is_alive
 
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
-        record, _ = await self._load(call.name, upload.folder, upload.digest, call.replace)
+        rules = FolderRules(sha256=upload.digest)
+        record, _ = await self._load(call.name, upload.folder, upload.digest, call.replace, rules)
         await self._store.keep(upload)
         return record
 
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool
+        self, name: str, folder: Path, source: str, replace: bool, rules: FolderRules
     ) -> tuple[AdapterRecord, bool]:
         return await self._registry.load(
-            name, folder, source=source, replace=replace, review=self._try_template
+            name,
+            folder,
+            source=source,
+            replace=replace,
+            review=self._try_template,
+            rules=rules,
         )
 
     async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:

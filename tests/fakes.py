@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_runtime.core import (
+    ANY_FOLDER,
     BaseSpec,
     FinishReason,
+    FolderRules,
     Request,
     RequestTiming,
     StepOutput,
@@ -126,14 +128,14 @@ class ScriptedEngine:
             if not is_over:
                 self.aborted.append(request.request_id)
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         await self.load_gate.wait()
         content = (folder / "adapter_model.safetensors").read_bytes()
         if content.startswith(b"!"):
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         self.references[digest] += 1
-        self.loaded[digest] = replace(_PLAIN, digest=digest, **_facts(folder))
+        self.loaded[digest] = replace(PLAIN, digest=digest, **_facts(folder))
         return self.loaded[digest]
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
@@ -193,7 +195,7 @@ class ScriptedEngine:
         )
 
 
-_PLAIN = LoadedAdapter(
+PLAIN = LoadedAdapter(
     digest="",
     variant="lora",
     ranks=(4, 8),

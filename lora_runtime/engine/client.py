@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lora_runtime.core import BaseSpec, Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, BaseSpec, FolderRules, Request, StepOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,10 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         """Read, check and keep an adapter. Content loaded before only gains a reference.
+
+        Everything of the folder is of one moment: a change meanwhile is seen whole or refused.
 
         Raises AdapterRefused (and its kinds), AdapterTooLarge, Overloaded, Unavailable.
         """

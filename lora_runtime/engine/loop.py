@@ -20,14 +20,15 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.folder import read_folder
+from lora_runtime.adapters.files.parity_file import parse_golden
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
-from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.loader import load_base
+from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, FolderRules, Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.probe import effect_of
@@ -104,10 +105,9 @@ class InThreadEngine:
             if not is_over:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         base = self._engine.base
-        form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
-        golden = await asyncio.to_thread(read_golden, folder, base.spec)
+        form, golden = await asyncio.to_thread(_read, folder, rules, base)
         packed = await asyncio.to_thread(pack_for, base, form)
         if golden is not None:
             await self._check(golden, effect_of(base, packed), form.tensors_sha256)
@@ -253,6 +253,13 @@ def _settle(future: Future, error: Exception | None = None) -> None:
 def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
     for outputs, output in pairs:
         outputs.put_nowait(output)
+
+
+def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, Golden | None]:
+    content = read_folder(folder, rules)
+    form = reduce_folder(content, base.spec, base.weights)
+    golden = None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+    return form, golden
 
 
 def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:

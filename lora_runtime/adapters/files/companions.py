@@ -5,29 +5,28 @@ Read without trust, like the adapter's own. Source: transformers, `PreTrainedTok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lora_runtime.adapters.files.folder import read_optional
+from lora_runtime.adapters.files.file_names import (
+    ADDED_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+)
 from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.errors import AdapterRefused
 
-TEMPLATE_FILE = "chat_template.jinja"
-SETTINGS_FILE = "tokenizer_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-ADDED_FILE = "added_tokens.json"
 TOKEN_FILES = (ADDED_FILE, SETTINGS_FILE, TOKENIZER_FILE)
 
-MAX_TEMPLATE_BYTES = 1 << 20
-MAX_TOKENIZER_BYTES = 64 << 20
 
-
-def own_chat_template(folder: Path, base_folder: Path, vocab_size: int) -> str | None:
+def own_chat_template(
+    theirs: Mapping[str, bytes], base_folder: Path, vocab_size: int
+) -> str | None:
     """The adapter's chat template where it differs from the base's, else None.
 
     Raises: AdapterRefused for tokens that the base's tokenizer does not have.
     """
-    theirs = _read_untrusted(folder)
     if not theirs:
         return None
     files = ((name, base_folder / name) for name in (TEMPLATE_FILE, *TOKEN_FILES))
@@ -37,13 +36,7 @@ def own_chat_template(folder: Path, base_folder: Path, vocab_size: int) -> str |
     return template if template != _template(ours) else None
 
 
-def _read_untrusted(folder: Path) -> dict[str, bytes]:
-    limits = {TEMPLATE_FILE: MAX_TEMPLATE_BYTES, **dict.fromkeys(TOKEN_FILES, MAX_TOKENIZER_BYTES)}
-    found = {name: read_optional(folder, name, limit) for name, limit in limits.items()}
-    return {name: content for name, content in found.items() if content is not None}
-
-
-def _template(files: dict[str, bytes]) -> str | None:
+def _template(files: Mapping[str, bytes]) -> str | None:
     if TEMPLATE_FILE in files:
         try:
             return files[TEMPLATE_FILE].decode()
@@ -60,7 +53,7 @@ def _template(files: dict[str, bytes]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _check_tokens(theirs: dict[str, bytes], ours: dict[str, bytes], vocab_size: int) -> None:
+def _check_tokens(theirs: Mapping[str, bytes], ours: Mapping[str, bytes], vocab_size: int) -> None:
     """Every token of the adapter's files must be one of the base's, with the same id."""
     changed = [name for name in TOKEN_FILES if theirs.get(name) not in (None, ours.get(name))]
     if not changed:

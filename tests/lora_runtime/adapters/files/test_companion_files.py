@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lora_runtime.adapters.files.companions import own_chat_template
+from lora_runtime.adapters.files import companions
+from lora_runtime.adapters.files.file_names import TEXT_FILES
+from lora_runtime.adapters.files.folder import read_optional
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused
 from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
@@ -28,6 +30,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(base: Path, tmp_path: Path) -> Path:
     """A folder with the base's own tokenizer beside the adapter, as trainers save it."""
     return Path(shutil.copytree(base, tmp_path / "adapter"))
+
+
+def own_chat_template(folder: Path, base: Path, vocab_size: int) -> str | None:
+    found = {name: read_optional(folder, name, limit) for name, limit in TEXT_FILES.items()}
+    text = {name: content for name, content in found.items() if content is not None}
+    return companions.own_chat_template(text, base, vocab_size)
 
 
 def edit(path: Path, **changes: object) -> None:
