@@ -24,6 +24,7 @@ from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import ConfigError, Unavailable
+from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.config import ServerConfig, split_address
 from server.grpc_server import start_grpc
@@ -150,10 +151,12 @@ async def _serve_engine(
     store = AdapterStore(
         config.adapter_store or cache_folder() / "uploads", config.max_upload_bytes
     )
+    own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     try:
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
+            own_text=own_text,
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
@@ -162,6 +165,7 @@ async def _serve_engine(
         )
         await _run(config, service, metrics, stop, on_ready)
     finally:
+        own_text.close()
         await engine.close(drain_s=0)
         await registry.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_runtime.adapters.parity import Golden, Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
+    from lora_runtime.text.text_side import TextSide
 
 MAX_SHOWN = 60
 """Characters of a field's value in the table."""
@@ -81,7 +83,6 @@ def convert(
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
     from lora_runtime.adapters.files.parity_file import write_golden
 
@@ -91,8 +92,8 @@ def convert(
     files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
     golden = _golden(content, loaded)
     write_adapter(out, *files)
-    if form.chat_template is not None:
-        write_file(out, TEMPLATE_FILE, form.chat_template.encode())
+    for name, text in form.text_files.items():
+        write_file(out, name, text)
     if golden is not None:
         if golden.tensors_sha256 == form.tensors_sha256:
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
@@ -200,7 +201,7 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
 
     num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
-    template = form.chat_template
+    side, text_notes = own_text(form, base)
     facts = {
         "digest": form.digest,
         "variant": form.variant,
@@ -209,16 +210,38 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
         "device memory": decimal(num_bytes),
         "layer map": _layers(form.layer_map),
         "invocation tokens": ", ".join(map(str, form.invocation_tokens)) or "none: acts everywhere",
-        "chat template": "the base's"
-        if template is None
-        else f"its own, {len(template)} characters",
-        "tokens": "the base's",
-        **{f"note {number}": note for number, note in enumerate(form.notes, start=1)},
+        **_text_facts(side),
+        **{f"note {n}": note for n, note in enumerate((*form.notes, *text_notes), start=1)},
     }
     table = Table("fact", "value")
     for fact, value in facts.items():
         table.add_row(fact, value)
     return table
+
+
+def own_text(form: ServingForm, base: Base) -> tuple[TextSide | None, tuple[str, ...]]:
+    """The adapter's own text side, None for the base's, and notes. Raises AdapterRefused."""
+    from lora_runtime.text.text_workers import TextWorkers
+
+    if not form.text_files:
+        return None, ()
+    workers = TextWorkers(base.folder, base.spec.vocab_size)
+    try:
+        return asyncio.run(workers.read(form.text_files))
+    finally:
+        workers.close()
+
+
+def _text_facts(side: TextSide | None) -> dict[str, str]:
+    base, own = "the base's", "its own"
+    if side is None:
+        return {"chat template": base, "tokens": base, "end tokens": base}
+    length = len(side.template or "")
+    return {
+        "chat template": f"{own}, {length} characters" if side.is_own_template else base,
+        "tokens": base if side.tokenizer is None else own,
+        "end tokens": ", ".join(map(str, side.eos_token_ids)) or "none",
+    }
 
 
 def _layers(layer_map: tuple[int, ...] | None) -> str:

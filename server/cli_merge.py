@@ -9,7 +9,14 @@ import typer
 from rich.console import Console
 
 from lora_runtime.errors import ConfigError
-from server.cli_adapters import BaseName, Folder, Format, engine_settings, load_on_base
+from server.cli_adapters import (
+    BaseName,
+    Folder,
+    Format,
+    engine_settings,
+    load_on_base,
+    own_text,
+)
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.merge import Merge
@@ -31,17 +38,20 @@ def merge(
     """
     import torch
 
-    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.merge import Merge
     from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
+    from lora_runtime.text.text_files import TEMPLATE_FILE
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
     loaded, form, _ = load_on_base(path, engine_settings(base, quantization, "float32"))
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
-    template = {} if form.chat_template is None else {TEMPLATE_FILE: form.chat_template.encode()}
+    side, _ = own_text(form, loaded)
+    text = dict(form.text_files)
+    if side is not None and side.template is not None:
+        text[TEMPLATE_FILE] = side.template.encode()
     write_checkpoint(
-        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), template
+        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
     )
     console = Console(markup=False, soft_wrap=True, highlight=False)
     console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")

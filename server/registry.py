@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
@@ -19,16 +20,24 @@ import structlog
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterExists, AdapterNotFound, InvalidRequest, LoramuxError
+from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState
 from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
+UNREADABLE = "the server could not read it; its log says why"
 
-Review: TypeAlias = Callable[[LoadedAdapter], tuple[str, ...]]
-"""Gives notes on new content. Runs in a thread; raises nothing."""
+Reviewed: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
+Review: TypeAlias = Callable[[LoadedAdapter], Awaitable[Reviewed]]
+"""Judges new content beside its tensors: gives its text side and notes, or raises."""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+async def no_review(loaded: LoadedAdapter) -> Reviewed:
+    """Take new content as it is."""
+    return None, ()
 
 
 class AdapterObserver(Protocol):
@@ -89,7 +98,7 @@ class Registry:
         *,
         source: str,
         replace: bool = False,
-        review: Review = lambda loaded: (),
+        review: Review = no_review,
         rules: FolderRules = ANY_FOLDER,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
@@ -149,8 +158,8 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} holds other content; load it with replace", field="name"
                 )
-            notes = (*loaded.notes, *await asyncio.to_thread(review, loaded))
-            record = self._install(name, source, loaded, notes)
+            text, notes = await self._reviewed(name, folder, source, loaded, review)
+            record = self._install(name, source, loaded, text, notes)
             self._observer.on_adapter_loaded(
                 name, loaded.digest, loaded.nbytes, time.monotonic() - begun
             )
@@ -189,8 +198,29 @@ class Registry:
             raise public from None
         except Exception:
             logger.exception("adapter could not be read", adapter=name)
-            self._fail(record, "the server could not read it; its log says why")
+            self._fail(record, UNREADABLE)
             raise
+
+    async def _reviewed(
+        self, name: str, folder: Path, source: str, loaded: LoadedAdapter, review: Review
+    ) -> Reviewed:
+        """Review new content; what is raised leaves no reference and no half-made record."""
+        try:
+            return await review(loaded)
+        except LoramuxError as error:
+            public = without_path(error, folder, source)
+            await self._take_back(name, loaded, public.message)
+            raise public from None
+        except Exception:
+            logger.exception("adapter could not be reviewed", adapter=name)
+            await self._take_back(name, loaded, UNREADABLE)
+            raise
+
+    async def _take_back(self, name: str, loaded: LoadedAdapter, error: str) -> None:
+        record = self._records.get(name)
+        if record is not None and record.state is AdapterState.VERIFYING:
+            self._fail(record, error)
+        await self._engine.unload_adapter(loaded.digest)
 
     def _fail(self, record: AdapterRecord, error: str) -> None:
         record.state, record.error = AdapterState.FAILED, error
@@ -226,15 +256,21 @@ class Registry:
         return record if record is not None and record.state is AdapterState.LOADED else None
 
     def _install(
-        self, name: str, source: str, loaded: LoadedAdapter, notes: tuple[str, ...]
+        self,
+        name: str,
+        source: str,
+        loaded: LoadedAdapter,
+        text: TextSide | None,
+        notes: tuple[str, ...],
     ) -> AdapterRecord:
         self._records[name] = AdapterRecord(
             name=name,
             source=source,
             state=AdapterState.LOADED,
-            loaded=loaded,
+            loaded=replace_fields(loaded, text_files={}),  # read by now, and large
+            text=text,
             loaded_at_s=time.time(),
-            notes=notes,
+            notes=(*loaded.notes, *notes),
         )
         return self._records[name]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
-from lora_runtime.adapters.files.companions import own_chat_template
+from lora_runtime.adapters.files.companions import own_text_files
 from lora_runtime.adapters.files.file_names import MAX_TENSORS_BYTES
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
@@ -60,7 +60,7 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
         digest=_digest(spec.honoured, hashes),
         notes=(*_unverified_base(files, base), *form.notes),
         tensors_sha256=files.tensors_sha256,
-        chat_template=own_chat_template(content.text, weights.folder, base.vocab_size),
+        text_files=own_text_files(content.text, weights.folder),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -44,8 +44,10 @@ class LoadedAdapter:
     """What people should know, for example the error bound of a recovered initialisation."""
     invocation_tokens: tuple[int, ...] = ()
     """aLoRA: it acts from their last occurrence in the prompt; empty: everywhere."""
-    chat_template: str | None = None
-    """Its own chat template; None: the base's."""
+    text_sha256: str = ""
+    """Digest of its own text files; "" where its text is the base's."""
+    text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Those files by name, which the engine does not look into."""
     num_layers: int = 0
     """Layers in its own layer map; 0: the base's."""
 

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from lora_runtime.adapters.files.companions import text_digest
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.parity_file import parse_golden
 from lora_runtime.adapters.packed_adapter import pack_for
@@ -274,6 +275,7 @@ def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
         inert=dict(form.inert),
         notes=form.notes,
         invocation_tokens=form.invocation_tokens,
-        chat_template=form.chat_template,
+        text_sha256=text_digest(form.text_files),
+        text_files=form.text_files,
         num_layers=len(form.layer_map or ()),
     )

@@ -25,6 +25,7 @@ from lora_runtime.errors import (
     InvalidRequest,
     ParityFailed,
 )
+from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import UnitConfig
 from server.client import AsyncClient
@@ -70,9 +71,11 @@ async def running(folder):
     engine = await asyncio.to_thread(start_engine, config)
     observer = RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
     service = Service(
         engine=engine,
         tokenizer=Tokenizer.load(folder / "base"),
+        own_text=own_text,
         registry=registry,
         sources=Sources([folder / "adapters"]),
         store=AdapterStore(folder / "store", 8 << 20),
@@ -88,6 +91,7 @@ async def running(folder):
         assert stats.kv_blocks_used == 0
     finally:
         await server.stop(1.0)
+        own_text.close()
         await engine.close(drain_s=5)
         await registry.close()
 

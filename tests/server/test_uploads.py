@@ -20,8 +20,6 @@ from safetensors.torch import save_file
 from lora_runtime.adapters.files.file_names import (
     OPTIONAL_FILES,
     REQUIRED_FILES,
-    TEMPLATE_FILE,
-    TEXT_FILES,
 )
 from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE, read_folder
 from lora_runtime.adapters.parity import SIDECAR_FILE
@@ -37,6 +35,7 @@ from lora_runtime.errors import (
     LoramuxError,
     Overloaded,
 )
+from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
 from server.client_channel import typed_errors
 from server.client_uploads import Outgoing

@@ -28,7 +28,6 @@ from lora_runtime.adapters.files.file_names import (
     MAX_TENSORS_BYTES,
     SIDECAR_FILE,
     TENSORS_FILE,
-    TEXT_FILES,
     content_digest,
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
@@ -36,6 +35,7 @@ from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_s
 from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
+from lora_runtime.text.text_files import TEXT_FILES
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
