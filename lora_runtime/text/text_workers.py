@@ -18,14 +18,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
 from lora_runtime.text.text_side import TextSide
 
-NUM_RENDERING = 2
+NUM_LOADING = 2
+NUM_RENDERING = 4
+"""Processes at most, of about 250 and 60 MB; one starts when all that run are at work."""
 RENDERING_S = 5.0
 """Wall-clock time of one piece of work; its processor time is limited in the process."""
 LOADING_S = 60.0
@@ -83,7 +85,7 @@ class TextWorkers:
     def __init__(self, base_folder: Path, vocab_size: int) -> None:
         self._base_folder = base_folder
         self._vocab_size = vocab_size
-        self._loading = _Pool("loading", 1)
+        self._loading = _Pool("loading", NUM_LOADING)
         self._rendering = _Pool("rendering", NUM_RENDERING)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._refused_until: dict[str, float] = {}
@@ -200,8 +202,8 @@ class _Pool:
 
     def __init__(self, kind: str, count: int) -> None:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix=f"text-{kind}")
-        self._idle: SimpleQueue[_Process] = SimpleQueue()
         self._processes = [_Process(kind) for _ in range(count)]
+        self._idle: LifoQueue[_Process] = LifoQueue()  # those that run are asked before others
         for process in self._processes:
             self._idle.put(process)
         self._num_waiting = 0

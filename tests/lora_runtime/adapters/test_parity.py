@@ -399,6 +399,7 @@ def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory,
 
 def test_a_link_out_of_the_folder_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):
     outside, tmp_path = tmp_path / "real.json", tmp_path / "adapter"
+    tmp_path.mkdir()
     write_golden(tmp_path, golden)
     (tmp_path / SIDECAR_FILE).rename(outside)
     (tmp_path / SIDECAR_FILE).symlink_to(outside)
