@@ -34,6 +34,8 @@ from lora_runtime.text.text_files import (
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tokenizer import configured_eos_ids
 
+BESIDE_TOKENIZER = {TEMPLATE_FILE, GENERATION_FILE}
+"""Files that leave the tokenizer as it is."""
 BASE_CONFIG_FILE = "config.json"
 TRIAL_TEXTS = ("", "Hello, world!", " two  spaces\n\ttab é 狐狸 🦊 </s> <|x|> 12345 don't")
 """Texts on which the tokenizer that will serve must agree with the one that transformers loads."""
@@ -63,10 +65,13 @@ def read_text_side(
     named = list(_named_tokens(parsed))
     _check_utf8(files)
     base = _load_base(base_folder)
-    _lay_over(files, parsed, base_folder, work)
-    own = _load(work, next((name for name in (TOKENIZER_FILE, SETTINGS_FILE) if name in files), ""))
-    _check_ids(named, parsed, own, vocab_size)
-    tokenizer, added = _tokenizer(own, base, vocab_size)
+    own, tokenizer, added = base, None, None
+    if files.keys() - BESIDE_TOKENIZER:
+        _lay_over(files, parsed, base_folder, work)
+        field = TOKENIZER_FILE if TOKENIZER_FILE in files else SETTINGS_FILE
+        own = _load(work, field)
+        _check_ids(named, parsed, own, vocab_size)
+        tokenizer, added = _tokenizer(own, base, vocab_size)
     template, is_own = _template(files, parsed, own, base)
     variables = _variables(own)
     notes = [*_notes(own, files, is_own, vocab_size), *_generation_notes(parsed)]
@@ -259,7 +264,8 @@ def _tokenizer(
         return None, None
     text = json.dumps(theirs, ensure_ascii=False)
     _check_agreement(Backend.from_str(text), own)
-    return text, None if added == base_added else added
+    shown = _as_decoded(added, own)
+    return text, None if shown == _as_decoded(base_added, base) else shown
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -276,6 +282,14 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _added(backend: Mapping[str, Any]) -> tuple[tuple[int, str, bool], ...]:
     tokens = backend["added_tokens"]
     return tuple(sorted((t["id"], t["content"], bool(t["special"])) for t in tokens))
+
+
+def _as_decoded(
+    added: tuple[tuple[int, str, bool], ...], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, str, bool], ...]:
+    """Added tokens as a decoder gets them: those that are normalised have been."""
+    backend = tokenizer.backend_tokenizer
+    return tuple((index, backend.id_to_token(index), special) for index, _, special in added)
 
 
 def _check_model(
@@ -337,7 +351,8 @@ def _template(
     field = TEMPLATE_FILE if TEMPLATE_FILE in files else SETTINGS_FILE
     if field == SETTINGS_FILE and not parsed.get(field, {}).get("chat_template"):
         return _default(base.chat_template), False
-    template = _default(own.chat_template)
+    is_file = field == TEMPLATE_FILE
+    template = files[field].decode() if is_file else _default(own.chat_template)
     if not isinstance(template, str):
         raise _refused(f"{field} has no chat template named 'default'", field)
     check_template(template, field)

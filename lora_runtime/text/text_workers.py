@@ -88,6 +88,8 @@ class TextWorkers:
         self._loading = _Pool("loading", NUM_LOADING)
         self._rendering = _Pool("rendering", NUM_RENDERING)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._sides: WeakValueDictionary[str, TextSide] = WeakValueDictionary()
+        """Adapters of one text share it: a tokenizer may have megabytes."""
         self._refused_until: dict[str, float] = {}
 
     async def read(self, files: Mapping[str, bytes]) -> tuple[TextSide | None, tuple[str, ...]]:
@@ -103,6 +105,8 @@ class TextWorkers:
             raise AdapterRefused(reply["refused"], field=reply.get("field"))
         notes = list(reply["notes"])
         side = None if reply["side"] is None else TextSide.from_json(reply["side"])
+        if side is not None:
+            side = self._sides.setdefault(side.key, side)
         if side is not None and side.is_own_template and side.template is not None:
             notes += await self._trial(side)
         return side, tuple(notes)

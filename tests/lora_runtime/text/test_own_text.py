@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest
 from lora_runtime.text.text_side import TextSide
@@ -323,3 +326,48 @@ def test_a_pad_token_beyond_the_embedding_is_taken_and_never_sent(
         assert refusal.value.field == "text"
     finally:
         workers.close()
+
+
+def write_metaspace_base(folder: Path) -> None:
+    """A tokenizer of the older Llama kind: spaces as characters of their own, bytes as tokens."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", *"abcdefghijklmnopqrstuvwxyz.,!", "▁t", "he", "▁the"]
+    bpe = models.BPE(
+        {word: index for index, word in enumerate(words)},
+        [("▁", "t"), ("h", "e"), ("▁t", "he")],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    )  # fmt: skip
+    tokenizer = Backend(bpe)
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def test_added_tokens_are_decoded_among_spaces_and_bytes(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_metaspace_base(base)
+    shutil.copytree(base, adapter)
+    add_tokens(adapter)
+    workers = TextWorkers(base, 400)
+    try:
+        side, _ = read(workers, adapter)
+        theirs = AutoTokenizer.from_pretrained(adapter)
+        assert_same(workers, side, base, theirs)
+        decoder, draw = Tokenizer.load(base).with_added(side.added), random.Random(3)
+        for _ in range(300):
+            ids = [draw.randrange(len(theirs)) for _ in range(draw.randrange(1, 12))]
+            assert decoder.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    finally:
+        workers.close()
+
+
+def test_adapters_of_one_text_share_it(adapter: Path, workers: TextWorkers) -> None:
+    OWN["normaliser"](adapter)
+    (first, _), (second, _) = read(workers, adapter), read(workers, adapter)
+    assert first is second and first.tokenizer is not None
