@@ -37,6 +37,8 @@ from lora_runtime.text.tokenizer import configured_eos_ids
 BESIDE_TOKENIZER = {TEMPLATE_FILE, GENERATION_FILE}
 """Files that leave the tokenizer as it is."""
 BASE_CONFIG_FILE = "config.json"
+MAX_EXTRA_CHARACTERS = 4 << 20
+"""What an adapter's tokenizer may have beyond the base's, whose vocabulary is in it."""
 TRIAL_TEXTS = ("", "Hello, world!", " two  spaces\n\ttab é 狐狸 🦊 </s> <|x|> 12345 don't")
 """Texts on which the tokenizer that will serve must agree with the one that transformers loads."""
 STEERING = (
@@ -263,6 +265,11 @@ def _tokenizer(
     if all(theirs[part] == ours[part] for part in parts):
         return None, None
     text = json.dumps(theirs, ensure_ascii=False)
+    if len(text) > len(json.dumps(ours, ensure_ascii=False)) + MAX_EXTRA_CHARACTERS:
+        raise _refused(
+            f"{TOKENIZER_FILE} has over {MAX_EXTRA_CHARACTERS} characters more than the base's",
+            TOKENIZER_FILE,
+        )
     _check_agreement(Backend.from_str(text), own)
     shown = _as_decoded(added, own)
     return text, None if shown == _as_decoded(base_added, base) else shown

@@ -371,3 +371,25 @@ def test_adapters_of_one_text_share_it(adapter: Path, workers: TextWorkers) -> N
     OWN["normaliser"](adapter)
     (first, _), (second, _) = read(workers, adapter), read(workers, adapter)
     assert first is second and first.tokenizer is not None
+
+
+def test_any_change_of_good_files_is_taken_or_refused(adapter: Path, workers: TextWorkers) -> None:
+    for kind in ("template", "end token", "added tokens"):
+        OWN[kind](adapter)
+    good = files_of(adapter) | {"generation_config.json": b'{"eos_token_id": [5, 9]}'}
+    outcomes = set()
+    for draw in range(60):
+        name = sorted(good)[draw % len(good)]
+        changed = bytearray(good[name])
+        for _ in range(1 + draw % 3):
+            place = random.Random(draw).randrange(len(changed))
+            changed[place : place + draw % 4] = random.Random(draw + 1).randbytes(draw % 5)
+        try:
+            side, _ = asyncio.run(workers.read({**good, name: bytes(changed)}))
+        except AdapterRefused as refusal:
+            outcomes.add("refused")
+            assert str(adapter.parent) not in refusal.message
+        else:
+            outcomes.add("taken")
+            assert side is not None
+    assert outcomes == {"refused", "taken"}
