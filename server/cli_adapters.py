@@ -65,7 +65,7 @@ def verify(
     except AdapterRefused as error:
         console.print(_field_table(config, error=error))
         raise
-    console.print(_field_table(config, form=form))
+    console.print(_field_table(content.adapter.config, form=form))
     console.print(_module_table(form))
     console.print(_fact_table(form, loaded, settings))
     console.print(_parity_line(_check(content, form, loaded)))

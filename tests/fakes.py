@@ -72,7 +72,9 @@ class FormatText:
     def __init__(self) -> None:
         self.error: Exception | None = None
 
-    async def read(self, files: Mapping[str, bytes]) -> tuple[TextSide, tuple[str, ...]]:
+    async def read(
+        self, files: Mapping[str, bytes], sha256: str = ""
+    ) -> tuple[TextSide, tuple[str, ...]]:
         if self.error is not None:
             raise self.error
         template = files[TEMPLATE_FILE].decode() if TEMPLATE_FILE in files else None

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import LifoQueue
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, Protocol, TypeAlias
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
 from lora_runtime.text.text_side import TextSide
@@ -35,6 +35,7 @@ STARTING_S = 60.0
 PENALTY_S = 60.0
 """How long a text side that used up its limits is refused."""
 MAX_WAITING = 256
+MAX_REMEMBERED = 1024
 MAX_MESSAGE = 300
 """Characters of a template's own complaint that are passed on."""
 LENGTH_BYTES = 4
@@ -46,6 +47,10 @@ TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
 """What an adapter's own chat template must render when it is loaded."""
 
 
+Reading: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
+"""An adapter's text side, None for the base's, and notes on it."""
+
+
 class LimitExceeded(Exception):
     """The process took too long or too much memory, and was killed."""
 
@@ -53,9 +58,10 @@ class LimitExceeded(Exception):
 class OwnText(Protocol):
     """Reads and runs the text sides that adapters bring."""
 
-    async def read(self, files: Mapping[str, bytes]) -> tuple[TextSide | None, tuple[str, ...]]:
+    async def read(self, files: Mapping[str, bytes], sha256: str = "") -> Reading:
         """Judge an adapter's text files; give its text side, None for the base's, and notes.
 
+        `sha256`: a digest of the files, under which the answer is remembered.
         Raises AdapterRefused naming the file.
         """
         ...
@@ -87,12 +93,15 @@ class TextWorkers:
         self._vocab_size = vocab_size
         self._loading = _Pool("loading", NUM_LOADING)
         self._rendering = _Pool("rendering", NUM_RENDERING)
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._sides: WeakValueDictionary[str, TextSide] = WeakValueDictionary()
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._sides: weakref.WeakValueDictionary[str, TextSide] = weakref.WeakValueDictionary()
         """Adapters of one text share it: a tokenizer may have megabytes."""
+        self._read_before: dict[str, tuple[weakref.ref[TextSide] | None, tuple[str, ...]]] = {}
         self._refused_until: dict[str, float] = {}
 
-    async def read(self, files: Mapping[str, bytes]) -> tuple[TextSide | None, tuple[str, ...]]:
+    async def read(self, files: Mapping[str, bytes], sha256: str = "") -> Reading:
+        if (known := self._remembered(sha256)) is not None:
+            return known
         try:
             reply = await self._loading.run(lambda process: self._read(process, files))
         except LimitExceeded:
@@ -109,7 +118,18 @@ class TextWorkers:
             side = self._sides.setdefault(side.key, side)
         if side is not None and side.is_own_template and side.template is not None:
             notes += await self._trial(side)
+        self._read_before[sha256] = (side and weakref.ref(side), tuple(notes))
+        while len(self._read_before) > MAX_REMEMBERED:
+            del self._read_before[next(iter(self._read_before))]
         return side, tuple(notes)
+
+    def _remembered(self, sha256: str) -> Reading | None:
+        """What files of this digest gave, while an adapter has it or where it is the base's."""
+        if not sha256 or sha256 not in self._read_before:
+            return None
+        held, notes = self._read_before[sha256]
+        side = held and held()
+        return None if held is not None and side is None else (side, notes)
 
     async def render(
         self, side: TextSide, messages: Sequence[Mapping[str, str]]

@@ -6,6 +6,8 @@ Oracle: AutoTokenizer of the adapter's folder, with everything of the base's tha
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gc
 import json
 import random
 import shutil
@@ -393,3 +395,18 @@ def test_any_change_of_good_files_is_taken_or_refused(adapter: Path, workers: Te
             outcomes.add("taken")
             assert side is not None
     assert outcomes == {"refused", "taken"}
+
+
+@pytest.mark.parametrize("kind", ["the base's", "end token", "added tokens"])
+def test_files_that_were_read_are_not_read_again(
+    kind: str, adapter: Path, workers: TextWorkers
+) -> None:
+    """Hundreds of adapters come with the same files; a digest stands for what they gave."""
+    OWN.get(kind, lambda folder: None)(adapter)
+    first = asyncio.run(workers.read(files_of(adapter), kind))
+    assert asyncio.run(workers.read({}, kind)) == first
+    side = first[0] and dataclasses.replace(first[0])
+    del first
+    gc.collect()
+    if side is not None:  # no adapter has it any more: it is read once more
+        assert asyncio.run(workers.read(files_of(adapter), kind))[0] == side
