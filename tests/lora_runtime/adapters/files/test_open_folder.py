@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 
 from lora_runtime.adapters.files.file_names import (
     CONFIG_FILE,
-    GENERATION_FILE,
     SIDECAR_FILE,
-    TEMPLATE_FILE,
     TENSORS_FILE,
 )
 from lora_runtime.adapters.files.folder import FolderContent, read_folder
 from lora_runtime.core import FolderRules
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, LoramuxError
+from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
 
 LOADS_S = 4.0
 
