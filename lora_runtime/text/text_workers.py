@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import LifoQueue
+from queue import PriorityQueue
 from typing import Any, Protocol, TypeAlias
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
@@ -165,21 +165,36 @@ class TextWorkers:
     async def _run(
         self, side: TextSide, request: dict[str, Any], field: str, what: str
     ) -> dict[str, Any]:
-        async with self._locks.setdefault(side.key, asyncio.Lock()):
-            if time.monotonic() < self._refused_until.get(side.key, 0.0):
-                raise _spent(field, what)
-            self._refused_until.pop(side.key, None)
-            try:
-                reply = await self._rendering.run(lambda process: process.ask(request, side))
-            except LimitExceeded:
-                self._refuse(side)
-                raise _spent(field, what) from None
+        lock = self._locks.setdefault(side.key, asyncio.Lock())
+        await lock.acquire()
+        if time.monotonic() < self._refused_until.get(side.key, 0.0):
+            lock.release()
+            raise _spent(field, what)
+        self._refused_until.pop(side.key, None)
+        work = asyncio.ensure_future(self._once(side, request, lock))
+        work.add_done_callback(_seen)
+        try:
+            reply = await asyncio.shield(work)  # a caller that goes away does not end the work
+        except LimitExceeded:
+            raise _spent(field, what) from None
         if "refused" in reply:
             raise InvalidRequest(
                 f"the adapter's {what} refuses the {field}: {reply['refused'][:MAX_MESSAGE]}",
                 field=field,
             )
         return reply
+
+    async def _once(
+        self, side: TextSide, request: dict[str, Any], lock: asyncio.Lock
+    ) -> dict[str, Any]:
+        """Run one request of a side and release the side's lock when it is really over."""
+        try:
+            return await self._rendering.run(lambda process: process.ask(request, side))
+        except LimitExceeded:
+            self._refuse(side)
+            raise
+        finally:
+            lock.release()
 
     def _refuse(self, side: TextSide) -> None:
         now = time.monotonic()
@@ -212,6 +227,12 @@ class TextWorkers:
             return process.exchange(request, LOADING_S)
 
 
+def _seen(work: asyncio.Future[Any]) -> None:
+    """Look at a failure whose caller has gone, so that asyncio does not report it as lost."""
+    if not work.cancelled():
+        work.exception()
+
+
 def _spent(field: str, what: str) -> InvalidRequest:
     return InvalidRequest(
         f"the adapter's {what} takes more time or memory than the {RENDERING_S:g} s and 512 MiB "
@@ -227,9 +248,10 @@ class _Pool:
     def __init__(self, kind: str, count: int) -> None:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix=f"text-{kind}")
         self._processes = [_Process(kind) for _ in range(count)]
-        self._idle: LifoQueue[_Process] = LifoQueue()  # those that run are asked before others
-        for process in self._processes:
-            self._idle.put(process)
+        self._idle: PriorityQueue[tuple[bool, int]] = PriorityQueue()
+        """Indices; those that have to be started come last."""
+        for index in range(count):
+            self._idle.put((True, index))
         self._num_waiting = 0
 
     async def run(self, work: Any) -> dict[str, Any]:
@@ -252,11 +274,12 @@ class _Pool:
             process.discard()
 
     def _with_process(self, work: Any) -> dict[str, Any]:
-        process = self._idle.get()
+        _, index = self._idle.get()
+        process = self._processes[index]
         try:
             reply: dict[str, Any] = work(process)
         finally:
-            self._idle.put(process)
+            self._idle.put((not process.is_running, index))
         return reply
 
 
@@ -267,6 +290,10 @@ class _Process:
         self._kind = kind
         self._running: subprocess.Popen[bytes] | None = None
         self._is_closed = False
+
+    @property
+    def is_running(self) -> bool:
+        return self._running is not None
 
     def ask(self, request: dict[str, Any], side: TextSide) -> dict[str, Any]:
         """Ask about a text side, sending it first where the process does not have it."""

@@ -192,7 +192,8 @@ class OpenFolder:
 
 
 def _own_root(real: Path) -> Path:
-    return real.parents[1] if real.parent.name == "snapshots" else real
+    snapshots = next((path for path in real.parents if path.name == "snapshots"), None)
+    return snapshots.parent if snapshots and (snapshots.parent / "blobs").is_dir() else real
 
 
 def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:

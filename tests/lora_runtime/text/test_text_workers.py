@@ -167,7 +167,7 @@ def test_others_are_served_while_templates_use_up_their_limits(
             assert await workers.render(good, CHAT) == "hi!"
             waits.append(time.monotonic() - begun)
             await asyncio.sleep(0.01)
-        assert len(waits) > 20 and max(waits) < 0.75
+        assert len(waits) > 20 and max(waits) < text_workers.RENDERING_S
         refused = [task.exception() for task in greedy]
         assert all(isinstance(e, InvalidRequest) and e.field == "messages" for e in refused)
         begun = time.monotonic()
@@ -178,6 +178,25 @@ def test_others_are_served_while_templates_use_up_their_limits(
         ended = await asyncio.gather(*both, return_exceptions=True)
         assert all(isinstance(error, InvalidRequest) for error in ended)
         assert await workers.render(good, CHAT) == "hi!"
+
+    asyncio.run(check())
+
+
+def test_callers_that_go_away_do_not_multiply_the_work(workers: TextWorkers, quick: None) -> None:
+    """What they asked for still runs, and keeps others of the same text waiting, not all texts."""
+
+    async def check() -> None:
+        bad = side_of(LOOP + "cancelled")
+        for _ in range(2 * text_workers.NUM_RENDERING):
+            gone = asyncio.create_task(workers.render(bad, CHAT))
+            await asyncio.sleep(0.05)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+        assert workers._rendering._idle.qsize() == text_workers.NUM_RENDERING - 1
+        with pytest.raises(InvalidRequest, match="not run for"):
+            await workers.render(bad, CHAT)
+        assert workers._rendering._idle.qsize() == text_workers.NUM_RENDERING
 
     asyncio.run(check())
 

@@ -162,6 +162,8 @@ def test_links_of_a_hub_cache_are_read(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     for roots in ((), (tmp_path,), (tmp_path / "models--a--b",)):
         assert versions(read_folder(snapshot, FolderRules(roots=roots))) == {7}
+    inner = snapshot / "pissa_init"
+    assert read_folder(inner).adapter.config["r"] == 7
     (tmp_path / "current").symlink_to(snapshot)
     assert versions(read_folder(tmp_path / "current", FolderRules(roots=(tmp_path,)))) == {7}
 
