@@ -25,6 +25,7 @@ from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import ConfigError
+from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.codec import adapter_name
 from server.config import ServerConfig, split_address
@@ -230,6 +231,7 @@ async def _serve_engine(
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes)
+    own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
     registry = stopping = loading = None
     try:
@@ -238,6 +240,7 @@ async def _serve_engine(
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
+            own_text=own_text,
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
@@ -259,6 +262,7 @@ async def _serve_engine(
         for task in (watching, stopping, loading):
             if task is not None:
                 task.cancel()
+        own_text.close()
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from server.cli_settings import (
 )
 
 if TYPE_CHECKING:
-    from lora_runtime.adapters.parity import Parity
+    from lora_runtime.adapters.files.folder import FolderContent
+    from lora_runtime.adapters.parity import Golden, Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
+    from lora_runtime.text.text_side import TextSide
 
 MAX_SHOWN = 60
 """Characters of a field's value in the table."""
@@ -63,14 +66,14 @@ def verify(
         config, base=base, quantization=quantization, dtype=dtype, device=device
     )
     try:
-        loaded, form = load_on_base(path, settings)
+        loaded, form, content = load_on_base(path, settings)
     except AdapterRefused as error:
         console.print(_field_table(fields, error=error))
         raise
-    console.print(_field_table(fields, form=form))
+    console.print(_field_table(content.adapter.config, form=form))
     console.print(_module_table(form))
     console.print(_fact_table(form, loaded, settings))
-    console.print(_parity_line(_check(path, form, loaded)))
+    console.print(_parity_line(_check(content, form, loaded)))
 
 
 def convert(
@@ -87,21 +90,20 @@ def convert(
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.files.parity_file import read_golden, write_golden
+    from lora_runtime.adapters.files.parity_file import write_golden
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
     settings = engine_settings(
         config, base=base, quantization=quantization, dtype="float32", device=device
     )
-    loaded, form = load_on_base(path, settings)
-    files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
-    golden = read_golden(path, loaded.spec)
+    loaded, form, content = load_on_base(path, settings)
+    files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
+    golden = _golden(content, loaded)
     write_adapter(out, *files)
-    if form.chat_template is not None:
-        write_file(out, TEMPLATE_FILE, form.chat_template.encode())
+    for name, text in form.text_files.items():
+        write_file(out, name, text)
     if golden is not None:
         if golden.tensors_sha256 == form.tensors_sha256:
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
@@ -111,7 +113,8 @@ def convert(
 
 def _read_config(path: Path) -> Mapping[str, object]:
     """The config alone, so that its table is shown whatever is wrong with the tensors."""
-    from lora_runtime.adapters.files.folder import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
+    from lora_runtime.adapters.files.file_names import CONFIG_FILE, MAX_CONFIG_BYTES
+    from lora_runtime.adapters.files.folder import read_optional
     from lora_runtime.adapters.files.strict_json import parse_object
 
     content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -120,26 +123,33 @@ def _read_config(path: Path) -> Mapping[str, object]:
     return parse_object(content, CONFIG_FILE)
 
 
-def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm, FolderContent]:
     """Load the base and reduce the adapter for it. Raises BaseRefused, AdapterRefused."""
-    from lora_runtime.adapters.reduction import load_adapter
+    from lora_runtime.adapters.files.folder import read_folder
+    from lora_runtime.adapters.reduction import reduce_folder
     from lora_runtime.base.loader import load_base
 
     with Console(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
-        return base, load_adapter(path, base.spec, base.weights)
+        content = read_folder(path)
+        return base, reduce_folder(content, base.spec, base.weights), content
 
 
-def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
+def _golden(content: FolderContent, base: Base) -> Golden | None:
+    from lora_runtime.adapters.files.parity_file import parse_golden
+
+    return None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+
+
+def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | None:
     """The parity gate. Raises ParityFailed."""
-    from lora_runtime.adapters.files.parity_file import read_golden
     from lora_runtime.adapters.packed_adapter import pack_for
     from lora_runtime.adapters.parity import gate
     from lora_runtime.engine.probe import effect_of
 
     logits = effect_of(base, pack_for(base, form))
-    return gate(read_golden(path, base.spec), logits, base.spec.dtype, form.tensors_sha256)
+    return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(
@@ -195,7 +205,7 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
 
     num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
-    template = form.chat_template
+    side, text_notes = own_text(form, base)
     facts = {
         "digest": form.digest,
         "variant": form.variant,
@@ -204,16 +214,38 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
         "device memory": decimal(num_bytes),
         "layer map": _layers(form.layer_map),
         "invocation tokens": ", ".join(map(str, form.invocation_tokens)) or "none: acts everywhere",
-        "chat template": "the base's"
-        if template is None
-        else f"its own, {len(template)} characters",
-        "tokens": "the base's",
-        **{f"note {number}": note for number, note in enumerate(form.notes, start=1)},
+        **_text_facts(side),
+        **{f"note {n}": note for n, note in enumerate((*form.notes, *text_notes), start=1)},
     }
     table = Table("fact", "value")
     for fact, value in facts.items():
         table.add_row(fact, value)
     return table
+
+
+def own_text(form: ServingForm, base: Base) -> tuple[TextSide | None, tuple[str, ...]]:
+    """The adapter's own text side, None for the base's, and notes. Raises AdapterRefused."""
+    from lora_runtime.text.text_workers import TextWorkers
+
+    if not form.text_files:
+        return None, ()
+    workers = TextWorkers(base.folder, base.spec.vocab_size)
+    try:
+        return asyncio.run(workers.read(form.text_files))
+    finally:
+        workers.close()
+
+
+def _text_facts(side: TextSide | None) -> dict[str, str]:
+    base, own = "the base's", "its own"
+    if side is None:
+        return {"chat template": base, "tokens": base, "end tokens": base}
+    length = len(side.template or "")
+    return {
+        "chat template": f"{own}, {length} characters" if side.is_own_template else base,
+        "tokens": base if side.tokenizer is None else own,
+        "end tokens": ", ".join(map(str, side.eos_token_ids)) or "none",
+    }
 
 
 def _layers(layer_map: tuple[int, ...] | None) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli_command import Command
 from server.client import DEFAULT_TARGET, Client
-from server.client_requests import Sampling
+from server.client_requests import Options
 
 Address = Annotated[
     str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
@@ -49,6 +49,9 @@ def generate(
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
     ] = None,
+    base_text: Annotated[
+        bool | None, typer.Option("--base-text", help="The base's tokens, template and ends.")
+    ] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -62,8 +65,9 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
+        "base_text": base_text,
     }
-    given = cast(Sampling, {key: value for key, value in sampling.items() if value is not None})
+    given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
     with Client(address) as client:
         if chat:

@@ -7,8 +7,6 @@ after it. Only one server at a time may use a database.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS names (
     name TEXT PRIMARY KEY,
-    digest TEXT NOT NULL, text_digest TEXT NOT NULL, source TEXT NOT NULL,
-    former_digest TEXT, former_text_digest TEXT, former_source TEXT
+    digest TEXT NOT NULL, text_sha256 TEXT NOT NULL, source TEXT NOT NULL,
+    former_digest TEXT, former_text_sha256 TEXT, former_source TEXT
 )
 """
 
@@ -33,14 +31,19 @@ class Content:
 
     digest: str
     """Of its settings and tensors."""
-    text_digest: str
-    """Of what changes how conversations are rendered for it."""
+    text_sha256: str
+    """Of its own text files, which its digest does not cover; "" where its text is the base's."""
     source: str
     """As the caller wrote it; for an upload, its name in the store."""
 
+    @classmethod
+    def of(cls, loaded: LoadedAdapter, source: str) -> Content:
+        """What a source gave."""
+        return cls(loaded.digest, loaded.text_sha256, source)
+
     def is_of(self, loaded: LoadedAdapter) -> bool:
         """Tell whether this is what a folder gave."""
-        return (self.digest, self.text_digest) == (loaded.digest, text_digest(loaded))
+        return self == Content.of(loaded, self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,6 @@ class KeptName:
     name: str
     content: Content
     former: Content | None
-
-
-def text_digest(loaded: LoadedAdapter) -> str:
-    """Return the SHA-256 of an adapter's own text side, which its digest does not cover."""
-    text = json.dumps([loaded.chat_template])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class NameStore:
@@ -91,8 +88,8 @@ class NameStore:
         former = kept.former
         values = (
             kept.name,
-            *(kept.content.digest, kept.content.text_digest, kept.content.source),
-            *((former.digest, former.text_digest, former.source) if former else (None,) * 3),
+            *(kept.content.digest, kept.content.text_sha256, kept.content.source),
+            *((former.digest, former.text_sha256, former.source) if former else (None,) * 3),
         )
         self._write("INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 

@@ -11,12 +11,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
 
+from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
@@ -27,26 +29,31 @@ from lora_runtime.errors import (
     LoramuxError,
     Unavailable,
 )
+from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState
-from server.names import Content, KeptName, NameStore, text_digest
+from server.names import Content, KeptName, NameStore
 from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
-NUM_REVIEWERS = 2
-MAX_WAITING_REVIEWS = 256
 MAX_WAITING_WRITES = 1024
 NUM_RESTORED_AT_ONCE = 4
 
-Review: TypeAlias = Callable[[LoadedAdapter], tuple[str, ...]]
-"""Gives notes on new content. Runs in a thread."""
+Reviewed: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
+Review: TypeAlias = Callable[[LoadedAdapter], Awaitable[Reviewed]]
+"""Judges new content beside its tensors: gives its text side and notes, or raises."""
 Settle: TypeAlias = Callable[[], Awaitable[None]]
 """Puts new content where its source says that it is, before the name is kept."""
-Resolve: TypeAlias = Callable[[str], Awaitable[Path]]
-"""From a source to its folder."""
+Resolve: TypeAlias = Callable[[str], Awaitable[tuple[Path, FolderRules]]]
+"""From a source to its folder and what must hold of it."""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+async def no_review(loaded: LoadedAdapter) -> Reviewed:
+    """Take new content as it is."""
+    return None, ()
 
 
 class AdapterObserver(Protocol):
@@ -75,9 +82,6 @@ class Registry:
         self._names = names
         self._kept = {kept.name: kept for kept in names.all()} if names else {}
         self._writer = WorkerPool("names", num_threads=1, max_waiting=MAX_WAITING_WRITES)
-        self._reviewers = WorkerPool(
-            "reviewing adapters", num_threads=NUM_REVIEWERS, max_waiting=MAX_WAITING_REVIEWS
-        )
         self._observer = observer
         self._base_name = base_name
         self._records: dict[str, AdapterRecord] = {
@@ -135,7 +139,8 @@ class Registry:
         *,
         source: str,
         replace: bool = False,
-        review: Review = lambda loaded: (),
+        review: Review = no_review,
+        rules: FolderRules = ANY_FOLDER,
         settle: Settle | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
@@ -147,9 +152,9 @@ class Registry:
         whatever the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
-        return await self._finish(self._load(name, folder, source, replace, review, settle))
+        return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
 
-    async def restore(self, resolve: Resolve, review: Review = lambda loaded: ()) -> None:
+    async def restore(self, resolve: Resolve, review: Review = no_review) -> None:
         """Load what the names held when they were kept last. A content that cannot be found any
         more, or has become another, leaves its name FAILED; it stays kept until it is unloaded.
         """
@@ -199,17 +204,20 @@ class Registry:
         source: str,
         replace: bool,
         review: Review,
+        rules: FolderRules,
         settle: Settle | None,
     ) -> tuple[AdapterRecord, bool]:
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, source)
-            held, content = self._held(name), Content(loaded.digest, text_digest(loaded), source)
+            loaded = await self._read(name, folder, source, rules)
+            held, content = self._held(name), Content.of(loaded, source)
+            is_same = held is not None and held.loaded == loaded
+            reviewed: Reviewed = None, ()
             try:
                 if not replace:
                     self._check_replaces_nothing(name, loaded)
-                is_same = held is not None and held.loaded == loaded
-                notes = await self._reviewers.run(review, loaded) if not is_same else ()
+                if not is_same:
+                    reviewed = await self._reviewed(name, folder, source, loaded, review)
                 if settle is not None:
                     await settle()
                 if not is_same:
@@ -220,7 +228,7 @@ class Registry:
             if held is not None and is_same:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
                 return held, True
-            record = self._install(name, source, loaded, (*loaded.notes, *notes))
+            record = self._records[name] = _record(name, source, loaded, reviewed)
             seconds = time.monotonic() - begun
             self._observer.on_adapter_loaded(name, loaded.digest, loaded.nbytes, seconds)
             if held is not None:
@@ -258,15 +266,14 @@ class Registry:
     def _content(self, record: AdapterRecord | None) -> Content | None:
         if record is None or record.loaded is None:
             return None
-        return Content(record.digest, text_digest(record.loaded), record.source)
+        return Content.of(record.loaded, record.source)
 
     async def _restore(
         self, kept: KeptName, record: AdapterRecord, resolve: Resolve, review: Review
     ) -> None:
         begun, record.state = time.monotonic(), AdapterState.VERIFYING
         try:
-            loaded = await self._read_again(kept.content, resolve)
-            notes = await self._reviewers.run(review, loaded)
+            restored = await self._read_again(kept.name, kept.content, resolve, review)
         except Exception as error:
             self._fail(record, _public(error))
             logger.error(
@@ -278,50 +285,44 @@ class Registry:
                 exc_info=None if isinstance(error, LoramuxError) else error,
             )
             return
-        former, lost = await self._restore_former(kept, resolve)
-        restored = self._install(kept.name, record.source, loaded, (*loaded.notes, *notes, *lost))
-        restored.former = former
+        restored.former, lost = await self._restore_former(kept, resolve, review)
+        restored.notes += lost
+        self._records[kept.name] = restored
         seconds = time.monotonic() - begun
-        self._observer.on_adapter_loaded(kept.name, loaded.digest, loaded.nbytes, seconds)
+        assert restored.loaded is not None
+        self._observer.on_adapter_loaded(
+            kept.name, restored.digest, restored.loaded.nbytes, seconds
+        )
         self._log("restored", restored, seconds=round(seconds, 3))
 
     async def _restore_former(
-        self, kept: KeptName, resolve: Resolve
+        self, kept: KeptName, resolve: Resolve, review: Review
     ) -> tuple[AdapterRecord | None, tuple[str, ...]]:
         """The former content of a name, or why there is none to go back to any more."""
         if kept.former is None:
             return None, ()
         try:
-            loaded = await self._read_again(kept.former, resolve)
+            return await self._read_again(kept.name, kept.former, resolve, review), ()
         except Exception as error:
             return None, (f"its former content cannot be brought back: {_public(error)}",)
-        return (
-            AdapterRecord(
-                name=kept.name,
-                source=kept.former.source,
-                state=AdapterState.LOADED,
-                loaded=loaded,
-                loaded_at_s=time.time(),
-                notes=loaded.notes,
-            ),
-            (),
-        )
 
-    async def _read_again(self, content: Content, resolve: Resolve) -> LoadedAdapter:
+    async def _read_again(
+        self, name: str, content: Content, resolve: Resolve, review: Review
+    ) -> AdapterRecord:
         """Load what a source holds. Raises AdapterRefused when that is another content by now."""
-        folder = await resolve(content.source)
+        folder, rules = await resolve(content.source)
         try:
-            loaded = await self._engine.load_adapter(folder)
+            loaded = await self._engine.load_adapter(folder, rules)
         except LoramuxError as error:
             raise without_path(error, folder, content.source) from None
-        if not content.is_of(loaded):
+        try:
+            if not content.is_of(loaded):
+                raise _changed(content, loaded)
+            reviewed = await self._reviewed(name, folder, content.source, loaded, review)
+        except BaseException:
             await self._engine.unload_adapter(loaded.digest)
-            raise AdapterRefused(
-                f"source {content.source!r} holds {loaded.digest[:12]} now, not the "
-                f"{content.digest[:12]} that the name held; load it with replace to take it",
-                field="source",
-            )
-        return loaded
+            raise
+        return _record(name, content.source, loaded, reviewed)
 
     async def _rollback(self, name: str) -> AdapterRecord:
         async with self._lock(name):
@@ -340,13 +341,15 @@ class Registry:
             self._log("rolled back", record)
             return record
 
-    async def _read(self, name: str, folder: Path, source: str) -> LoadedAdapter:
+    async def _read(
+        self, name: str, folder: Path, source: str, rules: FolderRules
+    ) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
         record = AdapterRecord(name=name, source=source, state=AdapterState.VERIFYING)
         if self._held(name) is None:
             self._records[name] = record
         try:
-            return await self._engine.load_adapter(folder)
+            return await self._engine.load_adapter(folder, rules)
         except LoramuxError as error:
             public = without_path(error, folder, source)
             self._fail(record, public.message)
@@ -354,6 +357,18 @@ class Registry:
         except Exception as error:
             logger.exception("adapter could not be read", adapter=name)
             self._fail(record, _public(error))
+            raise
+
+    async def _reviewed(
+        self, name: str, folder: Path, source: str, loaded: LoadedAdapter, review: Review
+    ) -> Reviewed:
+        """Review new content; what is raised shows no path that the client did not write."""
+        try:
+            return await review(loaded)
+        except LoramuxError as error:
+            raise without_path(error, folder, source) from None
+        except Exception:
+            logger.exception("adapter could not be reviewed", adapter=name)
             raise
 
     def _log(self, what: str, record: AdapterRecord, **facts: Any) -> None:
@@ -412,19 +427,6 @@ class Registry:
         record = self._records.get(name)
         return record if record is not None and record.state is AdapterState.LOADED else None
 
-    def _install(
-        self, name: str, source: str, loaded: LoadedAdapter, notes: tuple[str, ...]
-    ) -> AdapterRecord:
-        self._records[name] = AdapterRecord(
-            name=name,
-            source=source,
-            state=AdapterState.LOADED,
-            loaded=loaded,
-            loaded_at_s=time.time(),
-            notes=notes,
-        )
-        return self._records[name]
-
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
@@ -441,6 +443,31 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen: a caller that went away leaves it behind
+
+
+def _record(name: str, source: str, loaded: LoadedAdapter, reviewed: Reviewed) -> AdapterRecord:
+    """The record of a name that points to this content from now on."""
+    text, notes = reviewed
+    return AdapterRecord(
+        name=name,
+        source=source,
+        state=AdapterState.LOADED,
+        loaded=replace_fields(loaded, text_files={}),  # read by now, and large
+        text=text,
+        loaded_at_s=time.time(),
+        notes=(*loaded.notes, *notes),
+    )
+
+
+def _changed(content: Content, loaded: LoadedAdapter) -> AdapterRefused:
+    now, then = f"{loaded.digest[:12]} now", content.digest[:12]
+    if loaded.digest == content.digest:
+        now, then = "other text files now", "content"
+    return AdapterRefused(
+        f"source {content.source!r} holds {now}, not the {then} that the name held; load it with "
+        "replace to take it",
+        field="source",
+    )
 
 
 def _public(error: BaseException) -> str:

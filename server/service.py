@@ -16,12 +16,14 @@ from pathlib import Path
 
 import structlog
 
-from lora_runtime.core import Request, SamplingParams
+from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
-from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -36,7 +38,7 @@ from server.calls import (
     TokenPrompt,
     UploadCall,
 )
-from server.composition import chat_template, depth, request_notes, uses
+from server.composition import depth, request_notes, text_side, uses
 from server.output import OutputText, RequestMeter, RequestObserver
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -56,11 +58,6 @@ MAX_WAITING_DISK = 256
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
 
-TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
-"""What an adapter's own chat template must render when it is loaded."""
-MAX_TRIAL_ERROR = 300
-"""Characters of a template's complaint that are kept."""
-
 
 class Service:
     """The use cases of one server."""
@@ -70,6 +67,7 @@ class Service:
         *,
         engine: EngineClient,
         tokenizer: Tokenizer,
+        own_text: OwnText,
         registry: Registry,
         sources: Sources,
         store: AdapterStore,
@@ -78,6 +76,7 @@ class Service:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._own_text = own_text
         self._registry = registry
         self._sources = sources
         self._store = store
@@ -101,12 +100,12 @@ class Service:
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         with self._preparing():
-            prompt, records = await self._prepare(call)
+            prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
-            sampling=self._sampling(call, len(prompt), depth(records)),
+            sampling=self._sampling(call, len(prompt), depth(records), side),
             adapters=uses(records, call.adapters),
             cache_salt=call.cache_salt,
             deadline=deadline,
@@ -114,30 +113,39 @@ class Service:
         started = Started(
             request_id=call.request_id or request.request_id,
             num_prompt_tokens=len(prompt),
-            notes=tuple(request_notes(records, call.prompt, prompt)),
+            notes=tuple(request_notes(records, prompt)),
         )
         names = tuple(choice.name for choice in call.adapters)
         meter = RequestMeter(self._observer, names, len(prompt))
         with self._registry.in_flight(records), meter:
-            async with aclosing(self._run(request, call, started, meter)) as events:
+            async with aclosing(self._run(request, call, started, meter, side)) as events:
                 async for event in events:
                     yield event
 
-    async def tokenize(self, prompt: Prompt, template: str | None = None) -> list[int]:
-        """Return a prompt's token ids; `template` renders conversations in place of the base's.
+    async def tokenize(self, prompt: Prompt, side: TextSide | None = None) -> list[int]:
+        """Return a prompt's token ids, as an adapter's own text side makes them or as the base.
 
         Raises InvalidRequest naming the prompt's field.
         """
         if prompt.is_empty:
             raise InvalidRequest(f"{prompt.field} is empty", field=prompt.field)
         match prompt:
+            case TextPrompt(text=text) if side is not None and side.tokenizer is not None:
+                return await self._own_text.encode(side, text)
             case TextPrompt(text=text) if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
                 return await self._tokenisers.run(self._tokenizer.encode, text)
+            case ChatPrompt(messages=messages) if side is not None and (
+                side.is_own_template or side.tokenizer is not None
+            ):
+                check_messages(messages)
+                rendered = await self._own_text.render(side, messages)
+                if isinstance(rendered, list):
+                    return rendered
+                return await self._tokenisers.run(self._tokenizer.encode_rendered, rendered)
             case ChatPrompt(messages=messages):
-                render = self._tokenizer.apply_chat_template
-                return await self._tokenisers.run(render, messages, template)
+                return await self._tokenisers.run(self._tokenizer.apply_chat_template, messages)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
 
@@ -146,8 +154,8 @@ class Service:
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         with _refusals_logged(name, source):
-            folder = await self._disk.run(self._sources.resolve, source)
-            return await self._load(name, folder, source, replace)
+            folder, rules = await self._resolve(source)
+            return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -170,16 +178,11 @@ class Service:
 
         Raises as `load_adapter`.
         """
-        found = await self._disk.run(Sources([folder]).resolve, str(folder.resolve()))
-        await self._load(name, found, str(folder), replace=True)
+        await self._load(name, folder, str(folder), True, ANY_FOLDER)
 
     async def restore_adapters(self) -> None:
         """Load again what the names held before a restart; see `Registry.restore`."""
-
-        async def resolve(source: str) -> Path:
-            return await self._disk.run(self._sources.resolve, source)
-
-        await self._registry.restore(resolve, self._try_template)
+        await self._registry.restore(self._resolve, self._review)
 
     async def rollback_adapter(self, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
@@ -224,9 +227,15 @@ class Service:
             upload.folder,
             upload.digest,
             call.replace,
+            FolderRules(sha256=upload.digest),
             settle=lambda: self._store.keep(upload),
         )
         return record
+
+    async def _resolve(self, source: str) -> tuple[Path, FolderRules]:
+        """From a client-given source to its folder and what must hold of it."""
+        folder = await self._disk.run(self._sources.resolve, source)
+        return folder, FolderRules(roots=self._sources.roots, sha256=self._store.digest_of(folder))
 
     async def _load(
         self,
@@ -234,6 +243,7 @@ class Service:
         folder: Path,
         source: str,
         replace: bool,
+        rules: FolderRules,
         settle: Settle | None = None,
     ) -> tuple[AdapterRecord, bool]:
         return await self._registry.load(
@@ -241,7 +251,8 @@ class Service:
             folder,
             source=source,
             replace=replace,
-            review=self._try_template,
+            review=self._review,
+            rules=rules,
             settle=settle,
         )
 
@@ -259,19 +270,21 @@ class Service:
         finally:
             self._num_preparing -= 1
 
-    async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:
-        """Return a call's tokens and the adapters that are to answer.
+    async def _prepare(
+        self, call: GenerateCall
+    ) -> tuple[list[int], list[AdapterRecord], TextSide | None]:
+        """Return a call's tokens, the adapters that are to answer, and their own text side.
 
-        The tokens are rendered with those adapters' own template: a name may be swapped while they
-        are made, and then they are made again.
+        The tokens are made by that text side: a name may be swapped while they are made, and then
+        they are made again.
         """
-        records = self._records(call)
+        side = text_side(self._records(call), call.uses_base_text)
         while True:
-            template = chat_template(records)
-            prompt = await self.tokenize(call.prompt, template)
-            records = self._records(call)
-            if chat_template(records) == template:
-                return prompt, records
+            prompt = await self.tokenize(call.prompt, side)
+            records, used = self._records(call), side
+            side = text_side(records, call.uses_base_text)
+            if side == used:
+                return prompt, records, side
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         return [
@@ -279,15 +292,11 @@ class Service:
             for index, choice in enumerate(call.adapters)
         ]
 
-    def _try_template(self, loaded: LoadedAdapter) -> tuple[str, ...]:
-        """Note on a chat template that does not compile or refuses one plain user message."""
-        if loaded.chat_template is None:
-            return ()
-        try:
-            self._tokenizer.apply_chat_template(TRIAL_CHAT, loaded.chat_template)
-        except InvalidRequest as error:
-            return (f"its own template failed a trial: {error.message[:MAX_TRIAL_ERROR]}",)
-        return ()
+    async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
+        """Read an adapter's own text files. Raises AdapterRefused."""
+        if not loaded.text_files:
+            return None, ()
+        return await self._own_text.read(loaded.text_files, loaded.text_sha256)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._engine.info.base.vocab_size
@@ -300,7 +309,11 @@ class Service:
         return list(token_ids)
 
     def _sampling(
-        self, call: GenerateCall, num_prompt_tokens: int, num_layers: int
+        self,
+        call: GenerateCall,
+        num_prompt_tokens: int,
+        num_layers: int,
+        side: TextSide | None,
     ) -> SamplingParams:
         """The request's parameters with the defaults that depend on prompt and base filled in."""
         limit = token_limit(self._engine.info, num_layers)
@@ -318,7 +331,8 @@ class Service:
                 field="sampling.max_tokens",
             )
         vocab_size = self._engine.info.base.vocab_size
-        end_ids = {token for token in self._tokenizer.eos_token_ids if token < vocab_size}
+        wanted_ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
+        end_ids = {token for token in wanted_ends if token < vocab_size}
         return replace(
             call.sampling,
             max_tokens=min(wanted, room),
@@ -326,10 +340,16 @@ class Service:
         )
 
     async def _run(
-        self, request: Request, call: GenerateCall, started: Started, meter: RequestMeter
+        self,
+        request: Request,
+        call: GenerateCall,
+        started: Started,
+        meter: RequestMeter,
+        side: TextSide | None,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, call.stop)
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
         reason, timing, is_started = None, None, False
         async with aclosing(self._engine.generate(request)) as outputs:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,10 +18,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from lora_runtime.adapters.files.file_names import (
+    OPTIONAL_FILES,
+    REQUIRED_FILES,
+    content_digest,
+)
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from server.calls import UploadCall, UploadFile
-from server.sources import OPTIONAL_FILES, REQUIRED_FILES
 
 STALE_S = 86_400
 """Age at which a temporary folder is no running upload's: its server was killed."""
@@ -84,8 +87,15 @@ class AdapterStore:
         finally:
             await self._in_thread(shutil.rmtree, folder, ignore_errors=True)
 
+    def digest_of(self, folder: Path) -> str:
+        """Return the digest that a stored folder's files must have, "" for any other folder."""
+        return folder.name if folder.parent == self.root.resolve() else ""
+
     async def keep(self, upload: Upload) -> None:
-        """Move an upload into the store, at once; content that is there already stays."""
+        """Move an upload into the store, at once.
+
+        Content that is there already stays if it is whole, and else makes room.
+        """
         await self._in_thread(self._move, upload)
 
     async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
@@ -127,11 +137,14 @@ class AdapterStore:
 
     def _move(self, upload: Upload) -> None:
         target = self.root / upload.digest
+        if target.is_dir() and _digest_on_disk(target) != upload.digest:
+            os.rename(target, tempfile.mkdtemp(dir=self._incoming))
         try:
             os.rename(upload.folder, target)
         except OSError:
             if not target.is_dir():
                 raise
+        _sync(self.root)
 
 
 class Upload:
@@ -147,9 +160,8 @@ class Upload:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and hashes of all files, in hexadecimal."""
-        content = json.dumps(sorted(self._hashes.items()), separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        """See `content_digest`."""
+        return content_digest(self._hashes)
 
     def write(self, data: bytes) -> None:
         """Append to the current file. Raises InvalidRequest where it was announced shorter."""
@@ -212,6 +224,24 @@ async def _next_part(data: AsyncIterator[bytes]) -> bytes | None:
         raise InvalidRequest(
             f"nothing came for {IDLE_S:.0f} s; send the whole adapter again", field="chunk.data"
         ) from None
+
+
+def _digest_on_disk(folder: Path) -> str:
+    hashes = {}
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return content_digest(hashes)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def to_the_end(work: Awaitable[T]) -> T:

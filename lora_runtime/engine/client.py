@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from lora_runtime.core import BaseSpec, Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, BaseSpec, FolderRules, Request, StepOutput
 from lora_runtime.errors import Unavailable
 
 
@@ -47,8 +47,10 @@ class LoadedAdapter:
     """What people should know, for example the error bound of a recovered initialisation."""
     invocation_tokens: tuple[int, ...] = ()
     """aLoRA: it acts from their last occurrence in the prompt; empty: everywhere."""
-    chat_template: str | None = None
-    """Its own chat template; None: the base's."""
+    text_sha256: str = ""
+    """Digest of its own text files; "" where its text is the base's."""
+    text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Those files by name, which the engine does not look into."""
     num_layers: int = 0
     """Layers in its own layer map; 0: the base's."""
 
@@ -102,8 +104,10 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         """Read, check and keep an adapter. Content loaded before only gains a reference.
+
+        Everything of the folder is of one moment: a change meanwhile is seen whole or refused.
 
         Raises AdapterRefused (and its kinds), AdapterTooLarge, Overloaded, Unavailable.
         """

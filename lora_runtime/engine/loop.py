@@ -20,14 +20,16 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.companions import text_digest
+from lora_runtime.adapters.files.folder import read_folder
+from lora_runtime.adapters.files.parity_file import parse_golden
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
-from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.loader import load_base
+from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import FinishReason, Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, FinishReason, FolderRules, Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.failure_streak import FailureStreak
@@ -136,10 +138,9 @@ class InThreadEngine:
             if not is_over:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         base = self._engine.base
-        form = await self._readers.run(load_adapter, folder, base.spec, base.weights)
-        golden = await self._readers.run(read_golden, folder, base.spec)
+        form, golden = await self._readers.run(_read, folder, rules, base)
         packed = await self._readers.run(pack_for, base, form)
         if golden is not None:
             await self._check(golden, effect_of(base, packed), form.tensors_sha256)
@@ -344,6 +345,13 @@ def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
         outputs.put_nowait(output)
 
 
+def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, Golden | None]:
+    content = read_folder(folder, rules)
+    form = reduce_folder(content, base.spec, base.weights)
+    golden = None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+    return form, golden
+
+
 def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
     return LoadedAdapter(
         digest=form.digest,
@@ -356,6 +364,7 @@ def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
         inert=dict(form.inert),
         notes=form.notes,
         invocation_tokens=form.invocation_tokens,
-        chat_template=form.chat_template,
+        text_sha256=text_digest(form.text_files),
+        text_files=form.text_files,
         num_layers=len(form.layer_map or ()),
     )

@@ -7,7 +7,7 @@ Chat templates are foreign code: transformers renders them in jinja2's Immutable
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Tokenizer:
             )
         except (OSError, ValueError, ImportError) as error:
             raise BaseRefused(f"no usable tokenizer in {folder}: {error}") from error
-        configured = _configured_eos_ids(folder)
+        configured = configured_eos_ids(folder)
         own = () if inner.eos_token_id is None else (inner.eos_token_id,)
         return cls(inner, configured.union(own))
 
@@ -64,20 +64,25 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
+        """What decodes under other added tokens, (id, text, whether special); None: the base's."""
+        return self if added is None else TokenDecoder(self._inner, added)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a conversation that a template has rendered: it writes special tokens."""
+        return self._encode(text, add_special_tokens=False)
+
     def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        template: str | None = None,
-        *,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation in an adapter's own `template`, or in the base's.
+        """Token ids of a conversation in the base's own template.
+
+        The template is trusted as the base's weights are: the operator has chosen both.
 
         Raises InvalidRequest (field `messages`): no template, an unknown role or key, a template
         that does not compile, or whatever the template itself refuses.
         """
-        text = self._render(messages, template, add_generation_prompt)
-        return self._encode(text, add_special_tokens=False)
+        return self.encode_rendered(self._render(messages, add_generation_prompt))
 
     def split_chat(
         self, messages: Sequence[Message], learned: Sequence[bool] | None = None
@@ -148,24 +153,23 @@ class Tokenizer:
         return {text: token_id for text, token_id in texts.items() if text.strip()}
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        try:
+            return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
+            raise InvalidRequest("the text is not valid Unicode", field="text") from None
 
-    def _render(
-        self, messages: Sequence[Message], template: str | None, add_generation_prompt: bool
-    ) -> str:
-        if template is None and not self.has_chat_template:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if not self.has_chat_template:
             raise _refused("the base has no chat template; send text or token ids instead")
-        _check_messages(messages)
+        check_messages(messages)
         try:
             return self._inner.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except Exception as error:  # a template is foreign code and may raise anything
-            owner = "base" if template is None else "adapter"
-            raise _refused(f"the {owner}'s chat template refuses the messages: {error}") from error
+            raise _refused(f"the base's chat template refuses the messages: {error}") from error
 
     def _assistant_spans(
         self, messages: Sequence[Message], learned: Sequence[bool] | None, token_ids: list[int]
@@ -197,11 +201,29 @@ class Tokenizer:
         return ends[-1] + 1 if ends else len(turn)
 
 
+class TokenDecoder:
+    """The base's decoding under an adapter's added tokens."""
+
+    def __init__(
+        self, inner: PreTrainedTokenizerBase, added: Iterable[tuple[int, str, bool]]
+    ) -> None:
+        backend = inner.backend_tokenizer
+        self._model, self._decoder = backend.model, backend.decoder
+        self._added = {index: "" if special else text for index, text, special in added}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """As `Tokenizer.decode`. Source: tokenizers, `TokenizerImpl::decode`."""
+        named = (self._added.get(i, self._model.id_to_token(i)) for i in token_ids)
+        tokens = [token for token in named if token]
+        return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
+
+
 def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
     return whole[: len(prefix)] == prefix
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise InvalidRequest (field `messages`) for what no template is given."""
     if not messages:
         raise _refused("messages is empty; send at least one")
     for index, message in enumerate(messages):
@@ -219,7 +241,8 @@ def _refused(message: str) -> InvalidRequest:
     return InvalidRequest(message, field="messages")
 
 
-def _configured_eos_ids(folder: Path) -> frozenset[int]:
+def configured_eos_ids(folder: Path) -> frozenset[int]:
+    """End tokens that the generation config and the config of a base's folder name."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,13 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lora_runtime.errors import BaseRefused, ConfigError, Unavailable
+from lora_runtime.errors import (
+    AdapterRefused,
+    BaseRefused,
+    ConfigError,
+    LoramuxError,
+    Unavailable,
+)
 from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
 from server import app, watchdog
 from server.app import Ports
@@ -324,3 +331,50 @@ async def test_a_base_that_cannot_be_served_is_reported_as_such():
 
     with pytest.raises(BaseRefused, match="no such architecture"):
         await app.serve(load_config(), start=start)
+
+
+def write_adapter(root: Path, name: str, template: str) -> None:
+    (root / name).mkdir(parents=True)
+    (root / name / "adapter_config.json").write_text(json.dumps({"chat_template": template}))
+    (root / name / "adapter_model.safetensors").write_text(name)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HANGS = "{% if messages[0].content == 'hang' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
+
+
+async def test_a_template_that_never_ends_holds_up_nothing(engine, tmp_path):
+    """Neither health, nor other chats, loads and streams, nor the end of the server."""
+    root = tmp_path / "adapters"
+    write_adapter(root, "hangs", HANGS)
+    write_adapter(root, "upper", "{{ messages[0].content | upper }}")
+    write_adapter(root, "power", "{{ 7**60000000 }}")
+    async with running(engine, adapter_roots=(root,), drain_s=30) as server:
+        for name in ("hangs", "upper"):
+            await server.client.load_adapter(name, name)
+
+        async def chat(name: str, content: str) -> str:
+            messages = [{"role": "user", "content": content}]
+            generation = server.client.generate(messages=messages, adapter=name, max_tokens=1)
+            await generation.text()
+            return bytes(engine.seen[-1].prompt_token_ids).decode(errors="replace")
+
+        stuck = [asyncio.create_task(chat("hangs", "hang")) for _ in range(8)]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in stuck)
+        begun = time.monotonic()
+        for _ in range(5):
+            assert await server.status("/healthz") == 200 == await server.status("/readyz")
+            await chat("upper", "hi")
+        write_adapter(root, "later", "{{ messages[0].content }}?")
+        await server.client.load_adapter("later", "later")
+        with pytest.raises(AdapterRefused, match="power"):
+            await server.client.load_adapter("power", "power")
+        assert time.monotonic() - begun < 3
+        stuck.append(asyncio.create_task(chat("hangs", "hang")))
+        begun = time.monotonic()
+        send(signal.SIGTERM)
+        await server.task
+        assert time.monotonic() - begun < 8
+        ended = await asyncio.gather(*stuck, return_exceptions=True)
+        assert all(isinstance(error, LoramuxError) for error in ended)

@@ -226,6 +226,61 @@ async def test_what_cannot_be_loaded_at_the_start_ends_it(host, adapters, error)
             pass
 
 
+async def test_a_folder_of_a_hubs_cache_is_loaded_at_the_start(host):
+    blobs, snapshot = host.folder / "hub" / "blobs", host.folder / "hub" / "snapshots" / "main"
+    shutil.copytree(host.roots / host.write("one", "a1"), blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    async with host.serving(adapter=[f"x={snapshot}"]) as client:
+        assert (await client.get_adapter("x")).digest[0] == "a"
+
+
+async def test_own_text_comes_back_with_the_content_and_with_the_former_one(host):
+    host.write("one", "a1", chat_template="{{ messages[0].content | upper }}")
+    host.write("two", "b2", chat_template="{{ messages[0].content }}!")
+
+    async def prompt(client: AsyncClient, engine: LocalEngine) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": "hi"}]
+        await client.generate(messages=messages, adapter="x", max_tokens=1).text()
+        return engine.seen[-1].prompt_token_ids
+
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        await client.load_adapter("x", "one")
+        upper = await prompt(client, engine)
+        await client.load_adapter("x", "two", replace=True)
+        exclaiming = await prompt(client, engine)
+    assert upper != exclaiming
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        assert await prompt(client, engine) == exclaiming
+        await client.rollback_adapter("x")
+        assert await prompt(client, engine) == upper
+
+
+async def test_a_former_content_of_another_text_is_gone(host):
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("one", "a1"))
+        await client.load_adapter("x", host.write("two", "b2"), replace=True)
+    host.write("one", "a1", chat_template="{{ messages[0].content | upper }}")
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        info = await client.get_adapter("x")
+        assert not info.former_digest and "other text files" in "".join(info.notes)
+        await until(lambda: len(+engine.references) == 1)
+
+
+async def test_a_stored_upload_is_read_again_as_the_files_that_came(host):
+    async with host.serving() as client:
+        await client.upload_adapter("x", host.roots / host.write("one", "a1"))
+        source = (await client.get_adapter("x")).source
+    engine = LocalEngine()
+    async with host.serving(engine):
+        (rules,) = engine.rules.values()
+        assert rules.sha256 == source and host.roots.resolve() in rules.roots
+
+
 async def test_a_change_that_cannot_be_kept_is_not_made(host, monkeypatch):
     engine = LocalEngine()
     async with host.serving(engine) as client:
@@ -257,10 +312,10 @@ async def test_a_review_that_raises_leaves_nothing_behind(host, monkeypatch):
     engine = LocalEngine()
     async with host.serving(engine) as client:
 
-        def fail(*_):
+        async def fail(*_):
             raise TypeError("a lone surrogate")
 
-        monkeypatch.setattr(app.Service, "_try_template", fail)
+        monkeypatch.setattr(app.Service, "_review", fail)
         for _ in range(3):
             with pytest.raises(Exception, match="internal error"):
                 await client.load_adapter("x", host.write("one", "a1"))
