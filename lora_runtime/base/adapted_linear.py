@@ -61,9 +61,10 @@ class PooledBinding:
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        adapters = PooledAdapters(self.memory, self.runs[None], meta)
+        runs = self.runs
+        adapters = PooledAdapters(self.memory, runs[None], meta)
         product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, self.runs, meta, hidden)
+        return apply_adapters(product, x, layer.bias, self.memory, runs, meta, hidden)
 
     def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.runs, meta)
