@@ -1,13 +1,16 @@
-"""Whether Triton compiles a kernel now, for who watches over an engine's progress.
+"""Whether a kernel is being compiled now, for who watches over an engine's progress.
 
 A kernel that a step is the first to need keeps it for seconds without anything else going on, on a
-busy machine for more. Triton calls one hook before it compiles and another after.
+busy machine for more. Triton calls one hook before it compiles and another after; our own calls of
+a compiler stand in `compiling`.
 Source: triton.knobs.runtime, jit_cache_hook and jit_post_compile_hook.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 MAX_COMPILE_S = 300.0
@@ -23,6 +26,16 @@ def watch_compiles() -> None:
     if knobs.runtime.jit_cache_hook is None and knobs.runtime.jit_post_compile_hook is None:
         knobs.runtime.jit_cache_hook = _begin
         knobs.runtime.jit_post_compile_hook = _end
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Note that a kernel is being compiled while the context lasts."""
+    _begin()
+    try:
+        yield
+    finally:
+        _end()
 
 
 def is_compiling() -> bool:

@@ -1,12 +1,16 @@
-"""The compiler's two hooks, as Triton itself calls them when it compiles a kernel for a card."""
+"""The compiler's two hooks, as Triton itself calls them when it compiles a kernel for a card; and
+our own calls of NVRTC."""
 
 from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import triton
 from triton import knobs
 
-from lora_runtime.kernels import gpu_compiling
+from lora_runtime.kernels import cuda_product, gpu_compiling
 from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
 
 
@@ -65,3 +69,29 @@ def test_others_hooks_stay():
     knobs.runtime.jit_cache_hook = other
     watch_compiles()
     assert knobs.runtime.jit_cache_hook is other and knobs.runtime.jit_post_compile_hook is None
+
+
+@pytest.mark.parametrize("status", [0, 6])
+def test_nvrtc_is_seen_while_it_compiles_the_cuda_source(monkeypatch, status):
+    seen, good = [], SimpleNamespace(value=0)
+
+    def compile_program(*_: object) -> tuple[SimpleNamespace]:
+        seen.append(is_compiling())
+        return (SimpleNamespace(value=status),)
+
+    nvrtc = SimpleNamespace(
+        nvrtcCreateProgram=lambda *_: (good, "program"),
+        nvrtcCompileProgram=compile_program,
+        nvrtcGetProgramLogSize=lambda _: (good, 1),
+        nvrtcGetProgramLog=lambda *_: (good,),
+        nvrtcGetCUBINSize=lambda _: (good, 1),
+        nvrtcGetCUBIN=lambda *_: (good,),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
+    if status:
+        with pytest.raises(RuntimeError, match="sm_90"):
+            cuda_product.compiled.__wrapped__("sm_90", ())
+    else:
+        assert cuda_product.compiled.__wrapped__("sm_90", ()) == b"\0"
+    assert seen == [True] and not is_compiling()
