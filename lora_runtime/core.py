@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 
@@ -233,6 +234,21 @@ class StepOutput:
     error: LoramuxError | None = None
     """Set if and only if `finish_reason` is ERROR."""
     timing: RequestTiming | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderRules:
+    """What must hold of an adapter's folder beside what its files are."""
+
+    roots: tuple[Path, ...] = ()
+    """The folder lies below one of them, and so do the files that links in it lead to. None: it
+    may lie anywhere, and links stay in the folder or in its repository of a hub's cache."""
+    sha256: str = ""
+    """The digest that its files had when they were stored. Empty: they may be any."""
+
+
+ANY_FOLDER = FolderRules()
+"""The caller's own files."""
 
 
 @dataclass(frozen=True, slots=True)

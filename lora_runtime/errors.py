@@ -17,7 +17,7 @@ LoramuxError
 ├── DataError                   a training example cannot be used
 ├── RequestFailed               something unforeseen ended one request
 ├── Overloaded                  a queue or a pool is full; try again later
-└── Unavailable                 the engine is stopping or has died
+└── Unavailable                 the engine is stopping or has died, or an adapter is not there yet
 """
 
 from __future__ import annotations
@@ -101,4 +101,4 @@ class Overloaded(LoramuxError):
 
 
 class Unavailable(LoramuxError):
-    """The engine is stopping or has died."""
+    """The engine is stopping, hangs or has died, or an adapter is being loaded after a restart."""

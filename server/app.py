@@ -1,5 +1,6 @@
 """The composition root: builds every part of the server, runs them, and stops them in order.
 
+HTTP comes first and answers probes with 503 until the server is ready.
 Stopping: not ready, no new calls, running ones drain, the engine closes, HTTP goes last.
 """
 
@@ -10,7 +11,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,20 +24,27 @@ from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import ConfigError, Unavailable
+from lora_runtime.errors import ConfigError
+from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.codec import adapter_name
 from server.config import ServerConfig, split_address
+from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
+from server.names import NameStore
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
+from server.watchdog import Watchdog
 
-WATCH_INTERVAL_S = 0.5
 FAILURE_GRACE_S = 1.0
 """What streams get to receive their error when a part of the server has failed."""
+HTTP_STOP_S = 1.0
+EXIT_S = 4.5
+"""What the process gets to end, beyond the drain."""
 
 logger = structlog.get_logger(__name__)
 
@@ -64,29 +72,75 @@ class Ports:
     http: int
 
 
+def run(config: ServerConfig) -> None:
+    """Serve in this process, whose only task it is, until SIGTERM or SIGINT.
+
+    The process ends within seconds after that, or after the engine has died, whatever still runs
+    in it. Raises as `serve`.
+    """
+    guard = ExitGuard(is_on=True)
+    try:
+        asyncio.run(serve(config, guard=guard))
+    finally:
+        guard.limit(EXIT_S)
+
+
 async def serve(
     config: ServerConfig,
     *,
     start: EngineStarter = start_engine,
     on_ready: Callable[[Ports], None] | None = None,
+    guard: ExitGuard | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends the process at once.
 
-    Raises ConfigError, BaseRefused, or Unavailable when the engine dies.
+    Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    stop = StopSignal()
-    with stop.installed(asyncio.get_running_loop()):
-        engine_config = config.to_engine_config()
-        engine = await asyncio.to_thread(start, engine_config, on_progress=_log_progress)
-        stop.is_graceful = True
-        await _serve_engine(config, engine, stop, on_ready)
+    for name in config.adapter:
+        adapter_name(name, "adapter")
+    guard = guard or ExitGuard(is_on=False)
+    stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
+    condition = Condition()
+    with stop.installed(asyncio.get_running_loop()), _listen(config.http_address) as listener:
+        async with _http(condition, listener) as http:
+            engine_config = config.to_engine_config()
+            engine = await asyncio.to_thread(start, engine_config, on_progress=_log_progress)
+            stop.is_graceful = True
+            await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
     logger.info("stopped")
+
+
+@dataclass(slots=True)
+class Condition:
+    """What probes and scrapes are told; while the engine is loading, that nothing is there yet."""
+
+    watchdog: Watchdog | None = None
+    metrics: Metrics | None = None
+    service: Service | None = None
+    is_open: bool = False
+    """Requests are taken."""
+
+    def is_alive(self) -> bool:
+        """Tell whether there is a live engine."""
+        return self.watchdog is not None and self.watchdog.is_alive
+
+    def is_ready(self) -> bool:
+        """Tell whether requests are taken and likely to be answered."""
+        if self.service is None or self.watchdog is None:
+            return False
+        return self.is_open and self.watchdog.is_ready and not self.service.is_stuck()
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the page of metrics, empty while loading."""
+        return self.metrics.render(accept) if self.metrics else (b"", "text/plain")
 
 
 class StopSignal:
     """SIGTERM and SIGINT as one awaitable event."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
+        """`on_request` is called at the first graceful one."""
+        self._on_request = on_request
         self.is_graceful = False
         """Until it is set there is nothing to drain: a signal ends the process at once."""
         self._requested = asyncio.Event()
@@ -115,6 +169,7 @@ class StopSignal:
         if self._requested.is_set() or not self.is_graceful:
             os._exit(128 + number)
         logger.info("stopping", signal=number.name)
+        self._on_request()
         self._requested.set()
 
 
@@ -138,80 +193,144 @@ class HttpServer(uvicorn.Server):
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class RunningHttp:
+    """The HTTP server and the address it listens on."""
+
+    task: asyncio.Task[None]
+    port: int
+
+
+@contextlib.asynccontextmanager
+async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[RunningHttp]:
+    """Answer probes and scrapes while the context lasts, before there is an engine too."""
+    app = build_http_app(
+        metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
+    )
+    server = HttpServer(app)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield RunningHttp(task, listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await asyncio.wait([task], timeout=HTTP_STOP_S)
+
+
 async def _serve_engine(
     config: ServerConfig,
     engine: LocalEngine,
     stop: StopSignal,
+    condition: Condition,
+    http: RunningHttp,
     on_ready: Callable[[Ports], None] | None,
+    guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
     metrics = Metrics(engine)
-    registry = Registry(engine=engine, observer=metrics, base_name=base_name)
-    store = AdapterStore(
-        config.adapter_store or cache_folder() / "uploads", config.max_upload_bytes
-    )
+    condition.metrics = metrics
+    condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
+    folder = config.adapter_store or cache_folder() / "uploads"
+    store = AdapterStore(folder, config.max_upload_bytes)
+    own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
+    watching = asyncio.create_task(condition.watchdog.run(guard.touch))
+    registry = stopping = loading = None
     try:
+        names = await asyncio.to_thread(_open_names, config, folder, engine)
+        registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
+            own_text=own_text,
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
             observer=metrics,
             base_name=base_name,
         )
-        await _run(config, service, metrics, stop, on_ready)
+        stopping = asyncio.create_task(stop.wait())
+        loading = asyncio.create_task(_load_adapters(config, service))
+        parts = [http.task, watching, stopping]
+        if config.wait_for_adapters:
+            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+        else:
+            loading.add_done_callback(_log_failure)
+        await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
     finally:
+        guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
+        for task in (watching, stopping, loading):
+            if task is not None:
+                task.cancel()
+        own_text.close()
         await engine.close(drain_s=0)
-        await registry.close()
+        if registry is not None:
+            await registry.close()
+
+
+def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
+    """A folder that nobody chose may be another server's, or not writable: then there is no memory
+    of names, and the log says so.
+    """
+    try:
+        return NameStore(folder, engine.info.base.fingerprint)
+    except ConfigError as error:
+        if config.adapter_store is not None:
+            raise
+        logger.warning("names of adapters are not kept over a restart", reason=error.message)
+        return None
+
+
+async def _load_adapters(config: ServerConfig, service: Service) -> None:
+    """Load what the names held, then what the operator named. Raises what the latter raises."""
+    await service.restore_adapters()
+    for name, path in config.adapter.items():
+        await service.preload(name, path)
 
 
 async def _run(
     config: ServerConfig,
     service: Service,
-    metrics: Metrics,
+    condition: Condition,
+    parts: list[asyncio.Task[None]],
     stop: StopSignal,
-    on_ready: Callable[[Ports], None] | None,
+    announce: Announcement,
 ) -> None:
-    """Run gRPC and HTTP until a signal, or until one part fails; then stop them all."""
-    ready = asyncio.Event()
-    app = build_http_app(metrics=metrics, is_alive=service.is_alive, is_ready=ready.is_set)
-    http_server = HttpServer(app)
-    with _listen(config.http_address) as listener:
-        grpc_server = await start_grpc(service, config.grpc_address)
-        parts = [
-            asyncio.create_task(http_server.serve(sockets=[listener])),
-            asyncio.create_task(grpc_server.wait()),
-            asyncio.create_task(_until_dead(service)),
-            asyncio.create_task(stop.wait()),
-        ]
-        ready.set()
-        _announce(Ports(grpc=grpc_server.port, http=listener.getsockname()[1]), on_ready)
-        try:
-            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.clear()
-            await grpc_server.stop(config.drain_s if stop.is_requested else FAILURE_GRACE_S)
-            http_server.should_exit = True
-            await _end(parts)
+    """Run gRPC until a signal, or until one part fails; then stop it and raise what failed."""
+    if any(part.done() for part in parts):
+        return _raise_failures(parts)
+    grpc_server = await start_grpc(service, config.grpc_address, is_serving=condition.is_ready)
+    condition.service, condition.is_open = service, True
+    await grpc_server.show_health()
+    announce.ready(grpc_server.port)
+    serving = asyncio.create_task(grpc_server.wait())
+    try:
+        await asyncio.wait([serving, *parts], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        condition.is_open = False
+        await grpc_server.stop(config.drain_s if stop.is_requested else FAILURE_GRACE_S)
+        serving.cancel()
+    _raise_failures(parts)
 
 
-async def _end(parts: list[asyncio.Task[None]]) -> None:
-    """Wait for the servers, cancel the watchers, and raise what the first failed part raised."""
-    servers, watchers = parts[:2], parts[2:]
-    await asyncio.wait(servers)
-    for watcher in watchers:
-        watcher.cancel()
-    outcomes = await asyncio.gather(*parts, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
+def _raise_failures(parts: list[asyncio.Task[None]]) -> None:
+    for part in parts:
+        if part.done():
+            part.result()
 
 
-async def _until_dead(service: Service) -> None:
-    while service.is_alive():
-        await asyncio.sleep(WATCH_INTERVAL_S)
-    raise Unavailable("the engine has died; the log says why. Start the server again")
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """Says where the server listens once it is ready."""
+
+    http_port: int
+    on_ready: Callable[[Ports], None] | None
+
+    def ready(self, grpc_port: int) -> None:
+        """Log it, and tell who wants to know."""
+        logger.info("ready", grpc_port=grpc_port, http_port=self.http_port)
+        if self.on_ready is not None:
+            self.on_ready(Ports(grpc=grpc_port, http=self.http_port))
 
 
 def _listen(address: str) -> socket.socket:
@@ -226,10 +345,9 @@ def _listen(address: str) -> socket.socket:
         ) from None
 
 
-def _announce(ports: Ports, on_ready: Callable[[Ports], None] | None) -> None:
-    logger.info("ready", grpc_port=ports.grpc, http_port=ports.http)
-    if on_ready is not None:
-        on_ready(ports)
+def _log_failure(loading: asyncio.Task[None]) -> None:
+    if not loading.cancelled() and loading.exception() is not None:
+        logger.error("an adapter named at the start was not loaded", exc_info=loading.exception())
 
 
 def _log_progress(step: str) -> None:

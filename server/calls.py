@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
+from lora_runtime.text.text_side import TextSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class GenerateCall:
     prompt: Prompt
     adapters: tuple[AdapterChoice, ...] = ()
     """Their effects add up; none is the base."""
+    uses_base_text: bool = False
+    """Tokens, template and end tokens are the base's, whatever the adapters bring."""
     sampling: SamplingParams
     has_max_tokens: bool = True
     """False: `sampling.max_tokens` is only the default, to be cut to what fits."""
@@ -152,6 +155,8 @@ class AdapterRecord:
     state: AdapterState
     loaded: LoadedAdapter | None = None
     """What its files gave; None before that."""
+    text: TextSide | None = None
+    """Its own text side; None: the base's."""
     loaded_at_s: float = 0.0
     """Seconds since 1970; 0 before."""
     num_in_flight: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,9 @@ from rich.console import Console
 from lora_runtime.config import DtypeName, Quantization
 from lora_runtime.errors import LoramuxError
 from server import cli_adapters, cli_client, cli_doctor, cli_merge, cli_train, cli_uploads
+from server.cli_command import Command
+from server.cli_settings import ConfigFile
+from server.cli_settings import setting as _setting
 from server.config import LogFormat, LogLevel, ServerConfig, load_config
 from server.logs import setup_logging
 
@@ -40,14 +42,14 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(cli_client.adapters, name="adapters")
-cli_client.adapters.command()(cli_uploads.upload)
-cli_client.adapters.command()(cli_uploads.rollback)
-cli_client.adapters.command()(cli_adapters.verify)
-cli_client.adapters.command()(cli_adapters.convert)
-app.command()(cli_client.generate)
-app.command()(cli_train.train)
-app.command()(cli_merge.merge)
-app.command()(cli_doctor.doctor)
+cli_client.adapters.command(cls=Command)(cli_uploads.upload)
+cli_client.adapters.command(cls=Command)(cli_uploads.rollback)
+cli_client.adapters.command(cls=Command)(cli_adapters.verify)
+cli_client.adapters.command(cls=Command)(cli_adapters.convert)
+app.command(cls=Command)(cli_client.generate)
+app.command(cls=Command)(cli_train.train)
+app.command(cls=Command)(cli_merge.merge)
+app.command(cls=Command)(cli_doctor.doctor)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,16 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     app(arguments, prog_name="loramux")
 
 
-def _setting(name: str, *flags: str) -> Any:
-    """An option whose help and default are those of the setting `name`."""
-    field = ServerConfig.model_fields[name]
-    default = field.default or "none"
-    return typer.Option(*flags, help=f"{field.description} Default: {default}.")
+ROOT_FLAGS = ("--adapter-roots", "--adapter-root")
+"""One folder each time; the variable LORAMUX_ADAPTER_ROOTS and the file have them all."""
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: ConfigFile = None,
     base: Annotated[str | None, _setting("base")] = None,
     quantization: Annotated[Quantization | None, _setting("quantization")] = None,
     dtype: Annotated[DtypeName | None, _setting("dtype")] = None,
@@ -72,7 +71,9 @@ def serve(
     dequantized_cache: Annotated[bool | None, _setting("dequantized_cache")] = None,
     grpc_address: Annotated[str | None, _setting("grpc_address")] = None,
     http_address: Annotated[str | None, _setting("http_address")] = None,
-    adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", "--adapter-root")] = None,
+    adapter_roots: Annotated[list[Path] | None, _setting("adapter_roots", *ROOT_FLAGS)] = None,
+    adapter: Annotated[list[str] | None, _setting("adapter")] = None,
+    wait_for_adapters: Annotated[bool | None, _setting("wait_for_adapters")] = None,
     adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
     max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
@@ -84,6 +85,7 @@ def serve(
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
+    engine_timeout_s: Annotated[float | None, _setting("engine_timeout_s")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,
     log_level: Annotated[LogLevel | None, _setting("log_level")] = None,
     log_format: Annotated[LogFormat | None, _setting("log_format")] = None,
@@ -102,6 +104,6 @@ def serve(
         typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
         return
     setup_logging(level=settings.log_level, log_format=settings.log_format)
-    from server.app import serve as serve_until_stopped
+    from server.app import run
 
-    asyncio.run(serve_until_stopped(settings))
+    run(settings)

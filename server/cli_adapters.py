@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,32 +14,37 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
-from lora_runtime.config import DtypeName, EngineConfig, Quantization
+from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
-from server.config import load_config
+from server.cli_settings import (
+    BaseName,
+    ComputeDtype,
+    ConfigFile,
+    Device,
+    Format,
+    engine_settings,
+)
 
 if TYPE_CHECKING:
-    from lora_runtime.adapters.parity import Parity
+    from lora_runtime.adapters.files.folder import FolderContent
+    from lora_runtime.adapters.parity import Golden, Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
+    from lora_runtime.text.text_side import TextSide
 
 MAX_SHOWN = 60
 """Characters of a field's value in the table."""
 
 Folder = Annotated[Path, typer.Argument(help="The adapter's folder.")]
-BaseName = Annotated[
-    str | None, typer.Option(help="As in `loramux serve`, whose settings hold here too.")
-]
-Format = Annotated[
-    Quantization | None, typer.Option(help="Format of the base's linear layers, as in serving.")
-]
 
 
 def verify(
     path: Folder,
+    config: ConfigFile = None,
     base: BaseName = None,
     quantization: Format = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Compute dtype, as in serving.")] = None,
+    dtype: ComputeDtype = None,
+    device: Device = None,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Judge the config's fields; load no base.")
     ] = False,
@@ -49,30 +55,34 @@ def verify(
     was made.
     """
     console = Console(markup=False)
-    config = _read_config(path)
-    refusal = next(field_refusals(config), None)
+    fields = _read_config(path)
+    refusal = next(field_refusals(fields), None)
     if config_only or refusal:
-        console.print(_field_table(config))
+        console.print(_field_table(fields))
         if refusal:
             raise refusal
         return
-    settings = engine_settings(base, quantization, dtype)
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype=dtype, device=device
+    )
     try:
-        loaded, form = load_on_base(path, settings)
+        loaded, form, content = load_on_base(path, settings)
     except AdapterRefused as error:
-        console.print(_field_table(config, error=error))
+        console.print(_field_table(fields, error=error))
         raise
-    console.print(_field_table(config, form=form))
+    console.print(_field_table(content.adapter.config, form=form))
     console.print(_module_table(form))
     console.print(_fact_table(form, loaded, settings))
-    console.print(_parity_line(_check(path, form, loaded)))
+    console.print(_parity_line(_check(content, form, loaded)))
 
 
 def convert(
     path: Folder,
     out: Annotated[Path, typer.Argument(help="A new folder for the converted adapter.")],
+    config: ConfigFile = None,
     base: BaseName = None,
     quantization: Format = None,
+    device: Device = None,
 ) -> None:
     """Make it a plain LoRA that PEFT loads on the unmodified base, where that is exact.
 
@@ -80,18 +90,20 @@ def convert(
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.files.parity_file import read_golden, write_golden
+    from lora_runtime.adapters.files.parity_file import write_golden
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
-    files = plain_files(form, loaded.spec, loaded.weights, read_adapter(path).metadata)
-    golden = read_golden(path, loaded.spec)
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype="float32", device=device
+    )
+    loaded, form, content = load_on_base(path, settings)
+    files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
+    golden = _golden(content, loaded)
     write_adapter(out, *files)
-    if form.chat_template is not None:
-        write_file(out, TEMPLATE_FILE, form.chat_template.encode())
+    for name, text in form.text_files.items():
+        write_file(out, name, text)
     if golden is not None:
         if golden.tensors_sha256 == form.tensors_sha256:
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
@@ -101,7 +113,8 @@ def convert(
 
 def _read_config(path: Path) -> Mapping[str, object]:
     """The config alone, so that its table is shown whatever is wrong with the tensors."""
-    from lora_runtime.adapters.files.folder import CONFIG_FILE, MAX_CONFIG_BYTES, read_optional
+    from lora_runtime.adapters.files.file_names import CONFIG_FILE, MAX_CONFIG_BYTES
+    from lora_runtime.adapters.files.folder import read_optional
     from lora_runtime.adapters.files.strict_json import parse_object
 
     content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -110,32 +123,33 @@ def _read_config(path: Path) -> Mapping[str, object]:
     return parse_object(content, CONFIG_FILE)
 
 
-def engine_settings(base: str | None, quantization: str | None, dtype: str | None) -> EngineConfig:
-    """The settings a server would take, with these in place of its own. Raises ConfigError."""
-    flags = {"base": base, "quantization": quantization, "dtype": dtype}
-    return load_config(None, flags).to_engine_config()
-
-
-def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm]:
+def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm, FolderContent]:
     """Load the base and reduce the adapter for it. Raises BaseRefused, AdapterRefused."""
-    from lora_runtime.adapters.reduction import load_adapter
+    from lora_runtime.adapters.files.folder import read_folder
+    from lora_runtime.adapters.reduction import reduce_folder
     from lora_runtime.base.loader import load_base
 
     with Console(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
-        return base, load_adapter(path, base.spec, base.weights)
+        content = read_folder(path)
+        return base, reduce_folder(content, base.spec, base.weights), content
 
 
-def _check(path: Path, form: ServingForm, base: Base) -> Parity | None:
+def _golden(content: FolderContent, base: Base) -> Golden | None:
+    from lora_runtime.adapters.files.parity_file import parse_golden
+
+    return None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+
+
+def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | None:
     """The parity gate. Raises ParityFailed."""
-    from lora_runtime.adapters.files.parity_file import read_golden
     from lora_runtime.adapters.packed_adapter import pack_for
     from lora_runtime.adapters.parity import gate
     from lora_runtime.engine.probe import effect_of
 
     logits = effect_of(base, pack_for(base, form))
-    return gate(read_golden(path, base.spec), logits, base.spec.dtype, form.tensors_sha256)
+    return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(
@@ -191,7 +205,7 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
 
     num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
-    template = form.chat_template
+    side, text_notes = own_text(form, base)
     facts = {
         "digest": form.digest,
         "variant": form.variant,
@@ -200,16 +214,38 @@ def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
         "device memory": decimal(num_bytes),
         "layer map": _layers(form.layer_map),
         "invocation tokens": ", ".join(map(str, form.invocation_tokens)) or "none: acts everywhere",
-        "chat template": "the base's"
-        if template is None
-        else f"its own, {len(template)} characters",
-        "tokens": "the base's",
-        **{f"note {number}": note for number, note in enumerate(form.notes, start=1)},
+        **_text_facts(side),
+        **{f"note {n}": note for n, note in enumerate((*form.notes, *text_notes), start=1)},
     }
     table = Table("fact", "value")
     for fact, value in facts.items():
         table.add_row(fact, value)
     return table
+
+
+def own_text(form: ServingForm, base: Base) -> tuple[TextSide | None, tuple[str, ...]]:
+    """The adapter's own text side, None for the base's, and notes. Raises AdapterRefused."""
+    from lora_runtime.text.text_workers import TextWorkers
+
+    if not form.text_files:
+        return None, ()
+    workers = TextWorkers(base.folder, base.spec.vocab_size)
+    try:
+        return asyncio.run(workers.read(form.text_files))
+    finally:
+        workers.close()
+
+
+def _text_facts(side: TextSide | None) -> dict[str, str]:
+    base, own = "the base's", "its own"
+    if side is None:
+        return {"chat template": base, "tokens": base, "end tokens": base}
+    length = len(side.template or "")
+    return {
+        "chat template": f"{own}, {length} characters" if side.is_own_template else base,
+        "tokens": base if side.tokenizer is None else own,
+        "end tokens": ", ".join(map(str, side.eos_token_ids)) or "none",
+    }
 
 
 def _layers(layer_map: tuple[int, ...] | None) -> str:

@@ -12,8 +12,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
+from server.cli_command import Command
 from server.client import DEFAULT_TARGET, Client
-from server.client_requests import Sampling
+from server.client_requests import Options
 
 Address = Annotated[
     str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
@@ -48,6 +49,9 @@ def generate(
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
     ] = None,
+    base_text: Annotated[
+        bool | None, typer.Option("--base-text", help="The base's tokens, template and ends.")
+    ] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -61,8 +65,9 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
+        "base_text": base_text,
     }
-    given = cast(Sampling, {key: value for key, value in sampling.items() if value is not None})
+    given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
     with Client(address) as client:
         if chat:
@@ -114,7 +119,7 @@ def _summary(finished: generation_pb2.Finished) -> str:
     )
 
 
-@adapters.command("load")
+@adapters.command("load", cls=Command)
 def load(
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
@@ -133,7 +138,7 @@ def load(
     Console(markup=False).print(adapter_table([response.adapter]))
 
 
-@adapters.command("unload")
+@adapters.command("unload", cls=Command)
 def unload(
     name: Name,
     cancel: Annotated[
@@ -150,14 +155,14 @@ def unload(
     typer.echo(f"{name} is unloaded")
 
 
-@adapters.command("list")
+@adapters.command("list", cls=Command)
 def list_adapters(address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
         Console(markup=False).print(adapter_table(client.list_adapters()))
 
 
-@adapters.command("show")
+@adapters.command("show", cls=Command)
 def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
     """Show everything the server knows of one adapter."""
     with Client(address) as client:

@@ -6,12 +6,20 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+
+from lora_runtime.config import BaseConfig
+from server.cli_settings import (
+    BaseName,
+    ComputeDtype,
+    ConfigFile,
+    Device,
+    Format,
+    engine_settings,
+)
 
 PACKAGES = (
     "loramux",
@@ -25,17 +33,25 @@ PACKAGES = (
 
 
 def doctor(
-    base: Annotated[str, typer.Option(help="The base to look for.")] = "smollm2-135m",
+    config: ConfigFile = None,
+    base: BaseName = None,
+    quantization: Format = None,
+    dtype: ComputeDtype = None,
+    device: Device = None,
 ) -> None:
     """Show versions, device, kernel backend, memory, and whether the base is on this machine.
 
-    What the GPU path lacks is listed below, with what to change.
+    Settings are those that `serve` would take. What the GPU path lacks is listed below, with what
+    to change.
     """
     from lora_runtime.kernels.gpu_needs import gpu_needs
 
+    chosen = engine_settings(
+        config, base=base, quantization=quantization, dtype=dtype, device=device
+    ).base
     needs = list(gpu_needs())
     table = Table("what", "found", title="loramux doctor")
-    for what, found in (*_versions(), *_machine(), *_runtime(), ("base", _base(base))):
+    for what, found in (*_versions(), *_machine(), *_runtime(chosen)):
         table.add_row(what, found)
     table.add_section()
     for need in needs:
@@ -67,17 +83,19 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "memory", decimal(memory_bytes)
 
 
-def _runtime() -> Iterator[tuple[str, str]]:
+def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     import torch
 
     from lora_runtime import kernels
     from lora_runtime.base.device import resolve_device, resolve_dtype
 
-    device = resolve_device("auto")
+    device = resolve_device(chosen.device)
     yield "device", str(device)
-    yield "dtype", str(resolve_dtype("auto", device)).removeprefix("torch.")
+    yield "dtype", str(resolve_dtype(chosen.dtype, device)).removeprefix("torch.")
+    yield "quantization", chosen.quantization
     yield "threads", str(torch.get_num_threads())
     yield "kernel backend", kernels.BACKEND
+    yield "base", _base(chosen.model)
 
 
 def _base(name: str) -> str:

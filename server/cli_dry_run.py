@@ -1,4 +1,4 @@
-"""The table of `loramux train --dry-run`."""
+"""The tables of `loramux train --dry-run`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 def show_dry_run(config: TrainConfig, console: Console) -> None:
     """Measure a run and print what each unit and all of them together would take."""
     from lora_runtime.training.dry_run import dry_run
+    from lora_runtime.training.progress import show_data
 
     with console.status("loading the base") as status:
         found = dry_run(config, on_progress=status.update)
+    show_data(console, found.data)
     console.print(_table(found))
     total = found.base_bytes + found.together.total_bytes
     console.print(

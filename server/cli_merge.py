@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from lora_runtime.errors import ConfigError
-from server.cli_adapters import BaseName, Folder, Format, engine_settings, load_on_base
+from server.cli_adapters import Folder, load_on_base, own_text
+from server.cli_settings import BaseName, ConfigFile, Device, Format, engine_settings
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.merge import Merge
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 def merge(
     path: Folder,
     out: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
+    config: ConfigFile = None,
     base: BaseName = None,
     quantization: Format = None,
+    device: Device = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
     ] = "float32",
@@ -31,17 +34,23 @@ def merge(
     """
     import torch
 
-    from lora_runtime.adapters.files.companions import TEMPLATE_FILE
     from lora_runtime.adapters.merge import Merge
     from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
+    from lora_runtime.text.text_files import TEMPLATE_FILE
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    loaded, form = load_on_base(path, engine_settings(base, quantization, "float32"))
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype="float32", device=device
+    )
+    loaded, form, _ = load_on_base(path, settings)
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
-    template = {} if form.chat_template is None else {TEMPLATE_FILE: form.chat_template.encode()}
+    side, _ = own_text(form, loaded)
+    text = dict(form.text_files)
+    if side is not None and side.template is not None:
+        text[TEMPLATE_FILE] = side.template.encode()
     write_checkpoint(
-        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), template
+        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
     )
     console = Console(markup=False, soft_wrap=True, highlight=False)
     console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")

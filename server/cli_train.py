@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,12 @@ RUN_FLAGS = (
     "output", "max_seq_len", "seed", "activation_checkpointing", "tensorboard", "resume",
 )  # fmt: skip
 
+BASE_FLAGS = {
+    "base": "model", "quantization": "quantization", "dtype": "dtype", "device": "device",
+    "dequantized_cache": "dequantized_cache",
+}  # fmt: skip
+"""Flag → field of BaseConfig."""
+
 ACTION_FLAGS = ("dry_run", "deploy", "deploy_name", "sample")
 """What is done with a run."""
 
@@ -39,6 +46,10 @@ def train(
     output: flag.Output = None,
     name: flag.Name = None,
     base: flag.Base = None,
+    quantization: flag.QuantizationName = None,
+    dtype: flag.Dtype = None,
+    device: flag.Device = None,
+    dequantized_cache: flag.DequantizedCache = None,
     variant: flag.VariantName = None,
     rank: flag.Rank = None,
     alpha: flag.Alpha = None,
@@ -68,6 +79,7 @@ def train(
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
     One adapter by flags (--data and --output), or any number at once by --unit or a YAML file.
+    Settings come from the file, then LORAMUX_<FLAG> in the environment, then these flags.
     Written in PEFT's format, ready for `loramux adapters load`. Several devices share an update by
     `torchrun --nproc-per-node N -m server train …`.
     """
@@ -103,10 +115,12 @@ def _train(
 
 
 def _from_file(file: Path, flags: dict[str, Any]) -> TrainConfig:
-    if others := flags.keys() - {"output", "resume"}:
-        name = min(others).replace("_", "-")
-        raise typer.BadParameter(f"--{name} cannot stand beside a YAML file; set it there")
-    return replace(TrainConfig.from_yaml(file), **flags)
+    if "unit" in flags:
+        raise typer.BadParameter("--unit cannot stand beside a YAML file; write its unit there")
+    config = TrainConfig.from_yaml(file)
+    run, base, unit = _parted(flags)
+    units = tuple(replace(each, **unit) for each in config.units)
+    return replace(config, units=units, base=replace(config.base, **base), **run)
 
 
 def _from_flags(flags: dict[str, Any]) -> TrainConfig:
@@ -117,13 +131,29 @@ def _from_flags(flags: dict[str, Any]) -> TrainConfig:
     ]:
         if not is_given:
             raise typer.BadParameter(f"give --{required}, or a YAML file")
+    run, base, unit = _parted(flags)
+    units = (UnitConfig(**{"name": "adapter", **unit, **values}) for values in own)
+    return TrainConfig(units=tuple(units), base=BaseConfig(**base), **run)
+
+
+def _parted(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What flags say of the run, of its base and of every unit."""
     run = {key: flags.pop(key) for key in RUN_FLAGS if key in flags}
-    if "base" in flags:
-        run["base"] = BaseConfig(model=flags.pop("base"))
-    flags["columns"] = dict(map(_column, flags.pop("column", ())))
-    flags["sweep"] = dict(_sweep(text) for text in flags.get("sweep", ()))
-    units = (UnitConfig(**{"name": "adapter", **flags, **values}) for values in own)
-    return TrainConfig(units=tuple(units), **run)
+    base = {name: flags.pop(key) for key, name in BASE_FLAGS.items() if key in flags}
+    if "column" in flags:
+        flags["columns"] = _mapping("column", map(_column, flags.pop("column")))
+    if "sweep" in flags:
+        flags["sweep"] = _mapping("sweep", map(_sweep, flags["sweep"]))
+    return run, base, flags
+
+
+def _mapping(flag_name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise typer.BadParameter(f"--{flag_name} gives {key} twice; give it once")
+        found[key] = value
+    return found
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -37,6 +37,7 @@ class Options(Sampling, total=False):
 
     request_id: str | None
     cache_salt: str | None
+    base_text: bool
 
 
 def generate_request(
@@ -52,7 +53,7 @@ def generate_request(
     values: dict[str, Any] = {**options}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
-    request_id, cache_salt = values.pop("request_id", None), values.pop("cache_salt", None)
+    beside = {name: values.pop(name, None) for name in ("request_id", "cache_salt", "base_text")}
     try:
         return generation_pb2.GenerateRequest(
             text=text,
@@ -62,8 +63,7 @@ def generate_request(
                 types_pb2.AdapterSelection(name=name, weight=w) for name, w in adapters.items()
             ],
             sampling=types_pb2.SamplingParams(**values),
-            request_id=request_id,
-            cache_salt=cache_salt,
+            **beside,
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"a value cannot be sent: {error}") from None

@@ -8,13 +8,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+from lora_runtime.adapters.files.file_names import (
+    INITIAL_FOLDERS,
+    OPTIONAL_FILES,
+    REQUIRED_FILES,
+)
+from lora_runtime.adapters.files.open_folder import OpenFolder, read_settled
 from lora_runtime.errors import AdapterSourceRefused
 from protos.loramux.v1 import adapters_pb2
-from server.sources import OPTIONAL_FILES, REQUIRED_FILES
 
 CHUNK_BYTES = 1 << 20
-INITIAL_FOLDERS = ("pissa_init", "olora_init")
-"""Sub-folders that a server would need and that are not sent."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (bytes sent, bytes in all)."""
@@ -30,7 +33,12 @@ class Outgoing:
     def __init__(self, name: str, folder: Path, replace: bool) -> None:
         """Raises AdapterSourceRefused (field `folder`) for a folder that cannot be sent whole."""
         self._paths = _paths(folder)
-        files = [_announced(path) for path in self._paths]
+        names = [path.name for path in self._paths]
+        files = read_settled(
+            folder,
+            lambda opened: [_announced(opened, name) for name in names],
+            roots=(Path("/"),),  # the caller's own files: links may lead anywhere
+        )
         self._num_bytes = sum(file.num_bytes for file in files)
         self._start = adapters_pb2.UploadStart(name=name, replace=replace, files=files)
 
@@ -74,10 +82,11 @@ def _paths(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _announced(path: Path) -> adapters_pb2.UploadFile:
-    with path.open("rb") as file:
+def _announced(opened: OpenFolder, name: str) -> adapters_pb2.UploadFile:
+    """Size and hash; the server refuses a file that is sent with other content later."""
+    with opened.open(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return adapters_pb2.UploadFile(name=path.name, num_bytes=path.stat().st_size, sha256=sha256)
+        return adapters_pb2.UploadFile(name=name, num_bytes=file.tell(), sha256=sha256)
 
 
 def _refused(why: str) -> AdapterSourceRefused:

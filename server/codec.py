@@ -48,6 +48,7 @@ FEATURES = (
     "adapters[].weight",
     "request_id",
     "cache_salt",
+    "base_text",
     "UploadAdapter",
     "RollbackAdapter",
     *(
@@ -84,6 +85,7 @@ def decode_generate(
         prompt=decode_prompt(request),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
+        uses_base_text=request.base_text,
         has_max_tokens=sampling.HasField("max_tokens"),
         stop=_stops(sampling),
         ignore_eos=sampling.ignore_eos,
@@ -164,7 +166,7 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         info.honoured.update(record.loaded.honoured)
         info.inert.update(record.loaded.inert)
         info.invocation_tokens.extend(record.loaded.invocation_tokens)
-        info.has_chat_template = record.loaded.chat_template is not None
+        info.has_chat_template = bool(record.text and record.text.is_own_template)
         info.num_layers = record.loaded.num_layers
     if record.former is not None:
         info.former_digest = record.former.digest

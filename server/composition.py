@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from lora_runtime.core import AdapterUse, activation_start
 from lora_runtime.errors import InvalidRequest
-from server.calls import AdapterChoice, AdapterRecord, ChatPrompt, Prompt
+from lora_runtime.text.text_side import TextSide
+from server.calls import AdapterChoice, AdapterRecord
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 100.0
@@ -51,13 +52,23 @@ def uses(
     return tuple(AdapterUse(digest=digest, weight=w) for digest, w in sorted(weights.items()))
 
 
-def chat_template(records: Sequence[AdapterRecord]) -> str | None:
-    """Return the template of the adapters' own that a conversation is rendered with.
+def text_side(records: Sequence[AdapterRecord], uses_base_text: bool) -> TextSide | None:
+    """Return the text side that a request's adapters share; None is the base's.
 
-    None is the base's: with no adapter, or where they bring none or do not agree.
+    Raises InvalidRequest (field `adapters`) where they bring different ones: a prompt has one
+    tokenizer, one template and one set of end tokens, and which is the caller's to say.
     """
-    templates = _templates(records)
-    return templates.pop() if len(templates) == 1 else None
+    if uses_base_text or not records:
+        return None
+    sides = {record.text.key if record.text else "": record.name for record in records}
+    if len(sides) > 1:
+        raise InvalidRequest(
+            f"{', '.join(map(repr, sorted(sides.values())))} bring different text: tokens, chat "
+            "templates or end tokens; set base_text to use the base's, or compose adapters of one "
+            "text",
+            field="adapters",
+        )
+    return records[0].text
 
 
 def depth(records: Sequence[AdapterRecord]) -> int:
@@ -65,10 +76,8 @@ def depth(records: Sequence[AdapterRecord]) -> int:
     return max((record.loaded.num_layers for record in records if record.loaded), default=0)
 
 
-def request_notes(
-    records: Sequence[AdapterRecord], prompt: Prompt, token_ids: Sequence[int]
-) -> Iterator[str]:
-    """Yield what the caller should know: adapters that were not invoked, templates not used."""
+def request_notes(records: Sequence[AdapterRecord], token_ids: Sequence[int]) -> Iterator[str]:
+    """Yield what the caller should know: adapters that were not invoked."""
     outcome = "the base answers" if len(records) == 1 else "it does not act"
     for record in records:
         wanted = record.loaded.invocation_tokens if record.loaded else ()
@@ -77,12 +86,6 @@ def request_notes(
                 f"adapter {record.name!r} was not invoked: its invocation tokens are not in the "
                 f"prompt; {outcome}"
             )
-    if isinstance(prompt, ChatPrompt) and len(_templates(records)) > 1:
-        yield "the adapters do not bring one chat template; the base's rendered the messages"
-
-
-def _templates(records: Sequence[AdapterRecord]) -> set[str | None]:
-    return {record.loaded.chat_template if record.loaded else None for record in records}
 
 
 def _check_weight(weight: float, field: str) -> None:

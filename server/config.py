@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -42,6 +42,7 @@ from lora_runtime.config import (
     SchedulerConfig,
 )
 from lora_runtime.errors import ConfigError
+from lora_runtime.training.fields import parse_yaml
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -67,18 +68,44 @@ def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _split_adapters(value: object) -> object:
+    """NAME=PATH, in a list (flags) or one text (environment), to a mapping."""
+    parts = _split_paths(value)
+    if not isinstance(parts, list | tuple):
+        return value
+    pairs = [str(part).partition("=") for part in parts]
+    if not all(name and path for name, _, path in pairs):
+        raise ValueError("must be NAME=PATH")
+    named = {name: path for name, _, path in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("names an adapter twice")
+    return named
+
+
+PREFIX = "LORAMUX_"
+OTHER_VARIABLES = ("ADDRESS", "CACHE", "CONFIG")
+"""Variables of no setting: a client's server, the folder of bases, the file of settings."""
+SERVICE_LINK = re.compile(
+    r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""What Kubernetes puts into a pod's environment for every service, one called loramux among them.
+Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+"""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
 DeviceName = Annotated[str, AfterValidator(_checked_device)]
 Paths = Annotated[tuple[DirectoryPath, ...], NoDecode, BeforeValidator(_split_paths)]
 
+NamedPaths = Annotated[dict[str, DirectoryPath], NoDecode, BeforeValidator(_split_adapters)]
+
 
 class ServerConfig(BaseSettings):
     """Everything `loramux serve` can be told. Field names are the YAML keys and the flags."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LORAMUX_", extra="forbid", frozen=True, use_attribute_docstrings=True
+        env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
     )
 
     base: str = "smollm2-135m"
@@ -99,8 +126,16 @@ class ServerConfig(BaseSettings):
     adapter_roots: Paths = ()
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
 
+    adapter: NamedPaths = {}
+    """Adapters that are loaded at the start, NAME=PATH, wherever they lie; each takes the place of
+    what its name held."""
+    wait_for_adapters: bool = True
+    """Be ready only when the adapters of the last run, and those named, have been loaded or have
+    failed; else at once, and each is there when it has been loaded."""
+
     adapter_store: Path | None = None
-    """Folder that keeps uploaded adapters by content; none: `uploads` in the cache folder."""
+    """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
+    server at a time. None: `uploads` in the cache folder."""
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 
@@ -123,6 +158,9 @@ class ServerConfig(BaseSettings):
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds without any progress after which a busy engine counts as hung: its requests end and
+    so does the process. Probes turn earlier, after 4 seconds at most."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = "info"
@@ -190,6 +228,23 @@ def load_config(
     return config
 
 
+def check_environment(others: Collection[str] = ()) -> None:
+    """Raise ConfigError for a variable LORAMUX_… that is none of the settings, nor of `others`,
+    which are names without the prefix. One that is misspelt would change nothing, in silence.
+    """
+    known = {*map(str.upper, ServerConfig.model_fields), *others, *OTHER_VARIABLES}
+    for variable in sorted(os.environ):
+        name = variable.removeprefix(PREFIX)
+        if name == variable or name in known or SERVICE_LINK.fullmatch(name):
+            continue
+        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{variable} is set in the environment and is no setting; did you mean "
+            f"{PREFIX}{near[0]}?",
+            field=variable,
+        )
+
+
 def _device_defaults(config: ServerConfig, given: Collection[str]) -> Mapping[str, int]:
     """Defaults that depend on the device. Rows of a step that are not given follow its tokens if
     those are, and the other way round: a row takes a token at least.
@@ -218,8 +273,8 @@ def _defaults_of(device: str) -> DeviceDefaults:
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read settings from {file}: {error}", field="config") from None
     if content is None:
         return {}

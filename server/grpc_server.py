@@ -7,8 +7,9 @@ is not UTF-8 with UNKNOWN, and turns every exception into a typed status.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.errors import ConfigError, InvalidRequest
+from lora_runtime.errors import ConfigError, InvalidRequest, Unavailable
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -31,8 +32,12 @@ from server.errors import grpc_status
 from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
-HEALTH_PERIOD_S = 0.5
+HEALTH_PERIOD_S = 0.25
 """How often health asks whether the engine is alive."""
+CALLS_PERIOD_S = 0.02
+"""How often a stopping server looks whether its calls have ended."""
+CUT_S = 1.0
+"""What calls get to answer when the drain is over."""
 PACKAGE_PREFIX = "/loramux."
 SERVICE_NAMES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -52,12 +57,15 @@ async def start_grpc(
     *,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    is_serving: Callable[[], bool] | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
+    Health follows `is_serving`, or whether the engine is alive.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[Boundary()], options=_options(max_message_bytes))
+    calls = Calls()
+    server = grpc.aio.server(interceptors=[Boundary(calls)], options=_options(max_message_bytes))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -72,9 +80,42 @@ async def start_grpc(
         raise ConfigError(
             f"cannot listen on {address}; choose another address or port", field="grpc_address"
         ) from None
-    running = GrpcServer(server, health_servicer, service, port)
+    running = GrpcServer(server, health_servicer, calls, is_serving or service.is_alive, port)
     await running.start()
     return running
+
+
+class Calls:
+    """The calls of our own services that run now. Health and reflection are not counted: their
+    streams stay open as long as a client likes.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.is_cut = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the call that the current task runs."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when none runs any more, or after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self._tasks and time.monotonic() < deadline:
+            await asyncio.sleep(CALLS_PERIOD_S)
+
+    def cut(self) -> None:
+        """Have each answer at once that the server is shutting down."""
+        self.is_cut = True
+        for task in self._tasks:
+            task.cancel()
 
 
 class GrpcServer:
@@ -84,40 +125,51 @@ class GrpcServer:
         self,
         server: grpc.aio.Server,
         health_servicer: health.aio.HealthServicer,
-        service: Service,
+        calls: Calls,
+        is_serving: Callable[[], bool],
         port: int,
     ) -> None:
         self.port = port
         self._server = server
         self._health = health_servicer
-        self._service = service
+        self._calls = calls
+        self._is_serving = is_serving
 
     async def start(self) -> None:
         """Begin to serve, health included."""
-        await self._show_health(self._service.is_alive())
+        await self.show_health()
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_engine())
 
     async def stop(self, grace_s: float) -> None:
-        """Turn health to NOT_SERVING, refuse new calls, give running ones `grace_s` seconds."""
+        """Turn health to NOT_SERVING, refuse new calls, give running ones `grace_s` seconds.
+
+        Those that run on then end with Unavailable, and open streams of health with the server.
+        """
         self._health_task.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        stopping = asyncio.create_task(self._server.stop(grace_s + CUT_S))
+        await asyncio.sleep(0)  # it refuses new calls now
+        await self._calls.wait(grace_s)
+        self._calls.cut()
+        await self._calls.wait(CUT_S)
+        await asyncio.wait([stopping, asyncio.create_task(self._server.stop(0))], timeout=CUT_S)
 
     async def wait(self) -> None:
         """Return when the server has stopped."""
         await self._server.wait_for_termination()
 
+    async def show_health(self) -> None:
+        """Tell watchers of health how things stand."""
+        statuses = health_pb2.HealthCheckResponse.ServingStatus
+        status = statuses.SERVING if self._is_serving() else statuses.NOT_SERVING
+        for name in ("", *SERVICE_NAMES):
+            await self._health.set(name, status)
+
     async def _follow_engine(self) -> None:
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
-            await self._show_health(self._service.is_alive())
-
-    async def _show_health(self, is_alive: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse.ServingStatus
-        status = statuses.SERVING if is_alive else statuses.NOT_SERVING
-        for name in ("", *SERVICE_NAMES):
-            await self._health.set(name, status)
+            await self.show_health()
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -220,6 +272,9 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 class Boundary(grpc.aio.ServerInterceptor):
     """Parses the requests of our own services and gives every failure its typed status."""
 
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
@@ -232,7 +287,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
         parse = _parsed_parts if handler.request_streaming else _parsed
         return make(
-            _guarded(behaviour, partial(parse, handler.request_deserializer)),
+            _guarded(behaviour, partial(parse, handler.request_deserializer), self._calls),
             request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
@@ -248,12 +303,18 @@ _KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]]
 def _guarded(
     behaviour: Callable[[Any, Context], Awaitable[Message | None]],
     parse: Callable[[Any], Any],
+    calls: Calls,
 ) -> Callable[[Any, Context], Awaitable[Message | None]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
-            return await behaviour(parse(request), context)
+            with calls.running():
+                return await behaviour(parse(request), context)
         except grpc.aio.AbortError:
             raise
+        except asyncio.CancelledError:
+            if not calls.is_cut:
+                raise
+            await context.abort_with_status(grpc_status(Unavailable("the server is shutting down")))
         except Exception as error:
             await context.abort_with_status(grpc_status(error))
 

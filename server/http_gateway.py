@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from server.metrics import Metrics
+
+class MetricsPage(Protocol):
+    """Where the page of metrics comes from."""
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the page and its content type, in the format an Accept header asks for."""
+        ...
 
 
 def build_http_app(
-    *, metrics: Metrics, is_alive: Callable[[], bool], is_ready: Callable[[], bool]
+    *, metrics: MetricsPage, is_alive: Callable[[], bool], is_ready: Callable[[], bool]
 ) -> Starlette:
-    """Build the routes. A probe answers 200 or 503: restart a dead server, spare a busy one."""
+    """Build the routes. A probe answers 200 or 503: restart a dead server, spare a busy one.
+
+    While the engine is loading neither is 200; give a probe that restarts time for that.
+    """
 
     async def show_metrics(request: Request) -> Response:
         body, content_type = metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def healthz(_: Request) -> Response:
-        return _probe(is_alive(), "the engine has died")
+        return _probe(is_alive(), "the engine is loading, hangs or has died")
 
     async def readyz(_: Request) -> Response:
-        return _probe(is_alive() and is_ready(), "not ready, or draining")
+        return _probe(is_alive() and is_ready(), "loading, not ready, or draining")
 
     return Starlette(
         routes=[

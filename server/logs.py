@@ -10,7 +10,7 @@ import sys
 from typing import TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 _SHARED: tuple[Processor, ...] = (
     structlog.contextvars.merge_contextvars,
@@ -52,10 +52,27 @@ def setup_logging(*, level: str, log_format: str, stream: TextIO | None = None) 
     )
 
 
+def _without_control_characters(_: object, __: str, event: EventDict) -> EventDict:
+    """Show what clients sent, like an adapter's source, so that no terminal acts on it."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = "".join(map(_shown, value))
+    return event
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
 def _json() -> list[Processor]:
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
 
 
 def _console(stream: TextIO) -> list[Processor]:
     plain = structlog.dev.plain_traceback
-    return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
+    return [
+        _without_control_characters,
+        structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain),
+    ]

@@ -1,33 +1,59 @@
 """Names of adapters: which content each points to, and how it comes and goes while requests run.
 
 Knows no wire format and no files; the engine reads them. One asyncio event loop owns a registry.
-A load or unload, once begun, is finished even when its caller goes away.
+A load or unload, once begun, is finished even when its caller goes away. With a NameStore every
+change is kept there first, and then made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
 
+from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
-from lora_runtime.errors import AdapterExists, AdapterNotFound, InvalidRequest, LoramuxError
+from lora_runtime.engine.worker_pool import WorkerPool
+from lora_runtime.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidRequest,
+    LoramuxError,
+    Unavailable,
+)
+from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState
+from server.names import Content, KeptName, NameStore
 from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
+"""Names that never held anything and could not be loaded; older ones are forgotten."""
+MAX_WAITING_WRITES = 1024
+NUM_RESTORED_AT_ONCE = 4
 
-Review: TypeAlias = Callable[[LoadedAdapter], tuple[str, ...]]
-"""Gives notes on new content. Runs in a thread; raises nothing."""
+Reviewed: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
+Review: TypeAlias = Callable[[LoadedAdapter], Awaitable[Reviewed]]
+"""Judges new content beside its tensors: gives its text side and notes, or raises."""
+Settle: TypeAlias = Callable[[], Awaitable[None]]
+"""Puts new content where its source says that it is, before the name is kept."""
+Resolve: TypeAlias = Callable[[str], Awaitable[tuple[Path, FolderRules]]]
+"""From a source to its folder and what must hold of it."""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+async def no_review(loaded: LoadedAdapter) -> Reviewed:
+    """Take new content as it is."""
+    return None, ()
 
 
 class AdapterObserver(Protocol):
@@ -41,23 +67,48 @@ class AdapterObserver(Protocol):
 
 
 class Registry:
-    """Adapter names of one server, in memory."""
+    """Adapter names of one server."""
 
-    def __init__(self, *, engine: EngineClient, observer: AdapterObserver, base_name: str) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        observer: AdapterObserver,
+        base_name: str,
+        names: NameStore | None = None,
+    ) -> None:
+        """Without `names` a restart forgets them."""
         self._engine = engine
+        self._names = names
+        self._kept = {kept.name: kept for kept in names.all()} if names else {}
+        self._writer = WorkerPool("names", num_threads=1, max_waiting=MAX_WAITING_WRITES)
         self._observer = observer
         self._base_name = base_name
-        self._records: dict[str, AdapterRecord] = {}
+        self._records: dict[str, AdapterRecord] = {
+            kept.name: AdapterRecord(
+                name=kept.name, source=kept.content.source, state=AdapterState.REGISTERED
+            )
+            for kept in self._kept.values()
+        }
         self._draining: set[AdapterRecord] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def resolve(self, name: str, *, field: str = "name") -> AdapterRecord:
-        """Return the loaded adapter of that name. Raises AdapterNotFound naming `field`."""
+        """Return the loaded adapter of that name.
+
+        Raises AdapterNotFound naming `field`, or Unavailable while it is loaded after a restart.
+        """
         record = self._records.get(name)
-        if record is None or record.state is not AdapterState.LOADED:
+        if record is not None and record.state is AdapterState.LOADED:
+            return record
+        if record is None or name not in self._kept:
             raise AdapterNotFound(f"adapter {name!r} is not loaded", field=field)
-        return record
+        if record.state is AdapterState.FAILED:
+            raise AdapterNotFound(
+                f"adapter {name!r} could not be loaded again: {record.error}", field=field
+            )
+        raise Unavailable(f"adapter {name!r} is being loaded again; try again later", field=field)
 
     @contextmanager
     def in_flight(self, records: Sequence[AdapterRecord]) -> Iterator[None]:
@@ -88,17 +139,34 @@ class Registry:
         *,
         source: str,
         replace: bool = False,
-        review: Review = lambda loaded: (),
+        review: Review = no_review,
+        rules: FolderRules = ANY_FOLDER,
+        settle: Settle | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
         Other content under a known name is refused unless `replace`; then the name is swapped at
         once and the old content stays for a rollback, in the place of the one kept before, which
-        leaves when its last request ends. `review` adds to its notes.
-        Raises AdapterExists, InvalidRequest (the base's name) and whatever the engine raises.
+        leaves when its last request ends. `review` adds to its notes, and `settle` is awaited
+        before the name points to it. Raises AdapterExists, InvalidRequest (the base's name) and
+        whatever the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
-        return await self._finish(self._load(name, folder, source, replace, review))
+        return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
+
+    async def restore(self, resolve: Resolve, review: Review = no_review) -> None:
+        """Load what the names held when they were kept last. A content that cannot be found any
+        more, or has become another, leaves its name FAILED; it stays kept until it is unloaded.
+        """
+        room = asyncio.Semaphore(NUM_RESTORED_AT_ONCE)
+
+        async def restore_one(name: str) -> None:
+            async with room, self._lock(name):
+                kept, record = self._kept.get(name), self._records.get(name)
+                if kept and record and record.state is AdapterState.REGISTERED:
+                    await self._restore(kept, record, resolve, review)
+
+        await self._finish(_all_done([self._spawn(restore_one(name)) for name in self._kept]))
 
     def check_name(self, name: str) -> None:
         """Raise InvalidRequest (field `name`) for the base's name."""
@@ -114,7 +182,8 @@ class Registry:
 
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
         """Take a name away at once, its former content too; its memory is freed when its requests
-        ended or, with `cancel`, were ended. `wait` returns only then. Raises AdapterNotFound."""
+        ended or, with `cancel`, were ended. `wait` returns only then. A name that could not be
+        loaded again after a restart is forgotten. Raises AdapterNotFound."""
         record, drain = await self._finish(self._unload(name, cancel))
         if wait:
             await asyncio.shield(drain)
@@ -125,73 +194,216 @@ class Registry:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._names is not None:
+            await self._writer.run(self._names.close)
 
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool, review: Review
+        self,
+        name: str,
+        folder: Path,
+        source: str,
+        replace: bool,
+        review: Review,
+        rules: FolderRules,
+        settle: Settle | None,
     ) -> tuple[AdapterRecord, bool]:
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, source)
-            held = self._held(name)
-            if held is not None and held.loaded == loaded:
+            loaded = await self._read(name, folder, source, rules)
+            held, content = self._held(name), Content.of(loaded, source)
+            is_same = held is not None and held.loaded == loaded
+            reviewed: Reviewed = None, ()
+            try:
+                if not replace:
+                    self._check_replaces_nothing(name, loaded)
+                if not is_same:
+                    reviewed = await self._reviewed(name, folder, source, loaded, review)
+                if settle is not None:
+                    await settle()
+                if not is_same:
+                    await self._keep(KeptName(name, content, self._content(held)))
+            except BaseException as error:
+                await self._give_up(name, loaded, error)
+                raise
+            if held is not None and is_same:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
                 return held, True
-            if held is not None and not replace:
-                await self._engine.unload_adapter(loaded.digest)
-                raise AdapterExists(
-                    f"adapter {name!r} holds other content; load it with replace", field="name"
-                )
-            notes = (*loaded.notes, *await asyncio.to_thread(review, loaded))
-            record = self._install(name, source, loaded, notes)
-            self._observer.on_adapter_loaded(
-                name, loaded.digest, loaded.nbytes, time.monotonic() - begun
-            )
+            record = self._records[name] = _record(name, source, loaded, reviewed)
+            seconds = time.monotonic() - begun
+            self._observer.on_adapter_loaded(name, loaded.digest, loaded.nbytes, seconds)
             if held is not None:
                 record.former, oldest, held.former = held, held.former, None
                 if oldest is not None:
                     self._drain(oldest, cancel=False)
+            self._log("replaced" if held else "loaded", record, seconds=round(seconds, 3))
             return record, False
+
+    def _check_replaces_nothing(self, name: str, loaded: LoadedAdapter) -> None:
+        held, kept = self._held(name), self._kept.get(name)
+        if held is not None and held.loaded != loaded:
+            raise AdapterExists(
+                f"adapter {name!r} holds other content; load it with replace", field="name"
+            )
+        if held is None and kept is not None and not kept.content.is_of(loaded):
+            raise AdapterExists(
+                f"adapter {name!r} held other content, {kept.content.digest[:12]}, which could not "
+                "be loaded again; load this with replace, or unload the name first",
+                field="name",
+            )
+
+    async def _give_up(self, name: str, loaded: LoadedAdapter, error: BaseException) -> None:
+        """Undo the reading of a content that its name does not get."""
+        record = self._records.get(name)
+        if record is not None and record.state is AdapterState.VERIFYING:
+            self._fail(record, _public(error))
+        await self._engine.unload_adapter(loaded.digest)
+
+    async def _keep(self, kept: KeptName) -> None:
+        if self._names is not None:
+            await self._writer.run(self._names.put, kept)
+            self._kept[kept.name] = kept
+
+    def _content(self, record: AdapterRecord | None) -> Content | None:
+        if record is None or record.loaded is None:
+            return None
+        return Content.of(record.loaded, record.source)
+
+    async def _restore(
+        self, kept: KeptName, record: AdapterRecord, resolve: Resolve, review: Review
+    ) -> None:
+        begun, record.state = time.monotonic(), AdapterState.VERIFYING
+        try:
+            restored = await self._read_again(kept.name, kept.content, resolve, review)
+        except Exception as error:
+            self._fail(record, _public(error))
+            logger.error(
+                "adapter not restored",
+                adapter=kept.name,
+                source=record.source,
+                digest=kept.content.digest,
+                error=record.error,
+                exc_info=None if isinstance(error, LoramuxError) else error,
+            )
+            return
+        restored.former, lost = await self._restore_former(kept, resolve, review)
+        restored.notes += lost
+        self._records[kept.name] = restored
+        seconds = time.monotonic() - begun
+        assert restored.loaded is not None
+        self._observer.on_adapter_loaded(
+            kept.name, restored.digest, restored.loaded.nbytes, seconds
+        )
+        self._log("restored", restored, seconds=round(seconds, 3))
+
+    async def _restore_former(
+        self, kept: KeptName, resolve: Resolve, review: Review
+    ) -> tuple[AdapterRecord | None, tuple[str, ...]]:
+        """The former content of a name, or why there is none to go back to any more."""
+        if kept.former is None:
+            return None, ()
+        try:
+            return await self._read_again(kept.name, kept.former, resolve, review), ()
+        except Exception as error:
+            return None, (f"its former content cannot be brought back: {_public(error)}",)
+
+    async def _read_again(
+        self, name: str, content: Content, resolve: Resolve, review: Review
+    ) -> AdapterRecord:
+        """Load what a source holds. Raises AdapterRefused when that is another content by now."""
+        folder, rules = await resolve(content.source)
+        try:
+            loaded = await self._engine.load_adapter(folder, rules)
+        except LoramuxError as error:
+            raise without_path(error, folder, content.source) from None
+        try:
+            if not content.is_of(loaded):
+                raise _changed(content, loaded)
+            reviewed = await self._reviewed(name, folder, content.source, loaded, review)
+        except BaseException:
+            await self._engine.unload_adapter(loaded.digest)
+            raise
+        return _record(name, content.source, loaded, reviewed)
 
     async def _rollback(self, name: str) -> AdapterRecord:
         async with self._lock(name):
             held = self.resolve(name)
             record = held.former
-            if record is None:
+            former = self._content(record)
+            if record is None or former is None:
                 raise AdapterNotFound(
                     f"adapter {name!r} has no former content to go back to", field="name"
                 )
+            await self._keep(KeptName(name, former, self._content(held)))
             self._records[name], record.former, held.former = record, held, None
             record.loaded_at_s = time.time()
             assert record.loaded is not None
             self._observer.on_adapter_loaded(name, record.digest, record.loaded.nbytes, 0.0)
+            self._log("rolled back", record)
             return record
 
-    async def _read(self, name: str, folder: Path, source: str) -> LoadedAdapter:
+    async def _read(
+        self, name: str, folder: Path, source: str, rules: FolderRules
+    ) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
         record = AdapterRecord(name=name, source=source, state=AdapterState.VERIFYING)
         if self._held(name) is None:
             self._records[name] = record
         try:
-            return await self._engine.load_adapter(folder)
+            return await self._engine.load_adapter(folder, rules)
         except LoramuxError as error:
             public = without_path(error, folder, source)
             self._fail(record, public.message)
             raise public from None
-        except Exception:
+        except Exception as error:
             logger.exception("adapter could not be read", adapter=name)
-            self._fail(record, "the server could not read it; its log says why")
+            self._fail(record, _public(error))
             raise
+
+    async def _reviewed(
+        self, name: str, folder: Path, source: str, loaded: LoadedAdapter, review: Review
+    ) -> Reviewed:
+        """Review new content; what is raised shows no path that the client did not write."""
+        try:
+            return await review(loaded)
+        except LoramuxError as error:
+            raise without_path(error, folder, source) from None
+        except Exception:
+            logger.exception("adapter could not be reviewed", adapter=name)
+            raise
+
+    def _log(self, what: str, record: AdapterRecord, **facts: Any) -> None:
+        if record.former is not None:
+            facts["former_digest"] = record.former.digest
+        size = record.loaded.nbytes if record.loaded else 0
+        logger.info(
+            f"adapter {what}",
+            adapter=record.name,
+            digest=record.digest,
+            source=record.source,
+            bytes=size,
+            **facts,
+        )
 
     def _fail(self, record: AdapterRecord, error: str) -> None:
         record.state, record.error = AdapterState.FAILED, error
-        failed = [name for name, r in self._records.items() if r.state is AdapterState.FAILED]
+        failed = [
+            name
+            for name, r in self._records.items()
+            if r.state is AdapterState.FAILED and name not in self._kept
+        ]
         for name in failed[:-MAX_FAILED_RECORDS]:
             del self._records[name]
 
     async def _unload(self, name: str, cancel: bool) -> tuple[AdapterRecord, asyncio.Task[None]]:
         async with self._lock(name):
-            record = self.resolve(name)
+            record = self.get(name) if name in self._kept else self.resolve(name)
+            if self._names is not None:
+                await self._writer.run(self._names.delete, name)
+                self._kept.pop(name, None)
             del self._records[name]
+            self._log("unloaded", record)
+            if record.loaded is None:
+                return record, self._spawn(_all_done([]))
             self._observer.on_adapter_unloaded(name)
             former, record.former = record.former, None
             drains = [self._drain(r, cancel=cancel) for r in (record, former) if r is not None]
@@ -215,19 +427,6 @@ class Registry:
         record = self._records.get(name)
         return record if record is not None and record.state is AdapterState.LOADED else None
 
-    def _install(
-        self, name: str, source: str, loaded: LoadedAdapter, notes: tuple[str, ...]
-    ) -> AdapterRecord:
-        self._records[name] = AdapterRecord(
-            name=name,
-            source=source,
-            state=AdapterState.LOADED,
-            loaded=loaded,
-            loaded_at_s=time.time(),
-            notes=notes,
-        )
-        return self._records[name]
-
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
@@ -244,6 +443,38 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen: a caller that went away leaves it behind
+
+
+def _record(name: str, source: str, loaded: LoadedAdapter, reviewed: Reviewed) -> AdapterRecord:
+    """The record of a name that points to this content from now on."""
+    text, notes = reviewed
+    return AdapterRecord(
+        name=name,
+        source=source,
+        state=AdapterState.LOADED,
+        loaded=replace_fields(loaded, text_files={}),  # read by now, and large
+        text=text,
+        loaded_at_s=time.time(),
+        notes=(*loaded.notes, *notes),
+    )
+
+
+def _changed(content: Content, loaded: LoadedAdapter) -> AdapterRefused:
+    now, then = f"{loaded.digest[:12]} now", content.digest[:12]
+    if loaded.digest == content.digest:
+        now, then = "other text files now", "content"
+    return AdapterRefused(
+        f"source {content.source!r} holds {now}, not the {then} that the name held; load it with "
+        "replace to take it",
+        field="source",
+    )
+
+
+def _public(error: BaseException) -> str:
+    """What callers may read of why an adapter is not there."""
+    if isinstance(error, LoramuxError):
+        return error.message
+    return "the server could not read it; its log says why"
 
 
 async def _all_done(tasks: Sequence[asyncio.Task[None]]) -> None:

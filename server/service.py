@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lora_runtime.core import Request, SamplingParams
+import structlog
+
+from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
-from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.engine.worker_pool import WorkerPool
+from lora_runtime.errors import InvalidRequest, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
-from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -33,22 +38,25 @@ from server.calls import (
     TokenPrompt,
     UploadCall,
 )
-from server.composition import chat_template, depth, request_notes, uses
+from server.composition import depth, request_notes, text_side, uses
 from server.output import OutputText, RequestMeter, RequestObserver
-from server.registry import Registry
+from server.registry import Registry, Settle
 from server.sources import Sources
 from server.uploads import AdapterStore, Upload, to_the_end
 from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]
 
+logger = structlog.get_logger(__name__)
+
+NUM_TOKENISERS = 4
+STUCK_S = 10.0
+"""Far longer than any one prompt takes."""
+NUM_DISK_THREADS = 2
+MAX_WAITING_DISK = 256
+
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
-
-TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
-"""What an adapter's own chat template must render when it is loaded."""
-MAX_TRIAL_ERROR = 300
-"""Characters of a template's complaint that are kept."""
 
 
 class Service:
@@ -59,6 +67,7 @@ class Service:
         *,
         engine: EngineClient,
         tokenizer: Tokenizer,
+        own_text: OwnText,
         registry: Registry,
         sources: Sources,
         store: AdapterStore,
@@ -67,12 +76,21 @@ class Service:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._own_text = own_text
         self._registry = registry
         self._sources = sources
         self._store = store
         self._observer = observer
         self._base_name = base_name
         self._versions = installed_versions()
+        self._tokenisers = WorkerPool(
+            "tokenising", num_threads=NUM_TOKENISERS, max_waiting=engine.info.max_queued_requests
+        )
+        self._disk = WorkerPool(
+            "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
+        )
+        self._num_preparing = 0
+        """Calls whose prompts are being made."""
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -81,12 +99,13 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        prompt, records = await self._prepare(call)
+        with self._preparing():
+            prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
-            sampling=self._sampling(call, len(prompt), depth(records)),
+            sampling=self._sampling(call, len(prompt), depth(records), side),
             adapters=uses(records, call.adapters),
             cache_salt=call.cache_salt,
             deadline=deadline,
@@ -94,30 +113,39 @@ class Service:
         started = Started(
             request_id=call.request_id or request.request_id,
             num_prompt_tokens=len(prompt),
-            notes=tuple(request_notes(records, call.prompt, prompt)),
+            notes=tuple(request_notes(records, prompt)),
         )
         names = tuple(choice.name for choice in call.adapters)
         meter = RequestMeter(self._observer, names, len(prompt))
         with self._registry.in_flight(records), meter:
-            async with aclosing(self._run(request, call, started, meter)) as events:
+            async with aclosing(self._run(request, call, started, meter, side)) as events:
                 async for event in events:
                     yield event
 
-    async def tokenize(self, prompt: Prompt, template: str | None = None) -> list[int]:
-        """Return a prompt's token ids; `template` renders conversations in place of the base's.
+    async def tokenize(self, prompt: Prompt, side: TextSide | None = None) -> list[int]:
+        """Return a prompt's token ids, as an adapter's own text side makes them or as the base.
 
         Raises InvalidRequest naming the prompt's field.
         """
         if prompt.is_empty:
             raise InvalidRequest(f"{prompt.field} is empty", field=prompt.field)
         match prompt:
+            case TextPrompt(text=text) if side is not None and side.tokenizer is not None:
+                return await self._own_text.encode(side, text)
             case TextPrompt(text=text) if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
-                return await asyncio.to_thread(self._tokenizer.encode, text)
+                return await self._tokenisers.run(self._tokenizer.encode, text)
+            case ChatPrompt(messages=messages) if side is not None and (
+                side.is_own_template or side.tokenizer is not None
+            ):
+                check_messages(messages)
+                rendered = await self._own_text.render(side, messages)
+                if isinstance(rendered, list):
+                    return rendered
+                return await self._tokenisers.run(self._tokenizer.encode_rendered, rendered)
             case ChatPrompt(messages=messages):
-                render = self._tokenizer.apply_chat_template
-                return await asyncio.to_thread(render, messages, template)
+                return await self._tokenisers.run(self._tokenizer.apply_chat_template, messages)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
 
@@ -125,8 +153,9 @@ class Service:
         self, name: str, source: str, *, replace: bool = False
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
-        folder = await asyncio.to_thread(self._sources.resolve, source)
-        return await self._load(name, folder, source, replace)
+        with _refusals_logged(name, source):
+            folder, rules = await self._resolve(source)
+            return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -135,9 +164,25 @@ class Service:
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
-        self._registry.check_name(call.name)
-        async with self._store.receive(call, data) as upload:
-            return await to_the_end(self._load_upload(call, upload))
+        with _refusals_logged(call.name, "an upload"):
+            self._registry.check_name(call.name)
+            async with self._store.receive(call, data) as upload:
+                num_bytes = sum(file.num_bytes for file in call.files)
+                logger.info(
+                    "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
+                )
+                return await to_the_end(self._load_upload(call, upload))
+
+    async def preload(self, name: str, folder: Path) -> None:
+        """Load a folder that the operator named, wherever it lies, in place of what the name held.
+
+        Raises as `load_adapter`.
+        """
+        await self._load(name, folder, str(folder), True, ANY_FOLDER)
+
+    async def restore_adapters(self) -> None:
+        """Load again what the names held before a restart; see `Registry.restore`."""
+        await self._registry.restore(self._resolve, self._review)
 
     async def rollback_adapter(self, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
@@ -172,31 +217,74 @@ class Service:
         """Tell whether the engine works; health follows it."""
         return self._engine.stats().is_alive
 
+    def is_stuck(self) -> bool:
+        """Tell whether conversations wait that nobody renders: none is answered then."""
+        return self._tokenisers.is_stuck(STUCK_S)
+
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
-        record, _ = await self._load(call.name, upload.folder, upload.digest, call.replace)
-        await self._store.keep(upload)
+        record, _ = await self._load(
+            call.name,
+            upload.folder,
+            upload.digest,
+            call.replace,
+            FolderRules(sha256=upload.digest),
+            settle=lambda: self._store.keep(upload),
+        )
         return record
 
+    async def _resolve(self, source: str) -> tuple[Path, FolderRules]:
+        """From a client-given source to its folder and what must hold of it."""
+        folder = await self._disk.run(self._sources.resolve, source)
+        return folder, FolderRules(roots=self._sources.roots, sha256=self._store.digest_of(folder))
+
     async def _load(
-        self, name: str, folder: Path, source: str, replace: bool
+        self,
+        name: str,
+        folder: Path,
+        source: str,
+        replace: bool,
+        rules: FolderRules,
+        settle: Settle | None = None,
     ) -> tuple[AdapterRecord, bool]:
         return await self._registry.load(
-            name, folder, source=source, replace=replace, review=self._try_template
+            name,
+            folder,
+            source=source,
+            replace=replace,
+            review=self._review,
+            rules=rules,
+            settle=settle,
         )
 
-    async def _prepare(self, call: GenerateCall) -> tuple[list[int], list[AdapterRecord]]:
-        """Return a call's tokens and the adapters that are to answer.
-
-        The tokens are rendered with those adapters' own template: a name may be swapped while they
-        are made, and then they are made again.
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
+        queue is taken: before anything is done for the call.
         """
-        records = self._records(call)
+        num_waiting = self._engine.stats().num_waiting + self._num_preparing
+        if num_waiting >= self._engine.info.max_queued_requests:
+            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
+
+    async def _prepare(
+        self, call: GenerateCall
+    ) -> tuple[list[int], list[AdapterRecord], TextSide | None]:
+        """Return a call's tokens, the adapters that are to answer, and their own text side.
+
+        The tokens are made by that text side: a name may be swapped while they are made, and then
+        they are made again.
+        """
+        side = text_side(self._records(call), call.uses_base_text)
         while True:
-            template = chat_template(records)
-            prompt = await self.tokenize(call.prompt, template)
-            records = self._records(call)
-            if chat_template(records) == template:
-                return prompt, records
+            prompt = await self.tokenize(call.prompt, side)
+            records, used = self._records(call), side
+            side = text_side(records, call.uses_base_text)
+            if side == used:
+                return prompt, records, side
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         return [
@@ -204,15 +292,11 @@ class Service:
             for index, choice in enumerate(call.adapters)
         ]
 
-    def _try_template(self, loaded: LoadedAdapter) -> tuple[str, ...]:
-        """Note on a chat template that does not compile or refuses one plain user message."""
-        if loaded.chat_template is None:
-            return ()
-        try:
-            self._tokenizer.apply_chat_template(TRIAL_CHAT, loaded.chat_template)
-        except InvalidRequest as error:
-            return (f"its own template failed a trial: {error.message[:MAX_TRIAL_ERROR]}",)
-        return ()
+    async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
+        """Read an adapter's own text files. Raises AdapterRefused."""
+        if not loaded.text_files:
+            return None, ()
+        return await self._own_text.read(loaded.text_files, loaded.text_sha256)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._engine.info.base.vocab_size
@@ -225,7 +309,11 @@ class Service:
         return list(token_ids)
 
     def _sampling(
-        self, call: GenerateCall, num_prompt_tokens: int, num_layers: int
+        self,
+        call: GenerateCall,
+        num_prompt_tokens: int,
+        num_layers: int,
+        side: TextSide | None,
     ) -> SamplingParams:
         """The request's parameters with the defaults that depend on prompt and base filled in."""
         limit = token_limit(self._engine.info, num_layers)
@@ -243,7 +331,8 @@ class Service:
                 field="sampling.max_tokens",
             )
         vocab_size = self._engine.info.base.vocab_size
-        end_ids = {token for token in self._tokenizer.eos_token_ids if token < vocab_size}
+        wanted_ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
+        end_ids = {token for token in wanted_ends if token < vocab_size}
         return replace(
             call.sampling,
             max_tokens=min(wanted, room),
@@ -251,10 +340,16 @@ class Service:
         )
 
     async def _run(
-        self, request: Request, call: GenerateCall, started: Started, meter: RequestMeter
+        self,
+        request: Request,
+        call: GenerateCall,
+        started: Started,
+        meter: RequestMeter,
+        side: TextSide | None,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, call.stop)
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
         reason, timing, is_started = None, None, False
         async with aclosing(self._engine.generate(request)) as outputs:
@@ -279,6 +374,19 @@ class Service:
             num_output_tokens=meter.num_output_tokens,
             timing=timing,
         )
+
+
+@contextmanager
+def _refusals_logged(name: str, source: str) -> Iterator[None]:
+    """Log why an adapter is not loaded; what is loaded the registry logs."""
+    try:
+        yield
+    except LoramuxError as error:
+        logger.warning("adapter refused", adapter=name, source=source, error=error.message)
+        raise
+    except asyncio.CancelledError:
+        logger.info("adapter load left by its caller", adapter=name, source=source)
+        raise
 
 
 def token_limit(info: EngineInfo, num_layers: int = 0) -> int:

@@ -6,21 +6,14 @@ error shows a path that the client did not write itself.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError
 
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
-OPTIONAL_FILES = (
-    "loramux_parity.json",
-    "chat_template.jinja",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "added_tokens.json",
-)
-"""Other files of a folder that change what an adapter is here."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 MAX_SOURCE_LENGTH = 1024
 
@@ -30,7 +23,7 @@ class Sources:
 
     def __init__(self, roots: Iterable[Path]) -> None:
         """Roots are resolved once; relative sources are looked up in their order."""
-        self._roots = tuple(Path(root).resolve() for root in roots)
+        self.roots = tuple(Path(root).resolve() for root in roots)
 
     def resolve(self, source: str) -> Path:
         """Return the real folder of an adapter, given relative to a root or inside one.
@@ -44,6 +37,9 @@ class Sources:
             folder = self._folder(source)
             for name in REQUIRED_FILES:
                 self._check_file(folder, name, source)
+            for name in OPTIONAL_FILES:
+                if os.path.lexists(folder / name):
+                    self._check_file(folder, name, source)
         except (OSError, RuntimeError, ValueError):  # a link loop is a RuntimeError
             raise refused(source, "cannot be read") from None
         return folder
@@ -59,7 +55,7 @@ class Sources:
             raise refused(source, "contains '..'; write the path without it")
 
     def _folder(self, source: str) -> Path:
-        candidates = [(root / source).resolve() for root in self._roots]
+        candidates = [(root / source).resolve() for root in self.roots]
         inside = [path for path in candidates if self._is_inside(path)]
         if not inside:
             raise refused(source, "is outside the adapter roots of this server")
@@ -80,7 +76,7 @@ class Sources:
             raise refused(source, f"has a {name} that is not a plain file")
 
     def _is_inside(self, path: Path) -> bool:
-        return any(path.is_relative_to(root) for root in self._roots)
+        return any(path.is_relative_to(root) for root in self.roots)
 
 
 def refused(source: str, why: str) -> AdapterSourceRefused:

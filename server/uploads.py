@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,12 +18,21 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from lora_runtime.adapters.files.file_names import (
+    OPTIONAL_FILES,
+    REQUIRED_FILES,
+    content_digest,
+)
+from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from server.calls import UploadCall, UploadFile
-from server.sources import OPTIONAL_FILES, REQUIRED_FILES
 
 STALE_S = 86_400
 """Age at which a temporary folder is no running upload's: its server was killed."""
+MAX_RUNNING_UPLOADS = 16
+IDLE_S = 30.0
+"""An upload that sends nothing for so long is ended: it holds one of the places above."""
+NUM_DISK_THREADS = 4
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 P = ParamSpec("P")
@@ -42,6 +50,10 @@ class AdapterStore:
         self.root = folder / "adapters"
         self._incoming = folder / "incoming"
         self._max_bytes = max_bytes
+        self._num_running = 0
+        self._disk = WorkerPool(
+            "uploads", num_threads=NUM_DISK_THREADS, max_waiting=2 * MAX_RUNNING_UPLOADS
+        )
 
     @asynccontextmanager
     async def receive(self, call: UploadCall, data: AsyncIterator[bytes]) -> AsyncIterator[Upload]:
@@ -49,22 +61,52 @@ class AdapterStore:
 
         Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
         named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
-        Overloaded when the disk is full.
+        Overloaded when the disk is full, or too many uploads are running.
         """
         self._check(call)
-        folder = await _in_thread(self._new_folder)
+        if self._num_running >= MAX_RUNNING_UPLOADS:
+            raise Overloaded(f"{self._num_running} uploads are running already; try again later")
+        self._num_running += 1
         try:
-            yield await _received(call, data, folder)
+            async with self._received_in_folder(call, data) as upload:
+                yield upload
+        finally:
+            self._num_running -= 1
+
+    @asynccontextmanager
+    async def _received_in_folder(
+        self, call: UploadCall, data: AsyncIterator[bytes]
+    ) -> AsyncIterator[Upload]:
+        folder = await self._in_thread(self._new_folder)
+        try:
+            yield await self._received(call, data, folder)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise Overloaded("the adapter store of this server is full; try again later") from error
         finally:
-            await _in_thread(shutil.rmtree, folder, ignore_errors=True)
+            await self._in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def digest_of(self, folder: Path) -> str:
+        """Return the digest that a stored folder's files must have, "" for any other folder."""
+        return folder.name if folder.parent == self.root.resolve() else ""
 
     async def keep(self, upload: Upload) -> None:
-        """Move an upload into the store, at once; content that is there already stays."""
-        await _in_thread(self._move, upload)
+        """Move an upload into the store, at once.
+
+        Content that is there already stays if it is whole, and else makes room.
+        """
+        await self._in_thread(self._move, upload)
+
+    async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
+        upload = Upload(call.files, folder)
+        while (part := await _next_part(data)) is not None:
+            await self._in_thread(upload.write, part)
+        await self._in_thread(upload.finish)
+        return upload
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await to_the_end(self._disk.run(function, *args, **kwargs))
 
     def _check(self, call: UploadCall) -> None:
         names = [file.name for file in call.files]
@@ -95,11 +137,14 @@ class AdapterStore:
 
     def _move(self, upload: Upload) -> None:
         target = self.root / upload.digest
+        if target.is_dir() and _digest_on_disk(target) != upload.digest:
+            os.rename(target, tempfile.mkdtemp(dir=self._incoming))
         try:
             os.rename(upload.folder, target)
         except OSError:
             if not target.is_dir():
                 raise
+        _sync(self.root)
 
 
 class Upload:
@@ -115,9 +160,8 @@ class Upload:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and hashes of all files, in hexadecimal."""
-        content = json.dumps(sorted(self._hashes.items()), separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        """See `content_digest`."""
+        return content_digest(self._hashes)
 
     def write(self, data: bytes) -> None:
         """Append to the current file. Raises InvalidRequest where it was announced shorter."""
@@ -172,12 +216,32 @@ class Upload:
         return (self.folder / file.name).open("ab")
 
 
-async def _received(call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
-    upload = Upload(call.files, folder)
-    async for part in data:
-        await _in_thread(upload.write, part)
-    await _in_thread(upload.finish)
-    return upload
+async def _next_part(data: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(IDLE_S):
+            return await anext(data, None)
+    except TimeoutError:
+        raise InvalidRequest(
+            f"nothing came for {IDLE_S:.0f} s; send the whole adapter again", field="chunk.data"
+        ) from None
+
+
+def _digest_on_disk(folder: Path) -> str:
+    hashes = {}
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return content_digest(hashes)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def to_the_end(work: Awaitable[T]) -> T:
@@ -190,10 +254,6 @@ async def to_the_end(work: Awaitable[T]) -> T:
         if not task.cancelled():
             task.exception()  # seen: the cancellation stands in its place
         raise
-
-
-async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    return await to_the_end(asyncio.to_thread(function, *args, **kwargs))
 
 
 def _refused(why: str, index: int) -> InvalidRequest:

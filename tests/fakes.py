@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_runtime.core import (
+    ANY_FOLDER,
     BaseSpec,
     FinishReason,
+    FolderRules,
     Request,
     RequestTiming,
     StepOutput,
@@ -22,6 +24,7 @@ from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.errors import (
     AdapterNotFound,
     AdapterRefused,
+    AdapterSourceRefused,
     AdapterTooLarge,
     BaseMismatch,
     InvalidRequest,
@@ -29,13 +32,15 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
+from lora_runtime.text.text_side import TextSide
 
 EOS_ID = 256
 VOCAB_SIZE = 257
 
 
 class ByteTokenizer:
-    """Token ids are the bytes of the text; 256 ends an output. A template is a format string."""
+    """Token ids are the bytes of the text; 256 ends an output."""
 
     eos_token_ids = frozenset({EOS_ID})
     vocab_size = VOCAB_SIZE
@@ -47,16 +52,60 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(i for i in token_ids if i < EOS_ID).decode(errors="replace")
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], template: str | None = None
-    ) -> list[int]:
+    def with_added(self, added: object) -> ByteTokenizer:
+        return self
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise InvalidRequest("unknown role", field="messages")
-        form = "<{role}>{content}" if template is None else template
+        return self.encode("".join(map("<{role}>{content}".format_map, messages)))
+
+
+class FormatText:
+    """An OwnText without processes: a template is a format string of one message.
+
+    An end token is the one of a generation config; `error` is raised in place of a reading.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    async def read(
+        self, files: Mapping[str, bytes], sha256: str = ""
+    ) -> tuple[TextSide, tuple[str, ...]]:
+        if self.error is not None:
+            raise self.error
+        template = files[TEMPLATE_FILE].decode() if TEMPLATE_FILE in files else None
+        ends = json.loads(files.get(GENERATION_FILE, b"{}")).get("eos_token_id", EOS_ID)
+        side = TextSide(
+            template=template,
+            variables={},
+            is_own_template=template is not None,
+            tokenizer=None,
+            added=None,
+            eos_token_ids=(ends,),
+            key=f"{template}{ends}",
+        )
         try:
-            return self.encode("".join(form.format(**message) for message in messages))
+            await self.render(side, ({"role": "user", "content": "Hello"},))
+        except InvalidRequest as error:
+            return side, (error.message,)
+        return side, ()
+
+    async def render(self, side: TextSide, messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return "".join(map((side.template or "").format_map, messages))
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"bad template: {error!r}", field="messages") from error
+
+    async def encode(self, side: TextSide, text: str) -> list[int]:
+        raise AssertionError("no side of these has a tokenizer")
+
+    def close(self) -> None:
+        pass
 
 
 class ScriptedEngine:
@@ -77,14 +126,18 @@ class ScriptedEngine:
         self.vanishes = False
         """Streams end after the second token without a result, as if the engine had died."""
         self.is_alive = True
+        self.num_waiting = 0
+        self.is_busy, self.num_beats, self.num_failed_in_a_row = False, 0, 0
         self.references: Counter[str] = Counter()
         self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.seen: list[Request] = []
+        self.rules: dict[Path, FolderRules] = {}
+        """Under which every folder was last loaded."""
         self._cancelled: set[str] = set()
         self._max_queued = max_queued
-        self._info = _info(max_model_len)
+        self._info = _info(max_model_len, max_queued)
 
     @property
     def info(self) -> EngineInfo:
@@ -94,7 +147,7 @@ class ScriptedEngine:
         return EngineStats(
             is_alive=self.is_alive,
             num_running=len(self.running),
-            num_waiting=0,
+            num_waiting=self.num_waiting,
             kv_blocks_used=0,
             kv_blocks_total=self._info.num_blocks,
             pool_bytes_used=0,
@@ -106,6 +159,9 @@ class ScriptedEngine:
             running_adapters=(),
             waiting_adapters=(),
             resident_adapters=tuple(self.references),
+            is_busy=self.is_busy,
+            num_beats=self.num_beats,
+            num_failed_in_a_row=self.num_failed_in_a_row,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -116,6 +172,8 @@ class ScriptedEngine:
             for index in range(request.sampling.max_tokens):
                 await asyncio.sleep(0)
                 await self.gate.wait()
+                if not self.is_alive:
+                    raise self.failure or Unavailable("the engine has died")
                 output = self._step(request, index)
                 is_over = output.finish_reason is not None
                 yield output
@@ -126,14 +184,18 @@ class ScriptedEngine:
             if not is_over:
                 self.aborted.append(request.request_id)
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         await self.load_gate.wait()
-        content = (folder / "adapter_model.safetensors").read_bytes()
+        self.rules[folder] = rules
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise AdapterSourceRefused(f"{path.name} is missing from the folder", field=path.name)
+        content = path.read_bytes()
         if content.startswith(b"!"):
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         self.references[digest] += 1
-        self.loaded[digest] = replace(_PLAIN, digest=digest, **_facts(folder))
+        self.loaded[digest] = replace(PLAIN, digest=digest, **_facts(folder))
         return self.loaded[digest]
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
@@ -146,6 +208,11 @@ class ScriptedEngine:
             self._cancelled |= {r.request_id for r in self._using(digest)}
         while self._using(digest):
             await asyncio.sleep(0.001)
+
+    def abandon(self, error: Unavailable) -> None:
+        self.is_alive = False
+        self.failure = error
+        self.gate.set()
 
     async def close(self, *, drain_s: float) -> None:
         self.is_alive = False
@@ -193,7 +260,7 @@ class ScriptedEngine:
         )
 
 
-_PLAIN = LoadedAdapter(
+PLAIN = LoadedAdapter(
     digest="",
     variant="lora",
     ranks=(4, 8),
@@ -208,6 +275,10 @@ _PLAIN = LoadedAdapter(
 def _facts(folder: Path) -> dict:
     path = folder / "adapter_config.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
+    names = {"chat_template": TEMPLATE_FILE, "generation": GENERATION_FILE}
+    text = {name: facts.pop(fact).encode() for fact, name in names.items() if fact in facts}
+    if text:
+        facts |= {"text_files": text, "text_sha256": str(sorted(text.items()))}
     return {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
 
 
@@ -222,7 +293,7 @@ def _load_error(kind: str, folder: Path) -> Exception:
     return errors[kind]
 
 
-def _info(max_model_len: int) -> EngineInfo:
+def _info(max_model_len: int, max_queued: int) -> EngineInfo:
     base = BaseSpec(
         name="tiny",
         fingerprint="f" * 64,
@@ -249,4 +320,5 @@ def _info(max_model_len: int) -> EngineInfo:
         num_blocks=1000,
         pool_bytes=1 << 20,
         max_slots=16,
+        max_queued_requests=max_queued,
     )

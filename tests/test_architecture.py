@@ -68,6 +68,7 @@ DOORS = {
     "grpc_reflection": GRPC_DOORS,
     "grpc_status": GRPC_DOORS,
     "huggingface_hub": ["lora_runtime.base.catalog"],
+    "jinja2": ["lora_runtime.text.template_check"],
     "matplotlib": ["lora_runtime.training.report"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
@@ -82,12 +83,12 @@ DOORS = {
     "starlette": ["server.http_gateway", "server.app"],
     "structlog": ["server.*"],
     "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
-    "transformers": ["lora_runtime.base.*", "lora_runtime.text.tokenizer",
+    "transformers": ["lora_runtime.base.*", "lora_runtime.text.*",
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli_*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.config", "server.cli", "lora_runtime.training.config"],
+    "yaml": ["server.cli", "lora_runtime.training.fields"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}

@@ -33,9 +33,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.files.file_names import SIDECAR_FILE
 from lora_runtime.errors import ParityFailed
 
-SIDECAR_FILE = "loramux_parity.json"
 ROW_LENGTH = 64
 """Tokens of a row at most."""
 NUM_POSITIONS = 16

@@ -18,13 +18,9 @@ from torch import Tensor
 
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
-from lora_runtime.adapters.files.companions import own_chat_template
-from lora_runtime.adapters.files.folder import (
-    MAX_TENSORS_BYTES,
-    AdapterFiles,
-    read_adapter,
-    read_initial_adapter,
-)
+from lora_runtime.adapters.files.companions import own_text_files
+from lora_runtime.adapters.files.file_names import MAX_TENSORS_BYTES
+from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
 from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
@@ -45,12 +41,17 @@ def load_adapter(
 
     Raises: AdapterRefused and its kinds, naming the file, field or tensor.
     """
-    files = read_adapter(folder, max_bytes=max_bytes)
+    return reduce_folder(read_folder(folder, max_bytes=max_bytes), base, weights)
+
+
+def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) -> ServingForm:
+    """Reduce what was read of a folder. Raises as `load_adapter`."""
+    files = content.adapter
     _check_fingerprint(files.metadata, base)  # another base explains every mismatch after this
     tensors = AdapterTensors(files.tensors)
     names = trained_names(tensors.names, base)
     spec = parse_config(files.config, base, trained_names=names)
-    initial = _initial_adapter(folder, spec, max_bytes)
+    initial = _initial_adapter(content, spec)
     start = None if initial is None else AdapterTensors(initial.tensors)
     form = reduce_adapter(spec, tensors, base, weights, start)
     hashes = [file.tensors_sha256 for file in (files, initial) if file is not None]
@@ -59,7 +60,7 @@ def load_adapter(
         digest=_digest(spec.honoured, hashes),
         notes=(*_unverified_base(files, base), *form.notes),
         tensors_sha256=files.tensors_sha256,
-        chat_template=own_chat_template(folder, weights.folder, base.vocab_size),
+        text_files=own_text_files(content.text, weights.folder),
     )
 
 
@@ -109,12 +110,12 @@ def _key(site: Site) -> ModuleKey:
     return ModuleKey(site.path, site.replica)
 
 
-def _initial_adapter(folder: Path, spec: AdapterSpec, max_bytes: int) -> AdapterFiles | None:
+def _initial_adapter(content: FolderContent, spec: AdapterSpec) -> AdapterFiles | None:
     """The state before training, in `pissa_init` or `olora_init`; `pissa_niter_N` needs it."""
     if not spec.initialisation:
         return None
     kind = spec.initialisation.partition("_")[0]
-    found = read_initial_adapter(folder, f"{kind}_init", max_bytes=max_bytes)
+    found = content.initial.get(f"{kind}_init")
     if found is None and spec.initialisation != kind:
         raise AdapterRefused(
             f"init_lora_weights is {spec.initialisation!r}, which is random: put the adapter as "

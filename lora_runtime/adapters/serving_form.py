@@ -7,7 +7,7 @@ a linear layer of one-hot tokens, and it and the output layer may have whole row
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -71,8 +71,8 @@ class ServingForm:
     """Base layers in the order in which this adapter's rows visit them; None: each once."""
     invocation_tokens: tuple[int, ...] = ()
     """aLoRA: the adapter acts from the last occurrence of these tokens in the prompt."""
-    chat_template: str | None = None
-    """The adapter's own chat template, where it differs from the base's."""
+    text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Files of its tokenizer, template and end tokens, where they are not the base's."""
     tensors_sha256: str = ""
     """SHA-256 of the safetensors file alone, which a parity record may name."""
     notes: tuple[str, ...] = ()

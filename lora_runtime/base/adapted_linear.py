@@ -61,9 +61,10 @@ class PooledBinding:
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        adapters = PooledAdapters(self.memory, self.runs[None], meta)
+        runs = self.runs
+        adapters = PooledAdapters(self.memory, runs[None], meta)
         product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, self.runs, meta, hidden)
+        return apply_adapters(product, x, layer.bias, self.memory, runs, meta, hidden)
 
     def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.runs, meta)
@@ -85,6 +86,8 @@ class StepContext:
     meta: Any = None
     head_meta: Any = None
     bindings: Mapping[str, Binding] = field(default_factory=dict)
+    num_calls: int = 0
+    """Linear layers called so far: what moves during a long forward, for who watches over it."""
 
     @contextmanager
     def effect(
@@ -149,6 +152,7 @@ class AdaptedLinear(nn.Module):
 
     def gated(self, x: Tensor, kind: str) -> Tensor:
         """act(gate) · up of this layer's outputs' two halves, see `gated_activation`."""
+        self.context.num_calls += 1
         is_adapted = self.context.meta is not None and self.path in self.context.bindings
         if not is_adapted and not self.is_observed:
             return self.linear.gated_product(x, kind)
@@ -156,6 +160,7 @@ class AdaptedLinear(nn.Module):
         return gated_activation(gate, up, kind)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.context.num_calls += 1
         if self.stack is not None and self.stack.takes(x):
             return self.stack.output(self, x)
         context, linear = self.context, self.linear

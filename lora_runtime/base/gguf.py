@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFReader
 from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from lora_runtime.errors import BaseRefused
 
@@ -29,6 +30,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     Raises BaseRefused when the file is damaged or its architecture is unknown to transformers.
     """
+    disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)

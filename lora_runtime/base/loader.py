@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lora_runtime.base import attention
 from lora_runtime.base.adapted_linear import (
@@ -25,7 +25,7 @@ from lora_runtime.base.adapted_linear import (
     StepContext,
 )
 from lora_runtime.base.attention import Attention, KVCache
-from lora_runtime.base.catalog import resolve_base
+from lora_runtime.base.catalog import ResolvedBase, resolve_base
 from lora_runtime.base.device import resolve_device, resolve_dtype
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.fused_modules import fuse_modules
@@ -119,14 +119,18 @@ class Base:
         return 2 * self.spec.num_layers * heads * head_dim * self.dtype.itemsize
 
 
-def load_base(config: BaseConfig, on_progress: Progress | None = None) -> Base:
-    """Find, load, check and quantise a base.
+def load_base(
+    config: BaseConfig,
+    on_progress: Progress | None = None,
+    resolved: ResolvedBase | None = None,
+) -> Base:
+    """Find, load, check and quantise a base; `resolved` is what was found already.
 
     Raises BaseRefused for a model that cannot be served, ConfigError for a setting that cannot
     be used on this machine.
     """
     say = on_progress or (lambda _: None)
-    resolved = resolve_base(config.model, on_progress=on_progress)
+    resolved = resolved or resolve_base(config.model, on_progress=on_progress)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
@@ -134,6 +138,19 @@ def load_base(config: BaseConfig, on_progress: Progress | None = None) -> Base:
     return prepare_base(
         model, config, resolved.name, resolved.folder, device=device, dtype=dtype, on_progress=say
     )
+
+
+def configured_length(folder: Path) -> int | None:
+    """`max_model_len` of the base in `folder`, before it is loaded; None where that takes more than
+    its config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return int(config.get_text_config().max_position_embeddings)
+    except (OSError, ValueError, AttributeError):
+        return None  # `load_base` says what is wrong
 
 
 def prepare_base(

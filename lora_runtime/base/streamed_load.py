@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lora_runtime.base.quant_linear import DenseLinear
 from lora_runtime.errors import BaseRefused
@@ -36,6 +37,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     its own 16 bits, and all but those weights is cast here; other pairs of dtypes are cast by
     transformers, one whole copy on the host.
     """
+    disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
     stored = _half_dtype(folder) if dtype == torch.float32 else None
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from lora_runtime.core import BaseSpec, Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, BaseSpec, FolderRules, Request, StepOutput
+from lora_runtime.errors import Unavailable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class EngineInfo:
     num_blocks: int
     pool_bytes: int
     max_slots: int
+    max_queued_requests: int = 1024
+    """Requests that may wait; one more is refused as overloaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,10 @@ class LoadedAdapter:
     """What people should know, for example the error bound of a recovered initialisation."""
     invocation_tokens: tuple[int, ...] = ()
     """aLoRA: it acts from their last occurrence in the prompt; empty: everywhere."""
-    chat_template: str | None = None
-    """Its own chat template; None: the base's."""
+    text_sha256: str = ""
+    """Digest of its own text files; "" where its text is the base's."""
+    text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Those files by name, which the engine does not look into."""
     num_layers: int = 0
     """Layers in its own layer map; 0: the base's."""
 
@@ -57,6 +62,7 @@ class EngineStats:
     is_alive: bool
     num_running: int
     num_waiting: int
+    """In the queue, or on their way to it."""
     kv_blocks_used: int
     kv_blocks_total: int
     pool_bytes_used: int
@@ -72,6 +78,13 @@ class EngineStats:
     waiting_adapters: tuple[str, ...]
     resident_adapters: tuple[str, ...]
     """Digests in the device pool."""
+    is_busy: bool = False
+    """It is doing something now, or should be."""
+    num_beats: int = 0
+    """Changes with all progress, several times within a long step: with every step, every command
+    and every layer called. While it is busy and this stands still, it may be stuck."""
+    num_failed_in_a_row: int = 0
+    """Requests that something unforeseen ended, since one last got a token."""
 
 
 class EngineClient(Protocol):
@@ -91,8 +104,10 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         """Read, check and keep an adapter. Content loaded before only gains a reference.
+
+        Everything of the folder is of one moment: a change meanwhile is seen whole or refused.
 
         Raises AdapterRefused (and its kinds), AdapterTooLarge, Overloaded, Unavailable.
         """
@@ -105,6 +120,13 @@ class EngineClient(Protocol):
         """
         ...
 
+    def abandon(self, error: Unavailable) -> None:
+        """End every request and refuse every later call with `error`, without the engine's help."""
+        ...
+
     async def close(self, *, drain_s: float) -> None:
-        """Stop admitting, let running requests finish for `drain_s` seconds, cancel the rest."""
+        """Stop admitting, let running requests finish for `drain_s` seconds, cancel the rest.
+
+        Returns within seconds after that, leaving behind an engine that does not answer.
+        """
         ...

@@ -372,4 +372,5 @@ def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) ->
         num_blocks=num_blocks,
         pool_bytes=pool_bytes,
         max_slots=config.adapters.max_slots,
+        max_queued_requests=config.scheduler.max_queued_requests,
     )

@@ -12,32 +12,42 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.companions import text_digest
+from lora_runtime.adapters.files.folder import read_folder
+from lora_runtime.adapters.files.parity_file import parse_golden
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
-from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.loader import load_base
+from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
-from lora_runtime.core import Request, StepOutput
+from lora_runtime.core import ANY_FOLDER, FinishReason, FolderRules, Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.probe import effect_of
-from lora_runtime.errors import Unavailable
+from lora_runtime.engine.worker_pool import WorkerPool
+from lora_runtime.errors import Overloaded, Unavailable
+from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Outputs = asyncio.Queue[StepOutput]
 POLL_S = 0.02
 """How often `close` looks whether the engine is idle."""
+CLOSE_S = 1.0
+"""What the engine's thread gets to end, beyond the drain; a stuck one is left behind."""
+NUM_READERS = 2
+"""Adapters that are read at once."""
+MAX_WAITING_READS = 256
 
 
 class _Command(NamedTuple):
@@ -54,6 +64,8 @@ def start_engine(
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
     say = on_progress or (lambda _: None)
     base = load_base(config.base, on_progress)
+    if base.device.type == "cuda":
+        watch_compiles()
     with _current(base.device):
         engine = Engine(base, config)
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
@@ -77,8 +89,18 @@ class InThreadEngine:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
         self._unloading: dict[str, list[Future]] = {}
         self._post_lock = threading.Lock()
+        self._readers = WorkerPool(
+            "reading adapters", num_threads=NUM_READERS, max_waiting=MAX_WAITING_READS
+        )
         self._failure: Unavailable | None = None
         self._is_draining = False
+        self._running: Future | None = None
+        """Of the command that the engine's thread runs now."""
+        self._is_busy = False
+        self._num_beats = 0
+        self._failures = FailureStreak()
+        self._num_arriving = 0
+        """Requests on their way to the engine's queue."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -87,15 +109,27 @@ class InThreadEngine:
         return self._engine.info
 
     def stats(self) -> EngineStats:
-        return replace(self._stats, is_alive=self._failure is None)
+        return replace(
+            self._stats,
+            is_alive=self._failure is None and self._thread.is_alive(),
+            num_waiting=self._stats.num_waiting + self._num_arriving,
+            is_busy=self._is_busy and not is_compiling(),
+            num_beats=self._num_beats + self._engine.base.context.num_calls,
+            num_failed_in_a_row=self._failures.length,
+        )
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
+        self._refuse_beyond_queue()
         stream = (asyncio.get_running_loop(), Outputs())
         is_over = False
         try:
-            await self._call(lambda: self._submit(request, stream))
+            self._num_arriving += 1
+            try:
+                await self._call(lambda: self._submit(request, stream))
+            finally:
+                self._num_arriving -= 1
             while not is_over:
                 output = await stream[1].get()
                 is_over = output.finish_reason is not None
@@ -104,11 +138,10 @@ class InThreadEngine:
             if not is_over:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
-    async def load_adapter(self, folder: Path) -> LoadedAdapter:
+    async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         base = self._engine.base
-        form = await asyncio.to_thread(load_adapter, folder, base.spec, base.weights)
-        golden = await asyncio.to_thread(read_golden, folder, base.spec)
-        packed = await asyncio.to_thread(pack_for, base, form)
+        form, golden = await self._readers.run(_read, folder, rules, base)
+        packed = await self._readers.run(pack_for, base, form)
         if golden is not None:
             await self._check(golden, effect_of(base, packed), form.tensors_sha256)
         await self._call(lambda: self._engine.add_packed(packed))
@@ -128,17 +161,34 @@ class InThreadEngine:
         await self._call(lambda: self._drop(digest, cancel, freed))
         await asyncio.wrap_future(freed)
 
+    def abandon(self, error: Unavailable) -> None:
+        with self._post_lock:
+            self._failure = self._failure or error
+        self._end_all(error)
+
     async def close(self, *, drain_s: float) -> None:
         self._is_draining = True
         deadline = time.monotonic() + drain_s
         try:
-            await self._call(lambda: None)
-            while self._streams and time.monotonic() < deadline:
-                await asyncio.sleep(POLL_S)
-            await self._call(self._stop)
+            async with asyncio.timeout(drain_s + CLOSE_S):
+                await self._call(lambda: None)
+                while self._streams and time.monotonic() < deadline:
+                    await asyncio.sleep(POLL_S)
+                await self._call(self._stop)
         except Unavailable:
             pass  # it has died: there is nothing left to drain
-        await asyncio.to_thread(self._thread.join)
+        except TimeoutError:
+            log.error("the engine does not answer and is left behind")
+            self.abandon(Unavailable("the server is shutting down"))
+        limit = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < limit:
+            await asyncio.sleep(POLL_S)
+
+    def _refuse_beyond_queue(self) -> None:
+        """Refuse at once what the engine would refuse after its step."""
+        num_waiting = self._stats.num_waiting + self._num_arriving
+        if num_waiting >= self._engine.info.max_queued_requests:
+            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
 
     def _post(self, action: Callable[[], Result], *, is_long: bool = False) -> Future[Result]:
         """Queue `action` for the engine thread; fails at once when the engine is gone. Behind one
@@ -162,7 +212,7 @@ class InThreadEngine:
             with _current(self._engine.base.device):
                 while self._failure is None:
                     self._run_once()
-        except Exception:
+        except BaseException:  # whatever ends this thread ends the engine
             log.exception("the engine has died")
             self._fail(Unavailable("the engine has died; the server's log says why"))
 
@@ -171,7 +221,9 @@ class InThreadEngine:
         is_idle = self._engine.is_idle
         outputs = self._engine.take_outputs() if is_idle else self._engine.step()
         self._engine.collect()
+        self._num_beats += 1
         self._stats = self._engine.stats()
+        self._failures.note(outputs)
         self._deliver(outputs)
         self._resolve_unloads()
 
@@ -179,14 +231,16 @@ class InThreadEngine:
         """Run queued commands up to a long one; wait for one when there is nothing else to do."""
         should_wait = self._engine.is_idle
         while should_wait or not self._inbox.empty():
+            self._is_busy = not should_wait
             command = self._inbox.get()
-            should_wait = False
+            self._num_beats += 1
+            self._is_busy, should_wait = True, False
             if not command.done.set_running_or_notify_cancel():
                 continue
-            try:
-                command.done.set_result(command.action())
-            except Exception as error:
-                command.done.set_exception(error)
+            self._running = command.done
+            with suppress(InvalidStateError):  # it was answered when the engine was abandoned
+                _do(command)
+            self._running = None
             if command.is_long:
                 return
 
@@ -231,13 +285,49 @@ class InThreadEngine:
     def _fail(self, error: Unavailable) -> None:
         """End every request and refuse every later command with `error`."""
         with self._post_lock:
-            self._failure = error
-        self._deliver(self._engine.abort_all(error))
-        while not self._inbox.empty():
-            _settle(self._inbox.get().done, error)
-        for waiting in self._unloading.values():
-            for freed in waiting:
-                _settle(freed, error)
+            self._failure = self._failure or error
+        try:
+            self._deliver(self._engine.abort_all(error))
+        except Exception:
+            log.exception("the engine could not free what its requests held")
+        self._end_all(error)
+
+    def _end_all(self, error: Unavailable) -> None:
+        """Give every stream and every command that is left its end. Called on either side, also
+        on both at once: who takes one out ends it.
+        """
+        self._deliver(
+            [
+                StepOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=error)
+                for request_id in list(self._streams)
+            ]
+        )
+        running = self._running
+        if running is not None and threading.current_thread() is not self._thread:
+            with suppress(InvalidStateError):  # it has ended just now
+                running.set_exception(error)
+        with suppress(queue.Empty):
+            while True:
+                _settle(self._inbox.get_nowait().done, error)
+        with suppress(KeyError):
+            while True:
+                for freed in self._unloading.popitem()[1]:
+                    _settle(freed, error)
+
+
+def _do(command: _Command) -> None:
+    """Run a command and answer its caller. What is no Exception, like SystemExit, ends the engine,
+    and is not for the caller's event loop.
+    """
+    try:
+        result = command.action()
+    except Exception as error:
+        command.done.set_exception(error)
+    except BaseException as error:
+        command.done.set_exception(Unavailable(f"the engine has died of {error!r}"))
+        raise
+    else:
+        command.done.set_result(result)
 
 
 def _settle(future: Future, error: Exception | None = None) -> None:
@@ -255,6 +345,13 @@ def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
         outputs.put_nowait(output)
 
 
+def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, Golden | None]:
+    content = read_folder(folder, rules)
+    form = reduce_folder(content, base.spec, base.weights)
+    golden = None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+    return form, golden
+
+
 def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
     return LoadedAdapter(
         digest=form.digest,
@@ -267,6 +364,7 @@ def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
         inert=dict(form.inert),
         notes=form.notes,
         invocation_tokens=form.invocation_tokens,
-        chat_template=form.chat_template,
+        text_sha256=text_digest(form.text_files),
+        text_files=form.text_files,
         num_layers=len(form.layer_map or ()),
     )

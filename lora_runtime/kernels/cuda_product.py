@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_runtime.kernels.gpu_compiling import compiling
 from lora_runtime.kernels.gpu_counters import counters
 from lora_runtime.kernels.types import NestedScales
 
@@ -234,7 +235,8 @@ def compiled(architecture: str, options: tuple[str, ...]) -> bytes:
     source, name = SOURCE.read_bytes(), SOURCE.name.encode()
     program = _checked(nvrtc.nvrtcCreateProgram(source, name, 0, [], []))
     words = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in options)]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
+    with compiling():
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
     if status.value:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.text.tokenizer import TokenDecoder, Tokenizer
 
 _INVALID = "\N{REPLACEMENT CHARACTER}"
 _KEEP = 8
@@ -23,7 +23,10 @@ class Detokenizer:
     """The text of one output stream. `stopped` turns True when a stop string is met."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()
+        self,
+        tokenizer: Tokenizer | TokenDecoder,
+        prompt_token_ids: Sequence[int],
+        stop: tuple[str, ...] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop

@@ -7,7 +7,7 @@ Chat templates are foreign code: transformers renders them in jinja2's Immutable
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Tokenizer:
             )
         except (OSError, ValueError, ImportError) as error:
             raise BaseRefused(f"no usable tokenizer in {folder}: {error}") from error
-        configured = _configured_eos_ids(folder)
+        configured = configured_eos_ids(folder)
         own = () if inner.eos_token_id is None else (inner.eos_token_id,)
         return cls(inner, configured.union(own))
 
@@ -64,81 +64,126 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
+        """What decodes under other added tokens, (id, text, whether special); None: the base's."""
+        return self if added is None else TokenDecoder(self._inner, added)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a conversation that a template has rendered: it writes special tokens."""
+        return self._encode(text, add_special_tokens=False)
+
     def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        template: str | None = None,
-        *,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation in an adapter's own `template`, or in the base's.
+        """Token ids of a conversation in the base's own template.
+
+        The template is trusted as the base's weights are: the operator has chosen both.
 
         Raises InvalidRequest (field `messages`): no template, an unknown role or key, a template
         that does not compile, or whatever the template itself refuses.
         """
-        text = self._render(messages, template, add_generation_prompt)
-        return self._encode(text, add_special_tokens=False)
+        return self.encode_rendered(self._render(messages, add_generation_prompt))
 
     def split_chat(
-        self, messages: Sequence[Message], *, first_target: int = 0
+        self, messages: Sequence[Message], learned: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and True for each token the assistant produces.
 
-        Turns before message `first_target` are context: nothing of them is marked.
+        `learned` has False for messages that are context only; None has none. So is a first message
+        of the assistant, which no prompt asks for. An end token that the assistant's text brings
+        along stands for the template's own.
 
         A turn's tokens are those after exactly what serving would send as its prompt, up to its
         end-of-turn token. Raises DataError when that prompt is no prefix of the conversation (the
-        template rewrites earlier turns) or there is no assistant turn.
+        template rewrites earlier turns), a turn to be learned is empty, or there is none.
         """
+        messages = [self._without_end(message) for message in messages]
         try:
             token_ids = self.apply_chat_template(messages, add_generation_prompt=False)
             mask = [False] * len(token_ids)
-            for start, end in self._assistant_spans(messages, first_target, token_ids):
+            for start, end in self._assistant_spans(messages, learned, token_ids):
                 mask[start:end] = [True] * (end - start)
         except InvalidRequest as error:
             raise DataError(error.message, field=error.field) from error
         if not any(mask):
-            raise DataError("no message of role assistant to learn from", field="messages")
+            raise DataError(
+                "no message of role assistant to learn from: there is none, or it is the first, "
+                "which no prompt asks for, or its weight is 0",
+                field="messages",
+            )
         return token_ids, mask
 
     def split_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         """Token ids of a prompt and its completion, and True for the completion's tokens.
 
-        The prompt's ids are those serving sends; the completion ends with the end token.
+        The prompt's ids are those serving sends; the completion ends with one end token, its own
+        or the tokenizer's. Raises DataError when it is nothing else.
         """
-        end = self._inner.eos_token_id
+        text, end = self._split_end(completion)
+        if not text.strip():
+            raise DataError("its text is nothing but the end token; fill or remove it")
         if end is None:
             raise DataError("the base's tokenizer has no end token, so a completion cannot end")
         prompt_ids = self.encode(prompt)
-        target_ids = [*self._encode(completion, add_special_tokens=False), end]
+        target_ids = [*self._encode(text, add_special_tokens=False), end]
+        if prompt_ids == target_ids[:1] == [self._inner.bos_token_id]:
+            del target_ids[0]  # the text brings the leading token along
         return prompt_ids + target_ids, [False] * len(prompt_ids) + [True] * len(target_ids)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+    def _without_end(self, message: Message) -> Message:
+        """An assistant's message without the end tokens behind its text, which templates add."""
+        if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
+            return message
+        return {**message, "content": self._split_end(message["content"])[0]}
 
-    def _render(
-        self, messages: Sequence[Message], template: str | None, add_generation_prompt: bool
-    ) -> str:
-        if template is None and not self.has_chat_template:
+    def _split_end(self, text: str) -> tuple[str, int | None]:
+        """A text without the end tokens behind it, and the first of them, or else the tokenizer's.
+
+        White space behind an end token goes with it.
+        """
+        end = self._inner.eos_token_id
+        while found := next(filter(text.rstrip().endswith, self._end_texts), None):
+            text, end = text.rstrip().removesuffix(found), self._end_texts[found]
+        return text, end
+
+    @cached_property
+    def _end_texts(self) -> dict[str, int]:
+        """Text → id of every token that ends an output."""
+        texts = {self._inner.decode(token_id): token_id for token_id in self.eos_token_ids}
+        return {text: token_id for text, token_id in texts.items() if text.strip()}
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
+            raise InvalidRequest("the text is not valid Unicode", field="text") from None
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if not self.has_chat_template:
             raise _refused("the base has no chat template; send text or token ids instead")
-        _check_messages(messages)
+        check_messages(messages)
         try:
             return self._inner.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except Exception as error:  # a template is foreign code and may raise anything
-            owner = "base" if template is None else "adapter"
-            raise _refused(f"the {owner}'s chat template refuses the messages: {error}") from error
+            raise _refused(f"the base's chat template refuses the messages: {error}") from error
 
     def _assistant_spans(
-        self, messages: Sequence[Message], first_target: int, token_ids: list[int]
+        self, messages: Sequence[Message], learned: Sequence[bool] | None, token_ids: list[int]
     ) -> Iterator[tuple[int, int]]:
         for index, message in enumerate(messages):
-            if index < first_target or message["role"] != "assistant":
+            is_learned = message["role"] == "assistant" and (learned is None or learned[index])
+            if not index or not is_learned:
                 continue
+            if not message["content"].strip():
+                raise DataError(
+                    f"messages[{index}]: the assistant says nothing, so there is nothing to learn; "
+                    "fill it, remove it, or give it the weight 0",
+                    field="messages",
+                )
             prompt = self.apply_chat_template(messages[:index])
             turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
             if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
@@ -156,11 +201,29 @@ class Tokenizer:
         return ends[-1] + 1 if ends else len(turn)
 
 
+class TokenDecoder:
+    """The base's decoding under an adapter's added tokens."""
+
+    def __init__(
+        self, inner: PreTrainedTokenizerBase, added: Iterable[tuple[int, str, bool]]
+    ) -> None:
+        backend = inner.backend_tokenizer
+        self._model, self._decoder = backend.model, backend.decoder
+        self._added = {index: "" if special else text for index, text, special in added}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """As `Tokenizer.decode`. Source: tokenizers, `TokenizerImpl::decode`."""
+        named = (self._added.get(i, self._model.id_to_token(i)) for i in token_ids)
+        tokens = [token for token in named if token]
+        return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
+
+
 def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
     return whole[: len(prefix)] == prefix
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise InvalidRequest (field `messages`) for what no template is given."""
     if not messages:
         raise _refused("messages is empty; send at least one")
     for index, message in enumerate(messages):
@@ -178,7 +241,8 @@ def _refused(message: str) -> InvalidRequest:
     return InvalidRequest(message, field="messages")
 
 
-def _configured_eos_ids(folder: Path) -> frozenset[int]:
+def configured_eos_ids(folder: Path) -> frozenset[int]:
+    """End tokens that the generation config and the config of a base's folder name."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

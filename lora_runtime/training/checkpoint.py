@@ -1,17 +1,20 @@
 """Everything a run needs to continue exactly: safetensors and JSON, never pickle.
 
-A checkpoint is a folder named after the number of forwards done. It is written under a temporary
-name and renamed when complete; only then are older ones removed. There is no random state: the
-order of the data is a function of (seed, epoch) and nothing else is drawn after the start.
+A checkpoint is a folder named after the number of forwards done, with the checksums of its files as
+`sha256sum` writes and checks them. It is written under a temporary name and renamed when complete;
+only then are others removed, but for the one before it, which stands in for a damaged one. There is
+no random state: the order of the data is a function of (seed, epoch) and nothing else is drawn
+after the start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,16 +31,17 @@ from lora_runtime.training.optimizers import restore_state, saved_state
 from lora_runtime.training.preferences import Signal
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus, Window
 
-_TENSORS, _FACTS = "state.safetensors", "state.json"
+_TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+_NUM_KEPT = 2
 
 
 def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, fingerprint: str) -> None:
-    """Write `folder`/`num_passes`, complete or not at all, then remove older checkpoints.
+    """Write `folder`/`num_passes`, complete or not at all, then remove others but the one before.
 
     Raises ConfigError when the disk does not take it; earlier checkpoints stay.
     """
     target = folder / f"{num_passes:08d}"
-    if target.exists():
+    if _damage(target) is None:
         return  # of the same run, so it holds the same
     temporary = folder / f"{target.name}.tmp"
     facts = {
@@ -48,6 +52,8 @@ def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, finger
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(temporary, _tensors(units), facts)
+        if target.exists():
+            shutil.rmtree(target)  # damaged
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
@@ -57,9 +63,10 @@ def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, finger
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for older in _complete(folder):
-        if older != target:
-            shutil.rmtree(older)
+    earlier = [path for path in _complete(folder) if path.name <= target.name]
+    for other in _complete(folder):
+        if other not in earlier[-_NUM_KEPT:]:  # older, or left behind as damaged
+            shutil.rmtree(other)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -67,22 +74,63 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_complete(folder))
 
 
-def load_checkpoint(folder: Path, units: Sequence[Unit], fingerprint: str) -> int:
-    """Put the units where the newest checkpoint left them; returns the number of forwards done.
+def load_checkpoint(
+    folder: Path,
+    units: Sequence[Unit],
+    fingerprint: str,
+    say: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Put the units where the newest whole checkpoint left them; returns the number of forwards
+    done. `say` is told of every newer one that is damaged.
 
     Raises ConfigError when there is none, or when base, units, their settings or data differ.
     """
-    checkpoints = _complete(folder)
-    if not checkpoints:
-        raise ConfigError(f"{folder} has no checkpoint to resume; start without it", field="resume")
-    newest = checkpoints[-1]
-    facts = json.loads((newest / _FACTS).read_text(encoding="utf-8"))
-    _check_same(facts, units, fingerprint)
-    tensors = load_file(newest / _TENSORS)
-    for unit in units:
-        _restore_tensors(unit, tensors)
-        _restore_facts(unit, facts["units"][unit.name])
-    return facts["num_passes"]
+    found = []
+    for path in reversed(_complete(folder)):
+        if (damage := _damage(path)) is None:
+            return _load(path, units, fingerprint)
+        found.append(f"{path} is damaged: {damage}")
+        say(f"{found[-1]}; the one before it is used")
+    known = "; ".join(found) or f"{folder} has no checkpoint to resume"
+    raise ConfigError(f"{known}; start without resume, in another output", field="resume")
+
+
+def _load(path: Path, units: Sequence[Unit], fingerprint: str) -> int:
+    """Raises ConfigError also for a whole checkpoint that another version has written."""
+    try:
+        facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        _check_same(facts, units, fingerprint)
+        tensors = load_file(path / _TENSORS)
+        for unit in units:
+            _restore_tensors(unit, tensors)
+            _restore_facts(unit, facts["units"][unit.name])
+        return int(facts["num_passes"])
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it may be of another "
+            "version: resume with the one that wrote it, or start without resume",
+            field="resume",
+        ) from error
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None when all of them are as they were written."""
+    try:
+        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        if set(sums) != {_TENSORS, _FACTS}:
+            return f"{_SUMS} does not name its files"
+        changed = [name for name, digest in sums.items() if _sha256(path / name) != digest]
+        return f"{changed[0]} is not as it was written" if changed else None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except ValueError:  # no UTF-8, or a line without a name
+        return f"{_SUMS} is not as it was written"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -93,6 +141,8 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     folder.mkdir(parents=True)
     save_file(dict(tensors), folder / _TENSORS)
     (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in (_TENSORS, _FACTS))
+    (folder / _SUMS).write_text(sums, encoding="utf-8")
     for path in folder.iterdir():
         _flush(path)
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.fields import convert, convert_fields
+from lora_runtime.training.fields import convert, convert_fields, parse_yaml
 
 Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "qera"]
 INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq|qera"
@@ -24,15 +22,20 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inve
 """Names of transformers' `get_scheduler` that need no further options."""
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-paged-8bit"]
-Truncation = Literal["end", "start", "error"]
+Truncation = Literal["end", "start", "error", "drop"]
 InstructionStyle = Literal["chat", "alpaca"]
 Column = Literal[
-    "messages", "prompt", "completion", "instruction", "input", "output", "system", "history",
-    "text", "chosen", "rejected",
+    "messages", "conversations", "prompt", "completion", "instruction", "input",
+    "output", "system", "history", "text", "chosen", "rejected",
 ]  # fmt: skip
 """Keys that the formats of training data have."""
 
 SweepValue = bool | int | str | float
+
+MAX_EXAMPLES_PER_STEP = 1 << 20
+"""An update holds the list of its examples."""
+SEEDS = range(-(1 << 63), 1 << 64)
+SEED_RULE = "a whole number of at most 64 bits, as torch takes it"
 
 RESERVED_NAMES = ("checkpoints", "report")
 """Folders of a run that are not adapters."""
@@ -45,16 +48,18 @@ class UnitConfig:
     name: str
     """Folder of the adapter below the run's output."""
     data: Path
-    """JSONL, JSON (a list), CSV, TSV or Parquet; the keys of its rows say which format it is:
-    `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; `text`; or, learned as
-    `training/preferences.py` says, `prompt`, `chosen`, `rejected`."""
+    """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
+    format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
+    learned as `training/preferences.py` says."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Key of a format → the file's own name for it; all other columns are then ignored."""
+    """Key of a format → the file's own name for it; all other columns are then left out and shown
+    as not used."""
     instructions: InstructionStyle = "chat"
     """How `instruction` data is asked: as a message of the user by the base's chat template, or
     by the prompt of Stanford Alpaca."""
     truncation: Truncation = "end"
-    """What examples over `max_seq_len` lose, or that they are an error."""
+    """What examples over `max_seq_len` lose, or that they are an `error`, or that `drop` leaves
+    them out and counts them."""
     eval_data: Path | None = None
     """Held-out examples in the same format; never trained on."""
     eval_fraction: float = 0.0
@@ -158,6 +163,13 @@ class UnitConfig:
             ("eval_fraction", 0 <= self.eval_fraction < 1, "0 or more and below 1"),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+            (
+                "gradient_accumulation",
+                self.examples_per_step <= MAX_EXAMPLES_PER_STEP,
+                f"so that an update takes at most {MAX_EXAMPLES_PER_STEP:,} examples, "
+                "micro_batch_size · gradient_accumulation",
+            ),
+            ("seed", self.seed is None or self.seed in SEEDS, SEED_RULE),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
             ("eval_interval", self.eval_interval >= 1, "at least 1"),
@@ -200,7 +212,7 @@ class UnitConfig:
         return math.ceil(num_examples * self.num_epochs / self.examples_per_step)
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """Updates over which the learning rate rises from 0."""
+        """Updates before the learning rate is at its peak; the first has a part of it already."""
         return math.ceil(self.warmup * num_steps if self.warmup < 1 else self.warmup)
 
 
@@ -232,6 +244,7 @@ class TrainConfig:
         checks: list[tuple[str, bool, str]] = [
             ("units", len(names) > 0, "at least one unit"),
             ("units", len(set(names)) == len(names), "units of different names"),
+            ("seed", self.seed in SEEDS, SEED_RULE),
             ("max_seq_len", self.max_seq_len >= 2, "at least 2"),
             ("max_seq_len", self._fits_batches(), "at most the units' max_tokens_per_batch"),
             ("log_interval", self.log_interval >= 1, "at least 1"),
@@ -243,14 +256,15 @@ class TrainConfig:
     def from_yaml(cls, path: Path) -> TrainConfig:
         """Read a run from a file whose keys are the fields of TrainConfig and UnitConfig.
 
-        Relative paths are relative to the working directory. Raises ConfigError naming the key
+        Relative paths are relative to the working directory. The base may be written as for the
+        server: `base` a name, its other settings beside it. Raises ConfigError naming the key
         and, for an unknown one, the nearest valid one.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-        return convert(content, cls, "")
+        return convert(_with_base(content), cls, "")
 
     @staticmethod
     def unit_fields(text: str) -> dict[str, Any]:
@@ -258,10 +272,10 @@ class TrainConfig:
         mapping without its braces. Raises ConfigError as `from_yaml`.
         """
         try:
-            content = yaml.safe_load(f"{{{text}}}")
-        except yaml.YAMLError as error:
+            content = parse_yaml(f"{{{text}}}")
+        except ValueError as error:
             raise ConfigError(
-                f"unit {text!r} cannot be read as YAML; write it as in name: a, rank: 8",
+                f"unit {text!r} cannot be read as YAML, as in name: a, rank: 8: {error}",
                 field="unit",
             ) from error
         return convert_fields(content, UnitConfig, "unit")
@@ -273,6 +287,24 @@ class TrainConfig:
     def seed_of(self, unit: UnitConfig) -> int:
         """The seed a unit uses."""
         return self.seed if unit.seed is None else unit.seed
+
+
+def _with_base(content: object) -> object:
+    """A file's settings with those of the base below `base`."""
+    if not isinstance(content, dict):
+        return content
+    names = [entry.name for entry in fields(BaseConfig)]
+    beside = {name: content[name] for name in names if name in content}
+    base = content.get("base", {})
+    base = {"model": base} if isinstance(base, str) else base
+    if not beside or not isinstance(base, dict):
+        return {**content, "base": base} if "base" in content else content
+    if twice := beside.keys() & base.keys():
+        raise ConfigError(
+            f"{min(twice)} stands in the file and below base too; remove one", field=min(twice)
+        )
+    rest = {name: value for name, value in content.items() if name not in beside}
+    return {**rest, "base": {**base, **beside}}
 
 
 def _is_folder_name(name: str) -> bool:

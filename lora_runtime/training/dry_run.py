@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lora_runtime.base.loader import Base, load_base
+from lora_runtime.base.loader import Base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Item, micro_batches, num_tokens
+from lora_runtime.training.data import Dataset, Item, micro_batches, num_tokens
 from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.sweep import expand
-from lora_runtime.training.trainer import create_units
+from lora_runtime.training.trainer import Data, create_units, load_all_of, read_data
 from lora_runtime.training.units import Unit
 
 
@@ -61,22 +61,30 @@ class DryRun:
     together: Estimate
     base_bytes: int
     """The base with its private copies, shared by all units."""
+    data: tuple[tuple[str, Dataset, Dataset | None], ...]
+    """Of every unit its name, what it is trained on, and what is held out."""
 
 
 def dry_run(config: TrainConfig, on_progress: Callable[[str], None] | None = None) -> DryRun:
-    """Load a run's base and data and measure. Raises ConfigError, DataError, BaseRefused."""
-    base = load_base(config.base, on_progress=on_progress)
-    return estimate(base, Tokenizer.load(base.folder), config)
+    """Load a run's data and base and measure. Raises ConfigError, DataError, BaseRefused."""
+    expand(config.units)
+    base, _, data = load_all_of(config, config.base, on_progress or (lambda _: None))
+    return _measured(base, data, config)
 
 
 def estimate(base: Base, tokenizer: Tokenizer, config: TrainConfig) -> DryRun:
     """Measure each unit alone, then all of them in one micro-step."""
+    return _measured(base, read_data(config, tokenizer), config)
+
+
+def _measured(base: Base, data: Data, config: TrainConfig) -> DryRun:
     unit_configs, sweeps = expand(config.units)
-    units = create_units(base, tokenizer, replace(config, units=unit_configs), sweeps)
+    units = create_units(base, data, replace(config, units=unit_configs), sweeps)
     base = recomputed(base) if config.activation_checkpointing else base
     alone = tuple(_estimate(base, [unit]) for unit in units)
     together = _estimate(base, units) if len(units) > 1 else alone[0]
-    return DryRun(units=alone, together=together, base_bytes=_base_bytes(base))
+    named = ((unit.name, *datasets) for unit, datasets in zip(units, data, strict=True))
+    return DryRun(units=alone, together=together, base_bytes=_base_bytes(base), data=tuple(named))
 
 
 def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:

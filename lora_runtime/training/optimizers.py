@@ -46,14 +46,18 @@ def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torc
         for part, values in settings.items()
     ]
     groups = [group for group in groups if group["params"]]
-    device = groups[0]["params"][0].device
+    check_optimizer(config, groups[0]["params"][0].device)
+    return _KINDS[config.optimizer](groups, weight_decay=config.weight_decay)
+
+
+def check_optimizer(config: UnitConfig, device: torch.device) -> None:
+    """Raise ConfigError for an optimizer that the base's device has not."""
     if "paged" in config.optimizer and device.type != "cuda":
         raise ConfigError(
             f"unit {config.name!r}: optimizer is {config.optimizer!r}, whose pages are CUDA's, and "
             f"the base is on {device.type}; use {config.optimizer.replace('-paged', '')!r}",
             field="optimizer",
         )
-    return _KINDS[config.optimizer](groups, weight_decay=config.weight_decay)
 
 
 def saved_state(optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def show_progress(
     """
     for unit in units:
         say(console, f"{unit.name}: {unit.num_parameters:,} parameters, {unit.num_steps} updates")
-    console.print(_data_table(units))
+    show_data(console, [(unit.name, unit.dataset, _held_out(unit)) for unit in units])
     if console.is_terminal:
         with _bars(console) as progress:
             yield _BarView(progress, units).show
@@ -36,24 +36,44 @@ def show_progress(
         yield lambda changed: _show_lines(console, changed, log_interval)
 
 
-def _data_table(units: Sequence[Unit]) -> Table:
-    """What each unit is trained on and evaluated on. Masked tokens are read and not learned."""
-    data = Column("data", overflow="fold")
-    table = Table("adapter", data, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("examples", "truncated", "tokens", "masked", "longest"):
+def _held_out(unit: Unit) -> Dataset | None:
+    return unit.held_out.dataset if unit.held_out else None
+
+
+def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | None]]) -> None:
+    """Print what each unit, by name, is trained on and evaluated on: what of it was cut, left out,
+    not used, and masked, which is read and not learned.
+    """
+    column = Column("data", overflow="fold")
+    table = Table("adapter", column, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("examples", "truncated", "dropped", "tokens", "masked", "longest"):
         table.add_column(heading, justify="right")
-    for unit in units:
-        table.add_row(unit.name, *_data_cells(unit.dataset))
-        if unit.held_out:
-            table.add_row("held out", *_data_cells(unit.held_out.dataset))
-    return table
+    table.add_column("not used", overflow="fold")
+    notes = []
+    for name, dataset, held_out in data:
+        table.add_row(escape(name), *_data_cells(dataset))
+        notes += [f"{name}: {note}" for note in dataset.notes]
+        if held_out:
+            table.add_row("held out", *_data_cells(held_out))
+            notes += [f"{name}, held out: {note}" for note in held_out.notes]
+    console.print(table)
+    for note in notes:
+        say(console, note)
 
 
 def _data_cells(dataset: Dataset) -> list[str]:
-    counts = (len(dataset.items), dataset.num_truncated, dataset.num_tokens)
     masked = 1 - dataset.num_target_tokens / dataset.num_tokens
-    numbers = [*(f"{count:,}" for count in counts), f"{masked:.0%}", f"{dataset.longest:,}"]
-    return [escape(dataset.path.name), dataset.format, *numbers]
+    return [
+        escape(dataset.path.name),
+        dataset.format,
+        f"{len(dataset.items):,}",
+        f"{dataset.num_truncated:,}",
+        f"{dataset.num_dropped:,}",
+        f"{dataset.num_tokens:,}",
+        f"{masked:.0%}",
+        f"{dataset.longest:,}",
+        escape(", ".join(dataset.unused)),
+    ]
 
 
 class _BarView:

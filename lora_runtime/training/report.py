@@ -12,6 +12,7 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.held_out import EvalRecord
+from lora_runtime.training.outcome import warnings_of
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus
 
 RECENT_STEPS = 10
@@ -44,6 +45,8 @@ class UnitResult:
     """Updates that were made."""
     note: str | None = None
     """Why the unit ended before its last update, or whose copy it is."""
+    warnings: tuple[str, ...] = ()
+    """What speaks against a finished adapter: see `training/outcome.py`."""
     sweep: str | None = None
     """The unit whose sweep this is a member of."""
     copy_of: str | None = None
@@ -71,6 +74,7 @@ class UnitResult:
             num_steps=unit.num_steps,
             records=tuple(unit.records),
             note=unit.note,
+            warnings=warnings_of(unit) if folder else (),
             sweep=sweep,
             eval_data=held_out.dataset.describe() if held_out else None,
             eval_records=tuple(held_out.records) if held_out else (),
@@ -186,6 +190,7 @@ def _summary_facts(result: UnitResult) -> list[str]:
         f"settings: {settings or 'the defaults'}",
         f"{result.folder}: weights after update {result.exported_step}" if result.folder else None,
         result.note,
+        *(f"warning: {warning}" for warning in result.warnings),
         f"{result.name} failed: {result.error}" if result.error else None,
     ]
     return [f"## {result.name}", "", *(f"- {fact}" for fact in facts if fact is not None), ""]

@@ -31,16 +31,26 @@ def write_curves(folder: Path, units: Sequence[Unit]) -> Iterator[Callable[[Sequ
         yield show
 
 
-def _writer(folder: Path, first_step: int) -> Any:
+def check_tensorboard() -> None:
+    """Raise ConfigError naming the extra where TensorBoard is missing."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"tensorboard is true and cannot be used: {error}; install loramux[tensorboard] or "
             "leave it out",
             field="tensorboard",
         ) from error
-    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _writer(folder: Path, first_step: int) -> Any:
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(str(folder), purge_step=first_step)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error}", field="tensorboard") from error
 
 
 def _add(writer: Any, unit: Unit) -> None:

@@ -22,44 +22,69 @@ import torch
 from rich.console import Console
 
 from lora_runtime.adapters.parity import Golden
-from lora_runtime.base.loader import Base, load_base
+from lora_runtime.base.catalog import resolve_base
+from lora_runtime.base.device import resolve_device
+from lora_runtime.base.loader import Base, configured_length, load_base
 from lora_runtime.base.recompute import recomputed
+from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.text.tokenizer import Tokenizer
-from lora_runtime.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from lora_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Item, load_all
+from lora_runtime.training.data import Dataset, Item, load_all
 from lora_runtime.training.distributed import ALONE, World, gather_gradients, joined, share_state
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
 from lora_runtime.training.losses import loss_sums, window_losses
 from lora_runtime.training.memory import Gradients, Say, in_forwards
+from lora_runtime.training.optimizers import check_optimizer
 from lora_runtime.training.parity_record import recorder
-from lora_runtime.training.preferences import Signal
+from lora_runtime.training.preferences import Signal, check_settings
 from lora_runtime.training.progress import say, show_progress
 from lora_runtime.training.report import UnitResult, write_report
+from lora_runtime.training.run_folder import checkpoints_of, disk_errors, run_folder
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
-from lora_runtime.training.tensorboard import write_curves
+from lora_runtime.training.tensorboard import check_tensorboard, write_curves
 from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus, update_complete
 
 ShouldStop = Callable[[], bool]
+Data = Sequence[tuple[Dataset, Dataset | None]]
+"""Of every unit what it is trained on, and what is held out."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[UnitResult]:
-    """Train every unit of a run, write its adapter and the report. SIGINT saves and stops.
+    """Train every unit of a run, write its adapter and the report. SIGINT, SIGTERM and SIGHUP save
+    and stop.
 
     Call it from the main thread, which alone gets signals. A unit that fails has its error in its
     result. Under torchrun the processes share every update, and only the first has results.
-    Raises ConfigError, DataError, BaseRefused.
+    Raises ConfigError, DataError, BaseRefused, all that can be known of settings, folder and data
+    before the base is loaded.
     """
-    expand(config.units)  # its mistakes are better known before the base is loaded
-    with joined(config.base) as (world, base_config):
+    expand(config.units)
+    with joined(config.base) as (world, base_config), run_folder(config, world):
         console = (console or Console()) if world.is_main else Console(quiet=True)
         with console.status("loading the base") as status:
-            base = load_base(base_config, on_progress=status.update)
-        tokenizer = Tokenizer.load(base.folder)
-        with stop_on_sigint() as should_stop:
-            return train_units(base, tokenizer, config, console, should_stop, world)
+            base, tokenizer, data = load_all_of(config, base_config, status.update)
+        with stop_on_signals() as should_stop:
+            return _train(base, tokenizer, data, config, console, should_stop, world)
+
+
+def load_all_of(
+    config: TrainConfig, base_config: BaseConfig, say: Say
+) -> tuple[Base, Tokenizer, Data]:
+    """A run's data and base, in this order: the data's mistakes are known in seconds."""
+    if config.tensorboard:
+        check_tensorboard()
+    for unit in config.units:
+        check_optimizer(unit, resolve_device(base_config.device))
+    resolved = resolve_base(base_config.model, on_progress=say)
+    if (longest := configured_length(resolved.folder)) is not None:
+        _check_length(config, resolved.name, longest)
+    tokenizer = Tokenizer.load(resolved.folder)
+    say("reading the data")
+    data = read_data(config, tokenizer)
+    return load_base(base_config, on_progress=say, resolved=resolved), tokenizer, data
 
 
 def train_units(
@@ -71,17 +96,30 @@ def train_units(
     world: World = ALONE,
 ) -> list[UnitResult]:
     """Train on a base that is already loaded. `should_stop` is asked before every pass."""
-    checkpoints = config.output / "checkpoints"
-    _check_output(config, has_checkpoint(checkpoints))
+    with run_folder(config, world):
+        data = read_data(config, tokenizer)
+        return _train(base, tokenizer, data, config, console, should_stop, world)
+
+
+def _train(
+    base: Base,
+    tokenizer: Tokenizer,
+    data: Data,
+    config: TrainConfig,
+    console: Console,
+    should_stop: ShouldStop,
+    world: World,
+) -> list[UnitResult]:
+    checkpoints = checkpoints_of(config)
     unit_configs, sweeps = expand(config.units)
-    units = create_units(base, tokenizer, replace(config, units=unit_configs), sweeps, world)
+    units = create_units(base, data, replace(config, units=unit_configs), sweeps, world)
     base = recomputed(base) if config.activation_checkpointing else base
+    warn = partial(say, console)
     num_passes = 0
     if config.resume:
-        num_passes = load_checkpoint(checkpoints, units, base.spec.fingerprint)
+        num_passes = load_checkpoint(checkpoints, units, base.spec.fingerprint, warn)
     share_state(units, world)
     save = partial(_save, checkpoints, units, base, world)
-    warn = partial(say, console)
     with _watch(console, units, config, world) as show:
         while active := [unit for unit in units if unit.is_running]:
             if world.any(should_stop()):
@@ -94,15 +132,40 @@ def train_units(
             num_passes += 1
             if num_passes % config.checkpoint_interval == 0:
                 save(num_passes)
+    if not active:
+        _save_before_export(save, num_passes, warn)
     if not world.is_main:
         return []
-    record = recorder(base, tokenizer)
-    results = [_finish(unit, base, config.output / unit.name, sweeps, record) for unit in units]
-    results += winners(results, sweeps, config.output)
-    write_report(config.output / "report", results)
+    with disk_errors(config):
+        results = _write(units, base, config, sweeps, recorder(base, tokenizer))
+    for result in results:
+        for warning in result.warnings if result.copy_of is None else ():
+            warn(f"{result.name}: warning: {warning}")
     if not active:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return results
+
+
+def _write(
+    units: Sequence[Unit],
+    base: Base,
+    config: TrainConfig,
+    sweeps: Sweeps,
+    record: Callable[[Unit], Golden],
+) -> list[UnitResult]:
+    """Every finished adapter, the winners of sweeps, and the report."""
+    results = [_finish(unit, base, config.output / unit.name, sweeps, record) for unit in units]
+    results += winners(results, sweeps, config.output)
+    write_report(config.output / "report", results)
+    return results
+
+
+def _save_before_export(save: Callable[[int], None], num_passes: int, warn: Say) -> None:
+    """Where the disk has no room for it, there may still be enough for the adapters."""
+    try:
+        save(num_passes)
+    except ConfigError as error:
+        warn(f"warning: {error}")
 
 
 def _save(
@@ -180,37 +243,33 @@ def _losses_and_gradients(
     return signals, kept
 
 
-def _check_output(config: TrainConfig, is_interrupted: bool) -> None:
-    if is_interrupted and not config.resume:
+def read_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
+    """What every unit is trained on and evaluated on, its sweeps expanded.
+
+    Raises ConfigError for settings that the data cannot follow, DataError.
+    """
+    units, _ = expand(config.units)
+    data = load_all(units, tokenizer, config.max_seq_len)
+    for unit, (dataset, _) in zip(units, data, strict=True):
+        check_settings(unit, dataset)
+    return data
+
+
+def _check_length(config: TrainConfig, name: str, max_model_len: int) -> None:
+    if config.max_seq_len > max_model_len:
         raise ConfigError(
-            f"{config.output} holds an unfinished run; resume it, remove its checkpoints, or "
-            "choose another output",
-            field="output",
+            f"max_seq_len is {config.max_seq_len}; {name} takes {max_model_len}",
+            field="max_seq_len",
         )
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{config.output} cannot be made a folder: {error.strerror}", field="output"
-        ) from error
 
 
 def create_units(
-    base: Base, tokenizer: Tokenizer, config: TrainConfig, sweeps: Sweeps, world: World = ALONE
+    base: Base, data: Data, config: TrainConfig, sweeps: Sweeps, world: World = ALONE
 ) -> list[Unit]:
-    """Read the data and start the weights of every unit of a run whose sweeps are expanded.
-
-    Raises ConfigError, DataError.
-    """
-    if config.max_seq_len > base.spec.max_model_len:
-        raise ConfigError(
-            f"max_seq_len is {config.max_seq_len}; {base.spec.name} takes "
-            f"{base.spec.max_model_len}",
-            field="max_seq_len",
-        )
+    """Start the weights of every unit of a run whose sweeps are expanded. Raises ConfigError."""
+    _check_length(config, base.spec.name, base.spec.max_model_len)
     units: list[Unit] = []
-    datasets = load_all(config.units, tokenizer, config.max_seq_len)
-    for unit_config, (dataset, held_out) in zip(config.units, datasets, strict=True):
+    for unit_config, (dataset, held_out) in zip(config.units, data, strict=True):
         seed = config.seed_of(unit_config)
         unit = Unit(unit_config, dataset, base, seed=seed, num_processes=world.size, others=units)
         unit.held_out = held_out_of(unit, held_out, sweep_of(unit.name, sweeps))
@@ -239,17 +298,27 @@ def _finish(
 
 
 @contextmanager
-def stop_on_sigint() -> Iterator[ShouldStop]:
-    """Turn the first SIGINT into a True of the yielded function; the second acts as before."""
+def stop_on_signals() -> Iterator[ShouldStop]:
+    """Turn the first of SIGINT, SIGTERM and SIGHUP into a True of the yielded function; the second
+    acts as before. A SIGHUP that nohup has the process ignore stays ignored.
+    """
     requested = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def request_stop(*_: object) -> None:
         requested.set()
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
-    signal.signal(signal.SIGINT, request_stop)
+    for number in numbers:
+        signal.signal(number, request_stop)
     try:
         yield requested.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

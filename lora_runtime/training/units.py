@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
-from transformers import get_scheduler
 
 from lora_runtime.base.loader import Base
 from lora_runtime.training.config import UnitConfig
@@ -25,6 +24,7 @@ from lora_runtime.training.data import Dataset, ExampleStream, Item, Limits, bal
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.optimizers import create_optimizer, decay_starts
 from lora_runtime.training.preferences import NOTHING, References, Signal, check_settings
+from lora_runtime.training.schedule import create_schedule
 from lora_runtime.training.starts import adapter_spec, start_alike, start_modules
 
 LOWER_RATE = "a lower learning_rate usually helps"
@@ -104,12 +104,7 @@ class Unit:
             else start_modules(config, spec, base, seed, dataset.examples)
         )
         self.optimizer = create_optimizer(config, self.modules)
-        self.schedule = get_scheduler(
-            config.schedule,
-            self.optimizer,
-            num_warmup_steps=config.num_warmup_steps(self.num_steps),
-            num_training_steps=self.num_steps,
-        )
+        self.schedule = create_schedule(config, self.optimizer, self.num_steps)
         self.records: list[StepRecord] = []
         self.status = UnitStatus.RUNNING
         self.error: str | None = None

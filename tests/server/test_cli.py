@@ -171,7 +171,9 @@ def test_a_refused_value_is_one_line_that_names_its_field(ask):
 def test_prompts_are_not_logged(ask, server):
     ask("generate", SECRET, "--max-tokens", "2")
     ask("generate", SECRET, "--adapter", "nobody")
-    assert "parrot" not in re.sub(r"adapters/parrot", "", server.log.read_text())
+    log = server.log.read_text()
+    assert not any(word in log for word in set(SECRET.split()) - {"the", "a", "parrot"})
+    assert SECRET not in log
 
 
 def test_no_server_is_one_line_that_names_the_address(invoke):
@@ -283,7 +285,7 @@ def test_train_by_file(invoke, runs, tmp_path):
     result = invoke("train", str(file), "--resume")
     assert result.exit_code == 1 and "loss is not finite" in result.stdout
     assert runs[0].resume and [unit.name for unit in runs[0].units] == ["good", "bad"]
-    assert invoke("train", str(file), "--rank", "4").exit_code == 2
+    assert invoke("train", str(file), "--unit", "name: c, data: d").exit_code == 2
     assert invoke("train", "--data", "d.jsonl").exit_code == 2
     file.write_text("output: out\nunit: []\n")
     refused = invoke("train", str(file))
@@ -369,7 +371,7 @@ def test_dry_run_shows_estimates_and_trains_nothing(invoke, runs, monkeypatch, t
 
     def measure(config, on_progress):
         asked.append(config)
-        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000)
+        return dry_run.DryRun(units=(one, two), together=both, base_bytes=2_000_000, data=())
 
     monkeypatch.setattr(dry_run, "dry_run", measure)
     monkeypatch.setenv("COLUMNS", "200")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from contextlib import asynccontextmanager
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lora_runtime.adapters.files.folder import TENSORS_FILE
 from lora_runtime.adapters.parity import SIDECAR_FILE
@@ -25,6 +27,7 @@ from lora_runtime.errors import (
     InvalidRequest,
     ParityFailed,
 )
+from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import UnitConfig
 from server.client import AsyncClient
@@ -70,9 +73,11 @@ async def running(folder):
     engine = await asyncio.to_thread(start_engine, config)
     observer = RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
     service = Service(
         engine=engine,
         tokenizer=Tokenizer.load(folder / "base"),
+        own_text=own_text,
         registry=registry,
         sources=Sources([folder / "adapters"]),
         store=AdapterStore(folder / "store", 8 << 20),
@@ -88,6 +93,7 @@ async def running(folder):
         assert stats.kv_blocks_used == 0
     finally:
         await server.stop(1.0)
+        own_text.close()
         await engine.close(drain_s=5)
         await registry.close()
 
@@ -226,6 +232,41 @@ async def test_what_our_trainer_made_is_uploaded_behind_the_parity_gate(folder, 
         replaced = await client.upload_adapter("u", folder / "adapters" / "a1", replace=True)
         assert (await client.rollback_adapter("u")).digest == info.digest != replaced.digest
         assert await collect(client, 1, "u") == await collect(client, 1, "v")
+
+
+async def test_an_adapters_own_text_is_uploaded_and_acts(folder, tmp_path) -> None:
+    """Its end tokens end its outputs, its tokens make its prompts, and mixtures must choose."""
+    source = shutil.copytree(folder / "adapters" / "a2", tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.save_pretrained(source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    greedy = {"temperature": 0.0, "max_tokens": 12}
+
+    async def ask(client, **options) -> tuple[int, ...]:
+        events = [event async for event in client.generate(**greedy, **options)]
+        return tuple(token for event in events for token in event.delta.token_ids)
+
+    async with running(folder) as (client, _):
+        await client.load_adapter("plain", "a2")
+        plain = await ask(client, token_ids=[5, 6, 7], adapter="plain", ignore_eos=True)
+        end = next(token for token in plain[1:] if token != plain[0])
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+        info = await client.upload_adapter("own", source)
+        assert info.num_in_flight == 0 and not info.has_chat_template
+        ended = await ask(client, token_ids=[5, 6, 7], adapter="own")
+        assert ended == plain[: plain.index(end) + 1]
+        base_ends = await ask(client, token_ids=[5, 6, 7], adapter="own", base_text=True)
+        assert base_ends == await ask(client, token_ids=[5, 6, 7], adapter="plain")
+        shouted = await ask(client, text="NUMBER", adapter="own", ignore_eos=True)
+        assert shouted == await ask(client, text="number", adapter="plain", ignore_eos=True)
+        assert shouted != await ask(client, text="NUMBER", adapter="plain", ignore_eos=True)
+        both = {"own": 0.5, "plain": 0.5}
+        with pytest.raises(InvalidRequest, match="base_text"):
+            await ask(client, text="NUMBER", adapters=both)
+        mixed = await ask(client, text="NUMBER", adapters=both, base_text=True)
+        assert mixed == await ask(client, text="NUMBER", adapter="plain")
 
 
 async def test_leaving_a_stream_frees_its_row(folder) -> None:

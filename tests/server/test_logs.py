@@ -51,6 +51,18 @@ def test_tracebacks_show_no_values_of_variables(log_format):
     assert "the secret prompt" not in text
 
 
+def test_no_value_of_a_client_acts_on_a_terminal():
+    stream = io.StringIO()
+    setup_logging(level="info", log_format="console", stream=stream)
+    structlog.get_logger("server.part").info(
+        "adapter refused", source="a\x1b]0;pwned\x07\x9b2J\u202eb"
+    )
+    logging.getLogger("some.library").warning("of \x1b[2J")
+    text = stream.getvalue()
+    assert "a\\x1b]0;pwned\\x07\\x9b2J\\u202eb" in text.replace("\\\\", "\\")
+    assert all(c.isprintable() or c in "\n\t" for c in text), repr(text)
+
+
 def test_auto_is_json_where_there_is_no_terminal():
     assert logged("auto").startswith("{")
     assert not logged("console").startswith("{")

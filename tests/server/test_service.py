@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
 from lora_runtime.core import FinishReason, SamplingParams
-from lora_runtime.errors import AdapterFailed, AdapterNotFound, InvalidRequest, Unavailable
+from lora_runtime.errors import (
+    AdapterFailed,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidRequest,
+    LoramuxError,
+    Unavailable,
+)
 from server.calls import (
     AdapterChoice,
+    AdapterState,
     ChatPrompt,
     Delta,
     Finished,
@@ -258,13 +267,52 @@ async def test_a_conversation_takes_its_adapters_template_where_they_agree(serve
         assert await prompt_of(world, chat("own")) == "[hi]"
         assert await prompt_of(world, chat("own", "same")) == "[hi]"
         for names in (("own", "other"), ("own", "plain"), ("plain", "other", "own")):
-            assert await prompt_of(world, chat(*names)) == "<user>hi"
-            (note,) = await notes_of(world, chat(*names))
-            assert "template" in note
-        for names in (("own",), ("own", "same"), ("plain",), ()):
-            assert await notes_of(world, chat(*names)) == ()
-        both = replace(chat("own", "other"), prompt=TextPrompt("hi"))
-        assert await prompt_of(world, both) == "hi" and await notes_of(world, both) == ()
+            for prompt in (chat().prompt, TextPrompt("hi"), TokenPrompt((1, 2))):
+                with pytest.raises(InvalidRequest, match="base_text") as caught:
+                    await events_of(world.service, replace(chat(*names), prompt=prompt))
+                assert caught.value.field == "adapters"
+            by_choice = replace(chat(*names), uses_base_text=True)
+            assert await prompt_of(world, by_choice) == "<user>hi"
+        assert await prompt_of(world, replace(chat("own"), uses_base_text=True)) == "<user>hi"
+
+
+async def test_an_adapters_own_end_tokens_end_its_outputs(serve) -> None:
+    async with serve() as world:
+        ends = json.dumps({"eos_token_id": ord("!")})
+        await world.load("own", "o", generation=ends)
+        await world.load("twin", "o2", generation=ends)
+
+        async def stops(*names: str, **changes: object) -> frozenset[int]:
+            await events_of(world.service, replace(chat(*names), **changes))
+            return world.engine.seen[-1].sampling.stop_token_ids
+
+        assert await stops() == await stops("own", uses_base_text=True) == {EOS_ID}
+        assert await stops("own") == await stops("own", "twin") == {ord("!")}
+        assert await stops("own", ignore_eos=True) == set()
+
+
+@pytest.mark.parametrize(
+    "error", [AdapterRefused("no", field="tokenizer.json"), TypeError("a bug")]
+)
+@pytest.mark.parametrize("replaces", [False, True])
+async def test_what_a_review_raises_leaves_nothing_behind(serve, error, replaces) -> None:
+    """No reference in the engine, no record that waits for ever, and the old content stays."""
+    async with serve() as world:
+        if replaces:
+            await world.load("x", "old")
+        world.service._own_text.error = error
+        for content in ("a", "b", "c"):
+            with pytest.raises(
+                AdapterRefused if isinstance(error, AdapterRefused) else LoramuxError
+            ):
+                await world.load("x", content, replace=True, chat_template="t")
+        states = [record.state for record in world.service.list_adapters()]
+        assert states == [AdapterState.LOADED if replaces else AdapterState.FAILED]
+        assert sum(world.engine.references.values()) == replaces
+        world.service._own_text.error = None
+        assert (await world.load("x", "d", replace=True, chat_template="t")).adapter.digest[
+            0
+        ] == "d"
 
 
 async def test_a_template_that_fails_is_noted_at_load_and_refused_at_use(serve) -> None:
@@ -279,21 +327,20 @@ async def test_a_template_that_fails_is_noted_at_load_and_refused_at_use(serve) 
         assert list((await world.load("y", "b", chat_template="{content}")).adapter.notes) == []
 
 
-class HeldTokenizer:
+class HeldText:
     """Lets a test act while the first conversation is rendered: `meanwhile` runs before it is."""
 
     def __init__(self, inner, meanwhile) -> None:
-        self._inner, self._meanwhile, self._loop = inner, [meanwhile], asyncio.get_running_loop()
+        self._inner, self._meanwhile = inner, [meanwhile]
 
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
 
-    def apply_chat_template(self, messages, template=None) -> list[int]:
-        token_ids = self._inner.apply_chat_template(messages, template)
+    async def render(self, side, messages) -> str:
+        text = await self._inner.render(side, messages)
         if messages[0]["content"] == "hi" and self._meanwhile:
-            work = self._meanwhile.pop()()
-            asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=5)
-        return token_ids
+            await self._meanwhile.pop()()
+        return text
 
 
 @pytest.mark.parametrize("template", ["({content})", "[{content}]", None])
@@ -302,8 +349,8 @@ async def test_an_adapter_swapped_while_its_prompt_is_made_is_never_mixed(serve,
     async with serve() as world:
         await world.load("x", "a", chat_template="[{content}]")
         facts = {} if template is None else {"chat_template": template}
-        world.service._tokenizer = HeldTokenizer(
-            world.service._tokenizer, lambda: world.load("x", "b", replace=True, **facts)
+        world.service._own_text = HeldText(
+            world.service._own_text, lambda: world.load("x", "b", replace=True, **facts)
         )
         events = await events_of(world.service, chat("x"))
         (request,) = world.engine.seen
@@ -315,8 +362,8 @@ async def test_an_adapter_swapped_while_its_prompt_is_made_is_never_mixed(serve,
 async def test_an_adapter_unloaded_while_its_prompt_is_made_is_gone(serve) -> None:
     async with serve() as world:
         await world.load("x", "a", chat_template="[{content}]")
-        world.service._tokenizer = HeldTokenizer(
-            world.service._tokenizer, lambda: world.client.unload_adapter("x")
+        world.service._own_text = HeldText(
+            world.service._own_text, lambda: world.client.unload_adapter("x")
         )
         with pytest.raises(AdapterNotFound) as caught:
             await events_of(world.service, chat("x"))

@@ -7,15 +7,24 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lora_runtime.adapters.files.companions import TEMPLATE_FILE, TOKEN_FILES
-from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE
+from lora_runtime.adapters.files.file_names import (
+    OPTIONAL_FILES,
+    REQUIRED_FILES,
+)
+from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE, read_folder
 from lora_runtime.adapters.parity import SIDECAR_FILE
+from lora_runtime.core import ANY_FOLDER, FolderRules
+from lora_runtime.engine.client import LoadedAdapter
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -26,11 +35,12 @@ from lora_runtime.errors import (
     LoramuxError,
     Overloaded,
 )
+from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
 from server.client_channel import typed_errors
 from server.client_uploads import Outgoing
-from server.sources import OPTIONAL_FILES, REQUIRED_FILES
 from server.uploads import STALE_S, Upload
+from tests.fakes import PLAIN
 from tests.server.test_client import in_thread
 from tests.server.test_grpc_server import stubs_of
 from tests.server.world import MAX_UPLOAD_BYTES, World, until
@@ -73,7 +83,7 @@ def left_behind(world: World) -> list[str]:
 
 def test_the_files_that_are_sent_are_all_that_a_server_reads():
     assert REQUIRED_FILES == (CONFIG_FILE, TENSORS_FILE)
-    assert set(OPTIONAL_FILES) == {SIDECAR_FILE, TEMPLATE_FILE, *TOKEN_FILES}
+    assert set(OPTIONAL_FILES) == {SIDECAR_FILE, *TEXT_FILES}
 
 
 async def test_an_upload_is_loaded_answers_and_is_kept_by_content(serve, tmp_path) -> None:
@@ -294,3 +304,72 @@ async def test_a_full_disk_is_typed_and_leaves_nothing(serve, monkeypatch, numbe
             await send(world, start(), chunk(CONFIG), chunk(WEIGHTS))
         assert type(caught.value) is kind and "secret" not in str(caught.value)
         assert left_behind(world) == [] and world.registry.records() == []
+
+
+def real_adapter(folder: Path, fill: float = 0.5) -> Path:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    save_file({"a": torch.full((2, 2), fill)}, folder / TENSORS_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["a byte", "a file more", "a file less", "another's file"])
+async def test_a_stored_adapter_is_checked_when_it_is_used(serve, tmp_path, change) -> None:
+    """What the store holds is named by its content, and is what its name says when it is read."""
+    folder = real_adapter(tmp_path / "local")
+    (folder / TEMPLATE_FILE).write_text("{{ messages }}")
+    async with serve() as world:
+
+        async def load(folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
+            content = await asyncio.to_thread(read_folder, folder, rules)
+            digest = content.adapter.tensors_sha256
+            world.engine.references[digest] += 1
+            return replace(PLAIN, digest=digest)
+
+        world.engine.load_adapter = load
+        info = await world.client.upload_adapter("x", folder)
+        await world.client.unload_adapter("x", wait=True)
+        assert (await world.client.load_adapter("x", info.source)).adapter.digest == info.digest
+        await world.client.unload_adapter("x", wait=True)
+        stored = world.service._store.root / info.source
+        if change == "a byte":
+            save_file({"a": torch.full((2, 2), 0.25)}, stored / TENSORS_FILE)
+        elif change == "a file more":
+            (stored / "generation_config.json").write_text("{}")
+        elif change == "a file less":
+            (stored / TEMPLATE_FILE).unlink()
+        else:
+            (stored / TEMPLATE_FILE).write_text("{{ 1 }}")
+        with pytest.raises(AdapterRefused, match="not those that were stored"):
+            await world.client.load_adapter("x", info.source)
+        again = await world.client.upload_adapter("x", folder)
+        assert (again.source, again.digest) == (info.source, info.digest)
+        await world.client.unload_adapter("x", wait=True)
+        assert (await world.client.load_adapter("x", info.source)).adapter.digest == info.digest
+
+
+def test_a_client_announces_one_state_of_a_folder(tmp_path) -> None:
+    """Its hashes are of one moment, though the folder is written to while they are made."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+
+    def write(number: int) -> None:
+        for name in (CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE):
+            (folder / name).write_bytes(b"%d" % number * 4000)
+            time.sleep(0.003)
+        time.sleep(0.25 if number % 2 else 0.0)
+
+    write(0)
+    stop = threading.Event()
+    writer = threading.Thread(
+        target=lambda: [write(n % 9) for n in range(10**6) if not stop.wait(0)]
+    )
+    writer.start()
+    known = {hashlib.sha256(b"%d" % number * 4000).hexdigest(): number for number in range(9)}
+    try:
+        for _ in range(8):
+            start = next(Outgoing("x", folder, False).parts()).start
+            assert len({known.get(file.sha256) for file in start.files}) == 1
+    finally:
+        stop.set()
+        writer.join()

@@ -16,7 +16,7 @@ from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
-from tests.fakes import ByteTokenizer, ScriptedEngine
+from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 
 MAX_UPLOAD_BYTES = 4 << 20
 
@@ -77,6 +77,7 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
     service = Service(
         engine=engine,
         tokenizer=ByteTokenizer(),
+        own_text=FormatText(),
         registry=registry,
         sources=Sources([root, store.root]),
         store=store,

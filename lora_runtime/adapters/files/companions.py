@@ -1,112 +1,30 @@
-"""Files beside an adapter that change what text means to it: chat template and tokens.
+"""Files beside an adapter that change what text means to it, where they are not the base's own.
 
-Read without trust, like the adapter's own. Source: transformers, `PreTrainedTokenizerBase`.
+What they mean is read by `lora_runtime.text`, in a process of its own; here bytes are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-from lora_runtime.adapters.files.folder import read_optional
-from lora_runtime.adapters.files.strict_json import parse_object
-from lora_runtime.errors import AdapterRefused
-
-TEMPLATE_FILE = "chat_template.jinja"
-SETTINGS_FILE = "tokenizer_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-ADDED_FILE = "added_tokens.json"
-TOKEN_FILES = (ADDED_FILE, SETTINGS_FILE, TOKENIZER_FILE)
-
-MAX_TEMPLATE_BYTES = 1 << 20
-MAX_TOKENIZER_BYTES = 64 << 20
+from lora_runtime.adapters.files.file_names import content_digest
 
 
-def own_chat_template(folder: Path, base_folder: Path, vocab_size: int) -> str | None:
-    """The adapter's chat template where it differs from the base's, else None.
+def own_text_files(text: Mapping[str, bytes], base_folder: Path) -> Mapping[str, bytes]:
+    """Return an adapter's text files, or none of them where every one is the base's, byte for byte.
 
-    Raises: AdapterRefused for tokens that the base's tokenizer does not have.
+    The files say one thing together, so that one that differs makes all of them the adapter's.
     """
-    theirs = _read_untrusted(folder)
-    if not theirs:
-        return None
-    files = ((name, base_folder / name) for name in (TEMPLATE_FILE, *TOKEN_FILES))
-    ours = {name: path.read_bytes() for name, path in files if path.is_file()}
-    _check_tokens(theirs, ours, vocab_size)
-    template = _template(theirs)
-    return template if template != _template(ours) else None
+    return {} if all(_is_bases(base_folder / name, text[name]) for name in text) else dict(text)
 
 
-def _read_untrusted(folder: Path) -> dict[str, bytes]:
-    limits = {TEMPLATE_FILE: MAX_TEMPLATE_BYTES, **dict.fromkeys(TOKEN_FILES, MAX_TOKENIZER_BYTES)}
-    found = {name: read_optional(folder, name, limit) for name, limit in limits.items()}
-    return {name: content for name, content in found.items() if content is not None}
+def text_digest(text: Mapping[str, bytes]) -> str:
+    """SHA-256 over text files, "" for none."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in text.items()}
+    return content_digest(hashes) if hashes else ""
 
 
-def _template(files: dict[str, bytes]) -> str | None:
-    if TEMPLATE_FILE in files:
-        try:
-            return files[TEMPLATE_FILE].decode()
-        except UnicodeDecodeError as error:
-            raise AdapterRefused(
-                f"{TEMPLATE_FILE} is not UTF-8: {error}", field=TEMPLATE_FILE
-            ) from None
-    value = parse_object(files[SETTINGS_FILE], SETTINGS_FILE) if SETTINGS_FILE in files else {}
-    template = value.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict)]
-        default = (entry for entry in named if entry.get("name") == "default")
-        template = next((entry.get("template") for entry in default), None)
-    return template if isinstance(template, str) else None
-
-
-def _check_tokens(theirs: dict[str, bytes], ours: dict[str, bytes], vocab_size: int) -> None:
-    """Every token of the adapter's files must be one of the base's, with the same id."""
-    changed = [name for name in TOKEN_FILES if theirs.get(name) not in (None, ours.get(name))]
-    if not changed:
-        return
-    known = {pair for name, content in ours.items() for pair in _tokens(name, content)}
-    for name in changed:
-        for token, index in _tokens(name, theirs[name]):
-            if (known and (token, index) not in known) or index >= vocab_size:
-                raise AdapterRefused(
-                    f"{name} has the token {token[:40]!r} with id {index}, which this base's "
-                    "tokenizer does not have; adapters with their own tokens are not served",
-                    field=name,
-                )
-
-
-def _tokens(name: str, content: bytes) -> Iterator[tuple[str, int]]:
-    """Yield (token, id) of one tokenizer file."""
-    if name == TEMPLATE_FILE:
-        return
-    value = parse_object(content, name)
-    if name == ADDED_FILE:
-        yield from _pairs(value)
-    elif name == SETTINGS_FILE:
-        yield from _decoder_pairs(value.get("added_tokens_decoder"))
-    else:
-        yield from _added_pairs(value.get("added_tokens"))
-        model = value.get("model")
-        yield from _pairs(model.get("vocab") if isinstance(model, dict) else None)
-
-
-def _pairs(value: object) -> Iterator[tuple[str, int]]:
-    if isinstance(value, dict):
-        yield from ((token, index) for token, index in value.items() if type(index) is int)
-    elif isinstance(value, list):  # Unigram: [token, score], in the order of ids
-        entries = enumerate(value)
-        yield from ((e[0], i) for i, e in entries if isinstance(e, list) and isinstance(e[0], str))
-
-
-def _decoder_pairs(value: object) -> Iterator[tuple[str, int]]:
-    for index, entry in value.items() if isinstance(value, dict) else ():
-        if isinstance(entry, dict) and index.isdecimal() and isinstance(entry.get("content"), str):
-            yield entry["content"], int(index)
-
-
-def _added_pairs(value: object) -> Iterator[tuple[str, int]]:
-    for entry in value if isinstance(value, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            index = entry.get("id")
-            yield from [(entry["content"], index)] if type(index) is int else []
+def _is_bases(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +20,29 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.files.file_names import (
+    CONFIG_FILE,
+    INITIAL_FOLDERS,
+    MAX_CONFIG_BYTES,
+    MAX_SIDECAR_BYTES,
+    MAX_TENSORS_BYTES,
+    SIDECAR_FILE,
+    TENSORS_FILE,
+    content_digest,
+)
+from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
 from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
 from lora_runtime.adapters.files.strict_json import parse_object
-from lora_runtime.errors import AdapterRefused, AdapterSourceRefused
+from lora_runtime.core import ANY_FOLDER, FolderRules
+from lora_runtime.errors import AdapterRefused
+from lora_runtime.text.text_files import TEXT_FILES
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-MAX_CONFIG_BYTES = 1 << 20
-MAX_TENSORS_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """What an adapter folder holds, checked in form: finite tensors of known dtype and size."""
+    """What an adapter's two files hold, checked in form: finite tensors of known dtype and size."""
 
     config: dict[str, object]
     tensors: dict[str, Tensor]
@@ -45,40 +52,95 @@ class AdapterFiles:
     """SHA-256 of the whole safetensors file, in hex."""
 
 
-def read_adapter(folder: Path, *, max_bytes: int = MAX_TENSORS_BYTES) -> AdapterFiles:
-    """Read a folder's adapter_config.json and adapter_model.safetensors, each exactly once.
+@dataclass(frozen=True, slots=True)
+class FolderContent:
+    """Everything of an adapter's folder that matters here, as it was at one moment."""
 
-    Raises: AdapterSourceRefused where a file is missing or not a plain file, AdapterRefused where
-    its content is not what it must be; `field` names the file or tensor. Messages hold no paths.
+    adapter: AdapterFiles
+    initial: Mapping[str, AdapterFiles]
+    """Sub-folder → the adapter before training, where the config says that its init changed the
+    base."""
+    sidecar: bytes | None
+    """The parity record."""
+    text: Mapping[str, bytes]
+    """Files of TEXT_FILES that are there."""
+
+
+def read_folder(
+    folder: Path, rules: FolderRules = ANY_FOLDER, *, max_bytes: int = MAX_TENSORS_BYTES
+) -> FolderContent:
+    """Read an adapter's folder, each file exactly once and all of one state of the folder.
+
+    Raises: AdapterSourceRefused where a file is missing, not a plain file, a link out of the roots,
+    or changed while others were read; AdapterRefused where its content is not what it must be, or
+    not what `rules.sha256` says. `field` names the file or tensor. Messages hold no paths.
     """
-    with _open_folder(folder) as directory:
-        return _read_adapter(directory, max_bytes)
+    found = read_settled(
+        folder,
+        lambda opened: _read_files(opened, max_bytes),
+        roots=rules.roots,
+        must_rest=not rules.sha256,
+    )
+    if rules.sha256:
+        _check_digest(found, rules.sha256)
+    adapter = _adapter_files(found, "")
+    initial = {
+        name: _adapter_files(found, f"{name}/")
+        for name in INITIAL_FOLDERS
+        if f"{name}/{CONFIG_FILE}" in found
+    }
+    return FolderContent(
+        adapter=adapter, initial=initial, sidecar=found.pop(SIDECAR_FILE, None), text=found
+    )
 
 
-def read_initial_adapter(
-    folder: Path, name: str, *, max_bytes: int = MAX_TENSORS_BYTES
-) -> AdapterFiles | None:
-    """Read the sub-folder with the adapter's state before training; None if there is none."""
-    with _open_folder(folder) as directory:
-        if name not in os.listdir(directory):
-            return None
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            inner = os.open(name, flags, dir_fd=directory)
-        except OSError as error:
-            raise AdapterSourceRefused(
-                f"{name} is a link or no folder: {error.strerror}", field=name
-            ) from None
-    try:
-        return _read_adapter(inner, max_bytes)
-    finally:
-        os.close(inner)
+def read_adapter(folder: Path, *, max_bytes: int = MAX_TENSORS_BYTES) -> AdapterFiles:
+    """Read only the two files of a folder that nobody else writes to; see `read_folder`."""
+    found = read_settled(folder, lambda opened: _read_two(opened, "", max_bytes), must_rest=False)
+    return _adapter_files(found, "")
 
 
-def _read_adapter(directory: int, max_bytes: int) -> AdapterFiles:
-    _refuse_pickle(directory)
-    config = _read_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
-    data = _read_file(directory, TENSORS_FILE, max_bytes)
+def _read_files(opened: OpenFolder, max_bytes: int) -> dict[str, bytes]:
+    found = _read_two(opened, "", max_bytes)
+    start = _initial_folder(found[CONFIG_FILE])
+    if start in opened.names:
+        with opened.inner(start) as inner:
+            found |= _read_two(inner, f"{start}/", max_bytes)
+    for name, limit in {SIDECAR_FILE: MAX_SIDECAR_BYTES, **TEXT_FILES}.items():
+        if name in opened.names:
+            found[name] = opened.read(name, limit)
+    return found
+
+
+def _read_two(opened: OpenFolder, prefix: str, max_bytes: int) -> dict[str, bytes]:
+    _refuse_pickle(opened.names)
+    return {
+        f"{prefix}{CONFIG_FILE}": opened.read(CONFIG_FILE, MAX_CONFIG_BYTES),
+        f"{prefix}{TENSORS_FILE}": opened.read(TENSORS_FILE, max_bytes),
+    }
+
+
+def _initial_folder(config: bytes) -> str:
+    """The sub-folder that the config's init would have; "" for one that left the base alone."""
+    value = parse_object(config, CONFIG_FILE).get("init_lora_weights")
+    name = f"{value.partition('_')[0]}_init" if isinstance(value, str) else ""
+    return name if name in INITIAL_FOLDERS else ""
+
+
+def _check_digest(found: Mapping[str, bytes], expected: str) -> None:
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+    digest = content_digest(hashes)
+    if digest != expected:
+        raise AdapterRefused(
+            f"its files are not those that were stored: their digest is {digest[:12]!r} and was "
+            f"{expected[:12]!r}; upload the adapter again",
+            field="source",
+        )
+
+
+def _adapter_files(found: dict[str, bytes], prefix: str) -> AdapterFiles:
+    """Take the two files out of `found`, so that their bytes are freed when they are parsed."""
+    config, data = found.pop(f"{prefix}{CONFIG_FILE}"), found.pop(f"{prefix}{TENSORS_FILE}")
     tensors, metadata = _load_tensors(data)
     return AdapterFiles(
         config=parse_object(config, CONFIG_FILE),
@@ -112,8 +174,8 @@ def write_adapter(
 
 def read_optional(folder: Path, name: str, max_bytes: int) -> bytes | None:
     """Read another file of an adapter's folder as strictly as the two; None when there is none."""
-    with _open_folder(folder) as directory:
-        return _read_file(directory, name, max_bytes) if name in os.listdir(directory) else None
+    with open_folder(folder) as opened:
+        return opened.read(name, max_bytes) if name in opened.names else None
 
 
 def write_file(folder: Path, name: str, content: bytes) -> None:
@@ -147,22 +209,7 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text + data[end:]
 
 
-@contextmanager
-def _open_folder(folder: Path) -> Iterator[int]:
-    try:
-        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        raise AdapterSourceRefused(
-            f"adapter folder {folder.name!r} is missing or not a folder", field="folder"
-        ) from None
-    try:
-        yield directory
-    finally:
-        os.close(directory)
-
-
-def _refuse_pickle(directory: int) -> None:
-    names = os.listdir(directory)
+def _refuse_pickle(names: frozenset[str]) -> None:
     pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if TENSORS_FILE not in names and pickles:
         raise AdapterRefused(
@@ -170,37 +217,6 @@ def _refuse_pickle(directory: int) -> None:
             f"adapter to {TENSORS_FILE} (PEFT's save_pretrained does)",
             field=pickles[0],
         )
-
-
-def _read_file(directory: int, name: str, max_bytes: int) -> bytes:
-    try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(name, flags, dir_fd=directory)
-        try:
-            return _read_regular(descriptor, name, max_bytes)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise AdapterSourceRefused(f"{name} is missing from the folder", field=name) from None
-    except OSError as error:
-        raise AdapterSourceRefused(
-            f"{name} is a link or cannot be read: {error.strerror}", field=name
-        ) from None
-
-
-def _read_regular(descriptor: int, name: str, max_bytes: int) -> bytes:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise AdapterSourceRefused(f"{name} is not a regular file", field=name)
-    if status.st_size > max_bytes:
-        raise AdapterRefused(
-            f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted", field=name
-        )
-    with open(descriptor, "rb", closefd=False) as file:
-        content = file.read(status.st_size + 1)
-    if len(content) != status.st_size:
-        raise AdapterSourceRefused(f"{name} changed while it was read", field=name)
-    return content
 
 
 def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lora_runtime.adapters.files.file_names import MAX_SIDECAR_BYTES, SIDECAR_FILE
 from lora_runtime.adapters.files.folder import read_optional, write_file
 from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.adapters.parity import (
@@ -18,7 +19,6 @@ from lora_runtime.adapters.parity import (
     NUM_TOP,
     PUBLIC_TEXTS,
     ROW_LENGTH,
-    SIDECAR_FILE,
     Golden,
     Position,
 )
@@ -27,7 +27,6 @@ from lora_runtime.errors import AdapterRefused, BaseMismatch
 
 OLD_VERSION, VERSION = 1, 2
 OLD_DTYPES = ("float64", "float32", "bfloat16")
-MAX_SIDECAR_BYTES = 1 << 18
 MAX_ROWS = len(PUBLIC_TEXTS)
 MAX_NOISE = 2.0
 """In logits: ten times what bfloat16 moved them by on any base so far. A record of more noise would
@@ -58,8 +57,11 @@ def read_golden(folder: Path, base: BaseSpec) -> Golden | None:
     not a plain file, BaseMismatch where it was recorded on another base.
     """
     content = read_optional(folder, SIDECAR_FILE, MAX_SIDECAR_BYTES)
-    if content is None:
-        return None
+    return None if content is None else parse_golden(content, base)
+
+
+def parse_golden(content: bytes, base: BaseSpec) -> Golden:
+    """Judge a sidecar's bytes. Raises AdapterRefused and BaseMismatch as `read_golden`."""
     try:
         golden = _parse(parse_object(content, SIDECAR_FILE), base)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -22,7 +23,9 @@ from lora_runtime.training.data.formats import (
     choose_columns,
     content_of,
     find_format,
+    note_of,
     split_row,
+    unused_keys,
 )
 from lora_runtime.training.data.rows import read_rows
 
@@ -44,6 +47,12 @@ class Dataset:
     """Of preferences, chosen and rejected in turn."""
     num_truncated: int
     """Examples cut at `max_seq_len`."""
+    num_dropped: int = 0
+    """Rows left out because they are longer."""
+    unused: tuple[str, ...] = ()
+    """The file's keys or columns that no example is made of."""
+    notes: tuple[str, ...] = ()
+    """What else is worth saying of how rows were read."""
     digest: str
     """SHA-256 over the token ids and targets of all examples."""
 
@@ -84,11 +93,15 @@ class Dataset:
         """One line of facts to show before training."""
         share = self.num_target_tokens / self.num_tokens
         counted = f"{len(self.items)} {'pairs' if self.is_preference else 'examples'}"
-        return (
-            f"{self.path}: {counted} ({self.num_truncated} truncated), "
+        dropped = f", {self.num_dropped} dropped" if self.num_dropped else ""
+        facts = [
+            f"{self.path}: {counted} ({self.num_truncated} truncated{dropped}), "
             f"{self.num_tokens} tokens, {self.num_target_tokens} of them targets ({share:.0%}), "
-            f"the longest example {self.longest}"
-        )
+            f"the longest example {self.longest}",
+            f"columns not used: {', '.join(self.unused)}" if self.unused else None,
+            *self.notes,
+        ]
+        return "; ".join(fact for fact in facts if fact)
 
 
 class _Entry(NamedTuple):
@@ -97,12 +110,15 @@ class _Entry(NamedTuple):
     examples: list[Example]
     num_truncated: int
     draw: float
+    note: str | None
 
 
 class _File(NamedTuple):
     path: Path
     format: str
     entries: list[_Entry]
+    num_dropped: int
+    unused: tuple[str, ...]
 
 
 def load_all(
@@ -160,6 +176,7 @@ def load_dataset(
 def _dataset(file: _File) -> Dataset:
     digest = hashlib.sha256()
     examples = [example for entry in file.entries for example in entry.examples]
+    notes = Counter(entry.note for entry in file.entries if entry.note)
     for example in examples:
         for part in (example.token_ids, example.predictors):
             digest.update(len(part).to_bytes(8, "little") + part.numpy().tobytes())
@@ -168,6 +185,9 @@ def _dataset(file: _File) -> Dataset:
         format=file.format,
         examples=tuple(examples),
         num_truncated=sum(entry.num_truncated for entry in file.entries),
+        num_dropped=file.num_dropped,
+        unused=file.unused,
+        notes=tuple(f"{note} (rows: {count})" for note, count in notes.items()),
         digest=digest.hexdigest(),
     )
 
@@ -183,7 +203,7 @@ def _hold_out(file: _File, fraction: float) -> tuple[_File, _File]:
             field="eval_fraction",
         )
     kept, held_out = parts
-    return file._replace(entries=kept), file._replace(entries=held_out)
+    return file._replace(entries=kept), file._replace(entries=held_out, num_dropped=0)
 
 
 def _read(
@@ -195,24 +215,36 @@ def _read(
     instructions: InstructionStyle,
 ) -> _File:
     entries: list[_Entry] = []
-    kind = ""
-    for where, kind, values in _typed_rows(path, columns):
+    unused: dict[str, None] = {}
+    kind, num_dropped = "", 0
+    for where, kind, row in _typed_rows(path, columns):
+        unused.update(dict.fromkeys(key if key.strip() else repr(key) for key in row.unused))
         try:
-            draw = _draw(content_of(values, kind))
-            splits = split_row(values, kind, tokenizer, instructions)
+            draw = _draw(content_of(row.values, kind))
+            splits = split_row(row.values, kind, tokenizer, instructions)
+            num_truncated = sum(len(token_ids) > max_seq_len for token_ids, _ in splits)
+            if num_truncated and truncation == "drop":
+                num_dropped += 1
+                continue
             examples = [_example(split, max_seq_len, truncation) for split in splits]
             _check_different(examples)
         except DataError as error:
             raise DataError(f"{where}: {error.message}", field=error.field) from error
-        num_truncated = sum(len(token_ids) > max_seq_len for token_ids, _ in splits)
-        entries.append(_Entry(examples, num_truncated, draw))
+        entries.append(_Entry(examples, num_truncated, draw, note_of(row.values, kind)))
     if not entries:
-        raise DataError(f"{path} holds no example", field="data")
-    return _File(path, kind, entries)
+        left = f": its {num_dropped} rows are all over max_seq_len={max_seq_len}"
+        raise DataError(f"{path} holds no example{left if num_dropped else ''}", field="data")
+    return _File(path, kind, entries, num_dropped, tuple(unused))
 
 
-def _typed_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, str, Values]]:
-    """Yield (place, format, values by the format's keys) of every row."""
+class _Row(NamedTuple):
+    values: Values
+    """By the format's keys."""
+    unused: list[str]
+
+
+def _typed_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, str, _Row]]:
+    """Yield (place, format, row) of every row."""
     expected: str | None = None
     for where, row in read_rows(path):
         values = choose_columns(row, columns, where)
@@ -220,7 +252,12 @@ def _typed_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, s
         expected = expected or kind
         if kind != expected:
             raise DataError(f"{where} is a {kind} example in a file of {expected} examples")
-        yield where, kind, values
+        try:
+            unused = unused_keys(values, kind)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", field=error.field) from error
+        others = [column for column in row if columns and column not in columns.values()]
+        yield where, kind, _Row(values, [*unused, *others])
 
 
 def _example(split: Split, max_seq_len: int, truncation: Truncation) -> Example:
@@ -230,7 +267,7 @@ def _example(split: Split, max_seq_len: int, truncation: Truncation) -> Example:
     if not len(predictors):
         raise DataError(
             f"there is no target token within max_seq_len={max_seq_len}; shorten its prompt, raise "
-            "max_seq_len, set truncation to start, or remove the example",
+            "max_seq_len, set truncation to start or drop, or remove the example",
             field="max_seq_len",
         )
     return Example(torch.tensor(token_ids, dtype=torch.int64), predictors)
@@ -241,7 +278,7 @@ def _check_different(examples: Sequence[Example]) -> None:
     if first in others:
         raise DataError(
             "chosen and rejected are the same tokens, which teaches nothing; remove the pair, or "
-            "raise max_seq_len if that cuts them where they differ",
+            "raise max_seq_len or set truncation to drop if they are cut before they differ",
             field="rejected",
         )
 
@@ -252,7 +289,7 @@ def _cut(part: Sequence[T], max_seq_len: int, truncation: Truncation) -> Sequenc
     if truncation == "error":
         raise DataError(
             f"it has {len(part)} tokens, over max_seq_len={max_seq_len}; shorten it, raise "
-            "max_seq_len, or set truncation to end or start",
+            "max_seq_len, or set truncation to end, start or drop",
             field="truncation",
         )
     return part[:max_seq_len] if truncation == "end" else part[-max_seq_len:]

@@ -18,51 +18,85 @@ Row = tuple[str, dict[str, object]]
 ROWS_AT_ONCE = 1024
 """Of a Parquet file in memory."""
 
+csv.field_size_limit(2**31 - 1)
+"""The module's own limit, 131,072 characters a cell, is for files that nobody has chosen; a long
+text is cut or refused by `truncation`, as from any other file."""
+
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield every row of a file, blank lines left out.
 
-    The name's ending decides: `.csv` and `.tsv` have their keys in the first line, `.json` is a
-    list of objects or else JSONL, `.parquet` takes pyarrow, everything else is JSONL. Text is in
-    UTF-8. Raises DataError.
+    The name's ending decides: `.csv` and `.tsv` have their keys in the first line, `.parquet` takes
+    pyarrow, everything else is JSON: an object a line, a list of objects, or one object. Inside a
+    value, keys that are null are left out. Text is in UTF-8. Raises DataError.
     """
     try:
-        yield from _READERS.get(path.suffix.lower(), _jsonl_rows)(path)
+        yield from _READERS.get(path.suffix.lower(), _json_rows)(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _object(_parsed(line, where), where)
-
-
 def _json_rows(path: Path) -> Iterator[Row]:
+    """One object a line; where the first line is none, the file is one value: a list of objects,
+    or an object over several lines.
+    """
+    with path.open("rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        if (first := next(lines, None)) is None:
+            return
+        if not isinstance(_parsed_if_json(first[1]), dict):
+            yield from _rows_of_one_value(path, first)
+            return
+        for number, line in chain([first], lines):
+            where = f"{path}:{number}"
+            yield where, _object(_parsed(line, where), where)
+
+
+def _rows_of_one_value(path: Path, first: tuple[int, bytes]) -> Iterator[Row]:
+    number, line = first
     content = path.read_bytes()
-    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _jsonl_rows(path)
+    is_line = path.suffix.lower() != ".json" or line.rstrip().endswith(b"}")
+    if is_line and _parsed_if_json(content) is None:
+        _parsed(line, f"{path}:{number}")  # names the line, which was to be an object
+    values = _parsed(content, str(path))
+    if not isinstance(values, list):
+        yield str(path), _object(values, str(path))
         return
-    for number, values in enumerate(_parsed(content, str(path)), 1):
+    for number, item in enumerate(values, 1):
         where = f"{path}, item {number}"
-        yield where, _object(values, where)
+        yield where, _object(item, where)
 
 
 def _parsed(content: bytes, where: str) -> object:
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=_unique)
         json.dumps(values, ensure_ascii=False).encode()  # fails on escapes of half a character
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON in UTF-8: {error}") from error
     return values
 
 
+def _parsed_if_json(content: bytes) -> object:
+    """None where it is not JSON."""
+    try:
+        return _parsed(content, "")
+    except DataError:
+        return None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; remove one")
+    return values
+
+
 def _object(values: object, where: str) -> dict[str, object]:
     if not isinstance(values, dict):
         raise DataError(f"{where} is a {type(values).__name__}; each example must be a JSON object")
-    return values
+    return {key: _without_nulls(value) for key, value in values.items()}
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -132,7 +166,9 @@ def _batch_rows(batch: Any, where: str) -> Iterator[dict[str, object]]:
 
 
 def _without_nulls(value: object) -> object:
-    """A column of objects gives every one of them every key; those without a value are no keys."""
+    """A column of objects gives every one of them every key, as do many writers of JSON; those
+    without a value are no keys.
+    """
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
@@ -143,6 +179,5 @@ def _without_nulls(value: object) -> object:
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": partial(_table_rows, delimiter=","),
     ".tsv": partial(_table_rows, delimiter="\t"),
-    ".json": _json_rows,
     ".parquet": _parquet_rows,
 }

@@ -95,7 +95,8 @@ class AdapterServiceServicer:
 
     def RollbackAdapter(self, request, context):
         """Point a name back to the content it had before its last replacement; once more, forward again.
-        A server keeps one former content a name in host memory, until the next replacement or unload.
+        A server keeps one former content a name in host memory, until the next replacement or unload;
+        after a restart it is read again from where it came, if that holds it still.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

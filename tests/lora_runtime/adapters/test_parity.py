@@ -397,10 +397,12 @@ def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory,
     checked(read, lambda row, positions, _: torch.zeros(len(positions), VOCAB_SIZE))
 
 
-def test_a_link_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):
+def test_a_link_out_of_the_folder_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):
+    outside, tmp_path = tmp_path / "real.json", tmp_path / "adapter"
+    tmp_path.mkdir()
     write_golden(tmp_path, golden)
-    (tmp_path / SIDECAR_FILE).rename(tmp_path / "real.json")
-    (tmp_path / SIDECAR_FILE).symlink_to(tmp_path / "real.json")
+    (tmp_path / SIDECAR_FILE).rename(outside)
+    (tmp_path / SIDECAR_FILE).symlink_to(outside)
     with pytest.raises(AdapterSourceRefused, match=SIDECAR_FILE):
         read_golden(tmp_path, SPEC)
     (tmp_path / SIDECAR_FILE).unlink()

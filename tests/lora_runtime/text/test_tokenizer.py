@@ -107,34 +107,6 @@ def test_failing_or_escaping_template_is_refused(tmp_path: Path, template: str |
     assert caught.value.field == "messages" and "the base" in caught.value.message
 
 
-@pytest.mark.parametrize("template", BAD_TEMPLATES)
-def test_an_adapters_failing_or_escaping_template_is_refused(
-    tokenizer: Tokenizer, template: str
-) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], template)
-    assert caught.value.field == "messages" and "the adapter's" in caught.value.message
-
-
-@pytest.mark.parametrize("of_base", [CHATML_TEMPLATE, None])
-def test_an_adapters_template_stands_in_for_the_bases(tmp_path: Path, of_base: str | None) -> None:
-    """Oracle: a tokenizer whose own template it is."""
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] }}\n{% endfor %}"
-    )
-    (tmp_path / "its").mkdir()
-    (tmp_path / "bases").mkdir()
-    own, base = (
-        tokenizer_with(tmp_path / "its", template),
-        tokenizer_with(tmp_path / "bases", of_base),
-    )
-    ids = base.apply_chat_template(CONVERSATION, template)
-    assert ids == own.apply_chat_template(CONVERSATION)
-    assert base.has_chat_template == (of_base is not None)
-    if of_base:
-        assert ids != base.apply_chat_template(CONVERSATION)
-
-
 def test_mask_is_what_the_assistant_generates(tokenizer: Tokenizer) -> None:
     ids, mask = tokenizer.split_chat(CONVERSATION)
     assert ids == tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=False)

@@ -123,7 +123,9 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
 def test_checkpoint_is_safetensors_and_json_only(tmp_path, tokenizer, base):
     run(base, tokenizer, tmp_path / "out", make_units(tmp_path), should_stop=StopAfter(2))
     (folder,) = (tmp_path / "out" / "checkpoints").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "SHA256SUMS", "state.json", "state.safetensors",
+    ]  # fmt: skip
     json.loads((folder / "state.json").read_text())
     names = load_file(folder / "state.safetensors")
     assert any(name.startswith("two/") and name.endswith(".grad") for name in names)

@@ -116,6 +116,6 @@ def test_a_run_evaluates_what_it_holds_out_and_reports_both(tmp_path, tokenizer,
         masked = 1 - dataset.num_target_tokens / dataset.num_tokens
         longest = max(len(example.token_ids) for example in dataset.examples)
         assert table.count([
-            *name, path.name, "completion", str(len(dataset.examples)), "0",
+            *name, path.name, "completion", str(len(dataset.examples)), "0", "0",
             f"{dataset.num_tokens:,}", f"{masked:.0%}", str(longest),
         ]) == 1  # fmt: skip

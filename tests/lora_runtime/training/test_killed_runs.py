@@ -55,7 +55,7 @@ def test_a_run_survives_kill_9_at_any_moment(folders, tokenizer, base):
     killed, whole, expected, left = folders
     assert len(left) == 9
     assert left[2].endswith(".tmp") and left[5].endswith(".tmp")
-    assert left[8].count(" ") == 1 and ".tmp" not in left[8]  # the older is half removed
+    assert left[8].count(" ") == 2 and ".tmp" not in left[8]  # the oldest is half removed
     output = killed / "out"
     results = run(base, tokenizer, output, configs_of(killed), resume=True)
     assert curves(results) == curves(expected)

@@ -91,7 +91,7 @@ def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monk
         run(base, tokenizer, out, units(tmp_path), seed=5)
     assert not (result.folder / SIDECAR_FILE).exists()
     monkeypatch.undo()
-    run(base, tokenizer, out, units(tmp_path), seed=5)
+    run(base, tokenizer, out, units(tmp_path), seed=5, resume=True)
     assert (result.folder / SIDECAR_FILE).read_text() != before
 
 

@@ -15,7 +15,7 @@ from lora_runtime.training import units as trained_units
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.sweep import expand
-from lora_runtime.training.trainer import create_units
+from lora_runtime.training.trainer import create_units, read_data
 from lora_runtime.training.units import Unit, UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
@@ -125,7 +125,7 @@ def test_members_of_a_sweep_find_their_start_once(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(
         trained_units, "start_modules", lambda c, *rest: found.append(c.rank) or real(c, *rest)
     )
-    made = create_units(base, tokenizer, config, sweeps)
+    made = create_units(base, read_data(config, tokenizer), config, sweeps)
     assert found == [2, 3]
     for member in made:
         alone = Unit(member.config, member.dataset, base, seed=member.seed)

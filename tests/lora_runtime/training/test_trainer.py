@@ -22,7 +22,7 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.distributed import World
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.starts import adapter_spec
-from lora_runtime.training.trainer import run_pass, stop_on_sigint, train
+from lora_runtime.training.trainer import run_pass, stop_on_signals, train
 from lora_runtime.training.units import UnitStatus
 from tests.lora_runtime.training.tiny_runs import (
     make_unit,
@@ -289,7 +289,8 @@ def test_learning_rate_follows_the_schedule_and_clipping_acts(tmp_path, tokenize
     unit = make_unit(base, tokenizer, config)
     train_until_done(base, [unit])
     rates = [record.learning_rate for record in unit.records]
-    assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    expected = [1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4]
+    assert rates == pytest.approx([1e-3 * share for share in expected])
     assert min(record.grad_norm for record in unit.records) > 1e-3  # measured before clipping
     moments = [unit.optimizer.state[parameter]["exp_avg"] for parameter in unit.parameters]
     assert torch.stack([moment.norm() for moment in moments]).norm() <= 1e-3
@@ -349,7 +350,8 @@ def test_too_long_for_the_base(tmp_path, tokenizer, base):
         run(base, tokenizer, tmp_path / "out", [unit], max_seq_len=513)
 
 
-def test_train_from_files_and_stop_at_sigint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_train_from_files_and_stop_at_a_signal(tmp_path, monkeypatch, number):
     folder = tiny_checkpoint(tmp_path / "base")
     write_tokenizer(folder)
     data = ragged_data(tmp_path / "d", 12)
@@ -363,7 +365,7 @@ def test_train_from_files_and_stop_at_sigint(tmp_path, monkeypatch):
 
     def interrupted_pass(base, units, *others):
         if units[0].step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real_pass(base, units, *others)
 
     with monkeypatch.context() as patch:
@@ -384,9 +386,33 @@ def sigint_interrupts():
     signal.signal(signal.SIGINT, previous)
 
 
+def test_a_hangup_that_is_ignored_stays_so():
+    """As nohup has it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as should_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not should_stop()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_second_signal_of_any_kind_acts_as_before():
+    terminated = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    try:
+        with stop_on_signals() as should_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert should_stop() and not terminated
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 @pytest.mark.usefixtures("sigint_interrupts")
 def test_second_sigint_interrupts():
-    with stop_on_sigint() as should_stop:
+    with stop_on_signals() as should_stop:
         assert not should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         assert should_stop()

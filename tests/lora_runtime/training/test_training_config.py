@@ -63,6 +63,9 @@ def test_yaml_gives_the_same_as_code(tmp_path):
     ("old", "new", "expected"),
     [
         ("    rank: 64", "    rnak: 64", "units[0].rnak is not a field; did you mean 'rank'?"),
+        ("seed: 3", "seed: 18446744073709551616", "seed is 18446744073709551616; it must be"),
+        ("seed: 5", "seed: -9223372036854775809", "unit 'poet': seed is -9223372036854775809"),
+        ("seed: 5", "micro_batch_size: 1048577", "an update takes at most 1,048,576 examples"),
         ("seed: 3", "sead: 3", "sead is not a field; did you mean 'seed'?"),
         ("quantization:", "quantisation:", "base.quantisation is not a field; did you mean 'quant"),
         ("quantization: none", "quantization: int3", "base.quantization is 'int3'; it must be one"),

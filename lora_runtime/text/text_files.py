@@ -1,0 +1,30 @@
+"""Files that say how text becomes tokens and where an output ends, and how large each may be.
+
+Source: transformers 5, `PreTrainedTokenizerBase.save_pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+TEMPLATE_FILE = "chat_template.jinja"
+SETTINGS_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+ADDED_FILE = "added_tokens.json"
+SPECIAL_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
+"""What tokenizers were made of before tokenizer.json, and what some are made of still."""
+
+_SMALL = 1 << 20
+_LARGE = 64 << 20
+TEXT_FILES: Mapping[str, int] = {
+    TEMPLATE_FILE: _SMALL,
+    SETTINGS_FILE: _LARGE,
+    TOKENIZER_FILE: _LARGE,
+    ADDED_FILE: _LARGE,
+    SPECIAL_FILE: _SMALL,
+    GENERATION_FILE: _SMALL,
+    **dict.fromkeys(VOCABULARY_FILES, _LARGE),
+}
+"""File → its largest size in bytes."""

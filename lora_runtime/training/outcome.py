@@ -1,0 +1,70 @@
+"""What a finished unit must say of itself: that it changes nothing, or that its loss rose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lora_runtime.training.units import Unit
+from lora_runtime.training.variants import TrainedModule
+
+NUM_AVERAGED = 10
+"""Updates that the first and the last loss are means over, of short runs half of all."""
+
+
+def warnings_of(unit: Unit) -> tuple[str, ...]:
+    """One sentence for each thing that speaks against the weights as they are now."""
+    return tuple(_idle_warnings(unit)) + tuple(_loss_warnings(unit))
+
+
+def _idle_warnings(unit: Unit) -> Iterator[str]:
+    """ΔW = s·BA is nothing where B is 0, however A has moved."""
+    adapted = [m for m in unit.modules.values() if isinstance(m, TrainedModule)]
+    idle = [module for module in adapted if _is_idle(module)]
+    has_more = len(adapted) < len(unit.modules) or any(m.magnitude is not None for m in adapted)
+    was_updated = any(r.learning_rate * r.grad_norm > 0 for r in unit.records)
+    if len(idle) == len(adapted) and not (has_more and was_updated):
+        yield (
+            "it changes nothing: B is 0 in every module, and the model answers as the base does; "
+            "see that learning_rate, the number of updates and the gradients are above 0"
+        )
+    elif idle:
+        yield f"B is 0 in {len(idle)} of {len(adapted)} modules, {idle[0].path} the first of them"
+
+
+def _is_idle(module: TrainedModule) -> bool:
+    factors = [module.b]
+    if module.start is not None or module.is_transposed:
+        factors.append(module.a)  # differences from the start; or the other one is the B
+    return not any(bool(factor.any()) for factor in factors)
+
+
+class _Rise(NamedTuple):
+    first: float
+    last: float
+
+    @property
+    def is_one(self) -> bool:
+        return math.isfinite(self.last) and self.last > self.first
+
+
+def _loss_warnings(unit: Unit) -> Iterator[str]:
+    losses = [record.loss for record in unit.records]
+    count = min(NUM_AVERAGED, len(losses) // 2)
+    if count and (rise := _Rise(_mean(losses[:count]), _mean(losses[-count:]))).is_one:
+        yield (
+            f"its loss rose from {rise.first:.4f} to {rise.last:.4f} (means over the first and "
+            f"the last {count} updates); a lower learning_rate or more data may help"
+        )
+    evaluations = unit.held_out.records if unit.held_out else []
+    if evaluations and (rise := _Rise(evaluations[0].loss, evaluations[-1].loss)).is_one:
+        yield (
+            f"its held-out loss rose from {rise.first:.4f} after update {evaluations[0].step} to "
+            f"{rise.last:.4f} after update {evaluations[-1].step}; the weights of update "
+            f"{unit.exported_step} are written"
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

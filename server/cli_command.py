@@ -1,0 +1,31 @@
+"""What all commands have in common: a flag is given once, and the environment holds no mistake."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import typer
+
+from server.cli_train_flags import VARIABLES
+from server.config import check_environment
+
+
+class Command(typer.core.TyperCommand):
+    """A command that refuses what would be ignored in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; of a flag with one value given twice, the last would win."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter, count in Counter(order).items():
+            is_list = parameter.multiple or parameter.nargs == -1
+            if count > 1 and not is_list and parameter.param_type_name == "option":
+                raise typer.BadParameter(
+                    f"{parameter.opts[0]} is given {count} times and holds one value; give it once"
+                )
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, unless a variable LORAMUX_… is none of the settings."""
+        check_environment(VARIABLES)
+        return super().invoke(ctx)

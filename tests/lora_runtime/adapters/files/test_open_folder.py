@@ -1,0 +1,200 @@
+"""A folder that is swapped or written to while it is read gives one whole version, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_runtime.adapters.files.file_names import (
+    CONFIG_FILE,
+    SIDECAR_FILE,
+    TENSORS_FILE,
+)
+from lora_runtime.adapters.files.folder import FolderContent, read_folder
+from lora_runtime.core import FolderRules
+from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, LoramuxError
+from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
+
+LOADS_S = 4.0
+
+
+def write_version(folder: Path, version: int, *, pause: Callable[[], None] = lambda: None) -> None:
+    """An adapter whose every file says which version it is of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        CONFIG_FILE: {"r": version, "init_lora_weights": "pissa"},
+        SIDECAR_FILE: {"version": version},
+        GENERATION_FILE: {"eos_token_id": version},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+        pause()
+    (folder / TEMPLATE_FILE).write_text(str(version))
+    pause()
+    start = folder / "pissa_init"
+    start.mkdir(exist_ok=True)
+    for place in (folder, start):
+        save_file({"a": torch.full((2, 2), float(version))}, place / TENSORS_FILE)
+        pause()
+    (start / CONFIG_FILE).write_text(json.dumps({"r": version}))
+
+
+def versions(content: FolderContent) -> set[int]:
+    assert content.sidecar is not None
+    return {
+        content.adapter.config["r"],
+        int(content.adapter.tensors["a"][0, 0]),
+        json.loads(content.sidecar)["version"],
+        json.loads(content.text[GENERATION_FILE])["eos_token_id"],
+        int(content.text[TEMPLATE_FILE]),
+        content.initial["pissa_init"].config["r"],
+        int(content.initial["pissa_init"].tensors["a"][0, 0]),
+    }
+
+
+def by_renames(top: Path, number: int) -> None:
+    """The whole folder is replaced by another: two renames, between which there is none."""
+    fresh = top / f"fresh{number}"
+    write_version(fresh, number)
+    time.sleep(0.02)
+    os.rename(top / "adapter", top / f"old{number}")
+    os.rename(fresh, top / "adapter")
+    shutil.rmtree(top / f"old{number - 20}", ignore_errors=True)
+
+
+def by_a_link(top: Path, number: int) -> None:
+    """The folder is a link that is pointed to another, at once."""
+    write_version(top / f"v{number}", number)
+    (top / "link").symlink_to(top / f"v{number}")
+    if not (top / "adapter").is_symlink():
+        shutil.rmtree(top / "adapter")
+    os.replace(top / "link", top / "adapter")
+    time.sleep(0.02)
+
+
+def in_place(top: Path, number: int) -> None:
+    """File by file, slower than a read of them all takes; then it rests."""
+    write_version(top / "adapter", number, pause=lambda: time.sleep(0.004))
+    time.sleep(0.3)
+
+
+def without_rest(top: Path, number: int) -> None:
+    """File by file, without end."""
+    write_version(top / "adapter", number)
+
+
+@contextmanager
+def writing(top: Path, write: Callable[[Path, int], None]) -> Iterator[None]:
+    stop = threading.Event()
+
+    def work() -> None:
+        number = 1
+        while not stop.is_set():
+            number += 1
+            write(top, number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("write", [by_renames, by_a_link, in_place, without_rest])
+def test_a_load_is_of_one_version_or_refused(
+    write: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    write_version(tmp_path / "adapter", 1)
+    seen: Counter[str] = Counter()
+    with writing(tmp_path, write):
+        end = time.monotonic() + LOADS_S
+        while time.monotonic() < end:
+            try:
+                found = versions(read_folder(tmp_path / "adapter"))
+            except LoramuxError:
+                seen["refused"] += 1
+                continue
+            assert len(found) == 1, found
+            seen["whole"] += 1
+    if write is not without_rest:
+        assert seen["whole"] > 5, seen
+
+
+def test_a_folder_at_rest_is_read_without_waiting(tmp_path: Path) -> None:
+    write_version(tmp_path / "adapter", 1)
+    read_folder(tmp_path / "adapter")
+    time.sleep(0.15)
+    begun = time.monotonic()
+    read_folder(tmp_path / "adapter")
+    assert time.monotonic() - begun < 0.05
+
+
+def hub_cache(top: Path) -> Path:
+    """A folder as huggingface_hub keeps it: links into a store of contents."""
+    write_version(top / "plain", 7)
+    blobs, snapshot = top / "models--a--b" / "blobs", top / "models--a--b" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    for path in sorted((top / "plain").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(top / "plain")
+            blob = blobs / str(name).replace("/", "-")
+            shutil.copy(path, blob)
+            link = snapshot / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_links_of_a_hub_cache_are_read(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    for roots in ((), (tmp_path,), (tmp_path / "models--a--b",)):
+        assert versions(read_folder(snapshot, FolderRules(roots=roots))) == {7}
+    inner = snapshot / "pissa_init"
+    assert read_folder(inner).adapter.config["r"] == 7
+    (tmp_path / "current").symlink_to(snapshot)
+    assert versions(read_folder(tmp_path / "current", FolderRules(roots=(tmp_path,)))) == {7}
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE, SIDECAR_FILE, TEMPLATE_FILE])
+def test_links_out_of_the_roots_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    with pytest.raises(AdapterSourceRefused, match="link that leads out") as refusal:
+        read_folder(snapshot, FolderRules(roots=(snapshot.parent,)))
+    assert str(tmp_path) not in refusal.value.message
+    write_version(tmp_path / "root" / "x", 1)
+    (tmp_path / "root" / "x" / name).unlink()
+    for target in (tmp_path / "plain" / name, f"../../plain/{name}", "chain"):
+        (tmp_path / "root" / "x" / "chain").unlink(missing_ok=True)
+        (tmp_path / "root" / "x" / "chain").symlink_to(tmp_path / "plain" / name)
+        (tmp_path / "root" / "x" / name).symlink_to(target)
+        with pytest.raises(AdapterSourceRefused, match="link that leads out") as refusal:
+            read_folder(tmp_path / "root" / "x", FolderRules(roots=(tmp_path / "root",)))
+        assert refusal.value.field == name
+        (tmp_path / "root" / "x" / name).unlink()
+
+
+def test_a_folder_outside_of_the_roots_is_not_opened(tmp_path: Path) -> None:
+    write_version(tmp_path / "outside", 1)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "x").symlink_to(tmp_path / "outside")
+    with pytest.raises(AdapterSourceRefused):
+        read_folder(tmp_path / "root" / "x", FolderRules(roots=(tmp_path / "root",)))
+
+
+def test_another_digest_is_refused(tmp_path: Path) -> None:
+    write_version(tmp_path / "x", 1)
+    with pytest.raises(AdapterRefused, match="not those that were stored"):
+        read_folder(tmp_path / "x", FolderRules(sha256="0" * 64))

@@ -1,0 +1,221 @@
+"""The engine's thread hangs, dies or fails every request: callers hear of it, and nothing waits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+
+import pytest
+
+from lora_runtime.core import FinishReason, StepOutput
+from lora_runtime.engine.client import EngineStats
+from lora_runtime.engine.failure_streak import FailureStreak
+from lora_runtime.engine.loop import InThreadEngine
+from lora_runtime.errors import Overloaded, RequestFailed, Unavailable
+from tests.driver import greedy
+
+
+class ScriptedSteps:
+    """What the loop needs of an engine: a step does `on_step` and gives every request a token."""
+
+    def __init__(self) -> None:
+        self.base = SimpleNamespace(
+            folder=None, device=SimpleNamespace(type="cpu"), context=SimpleNamespace(num_calls=0)
+        )
+        self.info = SimpleNamespace(max_queued_requests=4)
+        self.host = ()
+        self.live: list[str] = []
+        self.on_step = lambda: time.sleep(0.001)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.live
+
+    def stats(self):
+        names = {field.name for field in fields(EngineStats) if field.default is MISSING}
+        lists = {"running_adapters", "waiting_adapters", "resident_adapters"}
+        facts = {name: () if name in lists else 0 for name in names}
+        return EngineStats(**{**facts, "num_waiting": len(self.live)})
+
+    def add_request(self, request) -> None:
+        self.live.append(request.request_id)
+
+    def abort(self, request_id: str) -> list:
+        self.live = [other for other in self.live if other != request_id]
+        return []
+
+    def abort_all(self, error) -> list:
+        raise ZeroDivisionError("bookkeeping is broken too")
+
+    def step(self) -> list[StepOutput]:
+        self.on_step()
+        return [StepOutput(request_id=name, token_ids=(1,)) for name in self.live]
+
+    def take_outputs(self) -> list:
+        return []
+
+    def collect(self) -> list:
+        return []
+
+
+async def until(condition, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def consume(engine, name: str) -> StepOutput:
+    return [output async for output in engine.generate(greedy(name, [1], None, 10_000))][-1]
+
+
+def hanging(steps: ScriptedSteps) -> threading.Event:
+    """From now on a step ends only when the event is set."""
+    release = threading.Event()
+    steps.on_step = release.wait
+    return release
+
+
+def test_a_stuck_engine_stands_still_and_can_be_abandoned():
+    async def run() -> None:
+        steps = ScriptedSteps()
+        engine = InThreadEngine(steps)
+        assert not engine.stats().is_busy
+        streams = [asyncio.create_task(consume(engine, name)) for name in "ab"]
+        await until(lambda: engine.stats().num_beats > 20)
+        release = hanging(steps)
+        await asyncio.sleep(0.05)
+        before = engine.stats()
+        await asyncio.sleep(0.05)
+        assert engine.stats().num_beats == before.num_beats and before.is_busy
+        waiting = asyncio.create_task(engine.unload_adapter("x"))
+        await asyncio.sleep(0.01)
+        engine.abandon(Unavailable("it hangs"))
+        ends = await asyncio.wait_for(asyncio.gather(*streams), 1)
+        assert [(end.finish_reason, str(end.error)) for end in ends] == 2 * [
+            (FinishReason.ERROR, "it hangs")
+        ]
+        with pytest.raises(Unavailable, match="it hangs"):
+            await asyncio.wait_for(waiting, 1)
+        with pytest.raises(Unavailable, match="it hangs"):
+            await consume(engine, "late")
+        begun = time.monotonic()
+        await engine.close(drain_s=0)
+        assert time.monotonic() - begun < 3 and not engine.stats().is_alive
+        release.set()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_closed_has_not_died(caplog):
+    async def run() -> None:
+        steps = ScriptedSteps()
+        steps.abort_all = lambda error: []
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(lambda: engine.stats().num_beats > 5)
+        await engine.close(drain_s=0)
+        assert isinstance((await asyncio.wait_for(stream, 1)).error, Unavailable)
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
+def test_closing_leaves_a_stuck_engine_behind():
+    async def run() -> None:
+        steps = ScriptedSteps()
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(lambda: engine.stats().num_beats > 5)
+        release = hanging(steps)
+        await asyncio.wait_for(engine.close(drain_s=0.1), 5)
+        assert isinstance((await asyncio.wait_for(stream, 1)).error, Unavailable)
+        release.set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["step", "command"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_ends_the_engine_and_all_who_wait(kind, where):
+    async def run() -> None:
+        steps = ScriptedSteps()
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(lambda: engine.stats().num_beats > 5)
+
+        def end() -> None:
+            raise kind("from some library")
+
+        if where == "step":
+            steps.on_step = end
+        else:
+            command = engine._call(end)
+            with pytest.raises(kind if kind is RuntimeError else Unavailable):
+                await asyncio.wait_for(command, 2)
+            if kind is RuntimeError:
+                assert engine.stats().is_alive  # a failed command is its caller's affair
+                await engine.close(drain_s=0)
+        assert isinstance((await asyncio.wait_for(stream, 2)).error, Unavailable)
+        await until(lambda: not engine.stats().is_alive)
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_refuses_without_asking_the_engine():
+    async def run() -> None:
+        steps = ScriptedSteps()
+        engine = InThreadEngine(steps)
+        streams = [asyncio.create_task(consume(engine, name)) for name in "abcd"]
+        await until(lambda: engine.stats().num_waiting == 4)
+        release = hanging(steps)
+        await asyncio.sleep(0.02)
+        begun = time.monotonic()
+        with pytest.raises(Overloaded, match="4 requests"):
+            await consume(engine, "late")
+        assert time.monotonic() - begun < 0.01
+        engine.abandon(Unavailable("over"))
+        release.set()
+        await asyncio.gather(*streams)
+
+    asyncio.run(run())
+
+
+def failed(name: str) -> StepOutput:
+    error = RequestFailed("unforeseen")
+    return StepOutput(request_id=name, finish_reason=FinishReason.ERROR, error=error)
+
+
+def token(name: str, reason: FinishReason | None = None) -> StepOutput:
+    return StepOutput(request_id=name, token_ids=(1,), finish_reason=reason)
+
+
+def test_a_streak_of_failures_ends_with_one_answer():
+    streak = FailureStreak()
+    streak.note([failed("a"), failed("b")])
+    streak.note([failed("c")])
+    assert streak.length == 3
+    streak.note([token("d", FinishReason.STOP)])
+    assert streak.length == 0
+
+
+def test_first_tokens_do_not_hide_that_every_request_fails_at_its_second():
+    streak, rng = FailureStreak(), random.Random(1)
+    alive: list[str] = []
+    for step in range(50):
+        outputs = [failed(name) for name in alive]
+        alive = [f"{step}-{index}" for index in range(rng.randint(1, 3))]
+        streak.note([*outputs, *map(token, alive)])
+    assert streak.length > 50
+
+
+def test_a_long_stream_shows_that_only_the_others_fail():
+    streak = FailureStreak()
+    streak.note([token("long")])
+    for index in range(20):
+        streak.note([failed(str(index)), token("long")])
+        assert streak.length <= 1
