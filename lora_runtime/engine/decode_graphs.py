@@ -5,8 +5,7 @@ different adapters the step may hold, because a launch has a program for every t
 could need. What changes from step to step (tokens, cache blocks, which adapters of which ranks act
 on which rows) is read from tables at fixed addresses, so one graph serves any mix. It holds as long
 as the pool's layout does: which modules have adapters at all, and the largest rank.
-Unmeasured on a GPU; tests run the same tables and kernels without capturing, and capture on
-stand-ins for CUDA.
+Tests run the same tables and kernels without capturing, and capture on stand-ins for CUDA.
 """
 
 from __future__ import annotations

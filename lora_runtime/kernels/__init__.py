@@ -1,8 +1,8 @@
 """The public ops of the runtime.
 
 `reference.py` defines every op in torch; `cpu.py` is a compiled backend that gives the same values
-within rounding and runs whenever it can (CPU tensors, no gradients). `gpu.py` is the same in Triton
-for CUDA tensors; unmeasured.
+within rounding and runs whenever it can (CPU tensors, no gradients). `gpu.py` is the same for
+CUDA tensors, in Triton and CUDA.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The bodies of the attention kernels; `gpu_attention.py` says what they are for and launches them.
-
-Unmeasured.
-"""
+"""The bodies of the attention kernels; `gpu_attention.py` says what they are for and launches them."""
 
 from __future__ import annotations
 

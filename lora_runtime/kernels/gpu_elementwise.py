@@ -2,7 +2,6 @@
 each, in the place of two to ten.
 
 Inputs may be slices of a larger product: rows and heads lie anywhere, what is within them together.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from lora_runtime.kernels.types import HeadNorm
 
 NORM_BLOCK = 1024
-"""Values that one program norms, where a row is shorter; unmeasured."""
+"""Values that one program norms, where a row is shorter."""
 HEADS_BLOCK = 4
 ACTIVATION_BLOCK = 1024
 

@@ -36,7 +36,7 @@ from lora_runtime.kernels.types import NestedScales, PooledAdapters
 
 MAX_PROGRAMS = 512
 """Inputs are split until a launch has about as many programs for one tile of rows, four a
-multiprocessor; unmeasured."""
+multiprocessor."""
 MAX_SPLITS = 16
 BLOCK_N = 128
 VALUES_BLOCK = 1024
@@ -44,7 +44,7 @@ VALUES_BLOCK = 1024
 
 
 class Tiling(NamedTuple):
-    """How a format's product is cut up, unmeasured.
+    """How a format's product is cut up.
 
     block_m: rows of a tile; max_tiles: of a program; block_k: inputs a pass; num_stages: of the
     loop, one more than the passes whose copies to shared memory are on their way.

@@ -3,7 +3,7 @@
 An embedding is one token's program. Replaced rows of the output layer are read once for a tile of
 tokens under one adapter, which may be all of a step. Every cell of a result is one program's, in
 the order of the token's entries: nothing is lost or depends on which program is first.
-Unmeasured: tested through Triton's interpreter only, never run or timed on a GPU.
+Not timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK_K, STAGES = 32, 5
 """Inputs that are multiplied at once, and how many times that is on its way: wider passes spill
 registers."""
 MAX_PROGRAMS = 512
-"""Programs of one tile of tokens, about four a multiprocessor; unmeasured. A pool that once held a
+"""Programs of one tile of tokens, about four a multiprocessor; not timed. A pool that once held a
 whole output layer launches as many for any adapter."""
 
 
