@@ -246,9 +246,19 @@ def compiled(architecture: str, options: tuple[str, ...]) -> bytes:
     return binary
 
 
+def nvrtc_version() -> tuple[int, int]:
+    """Of the compiler. Raises ImportError, OSError or RuntimeError where there is none."""
+    from cuda.bindings import nvrtc
+
+    major, minor = _checked(nvrtc.nvrtcVersion())
+    return major, minor
+
+
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of CUDA's gave. Raises RuntimeError naming its error."""
+    """What a call of CUDA's gave: nothing, one value or several. Raises RuntimeError naming its
+    error.
+    """
     status, *values = result
     if status.value:
         raise RuntimeError(f"CUDA answers {status.name}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else values

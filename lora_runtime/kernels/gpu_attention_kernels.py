@@ -1,4 +1,4 @@
-"""The bodies of the attention kernels; `gpu_attention.py` says what they are for and launches them."""
+"""The bodies of the attention kernels; `gpu_attention.py` says what they are for, and launches."""
 
 from __future__ import annotations
 

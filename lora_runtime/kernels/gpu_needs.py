@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from lora_runtime.kernels import cuda_product
+
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which on the kernels are written for: Ampere."""
 LEAST_FREE_BYTES = 4 << 30
@@ -46,6 +48,7 @@ def gpu_needs() -> Iterator[Need]:
             yield _capability(index)
             yield _memory(index)
     yield _triton()
+    yield _nvrtc()
     yield from _compiler()
     yield _driver_library()
 
@@ -141,6 +144,20 @@ def _triton() -> Need:
         return Need(name="triton", found=version("triton"))
     except PackageNotFoundError:
         return Need(name="triton", found="there, of unknown version")
+
+
+def _nvrtc() -> Need:
+    try:
+        number = cuda_product.nvrtc_version()
+    except (ImportError, OSError, RuntimeError) as error:
+        return Need(
+            name="NVRTC",
+            found=f"cannot be used: {error}",
+            advice="torch's CUDA builds bring it, with the package cuda-bindings: install those of "
+            "one CUDA version (pip install 'loramux[gpu]'). Without it 4-bit products run in "
+            "Triton, up to three times slower.",
+        )
+    return Need(name="NVRTC", found=_dotted(number))
 
 
 def _compiler() -> Iterator[Need]:

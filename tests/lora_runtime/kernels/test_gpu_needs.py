@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_runtime.kernels import cuda_product
 from lora_runtime.kernels.gpu_needs import gpu_needs
 
 GIB = 1 << 30
@@ -21,6 +22,7 @@ class Machine:
         self.monkeypatch = monkeypatch
         self.set_cuda(built_for="13.0", driver=13000, capability=(9, 0), free=70 * GIB)
         (tmp_path / "libcuda.so.1").touch()
+        monkeypatch.setattr(cuda_product, "nvrtc_version", lambda: (13, 0))
         monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
         for name in ("CC", "LD_LIBRARY_PATH"):
             monkeypatch.delenv(name, raising=False)
@@ -87,6 +89,12 @@ def test_no_triton(machine, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert list(missing()) == ["triton"]
     assert "pip install 'loramux[gpu]'" in missing()["triton"]
+
+
+def test_no_nvrtc(machine, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert "pip install 'loramux[gpu]'" in missing()["NVRTC"]
 
 
 def test_no_compiler(machine, monkeypatch):
