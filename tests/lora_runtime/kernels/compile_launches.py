@@ -111,14 +111,14 @@ def everything(cards: Sequence[Card], jobs: int) -> list[Launch]:
     bitsandbytes keeps its tables on the device that asked first.
     """
     drives = [name for name in gpu_drives.DRIVES if name != "sample"]
-    with _processes(jobs, tasks_each=1) as pool:
-        found = pool.map(launches_of, *zip(*itertools.product(drives, cards), strict=True))
-        return distinct([launch for own in found for launch in own])
+    # Not ProcessPoolExecutor, which may wait for ever when its processes end after a task each.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        found = pool.starmap(launches_of, itertools.product(drives, cards), chunksize=1)
+    return distinct([launch for own in found for launch in own])
 
 
-def _processes(jobs: int, tasks_each: int | None = None) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=tasks_each)
+def _processes(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def report(
