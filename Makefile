@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the whole test suite        (ARGS='-k name -x' goes to pytest)"
 	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
 	@echo "                       ARGS='--cards 90' first"
-	@echo "make lint    ruff, mypy and buf lint"
+	@echo "make lint    ruff (rules and format), mypy and buf lint"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"
 
@@ -29,6 +29,7 @@ test-gpu-compile: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 
