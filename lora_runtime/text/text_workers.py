@@ -1,8 +1,9 @@
 """Runs adapters' own text in processes that are killed and replaced when they take too much.
 
 Callers are on an asyncio event loop, which never waits for a process: threads of this module do.
-A text side that used up its limits is refused for a while without being run, and no side is run
-more than once at a time, so that one adapter never keeps the processes from the others.
+A text side that used up its limits on a short prompt is refused for a while without being run; a
+long prompt that does so is refused alone. No side is run more than once at a time, and only so many
+wait for it, so that one adapter never keeps the processes, or the server, from the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +36,12 @@ LOADING_S = 60.0
 STARTING_S = 60.0
 PENALTY_S = 60.0
 """How long a text side that used up its limits is refused."""
+LONG_PROMPT = 1 << 16
+"""Characters from which it is the prompt, and not the text side, that takes too much."""
+CHARACTERS_PER_MESSAGE = 64
+"""What a message counts beside its own characters: templates go over all of them."""
 MAX_WAITING = 256
+MAX_WAITING_PER_SIDE = 128
 MAX_REMEMBERED = 1024
 MAX_MESSAGE = 300
 """Characters of a template's own complaint that are passed on."""
@@ -98,6 +105,8 @@ class TextWorkers:
         """Adapters of one text share it: a tokenizer may have megabytes."""
         self._read_before: dict[str, tuple[weakref.ref[TextSide] | None, tuple[str, ...]]] = {}
         self._refused_until: dict[str, float] = {}
+        self._waiting: Counter[str] = Counter()
+        """Callers of a side that wait for their turn."""
 
     async def read(self, files: Mapping[str, bytes], sha256: str = "") -> Reading:
         if (known := self._remembered(sha256)) is not None:
@@ -141,12 +150,14 @@ class TextWorkers:
                 field="messages",
             )
         request = {"op": "render", "key": side.key, "messages": [dict(m) for m in messages]}
-        reply = await self._run(side, request, "messages", "chat template")
+        size = sum(CHARACTERS_PER_MESSAGE + sum(map(len, m.values())) for m in messages)
+        reply = await self._run(side, request, "messages", "chat template", size)
         return self._checked(reply["ids"], "messages") if "ids" in reply else str(reply["text"])
 
     async def encode(self, side: TextSide, text: str) -> list[int]:
         request = {"op": "encode", "key": side.key, "text": text}
-        return self._checked((await self._run(side, request, "text", "tokenizer"))["ids"], "text")
+        reply = await self._run(side, request, "text", "tokenizer", len(text))
+        return self._checked(reply["ids"], "text")
 
     def close(self) -> None:
         self._loading.close()
@@ -163,20 +174,20 @@ class TextWorkers:
         return []
 
     async def _run(
-        self, side: TextSide, request: dict[str, Any], field: str, what: str
+        self, side: TextSide, request: dict[str, Any], field: str, what: str, size: int
     ) -> dict[str, Any]:
-        lock = self._locks.setdefault(side.key, asyncio.Lock())
-        await lock.acquire()
+        lock = await self._turn(side)
         if time.monotonic() < self._refused_until.get(side.key, 0.0):
             lock.release()
-            raise _spent(field, what)
+            raise _spent(field, what, is_long=False)
         self._refused_until.pop(side.key, None)
-        work = asyncio.ensure_future(self._once(side, request, lock))
+        is_long = size >= LONG_PROMPT
+        work = asyncio.ensure_future(self._once(side, request, lock, is_long))
         work.add_done_callback(_seen)
         try:
             reply = await asyncio.shield(work)  # a caller that goes away does not end the work
         except LimitExceeded:
-            raise _spent(field, what) from None
+            raise _spent(field, what, is_long=is_long) from None
         if "refused" in reply:
             raise InvalidRequest(
                 f"the adapter's {what} refuses the {field}: {reply['refused'][:MAX_MESSAGE]}",
@@ -184,14 +195,29 @@ class TextWorkers:
             )
         return reply
 
+    async def _turn(self, side: TextSide) -> asyncio.Lock:
+        """The side's lock, acquired. Raises Overloaded."""
+        lock = self._locks.setdefault(side.key, asyncio.Lock())
+        if self._waiting[side.key] >= MAX_WAITING_PER_SIDE:
+            raise Overloaded("too many texts wait for this adapter's own text; try again later")
+        self._waiting[side.key] += 1
+        try:
+            await lock.acquire()
+        finally:
+            self._waiting[side.key] -= 1
+            if not self._waiting[side.key]:
+                del self._waiting[side.key]
+        return lock
+
     async def _once(
-        self, side: TextSide, request: dict[str, Any], lock: asyncio.Lock
+        self, side: TextSide, request: dict[str, Any], lock: asyncio.Lock, is_long: bool
     ) -> dict[str, Any]:
         """Run one request of a side and release the side's lock when it is really over."""
         try:
             return await self._rendering.run(lambda process: process.ask(request, side))
         except LimitExceeded:
-            self._refuse(side)
+            if not is_long:
+                self._refuse(side)
             raise
         finally:
             lock.release()
@@ -233,11 +259,11 @@ def _seen(work: asyncio.Future[Any]) -> None:
         work.exception()
 
 
-def _spent(field: str, what: str) -> InvalidRequest:
+def _spent(field: str, what: str, *, is_long: bool) -> InvalidRequest:
+    end = "Send less" if is_long else f"It is not run for {PENALTY_S:g} s. Send token ids"
     return InvalidRequest(
         f"the adapter's {what} takes more time or memory than the {RENDERING_S:g} s and 512 MiB "
-        f"that it may; it is not run for {PENALTY_S:g} s. Send token ids, or load it without its "
-        "own text",
+        f"that it may. {end}, or load it without its own text",
         field=field,
     )
 

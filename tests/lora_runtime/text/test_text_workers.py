@@ -182,6 +182,34 @@ def test_others_are_served_while_templates_use_up_their_limits(
     asyncio.run(check())
 
 
+def test_a_long_prompt_that_takes_too_much_is_refused_alone(
+    workers: TextWorkers, quick: None
+) -> None:
+    """Whose prompt it is pays for it, not everybody who uses the adapter."""
+    every = "{% for c in messages[0].content %}"
+    side = side_of(2 * every + 2 * "{% endfor %}" + "{{ messages[0].content }}")
+
+    async def check() -> None:
+        long = [{"role": "user", "content": "x" * text_workers.LONG_PROMPT}]
+        with pytest.raises(InvalidRequest, match="Send less"):
+            await workers.render(side, long)
+        assert await workers.render(side, CHAT) == "hi"
+
+    asyncio.run(check())
+
+
+def test_callers_of_a_slow_template_wait_up_to_a_number(workers: TextWorkers, quick: None) -> None:
+    """They hold places of the server's queue, which are for everybody."""
+
+    async def check() -> None:
+        most = text_workers.MAX_WAITING_PER_SIDE
+        calls = [workers.render(side_of(LOOP + "many"), CHAT) for _ in range(most + 20)]
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(error, Overloaded) for error in ended) == 19
+
+    asyncio.run(check())
+
+
 def test_callers_that_go_away_do_not_multiply_the_work(workers: TextWorkers, quick: None) -> None:
     """What they asked for still runs, and keeps others of the same text waiting, not all texts."""
 
