@@ -52,6 +52,12 @@ def generate(
     base_text: Annotated[
         bool | None, typer.Option("--base-text", help="The base's tokens, template and ends.")
     ] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Lower runs earlier among one's own requests.")
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Who asks, for the fair share; default: the address.")
+    ] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -66,6 +72,8 @@ def generate(
         "stop": stop,
         "ignore_eos": ignore_eos,
         "base_text": base_text,
+        "priority": priority,
+        "tenant": tenant,
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
