@@ -49,15 +49,9 @@ def generate(
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
     ] = None,
-    base_text: Annotated[
-        bool | None, typer.Option("--base-text", help="The base's tokens, template and ends.")
-    ] = None,
-    priority: Annotated[
-        int | None, typer.Option(help="Lower runs earlier among one's own requests.")
-    ] = None,
-    tenant: Annotated[
-        str | None, typer.Option(help="Who asks, for the fair share; default: the address.")
-    ] = None,
+    base_text: Annotated[bool, typer.Option("--base-text", help="All text the base's.")] = False,
+    priority: Annotated[int | None, typer.Option(help="Of one's own, lower runs earlier.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -71,7 +65,7 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
-        "base_text": base_text,
+        "base_text": base_text or None,
         "priority": priority,
         "tenant": tenant,
     }
