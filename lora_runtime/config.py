@@ -28,6 +28,8 @@ CPU_DEFAULTS = DeviceDefaults(max_num_seqs=64, max_num_batched_tokens=512, pool_
 """Also what settings have that are made in code, without a device in mind."""
 LARGE_DEVICE_BYTES = 40_000_000_000
 """Memory from which on a GPU counts as a data centre's."""
+MAX_REPLICATION = 4
+"""Times the base's layers that an adapter may make of them where no setting says otherwise."""
 POOL_SHARE = 8
 """One part in so many of a GPU's memory is for adapters."""
 
@@ -148,10 +150,23 @@ class AdapterConfig:
     """Device bytes for adapters; each takes the bytes of its own tensors, whatever its rank."""
     max_slots: int = 256
     """Adapters resident on the device at once."""
+    max_layers: int | None = None
+    """Layers to which an adapter may replicate the base's; every row of a step waits for the
+    deepest one. None: four times the base's."""
 
     def __post_init__(self) -> None:
         _require(self.pool_bytes > 0, "pool_bytes", self.pool_bytes, "positive")
         _require(self.max_slots > 0, "max_slots", self.max_slots, "positive")
+        _require(
+            self.max_layers is None or self.max_layers > 0,
+            "max_layers",
+            self.max_layers,
+            "positive",
+        )
+
+    def layer_limit(self, num_base_layers: int) -> int:
+        """Most layers of a row, over a base of so many. The base's own are always allowed."""
+        return max(num_base_layers, self.max_layers or MAX_REPLICATION * num_base_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,10 @@ class Request:
     adapters: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""
     """Requests share cached prefixes only under equal salts."""
+    client: str = ""
+    """Who asks: clients share the engine by what each was served."""
+    priority: int = 0
+    """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None
     """`time.monotonic()` after which the request is cancelled."""
     arrival: float = field(default_factory=time.monotonic)
@@ -129,6 +133,12 @@ class Sequence:
     """Leading token blocks that were found in the prefix cache or offered to it."""
     slots: tuple[int, ...] = ()
     """Device slot of each of the request's adapters, while running."""
+    ticket: int = 0
+    """Its number in the order of arrival."""
+    num_priced_tokens: int = 0
+    """Leading prompt tokens that its client has been charged for."""
+    num_steps_passed_over: int = 0
+    """Steps in which its adapters found no room in the pool."""
     num_preemptions: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None

@@ -79,6 +79,10 @@ class GenerateCall:
     ignore_eos: bool = False
     request_id: str | None = None
     """The caller's name for it; None makes one."""
+    client: str = ""
+    """Who asks; see `Request.client`."""
+    priority: int = 0
+    """Lower runs earlier among the client's requests."""
     cache_salt: str = ""
     """Prompts share cached work only under equal salts."""
     timeout_s: float | None = None

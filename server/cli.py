@@ -84,6 +84,7 @@ def serve(
     gpu_memory_utilization: Annotated[float | None, _setting("gpu_memory_utilization")] = None,
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
+    max_adapter_layers: Annotated[int | None, _setting("max_adapter_layers")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
     engine_timeout_s: Annotated[float | None, _setting("engine_timeout_s")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,

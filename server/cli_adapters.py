@@ -199,12 +199,16 @@ def _extras(module: ModuleForm) -> Iterator[str]:
 
 
 def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
-    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it."""
+    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it, and
+    AdapterRefused for more layers than it serves.
+    """
+    from lora_runtime.adapters.config.layer_sites import check_depth
     from lora_runtime.adapters.packed_adapter import adapter_dtype, packed_bytes
     from lora_runtime.adapters.slot_table import SlotTable
 
     num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
+    check_depth(form.layer_map, settings.adapters.layer_limit(base.spec.num_layers))
     side, text_notes = own_text(form, base)
     facts = {
         "digest": form.digest,

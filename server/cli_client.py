@@ -49,9 +49,9 @@ def generate(
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
     ] = None,
-    base_text: Annotated[
-        bool | None, typer.Option("--base-text", help="The base's tokens, template and ends.")
-    ] = None,
+    base_text: Annotated[bool, typer.Option("--base-text", help="All text the base's.")] = False,
+    priority: Annotated[int | None, typer.Option(help="Of one's own, lower runs earlier.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -65,7 +65,9 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
-        "base_text": base_text,
+        "base_text": base_text or None,
+        "priority": priority,
+        "tenant": tenant,
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])

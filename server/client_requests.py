@@ -32,12 +32,18 @@ class Sampling(TypedDict, total=False):
     n: int
 
 
+BESIDE = ("request_id", "cache_salt", "base_text", "priority", "tenant")
+"""Options that stand beside the sampling."""
+
+
 class Options(Sampling, total=False):
     """What else a request may say; meanings and defaults: `GenerateRequest` in generation.proto."""
 
     request_id: str | None
     cache_salt: str | None
     base_text: bool
+    priority: int
+    tenant: str | None
 
 
 def generate_request(
@@ -53,7 +59,7 @@ def generate_request(
     values: dict[str, Any] = {**options}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
-    beside = {name: values.pop(name, None) for name in ("request_id", "cache_salt", "base_text")}
+    beside = {name: values.pop(name, None) for name in BESIDE}
     try:
         return generation_pb2.GenerateRequest(
             text=text,

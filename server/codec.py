@@ -7,6 +7,7 @@ that nothing is ever dropped silently.
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
@@ -34,11 +35,9 @@ UNSERVED_SAMPLING: dict[str, float] = {
     "n": 1,
 }
 """Sampling scalars that are refused unless they hold this default."""
-UNSERVED_REQUEST: dict[str, float] = {"priority": 0}
 REFUSED_FEATURES = (
     *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
     "sampling.logit_bias",
-    *UNSERVED_REQUEST,
 )
 FEATURES = (
     "text",
@@ -48,6 +47,8 @@ FEATURES = (
     "adapters[].weight",
     "request_id",
     "cache_salt",
+    "priority",
+    "tenant",
     "base_text",
     "UploadAdapter",
     "RollbackAdapter",
@@ -57,6 +58,7 @@ FEATURES = (
         if (name := f"sampling.{field.name}") not in REFUSED_FEATURES
     ),
 )
+LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 
@@ -73,13 +75,12 @@ _STATES = {
 
 
 def decode_generate(
-    request: generation_pb2.GenerateRequest, timeout_s: float | None
+    request: generation_pb2.GenerateRequest, timeout_s: float | None, peer: str = ""
 ) -> GenerateCall:
-    """Translate a request; `timeout_s` is what is left of its deadline.
+    """Translate a request; `timeout_s` is what is left of its deadline, `peer` whence it comes.
 
     Raises InvalidRequest naming the field, UnsupportedFeature for what is not served yet.
     """
-    _refuse_unserved(request, UNSERVED_REQUEST, "")
     sampling = request.sampling
     return GenerateCall(
         prompt=decode_prompt(request),
@@ -90,6 +91,8 @@ def decode_generate(
         stop=_stops(sampling),
         ignore_eos=sampling.ignore_eos,
         request_id=_request_id(request),
+        client=_client(request.tenant, peer),
+        priority=request.priority,
         cache_salt=_printable(request.cache_salt, "cache_salt"),
         timeout_s=timeout_s,
     )
@@ -206,15 +209,25 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
     )
 
 
-def _refuse_unserved(
-    message: generation_pb2.GenerateRequest | types_pb2.SamplingParams,
-    defaults: dict[str, float],
-    prefix: str,
-) -> None:
-    for name, default in defaults.items():
-        value = getattr(message, name)
-        if message.HasField(name) and value != default:
-            raise _unserved(f"{prefix}{name}", f"is {value!r}; leave it at {default!r}")
+def _client(tenant: str, peer: str) -> str:
+    """The name under which the engine counts a caller: its tenant's, or its address.
+
+    gRPC's peers are `ipv4:1.2.3.4:567`, `ipv6:[::1]:567` (percent-encoded) and `unix:path`. The
+    port is left out, so that more connections are not more shares; those from this machine keep
+    theirs, where many programs and a proxy's clients have one address.
+    """
+    if tenant:
+        return f"tenant:{_printable(tenant, 'tenant')}"
+    host, _, port = unquote(peer).rpartition(":")
+    is_remote = host.startswith(("ipv4:", "ipv6:")) and port.isdecimal()
+    return host if is_remote and not host.startswith(LOOPBACK) else peer
+
+
+def _refuse_unserved(sampling: types_pb2.SamplingParams) -> None:
+    for name, default in UNSERVED_SAMPLING.items():
+        value = getattr(sampling, name)
+        if sampling.HasField(name) and value != default:
+            raise _unserved(f"sampling.{name}", f"is {value!r}; leave it at {default!r}")
 
 
 def _unserved(field: str, why: str) -> UnsupportedFeature:
@@ -234,7 +247,7 @@ def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, .
 
 
 def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
-    _refuse_unserved(sampling, UNSERVED_SAMPLING, "sampling.")
+    _refuse_unserved(sampling)
     if sampling.logit_bias:
         raise _unserved("sampling.logit_bias", "is set; leave it empty")
     scalars = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed")

@@ -155,6 +155,9 @@ class ServerConfig(BaseSettings):
     """CUDA only: capture decode steps as graphs at the start, which makes each step faster."""
     adapter_pool_bytes: PositiveInt = CPU_DEFAULTS.pool_bytes
     """Bytes of device memory for adapters. On CUDA an eighth of the device's."""
+    max_adapter_layers: PositiveInt | None = None
+    """Layers to which an adapter may replicate the base's, where every other row of a step waits
+    for them; none: four times the base's."""
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
@@ -200,7 +203,9 @@ class ServerConfig(BaseSettings):
                 max_model_len=self.max_model_len,
                 max_queued_requests=self.max_queued_requests,
             ),
-            adapters=AdapterConfig(pool_bytes=self.adapter_pool_bytes),
+            adapters=AdapterConfig(
+                pool_bytes=self.adapter_pool_bytes, max_layers=self.max_adapter_layers
+            ),
             cuda_graphs=self.cuda_graphs,
         )
 

@@ -180,7 +180,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
-        call = codec.decode_generate(request, context.time_remaining())
+        call = codec.decode_generate(request, context.time_remaining(), context.peer())
         async with aclosing(self._service.generate(call)) as events:
             async for event in events:
                 await context.write(codec.encode_event(event))

@@ -108,6 +108,8 @@ class Service:
             sampling=self._sampling(call, len(prompt), depth(records), side),
             adapters=uses(records, call.adapters),
             cache_salt=call.cache_salt,
+            client=call.client,
+            priority=call.priority,
             deadline=deadline,
         )
         started = Started(

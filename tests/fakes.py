@@ -320,5 +320,6 @@ def _info(max_model_len: int, max_queued: int) -> EngineInfo:
         num_blocks=1000,
         pool_bytes=1 << 20,
         max_slots=16,
+        max_adapter_layers=8,
         max_queued_requests=max_queued,
     )

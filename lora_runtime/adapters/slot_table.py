@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -22,6 +22,17 @@ class SpaceAllocator:
     def __init__(self, size: int) -> None:
         self.size = size
         self._holes: list[tuple[int, int]] = [(0, size)] if size else []
+
+    @classmethod
+    def around(cls, size: int, runs: Iterable[tuple[int, int]]) -> SpaceAllocator:
+        """One in which the (start, length) `runs` are taken."""
+        space, end = cls(size), 0
+        space._holes = []
+        for start, length in sorted(run for run in runs if run[1]):
+            space._holes += [(end, start - end)] if start > end else []
+            end = start + length
+        space._holes += [(end, size - end)] if size > end else []
+        return space
 
     @property
     def num_free(self) -> int:
@@ -116,6 +127,18 @@ class SlotTable:
                 self.evict(resident)
             acquired = self._acquire_each(digests)
         return acquired
+
+    def has_room(self, digests: AbstractSequence[str]) -> bool:
+        """True when `acquire` will find room, if need be by evicting what nobody pins."""
+        missing = [digest for digest in set(digests) if digest not in self._resident]
+        if not missing or not self._pins:
+            return True
+        kept = [p for d, p in self._resident.items() if d in self._pins or d in digests]
+        if len(missing) > self._max_slots - len(kept):
+            return False
+        runs = [(placement.address, self._sizes[placement.digest]) for placement in kept]
+        space = SpaceAllocator.around(self._space.size, runs)
+        return all(space.allocate(self._sizes[digest]) is not None for digest in missing)
 
     def _acquire_each(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
         acquired: list[Acquired] = []

@@ -65,11 +65,20 @@ class BlockManager:
             found.extend(self._cached[content] for content in contents)
         return found
 
-    def has_room(self, sequence: Sequence, found: AbstractSequence[int]) -> bool:
-        """True when all tokens of a new sequence fit now, its first blocks being `found`."""
-        num_idle = sum(block in self._free for block in found)
+    def has_room(
+        self,
+        sequence: Sequence,
+        found: AbstractSequence[int],
+        leaving: AbstractSequence[Sequence] = (),
+    ) -> bool:
+        """True when all tokens of a new sequence fit, its first blocks being `found`: now, or when
+        the sequences `leaving` have given theirs back.
+        """
+        uses = Counter(block for other in leaving for block in other.block_table)
+        freed = {block for block, count in uses.items() if count == self._num_users[block]}
+        num_idle = sum(block in self._free or block in freed for block in found)
         num_new = self.num_missing(sequence, len(sequence.token_ids)) - len(found)
-        return num_idle + num_new <= self.num_free
+        return num_idle + num_new <= self.num_free + len(freed)
 
     def share(self, sequence: Sequence, found: AbstractSequence[int]) -> None:
         """Begin a new sequence with the blocks found for it; their tokens are computed."""

@@ -25,6 +25,8 @@ class EngineInfo:
     num_blocks: int
     pool_bytes: int
     max_slots: int
+    max_adapter_layers: int
+    """Most layers that an adapter may make of the base's."""
     max_queued_requests: int = 1024
     """Requests that may wait; one more is refused as overloaded."""
 

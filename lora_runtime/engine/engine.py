@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, pack_for
 from lora_runtime.adapters.pool import AdapterPool
@@ -137,7 +138,11 @@ class Engine:
         self.add_packed(pack_for(self.base, form))
 
     def add_packed(self, adapter: PackedAdapter) -> None:
-        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
+        """Keep an adapter, or gain a reference to its content.
+
+        Raises AdapterTooLarge, and AdapterRefused for more layers than are served.
+        """
+        check_depth(adapter.layer_map, self.info.max_adapter_layers)
         if adapter.digest not in self.host:
             self.slots.register(adapter.digest, adapter.nbytes)
         self.host.add(adapter)
@@ -372,5 +377,6 @@ def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) ->
         num_blocks=num_blocks,
         pool_bytes=pool_bytes,
         max_slots=config.adapters.max_slots,
+        max_adapter_layers=config.adapters.layer_limit(base.spec.num_layers),
         max_queued_requests=config.scheduler.max_queued_requests,
     )

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.files.companions import text_digest
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.parity_file import parse_golden
@@ -141,6 +142,7 @@ class InThreadEngine:
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         base = self._engine.base
         form, golden = await self._readers.run(_read, folder, rules, base)
+        check_depth(form.layer_map, self.info.max_adapter_layers)
         packed = await self._readers.run(pack_for, base, form)
         if golden is not None:
             await self._check(golden, effect_of(base, packed), form.tensors_sha256)

@@ -1,28 +1,35 @@
 """Which tokens run in the next step. Bookkeeping only: ints, no tensors, no device.
 
-Running sequences come first, then waiting ones in order of arrival; a long prompt is split into
-chunks that share the step with other rows. When cache blocks run out, the youngest running
-sequence gives up its blocks and is computed again later (recompute preemption). A sequence starts
-after the leading blocks that the prefix cache still holds for it. One whose adapter is still being
-copied to the device runs with nothing to do, and the others go on.
+A step first takes the rows that need one token; where prompts wait, up to half of its tokens. The
+rest goes to prompts, running ones and new ones: always the next of the client that has been served
+least. A long prompt is split into chunks that share the step with other rows.
+Who begins takes a free row and free blocks, or those of a client that has been served at least as
+much and holds at least two rows more: its youngest row gives way. So does a row when a running one
+needs a block and none is left. Which one: the youngest of the client with the most rows, never the
+oldest of all, which so comes to its end. What gave way is computed again later (recompute
+preemption). A sequence starts after the leading blocks that the prefix cache still holds for it.
+One whose adapters find no room in the pool is passed over by the others, but not for ever: after
+so many steps no other adapter is brought in or kept in use by new rows until its own have room.
+One whose adapter is still being copied to the device runs with nothing to do.
 A step can be planned before the one ahead of it is committed: `advance` counts a started step as
 done, its new tokens being known to the device alone. A row that turns out to be over by then has
 run once in vain.
-Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369).
+Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369); fair
+shares, VTC (arXiv:2401.00588).
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence as AbstractSequence
 from collections.abc import Set as AbstractSet
 
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.config import SchedulerConfig
 from lora_runtime.core import (
-    AdapterPlacement,
     FinishReason,
     RequestTiming,
     SampledToken,
@@ -34,9 +41,15 @@ from lora_runtime.core import (
     TokenLogprob,
 )
 from lora_runtime.engine.block_manager import BlockManager
+from lora_runtime.engine.fair_shares import FairShares
+from lora_runtime.engine.step_plan import StepPlan
+from lora_runtime.engine.waiting_queue import WaitingQueue
 from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded, RequestFailed
 
 log = logging.getLogger(__name__)
+
+MAX_STEPS_PASSED_OVER = 100
+"""Steps after which a sequence whose adapters find no room is passed over no more."""
 
 
 class Scheduler:
@@ -44,9 +57,13 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager, slots: SlotTable) -> None:
         self._config, self._blocks, self._slots = config, blocks, slots
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        """Those that began first come first."""
         self.num_preemptions = 0
+        self._shares = FairShares()
+        self._next_in_pool: Sequence | None = None
+        """Was passed over too often: until it has begun no other row under adapters does."""
 
     @property
     def is_idle(self) -> bool:
@@ -56,7 +73,8 @@ class Scheduler:
         """Queue a new sequence. Raises Overloaded when the queue is full."""
         if len(self.waiting) >= self._config.max_queued_requests:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
-        self.waiting.append(sequence)
+        self.waiting.arrive(sequence)
+        self._shares.enter(sequence.request.client)
 
     def sequences(self) -> list[Sequence]:
         """Every live sequence, running ones first."""
@@ -82,28 +100,15 @@ class Scheduler:
         `loading`: digests of adapters that are being copied; rows under one of them, or under one
         that this plan loads, get no tokens. None: a plan's copies are done before its rows run.
         """
-        budget = self._config.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
-        planned: list[ScheduledSequence] = []
-        for sequence in list(self.running):
-            if _lacks_adapter(sequence, loading) or _has_all_tokens(sequence):
-                continue
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if num_tokens > 0 and self._make_room(sequence, num_tokens):
-                planned.append(_chunk(sequence, num_tokens))
-                budget -= num_tokens
-        loads: list[AdapterPlacement] = []
-        failed: list[StepOutput] = []
-        if self.num_preemptions == num_preemptions:
-            while budget > 0 and self._admit(loads, failed):
-                sequence = self.running[-1]
-                if _lacks_adapter(sequence, loading, loads):
-                    continue
-                num_tokens = min(sequence.num_uncomputed_tokens, budget)
-                self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
-                planned.append(_chunk(sequence, num_tokens))
-                budget -= num_tokens
-        return ScheduledBatch(tuple(planned), tuple(loads), tuple(failed))
+        step = StepPlan(self._config.max_num_batched_tokens, loading)
+        turns = self._turns()
+        self._plan_single_tokens(step, step.budget - step.budget // 2 if turns else step.budget)
+        while step.budget > 0 and turns:
+            client = heapq.heappop(turns)[-1]
+            if self._plan_prompt(client, step):
+                heapq.heappush(turns, self._turn(client))
+        self._plan_single_tokens(step, step.budget)
+        return step.batch()
 
     def advance(self, batch: ScheduledBatch) -> None:
         """Count a plan that has been started as done; what it samples is pending."""
@@ -144,46 +149,153 @@ class Scheduler:
         return None if result is None else self._accept(row.sequence, row.end, result)
 
     def check_integrity(self) -> None:
-        """Assert that blocks, slots and pins agree with the live sequences."""
+        """Assert that blocks, slots, pins and shares agree with the live sequences."""
         self._blocks.check_integrity(self.running)
         uses = (use.digest for row in self.running for use in row.request.adapters)
         self._slots.check_integrity(Counter(uses))
+        self._shares.check_integrity(_num_by_client(self.sequences()))
         assert not any(sequence.block_table for sequence in self.waiting)
+        assert self._next_in_pool is None or self._next_in_pool in list(self.waiting)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Grow the sequence's blocks, preempting younger ones; False if it is preempted itself."""
-        while sequence.status is SequenceStatus.RUNNING:
-            if self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens):
+    def _turns(self) -> list[tuple[int, int, int, str]]:
+        """A heap of the clients that have prompts, running or waiting."""
+        clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
+        turns = [self._turn(client) for client in clients.union(self.waiting.clients)]
+        heapq.heapify(turns)
+        return turns
+
+    def _turn(self, client: str) -> tuple[int, int, int, str]:
+        """Sorts clients: served least, then with the fewest rows, then by arrival."""
+        num_rows = sum(row.request.client == client for row in self.running)
+        waiting = self.waiting.of(client)
+        return self._shares.counter(client), num_rows, waiting[0].ticket if waiting else 0, client
+
+    def _plan_single_tokens(self, step: StepPlan, limit: int) -> None:
+        """Plan up to `limit` running rows that need one token."""
+        for sequence in list(self.running):
+            if limit <= 0:
+                return
+            if sequence.num_uncomputed_tokens == 1 and self._plan_running(sequence, step):
+                limit -= 1
+
+    def _plan_prompt(self, client: str, step: StepPlan) -> bool:
+        """Plan the next chunk of a client's prompts; False when it has none that can run."""
+        for sequence in list(self.running):
+            if sequence.request.client != client or sequence.num_uncomputed_tokens == 1:
+                continue
+            if self._plan_running(sequence, step):
                 return True
-            self._preempt(self.running[-1])
+        if step.is_short_of_blocks:
+            return False
+        for sequence in self.waiting.of(client):
+            if sequence in step.seen:
+                continue
+            step.seen.add(sequence)
+            try:
+                if not self._has_pool_room(sequence, step):
+                    continue
+                if not self._begin(sequence, step):
+                    return False
+            except Exception as cause:
+                step.failed.append(self.fail(sequence, cause))
+                continue
+            if not step.lacks_adapter(sequence):
+                num_tokens = step.num_fitting(sequence)
+                self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
+                self._shares.charge(step.add(sequence, num_tokens))
+            return True
         return False
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _plan_running(self, sequence: Sequence, step: StepPlan) -> bool:
+        """Plan the next tokens of a row that runs, if it can run, once."""
+        if sequence.status is not SequenceStatus.RUNNING or sequence in step:
+            return False
+        if step.lacks_adapter(sequence) or _has_all_tokens(sequence):
+            return False
+        num_tokens = step.num_fitting(sequence)
+        if num_tokens <= 0 or not self._grow(sequence, num_tokens, step):
+            return False
+        self._shares.charge(step.add(sequence, num_tokens))
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int, step: StepPlan) -> bool:
+        """Grow a row's blocks while others give way; False when it must itself, or wait for those
+        that begin in this step.
+        """
+        while not self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens):
+            step.is_short_of_blocks = True
+            victim = _youngest_of_most([row for row in self.running if row not in step.admitted])
+            if victim is not sequence or not step.admitted:
+                self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence, step: StepPlan) -> None:
+        step.drop(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
-    def _admit(self, loads: list[AdapterPlacement], failed: list[StepOutput]) -> bool:
-        """Move the first waiting sequence to running if its blocks and adapters fit.
-
-        Those before it that cannot be planned end, and their outputs go to `failed`.
-        """
-        while self.waiting and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[0]
-            try:
-                return self._place(sequence, loads)
-            except Exception as cause:
-                failed.append(self.fail(sequence, cause))
+    def _has_pool_room(self, sequence: Sequence, step: StepPlan) -> bool:
+        """Whether the adapters of a waiting sequence can be brought to the device now."""
+        digests = tuple(use.digest for use in sequence.request.adapters)
+        if digests and self._next_in_pool not in (None, sequence):
+            return False
+        if digests not in step.without_room:
+            if self._slots.has_room(digests):
+                return True
+            step.without_room.add(digests)
+        sequence.num_steps_passed_over += 1
+        if sequence.num_steps_passed_over >= MAX_STEPS_PASSED_OVER:
+            self._next_in_pool = self._next_in_pool or sequence
         return False
 
-    def _place(self, sequence: Sequence, loads: list[AdapterPlacement]) -> bool:
-        found = self._blocks.find(sequence)
-        if not self._blocks.has_room(sequence, found):
-            return False
-        slots = self._acquire_slots(sequence, loads)
+    def _begin(self, sequence: Sequence, step: StepPlan) -> bool:
+        """Move a waiting sequence to running if there is a row, and blocks for all its tokens, or
+        if others owe them; nobody gives way in vain.
+        """
+        found: list[int] | None = None
+        leaving: list[Sequence] = []
+        while True:
+            if len(self.running) - len(leaving) < self._config.max_num_seqs:
+                found = self._blocks.find(sequence) if found is None else found
+                if self._blocks.has_room(sequence, found, leaving):
+                    break
+            victim = self._owing(sequence, leaving, step)
+            if victim is None:
+                return False
+            leaving.append(victim)
+        for victim in leaving:
+            self._preempt(victim, step)
+            step.without_room.clear()
+        return self._place(sequence, found, step)
+
+    def _owing(
+        self, sequence: Sequence, leaving: AbstractSequence[Sequence], step: StepPlan
+    ) -> Sequence | None:
+        """A row, beside those `leaving`, that gives way to a waiting sequence."""
+        client = sequence.request.client
+        num_own = sum(row.request.client == client for row in self.running)
+        served = self._shares.counter(client)
+        rows = [
+            row
+            for row in self.running
+            if row not in leaving
+            and row not in step.admitted
+            and self._shares.counter(row.request.client) >= served
+        ]
+        if not rows:
+            return None
+        victim = _youngest_of_most(rows)
+        num_theirs = sum(row.request.client == victim.request.client for row in rows)
+        return victim if num_theirs > num_own + 1 else None
+
+    def _place(self, sequence: Sequence, found: list[int], step: StepPlan) -> bool:
+        slots = self._acquire_slots(sequence, step)
         if slots is None:
             return False
         try:
@@ -192,18 +304,24 @@ class Scheduler:
             for use in sequence.request.adapters:
                 self._slots.release(use.digest)
             raise
+        self._leave_queue(sequence)
         sequence.slots, sequence.status = slots, SequenceStatus.RUNNING
         sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
-        self.running.append(self.waiting.popleft())
+        sequence.num_steps_passed_over = 0
+        self.running.append(sequence)
+        step.admitted.add(sequence)
         return True
 
-    def _acquire_slots(
-        self, sequence: Sequence, loads: list[AdapterPlacement]
-    ) -> tuple[int, ...] | None:
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        if self._next_in_pool is sequence:
+            self._next_in_pool = None
+
+    def _acquire_slots(self, sequence: Sequence, step: StepPlan) -> tuple[int, ...] | None:
         acquired = self._slots.acquire([use.digest for use in sequence.request.adapters])
         if acquired is None:
             return None
-        loads.extend(got.load for got in acquired if got.load is not None)
+        step.loads.extend(got.load for got in acquired if got.load is not None)
         return tuple(got.slot for got in acquired)
 
     def _fail_non_finite(self, sequence: Sequence) -> StepOutput:
@@ -233,7 +351,8 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._release(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._leave_queue(sequence)
+        self._shares.leave(sequence.request.client)
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
@@ -244,20 +363,15 @@ class Scheduler:
         sequence.slots = ()
 
 
-def _lacks_adapter(
-    sequence: Sequence,
-    loading: AbstractSet[str] | None,
-    loads: AbstractSequence[AdapterPlacement] = (),
-) -> bool:
-    if loading is None:
-        return False
-    missing = loading | {load.digest for load in loads}
-    return any(use.digest in missing for use in sequence.request.adapters)
+def _num_by_client(sequences: AbstractSequence[Sequence]) -> Counter[str]:
+    return Counter(sequence.request.client for sequence in sequences)
 
 
-def _chunk(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-    samples = num_tokens == sequence.num_uncomputed_tokens
-    return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens, samples)
+def _youngest_of_most(rows: AbstractSequence[Sequence]) -> Sequence:
+    """Of the client with the most of these running rows the one that began last."""
+    counts = _num_by_client(rows)
+    most = max(counts.values())
+    return next(row for row in reversed(rows) if counts[row.request.client] == most)
 
 
 def _has_all_tokens(sequence: Sequence) -> bool:

@@ -83,7 +83,6 @@ def test_every_sampling_field_is_either_served_or_refused() -> None:
         ({"sampling": SamplingParams(n=2)}, "sampling.n"),
         ({"sampling": SamplingParams(n=0)}, "sampling.n"),
         ({"sampling": SamplingParams(logit_bias={1: 2.0})}, "sampling.logit_bias"),
-        ({"priority": 1}, "priority"),
     ],
 )
 def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
@@ -98,7 +97,7 @@ def test_unserved_fields_may_hold_their_default() -> None:
     neutral = SamplingParams(
         presence_penalty=0, frequency_penalty=0, repetition_penalty=1, n=1, logit_bias={}
     )
-    decode(sampling=neutral, priority=0)
+    decode(sampling=neutral)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,8 @@ def test_unserved_fields_may_hold_their_default() -> None:
         ({"cache_salt": "a\n"}, "cache_salt"),
         ({"cache_salt": "é"}, "cache_salt"),
         ({"cache_salt": "x" * 129}, "cache_salt"),
+        ({"tenant": "a\n"}, "tenant"),
+        ({"tenant": "x" * 129}, "tenant"),
         ({"request_id": ""}, "request_id"),
         ({"request_id": "a\nb"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
@@ -146,6 +147,30 @@ def test_the_edges_of_what_adapters_and_salts_may_be() -> None:
     call = decode(adapters=selections(**weights), cache_salt="x" * 128)
     assert {choice.name: choice.weight for choice in call.adapters} == weights
     assert len(call.cache_salt) == 128
+
+
+@pytest.mark.parametrize(
+    ("peers", "num_clients"),
+    [
+        (["ipv4:10.1.2.3:50000", "ipv4:10.1.2.3:50001"], 1),
+        (["ipv4:10.1.2.3:50000", "ipv4:10.1.2.4:50000"], 2),
+        (["ipv6:%5B2001:db8::1%5D:50000", "ipv6:[2001:db8::1]:50001"], 1),
+        (["ipv6:%5B2001:db8::1%5D:50000", "ipv6:%5B2001:db8::2%5D:50000"], 2),
+        (["ipv4:127.0.0.1:50000", "ipv4:127.0.0.1:50001"], 2),
+        (["ipv6:%5B::1%5D:50000", "ipv6:%5B::1%5D:50001"], 2),
+        (["unix:/tmp/a:1", "unix:/tmp/a:2", "unix:", ""], 4),
+    ],
+)
+def test_a_client_is_its_tenant_or_else_its_address(peers: list[str], num_clients: int) -> None:
+    request = GenerateRequest(text="Hello")
+    assert len({decode_generate(request, None, peer).client for peer in peers}) == num_clients
+    request.tenant = peers[0]
+    assert {decode_generate(request, None, peer).client for peer in peers} == {f"tenant:{peers[0]}"}
+
+
+@pytest.mark.parametrize("priority", [-(2**31), -1, 0, 2**31 - 1])
+def test_any_priority_is_served(priority: int) -> None:
+    assert decode(priority=priority).priority == priority
 
 
 def test_what_is_served_now_is_listed_so() -> None:

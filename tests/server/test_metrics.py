@@ -36,6 +36,7 @@ INFO = EngineInfo(
     num_blocks=40,
     pool_bytes=1000,
     max_slots=8,
+    max_adapter_layers=8,
 )
 STATS = EngineStats(
     is_alive=True,

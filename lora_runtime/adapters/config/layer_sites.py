@@ -43,6 +43,16 @@ def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
     return None if layers == list(range(num_layers)) else tuple(layers)
 
 
+def check_depth(layer_map: tuple[int, ...] | None, limit: int) -> None:
+    """Raise AdapterRefused (field `layer_replication`) for more than `limit` layers."""
+    if layer_map is not None and len(layer_map) > limit:
+        raise AdapterRefused(
+            f"layer_replication makes {len(layer_map)} layers; at most {limit} are served here; "
+            "raise max_adapter_layers, or replicate less",
+            field="layer_replication",
+        )
+
+
 def _range(pair: object, num_layers: int) -> range:
     if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
         start, end = pair

@@ -84,6 +84,7 @@ class CacheDriver:
             self.slots.register(digest, 4)
         self.scheduler = Scheduler(config, self.blocks, self.slots)
         self.memory = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+        self.rows: dict[str, Sequence] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, list[FinishReason]] = {}
         self.num_computed: Counter[str] = Counter()
@@ -91,6 +92,7 @@ class CacheDriver:
     def add(self, request: Request, num_planes: int = 1) -> Sequence:
         sequence = Sequence.of(request, LAYER_MAPS[num_planes], num_planes)
         self.scheduler.add(sequence)
+        self.rows[request.request_id] = sequence
         self.tokens[request.request_id], self.ends[request.request_id] = [], []
         return sequence
 
@@ -169,12 +171,29 @@ class CacheDriver:
             self.step()
         raise AssertionError("the scheduler makes no progress")
 
+    def num_output(self, client) -> int:
+        """Output tokens that a client has been given."""
+        return sum(len(self.tokens[i]) for i, row in self.rows.items() if _is_of(row, client))
+
+    def num_prompt_served(self, client) -> int:
+        """Prompt tokens of a client that have been computed, each counted once."""
+        counts = (
+            min(row.num_prompt_tokens, self.num_computed[request_id])
+            for request_id, row in self.rows.items()
+            if _is_of(row, client)
+        )
+        return sum(counts)
+
     def serve(self, *requests, num_planes=1) -> list[int]:
         """Run requests one after another; returns how many tokens each had to compute."""
         for request in requests:
             self.add(request, num_planes)
             self.finish()
         return [self.num_computed[request.request_id] for request in requests]
+
+
+def _is_of(sequence, client) -> bool:
+    return sequence.request.client == client
 
 
 def ask(request_id, prompt, *adapters, salt="", max_tokens=1) -> Request:

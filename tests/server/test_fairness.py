@@ -1,0 +1,77 @@
+"""Over gRPC: a client's short request beside 200 long ones of another."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.server.test_end_to_end import folder, running  # noqa: F401
+
+PROMPT = [5, 6, 7, 8]
+
+
+class StepCounter:
+    """Counts the engine's steps from a request's arrival to its first token, by client."""
+
+    def __init__(self, engine) -> None:
+        self.steps: dict[str, list[int]] = {}
+        self._num_steps = 0
+        self._arrived: dict[str, tuple[str, int]] = {}
+        self._add, self._step = engine.add_request, engine.step
+        engine.add_request, engine.step = self.add, self.step
+
+    def add(self, request) -> None:
+        self._add(request)
+        self._arrived[request.request_id] = request.client, self._num_steps
+
+    def step(self):
+        outputs = self._step()
+        self._num_steps += 1
+        for output in outputs:
+            if output.token_ids and output.request_id in self._arrived:
+                client, arrived = self._arrived.pop(output.request_id)
+                self.steps.setdefault(client, []).append(self._num_steps - arrived)
+        return outputs
+
+
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+@pytest.mark.parametrize("is_named", [True, False], ids=["tenants", "a tenant and an address"])
+async def test_a_short_request_does_not_wait_for_200_long_ones(folder, is_named) -> None:  # noqa: F811
+    async with running(folder) as (client, engine):
+        counter = StepCounter(engine._engine)
+        modest = {"max_tokens": 4, "ignore_eos": True} | ({"tenant": "modest"} if is_named else {})
+        await drain(client.generate(token_ids=PROMPT, **modest))
+        ((name, (alone,)),) = counter.steps.items()
+        assert name == "tenant:modest" if is_named else name.startswith("ipv4:127.0.0.1:")
+        long = {"max_tokens": 100, "ignore_eos": True, "tenant": "greedy"}
+        streams = [
+            asyncio.create_task(drain(client.generate(token_ids=[*PROMPT, i % 50 + 3], **long)))
+            for i in range(200)
+        ]
+        while engine.stats().num_running < 48 or engine.stats().num_waiting < 100:
+            await asyncio.sleep(0.005)
+        for _ in range(3):
+            await drain(client.generate(token_ids=PROMPT, **modest))
+        assert engine.stats().num_waiting > 0, "the long ones must outlast it"
+        assert max(counter.steps[name]) <= 3 * alone + 1
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        while engine.stats().num_running + engine.stats().num_waiting:
+            await asyncio.sleep(0.005)
+
+
+async def test_priorities_arrive(folder) -> None:  # noqa: F811
+    async with running(folder) as (client, engine):
+        seen = []
+        add = engine._engine.add_request
+        engine._engine.add_request = lambda request: seen.append(request.priority) or add(request)
+        for priority in (-(2**31), 7):
+            await drain(client.generate(token_ids=PROMPT, max_tokens=1, priority=priority))
+        await drain(client.generate(token_ids=PROMPT, max_tokens=1))
+        assert seen == [-(2**31), 7, 0]
