@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 from lora_runtime.config import DtypeName, Quantization
 from lora_runtime.errors import LoramuxError
+from lora_runtime.terminal import Terminal, write
 from server import cli_adapters, cli_client, cli_doctor, cli_merge, cli_train, cli_uploads
 from server.cli_command import Command
 from server.cli_settings import ConfigFile
@@ -29,7 +29,7 @@ class Commands(typer.core.TyperGroup):
         except (LoramuxError, TimeoutError) as error:
             field = getattr(error, "field", None)
             where = f"{field}: " if field and field not in str(error) else ""
-            stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+            stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
             stderr.print(f"error: {where}{error}", style="red", markup=False)
             raise typer.Exit(1) from None
 
@@ -101,7 +101,7 @@ def serve(
     flags = {name: value for name, value in locals().items() if name in ServerConfig.model_fields}
     settings = load_config(config, flags)
     if print_config:
-        typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
+        write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         return
     setup_logging(level=settings.log_level, log_format=settings.log_format)
     from server.app import run

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lora_runtime.terminal import Terminal
 from protos.loramux.v1 import adapters_pb2
 from server.cli_client import Address, Name, adapter_table
 from server.client import DEFAULT_TARGET, Client
@@ -25,21 +25,21 @@ def upload(
     """Send an adapter's files to a running server and load them there."""
     with Client(address) as client:
         info = send_folder(client, name, folder, replace=replace)
-    Console(markup=False).print(adapter_table([info]))
+    Terminal(markup=False).print(adapter_table([info]))
 
 
 def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
     """Give a name the content it had before its last replacement; once more: forward again."""
     with Client(address) as client:
         info = client.rollback_adapter(name)
-    Console(markup=False).print(adapter_table([info]))
+    Terminal(markup=False).print(adapter_table([info]))
 
 
 def send_folder(
     client: Client, name: str, folder: Path, *, replace: bool
 ) -> adapters_pb2.AdapterInfo:
     """Upload with a bar on stderr; it is shown on terminals only."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
