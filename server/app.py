@@ -299,7 +299,13 @@ async def _run(
     """Run gRPC until a signal, or until one part fails; then stop it and raise what failed."""
     if any(part.done() for part in parts):
         return _raise_failures(parts)
-    grpc_server = await start_grpc(service, config.grpc_address, is_serving=condition.is_ready)
+    grpc_server = await start_grpc(
+        service,
+        config.grpc_address,
+        max_calls=config.max_concurrent_calls,
+        max_connection_age_s=config.max_connection_age_s,
+        is_serving=condition.is_ready,
+    )
     condition.service, condition.is_open = service, True
     await grpc_server.show_health()
     announce.ready(grpc_server.port)

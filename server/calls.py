@@ -56,6 +56,16 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """What a prompt may have at most; it is measured against them before anything is made of it."""
+
+    num_tokens: int
+    num_bytes: int
+    """Of text, in UTF-8. A tokenizer whose normaliser removes text might make few tokens of more;
+    it is refused all the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterChoice:
     """A loaded adapter's name, and the factor on its effect."""
 

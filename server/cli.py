@@ -85,6 +85,8 @@ def serve(
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
+    max_concurrent_calls: Annotated[int | None, _setting("max_concurrent_calls")] = None,
+    max_connection_age_s: Annotated[float | None, _setting("max_connection_age_s")] = None,
     engine_timeout_s: Annotated[float | None, _setting("engine_timeout_s")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,
     log_level: Annotated[LogLevel | None, _setting("log_level")] = None,

@@ -158,6 +158,12 @@ class ServerConfig(BaseSettings):
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
+    max_concurrent_calls: PositiveInt = 4096
+    """Calls of any kind that may run or wait at once; one more is refused."""
+    max_connection_age_s: Annotated[float, Field(gt=0, le=1_000_000)] = 3600.0
+    """Seconds after which a connection takes no new calls and its client connects anew; running
+    calls go on."""
+
     engine_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds without any progress after which a busy engine counts as hung: its requests end and
     so does the process. Probes turn earlier, after 4 seconds at most."""

@@ -72,6 +72,7 @@ _UNEXPLAINED: Mapping[grpc.StatusCode, type[Exception]] = {
     _Code.UNAVAILABLE: errors.Unavailable,
     _Code.DEADLINE_EXCEEDED: TimeoutError,
     _Code.CANCELLED: CancelledError,
+    _Code.RESOURCE_EXHAUSTED: errors.Overloaded,
 }
 """What a status without our details means: it came from the transport."""
 
@@ -113,6 +114,8 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
             return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+    if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return errors.InvalidRequest(f"the message was not sent: {text}")
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -32,6 +33,7 @@ from server.calls import (
     Finished,
     GenerateCall,
     Prompt,
+    PromptLimits,
     ServerInfo,
     Started,
     TextPrompt,
@@ -47,11 +49,19 @@ from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]
 
+T = TypeVar("T")
 logger = structlog.get_logger(__name__)
 
 NUM_TOKENISERS = 4
 STUCK_S = 10.0
 """Far longer than any one prompt takes."""
+HUGE_TEXT = 1 << 18
+"""Characters from which texts are tokenised one at a time: what is made of one takes fifty times
+its size."""
+MAX_WAITING_HUGE = 64
+MIN_BYTES_PER_TOKEN = 128
+"""A prompt may have so many bytes for each token that fits, if the base's longest has no more: an
+adapter may add tokens."""
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
@@ -89,6 +99,12 @@ class Service:
         self._disk = WorkerPool(
             "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
         )
+        self._huge_texts = WorkerPool(
+            "tokenising long texts", num_threads=1, max_waiting=MAX_WAITING_HUGE
+        )
+        num_tokens = token_limit(engine.info) - 1
+        longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
+        self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._num_preparing = 0
         """Calls whose prompts are being made."""
 
@@ -135,7 +151,7 @@ class Service:
             case TextPrompt(text=text) if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
-                return await self._tokenisers.run(self._tokenizer.encode, text)
+                return await self._tokenised(len(text), self._tokenizer.encode, text)
             case ChatPrompt(messages=messages) if side is not None and (
                 side.is_own_template or side.tokenizer is not None
             ):
@@ -143,11 +159,20 @@ class Service:
                 rendered = await self._own_text.render(side, messages)
                 if isinstance(rendered, list):
                     return rendered
-                return await self._tokenisers.run(self._tokenizer.encode_rendered, rendered)
+                encode = self._tokenizer.encode_rendered
+                return await self._tokenised(len(rendered), encode, rendered)
             case ChatPrompt(messages=messages):
-                return await self._tokenisers.run(self._tokenizer.apply_chat_template, messages)
+                size = sum(len(message["content"]) for message in messages)
+                apply = self._tokenizer.apply_chat_template
+                return await self._tokenised(size, apply, messages)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
+
+    async def _tokenised(
+        self, num_characters: int, function: Callable[[T], list[int]], prompt: T
+    ) -> list[int]:
+        pool = self._tokenisers if num_characters < HUGE_TEXT else self._huge_texts
+        return await pool.run(function, prompt)
 
     async def load_adapter(
         self, name: str, source: str, *, replace: bool = False
