@@ -148,8 +148,13 @@ class AdapterConfig:
     """Device bytes for adapters; each takes the bytes of its own tensors, whatever its rank."""
     max_slots: int = 256
     """Adapters resident on the device at once."""
+    host_bytes: int | None = None
+    """Host bytes for all adapters that are kept; None: half of the machine's memory."""
 
     def __post_init__(self) -> None:
+        host_bytes = self.host_bytes
+        is_positive = host_bytes is None or host_bytes > 0
+        _require(is_positive, "host_adapter_bytes", host_bytes, "positive")
         _require(self.pool_bytes > 0, "pool_bytes", self.pool_bytes, "positive")
         _require(self.max_slots > 0, "max_slots", self.max_slots, "positive")
 

@@ -230,7 +230,7 @@ async def _serve_engine(
     condition.metrics = metrics
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
-    store = AdapterStore(folder, config.max_upload_bytes)
+    store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
     registry = stopping = loading = None

@@ -144,6 +144,19 @@ class UploadCall:
     replace: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """The content of an upload, in the store."""
+
+    source: str
+    """SHA-256 over its files, in hexadecimal."""
+    num_bytes: int
+    stored_at_s: float
+    """Seconds since 1970."""
+    adapters: tuple[str, ...] = ()
+    """Names that hold it, or would go back to it."""
+
+
 class AdapterState(StrEnum):
     """Where an adapter stands on this server."""
 

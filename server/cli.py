@@ -44,6 +44,8 @@ app = typer.Typer(
 app.add_typer(cli_client.adapters, name="adapters")
 cli_client.adapters.command(cls=Command)(cli_uploads.upload)
 cli_client.adapters.command(cls=Command)(cli_uploads.rollback)
+cli_client.adapters.command(cls=Command)(cli_uploads.stored)
+cli_client.adapters.command(cls=Command)(cli_uploads.delete)
 cli_client.adapters.command(cls=Command)(cli_adapters.verify)
 cli_client.adapters.command(cls=Command)(cli_adapters.convert)
 app.command(cls=Command)(cli_client.generate)
@@ -76,6 +78,7 @@ def serve(
     wait_for_adapters: Annotated[bool | None, _setting("wait_for_adapters")] = None,
     adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
     max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,
+    max_store_bytes: Annotated[int | None, _setting("max_store_bytes")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
     max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
@@ -84,6 +87,7 @@ def serve(
     gpu_memory_utilization: Annotated[float | None, _setting("gpu_memory_utilization")] = None,
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
+    host_adapter_bytes: Annotated[int | None, _setting("host_adapter_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
     max_concurrent_calls: Annotated[int | None, _setting("max_concurrent_calls")] = None,
     max_connection_age_s: Annotated[float | None, _setting("max_connection_age_s")] = None,

@@ -29,6 +29,7 @@ from server.calls import (
     PromptLimits,
     ServerInfo,
     Started,
+    StoredAdapter,
     TextPrompt,
     TokenPrompt,
 )
@@ -58,6 +59,8 @@ FEATURES = (
     "base_text",
     "UploadAdapter",
     "RollbackAdapter",
+    "ListStoredAdapters",
+    "DeleteStoredAdapter",
     *(
         name
         for field in types_pb2.SamplingParams.DESCRIPTOR.fields
@@ -202,6 +205,16 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
     if record.former is not None:
         info.former_digest = record.former.digest
     return info
+
+
+def encode_stored(stored: StoredAdapter) -> adapters_pb2.StoredAdapter:
+    """Translate a content of the store."""
+    return adapters_pb2.StoredAdapter(
+        source=stored.source,
+        num_bytes=stored.num_bytes,
+        stored_at_s=stored.stored_at_s,
+        adapters=stored.adapters,
+    )
 
 
 def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:

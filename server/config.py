@@ -139,6 +139,9 @@ class ServerConfig(BaseSettings):
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 
+    max_store_bytes: PositiveInt = 100 << 30
+    """Bytes of all uploaded adapters together; one more is refused until some are deleted."""
+
     max_num_seqs: PositiveInt = CPU_DEFAULTS.max_num_seqs
     """Sequences that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
     max_num_batched_tokens: PositiveInt = CPU_DEFAULTS.max_num_batched_tokens
@@ -155,6 +158,9 @@ class ServerConfig(BaseSettings):
     """CUDA only: capture decode steps as graphs at the start, which makes each step faster."""
     adapter_pool_bytes: PositiveInt = CPU_DEFAULTS.pool_bytes
     """Bytes of device memory for adapters. On CUDA an eighth of the device's."""
+    host_adapter_bytes: PositiveInt | None = None
+    """Bytes of host memory for loaded adapters and their former contents; one more is refused.
+    None: half of the machine's memory."""
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
 
@@ -206,7 +212,9 @@ class ServerConfig(BaseSettings):
                 max_model_len=self.max_model_len,
                 max_queued_requests=self.max_queued_requests,
             ),
-            adapters=AdapterConfig(pool_bytes=self.adapter_pool_bytes),
+            adapters=AdapterConfig(
+                pool_bytes=self.adapter_pool_bytes, host_bytes=self.host_adapter_bytes
+            ),
             cuda_graphs=self.cuda_graphs,
         )
 

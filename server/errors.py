@@ -53,6 +53,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_ERROR"),
         errors.AdapterNotFound: WireError(_Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
         errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, 409, "ADAPTER_EXISTS"),
+        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, 409, "ADAPTER_IN_USE"),
         errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, 400, "ADAPTER_REFUSED"),
         errors.AdapterSourceRefused: WireError(
             _Code.INVALID_ARGUMENT, 400, "ADAPTER_SOURCE_REFUSED"

@@ -271,6 +271,24 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         record = await self._service.rollback_adapter(codec.adapter_name(request.name))
         return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
+    async def ListStoredAdapters(
+        self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListStoredAdaptersResponse:
+        """List the content of the upload store."""
+        found = await self._service.list_stored_adapters()
+        return adapters_pb2.ListStoredAdaptersResponse(
+            stored=[codec.encode_stored(stored) for stored in found],
+            num_bytes=sum(stored.num_bytes for stored in found),
+            max_bytes=self._service.max_store_bytes,
+        )
+
+    async def DeleteStoredAdapter(
+        self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
+    ) -> adapters_pb2.DeleteStoredAdapterResponse:
+        """Delete one content of the upload store."""
+        stored = await self._service.delete_stored_adapter(request.source)
+        return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
+
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """loramux.v1.ServerService over a Service."""

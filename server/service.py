@@ -20,7 +20,7 @@ import structlog
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import InvalidRequest, LoramuxError, Overloaded, Unavailable
+from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
@@ -36,6 +36,7 @@ from server.calls import (
     PromptLimits,
     ServerInfo,
     Started,
+    StoredAdapter,
     TextPrompt,
     TokenPrompt,
     UploadCall,
@@ -180,7 +181,8 @@ class Service:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         with _refusals_logged(name, source):
             folder, rules = await self._resolve(source)
-            return await self._load(name, folder, source, replace, rules)
+            with self._store.in_use(rules.sha256):
+                return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -219,6 +221,33 @@ class Service:
         """Take a name away; see `Registry.unload`."""
         return await self._registry.unload(name, cancel=cancel, wait=wait)
 
+    @property
+    def max_store_bytes(self) -> int:
+        """What the store may hold."""
+        return self._store.max_bytes
+
+    async def list_stored_adapters(self) -> list[StoredAdapter]:
+        """Return what uploads have left in the store, and which names hold it."""
+        return [self._with_holders(stored) for stored in await self._store.stored()]
+
+    async def delete_stored_adapter(self, source: str) -> StoredAdapter:
+        """Delete a content from the store; return what it was.
+
+        Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
+        """
+        stored = await self._store.find(source)
+        if holders := self._registry.holders(source):
+            raise AdapterInUse(
+                f"{source} is held by {', '.join(holders)[:200]}; unload that first",
+                field="source",
+            )
+        await self._store.delete(stored)
+        logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
+        return stored
+
+    def _with_holders(self, stored: StoredAdapter) -> StoredAdapter:
+        return replace(stored, adapters=self._registry.holders(stored.source))
+
     def list_adapters(self) -> list[AdapterRecord]:
         """Return every adapter by name."""
         return self._registry.records()
@@ -247,14 +276,15 @@ class Service:
         return self._tokenisers.is_stuck(STUCK_S)
 
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
-        record, _ = await self._load(
-            call.name,
-            upload.folder,
-            upload.digest,
-            call.replace,
-            FolderRules(sha256=upload.digest),
-            settle=lambda: self._store.keep(upload),
-        )
+        with self._store.in_use(upload.digest):
+            record, _ = await self._load(
+                call.name,
+                upload.folder,
+                upload.digest,
+                call.replace,
+                FolderRules(sha256=upload.digest),
+                settle=lambda: self._store.keep(upload),
+            )
         return record
 
     async def _resolve(self, source: str) -> tuple[Path, FolderRules]:

@@ -51,7 +51,7 @@ class Engine:
         self.base, self.config = base, config
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
         max_slots = config.adapters.max_slots
-        self.host = HostCache()
+        self.host = HostCache(config.adapters.host_bytes)
         has_graphs = config.cuda_graphs and base.device.type == "cuda"
         self.pool = AdapterPool(
             base.spec.shapes,
@@ -137,8 +137,12 @@ class Engine:
         self.add_packed(pack_for(self.base, form))
 
     def add_packed(self, adapter: PackedAdapter) -> None:
-        """Keep an adapter, or gain a reference to its content. Raises AdapterTooLarge."""
+        """Keep an adapter, or gain a reference to its content.
+
+        Raises AdapterTooLarge, and Overloaded where host memory has no room for it.
+        """
         if adapter.digest not in self.host:
+            self.host.check_room(adapter.nbytes)
             self.slots.register(adapter.digest, adapter.nbytes)
         self.host.add(adapter)
 

@@ -8,15 +8,31 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
-from lora_runtime.errors import InvalidRequest, Overloaded
+from lora_runtime.errors import (
+    AdapterInUse,
+    AdapterNotFound,
+    AdapterSourceRefused,
+    InvalidRequest,
+    Overloaded,
+)
 from protos.loramux.v1 import adapters_pb2
+from server.cli import app
 from server.client import AsyncClient
 from server.client_channel import typed_errors
 from server.client_requests import generate_request
 from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
 from tests.server.test_grpc_server import stubs_of
-from tests.server.test_uploads import chunk, start
+from tests.server.test_uploads import (
+    CONFIG,
+    WEIGHTS,
+    chunk,
+    left_behind,
+    local_adapter,
+    send,
+    start,
+)
 from tests.server.world import World, until
 
 MB = 1 << 20
@@ -144,3 +160,78 @@ async def test_others_are_answered_while_huge_requests_come(serve, field, num_by
             is_over.set()
             await watching
         assert max(gaps) < 0.5, gaps
+
+
+async def test_stored_content_is_listed_and_deleted(serve, tmp_path) -> None:
+    async with serve() as world:
+        first = await world.client.upload_adapter("x", local_adapter(tmp_path / "a", "a" * 100))
+        await world.client.upload_adapter("y", local_adapter(tmp_path / "b", "a" * 100))
+        other = await world.client.upload_adapter(
+            "x", local_adapter(tmp_path / "c", "c"), replace=True
+        )
+        listed = await world.client.list_stored_adapters()
+        held = {stored.source: list(stored.adapters) for stored in listed.stored}
+        assert held == {first.source: ["x", "y"], other.source: ["x"]}
+        assert listed.num_bytes == sum(stored.num_bytes for stored in listed.stored) == 105
+        for source in held:
+            with pytest.raises(AdapterInUse) as caught:
+                await world.client.delete_stored_adapter(source)
+            assert caught.value.field == "source" and "'x'" not in str(caught.value)
+        await world.client.unload_adapter("x", wait=True)
+        with pytest.raises(AdapterInUse, match="held by y"):
+            await world.client.delete_stored_adapter(first.source)
+        assert (await world.client.delete_stored_adapter(other.source)).num_bytes == 3
+        assert all(first.source in path for path in left_behind(world))
+        with pytest.raises(AdapterSourceRefused):
+            await world.client.load_adapter("z", other.source)
+        for source in (other.source, "", "..", "../incoming", "x" * 70_000):
+            with pytest.raises(AdapterNotFound):
+                await world.client.delete_stored_adapter(source)
+
+
+async def test_what_is_being_loaded_is_not_deleted(serve, tmp_path) -> None:
+    async with serve() as world:
+        info = await world.client.upload_adapter("x", local_adapter(tmp_path / "a", "a"))
+        await world.client.unload_adapter("x", wait=True)
+        world.engine.load_gate.clear()
+        loading = asyncio.create_task(world.client.load_adapter("x", info.source))
+        await until(lambda: bool(world.registry.records()))
+        with pytest.raises(AdapterInUse):
+            await world.client.delete_stored_adapter(info.source)
+        world.engine.load_gate.set()
+        assert (await loading).adapter.digest == info.digest
+
+
+async def test_a_full_store_refuses_and_takes_again_when_there_is_room(serve, tmp_path) -> None:
+    async with serve() as world:
+        world.service._store.max_bytes = 250
+        infos = [
+            await world.client.upload_adapter(c, local_adapter(tmp_path / c, c * 100)) for c in "ab"
+        ]
+        with pytest.raises(Overloaded, match="store would have"):
+            await world.client.upload_adapter("c", local_adapter(tmp_path / "c", "c" * 100))
+        assert len(left_behind(world)) == 4
+        await world.client.unload_adapter("a", wait=True)
+        await world.client.delete_stored_adapter(infos[0].source)
+        assert (await world.client.upload_adapter("c", tmp_path / "c")).digest[0] == "c"
+        parts = [start(name="d"), chunk(CONFIG), chunk(WEIGHTS)]
+        world.service._store.max_bytes = 300
+        assert (await send(world, *parts)).name == "d"
+
+
+async def test_the_commands_for_the_store(serve, tmp_path) -> None:
+    async with serve() as world:
+        info = await world.client.upload_adapter("x", local_adapter(tmp_path / "a", "a"))
+
+        async def ask(*arguments: str):
+            flags = ["--address", world.target]
+            run, wide = CliRunner().invoke, {"COLUMNS": "200"}
+            return await asyncio.to_thread(run, app, ["adapters", *arguments, *flags], env=wide)
+
+        shown = await ask("stored")
+        assert info.source in shown.stdout and "│ x" in shown.stdout
+        refused = await ask("delete", info.source)
+        assert refused.exit_code == 1 and "held by x" in refused.stderr
+        await world.client.unload_adapter("x", wait=True)
+        assert (await ask("delete", info.source)).exit_code == 0
+        assert info.source not in (await ask("stored")).stdout
