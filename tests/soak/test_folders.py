@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_runtime.adapters.files.file_names import CONFIG_FILE, SIDECAR_FILE, TENSORS_FILE
 from lora_runtime.adapters.files.folder import read_folder
+from lora_runtime.adapters.files.open_folder import SETTLE_S
 from lora_runtime.adapters.files.parity_file import parse_golden
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.reduction import reduce_folder
@@ -25,6 +26,8 @@ from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.timeout(400)
 TEMPLATE_FILE = "chat_template.jinja"
+BATCH = 100
+"""Folders that are written before they are read: a fresh one is waited for until it is at rest."""
 VALUES = [
     None, True, False, 0, 1, -1, 2, 16, 1e300, -0.5, 10**30, "", "x", "lora", "\ud800", "a" * 5000,
     "(a+)+$", [], [1], ["q_proj"], [[0, 2], [0, 2]], {}, {"q_proj": 3}, {"a": {"b": []}},
@@ -139,24 +142,26 @@ def test_broken_folders(base, root, size, figure) -> None:
     rng, sources, refusals = random.Random(5), Sources([root]), {}
     begun = time.monotonic()
     while done < wanted and not size.is_over():
-        folder = root / "case"
-        shutil.copytree(root / "good", folder, dirs_exist_ok=True)
-        break_folder(folder, rng)
-        at = time.monotonic()
-        try:
-            content = read_folder(sources.resolve("case"))
-            form = reduce_folder(content, base.spec, base.weights)
-            if content.sidecar is not None:
-                parse_golden(content.sidecar, base.spec)
-            pack_for(base, form)
-            taken += 1
-        except LoramuxError as error:
-            assert str(root) not in error.message.replace(str(folder), "case"), error.message
-            refusals[type(error).__name__] = refusals.get(type(error).__name__, 0) + 1
-        slowest = max(slowest, time.monotonic() - at)
-        done += 1
-        for name in (SIDECAR_FILE, TEMPLATE_FILE):
-            (folder / name).unlink(missing_ok=True)
+        folders = [root / f"case{number}" for number in range(BATCH)]
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(root / "good", folder)
+            break_folder(folder, rng)
+        time.sleep(SETTLE_S)
+        for folder in folders:
+            at = time.monotonic()
+            try:
+                content = read_folder(sources.resolve(folder.name))
+                form = reduce_folder(content, base.spec, base.weights)
+                if content.sidecar is not None:
+                    parse_golden(content.sidecar, base.spec)
+                pack_for(base, form)
+                taken += 1
+            except LoramuxError as error:
+                assert str(root) not in error.message.replace(str(folder), folder.name)
+                refusals[type(error).__name__] = refusals.get(type(error).__name__, 0) + 1
+            slowest = max(slowest, time.monotonic() - at)
+            done += 1
     figure(folders=done, of=wanted, taken=taken, refused=refusals, slowest_s=slowest,
            seconds=time.monotonic() - begun)  # fmt: skip
     assert taken and sum(refusals.values()) > done / 3
