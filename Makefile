@@ -7,11 +7,12 @@ PROTOS := $(wildcard protos/loramux/v1/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-compile lint protos clean
+.PHONY: help demo test soak test-gpu-compile lint protos clean
 
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
 	@echo "make test    run the whole test suite        (ARGS='-k name -x' goes to pytest)"
+	@echo "make soak    attack a server at full size for up to half an hour and print the figures"
 	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
 	@echo "                       ARGS='--cards 90' first"
 	@echo "make lint    ruff (rules and format), mypy and buf lint"
@@ -26,6 +27,9 @@ test: $(VENV)/installed-test
 
 test-gpu-compile: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)
+
+soak: $(VENV)/installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest tests/soak --soak -q $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -153,8 +153,13 @@ class AdapterConfig:
     max_layers: int | None = None
     """Layers to which an adapter may replicate the base's; every row of a step waits for the
     deepest one. None: four times the base's."""
+    host_bytes: int | None = None
+    """Host bytes for all adapters that are kept; None: half of the machine's memory."""
 
     def __post_init__(self) -> None:
+        host_bytes = self.host_bytes
+        is_positive = host_bytes is None or host_bytes > 0
+        _require(is_positive, "host_adapter_bytes", host_bytes, "positive")
         _require(self.pool_bytes > 0, "pool_bytes", self.pool_bytes, "positive")
         _require(self.max_slots > 0, "max_slots", self.max_slots, "positive")
         _require(

@@ -8,6 +8,7 @@ LoramuxError
 ├── AdapterError
 │   ├── AdapterNotFound         no adapter of that name
 │   ├── AdapterExists           the name is taken by other content
+│   ├── AdapterInUse            a name holds what was to be deleted
 │   ├── AdapterRefused          its files cannot be honoured exactly
 │   │   ├── AdapterSourceRefused  its location is not allowed
 │   │   ├── BaseMismatch        it was made for another base
@@ -62,6 +63,10 @@ class AdapterNotFound(AdapterError):
 
 class AdapterExists(AdapterError):
     """The name is taken by an adapter with other content."""
+
+
+class AdapterInUse(AdapterError):
+    """What was to be deleted is held by a name, or is being loaded."""
 
 
 class AdapterRefused(AdapterError):

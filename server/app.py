@@ -230,7 +230,7 @@ async def _serve_engine(
     condition.metrics = metrics
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
-    store = AdapterStore(folder, config.max_upload_bytes)
+    store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
     registry = stopping = loading = None
@@ -299,7 +299,13 @@ async def _run(
     """Run gRPC until a signal, or until one part fails; then stop it and raise what failed."""
     if any(part.done() for part in parts):
         return _raise_failures(parts)
-    grpc_server = await start_grpc(service, config.grpc_address, is_serving=condition.is_ready)
+    grpc_server = await start_grpc(
+        service,
+        config.grpc_address,
+        max_calls=config.max_concurrent_calls,
+        max_connection_age_s=config.max_connection_age_s,
+        is_serving=condition.is_ready,
+    )
     condition.service, condition.is_open = service, True
     await grpc_server.show_health()
     announce.ready(grpc_server.port)

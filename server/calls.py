@@ -56,6 +56,16 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """What a prompt may have at most; it is measured against them before anything is made of it."""
+
+    num_tokens: int
+    num_bytes: int
+    """Of text, in UTF-8. A tokenizer whose normaliser removes text might make few tokens of more;
+    it is refused all the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterChoice:
     """A loaded adapter's name, and the factor on its effect."""
 
@@ -136,6 +146,19 @@ class UploadCall:
     name: str
     files: tuple[UploadFile, ...]
     replace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """The content of an upload, in the store."""
+
+    source: str
+    """SHA-256 over its files, in hexadecimal."""
+    num_bytes: int
+    stored_at_s: float
+    """Seconds since 1970."""
+    adapters: tuple[str, ...] = ()
+    """Names that hold it, or would go back to it."""
 
 
 class AdapterState(StrEnum):

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 from lora_runtime.config import DtypeName, Quantization
 from lora_runtime.errors import LoramuxError
+from lora_runtime.terminal import Terminal, write
 from server import cli_adapters, cli_client, cli_doctor, cli_merge, cli_train, cli_uploads
 from server.cli_command import Command
 from server.cli_settings import ConfigFile
@@ -29,7 +29,7 @@ class Commands(typer.core.TyperGroup):
         except (LoramuxError, TimeoutError) as error:
             field = getattr(error, "field", None)
             where = f"{field}: " if field and field not in str(error) else ""
-            stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+            stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
             stderr.print(f"error: {where}{error}", style="red", markup=False)
             raise typer.Exit(1) from None
 
@@ -44,6 +44,8 @@ app = typer.Typer(
 app.add_typer(cli_client.adapters, name="adapters")
 cli_client.adapters.command(cls=Command)(cli_uploads.upload)
 cli_client.adapters.command(cls=Command)(cli_uploads.rollback)
+cli_client.adapters.command(cls=Command)(cli_uploads.stored)
+cli_client.adapters.command(cls=Command)(cli_uploads.delete)
 cli_client.adapters.command(cls=Command)(cli_adapters.verify)
 cli_client.adapters.command(cls=Command)(cli_adapters.convert)
 app.command(cls=Command)(cli_client.generate)
@@ -76,6 +78,7 @@ def serve(
     wait_for_adapters: Annotated[bool | None, _setting("wait_for_adapters")] = None,
     adapter_store: Annotated[Path | None, _setting("adapter_store")] = None,
     max_upload_bytes: Annotated[int | None, _setting("max_upload_bytes")] = None,
+    max_store_bytes: Annotated[int | None, _setting("max_store_bytes")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
     max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
@@ -85,7 +88,10 @@ def serve(
     cuda_graphs: Annotated[bool | None, _setting("cuda_graphs")] = None,
     adapter_pool_bytes: Annotated[int | None, _setting("adapter_pool_bytes")] = None,
     max_adapter_layers: Annotated[int | None, _setting("max_adapter_layers")] = None,
+    host_adapter_bytes: Annotated[int | None, _setting("host_adapter_bytes")] = None,
     max_queued_requests: Annotated[int | None, _setting("max_queued_requests")] = None,
+    max_concurrent_calls: Annotated[int | None, _setting("max_concurrent_calls")] = None,
+    max_connection_age_s: Annotated[float | None, _setting("max_connection_age_s")] = None,
     engine_timeout_s: Annotated[float | None, _setting("engine_timeout_s")] = None,
     drain_s: Annotated[float | None, _setting("drain_s")] = None,
     log_level: Annotated[LogLevel | None, _setting("log_level")] = None,
@@ -102,7 +108,7 @@ def serve(
     flags = {name: value for name, value in locals().items() if name in ServerConfig.model_fields}
     settings = load_config(config, flags)
     if print_config:
-        typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
+        write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         return
     setup_logging(level=settings.log_level, log_format=settings.log_format)
     from server.app import run

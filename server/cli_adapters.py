@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
+from lora_runtime.terminal import Terminal, echo
 from server.cli_settings import (
     BaseName,
     ComputeDtype,
@@ -54,7 +54,7 @@ def verify(
     Shows every field of its config, what it changes, and whether it does here what it did where it
     was made.
     """
-    console = Console(markup=False)
+    console = Terminal(markup=False)
     fields = _read_config(path)
     refusal = next(field_refusals(fields), None)
     if config_only or refusal:
@@ -108,7 +108,7 @@ def convert(
         if golden.tensors_sha256 == form.tensors_sha256:
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
         write_golden(out, golden)
-    typer.echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
+    echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
 
 
 def _read_config(path: Path) -> Mapping[str, object]:
@@ -129,7 +129,7 @@ def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm,
     from lora_runtime.adapters.reduction import reduce_folder
     from lora_runtime.base.loader import load_base
 
-    with Console(stderr=True).status("loading the base") as status:
+    with Terminal(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
         content = read_folder(path)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli_command import Command
 from server.client import DEFAULT_TARGET, Client
@@ -20,6 +20,14 @@ Address = Annotated[
     str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
 ]
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
+ChatOrText = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--text",
+        help="A user's message, or text to be continued. Default: a message where there is a chat "
+        "template, else text.",
+    ),
+]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -35,10 +43,8 @@ def generate(
             help="A loaded adapter; repeat it to add up several. Default: the base.",
         ),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--text", help="A user's message, or text to be continued.")
-    ] = True,
-    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    chat: ChatOrText = None,
+    system: Annotated[str | None, typer.Option(help="System message, before a user's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
@@ -72,11 +78,28 @@ def generate(
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
     with Client(address) as client:
+        if chat is None:
+            chat = _is_chat(client, chosen, system, bool(base_text))
         if chat:
             messages = [*_turn("system", system), *_turn("user", content)]
             _show_stream(client.generate(messages=messages, adapters=chosen, **given))
         else:
             _show_stream(client.generate(content, adapters=chosen, **given))
+
+
+def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_text: bool) -> bool:
+    """Tell whether the base or one of the adapters has a chat template; say so if none has."""
+    if client.server_info().base.has_chat_template:
+        return True
+    if not base_text and any(client.get_adapter(name).has_chat_template for name in adapters):
+        return True
+    if system is not None:
+        raise typer.BadParameter(
+            "there is no chat template, so only text can be sent; leave it out",
+            param_hint="--system",
+        )
+    echo("note: there is no chat template: the prompt is sent as text (--text)", is_error=True)
+    return False
 
 
 def _weights(adapters: Iterable[str]) -> dict[str, float]:
@@ -103,13 +126,12 @@ def _show_stream(responses: Iterable[generation_pb2.GenerateResponse]) -> None:
     for response in responses:
         if response.HasField("started"):
             for note in response.started.notes:
-                typer.echo(f"note: {note}", err=True)
+                echo(f"note: {note}", is_error=True)
         elif response.HasField("delta"):
-            sys.stdout.write(response.delta.text)
-            sys.stdout.flush()
+            write(response.delta.text)
         else:
-            typer.echo()
-            typer.echo(_summary(response.finished), err=True)
+            echo("")
+            echo(_summary(response.finished), is_error=True)
 
 
 def _summary(finished: generation_pb2.Finished) -> str:
@@ -136,8 +158,8 @@ def load(
     with Client(address) as client:
         response = client.load_adapter(name, source, replace=replace)
     if response.already_loaded:
-        typer.echo(f"{name} was loaded already, with the same content")
-    Console(markup=False).print(adapter_table([response.adapter]))
+        echo(f"{name} was loaded already, with the same content")
+    Terminal(markup=False).print(adapter_table([response.adapter]))
 
 
 @adapters.command("unload", cls=Command)
@@ -154,14 +176,14 @@ def unload(
     """Take a name away; new requests for it fail at once."""
     with Client(address) as client:
         client.unload_adapter(name, cancel=cancel, wait=wait)
-    typer.echo(f"{name} is unloaded")
+    echo(f"{name} is unloaded")
 
 
 @adapters.command("list", cls=Command)
 def list_adapters(address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
-        Console(markup=False).print(adapter_table(client.list_adapters()))
+        Terminal(markup=False).print(adapter_table(client.list_adapters()))
 
 
 @adapters.command("show", cls=Command)
@@ -178,7 +200,7 @@ def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
         table.add_row(f"inert {key}", reason)
     for note in info.notes:
         table.add_row("note", note)
-    Console(markup=False).print(table)
+    Terminal(markup=False).print(table)
 
 
 def adapter_table(infos: Iterable[adapters_pb2.AdapterInfo]) -> Table:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
+from lora_runtime.terminal import Terminal
 from server.cli_uploads import send_folder
 from server.client import Client
 from server.client_requests import Messages
@@ -68,7 +69,7 @@ def deploy(address: str, deployments: Sequence[Deployment], sample: str | None) 
     """Upload each adapter in the place of what its name holds, and show base and adapter answer
     `sample`, or the first prompt of its data. Returns whether all of them are loaded.
     """
-    console, outcomes = Console(soft_wrap=True), []
+    console, outcomes = Terminal(soft_wrap=True), []
     with Client(address) as client:
         for deployment in deployments:
             try:

@@ -7,11 +7,11 @@ import os
 import platform
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
+from lora_runtime.terminal import Terminal
 from server.cli_settings import (
     BaseName,
     ComputeDtype,
@@ -56,7 +56,7 @@ def doctor(
     table.add_section()
     for need in needs:
         table.add_row(need.name, need.found)
-    console = Console(markup=False, soft_wrap=True, highlight=False)
+    console = Terminal(markup=False, soft_wrap=True, highlight=False)
     console.print(table)
     missing = [need for need in needs if need.advice]
     console.print(

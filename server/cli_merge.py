@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.terminal import Terminal
 from server.cli_adapters import Folder, load_on_base, own_text
 from server.cli_settings import BaseName, ConfigFile, Device, Format, engine_settings
 
@@ -52,7 +52,7 @@ def merge(
     write_checkpoint(
         out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
     )
-    console = Console(markup=False, soft_wrap=True, highlight=False)
+    console = Terminal(markup=False, soft_wrap=True, highlight=False)
     console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")
     console.print(_loss_line(merging))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
+from lora_runtime.terminal import Terminal
 from lora_runtime.training.config import SweepValue, TrainConfig, UnitConfig
 from server import cli_deploy
 from server import cli_train_flags as flag
@@ -85,7 +85,7 @@ def train(
     """
     run = _run_of(locals())
     if dry_run:
-        return show_dry_run(run, Console())
+        return show_dry_run(run, Terminal())
     _train(run, deploy, deploy_name, sample)
 
 
@@ -104,10 +104,10 @@ def _train(
         cli_deploy.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
-    results = train_run(run, Console())
+    results = train_run(run, Terminal())
     if not results:
         return  # of several processes one shows and deploys
-    Console(markup=False).print(_table(results))
+    Terminal(markup=False).print(_table(results))
     finished = cli_deploy.deployments(results, run.units, deploy_name) if deploy else []
     is_deployed = not finished or cli_deploy.deploy(str(deploy), finished, sample)
     if any(result.error for result in results) or not is_deployed:

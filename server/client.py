@@ -118,6 +118,16 @@ class Client:
         request = adapters_pb2.ListAdaptersRequest()
         return list(self._call(self._stubs.adapters.ListAdapters, request).adapters)
 
+    def list_stored_adapters(self) -> adapters_pb2.ListStoredAdaptersResponse:
+        """Return what uploads have left in the server's store."""
+        request = adapters_pb2.ListStoredAdaptersRequest()
+        return self._call(self._stubs.adapters.ListStoredAdapters, request)
+
+    def delete_stored_adapter(self, source: str) -> adapters_pb2.StoredAdapter:
+        """Delete from the store what no name holds; `source` is its digest."""
+        request = adapters_pb2.DeleteStoredAdapterRequest(source=source)
+        return self._call(self._stubs.adapters.DeleteStoredAdapter, request).stored
+
     def get_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
         """Return one adapter."""
         request = adapters_pb2.GetAdapterRequest(name=name)
@@ -231,6 +241,16 @@ class AsyncClient:
         request = adapters_pb2.ListAdaptersRequest()
         response = await self._call(self._stubs.adapters.ListAdapters, request)
         return list(response.adapters)
+
+    async def list_stored_adapters(self) -> adapters_pb2.ListStoredAdaptersResponse:
+        """Return what uploads have left in the server's store."""
+        request = adapters_pb2.ListStoredAdaptersRequest()
+        return await self._call(self._stubs.adapters.ListStoredAdapters, request)
+
+    async def delete_stored_adapter(self, source: str) -> adapters_pb2.StoredAdapter:
+        """Delete from the store what no name holds; `source` is its digest."""
+        request = adapters_pb2.DeleteStoredAdapterRequest(source=source)
+        return (await self._call(self._stubs.adapters.DeleteStoredAdapter, request)).stored
 
     async def get_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
         """Return one adapter."""

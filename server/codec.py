@@ -9,7 +9,13 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
+from lora_runtime.core import (
+    MAX_STOP_TOKEN_IDS,
+    FinishReason,
+    RequestTiming,
+    SamplingParams,
+    TokenLogprob,
+)
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.calls import (
@@ -21,12 +27,14 @@ from server.calls import (
     Event,
     GenerateCall,
     Prompt,
+    PromptLimits,
     ServerInfo,
     Started,
+    StoredAdapter,
     TextPrompt,
     TokenPrompt,
 )
-from server.composition import check_choices
+from server.composition import check_choices, check_count
 
 UNSERVED_SAMPLING: dict[str, float] = {
     "presence_penalty": 0.0,
@@ -52,6 +60,8 @@ FEATURES = (
     "base_text",
     "UploadAdapter",
     "RollbackAdapter",
+    "ListStoredAdapters",
+    "DeleteStoredAdapter",
     *(
         name
         for field in types_pb2.SamplingParams.DESCRIPTOR.fields
@@ -75,7 +85,10 @@ _STATES = {
 
 
 def decode_generate(
-    request: generation_pb2.GenerateRequest, timeout_s: float | None, peer: str = ""
+    request: generation_pb2.GenerateRequest,
+    timeout_s: float | None,
+    limits: PromptLimits,
+    peer: str = "",
 ) -> GenerateCall:
     """Translate a request; `timeout_s` is what is left of its deadline, `peer` whence it comes.
 
@@ -83,7 +96,7 @@ def decode_generate(
     """
     sampling = request.sampling
     return GenerateCall(
-        prompt=decode_prompt(request),
+        prompt=decode_prompt(request, limits),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
         uses_base_text=request.base_text,
@@ -100,17 +113,41 @@ def decode_generate(
 
 def decode_prompt(
     request: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest,
+    limits: PromptLimits,
 ) -> Prompt:
-    """Translate the input of a request. Raises InvalidRequest (field `input`) when it has none."""
+    """Translate the input of a request. Raises InvalidRequest: there is none (field `input`), or it
+    is so large that it cannot fit.
+    """
     match request.WhichOneof("input"):
         case "text":
+            _check_bytes(len(request.text.encode()), "text", limits)
             return TextPrompt(request.text)
         case "messages":
             turns = request.messages.messages
+            _check_tokens(len(turns), "messages", limits)
+            _check_bytes(request.messages.ByteSize(), "messages", limits)
             return ChatPrompt(tuple({"role": turn.role, "content": turn.content} for turn in turns))
         case "token_ids":
+            _check_tokens(len(request.token_ids.ids), "token_ids", limits)
             return TokenPrompt(tuple(request.token_ids.ids))
     raise InvalidRequest("the request has no input; send text or messages", field="input")
+
+
+def _check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
+    if num_given > limits.num_tokens:
+        what = "turns" if field == "messages" else "tokens"
+        raise InvalidRequest(
+            f"{field} has {num_given} {what}; at most {limits.num_tokens} fit", field=field
+        )
+
+
+def _check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
+    if num_bytes > limits.num_bytes:
+        raise InvalidRequest(
+            f"{field} has {num_bytes} bytes; at most {limits.num_bytes} can be the "
+            f"{limits.num_tokens} tokens that fit",
+            field=field,
+        )
 
 
 def adapter_name(name: str, field: str = "name") -> str:
@@ -176,6 +213,16 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
     return info
 
 
+def encode_stored(stored: StoredAdapter) -> adapters_pb2.StoredAdapter:
+    """Translate a content of the store."""
+    return adapters_pb2.StoredAdapter(
+        source=stored.source,
+        num_bytes=stored.num_bytes,
+        stored_at_s=stored.stored_at_s,
+        adapters=stored.adapters,
+    )
+
+
 def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
     """Translate the facts about a server."""
     engine, base = info.engine, info.engine.base
@@ -235,6 +282,7 @@ def _unserved(field: str, why: str) -> UnsupportedFeature:
 
 
 def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, ...]:
+    check_count(len(request.adapters))
     choices = tuple(
         AdapterChoice(
             adapter_name(selection.name, f"adapters[{index}].name"),
@@ -252,6 +300,12 @@ def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
         raise _unserved("sampling.logit_bias", "is set; leave it empty")
     scalars = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     given = {name: getattr(sampling, name) for name in scalars if sampling.HasField(name)}
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:  # before a set is made of them
+        raise InvalidRequest(
+            f"sampling.stop_token_ids has {len(sampling.stop_token_ids)} ids; at most "
+            f"{MAX_STOP_TOKEN_IDS} are allowed, the end tokens included",
+            field="sampling.stop_token_ids",
+        )
     return SamplingParams(
         **given,
         stop_token_ids=frozenset(sampling.stop_token_ids),

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 
+from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import adapters_pb2
 from server.calls import UploadCall, UploadFile
 from server.codec import adapter_name
 
+MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
     """Translate what an upload announces. Raises InvalidRequest naming the field."""
+    if len(start.files) > MAX_FILES:
+        raise InvalidRequest(
+            f"start.files has {len(start.files)} files; an adapter has {MAX_FILES} at most",
+            field="start.files",
+        )
     return UploadCall(
         name=adapter_name(start.name, "start.name"),
         files=tuple(_upload_file(file, f"start.files[{i}]") for i, file in enumerate(start.files)),

@@ -17,16 +17,21 @@ MAX_WEIGHT = 100.0
 """Far beyond any useful strength, and small enough that products stay finite."""
 
 
+def check_count(num_choices: int) -> None:
+    """Raise InvalidRequest (field `adapters`) for more than may act on one request."""
+    if num_choices > MAX_ADAPTERS:
+        raise InvalidRequest(
+            f"adapters names {num_choices}; at most {MAX_ADAPTERS} may act on one request",
+            field="adapters",
+        )
+
+
 def check_choices(choices: Sequence[AdapterChoice]) -> None:
     """Refuse too many adapters, one named twice, and a weight that is no number in range.
 
     Raises InvalidRequest naming the field: `adapters`, `adapters[i].name`, `adapters[i].weight`.
     """
-    if len(choices) > MAX_ADAPTERS:
-        raise InvalidRequest(
-            f"adapters names {len(choices)}; at most {MAX_ADAPTERS} may act on one request",
-            field="adapters",
-        )
+    check_count(len(choices))
     seen: set[str] = set()
     for index, choice in enumerate(choices):
         if choice.name in seen:

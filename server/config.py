@@ -139,6 +139,9 @@ class ServerConfig(BaseSettings):
     max_upload_bytes: PositiveInt = 2 << 30
     """Bytes of all files of one uploaded adapter."""
 
+    max_store_bytes: PositiveInt = 100 << 30
+    """Bytes of all uploaded adapters together; one more is refused until some are deleted."""
+
     max_num_seqs: PositiveInt = CPU_DEFAULTS.max_num_seqs
     """Sequences that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
     max_num_batched_tokens: PositiveInt = CPU_DEFAULTS.max_num_batched_tokens
@@ -158,8 +161,17 @@ class ServerConfig(BaseSettings):
     max_adapter_layers: PositiveInt | None = None
     """Layers to which an adapter may replicate the base's, where every other row of a step waits
     for them; none: four times the base's."""
+    host_adapter_bytes: PositiveInt | None = None
+    """Bytes of host memory for loaded adapters and their former contents; one more is refused.
+    None: half of the machine's memory."""
     max_queued_requests: PositiveInt = 1024
     """Requests that may wait before new ones are refused."""
+
+    max_concurrent_calls: PositiveInt = 4096
+    """Calls of any kind that may run or wait at once; one more is refused."""
+    max_connection_age_s: Annotated[float, Field(gt=0, le=1_000_000)] = 3600.0
+    """Seconds after which a connection takes no new calls and its client connects anew; running
+    calls go on."""
 
     engine_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds without any progress after which a busy engine counts as hung: its requests end and
@@ -204,7 +216,9 @@ class ServerConfig(BaseSettings):
                 max_queued_requests=self.max_queued_requests,
             ),
             adapters=AdapterConfig(
-                pool_bytes=self.adapter_pool_bytes, max_layers=self.max_adapter_layers
+                pool_bytes=self.adapter_pool_bytes,
+                max_layers=self.max_adapter_layers,
+                host_bytes=self.host_adapter_bytes,
             ),
             cuda_graphs=self.cuda_graphs,
         )

@@ -53,6 +53,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_ERROR"),
         errors.AdapterNotFound: WireError(_Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
         errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, 409, "ADAPTER_EXISTS"),
+        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, 409, "ADAPTER_IN_USE"),
         errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, 400, "ADAPTER_REFUSED"),
         errors.AdapterSourceRefused: WireError(
             _Code.INVALID_ARGUMENT, 400, "ADAPTER_SOURCE_REFUSED"
@@ -72,6 +73,7 @@ _UNEXPLAINED: Mapping[grpc.StatusCode, type[Exception]] = {
     _Code.UNAVAILABLE: errors.Unavailable,
     _Code.DEADLINE_EXCEEDED: TimeoutError,
     _Code.CANCELLED: CancelledError,
+    _Code.RESOURCE_EXHAUSTED: errors.Overloaded,
 }
 """What a status without our details means: it came from the transport."""
 
@@ -113,6 +115,8 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
             return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+    if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return errors.InvalidRequest(f"the message was not sent: {text}")
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
 
 

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.errors import ConfigError, InvalidRequest, Unavailable
+from lora_runtime.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -32,6 +32,12 @@ from server.errors import grpc_status
 from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
+MAX_CALLS = 4096
+MAX_CONNECTION_AGE_S = 3600.0
+RECEIVED_AT_MOST = 2
+"""Times the largest message: what grpc itself refuses has none of our details, so that messages up
+to this size are received and refused here.
+"""
 HEALTH_PERIOD_S = 0.25
 """How often health asks whether the engine is alive."""
 CALLS_PERIOD_S = 0.02
@@ -57,15 +63,21 @@ async def start_grpc(
     *,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_calls: int = MAX_CALLS,
+    max_connection_age_s: float = MAX_CONNECTION_AGE_S,
     is_serving: Callable[[], bool] | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
-    Health follows `is_serving`, or whether the engine is alive.
+    Health follows `is_serving`, or whether the engine is alive. One call more than `max_calls` is
+    refused as Overloaded. A connection of `max_connection_age_s` takes no new calls, so that its
+    client connects anew, perhaps to another server behind the same name; running calls go on.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
-    calls = Calls()
-    server = grpc.aio.server(interceptors=[Boundary(calls)], options=_options(max_message_bytes))
+    calls = Calls(max_calls)
+    boundary = Boundary(calls, max_message_bytes)
+    options = _options(max_message_bytes, max_connection_age_s)
+    server = grpc.aio.server(interceptors=[boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -90,13 +102,16 @@ class Calls:
     streams stay open as long as a client likes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_running: int) -> None:
+        self._max_running = max_running
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_cut = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the call that the current task runs."""
+        """Count the call that the current task runs. Raises Overloaded for one too many."""
+        if len(self._tasks) >= self._max_running:
+            raise Overloaded(f"{len(self._tasks)} calls are running already; try again later")
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -180,7 +195,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
-        call = codec.decode_generate(request, context.time_remaining(), context.peer())
+        call = codec.decode_generate(
+            request, context.time_remaining(), self._service.prompt_limits, context.peer()
+        )
         async with aclosing(self._service.generate(call)) as events:
             async for event in events:
                 await context.write(codec.encode_event(event))
@@ -189,7 +206,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         """Show a prompt's token ids."""
-        token_ids = await self._service.tokenize(codec.decode_prompt(request))
+        prompt = codec.decode_prompt(request, self._service.prompt_limits)
+        token_ids = await self._service.tokenize(prompt)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
 
 
@@ -255,6 +273,24 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         record = await self._service.rollback_adapter(codec.adapter_name(request.name))
         return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
+    async def ListStoredAdapters(
+        self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListStoredAdaptersResponse:
+        """List the content of the upload store."""
+        found = await self._service.list_stored_adapters()
+        return adapters_pb2.ListStoredAdaptersResponse(
+            stored=[codec.encode_stored(stored) for stored in found],
+            num_bytes=sum(stored.num_bytes for stored in found),
+            max_bytes=self._service.max_store_bytes,
+        )
+
+    async def DeleteStoredAdapter(
+        self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
+    ) -> adapters_pb2.DeleteStoredAdapterResponse:
+        """Delete one content of the upload store."""
+        stored = await self._service.delete_stored_adapter(request.source)
+        return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
+
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """loramux.v1.ServerService over a Service."""
@@ -272,8 +308,9 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 class Boundary(grpc.aio.ServerInterceptor):
     """Parses the requests of our own services and gives every failure its typed status."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, max_message_bytes: int) -> None:
         self._calls = calls
+        self._max_message_bytes = max_message_bytes
 
     async def intercept_service(
         self,
@@ -285,11 +322,15 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
             return handler
         make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
-        parse = _parsed_parts if handler.request_streaming else _parsed
+        parse = partial(_parsed, handler.request_deserializer, self._max_message_bytes)
+        if handler.request_streaming:
+            parse = partial(_parsed_parts, parse)
+        serialise = partial(_serialised, handler.response_serializer, self._max_message_bytes)
+        is_stream = handler.response_streaming
         return make(
-            _guarded(behaviour, partial(parse, handler.request_deserializer), self._calls),
+            _guarded(behaviour, parse, self._calls, None if is_stream else serialise),
             request_deserializer=None,
-            response_serializer=handler.response_serializer,
+            response_serializer=handler.response_serializer if is_stream else None,
         )
 
 
@@ -304,11 +345,13 @@ def _guarded(
     behaviour: Callable[[Any, Context], Awaitable[Message | None]],
     parse: Callable[[Any], Any],
     calls: Calls,
-) -> Callable[[Any, Context], Awaitable[Message | None]]:
+    serialise: Callable[[Any], bytes] | None,
+) -> Callable[[Any, Context], Awaitable[bytes | None]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
             with calls.running():
-                return await behaviour(parse(request), context)
+                response = await behaviour(parse(request), context)
+                return response if serialise is None else serialise(response)
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
@@ -321,7 +364,9 @@ def _guarded(
     return guarded
 
 
-def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
+def _parsed(parse: Callable[[bytes], Message], max_bytes: int, data: bytes) -> Message:
+    if len(data) > max_bytes:
+        raise InvalidRequest(f"the message has {len(data)} bytes; at most {max_bytes} are taken")
     try:
         return parse(data)
     except DecodeError:
@@ -334,7 +379,18 @@ async def _parsed_parts(
     parse: Callable[[bytes], Message], parts: AsyncIterator[bytes]
 ) -> AsyncIterator[Message]:
     async for part in parts:
-        yield _parsed(parse, part)
+        yield parse(part)
+
+
+def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any) -> bytes:
+    """A unary response; clients refuse larger ones, without saying which."""
+    data = serialise(response)
+    if len(data) > max_bytes:
+        raise InvalidRequest(
+            f"the answer has {len(data)} bytes; at most {max_bytes} are sent. Ask for one adapter "
+            "at a time"
+        )
+    return data
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -343,9 +399,10 @@ def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredent
     return server.add_secure_port(address, credentials)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _options(max_message_bytes: int, max_connection_age_s: float) -> list[tuple[str, int]]:
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", RECEIVED_AT_MOST * max_message_bytes),
+        ("grpc.max_connection_age_ms", int(1000 * max_connection_age_s)),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a share
         ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished; their rows are freed

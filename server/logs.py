@@ -12,6 +12,8 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, Processor
 
+from lora_runtime.terminal import shown
+
 _SHARED: tuple[Processor, ...] = (
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
@@ -55,15 +57,9 @@ def setup_logging(*, level: str, log_format: str, stream: TextIO | None = None) 
 def _without_control_characters(_: object, __: str, event: EventDict) -> EventDict:
     """Show what clients sent, like an adapter's source, so that no terminal acts on it."""
     for key, value in event.items():
-        if isinstance(value, str) and not value.isprintable():
-            event[key] = "".join(map(_shown, value))
+        if isinstance(value, str):
+            event[key] = shown(value)
     return event
-
-
-def _shown(character: str) -> str:
-    if character.isprintable() or character in "\n\t":
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def _json() -> list[Processor]:

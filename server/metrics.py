@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -38,6 +39,18 @@ REQUEST_BUCKETS = (
     120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 
+
+@dataclass(slots=True, eq=False)
+class Label:
+    """Under which adapter label a request is counted, from its start to its end.
+
+    When the adapter's name is gone its requests count as `OTHER`, their start included.
+    """
+
+    name: str
+    num_in_flight: int = 0
+
+
 VLLM_REASONS = {FinishReason.CANCELLED.value: "abort"}
 """Where vLLM's word for a finish reason differs from ours."""
 
@@ -51,7 +64,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._max_adapter_labels = max_adapter_labels
         self._digests: dict[str, str] = {}
-        self._labelled: set[str] = set()
+        self._labelled: dict[str, Label] = {}
+        self._base, self._other, self._composition = Label(BASE), Label(OTHER), Label(COMPOSITION)
         self._totals = _Totals(self._registry, engine.info.base.name)
         self._adapters = _AdapterSeries(self._registry)
         self._registry.register(_EngineCollector(engine, self._digests))
@@ -62,27 +76,28 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
-    def on_started(self, adapters: tuple[str, ...]) -> None:
-        """Count a request that goes to the engine."""
-        self._adapters.started.labels(self._label(adapters)).inc()
+    def on_started(self, adapters: tuple[str, ...]) -> Label:
+        """Count a request that goes to the engine; what it is counted under is for the others."""
+        label = self._label(adapters)
+        label.num_in_flight += 1
+        self._adapters.started.labels(label.name).inc()
+        return label
 
-    def on_first_token(self, adapters: tuple[str, ...], seconds: float) -> None:
+    def on_first_token(self, label: Label, seconds: float) -> None:
         """Observe the time to a request's first token."""
         self._totals.first_token.observe(seconds)
 
-    def on_tokens(
-        self, adapters: tuple[str, ...], num_tokens: int, seconds_since_last: float | None
-    ) -> None:
+    def on_tokens(self, label: Label, num_tokens: int, seconds_since_last: float | None) -> None:
         """Count new tokens; `seconds_since_last` is None for a request's first ones."""
         self._totals.output_tokens.inc(num_tokens)
-        self._adapters.output_tokens.labels(self._label(adapters)).inc(num_tokens)
+        self._adapters.output_tokens.labels(label.name).inc(num_tokens)
         if seconds_since_last is not None:
             for _ in range(num_tokens):
                 self._totals.inter_token.observe(seconds_since_last / num_tokens)
 
     def on_finished(
         self,
-        adapters: tuple[str, ...],
+        label: Label,
         reason: str,
         num_prompt_tokens: int,
         num_output_tokens: int,
@@ -90,33 +105,36 @@ class Metrics:
         timing: RequestTiming | None,
     ) -> None:
         """Count an ended request; its output tokens were counted as they came."""
-        label = self._label(adapters)
-        self._adapters.finished.labels(label, reason).inc()
-        self._adapters.prompt_tokens.labels(label).inc(num_prompt_tokens)
+        label.num_in_flight -= 1
+        self._adapters.finished.labels(label.name, reason).inc()
+        self._adapters.prompt_tokens.labels(label.name).inc(num_prompt_tokens)
         self._totals.finish(reason, num_prompt_tokens, e2e_s, timing)
 
     def on_adapter_loaded(self, name: str, digest: str, nbytes: int, seconds: float) -> None:
         """Give a loaded adapter series of its own while the cap allows."""
         self._digests[name] = digest
         if len(self._labelled) < self._max_adapter_labels:
-            self._labelled.add(name)
+            self._labelled.setdefault(name, Label(name))
         if name in self._labelled:
             self._adapters.nbytes.labels(name).set(nbytes)
         self._totals.adapter_load.observe(seconds)
 
     def on_adapter_unloaded(self, name: str) -> None:
-        """Delete the adapter's series; what its last requests still do counts as `OTHER`."""
+        """Delete the adapter's series; its last requests, their start too, count as `OTHER`."""
         self._digests.pop(name, None)
-        self._labelled.discard(name)
         self._adapters.forget(name)
+        label = self._labelled.pop(name, None)
+        if label is not None and label.num_in_flight:
+            self._adapters.started.labels(OTHER).inc(label.num_in_flight)
+            label.name = OTHER
 
-    def _label(self, adapters: tuple[str, ...]) -> str:
+    def _label(self, adapters: tuple[str, ...]) -> Label:
         match adapters:
             case ():
-                return BASE
+                return self._base
             case (name,):
-                return name if name in self._labelled else OTHER
-        return COMPOSITION
+                return self._labelled.get(name, self._other)
+        return self._composition
 
 
 class _Totals:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_runtime.core import FinishReason, RequestTiming, StepOutput
 from server.calls import Delta
@@ -16,22 +16,23 @@ if TYPE_CHECKING:
 
 
 class RequestObserver(AdapterObserver, Protocol):
-    """Told how requests and adapters fare; for metrics. `adapters` are names, none is the base."""
+    """Told how requests and adapters fare; for metrics."""
 
-    def on_started(self, adapters: tuple[str, ...]) -> None:
-        """A valid request goes to the engine; exactly one on_finished will follow."""
+    def on_started(self, adapters: tuple[str, ...]) -> Any:
+        """A valid request of these adapters (names; none is the base) goes to the engine; exactly
+        one on_finished will follow. What is returned names the request in the other calls: what
+        adapter names mean may change while it runs.
+        """
 
-    def on_first_token(self, adapters: tuple[str, ...], seconds: float) -> None:
+    def on_first_token(self, request: Any, seconds: float) -> None:
         """Its first token came `seconds` after on_started."""
 
-    def on_tokens(
-        self, adapters: tuple[str, ...], num_tokens: int, seconds_since_last: float | None
-    ) -> None:
+    def on_tokens(self, request: Any, num_tokens: int, seconds_since_last: float | None) -> None:
         """Tokens came, the first ones too; `seconds_since_last` is None for those."""
 
     def on_finished(
         self,
-        adapters: tuple[str, ...],
+        request: Any,
         reason: str,
         num_prompt_tokens: int,
         num_output_tokens: int,
@@ -58,7 +59,7 @@ class RequestMeter:
     def __enter__(self) -> RequestMeter:
         self._begun = time.monotonic()
         self._last: float | None = None
-        self._observer.on_started(self._adapters)
+        self._request = self._observer.on_started(self._adapters)
         return self
 
     def tokens(self, num_tokens: int) -> None:
@@ -67,9 +68,9 @@ class RequestMeter:
             return
         now = time.monotonic()
         if self._last is None:
-            self._observer.on_first_token(self._adapters, now - self._begun)
+            self._observer.on_first_token(self._request, now - self._begun)
         since_last = None if self._last is None else now - self._last
-        self._observer.on_tokens(self._adapters, num_tokens, since_last)
+        self._observer.on_tokens(self._request, num_tokens, since_last)
         self.num_output_tokens += num_tokens
         self._last = now
 
@@ -85,7 +86,7 @@ class RequestMeter:
         traceback: TracebackType | None,
     ) -> None:
         self._observer.on_finished(
-            self._adapters,
+            self._request,
             self._reason or _reason_of(error),
             self._num_prompt_tokens,
             self.num_output_tokens,

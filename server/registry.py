@@ -168,6 +168,17 @@ class Registry:
 
         await self._finish(_all_done([self._spawn(restore_one(name)) for name in self._kept]))
 
+    def holders(self, digest: str) -> tuple[str, ...]:
+        """Names that hold a content of the upload store, or would go back to it; sorted."""
+        sources = [
+            (name, source)
+            for name, record in self._records.items()
+            for source in (record.source, record.former.source if record.former else "")
+        ]
+        for name, kept in self._kept.items():
+            sources += [(name, c.source) for c in (kept.content, kept.former) if c is not None]
+        return tuple(sorted({name for name, source in sources if Path(source).name == digest}))
+
     def check_name(self, name: str) -> None:
         """Raise InvalidRequest (field `name`) for the base's name."""
         if name == self._base_name:

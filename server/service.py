@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import InvalidRequest, LoramuxError, Overloaded, Unavailable
+from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
@@ -32,8 +33,10 @@ from server.calls import (
     Finished,
     GenerateCall,
     Prompt,
+    PromptLimits,
     ServerInfo,
     Started,
+    StoredAdapter,
     TextPrompt,
     TokenPrompt,
     UploadCall,
@@ -47,11 +50,19 @@ from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]
 
+T = TypeVar("T")
 logger = structlog.get_logger(__name__)
 
 NUM_TOKENISERS = 4
 STUCK_S = 10.0
 """Far longer than any one prompt takes."""
+HUGE_TEXT = 1 << 18
+"""Characters from which texts are tokenised one at a time: what is made of one takes fifty times
+its size."""
+MAX_WAITING_HUGE = 64
+MIN_BYTES_PER_TOKEN = 128
+"""A prompt may have so many bytes for each token that fits, if the base's longest has no more: an
+adapter may add tokens."""
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
@@ -89,6 +100,12 @@ class Service:
         self._disk = WorkerPool(
             "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
         )
+        self._huge_texts = WorkerPool(
+            "tokenising long texts", num_threads=1, max_waiting=MAX_WAITING_HUGE
+        )
+        num_tokens = token_limit(engine.info) - 1
+        longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
+        self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._num_preparing = 0
         """Calls whose prompts are being made."""
 
@@ -137,7 +154,7 @@ class Service:
             case TextPrompt(text=text) if len(text) < LONG_TEXT:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
-                return await self._tokenisers.run(self._tokenizer.encode, text)
+                return await self._tokenised(len(text), self._tokenizer.encode, text)
             case ChatPrompt(messages=messages) if side is not None and (
                 side.is_own_template or side.tokenizer is not None
             ):
@@ -145,11 +162,20 @@ class Service:
                 rendered = await self._own_text.render(side, messages)
                 if isinstance(rendered, list):
                     return rendered
-                return await self._tokenisers.run(self._tokenizer.encode_rendered, rendered)
+                encode = self._tokenizer.encode_rendered
+                return await self._tokenised(len(rendered), encode, rendered)
             case ChatPrompt(messages=messages):
-                return await self._tokenisers.run(self._tokenizer.apply_chat_template, messages)
+                size = sum(len(message["content"]) for message in messages)
+                apply = self._tokenizer.apply_chat_template
+                return await self._tokenised(size, apply, messages)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
+
+    async def _tokenised(
+        self, num_characters: int, function: Callable[[T], list[int]], prompt: T
+    ) -> list[int]:
+        pool = self._tokenisers if num_characters < HUGE_TEXT else self._huge_texts
+        return await pool.run(function, prompt)
 
     async def load_adapter(
         self, name: str, source: str, *, replace: bool = False
@@ -157,7 +183,8 @@ class Service:
         """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
         with _refusals_logged(name, source):
             folder, rules = await self._resolve(source)
-            return await self._load(name, folder, source, replace, rules)
+            with self._store.in_use(rules.sha256):
+                return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
@@ -196,6 +223,33 @@ class Service:
         """Take a name away; see `Registry.unload`."""
         return await self._registry.unload(name, cancel=cancel, wait=wait)
 
+    @property
+    def max_store_bytes(self) -> int:
+        """What the store may hold."""
+        return self._store.max_bytes
+
+    async def list_stored_adapters(self) -> list[StoredAdapter]:
+        """Return what uploads have left in the store, and which names hold it."""
+        return [self._with_holders(stored) for stored in await self._store.stored()]
+
+    async def delete_stored_adapter(self, source: str) -> StoredAdapter:
+        """Delete a content from the store; return what it was.
+
+        Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
+        """
+        stored = await self._store.find(source)
+        if holders := self._registry.holders(source):
+            raise AdapterInUse(
+                f"{source} is held by {', '.join(holders)[:200]}; unload that first",
+                field="source",
+            )
+        await self._store.delete(stored)
+        logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
+        return stored
+
+    def _with_holders(self, stored: StoredAdapter) -> StoredAdapter:
+        return replace(stored, adapters=self._registry.holders(stored.source))
+
     def list_adapters(self) -> list[AdapterRecord]:
         """Return every adapter by name."""
         return self._registry.records()
@@ -224,14 +278,15 @@ class Service:
         return self._tokenisers.is_stuck(STUCK_S)
 
     async def _load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
-        record, _ = await self._load(
-            call.name,
-            upload.folder,
-            upload.digest,
-            call.replace,
-            FolderRules(sha256=upload.digest),
-            settle=lambda: self._store.keep(upload),
-        )
+        with self._store.in_use(upload.digest):
+            record, _ = await self._load(
+                call.name,
+                upload.folder,
+                upload.digest,
+                call.replace,
+                FolderRules(sha256=upload.digest),
+                settle=lambda: self._store.keep(upload),
+            )
         return record
 
     async def _resolve(self, source: str) -> tuple[Path, FolderRules]:

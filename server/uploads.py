@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -24,12 +25,13 @@ from lora_runtime.adapters.files.file_names import (
     content_digest,
 )
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import InvalidRequest, Overloaded
-from server.calls import UploadCall, UploadFile
+from lora_runtime.errors import AdapterInUse, AdapterNotFound, InvalidRequest, Overloaded
+from server.calls import StoredAdapter, UploadCall, UploadFile
 
 STALE_S = 86_400
 """Age at which a temporary folder is no running upload's: its server was killed."""
 MAX_RUNNING_UPLOADS = 16
+MAX_STORE_BYTES = 100 << 30
 IDLE_S = 30.0
 """An upload that sends nothing for so long is ended: it holds one of the places above."""
 NUM_DISK_THREADS = 4
@@ -42,15 +44,21 @@ T = TypeVar("T")
 class AdapterStore:
     """Adapters that clients sent, one folder a content: `root`/<SHA-256 of its files>.
 
-    What was stored stays, so that it can be loaded again by that name; the operator deletes it.
+    What was stored stays until it is deleted, so that it can be loaded again by that name.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        """`max_bytes`: of all files of one upload together."""
+    def __init__(
+        self, folder: Path, max_upload_bytes: int, max_bytes: int = MAX_STORE_BYTES
+    ) -> None:
+        """`max_upload_bytes`: of all files of one upload; `max_bytes`: of all that is stored."""
         self.root = folder / "adapters"
         self._incoming = folder / "incoming"
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
         self._num_running = 0
+        self._num_announced = 0
+        """Bytes of the uploads that are running."""
+        self._in_use: Counter[str] = Counter()
         self._disk = WorkerPool(
             "uploads", num_threads=NUM_DISK_THREADS, max_waiting=2 * MAX_RUNNING_UPLOADS
         )
@@ -61,17 +69,21 @@ class AdapterStore:
 
         Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
         named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
-        Overloaded when the disk is full, or too many uploads are running.
+        Overloaded when disk or store is full, or too many uploads are running.
         """
         self._check(call)
         if self._num_running >= MAX_RUNNING_UPLOADS:
             raise Overloaded(f"{self._num_running} uploads are running already; try again later")
+        num_bytes = sum(file.num_bytes for file in call.files)
         self._num_running += 1
+        self._num_announced += num_bytes
         try:
+            await self._check_room()
             async with self._received_in_folder(call, data) as upload:
                 yield upload
         finally:
             self._num_running -= 1
+            self._num_announced -= num_bytes
 
     @asynccontextmanager
     async def _received_in_folder(
@@ -90,6 +102,59 @@ class AdapterStore:
     def digest_of(self, folder: Path) -> str:
         """Return the digest that a stored folder's files must have, "" for any other folder."""
         return folder.name if folder.parent == self.root.resolve() else ""
+
+    @contextmanager
+    def in_use(self, digest: str) -> Iterator[None]:
+        """Keep a content from being deleted while the context lasts; "" is none."""
+        self._in_use[digest] += 1
+        try:
+            yield
+        finally:
+            self._in_use[digest] -= 1
+
+    async def stored(self) -> list[StoredAdapter]:
+        """Return what the store holds, by digest."""
+        return await self._in_thread(self._scan)
+
+    async def find(self, digest: str) -> StoredAdapter:
+        """Return one content. Raises AdapterNotFound (field `source`)."""
+        found = next((stored for stored in await self.stored() if stored.source == digest), None)
+        if found is None:
+            raise AdapterNotFound(f"{digest[:128]!r} is not in the store", field="source")
+        return found
+
+    async def delete(self, stored: StoredAdapter) -> None:
+        """Delete a content. Raises AdapterInUse (field `source`) while it is being loaded.
+
+        It leaves the store before anything is awaited, so that what a caller has just made sure of
+        still holds.
+        """
+        if self._in_use[stored.source]:
+            raise AdapterInUse(f"{stored.source} is being loaded; try again later", field="source")
+        self._incoming.mkdir(exist_ok=True)
+        trash = Path(tempfile.mkdtemp(dir=self._incoming))
+        try:
+            os.rename(self.root / stored.source, trash)
+        except FileNotFoundError:
+            pass  # another call has just deleted it
+        await self._in_thread(shutil.rmtree, trash, ignore_errors=True)
+
+    async def _check_room(self) -> None:
+        num_stored = sum(stored.num_bytes for stored in await self.stored())
+        if num_stored + self._num_announced > self.max_bytes:
+            raise Overloaded(
+                f"the adapter store would have {num_stored + self._num_announced} bytes and may "
+                f"have {self.max_bytes}; delete stored adapters that nobody needs"
+            )
+
+    def _scan(self) -> list[StoredAdapter]:
+        found = []
+        for folder in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            with suppress(FileNotFoundError, NotADirectoryError):  # it has just been deleted
+                num_bytes = sum(entry.stat().st_size for entry in os.scandir(folder))
+                at = folder.stat().st_mtime
+                found.append(StoredAdapter(source=folder.name, num_bytes=num_bytes, stored_at_s=at))
+        return found
 
     async def keep(self, upload: Upload) -> None:
         """Move an upload into the store, at once.
@@ -120,9 +185,10 @@ class AdapterStore:
             if name not in names:
                 raise InvalidRequest(f"{name} is not announced; send it too", field="start.files")
         num_bytes = sum(file.num_bytes for file in call.files)
-        if num_bytes > self._max_bytes:
+        if num_bytes > self._max_upload_bytes:
             raise InvalidRequest(
-                f"the files have {num_bytes} bytes; this server takes {self._max_bytes} at most",
+                f"the files have {num_bytes} bytes; this server takes {self._max_upload_bytes} at "
+                "most",
                 field="start.files",
             )
 

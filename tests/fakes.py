@@ -45,6 +45,7 @@ class ByteTokenizer:
     eos_token_ids = frozenset({EOS_ID})
     vocab_size = VOCAB_SIZE
     has_chat_template = True
+    longest_token = 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 50
 MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
-    ["lora_runtime.errors"],
+    ["lora_runtime.errors", "lora_runtime.terminal"],
     ["lora_runtime.config"],
     ["lora_runtime.core"],
     ["lora_runtime.text", "lora_runtime.kernels"],
@@ -76,8 +76,8 @@ DOORS = {
     "pydantic": ["server.config"],
     "pydantic_settings": ["server.config"],
     "regex": ["lora_runtime.adapters.config.matching"],
-    "rich": ["server.cli", "server.cli_*", "lora_runtime.training.progress",
-             "lora_runtime.training.trainer"],
+    "rich": ["lora_runtime.terminal", "lora_runtime.training.progress",
+             "lora_runtime.training.trainer", "server.cli", "server.cli_*"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
     "starlette": ["server.http_gateway", "server.app"],

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from lora_runtime.adapters.packed_adapter import PackedAdapter
+from lora_runtime.errors import Overloaded
 
 
 class HostCache:
     """Reference-counted packed adapters, keyed by digest."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """`max_bytes`: of all adapters together; None: half of the machine's memory."""
+        self._max_bytes = max_bytes or _machine_bytes() // 2
         self._adapters: dict[str, PackedAdapter] = {}
         self._references: dict[str, int] = {}
 
@@ -21,6 +26,14 @@ class HostCache:
     @property
     def nbytes(self) -> int:
         return sum(adapter.nbytes for adapter in self._adapters.values())
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise Overloaded where an adapter of so many bytes finds no room beside the others."""
+        if self.nbytes + num_bytes > self._max_bytes:
+            raise Overloaded(
+                f"adapters take {self.nbytes} bytes of host memory, this one {num_bytes} more, and "
+                f"{self._max_bytes} are allowed; unload some first"
+            )
 
     def add(self, adapter: PackedAdapter) -> None:
         """Keep `adapter`, or gain a reference if its content is here already."""
@@ -44,3 +57,7 @@ class HostCache:
         """Forget an adapter without references."""
         assert not self.is_referenced(digest)
         del self._adapters[digest], self._references[digest]
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

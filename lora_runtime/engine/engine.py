@@ -52,7 +52,7 @@ class Engine:
         self.base, self.config = base, config
         like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
         max_slots = config.adapters.max_slots
-        self.host = HostCache()
+        self.host = HostCache(config.adapters.host_bytes)
         has_graphs = config.cuda_graphs and base.device.type == "cuda"
         self.pool = AdapterPool(
             base.spec.shapes,
@@ -140,10 +140,12 @@ class Engine:
     def add_packed(self, adapter: PackedAdapter) -> None:
         """Keep an adapter, or gain a reference to its content.
 
-        Raises AdapterTooLarge, and AdapterRefused for more layers than are served.
+        Raises AdapterTooLarge, Overloaded where host memory has no room for it, and AdapterRefused
+        for more layers than are served.
         """
         check_depth(adapter.layer_map, self.info.max_adapter_layers)
         if adapter.digest not in self.host:
+            self.host.check_room(adapter.nbytes)
             self.slots.register(adapter.digest, adapter.nbytes)
         self.host.add(adapter)
 

@@ -50,6 +50,11 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return len(self._inner)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token, as the vocabulary writes it: at least those of its text."""
+        return max(len(token.encode()) for token in self._inner.get_vocab())
+
     @property
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None

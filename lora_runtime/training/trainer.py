@@ -28,6 +28,7 @@ from lora_runtime.base.loader import Base, configured_length, load_base
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
+from lora_runtime.terminal import Terminal
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
@@ -63,7 +64,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[UnitResul
     """
     expand(config.units)
     with joined(config.base) as (world, base_config), run_folder(config, world):
-        console = (console or Console()) if world.is_main else Console(quiet=True)
+        console = (console or Terminal()) if world.is_main else Terminal(quiet=True)
         with console.status("loading the base") as status:
             base, tokenizer, data = load_all_of(config, base_config, status.update)
         with stop_on_signals() as should_stop:

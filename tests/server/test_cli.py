@@ -185,7 +185,8 @@ def test_no_server_is_one_line_that_names_the_address(invoke):
 @pytest.mark.parametrize(
     "command",
     ["", "serve", "generate", "adapters", "adapters load", "adapters unload", "adapters list",
-     "adapters show", "adapters upload", "adapters rollback", "train", "merge", "doctor"],
+     "adapters show", "adapters upload", "adapters rollback", "adapters stored",
+     "adapters delete", "train", "merge", "doctor"],
 )  # fmt: skip
 def test_every_command_and_option_explains_itself(invoke, command):
     result = invoke(*command.split(), "--help")

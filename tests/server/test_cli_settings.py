@@ -142,7 +142,8 @@ def test_other_commands_take_the_servers_settings(invoke, monkeypatch, tmp_path,
 
 REQUIRED = {
     "generate": ["hi"], "merge": ["a", "b"], "adapters load": ["a", "b"],
-    "adapters upload": ["a", "b"], "adapters rollback": ["a"], "adapters unload": ["a"],
+    "adapters upload": ["a", "b"], "adapters rollback": ["a"], 
+    "adapters delete": ["a"], "adapters stored": [], "adapters unload": ["a"],
     "adapters show": ["a"], "adapters verify": ["a"], "adapters convert": ["a", "b"],
     "train": ["--data", "d", "--output", "o"],
 }  # fmt: skip

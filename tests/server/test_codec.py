@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import pytest
 
 from lora_runtime.core import FinishReason
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
-from protos.loramux.v1.generation_pb2 import GenerateRequest
+from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
 from server.calls import (
@@ -14,14 +17,24 @@ from server.calls import (
     AdapterState,
     ChatPrompt,
     Finished,
+    PromptLimits,
     TextPrompt,
     TokenPrompt,
 )
-from server.codec import FEATURES, REFUSED_FEATURES, adapter_name, decode_generate, encode_event
+from server.codec import (
+    FEATURES,
+    REFUSED_FEATURES,
+    adapter_name,
+    decode_generate,
+    decode_prompt,
+    encode_event,
+)
+
+LIMITS = PromptLimits(num_tokens=100, num_bytes=3200)
 
 
 def decode(**fields: object):
-    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), timeout_s=None)
+    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), None, LIMITS)
 
 
 def selections(**weights: float) -> list[AdapterSelection]:
@@ -59,10 +72,12 @@ def test_the_three_kinds_of_input() -> None:
     chat = GenerateRequest()
     chat.messages.messages.add(role="user", content="hi")
     tokens = GenerateRequest(token_ids={"ids": [1, 2]})
-    assert decode_generate(chat, None).prompt == ChatPrompt(({"role": "user", "content": "hi"},))
-    assert decode_generate(tokens, None).prompt == TokenPrompt((1, 2))
+    assert decode_generate(chat, None, LIMITS).prompt == ChatPrompt(
+        ({"role": "user", "content": "hi"},)
+    )
+    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1, 2))
     with pytest.raises(InvalidRequest) as caught:
-        decode_generate(GenerateRequest(), None)
+        decode_generate(GenerateRequest(), None, LIMITS)
     assert caught.value.field == "input"
 
 
@@ -163,9 +178,13 @@ def test_the_edges_of_what_adapters_and_salts_may_be() -> None:
 )
 def test_a_client_is_its_tenant_or_else_its_address(peers: list[str], num_clients: int) -> None:
     request = GenerateRequest(text="Hello")
-    assert len({decode_generate(request, None, peer).client for peer in peers}) == num_clients
+    assert (
+        len({decode_generate(request, None, LIMITS, peer).client for peer in peers}) == num_clients
+    )
     request.tenant = peers[0]
-    assert {decode_generate(request, None, peer).client for peer in peers} == {f"tenant:{peers[0]}"}
+    assert {decode_generate(request, None, LIMITS, peer).client for peer in peers} == {
+        f"tenant:{peers[0]}"
+    }
 
 
 @pytest.mark.parametrize("priority", [-(2**31), -1, 0, 2**31 - 1])
@@ -206,3 +225,58 @@ def test_every_state_has_a_wire_name() -> None:
     assert {f"ADAPTER_STATE_{state.name}" for state in AdapterState} == set(WireState.keys()) - {
         "ADAPTER_STATE_UNSPECIFIED"
     }
+
+
+TOO_MUCH = {
+    "text": ({"text": "é" * 1601}, "text"),
+    "ids": ({"token_ids": {"ids": [1] * 101}}, "token_ids"),
+    "turns": ({"messages": {"messages": [{"role": "user"}] * 101}}, "messages"),
+    "a turn": ({"messages": {"messages": [{"role": "user", "content": "x" * 3201}]}}, "messages"),
+    "a role": ({"messages": {"messages": [{"role": "x" * 3201}]}}, "messages"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_copied(case) -> None:
+    fields, field = TOO_MUCH[case]
+    with pytest.raises(InvalidRequest, match="at most") as caught:
+        decode_generate(GenerateRequest(**fields), None, LIMITS)
+    assert caught.value.field == field
+    if field != "token_ids":
+        with pytest.raises(InvalidRequest, match="at most"):
+            decode_prompt(TokenizeRequest(**fields), LIMITS)
+
+
+def test_what_just_fits_is_decoded() -> None:
+    assert decode(text="é" * 1600).prompt == TextPrompt("é" * 1600)
+    tokens = GenerateRequest(token_ids={"ids": [1] * 100})
+    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1,) * 100)
+
+
+HUGE = {
+    "token ids": ({"token_ids": {"ids": [5] * 8_000_000}}, "token_ids"),
+    "text": ({"text": "x" * 8_000_000}, "text"),
+    "turns": ({"messages": {"messages": [{}] * 2_000_000}}, "messages"),
+    "stop ids": ({"sampling": {"stop_token_ids": [5] * 8_000_000}}, "sampling.stop_token_ids"),
+    "adapters": ({"adapters": [{"name": "a"}] * 1_000_000}, "adapters"),
+}
+
+
+PROMPTS = ("token ids", "text", "turns")
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_a_huge_request_costs_little_more_than_its_bytes(case) -> None:
+    """8 MB took 0.1 to 4 s and up to 600 MB as Python objects, on the event loop."""
+    fields, field = HUGE[case]
+    request = GenerateRequest(**{**({} if case in PROMPTS else {"text": "hi"}), **fields})
+    tracemalloc.start()
+    try:
+        begun = time.process_time()
+        with pytest.raises(InvalidRequest) as caught:
+            decode_generate(request, None, LIMITS)
+        seconds, peak = time.process_time() - begun, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.field == field
+    assert seconds < 0.1 and peak < 20 << 20

@@ -20,7 +20,7 @@ from lora_runtime.errors import AdapterFailed, AdapterNotFound, ConfigError
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.client_channel import Stubs
 from server.errors import INTERNAL_MESSAGE
-from server.grpc_server import MAX_MESSAGE_BYTES, SERVICE_NAMES, start_grpc
+from server.grpc_server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
 from tests.server.world import World, until
 
 Code = grpc.StatusCode
@@ -158,13 +158,13 @@ async def test_text_that_is_not_utf8_is_an_invalid_argument(serve) -> None:
         assert await world.client.generate("ab", max_tokens=2).text() == "ab"
 
 
-async def test_a_message_over_the_cap_is_refused_by_grpc(serve) -> None:
+async def test_a_message_far_over_the_cap_is_refused_by_grpc(serve) -> None:
     async with serve() as world, stubs_of(world) as stubs:
-        request = generation_pb2.TokenizeRequest(text="a" * MAX_MESSAGE_BYTES)
+        request = generation_pb2.TokenizeRequest(text="a" * (RECEIVED_AT_MOST * MAX_MESSAGE_BYTES))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stubs.generation.Tokenize(request)
         assert caught.value.code() is Code.RESOURCE_EXHAUSTED
-        assert len(await world.client.tokenize("a" * 100_000)) == 100_000
+        assert len(await world.client.tokenize("a" * 60_000)) == 60_000
 
 
 async def test_a_rollback_without_a_former_content_is_refused(serve) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
+from collections import Counter
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -116,12 +118,12 @@ def test_the_engine_is_read_at_every_scrape(metrics, engine):
 def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):
     metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
     for adapters, num_tokens in (((), 4), (("pirate",), 5)):
-        metrics.on_started(adapters)
-        metrics.on_first_token(adapters, 0.05)
-        metrics.on_tokens(adapters, 1, None)
-        metrics.on_tokens(adapters, num_tokens - 1, 0.3)
+        request = metrics.on_started(adapters)
+        metrics.on_first_token(request, 0.05)
+        metrics.on_tokens(request, 1, None)
+        metrics.on_tokens(request, num_tokens - 1, 0.3)
         timing = RequestTiming(queue_s=1.0, prefill_s=2.0, decode_s=4.0)
-        metrics.on_finished(adapters, "stop", 10, num_tokens, 7.0, timing)
+        metrics.on_finished(request, "stop", 10, num_tokens, 7.0, timing)
     for adapter, num_tokens in (("", 4), ("pirate", 5)):
         assert value(metrics, "loramux:requests_started_total", adapter=adapter) == 1
         ended = value(metrics, "loramux:requests_total", adapter=adapter, finished_reason="stop")
@@ -140,9 +142,10 @@ def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):
 
 
 def test_time_between_tokens_is_per_token_and_leaves_out_the_first(metrics):
-    metrics.on_tokens((), 2, None)
+    request = metrics.on_started(())
+    metrics.on_tokens(request, 2, None)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 0
-    metrics.on_tokens((), 3, 0.6)
+    metrics.on_tokens(request, 3, 0.6)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", **TINY) == 3
     total = value(metrics, "vllm:inter_token_latency_seconds_sum", **TINY)
     assert total == pytest.approx(0.6)
@@ -151,7 +154,7 @@ def test_time_between_tokens_is_per_token_and_leaves_out_the_first(metrics):
 
 
 def test_a_cancelled_request_has_vllms_word_for_it_and_no_phases(metrics):
-    metrics.on_finished((), "cancelled", 3, 0, 0.5, None)
+    metrics.on_finished(metrics.on_started(()), "cancelled", 3, 0, 0.5, None)
     assert value(metrics, "vllm:request_success_total", **TINY, finished_reason="abort") == 1
     ours = value(metrics, "loramux:requests_total", adapter="", finished_reason="cancelled")
     assert ours == 1
@@ -160,14 +163,48 @@ def test_a_cancelled_request_has_vllms_word_for_it_and_no_phases(metrics):
 
 def test_series_of_an_unloaded_adapter_are_deleted_and_do_not_come_back(metrics):
     metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
-    metrics.on_started(("pirate",))
-    metrics.on_finished(("pirate",), "stop", 1, 1, 1.0, None)
+    metrics.on_finished(metrics.on_started(("pirate",)), "stop", 1, 1, 1.0, None)
+    request = metrics.on_started(("pirate",))
     assert b'"pirate"' in metrics.render()[0]
     metrics.on_adapter_unloaded("pirate")
-    metrics.on_tokens(("pirate",), 5, 0.1)
-    metrics.on_finished(("pirate",), "cancelled", 1, 6, 1.0, None)
+    metrics.on_tokens(request, 5, 0.1)
+    metrics.on_finished(request, "cancelled", 1, 6, 1.0, None)
     assert b"pirate" not in metrics.render()[0]
     assert value(metrics, "loramux:generation_tokens_total", adapter="_other") == 5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_has_started_is_what_has_ended_and_what_runs(engine, seed):
+    """Under every label, whatever was loaded, replaced and unloaded in between."""
+    rng = random.Random(seed)
+    metrics, running = Metrics(engine, max_adapter_labels=2), []
+    for _ in range(300):
+        name = rng.choice("abcd")
+        match rng.randrange(5):
+            case 0:
+                metrics.on_adapter_loaded(name, f"d{name}", 1, 0.1)
+            case 1:
+                metrics.on_adapter_unloaded(name)
+            case 2 if running:
+                request = running.pop(rng.randrange(len(running)))
+                metrics.on_finished(request, rng.choice(("stop", "error")), 1, 1, 0.1, None)
+            case _:
+                adapters = rng.choice(((), (name,), (name,), (name, "e")))
+                running.append(metrics.on_started(adapters))
+    open_under = Counter()
+    for (name, labels), count in scrape(metrics).items():
+        if name == "loramux:requests_started_total":
+            open_under[dict(labels)["adapter"]] += count
+        elif name == "loramux:requests_total":
+            open_under[dict(labels)["adapter"]] -= count
+    assert all(count >= 0 for count in open_under.values()), open_under
+    assert sum(open_under.values()) == len(running)
+    for request in running:
+        metrics.on_finished(request, "stop", 1, 1, 0.1, None)
+    assert value(metrics, "vllm:request_success_total", **TINY, finished_reason="stop")
+    shown = scrape(metrics)
+    started = sum(n for (name, _), n in shown.items() if name == "loramux:requests_started_total")
+    assert started == sum(n for (name, _), n in shown.items() if name == "loramux:requests_total")
 
 
 def test_adapters_beyond_the_cap_share_one_label(engine):
@@ -194,9 +231,9 @@ def test_every_composition_shares_one_label(metrics):
     for name in ("a", "b", "c"):
         metrics.on_adapter_loaded(name, f"d{name}", 1, 0.1)
     for names in (("a", "b"), ("b", "c"), ("a", "b", "c"), ("a", "ghost")):
-        metrics.on_started(names)
-        metrics.on_tokens(names, 3, None)
-        metrics.on_finished(names, "stop", 5, 3, 1.0, None)
+        request = metrics.on_started(names)
+        metrics.on_tokens(request, 3, None)
+        metrics.on_finished(request, "stop", 5, 3, 1.0, None)
     assert labels_of(metrics, "loramux:requests_started_total", "adapter") == {"_composition"}
     assert value(metrics, "loramux:requests_started_total", adapter="_composition") == 4
     assert value(metrics, "loramux:generation_tokens_total", adapter="_composition") == 12

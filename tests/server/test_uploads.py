@@ -237,6 +237,7 @@ async def test_an_upload_cancelled_while_it_loads_is_loaded_and_kept(serve, tmp_
         await asyncio.sleep(0.05)
         world.engine.load_gate.set()
         await until(lambda: len([n for n in left_behind(world) if n.startswith("adapters")]) == 2)
+        await until(lambda: world.registry.get("x").state == "loaded")  # it is stored just before
         assert world.registry.resolve("x").digest[0] == "a"
 
 

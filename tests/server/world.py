@@ -23,14 +23,14 @@ MAX_UPLOAD_BYTES = 4 << 20
 
 @dataclass
 class RecordingObserver:
-    """Keeps every call as (name, arguments)."""
+    """Keeps every call as (name, arguments); a request is named by its adapters."""
 
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if not name.startswith("on_"):
             raise AttributeError(name)
-        return lambda *args: self.calls.append((name, args))
+        return lambda *args: self.calls.append((name, args)) or args[0]
 
     def of(self, name: str) -> list[tuple[Any, ...]]:
         return [args for called, args in self.calls if called == name]

@@ -187,3 +187,41 @@ class GetAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     adapter: AdapterInfo
     def __init__(self, adapter: _Optional[_Union[AdapterInfo, _Mapping]] = ...) -> None: ...
+
+class StoredAdapter(_message.Message):
+    __slots__ = ("source", "num_bytes", "stored_at_s", "adapters")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    num_bytes: int
+    stored_at_s: float
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, source: _Optional[str] = ..., num_bytes: _Optional[int] = ..., stored_at_s: _Optional[float] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListStoredAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListStoredAdaptersResponse(_message.Message):
+    __slots__ = ("stored", "num_bytes", "max_bytes")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    stored: _containers.RepeatedCompositeFieldContainer[StoredAdapter]
+    num_bytes: int
+    max_bytes: int
+    def __init__(self, stored: _Optional[_Iterable[_Union[StoredAdapter, _Mapping]]] = ..., num_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class DeleteStoredAdapterRequest(_message.Message):
+    __slots__ = ("source",)
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    def __init__(self, source: _Optional[str] = ...) -> None: ...
+
+class DeleteStoredAdapterResponse(_message.Message):
+    __slots__ = ("stored",)
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    stored: StoredAdapter
+    def __init__(self, stored: _Optional[_Union[StoredAdapter, _Mapping]] = ...) -> None: ...

@@ -65,6 +65,16 @@ class AdapterServiceStub:
                 request_serializer=loramux_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
                 response_deserializer=loramux_dot_v1_dot_adapters__pb2.GetAdapterResponse.FromString,
                 _registered_method=True)
+        self.ListStoredAdapters = channel.unary_unary(
+                '/loramux.v1.AdapterService/ListStoredAdapters',
+                request_serializer=loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersRequest.SerializeToString,
+                response_deserializer=loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersResponse.FromString,
+                _registered_method=True)
+        self.DeleteStoredAdapter = channel.unary_unary(
+                '/loramux.v1.AdapterService/DeleteStoredAdapter',
+                request_serializer=loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterRequest.SerializeToString,
+                response_deserializer=loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -116,6 +126,20 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListStoredAdapters(self, request, context):
+        """What uploads have left in the server's store. It stays when its names are unloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteStoredAdapter(self, request, context):
+        """Delete stored content; one that a name holds, or would go back to, is refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +172,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.GetAdapter,
                     request_deserializer=loramux_dot_v1_dot_adapters__pb2.GetAdapterRequest.FromString,
                     response_serializer=loramux_dot_v1_dot_adapters__pb2.GetAdapterResponse.SerializeToString,
+            ),
+            'ListStoredAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStoredAdapters,
+                    request_deserializer=loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersRequest.FromString,
+                    response_serializer=loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersResponse.SerializeToString,
+            ),
+            'DeleteStoredAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteStoredAdapter,
+                    request_deserializer=loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterRequest.FromString,
+                    response_serializer=loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +347,60 @@ class AdapterService:
             '/loramux.v1.AdapterService/GetAdapter',
             loramux_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
             loramux_dot_v1_dot_adapters__pb2.GetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStoredAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.v1.AdapterService/ListStoredAdapters',
+            loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersRequest.SerializeToString,
+            loramux_dot_v1_dot_adapters__pb2.ListStoredAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteStoredAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.v1.AdapterService/DeleteStoredAdapter',
+            loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterRequest.SerializeToString,
+            loramux_dot_v1_dot_adapters__pb2.DeleteStoredAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from lora_runtime.adapters.packed_adapter import ALIGNMENT, pack, packed_bytes
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterPlacement
+from lora_runtime.errors import Overloaded
 from lora_runtime.kernels import NO_RUN, Run
 from tests.driver import tiny_engine
 from tests.tiny import tiny_base, tiny_checkpoint
@@ -147,6 +149,23 @@ def test_the_host_keeps_one_copy_of_the_bytes_and_none_of_the_form(base, tmp_pat
     assert not any(tensor() is not None for tensor in tensors)
     assert engine.host.nbytes == size == engine.host[digest].storage.untyped_storage().nbytes()
     assert engine.host[digest].storage.data_ptr() == kept
+
+
+def test_host_memory_is_bounded_and_equal_content_takes_none(base, forms):
+    one, other = forms["lora"], forms["dora"]
+    size = pack(one, torch.float32).nbytes
+    engine = tiny_engine(base, host_bytes=size)
+    engine.add_adapter(one)
+    engine.add_adapter(one)
+    with pytest.raises(Overloaded, match=f"{size} are allowed; unload"):
+        engine.add_adapter(other)
+    assert engine.host.nbytes == size
+    for _ in range(2):
+        engine.drop_adapter(one.digest)
+    engine.collect()
+    with pytest.raises(Overloaded) if pack(other, torch.float32).nbytes > size else nullcontext():
+        engine.add_adapter(other)
+    engine.check_integrity()
 
 
 def test_equal_content_is_counted_and_kept_until_it_is_removed(forms):
