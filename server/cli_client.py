@@ -159,7 +159,14 @@ def load(
         response = client.load_adapter(name, source, replace=replace)
     if response.already_loaded:
         echo(f"{name} was loaded already, with the same content")
-    Terminal(markup=False).print(adapter_table([response.adapter]))
+    show_loaded(response.adapter)
+
+
+def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
+    """A row of the table, and below it what must be known of the adapter."""
+    Terminal(markup=False).print(adapter_table([adapter]))
+    for note in adapter.notes:
+        echo(f"note: {note}", is_error=True)
 
 
 @adapters.command("unload", cls=Command)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lora_runtime.terminal import Terminal, echo
 from protos.loramux.v1 import adapters_pb2
-from server.cli_client import Address, Name, adapter_table
+from server.cli_client import Address, Name, show_loaded
 from server.client import DEFAULT_TARGET, Client
 
 
@@ -28,14 +28,14 @@ def upload(
     """Send an adapter's files to a running server and load them there."""
     with Client(address) as client:
         info = send_folder(client, name, folder, replace=replace)
-    Terminal(markup=False).print(adapter_table([info]))
+    show_loaded(info)
 
 
 def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
     """Give a name the content it had before its last replacement; once more: forward again."""
     with Client(address) as client:
         info = client.rollback_adapter(name)
-    Terminal(markup=False).print(adapter_table([info]))
+    show_loaded(info)
 
 
 def stored(address: Address = DEFAULT_TARGET) -> None:

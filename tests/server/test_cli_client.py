@@ -32,6 +32,8 @@ async def test_what_an_adapter_brings_is_shown_and_not_obeyed(serve) -> None:
             assert f"template: {SHOWN}" in result.output
             assert not set("\x1b\x07\x9b\u202e") & set(result.output)
         assert f"note {SHOWN}" in result.output and f"honoured k{SHOWN}" in result.output
+        loaded = await ask(world, "adapters", "load", "x", world.registry.get("x").source)
+        assert loaded.exit_code == 0 and f"note: note {SHOWN}" in loaded.stderr
 
 
 async def test_errors_and_notes_of_a_server_are_shown_and_not_obeyed(serve, monkeypatch) -> None:
