@@ -21,6 +21,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from lora_runtime.temporary_folder import temporary_folder
 from protos.loramux.v1.adapters_pb2 import AdapterState
 from server import app
 from server.app import Ports
@@ -461,3 +462,20 @@ async def test_every_change_is_a_line_of_the_log(host):
     replaced = lines[[line["event"] for line in lines].index("adapter replaced")]
     assert replaced["digest"][0] == "b" and replaced["former_digest"][0] == "a"
     assert replaced["source"] == "two" and replaced["seconds"] >= 0
+
+
+async def test_what_a_killed_server_was_receiving_is_removed_at_the_start(host):
+    incoming = host.folder / "store" / "incoming"
+    (incoming / "half").mkdir(parents=True)
+    (incoming / "half" / "adapter_model.safetensors").write_text("a")
+    async with host.serving():
+        assert list(incoming.iterdir()) == []
+
+
+async def test_another_server_may_be_receiving_into_the_same_folder(host):
+    incoming = host.folder / "store" / "incoming"
+    incoming.mkdir(parents=True)
+    with temporary_folder(incoming) as running:
+        async with host.serving() as client:
+            await client.upload_adapter("x", host.roots / host.write("one", "a1"))
+            assert list(incoming.iterdir()) == [running]
