@@ -283,7 +283,7 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
 
 async def _load_adapters(config: ServerConfig, service: Service) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
-    await service.restore_adapters()
+    await service.restore_adapters(config.adapter)
     for name, path in config.adapter.items():
         await service.preload(name, path)
 

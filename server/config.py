@@ -250,10 +250,17 @@ def load_config(
 def check_environment(others: Collection[str] = ()) -> None:
     """Raise ConfigError for a variable LORAMUX_… that is none of the settings, nor of `others`,
     which are names without the prefix. One that is misspelt would change nothing, in silence.
+    So would an empty one, or it would be a value of its own, as the setting has it: it is an error
+    too.
     """
     known = {*map(str.upper, ServerConfig.model_fields), *others, *OTHER_VARIABLES}
     for variable in sorted(os.environ):
         name = variable.removeprefix(PREFIX)
+        if name in known and not os.environ[variable]:
+            raise ConfigError(
+                f"{variable} is set in the environment and empty; give it a value or unset it",
+                field=variable,
+            )
         if name == variable or name in known or SERVICE_LINK.fullmatch(name):
             continue
         near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)

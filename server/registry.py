@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -44,8 +44,8 @@ Review: TypeAlias = Callable[[LoadedAdapter], Awaitable[Reviewed]]
 """Judges new content beside its tensors: gives its text side and notes, or raises."""
 Settle: TypeAlias = Callable[[], Awaitable[None]]
 """Puts new content where its source says that it is, before the name is kept."""
-Resolve: TypeAlias = Callable[[str], Awaitable[tuple[Path, FolderRules]]]
-"""From a source to its folder and what must hold of it."""
+Resolve: TypeAlias = Callable[[str, str], Awaitable[tuple[Path, FolderRules]]]
+"""From a name and its source to the folder and what must hold of it."""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
@@ -147,16 +147,21 @@ class Registry:
 
         Other content under a known name is refused unless `replace`; then the name is swapped at
         once and the old content stays for a rollback, in the place of the one kept before, which
-        leaves when its last request ends. `review` adds to its notes, and `settle` is awaited
-        before the name points to it. Raises AdapterExists, InvalidRequest (the base's name) and
-        whatever the engine and those two raise; nothing has changed then.
+        leaves when its last request ends. The same content from another source is read from there
+        after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
+        `review` adds to its notes, and `settle` is awaited before the name points to it. Raises
+        AdapterExists, InvalidRequest (the base's name) and whatever the engine and those two
+        raise; nothing has changed then.
         """
         self.check_name(name)
         return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
 
-    async def restore(self, resolve: Resolve, review: Review = no_review) -> None:
+    async def restore(
+        self, resolve: Resolve, review: Review = no_review, *, coming: Collection[str] = ()
+    ) -> None:
         """Load what the names held when they were kept last. A content that cannot be found any
         more, or has become another, leaves its name FAILED; it stays kept until it is unloaded.
+        That is no error of the names in `coming`, which are loaded anew right after.
         """
         room = asyncio.Semaphore(NUM_RESTORED_AT_ONCE)
 
@@ -164,7 +169,7 @@ class Registry:
             async with room, self._lock(name):
                 kept, record = self._kept.get(name), self._records.get(name)
                 if kept and record and record.state is AdapterState.REGISTERED:
-                    await self._restore(kept, record, resolve, review)
+                    await self._restore(kept, record, resolve, review, name in coming)
 
         await self._finish(_all_done([self._spawn(restore_one(name)) for name in self._kept]))
 
@@ -231,23 +236,46 @@ class Registry:
                     reviewed = await self._reviewed(name, folder, source, loaded, review)
                 if settle is not None:
                     await settle()
-                if not is_same:
-                    await self._keep(KeptName(name, content, self._content(held)))
+                if not (is_same and rules == ANY_FOLDER):
+                    await self._keep(KeptName(name, content, self._former_of(name, loaded)))
             except BaseException as error:
                 await self._give_up(name, loaded, error)
                 raise
             if held is not None and is_same:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
+                held.source = held.source if rules == ANY_FOLDER else source
                 return held, True
-            record = self._records[name] = _record(name, source, loaded, reviewed)
+            record = _record(name, source, loaded, reviewed)
+            self._point(name, record)
             seconds = time.monotonic() - begun
             self._observer.on_adapter_loaded(name, loaded.digest, loaded.nbytes, seconds)
-            if held is not None:
-                record.former, oldest, held.former = held, held.former, None
-                if oldest is not None:
-                    self._drain(oldest, cancel=False)
             self._log("replaced" if held else "loaded", record, seconds=round(seconds, 3))
             return record, False
+
+    def _point(self, name: str, record: AdapterRecord) -> None:
+        """Let a name point to new content, with what it held as the former one; where it held
+        nothing after a restart, its former one stays."""
+        before, self._records[name] = self._records[name], record
+        oldest, before.former = before.former, None
+        if before.loaded is not None:
+            record.former = before
+        elif oldest is not None and oldest.loaded != record.loaded:
+            record.former, oldest = oldest, None
+        if oldest is not None:
+            self._drain(oldest, cancel=False)
+
+    def _former_of(self, name: str, loaded: LoadedAdapter) -> Content | None:
+        """What is kept as the former content of a name that gets this one; see `_point`. What
+        could not be loaded again is kept where there is no other: it may come back."""
+        record, kept = self._records[name], self._kept.get(name)
+        if record.loaded is not None and record.loaded != loaded:
+            return self._content(record)
+        if kept is None:
+            return None
+        if kept.content.is_of(loaded):
+            return kept.former
+        former = record.former
+        return kept.content if former is None or former.loaded == loaded else self._content(former)
 
     def _check_replaces_nothing(self, name: str, loaded: LoadedAdapter) -> None:
         held, kept = self._held(name), self._kept.get(name)
@@ -270,7 +298,7 @@ class Registry:
         await self._engine.unload_adapter(loaded.digest)
 
     async def _keep(self, kept: KeptName) -> None:
-        if self._names is not None:
+        if self._names is not None and self._kept.get(kept.name) != kept:
             await self._writer.run(self._names.put, kept)
             self._kept[kept.name] = kept
 
@@ -280,21 +308,28 @@ class Registry:
         return Content.of(record.loaded, record.source)
 
     async def _restore(
-        self, kept: KeptName, record: AdapterRecord, resolve: Resolve, review: Review
+        self,
+        kept: KeptName,
+        record: AdapterRecord,
+        resolve: Resolve,
+        review: Review,
+        is_coming: bool,
     ) -> None:
         begun, record.state = time.monotonic(), AdapterState.VERIFYING
         try:
             restored = await self._read_again(kept.name, kept.content, resolve, review)
         except Exception as error:
             self._fail(record, _public(error))
-            logger.error(
-                "adapter not restored",
-                adapter=kept.name,
-                source=record.source,
-                digest=kept.content.digest,
-                error=record.error,
-                exc_info=None if isinstance(error, LoramuxError) else error,
-            )
+            if not is_coming:
+                logger.error(
+                    "adapter not restored",
+                    adapter=kept.name,
+                    source=record.source,
+                    digest=kept.content.digest,
+                    error=record.error,
+                    exc_info=None if isinstance(error, LoramuxError) else error,
+                )
+            record.former, _ = await self._restore_former(kept, resolve, review)
             return
         restored.former, lost = await self._restore_former(kept, resolve, review)
         restored.notes += lost
@@ -321,7 +356,7 @@ class Registry:
         self, name: str, content: Content, resolve: Resolve, review: Review
     ) -> AdapterRecord:
         """Load what a source holds. Raises AdapterRefused when that is another content by now."""
-        folder, rules = await resolve(content.source)
+        folder, rules = await resolve(name, content.source)
         try:
             loaded = await self._engine.load_adapter(folder, rules)
         except LoramuxError as error:
@@ -358,6 +393,8 @@ class Registry:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
         record = AdapterRecord(name=name, source=source, state=AdapterState.VERIFYING)
         if self._held(name) is None:
+            if (before := self._records.get(name)) is not None:
+                record.former, before.former = before.former, None
             self._records[name] = record
         try:
             return await self._engine.load_adapter(folder, rules)
@@ -413,11 +450,14 @@ class Registry:
                 self._kept.pop(name, None)
             del self._records[name]
             self._log("unloaded", record)
-            if record.loaded is None:
-                return record, self._spawn(_all_done([]))
-            self._observer.on_adapter_unloaded(name)
+            if record.loaded is not None:
+                self._observer.on_adapter_unloaded(name)
             former, record.former = record.former, None
-            drains = [self._drain(r, cancel=cancel) for r in (record, former) if r is not None]
+            drains = [
+                self._drain(r, cancel=cancel)
+                for r in (record, former)
+                if r is not None and r.loaded is not None
+            ]
             return record, self._spawn(_all_done(drains))
 
     def _drain(self, record: AdapterRecord, *, cancel: bool) -> asyncio.Task[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -207,11 +207,19 @@ class Service:
 
         Raises as `load_adapter`.
         """
-        await self._load(name, folder, str(folder), True, ANY_FOLDER)
+        await self._load(name, folder, str(folder.absolute()), True, ANY_FOLDER)
 
-    async def restore_adapters(self) -> None:
-        """Load again what the names held before a restart; see `Registry.restore`."""
-        await self._registry.restore(self._resolve, self._review)
+    async def restore_adapters(self, preloaded: Mapping[str, Path]) -> None:
+        """Load again what the names held before a restart; see `Registry.restore`. `preloaded`:
+        folders that the operator names for `preload`, so that they are read wherever they lie.
+        """
+
+        async def resolve(name: str, source: str) -> tuple[Path, FolderRules]:
+            if name in preloaded and source == str(preloaded[name].absolute()):
+                return preloaded[name], ANY_FOLDER
+            return await self._resolve(source)
+
+        await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
     async def rollback_adapter(self, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""

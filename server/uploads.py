@@ -12,10 +12,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -26,10 +25,9 @@ from lora_runtime.adapters.files.file_names import (
 )
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import AdapterInUse, AdapterNotFound, InvalidRequest, Overloaded
+from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
 from server.calls import StoredAdapter, UploadCall, UploadFile
 
-STALE_S = 86_400
-"""Age at which a temporary folder is no running upload's: its server was killed."""
 MAX_RUNNING_UPLOADS = 16
 MAX_STORE_BYTES = 100 << 30
 IDLE_S = 30.0
@@ -50,9 +48,13 @@ class AdapterStore:
     def __init__(
         self, folder: Path, max_upload_bytes: int, max_bytes: int = MAX_STORE_BYTES
     ) -> None:
-        """`max_upload_bytes`: of all files of one upload; `max_bytes`: of all that is stored."""
+        """`max_upload_bytes`: of all files of one upload; `max_bytes`: of all that is stored.
+        Removes what killed servers left of theirs; another server, of another base, may be using
+        the folder.
+        """
         self.root = folder / "adapters"
         self._incoming = folder / "incoming"
+        remove_abandoned(self._incoming)
         self.max_bytes = max_bytes
         self._max_upload_bytes = max_upload_bytes
         self._num_running = 0
@@ -89,15 +91,16 @@ class AdapterStore:
     async def _received_in_folder(
         self, call: UploadCall, data: AsyncIterator[bytes]
     ) -> AsyncIterator[Upload]:
-        folder = await self._in_thread(self._new_folder)
+        opened = ExitStack()
         try:
+            folder = await self._in_thread(self._new_folder, opened)
             yield await self._received(call, data, folder)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise Overloaded("the adapter store of this server is full; try again later") from error
         finally:
-            await self._in_thread(shutil.rmtree, folder, ignore_errors=True)
+            await self._in_thread(opened.close)
 
     def digest_of(self, folder: Path) -> str:
         """Return the digest that a stored folder's files must have, "" for any other folder."""
@@ -192,19 +195,16 @@ class AdapterStore:
                 field="start.files",
             )
 
-    def _new_folder(self) -> Path:
+    def _new_folder(self, opened: ExitStack) -> Path:
         self._incoming.mkdir(parents=True, exist_ok=True)
         self.root.mkdir(exist_ok=True)
-        for entry in os.scandir(self._incoming):
-            with suppress(FileNotFoundError):  # another upload has just ended
-                if entry.stat().st_mtime < time.time() - STALE_S:
-                    shutil.rmtree(entry.path, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=self._incoming))
+        return opened.enter_context(temporary_folder(self._incoming))
 
     def _move(self, upload: Upload) -> None:
         target = self.root / upload.digest
         if target.is_dir() and _digest_on_disk(target) != upload.digest:
-            os.rename(target, tempfile.mkdtemp(dir=self._incoming))
+            with temporary_folder(self._incoming) as damaged:
+                os.rename(target, damaged)
         try:
             os.rename(upload.folder, target)
         except OSError:

@@ -25,6 +25,7 @@ from queue import PriorityQueue
 from typing import Any, Protocol, TypeAlias
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
+from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
 from lora_runtime.text.text_side import TextSide
 
 NUM_LOADING = 2
@@ -45,6 +46,8 @@ MAX_WAITING_PER_SIDE = 128
 MAX_REMEMBERED = 1024
 MAX_MESSAGE = 300
 """Characters of a template's own complaint that are passed on."""
+FOLDER_PREFIX = "loramux-text-"
+"""Of the folders in the system's temporary one that hold text files while they are read."""
 LENGTH_BYTES = 4
 MAX_REPLY_BYTES = 256 << 20
 ENVIRONMENT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ")
@@ -96,6 +99,8 @@ class TextWorkers:
     """An `OwnText` of one base. Processes start when they are first needed."""
 
     def __init__(self, base_folder: Path, vocab_size: int) -> None:
+        """Removes what killed processes left of the text files they were reading."""
+        remove_abandoned(Path(tempfile.gettempdir()), FOLDER_PREFIX)
         self._base_folder = base_folder
         self._vocab_size = vocab_size
         self._loading = _Pool("loading", NUM_LOADING)
@@ -238,15 +243,14 @@ class TextWorkers:
         return ids
 
     def _read(self, process: _Process, files: Mapping[str, bytes]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="loramux-text-") as name:
-            folder = Path(name)
+        with temporary_folder(Path(tempfile.gettempdir()), FOLDER_PREFIX) as folder:
             (folder / "own").mkdir()
             (folder / "work").mkdir()
             for file, content in files.items():
                 (folder / "own" / file).write_bytes(content)
             request = {
                 "op": "read",
-                "folder": name,
+                "folder": str(folder),
                 "base": str(self._base_folder),
                 "vocab_size": self._vocab_size,
             }

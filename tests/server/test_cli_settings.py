@@ -15,6 +15,7 @@ from lora_runtime.training import trainer
 from lora_runtime.training.config import TrainConfig
 from server import cli_adapters, cli_merge
 from server.cli import app
+from server.cli_train_flags import VARIABLES
 from server.config import ServerConfig, check_environment, load_config
 
 ROOT = typer.main.get_command(app)
@@ -157,6 +158,26 @@ def test_an_unknown_variable_is_an_error_in_every_command(invoke, runs, monkeypa
     assert "LORAMUX_QUANTISATION is set in the environment and is no setting" in result.stderr
     assert "did you mean LORAMUX_QUANTIZATION?" in result.stderr
     assert invoke(*command.split(), "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_variable_is_an_error_in_every_command(invoke, runs, monkeypatch, command):
+    for name in ("BASE", "RANK", "RESUME", "MAX_NUM_SEQS", "ADAPTER", "ADDRESS", "CONFIG"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"LORAMUX_{name}", "")
+            result = invoke(*command.split(), *REQUIRED.get(command, ()))
+        assert result.exit_code == 1 and runs == [], (name, result.output)
+        assert f"LORAMUX_{name} is set in the environment and empty" in result.stderr
+
+
+def test_no_variable_may_be_empty(monkeypatch):
+    of_flags = {flag.envvar for flag in flags_of("train") if flag.envvar}
+    of_settings = {f"LORAMUX_{name.upper()}" for name in ServerConfig.model_fields}
+    for variable in of_flags | of_settings | {"LORAMUX_CACHE"}:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "")
+            with pytest.raises(ConfigError, match=f"{variable} is .* empty; .* unset it"):
+                check_environment(VARIABLES)
 
 
 def test_what_kubernetes_sets_for_a_service_is_no_mistake(monkeypatch):

@@ -21,6 +21,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from lora_runtime.temporary_folder import temporary_folder
 from protos.loramux.v1.adapters_pb2 import AdapterState
 from server import app
 from server.app import Ports
@@ -207,6 +208,99 @@ async def test_adapters_named_at_the_start(host, tmp_path):
         assert (await client.get_adapter("x")).digest[0] == "b"
 
 
+@pytest.mark.parametrize("is_upload", [False, True])
+async def test_a_name_comes_back_from_the_newest_source_of_its_content(host, is_upload):
+    async def move(client, name, copy):
+        if is_upload:
+            await client.upload_adapter(name, host.roots / copy)
+        else:
+            await client.load_adapter(name, copy, replace=True)
+
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("old", "a1"))
+        await move(client, "x", host.write("copy", "a1"))
+        await client.load_adapter("y", "old")
+        await move(client, "y", "copy")
+        await client.load_adapter("y", host.write("two", "b2"), replace=True)
+        sources = {info.source for info in await client.list_adapters()}
+        before = await known(client)
+    assert "old" not in sources
+    shutil.rmtree(host.roots / "old")
+    async with host.serving() as client:
+        assert await known(client) == before
+        assert (await client.rollback_adapter("y")).digest[0] == "a", "the former content too"
+
+
+async def test_an_adapter_named_at_the_start_keeps_what_its_name_held_before(host):
+    outside = host.folder / "elsewhere"
+    shutil.copytree(host.roots / host.write("two", "b2"), outside)
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("one", "a1"))
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(3):
+            async with host.serving(adapter=[f"x={outside}"]) as client:
+                info = await client.get_adapter("x")
+                assert info.digest[0] == "b" and info.former_digest[0] == "a"
+    assert [line for line in lines if line["log_level"] == "error"] == []
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        assert (await client.get_adapter("x")).state == AdapterState.ADAPTER_STATE_FAILED
+        await client.load_adapter("x", "two")
+        assert (await client.rollback_adapter("x")).digest[0] == "a"
+        await client.unload_adapter("x", wait=True)
+        assert not +engine.references
+
+
+async def test_the_operators_folder_does_not_take_the_place_of_a_source_that_lasts(host):
+    outside = host.folder / "elsewhere"
+    shutil.copytree(host.roots / host.write("one", "a1"), outside)
+    async with host.serving() as client:
+        await client.upload_adapter("x", outside)
+    async with host.serving(adapter=[f"x={outside}"]):
+        pass
+    async with host.serving() as client:
+        assert (await client.get_adapter("x")).state == AdapterState.ADAPTER_STATE_LOADED
+
+
+async def test_a_folder_named_at_the_start_may_change_without_an_error(host):
+    outside = host.folder / "elsewhere"
+    shutil.copytree(host.roots / host.write("two", "b2"), outside)
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("one", "a1"))
+    async with host.serving(adapter=[f"x={outside}"]):
+        pass
+    (outside / "adapter_model.safetensors").write_text("c3")
+    with structlog.testing.capture_logs() as lines:
+        async with host.serving(adapter=[f"x={outside}"]) as client:
+            info = await client.get_adapter("x")
+            assert info.digest[0] == "c" and info.former_digest[0] == "a"
+    assert [line for line in lines if line["log_level"] == "error"] == []
+
+
+@pytest.mark.parametrize("again", ["the same", "another"])
+async def test_a_name_that_failed_at_a_restart_keeps_its_former_content(host, again):
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("one", "a1"))
+        await client.load_adapter("x", host.write("two", "b2"), replace=True)
+    shutil.rmtree(host.roots / "two")
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        with pytest.raises(AdapterSourceRefused):
+            await client.load_adapter("x", "two")
+        host.write("two", "b2" if again == "the same" else "c3")
+        await client.load_adapter("x", "two", replace=True)
+        assert (await client.get_adapter("x")).former_digest[0] == "a"
+        before = await known(client)
+    async with host.serving() as client:
+        assert await known(client) == before
+        assert (await client.rollback_adapter("x")).digest[0] == "a"
+    shutil.rmtree(host.roots / "one")
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        await client.unload_adapter("x", wait=True)
+        assert not +engine.references, "the former content of a failed name is freed too"
+
+
 @pytest.mark.parametrize(
     ("adapters", "error"),
     [
@@ -368,3 +462,20 @@ async def test_every_change_is_a_line_of_the_log(host):
     replaced = lines[[line["event"] for line in lines].index("adapter replaced")]
     assert replaced["digest"][0] == "b" and replaced["former_digest"][0] == "a"
     assert replaced["source"] == "two" and replaced["seconds"] >= 0
+
+
+async def test_what_a_killed_server_was_receiving_is_removed_at_the_start(host):
+    incoming = host.folder / "store" / "incoming"
+    (incoming / "half").mkdir(parents=True)
+    (incoming / "half" / "adapter_model.safetensors").write_text("a")
+    async with host.serving():
+        assert list(incoming.iterdir()) == []
+
+
+async def test_another_server_may_be_receiving_into_the_same_folder(host):
+    incoming = host.folder / "store" / "incoming"
+    incoming.mkdir(parents=True)
+    with temporary_folder(incoming) as running:
+        async with host.serving() as client:
+            await client.upload_adapter("x", host.roots / host.write("one", "a1"))
+            assert list(incoming.iterdir()) == [running]

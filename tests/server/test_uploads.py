@@ -6,7 +6,6 @@ import asyncio
 import errno
 import hashlib
 import json
-import os
 import threading
 import time
 from dataclasses import replace
@@ -39,7 +38,7 @@ from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
 from server.client_channel import typed_errors
 from server.client_uploads import Outgoing
-from server.uploads import STALE_S, Upload
+from server.uploads import Upload
 from tests.fakes import PLAIN
 from tests.server.test_client import in_thread
 from tests.server.test_grpc_server import stubs_of
@@ -258,16 +257,6 @@ async def test_uploads_in_parallel_do_not_disturb_streams(serve, tmp_path) -> No
         assert [info.digest[0] for info in infos] == [*letters, *"bbbb"]
         assert len(left_behind(world)) == 2 * len(letters)
         assert world.engine.aborted == []
-
-
-async def test_what_a_killed_server_left_is_swept_and_a_running_upload_is_not(serve) -> None:
-    async with serve() as world:
-        incoming = world.root.parents[1] / "store" / "incoming"
-        for name, age_s in (("old", STALE_S + 60), ("new", 60)):
-            (incoming / name).mkdir(parents=True)
-            os.utime(incoming / name, (time.time() - age_s,) * 2)
-        await send(world, start(), chunk(CONFIG), chunk(WEIGHTS))
-        assert [path.name for path in incoming.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("missing", REQUIRED_FILES)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
+from lora_runtime.temporary_folder import temporary_folder
 from lora_runtime.text import text_workers
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
@@ -287,6 +289,17 @@ def test_a_process_sees_nothing_of_this_one(base: Path, monkeypatch: pytest.Monk
             os.close(kept)
 
     asyncio.run(check())
+
+
+def test_what_a_killed_process_was_reading_is_removed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "loramux-text-killed" / "own").mkdir(parents=True)
+    (tmp_path / "others").mkdir()
+    with temporary_folder(tmp_path, "loramux-text-") as running:
+        TextWorkers(base, VOCAB_SIZE).close()
+        assert set(tmp_path.iterdir()) == {running, tmp_path / "others"}
 
 
 def test_closing_ends_what_runs_at_once(base: Path) -> None:
