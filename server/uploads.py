@@ -10,8 +10,6 @@ import asyncio
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -134,13 +132,13 @@ class AdapterStore:
         """
         if self._in_use[stored.source]:
             raise AdapterInUse(f"{stored.source} is being loaded; try again later", field="source")
-        self._incoming.mkdir(exist_ok=True)
-        trash = Path(tempfile.mkdtemp(dir=self._incoming))
+        opened = ExitStack()
         try:
-            os.rename(self.root / stored.source, trash)
-        except FileNotFoundError:
-            pass  # another call has just deleted it
-        await self._in_thread(shutil.rmtree, trash, ignore_errors=True)
+            trash = self._new_folder(opened)
+            with suppress(FileNotFoundError):  # another call has just deleted it
+                os.rename(self.root / stored.source, trash)
+        finally:
+            await self._in_thread(opened.close)
 
     async def _check_room(self) -> None:
         num_stored = sum(stored.num_bytes for stored in await self.stored())

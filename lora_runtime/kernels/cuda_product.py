@@ -26,6 +26,7 @@ from lora_runtime.kernels.types import NestedScales
 
 SOURCE = Path(__file__).with_name("csrc") / "four_bit_product.cu"
 OLDEST_CAPABILITY = (8, 0)
+"""Compute capability that all of the kernels are written for, and newer ones: Ampere."""
 OVERLAP_CAPABILITY = (9, 0)
 """From which on a launch may begin before the one ahead of it has ended (programmatic dependent
 launch)."""

@@ -18,8 +18,8 @@ from lora_runtime.kernels.gpu_elementwise import gated_value
 
 BATCH_SIZES = [
     "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",
-    "num_entry_places", "num_tiles", "num_replicas", "rank_blocks", "num_rank_blocks",
-    "stride_part_runs", "blocks_per_program",
+    "num_entry_places", "num_tiles", "num_parts", "num_replicas", "stride_part_runs",
+    "blocks_per_program",
 ]  # fmt: skip
 """Arguments that the rows of a step, or the largest adapter so far, decide."""
 
@@ -103,13 +103,13 @@ def tiles_kernel(
 @triton.jit
 def shrink_tile(
     hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-    tile, part, rank_block, split, in_features, inputs_per_split, num_entries, num_replicas,
-    stride_part_runs, stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+    tile, part, split, in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
+    stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and all ranks r
-    from block `rank_block` on, over the split's inputs k. Ranks up to the next multiple of 8 are
-    zeros: what reads them may read 32 bytes at once. slots, replicas: of each tile.
+    """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and all ranks
+    r, over the split's inputs k. Ranks up to the next multiple of 8 are zeros: what reads them may
+    read 32 bytes at once. slots, replicas: of each tile.
     """
     entry = tl.load(entries_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     slot, replica = tl.load(slots_ptr + tile), tl.load(replicas_ptr + tile)
@@ -125,7 +125,7 @@ def shrink_tile(
     begin = split * inputs_per_split
     end = tl.minimum(begin + inputs_per_split, in_features)
     row = (part * SPLITS + split).to(tl.int64) * num_entries + entry
-    for first_rank in range(rank_block * BLOCK_R, rank, BLOCK_R):
+    for first_rank in range(0, rank, BLOCK_R):
         r = first_rank + tl.arange(0, BLOCK_R)
         is_rank = r < rank
         a_rows = a_ptr + r[None, :].to(tl.int64) * in_features
@@ -146,7 +146,7 @@ def shrink_tile(
 @batch_jit
 def shrink_kernel(
     hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-    rank_blocks, in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
+    in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
     stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr, LETS_NEXT_BEGIN: tl.constexpr,
 ):  # fmt: skip
@@ -155,9 +155,9 @@ def shrink_kernel(
         gdc_launch_dependents()
     shrink_tile(
         hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-        tl.program_id(0), tl.program_id(1) // rank_blocks, tl.program_id(1) % rank_blocks,
-        tl.program_id(2), in_features, inputs_per_split, num_entries, num_replicas,
-        stride_part_runs, stride_entry, SPLITS, BLOCK_M, BLOCK_R, BLOCK_K, ALIGNMENT,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), in_features, inputs_per_split,
+        num_entries, num_replicas, stride_part_runs, stride_entry, SPLITS, BLOCK_M, BLOCK_R,
+        BLOCK_K, ALIGNMENT,
     )  # fmt: skip
 
 

@@ -308,7 +308,7 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
         grid=(len(tiles.entries), len(runs), splits),
         arguments=(
             *(x, memory.weights, runs, meta.tokens, tiles.slots, tiles.replicas, tiles.entries),
-            *(1, in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
+            *(in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
             *(runs.stride(0), size[3]),
         ),
         options={

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 from lora_runtime.kernels import cuda_product
+from lora_runtime.kernels.cuda_product import OLDEST_CAPABILITY
 
-OLDEST_CAPABILITY = (8, 0)
-"""Compute capability from which on the kernels are written for: Ampere."""
 LEAST_FREE_BYTES = 4 << 30
 """Free memory below which hardly any base, its cache and adapters have room together."""
 

@@ -201,11 +201,11 @@ def _product(
     if shrink is None:
         product_kernel[(num_programs,)](*arguments, **options)
     else:
-        num_tiles, num_rank_blocks, num_shrink_splits = shrink.grid
-        num_programs += num_tiles * num_rank_blocks * num_shrink_splits
+        num_tiles, num_parts, num_shrink_splits = shrink.grid
+        num_programs += num_tiles * num_parts * num_shrink_splits
         product_and_shrink_kernel[(num_programs,)](
             *arguments,
-            *(shrink.hidden, num_tiles, num_rank_blocks, *shrink.arguments),
+            *(shrink.hidden, num_tiles, num_parts, *shrink.arguments),
             **options,
             **{f"SHRINK_{name}": value for name, value in shrink.options.items()},
         )
