@@ -221,8 +221,9 @@ class AsyncClient:
     ) -> adapters_pb2.AdapterInfo:
         """Send the files of a folder on this machine and load them under a name."""
         outgoing = await asyncio.to_thread(Outgoing, name, Path(folder), replace)
-        upload = self._stubs.adapters.UploadAdapter
-        return (await self._call(upload, outgoing.parts_async(on_progress), timeout_s)).adapter
+        with typed_errors():
+            call = self._stubs.adapters.UploadAdapter(timeout=timeout_s)
+            return (await outgoing.send(call, on_progress)).adapter
 
     async def rollback_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
         """Swap a name's content and the one it had before; running requests end on theirs."""

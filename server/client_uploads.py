@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lora_runtime.adapters.files.file_names import (
     INITIAL_FOLDERS,
@@ -18,6 +18,8 @@ from lora_runtime.errors import AdapterSourceRefused
 from protos.loramux.v1 import adapters_pb2
 
 CHUNK_BYTES = 1 << 20
+TAKEN = ("loramux-upload", "taken")
+"""Initial metadata of a server that waits for the announced files."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (bytes sent, bytes in all)."""
@@ -53,13 +55,22 @@ class Outgoing:
             num_sent += len(data)
             on_progress(num_sent, self._num_bytes)
 
-    async def parts_async(
-        self, on_progress: Progress = no_progress
-    ) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-        """The same for asyncio, which does not wait for the disk."""
+    async def send(self, call: Any, on_progress: Progress = no_progress) -> Any:
+        """Send one upload through a call of grpc.aio and return the answer.
+
+        What follows the announcement waits until the server has taken it: a refusal that arrives
+        while grpc.aio writes is lost to "Internal error from Core".
+        """
         parts = self.parts(on_progress)
-        while (part := await asyncio.to_thread(next, parts, None)) is not None:
-            yield part
+        try:
+            await call.write(next(parts))
+            if TAKEN in tuple(await call.initial_metadata()):
+                while (part := await asyncio.to_thread(next, parts, None)) is not None:
+                    await call.write(part)
+                await call.done_writing()
+            return await call
+        finally:
+            call.cancel()  # who leaves early ends the upload; no effect at the end
 
     def _chunks(self) -> Iterator[bytes]:
         for path in self._paths:

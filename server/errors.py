@@ -72,10 +72,12 @@ _CLASSES = {wire.reason: kind for kind, wire in WIRE_ERRORS.items()}
 _UNEXPLAINED: Mapping[grpc.StatusCode, type[Exception]] = {
     _Code.UNAVAILABLE: errors.Unavailable,
     _Code.DEADLINE_EXCEEDED: TimeoutError,
-    _Code.CANCELLED: CancelledError,
+    _Code.CANCELLED: errors.Unavailable,  # a server that stops cancels what reaches it meanwhile
     _Code.RESOURCE_EXHAUSTED: errors.Overloaded,
 }
 """What a status without our details means: it came from the transport."""
+_CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
+"""What grpc says of a call that its own caller ended."""
 
 
 def wire_error(error: BaseException) -> WireError:
@@ -108,13 +110,18 @@ def grpc_status(error: BaseException) -> grpc.Status:
 
 
 def from_rpc_error(error: grpc.RpcError) -> Exception:
-    """Return the exception a server raised, with its field; TimeoutError past the deadline."""
+    """Return the exception a server raised, with its field.
+
+    TimeoutError stands for a deadline that passed, CancelledError for a call that was ended here.
+    """
     code, text = error.code(), error.details() or error.code().name
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
             return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+    if text in _CANCELLED_HERE:
+        return CancelledError(text)
     if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
         return errors.InvalidRequest(f"the message was not sent: {text}")
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)

@@ -28,6 +28,7 @@ from protos.loramux.v1 import (
     server_pb2_grpc,
 )
 from server import codec, codec_uploads
+from server.client_uploads import TAKEN
 from server.errors import grpc_status
 from server.service import Service
 
@@ -262,8 +263,16 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("part") != "start":
             raise InvalidRequest("an upload begins with start; send it first", field="start")
-        data = (codec_uploads.upload_data(part) async for part in request_iterator)
-        record = await self._service.upload_adapter(codec_uploads.decode_upload(first.start), data)
+
+        async def data() -> AsyncIterator[bytes]:
+            # The service asks for data once it has taken the announcement; clients can wait for
+            # this sign before they send any.
+            await context.send_initial_metadata((TAKEN,))
+            async for part in request_iterator:
+                yield codec_uploads.upload_data(part)
+
+        call = codec_uploads.decode_upload(first.start)
+        record = await self._service.upload_adapter(call, data())
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(

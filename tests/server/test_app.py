@@ -377,4 +377,4 @@ async def test_a_template_that_never_ends_holds_up_nothing(engine, tmp_path):
         await server.task
         assert time.monotonic() - begun < 8
         ended = await asyncio.gather(*stuck, return_exceptions=True)
-        assert all(isinstance(error, LoramuxError) for error in ended)
+        assert [end for end in ended if not isinstance(end, LoramuxError)] == []

@@ -9,7 +9,14 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 
 from lora_runtime import errors
-from server.errors import INTERNAL_MESSAGE, MAX_MESSAGE_BYTES, WIRE_ERRORS, rich_status, wire_error
+from server.errors import (
+    INTERNAL_MESSAGE,
+    MAX_MESSAGE_BYTES,
+    WIRE_ERRORS,
+    from_rpc_error,
+    rich_status,
+    wire_error,
+)
 
 
 def all_classes() -> list[type[errors.LoramuxError]]:
@@ -78,3 +85,11 @@ def test_a_long_message_fits_into_trailers(text: str) -> None:
     assert len(status.message.encode()) <= MAX_MESSAGE_BYTES
     assert status.message == text[: len(status.message)]
     assert len(status.SerializeToString()) < 4096
+
+
+def test_a_call_that_a_stopping_server_cancels_was_not_cancelled_by_its_caller() -> None:
+    """grpc cancels what reaches a server between its stop and its last connection's end."""
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), details="CANCELLED"
+    )
+    assert isinstance(from_rpc_error(error), errors.Unavailable)

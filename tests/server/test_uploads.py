@@ -36,7 +36,7 @@ from lora_runtime.errors import (
 )
 from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
-from server.client_channel import typed_errors
+from server.client_channel import Stubs, typed_errors
 from server.client_uploads import Outgoing
 from server.uploads import Upload
 from tests.fakes import PLAIN
@@ -62,9 +62,13 @@ def chunk(data: bytes):
 
 
 async def send(world: World, *parts) -> adapters_pb2.AdapterInfo:
-    async with stubs_of(world) as stubs:
-        with typed_errors():
-            return (await stubs.adapters.UploadAdapter(iter(parts))).adapter
+    """Through blocking stubs: grpc.aio loses a refusal that arrives while it writes."""
+
+    def upload() -> adapters_pb2.AdapterInfo:
+        with grpc.insecure_channel(world.target) as channel, typed_errors():
+            return Stubs(channel).adapters.UploadAdapter(iter(parts), timeout=60).adapter
+
+    return await asyncio.to_thread(upload)
 
 
 def local_adapter(folder: Path, content: str = "a", **facts) -> Path:
