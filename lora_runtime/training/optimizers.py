@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import Trained, TrainedModule
+from lora_runtime.training.trained_modules import Trained, TrainedModule
 
 _KINDS = {
     "adamw": partial(torch.optim.AdamW, fused=True),

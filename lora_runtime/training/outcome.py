@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lora_runtime.training.trained_modules import TrainedModule
 from lora_runtime.training.units import Unit
-from lora_runtime.training.variants import TrainedModule
 
 NUM_AVERAGED = 10
 """Updates that the first and the last loss are means over, of short runs half of all."""

@@ -32,7 +32,7 @@ from lora_runtime.training.inits import (
     kaiming,
     quantisation_loss,
 )
-from lora_runtime.training.variants import Trained, TrainedModule, TrainedRows, norms
+from lora_runtime.training.trained_modules import Trained, TrainedModule, TrainedRows, norms
 
 AFTER_THE_START = (
     "name", "dpo_beta", "label_smoothing", "dpo_sft_weight", "learning_rate", "loraplus_ratio",
