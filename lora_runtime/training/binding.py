@@ -86,7 +86,9 @@ class TrainedBinding:
             if form is None or form.patch is None or form.patch.ids is None:
                 continue
             rows, values, ids = span.rows, form.patch.values, form.patch.ids
-            change = values.to(x.dtype).to(values.dtype) - layer.weight_values()[ids].to(values.dtype)
+            # V rounded to the compute dtype, as it will be served; W is of that dtype.
+            served, own = values.to(x.dtype), layer.weight_values()[ids]
+            change = served.to(values.dtype) - own.to(values.dtype)
             y[rows].index_add_(1, ids, (x[rows].to(values.dtype) @ change.T).to(y.dtype))
         return y
 

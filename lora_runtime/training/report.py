@@ -128,10 +128,11 @@ def _write_plot(path: Path, results: Sequence[UnitResult]) -> None:
     axes = figure.add_subplot(xlabel="update", ylabel="loss per target token or pair")
     for index, result in enumerate(results):
         colour = f"C{index % 10}"
-        for records, style, label in [
+        lines: list[tuple[Sequence[StepRecord] | Sequence[EvalRecord], str, str]] = [
             (result.records, "-", result.name),
             (result.eval_records, "o--", f"{result.name}, held out"),
-        ]:
+        ]
+        for records, style, label in lines:
             if records:
                 steps, losses = [r.step for r in records], [r.loss for r in records]
                 axes.plot(steps, losses, style, color=colour, markersize=4, label=label)

@@ -24,6 +24,7 @@ from lora_runtime.training.optimizers import create_optimizer
 from lora_runtime.training.preferences import NOTHING, References, Signal, check_settings
 from lora_runtime.training.schedule import create_schedule
 from lora_runtime.training.starts import adapter_spec, start_alike, start_modules
+from lora_runtime.training.trained_modules import Trained
 
 LOWER_RATE = "a lower learning_rate usually helps"
 
@@ -95,10 +96,10 @@ class Unit:
         self.num_steps = config.num_steps(len(items))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
-        twins = (unit for unit in others if unit.seed == seed and start_alike(unit.config, config))
-        self.modules = (
-            deepcopy(twin.modules)
-            if (twin := next(twins, None))
+        twins = [unit for unit in others if unit.seed == seed and start_alike(unit.config, config)]
+        self.modules: dict[str, Trained] = (
+            deepcopy(twins[0].modules)
+            if twins
             else start_modules(config, spec, base, seed, dataset.examples)
         )
         self.optimizer = create_optimizer(config, self.modules)
@@ -219,13 +220,14 @@ class Unit:
             self.status = UnitStatus.DONE
 
     def _next_places(self, items: Sequence[Item]) -> list[list[int]]:
-        """What of the window each process computes next."""
+        """Per process, the places in the window of the items that it computes next."""
         lengths, done = list(map(num_tokens, items)), set(self.window.done)
-        shares = balanced(lengths, self.num_processes)
-        left = [[place for place in share if place not in done] for share in shares]
-        return [
-            self.limits.groups(share, lengths.__getitem__)[0] if share else [] for share in left
-        ]
+        found = []
+        for share in balanced(lengths, self.num_processes):
+            left = [place for place in share if place not in done]
+            group = self.limits.first_group([lengths[place] for place in left])
+            found.append([left[index] for index in group])
+        return found
 
     def _window(self) -> list[Item]:
         size = self.config.examples_per_step

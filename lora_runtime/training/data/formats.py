@@ -180,8 +180,8 @@ def content_of(values: Values, kind: str) -> dict[str, object]:
 
 def note_of(values: Values, kind: str) -> str | None:
     """What is worth saying of how a row is read."""
-    key = FORMATS[kind].required[0]
-    first = values[key][0] if isinstance(values[key], list) and values[key] else None
+    turns = values[FORMATS[kind].required[0]]
+    first = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(first, dict) or values.get("system"):
         return None
     role = first.get("role", ROLES_OF_SHAREGPT.get(str(first.get("from"))))
@@ -267,10 +267,12 @@ def _alpaca_prompt(values: Values) -> str:
 
 def _history(values: Values) -> list[list[str]]:
     turns = values.get("history") or []
-    is_list = isinstance(turns, list)
-    for turn in turns if is_list else [None]:
+    rule = "history must be a list of [question, answer] pairs"
+    if not isinstance(turns, list):
+        raise DataError(rule, field="history")
+    for turn in turns:
         if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
-            raise DataError("history must be a list of [question, answer] pairs", field="history")
+            raise DataError(rule, field="history")
     return turns
 
 
