@@ -36,11 +36,16 @@ from lora_runtime.training.optimizers import check_optimizer
 from lora_runtime.training.out_of_memory import Say
 from lora_runtime.training.parity_record import recorder
 from lora_runtime.training.preferences import check_settings
-from lora_runtime.training.progress import say, show_progress
-from lora_runtime.training.report import UnitResult, write_report
+from lora_runtime.training.report import (
+    UnitResult,
+    check_tensorboard,
+    say,
+    show_progress,
+    write_curves,
+    write_report,
+)
 from lora_runtime.training.run_folder import checkpoints_of, disk_errors, run_folder
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
-from lora_runtime.training.tensorboard import check_tensorboard, write_curves
 from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus
 from lora_runtime.training.update import run_pass
 

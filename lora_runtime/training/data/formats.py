@@ -224,10 +224,10 @@ def _continued(values: Values, key: str, tokenizer: Tokenizer) -> Split:
         return _split([*context, *_turns(values, key)], tokenizer)
     if any(is_chat):
         raise DataError(f"prompt and {key} must both be text or both lists of messages", field=key)
-    prompt, answer = _text(values, "prompt"), _answer(values, key)
+    question, answer = _text(values, "prompt"), _answer(values, key)
     if system := _text(values, "system"):  # plain text has no place for it, a chat has
-        return tokenizer.split_chat([_system(system), *_question_and_answer(prompt, answer)])
-    return _completed(prompt, answer, key, tokenizer)
+        return tokenizer.split_chat([_system(system), *_question_and_answer(question, answer)])
+    return _completed(question, answer, key, tokenizer)
 
 
 def _completed(prompt: str, answer: str, key: str, tokenizer: Tokenizer) -> Split:

@@ -18,7 +18,7 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
 from lora_runtime.training.data.formats import AS_CHAT, FORMATS, MEANINGFUL
 from lora_runtime.training.dry_run import estimate
-from lora_runtime.training.progress import show_data
+from lora_runtime.training.report import show_data
 from tests.lora_runtime.training.tiny_runs import quiet_console, run, shown, write_jsonl
 from tests.tiny_tokenizer import write_tokenizer
 
