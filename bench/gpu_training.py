@@ -19,8 +19,8 @@ from bench.gpu_trace import device_kernels
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.data.examples import Example
-from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import Unit
+from lora_runtime.training.update import run_pass
 
 NUM_UPDATES = 5 if HAS_GPU else 2
 """Timed ones; one more goes ahead of them."""

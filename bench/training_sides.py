@@ -24,8 +24,8 @@ from lora_runtime.training.data import Dataset, ExampleStream, load_dataset
 from lora_runtime.training.evaluation import held_out_signals
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.losses import loss_sums
-from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import Unit
+from lora_runtime.training.update import run_pass
 
 MAX_SEQ_LEN = 1024
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def show_dry_run(config: TrainConfig, console: Console) -> None:
     """Measure a run and print what each unit and all of them together would take."""
     from lora_runtime.training.dry_run import dry_run
-    from lora_runtime.training.progress import show_data
+    from lora_runtime.training.report import show_data
 
     with console.status("loading the base") as status:
         found = dry_run(config, on_progress=status.update)

@@ -183,11 +183,12 @@ def _number(text: str) -> SweepValue:
 
 
 def _table(results: list[UnitResult]) -> Table:
-    table = Table("adapter", "status", "updates", "last loss", "held out", "folder or error")
+    headings = ("loss", "held-out loss", "best held-out loss")
+    table = Table("adapter", "status", "updates", *headings, "folder or error")
     for result in results:
-        loss = f"{result.records[-1].loss:.4f}" if result.records else ""
         updates = f"{len(result.records)}/{result.num_steps}"
-        held_out = f"{result.best.loss:.4f}" if result.best else ""
+        found = (result.loss, result.held_out_loss, result.best.loss if result.best else None)
+        losses = ["" if loss is None else f"{loss:.4f}" for loss in found]
         end = result.error or str(result.folder or result.note or "continue with --resume")
-        table.add_row(result.name, result.status.value, updates, loss, held_out, end)
+        table.add_row(result.name, result.status.value, updates, *losses, end)
     return table

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -24,20 +24,24 @@ from lora_runtime.kernels import (
     patch_logits,
 )
 
+Where = TypeVar("Where", contravariant=True)
+"""How a kind of binding is told which adapters act on which tokens: StepMeta in serving, Spans in
+training."""
 
-class Binding(Protocol):
-    """What adapters do at one module. `meta` says which of them act on which of the tokens."""
 
-    def linear(self, x: Tensor, layer: FrozenLinear, meta: Any) -> Tensor:
+class Binding(Protocol[Where]):
+    """What adapters do at one module. `where` says which of them act on which of the tokens."""
+
+    def linear(self, x: Tensor, layer: FrozenLinear, where: Where) -> Tensor:
         """x (T, in) → (T, out)."""
         ...
 
-    def head(self, x: Tensor, layer: FrozenLinear, meta: Any) -> Tensor:
+    def head(self, x: Tensor, layer: FrozenLinear, where: Where) -> Tensor:
         """x (T, hidden) → (T, vocab): as `linear`, and rows of W can be replaced."""
         ...
 
     def embedding(
-        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: Any
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, where: Where
     ) -> Tensor:
         """embedded (T, hidden), the base's, of ids (T,) → (T, hidden)."""
         ...
@@ -48,7 +52,7 @@ class PooledBinding:
     """Where one module finds its adapters in serving: their memory and the module's run table.
 
     tables (modules, S, R, 8) int64: of every module (slot, replica) → Run; this one's is at
-    `index`. `meta` is a StepMeta.
+    `index`. `where` is a StepMeta.
     """
 
     memory: AdapterMemory
@@ -60,22 +64,22 @@ class PooledBinding:
         """(S, R, 8) int64: this module's."""
         return self.tables[self.index]
 
-    def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
+    def linear(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
         runs = self.runs
-        adapters = PooledAdapters(self.memory, runs[None], meta)
+        adapters = PooledAdapters(self.memory, runs[None], where)
         product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, runs, meta, hidden)
+        return apply_adapters(product, x, layer.bias, self.memory, runs, where, hidden)
 
-    def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        product, adapters = layer.product(x), (self.memory, self.runs, meta)
+    def head(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
+        product, adapters = layer.product(x), (self.memory, self.runs, where)
         y = apply_adapters(product, x, layer.bias, *adapters)
         return patch_logits(y, product, x, *adapters)
 
     def embedding(
-        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: StepMeta
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, where: StepMeta
     ) -> Tensor:
         return embed_adapters(
-            embedded, ids, layer.scale, self.memory, self.runs, meta, layer.num_embeddings
+            embedded, ids, layer.scale, self.memory, self.runs, where, layer.num_embeddings
         )
 
 
@@ -85,7 +89,7 @@ class StepContext:
 
     meta: Any = None
     head_meta: Any = None
-    bindings: Mapping[str, Binding] = field(default_factory=dict)
+    bindings: Mapping[str, Binding[Any]] = field(default_factory=dict)
     num_calls: int = 0
     """Linear layers called so far: what moves during a long forward, for who watches over it."""
 
@@ -93,7 +97,7 @@ class StepContext:
     def effect(
         self,
         meta: Any,
-        bindings: Mapping[str, Binding],
+        bindings: Mapping[str, Binding[Any]],
         head_meta: Any = None,
     ) -> Iterator[None]:
         """Apply `bindings` during one forward: by `meta` to its tokens, by `head_meta` to the

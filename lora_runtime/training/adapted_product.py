@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.quant_linear import FrozenLinear
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Consecutive rows and what acts on them: a (r, in), b (out, r), gain (out,) or none.
-
-    factors: a and b as they are multiplied, rounded to `factor_dtype`; None: as they are.
-    """
+class AdaptedRows:
+    """Consecutive rows of x and what acts on them: a (r, in), b (out, r), gain (out,) or None."""
 
     rows: slice
-    form: ModuleForm
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None = None
     factors: Factors | None = None
+    """a and b as they are multiplied, rounded to `factor_dtype`; None: as they are."""
 
 
 def factor_dtype(device: torch.device, compute: torch.dtype, masters: torch.dtype) -> torch.dtype:
@@ -41,33 +40,38 @@ def factor_dtype(device: torch.device, compute: torch.dtype, masters: torch.dtyp
 
 
 @torch.no_grad()
-def rounded_factors(forms: Sequence[ModuleForm], dtype: torch.dtype) -> list[Factors]:
-    """a and b of every form in `dtype`, all in few launches: once a forward, not once a product."""
-    exact = [part for form in forms for part in (form.a, form.b)]
+def rounded_factors(factors: Sequence[Factors], dtype: torch.dtype) -> list[Factors]:
+    """All a and b in `dtype`, in few launches: once a forward, not once a product."""
+    exact = [part for pair in factors for part in pair]
     rounded = [torch.empty_like(part, dtype=dtype) for part in exact]
     if exact:
         torch._foreach_copy_(rounded, exact)
-    return list(map(Factors, rounded[::2], rounded[1::2]))
+    return [Factors(a, b) for a, b in zip(rounded[::2], rounded[1::2], strict=True)]
 
 
-def adapted_product(x: Tensor, layer: FrozenLinear, parts: Sequence[Part]) -> Tensor:
-    """y = W x + bias, and in the rows of each part y = g ∘ (W x + B A x) + bias.
+def adapted_product(x: Tensor, layer: FrozenLinear, adapted: Sequence[AdaptedRows]) -> Tensor:
+    """y = W x + bias, and in adapted rows y = g ∘ (W x + B A x) + bias.
 
     With a gain, b holds B without it. Shapes: x (T, in) in the compute dtype; returns (T, out). The
-    parts' products are in the dtype of their factors. Differentiable in x and in the forms'
-    tensors, whose gradients are in these tensors' own dtype, never rounded to the factors'; W is
-    asked for again in backward, so no dense copy is kept alive.
+    adapters' products are in the dtype of their factors. Differentiable in x, a, b and the gains.
+    Gradients have the dtype of these tensors and are never rounded to the factors'. W is asked for
+    again in backward, so no dense copy is kept alive.
     """
-    forms = [(part.form.a, part.form.b, part.form.gain) for part in parts]
-    tensors = [tensor for form in forms for tensor in form]
-    factors = [part.factors or Factors(part.form.a, part.form.b) for part in parts]
+    tensors = [tensor for own in adapted for tensor in (own.a, own.b, own.gain)]
+    factors = [own.factors or Factors(own.a, own.b) for own in adapted]
     product = layer.tracked_product if torch.is_grad_enabled() else layer.product
-    slices = [part.rows for part in parts]
-    y = _AdaptedProduct.apply(x, product, layer, slices, factors, *tensors)
+    slices = [own.rows for own in adapted]
+    y: Tensor = _AdaptedProduct.apply(x, product, layer, slices, factors, *tensors)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 
 
 class _AdaptedProduct(torch.autograd.Function):
+    """Written by hand, for autograd would keep W and a copy of x for every adapter alive.
+
+    z = W x + B A x and y = g ∘ z have these gradients, given G = ∂L/∂y, per adapter on its rows:
+    ∂g = Σ_rows G ∘ z,  G' = g ∘ G,  ∂B = G'ᵀ (A x),  ∂A = (G' B)ᵀ x,  ∂x = G' W + (G' B) A.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -78,42 +82,46 @@ class _AdaptedProduct(torch.autograd.Function):
         factors: Sequence[Factors],
         *tensors: Tensor | None,
     ) -> Tensor:
+        masters = [a.dtype for a in tensors[::3] if a is not None]
         y = product(x)
-        kept: list[Tensor | None] = [x]
+        saved: list[Tensor | None] = [x]
+        # tensors are (a, b, gain) of each adapter in turn: every third from 2 on is a gain.
         for rows, (a, b), gain in zip(slices, factors, tensors[2::3], strict=True):
             shrunk = x[rows].to(a.dtype) @ a.T
             _add_product(y[rows], shrunk, b.T)
-            sums = None if gain is None else y[rows].clone()
+            before_gain = None if gain is None else y[rows].clone()
             if gain is not None:
                 y[rows] *= gain
-            kept += [a, b, gain, shrunk, sums]
-        ctx.save_for_backward(*kept)
-        ctx.layer, ctx.slices, ctx.masters = layer, slices, [a.dtype for a in tensors[::3]]
+            saved += [a, b, gain, shrunk, before_gain]
+        ctx.save_for_backward(*saved)
+        ctx.layer, ctx.slices, ctx.masters = layer, slices, masters
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *kept = ctx.saved_tensors
-        parts = list(zip(ctx.slices, *(kept[i::5] for i in range(5)), strict=True))
-        if any(gain is not None for _, _, _, gain, _, _ in parts):
-            of_y, grad = grad, grad.clone()
-            for rows, _, _, gain, _, _ in parts:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        # Five tensors were saved of each adapter: the i-th of all adapters are saved[i::5].
+        adapters = list(zip(ctx.slices, *(saved[i::5] for i in range(5)), strict=True))
+        grad = grad_y  # of z, which is y before the gains
+        if any(gain is not None for _, _, _, gain, _, _ in adapters):
+            grad = grad_y.clone()
+            for rows, _, _, gain, _, _ in adapters:
                 if gain is not None:
                     grad[rows] *= gain
-        of_x = grad @ ctx.layer.kept_values() if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.layer.kept_values() if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
-        for (rows, a, b, gain, shrunk, sums), masters in zip(parts, ctx.masters, strict=True):
-            of_sums = grad[rows].to(a.dtype)
-            of_shrunk = of_sums @ b
-            if of_x is not None:
-                _add_product(of_x[rows], of_shrunk, a)
-            of_gain = None if gain is None else (of_y[rows] * sums).sum(0, dtype=gain.dtype)
+        for (rows, a, b, gain, shrunk, z), dtype in zip(adapters, ctx.masters, strict=True):
+            grad_rows = grad[rows].to(a.dtype)
+            grad_shrunk = grad_rows @ b
+            if grad_x is not None:
+                _add_product(grad_x[rows], grad_shrunk, a)
             found += [
-                _product(of_shrunk.T, x[rows].to(a.dtype), masters),
-                _product(of_sums.T, shrunk, masters),
-                of_gain,
+                _product(grad_shrunk.T, x[rows].to(a.dtype), dtype),
+                _product(grad_rows.T, shrunk, dtype),
+                None if gain is None else (grad_y[rows] * z).sum(0, dtype=gain.dtype),
             ]
-        return of_x, None, None, None, None, *found
+        # One gradient per argument of forward: none for product, layer, slices and factors.
+        return grad_x, None, None, None, None, *found
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

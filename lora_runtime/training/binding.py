@@ -17,7 +17,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.base.quant_linear import FrozenLinear
 from lora_runtime.kernels import Span
 from lora_runtime.training.adapted_product import (
-    Part,
+    AdaptedRows,
     adapted_product,
     factor_dtype,
     rounded_factors,
@@ -31,28 +31,31 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class TrainedBinding:
-    """What the units train at one module of the base. `meta` is a list of Spans.
+    """What the units train at one module of the base; a Binding[Sequence[Span]].
 
     forms: (slot, replica) → the differentiable form; factors: its a and b as they are multiplied
-    with x, where that is not as they are.
+    with x, where they are rounded for it.
     """
 
     forms: Mapping[Place, ModuleForm]
     factors: Mapping[Place, Factors] = field(default_factory=dict)
 
-    def linear(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+    def linear(self, x: Tensor, layer: FrozenLinear, where: Sequence[Span]) -> Tensor:
         """See `Binding`."""
-        parts = [
-            Part(span.rows, form, self.factors.get(place))
-            for span in meta
-            if (form := self.forms.get(place := (span.slot, span.replica))) and form.a is not None
-        ]
-        return adapted_product(x, layer, parts)
+        adapted = []
+        for span in where:
+            place = span.slot, span.replica
+            form = self.forms.get(place)
+            if form is not None and form.a is not None and form.b is not None:
+                factors = self.factors.get(place)
+                adapted.append(AdaptedRows(span.rows, form.a, form.b, form.gain, factors))
+        return adapted_product(x, layer, adapted)
 
-    def head(self, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+    def head(self, x: Tensor, layer: FrozenLinear, where: Sequence[Span]) -> Tensor:
         """See `Binding`. Rows of a unit that trains the whole weight are multiplied by it alone."""
         pieces = []
-        spans = [span for span in meta if span.num_tokens]
+        spans = [span for span in where if span.num_tokens]
+        # Neighbouring units that share the base's weight also share one product with it.
         for slot, group in groupby(spans, self._slot_of_whole_patch):
             own = list(group)
             start = own[0].first_token
@@ -61,33 +64,40 @@ class TrainedBinding:
                 own = [replace(span, first_token=span.first_token - start) for span in own]
                 pieces.append(self._patched(self.linear(some, layer, own), some, layer, own))
             else:
-                form = self.forms[slot, 0]
-                y = F.linear(some, form.patch.values.to(x.dtype))
-                pieces.append(y if form.bias is None else y + form.bias.to(y.dtype))
+                weight, bias = self._whole_weight(slot)
+                y = F.linear(some, weight.to(x.dtype))
+                pieces.append(y if bias is None else y + bias.to(y.dtype))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _whole_weight(self, slot: int) -> tuple[Tensor, Tensor | None]:
+        form = self.forms[slot, 0]
+        assert form.patch is not None
+        return form.patch.values, form.bias
 
     def _slot_of_whole_patch(self, span: Span) -> int | None:
         form = self.forms.get((span.slot, span.replica))
         is_whole = form is not None and form.patch is not None and form.patch.ids is None
         return span.slot if is_whole else None
 
-    def _patched(self, y: Tensor, x: Tensor, layer: FrozenLinear, meta: Sequence[Span]) -> Tensor:
+    def _patched(self, y: Tensor, x: Tensor, layer: FrozenLinear, where: Sequence[Span]) -> Tensor:
         """y += x (V − W)ᵀ at the trained tokens, in place: nothing at the start, when V = W."""
-        for span in meta:
+        for span in where:
             form = self.forms.get((span.slot, span.replica))
-            if form is None or form.patch is None:
+            if form is None or form.patch is None or form.patch.ids is None:
                 continue
             rows, values, ids = span.rows, form.patch.values, form.patch.ids
-            change = values.to(x.dtype).to(values.dtype) - layer.weight[ids].to(values.dtype)
+            # V rounded to the compute dtype, as it will be served; W is of that dtype.
+            served, own = values.to(x.dtype), layer.weight_values()[ids]
+            change = served.to(values.dtype) - own.to(values.dtype)
             y[rows].index_add_(1, ids, (x[rows].to(values.dtype) @ change.T).to(y.dtype))
         return y
 
     def embedding(
-        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: Sequence[Span]
+        self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, where: Sequence[Span]
     ) -> Tensor:
         """See `Binding`."""
         pieces = []
-        for span in meta:
+        for span in where:
             form, y = self.forms.get((span.slot, span.replica)), embedded[span.rows]
             pieces.append(y if form is None else _embedded(y, ids[span.rows], layer.scale, form))
         return torch.cat(pieces)
@@ -96,6 +106,7 @@ class TrainedBinding:
 def _embedded(y: Tensor, ids: Tensor, scale: float, form: ModuleForm) -> Tensor:
     """One unit's embedded tokens (n, hidden), given the base's y and token ids (n,)."""
     if form.patch is None:
+        assert form.a is not None and form.b is not None
         delta = scale * (F.embedding(ids, form.a.T) @ form.b.T)
         total = y.to(delta.dtype) + delta
         return (total if form.gain is None else form.gain * total).to(y.dtype)
@@ -107,33 +118,37 @@ def _embedded(y: Tensor, ids: Tensor, scale: float, form: ModuleForm) -> Tensor:
 
 
 def bind(units: Sequence[Unit], base: Base) -> dict[str, TrainedBinding]:
-    """The modules of several units by layer of the base; one that no unit adapts is left out."""
+    """Module path in the base → what the units train there; modules that none adapts are absent."""
     found: dict[str, dict[Place, ModuleForm]] = {}
     for slot, unit in enumerate(units):
         for module in unit.modules.values():
             form = module.form(base.weights)
             found.setdefault(module.path, {})[slot, module.replica] = form
-    factors = _factors(found, base)
+    factors = _rounded(found, base)
     return {path: TrainedBinding(forms, factors.get(path, {})) for path, forms in found.items()}
 
 
-def _factors(
+def _rounded(
     forms: Mapping[str, Mapping[Place, ModuleForm]], base: Base
 ) -> dict[str, dict[Place, Factors]]:
-    """By module, of those that multiply x by a; none where factors are multiplied as they are."""
+    """Module path → the rounded a and b of every form; empty where they are multiplied unrounded.
+
+    The embedding, which looks its rows up, has none.
+    """
     masters = master_dtype(base)
     dtype = factor_dtype(base.device, base.dtype, masters)
     if dtype == masters:
         return {}
-    places = [
-        (path, place, form)
+    exact = {
+        (path, place): Factors(form.a, form.b)
         for path, own in forms.items()
         if path != base.spec.embedding
         for place, form in own.items()
-        if form.a is not None
-    ]
+        if form.a is not None and form.b is not None
+    }
     found: dict[str, dict[Place, Factors]] = {}
-    rounded = rounded_factors([form for _, _, form in places], dtype)
-    for (path, place, _), factors in zip(places, rounded, strict=True):
+    for (path, place), factors in zip(
+        exact, rounded_factors(list(exact.values()), dtype), strict=True
+    ):
         found.setdefault(path, {})[place] = factors
     return found

@@ -244,7 +244,8 @@ def _identity(unit: Unit) -> dict[str, Any]:
         "data": unit.dataset.digest,
         "eval_data": unit.held_out.dataset.digest if unit.held_out else None,
     }
-    return json.loads(json.dumps(values))
+    as_read_back: dict[str, Any] = json.loads(json.dumps(values))
+    return as_read_back
 
 
 def _check_same(facts: Mapping[str, Any], units: Sequence[Unit], fingerprint: str) -> None:

@@ -37,7 +37,7 @@ class World:
             return
         bucket = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(bucket)
-        parts = bucket.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 

@@ -113,14 +113,14 @@ def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:
     )
 
 
-class PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that torch's operations make: `most` bytes alive at once, of those made
     inside. What an operation allocates and frees by itself is not seen, nor what the allocator
     keeps: resident memory of SmolLM2's micro-step grew 1.4 times as much.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = self._alive = 0
         self._known: set[int] = set()
 
@@ -154,7 +154,7 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 
 def _micro_step(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> None:
-    loss_sums(base, units, batches).sum().backward()
+    torch.autograd.backward(loss_sums(base, units, batches).sum())
 
 
 @torch.no_grad()

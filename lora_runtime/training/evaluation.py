@@ -14,7 +14,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.training.data import Item, Limits, num_tokens
 from lora_runtime.training.distributed import ALONE, World
 from lora_runtime.training.held_out import EvalRecord, HeldOut
-from lora_runtime.training.memory import Say, in_forwards
+from lora_runtime.training.out_of_memory import Say, in_forwards
 from lora_runtime.training.preferences import NOTHING, Signal
 from lora_runtime.training.units import Unit, UnitStatus
 
@@ -64,7 +64,7 @@ def held_out_signals(
             world,
             say,
         )
-        for group, signals in forwards:
+        for group, signals, _ in forwards:
             for unit, signal in zip(group, signals, strict=True):
                 totals[unit.name] = totals[unit.name].plus(signal)
                 del waiting[unit.name].groups[: world.size]

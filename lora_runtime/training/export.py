@@ -23,7 +23,7 @@ from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import Trained, TrainedModule
+from lora_runtime.training.trained_modules import Trained, TrainedModule
 
 Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
 

@@ -17,7 +17,8 @@ from lora_runtime.base.planned_model import LayerStep, PlannedBatch
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import Span
 
-Bindings = Mapping[str, Binding]
+Bindings = Mapping[str, Binding[Sequence[Span]]]
+"""Path of a module → what the units train there."""
 
 
 @dataclass(frozen=True, slots=True)

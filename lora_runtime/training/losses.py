@@ -46,7 +46,7 @@ def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item
     examples = [[example for item in items for example in item.examples] for items in batches]
     _add_references(base, units, examples)
     losses = token_losses(base, units, examples)
-    parts = losses.split([_num_targets(some) for some in examples])
+    parts = torch.split(losses, [_num_targets(some) for some in examples])
     return torch.stack([_sums(*each) for each in zip(units, examples, parts, strict=True)])
 
 
@@ -54,7 +54,7 @@ def _sums(unit: Unit, examples: Sequence[Example], losses: Tensor) -> Tensor:
     if not unit.dataset.is_preference:
         return F.pad(losses.sum()[None], (0, 2))
     counts = [len(example.predictors) for example in examples]
-    policy = -torch.stack([part.sum() for part in losses.split(counts)])
+    policy = -torch.stack([part.sum() for part in torch.split(losses, counts)])
     reference = [unit.references[unit.layer_map, example] for example in examples]
     return pair_sums(policy, policy.new_tensor(reference), policy.new_tensor(counts), unit.config)
 
@@ -73,7 +73,7 @@ def _add_references(
         return
     keys = [(layer_map, example) for layer_map, own in missing.items() for example in own]
     losses = _token_losses(base, {}, list(missing), [list(own) for own in missing.values()])
-    parts = losses.split([len(example.predictors) for _, example in keys])
+    parts = torch.split(losses, [len(example.predictors) for _, example in keys])
     found = (-torch.stack([part.sum() for part in parts])).tolist()
     for unit in units:
         unit.references.update(zip(keys, found, strict=True))
@@ -109,13 +109,13 @@ def _chunked(
     if len(labels) <= size:
         return _losses(base, bindings, states, labels, counts)
     slots = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    chunks = zip(states.split(size), labels.split(size), slots.split(size), strict=True)
+    parts = (torch.split(tensor, size) for tensor in (states, labels, slots))
     losses = [
         checkpoint(
             _losses, base, bindings, some, wanted, own.bincount(minlength=len(counts)).tolist(),
             use_reentrant=False, preserve_rng_state=False,
         )
-        for some, wanted, own in chunks
+        for some, wanted, own in zip(*parts, strict=True)
     ]  # fmt: skip
     return torch.cat(losses)
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 from torch.nn import Parameter
 
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.config import UnitConfig
-from lora_runtime.training.variants import Trained, TrainedModule
+from lora_runtime.training.config import OptimizerName, UnitConfig
+from lora_runtime.training.trained_modules import Trained, TrainedModule
 
-_KINDS = {
+_KINDS: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamw-8bit": AdamW8bit,
     "adamw-paged": PagedAdamW,
     "adamw-paged-8bit": PagedAdamW8bit,
 }
 _MAPS = ("qmap1", "qmap2")
-"""bitsandbytes' constants, of which all parameters have the same two."""
+"""Constants of bitsandbytes, the same for all parameters."""
 
 
 def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torch.optim.Optimizer:
@@ -31,8 +31,8 @@ def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torc
     which decay as any weight does, and over magnitudes and biases, undecayed.
 
     The first group's rate is `learning_rate`. Raises ConfigError for an optimizer that the modules'
-    device has not. Source: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, 8-bit blockwise states
-    arXiv:2110.02861, paged ones arXiv:2305.14314.
+    device does not have. Source: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, 8-bit blockwise
+    states arXiv:2110.02861, paged ones arXiv:2305.14314.
     """
     settings: dict[str, dict[str, Any]] = {
         "a": {"lr": config.learning_rate},
@@ -51,7 +51,7 @@ def create_optimizer(config: UnitConfig, modules: Mapping[str, Trained]) -> torc
 
 
 def check_optimizer(config: UnitConfig, device: torch.device) -> None:
-    """Raise ConfigError for an optimizer that the base's device has not."""
+    """Raise ConfigError for an optimizer that the base's device does not have."""
     if "paged" in config.optimizer and device.type != "cuda":
         raise ConfigError(
             f"unit {config.name!r}: optimizer is {config.optimizer!r}, whose pages are CUDA's, and "
@@ -74,7 +74,7 @@ def restore_state(
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
         return
     # bitsandbytes makes the buffers, which may be paged; they depend on no setting of the group
-    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # type: ignore[no-untyped-call]
     state = optimizer.state[parameter]
     state["step"] = int(saved["step"])
     for key in saved.keys() - {"step"}:

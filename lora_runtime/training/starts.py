@@ -32,7 +32,7 @@ from lora_runtime.training.inits import (
     kaiming,
     quantisation_loss,
 )
-from lora_runtime.training.variants import Trained, TrainedModule, TrainedRows, norms
+from lora_runtime.training.trained_modules import Trained, TrainedModule, TrainedRows, norms
 
 AFTER_THE_START = (
     "name", "dpo_beta", "label_smoothing", "dpo_sft_weight", "learning_rate", "loraplus_ratio",
@@ -40,7 +40,8 @@ AFTER_THE_START = (
     "gradient_accumulation", "optimizer", "weight_decay", "max_grad_norm", "seed", "eval_interval",
     "patience", "export", "adapter_dtype", "sweep",
 )  # fmt: skip
-"""Fields of UnitConfig that the first weights do not depend on; the seed that is used is told."""
+"""Fields of UnitConfig that the first weights do not depend on (the resolved seed is compared
+separately)."""
 
 
 def start_alike(one: UnitConfig, other: UnitConfig) -> bool:
@@ -79,7 +80,7 @@ def start_modules(
         paths = {site.path for site in spec.targets}
         measured = input_rms(base, spec.layer_map, paths, calibration_rows(examples, seed))
     try:
-        modules: dict[str, Trained] = {}
+        modules: dict[str, TrainedModule] = {}
         for site, target in spec.targets.items():
             if spec.ties_head and site.path == base.spec.head:
                 tied = modules[base.spec.embedding]
@@ -139,11 +140,12 @@ def _with_magnitude(module: TrainedModule, base: Base) -> TrainedModule:
 
 
 def _tied(
-    config: UnitConfig, base: Base, path: str, target: TargetSpec, embedding: Trained
+    config: UnitConfig, base: Base, path: str, target: TargetSpec, embedding: TrainedModule
 ) -> TrainedModule:
     """The output layer with the embedding's factors."""
-    changes = {"path": path, "scaling": target.scaling, "magnitude": None, "is_transposed": True}
-    module = replace(embedding, **changes)
+    module = replace(
+        embedding, path=path, scaling=target.scaling, magnitude=None, is_transposed=True
+    )
     return _with_magnitude(module, base) if config.has_gain else module
 
 
@@ -207,7 +209,7 @@ def _check_names(config: UnitConfig, base: BaseSpec) -> None:
         if not any(f".{path}".endswith(f".{target}") for path in base.shapes):
             names = sorted({path.rpartition(".")[2] for path in base.shapes})
             raise ConfigError(
-                f"unit {config.name!r}: target_modules has {target!r}, which the base has not; "
-                f"{nearest(target, names)}",
+                f"unit {config.name!r}: target_modules has {target!r}, and the base has no "
+                f"such module; {nearest(target, names)}",
                 field="target_modules",
             )

@@ -1,24 +1,19 @@
-"""The training loop: N ≥ 1 adapters on one frozen base, all rows of all of them in each forward.
+"""The training loop: N ≥ 1 adapters on one frozen base, from settings to adapters and a report.
 
-Adapters share no parameter and rows do not touch each other, so one backward of the summed losses
-gives every unit exactly the gradient it would have alone.
+What happens in one turn of the loop, from forward to optimizer, is in `update.py`.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from lora_runtime.adapters.parity import Golden
@@ -32,21 +27,27 @@ from lora_runtime.terminal import Terminal
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from lora_runtime.training.config import TrainConfig
-from lora_runtime.training.data import Dataset, Item, load_all
+from lora_runtime.training.data import Dataset, load_all
 from lora_runtime.training.distributed import ALONE, World, gather_gradients, joined, share_state
 from lora_runtime.training.evaluation import evaluate_due
 from lora_runtime.training.export import adapter_files, export
-from lora_runtime.training.losses import loss_sums, window_losses
-from lora_runtime.training.memory import Gradients, Say, in_forwards
+from lora_runtime.training.losses import loss_sums
 from lora_runtime.training.optimizers import check_optimizer
+from lora_runtime.training.out_of_memory import Say
 from lora_runtime.training.parity_record import recorder
-from lora_runtime.training.preferences import Signal, check_settings
-from lora_runtime.training.progress import say, show_progress
-from lora_runtime.training.report import UnitResult, write_report
+from lora_runtime.training.preferences import check_settings
+from lora_runtime.training.report import (
+    UnitResult,
+    check_tensorboard,
+    say,
+    show_progress,
+    write_curves,
+    write_report,
+)
 from lora_runtime.training.run_folder import checkpoints_of, disk_errors, run_folder
 from lora_runtime.training.sweep import Sweeps, expand, held_out_of, stop_losers, sweep_of, winners
-from lora_runtime.training.tensorboard import check_tensorboard, write_curves
-from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus, update_complete
+from lora_runtime.training.units import LOWER_RATE, Unit, UnitStatus
+from lora_runtime.training.update import run_pass
 
 ShouldStop = Callable[[], bool]
 Data = Sequence[tuple[Dataset, Dataset | None]]
@@ -193,55 +194,6 @@ def _watch(
                 view(changed)
 
         yield show
-
-
-def run_pass(
-    base: Base, units: Sequence[Unit], world: World = ALONE, say: Say = lambda _: None
-) -> list[Unit]:
-    """Forward and backward of every unit's next micro-batch; an update where a window ends.
-
-    A unit whose loss or gradient is not finite fails alone. Returns the units that changed.
-    """
-    _start_gradients(units)
-    started = time.perf_counter()
-    compute = partial(_losses_and_gradients, base)
-    forwards = in_forwards(units, Unit.next_micro_batches, compute, world, say)
-    found = [pair for group, signals in forwards for pair in zip(group, signals, strict=True)]
-    seconds = time.perf_counter() - started
-    for unit, own in found:
-        if math.isfinite(own.loss):
-            unit.advance(own, seconds, world.sum_)
-        else:
-            unit.fail(f"the loss of update {unit.step + 1} is {own.loss}; {LOWER_RATE}")
-    update_complete(units)
-    return [unit for unit in units if not unit.is_running or not unit.window.done]
-
-
-def _start_gradients(units: Sequence[Unit]) -> None:
-    parameters = [p for unit in units for p in unit.parameters if p.grad is None]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    if parameters:
-        torch._foreach_zero_([parameter.grad for parameter in parameters])
-
-
-def _losses_and_gradients(
-    base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]
-) -> tuple[list[Signal], Gradients]:
-    """Of a forward. A unit whose loss is not finite has no gradients.
-
-    The losses are read after the gradients are asked for, so that a GPU need not wait in between.
-    """
-    losses = window_losses(base, units, batches)
-    parameters = [parameter for unit in units for parameter in unit.parameters]
-    found = torch.autograd.grad(losses[:, 0].sum(), parameters, allow_unused=True)
-    gradients = iter(zip(parameters, found, strict=True))
-    signals = Signal.rows(losses)
-    kept = []
-    for unit, own in zip(units, signals, strict=True):
-        of_unit = islice(gradients, len(unit.parameters))
-        kept += [pair for pair in of_unit if pair[1] is not None and math.isfinite(own.loss)]
-    return signals, kept
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:

@@ -5,8 +5,7 @@ A unit knows nothing of the other units; `binding.py` alone puts several side by
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
 
 from lora_runtime.base.loader import Base
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset, ExampleStream, Item, Limits, balanced, num_tokens
 from lora_runtime.training.held_out import HeldOut
-from lora_runtime.training.optimizers import create_optimizer, decay_starts
+from lora_runtime.training.optimizers import create_optimizer
 from lora_runtime.training.preferences import NOTHING, References, Signal, check_settings
 from lora_runtime.training.schedule import create_schedule
 from lora_runtime.training.starts import adapter_spec, start_alike, start_modules
+from lora_runtime.training.trained_modules import Trained
 
 LOWER_RATE = "a lower learning_rate usually helps"
 
@@ -97,10 +96,10 @@ class Unit:
         self.num_steps = config.num_steps(len(items))
         spec = adapter_spec(config, base.spec)
         self.layer_map = spec.layer_map
-        twins = (unit for unit in others if unit.seed == seed and start_alike(unit.config, config))
-        self.modules = (
-            deepcopy(twin.modules)
-            if (twin := next(twins, None))
+        twins = [unit for unit in others if unit.seed == seed and start_alike(unit.config, config)]
+        self.modules: dict[str, Trained] = (
+            deepcopy(twins[0].modules)
+            if twins
             else start_modules(config, spec, base, seed, dataset.examples)
         )
         self.optimizer = create_optimizer(config, self.modules)
@@ -141,7 +140,7 @@ class Unit:
         return {f"{name}.{part}": value for name in parts for part, value in parts[name].items()}
 
     def named_constants(self) -> dict[str, Tensor]:
-        """What no update changes and only the start of the run knows: factors of the weight."""
+        """Fixed tensors (A₀, B₀) that must be checkpointed: `<module>.<part>` → tensor."""
         parts = {name: module.constants for name, module in self.modules.items()}
         return {f"{name}.{part}": value for name in parts for part, value in parts[name].items()}
 
@@ -150,8 +149,9 @@ class Unit:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def next_micro_batches(self) -> list[list[Item]]:
-        """The items of this unit's next forward on every process, none on one that has had its
-        share. Shares have about equally many tokens.
+        """Per process, the items of the next forward; empty once that process finished its share.
+
+        Shares have about equally many tokens.
         """
         items = self._window()
         return [[items[place] for place in places] for places in self._next_places(items)]
@@ -161,29 +161,19 @@ class Unit:
         """Target tokens of the whole window, or its pairs: what its losses are divided by."""
         return sum(item.weight for item in self._window())
 
-    def advance(
-        self, signal: Signal, seconds: float, sum_gradients: Callable[[Sequence[Tensor]], None]
-    ) -> None:
-        """Count a forward whose gradients are in place.
-
-        `signal` is its share of the window's means; `sum_gradients` adds those of other processes
-        to the window's when it is complete: then `update_complete` is due.
+    def advance(self, signal: Signal, seconds: float) -> None:
+        """Count a forward, whose gradients are in place. `signal`: its share of the window's means,
+        over all processes.
         """
         window, items = self.window, self._window()
         window.done += chain.from_iterable(self._next_places(items))
         window.signal = window.signal.plus(signal)
         window.seconds += seconds
-        if self.is_complete:
-            sum_gradients([parameter.grad for parameter in self.parameters])
 
     @property
     def is_complete(self) -> bool:
         """True when all of the window is done and the update is due."""
         return self.is_running and len(self.window.done) == len(self._window())
-
-    def clip_gradient(self) -> Tensor:
-        """Bring the gradient's length down to `max_grad_norm`; returns what it was, a scalar."""
-        return clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
 
     def fail(self, error: str) -> None:
         """Stop this unit; its weights stay as they were after the last update."""
@@ -206,43 +196,38 @@ class Unit:
         best = self.held_out.best_record if self.held_out and self.exports_best else None
         return best.step if best else self.step
 
-    def update(self, grad_norm: float) -> None:
-        """End the window. `grad_norm` is what `clip_gradient` found: when it is not finite the unit
-        fails, its weights untouched.
-        """
-        if not math.isfinite(grad_norm):
-            self.fail(f"the gradient of update {self.step + 1} is not finite; {LOWER_RATE}")
-            return
+    def step_record(self, grad_norm: float) -> StepRecord:
+        """What the update that ends the window does; to be asked before the optimizer's step."""
         signal = self.window.signal
         examples = [example for item in self._window() for example in item.examples]
-        record = StepRecord(
+        return StepRecord(
             step=self.step + 1,
             loss=signal.loss,
             accuracy=signal.accuracy if self.dataset.is_preference else None,
             margin=signal.margin if self.dataset.is_preference else None,
-            learning_rate=self.schedule.get_last_lr()[0],
+            learning_rate=float(self.schedule.get_last_lr()[0]),
             grad_norm=grad_norm,
             num_tokens=sum(len(example.token_ids) for example in examples),
             num_target_tokens=sum(len(example.predictors) for example in examples),
             seconds=self.window.seconds,
         )
-        self.optimizer.step()
-        decay_starts(self.optimizer, self.modules)
-        self.schedule.step()
-        self.optimizer.zero_grad()
+
+    def end_window(self, record: StepRecord) -> None:
+        """Count an update; the next window begins, or the unit is done."""
         self.records.append(record)
         self.window = Window()
         if self.step == self.num_steps:
             self.status = UnitStatus.DONE
 
     def _next_places(self, items: Sequence[Item]) -> list[list[int]]:
-        """What of the window each process computes next."""
+        """Per process, the places in the window of the items that it computes next."""
         lengths, done = list(map(num_tokens, items)), set(self.window.done)
-        shares = balanced(lengths, self.num_processes)
-        left = [[place for place in share if place not in done] for share in shares]
-        return [
-            self.limits.groups(share, lengths.__getitem__)[0] if share else [] for share in left
-        ]
+        found = []
+        for share in balanced(lengths, self.num_processes):
+            left = [place for place in share if place not in done]
+            group = self.limits.first_group([lengths[place] for place in left])
+            found.append([left[index] for index in group])
+        return found
 
     def _window(self) -> list[Item]:
         size = self.config.examples_per_step
@@ -250,14 +235,3 @@ class Unit:
         if self.config.max_steps is None:
             size = min(size, self._num_items * self.config.num_epochs - start)
         return self._stream.take(start, size)
-
-
-def update_complete(units: Sequence[Unit]) -> None:
-    """Update the units whose windows are complete.
-
-    The lengths of all their gradients are read at once: a read waits for all that a GPU has to do.
-    """
-    if complete := [unit for unit in units if unit.is_complete]:
-        norms = torch.stack([unit.clip_gradient() for unit in complete]).tolist()
-        for unit, norm in zip(complete, norms, strict=True):
-            unit.update(norm)

@@ -193,16 +193,14 @@ def _dataset(file: _File) -> Dataset:
 
 
 def _hold_out(file: _File, fraction: float) -> tuple[_File, _File]:
-    parts: tuple[list[_Entry], list[_Entry]] = ([], [])
-    for entry in file.entries:
-        parts[entry.draw < fraction].append(entry)
-    if not all(parts):
+    kept = [entry for entry in file.entries if entry.draw >= fraction]
+    held_out = [entry for entry in file.entries if entry.draw < fraction]
+    if not kept or not held_out:
         raise DataError(
-            f"{file.path}: eval_fraction {fraction} leaves {len(parts[0])} examples to train on "
-            f"and {len(parts[1])} held out; change it or give eval_data",
+            f"{file.path}: eval_fraction {fraction} leaves {len(kept)} examples to train on "
+            f"and {len(held_out)} held out; change it or give eval_data",
             field="eval_fraction",
         )
-    kept, held_out = parts
     return file._replace(entries=kept), file._replace(entries=held_out, num_dropped=0)
 
 

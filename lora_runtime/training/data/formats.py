@@ -2,15 +2,16 @@
 
 chat         `messages`, and if there is `system`: what the assistant says is learned
 sharegpt     `conversations` of `from` and `value`, and if there is `system`: as chat
-completion   `prompt`, `completion`: both text, or both lists of messages
+completion   `prompt`, `completion`, and if there is `system`: both text, or both lists of messages
 instruction  `instruction`, `output`, and if there are `input`, `system`, `history`
 text         `text`: every token is learned
 preference   `prompt`, `chosen`, `rejected`: as completion, twice
 
-`system` is a first message. A message's `weight`, 0 or 1, says whether the assistant's turn is
-learned, as in OpenAI's fine-tuning files. Which tokens are targets is decided by the tokenizer's
-split, the same template serving uses. Other keys are shown as not used, but for those that mean
-something elsewhere in the field: they are refused by name.
+`system` is a first message; beside a `prompt` that is text, the prompt is then the user's message
+and the answer the assistant's, by the base's chat template. A message's `weight`, 0 or 1, says
+whether the assistant's turn is learned, as in OpenAI's fine-tuning files. Which tokens are targets
+is decided by the tokenizer's split, the same template serving uses. Other keys are shown as not
+used, but those that mean something elsewhere in the field are refused by name.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MAX_SHOWN = 60
 """Characters of a value in an error."""
 
 FIRST_TURN = "first turn of the assistant is context, as no prompt asks for it"
+AS_CHAT = "beside system, prompt and answer are read as messages of a chat, not as plain text"
 
 
 class Keys(NamedTuple):
@@ -180,8 +182,10 @@ def content_of(values: Values, kind: str) -> dict[str, object]:
 
 def note_of(values: Values, kind: str) -> str | None:
     """What is worth saying of how a row is read."""
-    key = FORMATS[kind].required[0]
-    first = values[key][0] if isinstance(values[key], list) and values[key] else None
+    if kind in ("completion", "preference") and values.get("system"):
+        return None if isinstance(values["prompt"], list) else AS_CHAT
+    turns = values[FORMATS[kind].required[0]]
+    first = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(first, dict) or values.get("system"):
         return None
     role = first.get("role", ROLES_OF_SHAREGPT.get(str(first.get("from"))))
@@ -220,14 +224,10 @@ def _continued(values: Values, key: str, tokenizer: Tokenizer) -> Split:
         return _split([*context, *_turns(values, key)], tokenizer)
     if any(is_chat):
         raise DataError(f"prompt and {key} must both be text or both lists of messages", field=key)
-    if values.get("system"):
-        raise DataError(
-            f"system is {_short(values['system'])} beside a prompt that is text, where no template "
-            "has a place for it; make prompt a list of messages, or choose "
-            "columns: {instruction: prompt, output: completion, system: system}",
-            field="system",
-        )
-    return _completed(_text(values, "prompt"), _answer(values, key), key, tokenizer)
+    question, answer = _text(values, "prompt"), _answer(values, key)
+    if system := _text(values, "system"):  # plain text has no place for it, a chat has
+        return tokenizer.split_chat([_system(system), *_question_and_answer(question, answer)])
+    return _completed(question, answer, key, tokenizer)
 
 
 def _completed(prompt: str, answer: str, key: str, tokenizer: Tokenizer) -> Split:
@@ -245,11 +245,15 @@ def _split(turns: Sequence[_Turn], tokenizer: Tokenizer) -> Split:
 def _conversation(values: Values) -> list[Message]:
     """Instruction and input as one message of the user, after the turns of `history`."""
     system = _text(values, "system")
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = [_system(system)] if system else []
     for question, answer in _history(values):
         messages += _question_and_answer(question, answer)
     question = "\n".join(filter(None, (_text(values, "instruction"), _text(values, "input"))))
     return [*messages, *_question_and_answer(question, _answer(values, "output"))]
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
 
 
 def _question_and_answer(question: str, answer: str) -> list[Message]:
@@ -267,10 +271,12 @@ def _alpaca_prompt(values: Values) -> str:
 
 def _history(values: Values) -> list[list[str]]:
     turns = values.get("history") or []
-    is_list = isinstance(turns, list)
-    for turn in turns if is_list else [None]:
+    rule = "history must be a list of [question, answer] pairs"
+    if not isinstance(turns, list):
+        raise DataError(rule, field="history")
+    for turn in turns:
         if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
-            raise DataError("history must be a list of [question, answer] pairs", field="history")
+            raise DataError(rule, field="history")
     return turns
 
 
@@ -321,7 +327,7 @@ def _after_system(values: Values, turns: list[_Turn]) -> list[_Turn]:
     system = _text(values, "system")
     if not system:
         return turns
-    message: Message = {"role": "system", "content": system}
+    message = _system(system)
     first = turns[0].message if turns else {}
     if first == message:
         return turns

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lora_runtime.adapters.serving_form import ModuleForm
+from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.quant_linear import DenseLinear
 from lora_runtime.kernels import Span
 from lora_runtime.training import binding
 from lora_runtime.training.adapted_product import (
-    Part,
+    AdaptedRows,
     adapted_product,
     factor_dtype,
     rounded_factors,
@@ -105,8 +106,12 @@ def test_values_and_gradients_are_the_formulas(seed):
     x = torch.randn(num_tokens, sizes[0], generator=generator).bfloat16().requires_grad_()
     weights = torch.randn(num_tokens, sizes[1], generator=generator).bfloat16()
     ours = leaves_of(forms, torch.float32)
-    parts = map(Part, slices, ours, rounded_factors(ours, torch.bfloat16))
-    y = adapted_product(x, layer, list(parts))
+    rounded = rounded_factors([Factors(form.a, form.b) for form in ours], torch.bfloat16)
+    adapted = [
+        AdaptedRows(rows, form.a, form.b, form.gain, factors)
+        for rows, form, factors in zip(slices, ours, rounded, strict=True)
+    ]
+    y = adapted_product(x, layer, adapted)
     exact = leaves_of(forms, torch.float64)
     x64 = x.detach().double().requires_grad_()
     expected = by_formula(x64, layer.weight.double(), exact, slices)

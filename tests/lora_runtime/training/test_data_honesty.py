@@ -16,9 +16,9 @@ from lora_runtime.errors import DataError
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
-from lora_runtime.training.data.formats import FORMATS, MEANINGFUL
+from lora_runtime.training.data.formats import AS_CHAT, FORMATS, MEANINGFUL
 from lora_runtime.training.dry_run import estimate
-from lora_runtime.training.progress import show_data
+from lora_runtime.training.report import show_data
 from tests.lora_runtime.training.tiny_runs import quiet_console, run, shown, write_jsonl
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -100,18 +100,37 @@ def test_system_beside_a_prompt_of_messages(tmp_path, tokenizer, name):
     assert same(tmp_path, tokenizer, row, {**ROWS[name], "prompt": [SYSTEM, USER]})
 
 
-@pytest.mark.parametrize("name", ["completion", "preference", "text"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_system_beside_text_is_refused_by_name(tmp_path, tokenizer, name, kind):
+@pytest.mark.parametrize("name", ["completion", "preference"])
+def test_system_beside_text_makes_it_a_chat(tmp_path, tokenizer, name, kind):
+    """As TRL reads the row whose prompt is the messages of the system and the user: the prompt by
+    the template with the generation prompt, the rest learned. TRL also trains on what the template
+    puts behind the end of the turn, which no model is asked for.
+    """
     row = {**ROWS[name], "system": SYSTEM["content"]}
+    found = load(tmp_path, tokenizer, [row, ROWS[name]], kind)
+    template = tokenizer._inner.apply_chat_template
+    prompt = [SYSTEM, {"role": "user", "content": row["prompt"]}]
+    answers = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
+    for example, answer in zip(found.examples, answers, strict=False):
+        whole = [*prompt, {"role": "assistant", "content": answer}]
+        ids = template(whole, return_dict=True)["input_ids"]
+        start = len(template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        end = next(i for i in range(start, len(ids)) if ids[i] in tokenizer.eos_token_ids)
+        assert example.token_ids.tolist() == ids
+        assert (example.predictors + 1).tolist() == list(range(start, end + 1))
+    assert found.notes == (f"{AS_CHAT} (rows: 1)",)
+    plain = load(tmp_path, tokenizer, [{**ROWS[name], "system": ""}], kind)
+    assert plain.digest == load(tmp_path, tokenizer, [ROWS[name]], kind).digest
+    assert plain.notes == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_system_beside_text_alone_is_refused_by_name(tmp_path, tokenizer, kind):
+    row = {**ROWS["text"], "system": SYSTEM["content"]}
     with pytest.raises(DataError, match="system is 'Answer in French.'") as caught:
         load(tmp_path, tokenizer, [row], kind)
     assert caught.value.field == "system"
-    advised = {"instruction": "prompt", "output": "completion", "system": "system"}
-    if name == "completion":
-        instruction = {**ROWS["instruction"], "output": " Bonjour", "system": row["system"]}
-        found = load(tmp_path, tokenizer, [row], kind, columns=advised)
-        assert found.digest == load(tmp_path, tokenizer, [instruction], kind).digest
 
 
 TOOLS = [{"type": "function", "function": {"name": "w"}}]

@@ -15,7 +15,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import Example, PackedBatch, micro_batches, packed_batch
 from lora_runtime.training.losses import window_losses
-from lora_runtime.training.trainer import run_pass
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     WORDS,
     StopAfter,

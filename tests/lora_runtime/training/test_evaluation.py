@@ -16,8 +16,8 @@ from lora_runtime.training.data import load_dataset
 from lora_runtime.training.evaluation import evaluate_due, held_out_signals
 from lora_runtime.training.held_out import EvalRecord, HeldOut
 from lora_runtime.training.losses import loss_sums
-from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import UnitStatus
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     make_unit,
     quiet_console,

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from lora_runtime.base.loader import Base
-from lora_runtime.training import memory
+from lora_runtime.training import out_of_memory
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import num_tokens
 from lora_runtime.training.distributed import ALONE
 from lora_runtime.training.evaluation import held_out_signals
 from lora_runtime.training.held_out import HeldOut
 from lora_runtime.training.losses import loss_sums
-from lora_runtime.training.trainer import run_pass
 from lora_runtime.training.units import UnitStatus
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
     make_unit,
@@ -122,7 +122,7 @@ def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monke
         return real(base, token_ids, *others)
 
     monkeypatch.setattr(Base, "hidden_states", forward)
-    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", {"cpu": 60})
+    monkeypatch.setattr(out_of_memory, "TOKENS_PER_FORWARD", {"cpu": 60})
     run_pass(exact_base, units)
     assert len(most) == 3 and max(most) > 60 > min(most)
     train_until_done(exact_base, units)
@@ -134,8 +134,8 @@ def test_units_share_less_before_any_gets_smaller(tmp_path, tokenizer, exact_bas
     expected = units_of(exact_base, tokenizer, tmp_path)
     train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
-    monkeypatch.setattr(memory, "TOKENS_PER_FORWARD", {"cpu": 8192})
-    monkeypatch.setattr(memory, "LEAST_PER_FORWARD", 10)
+    monkeypatch.setattr(out_of_memory, "TOKENS_PER_FORWARD", {"cpu": 8192})
+    monkeypatch.setattr(out_of_memory, "LEAST_PER_FORWARD", 10)
     items = [sorted(map(num_tokens, unit.dataset.items)) for unit in units]
     room = max(sum(own[-u.config.micro_batch_size :]) for u, own in zip(units, items, strict=True))
     small = SmallMemory(monkeypatch, room)

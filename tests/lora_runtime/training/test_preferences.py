@@ -21,7 +21,7 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset, num_tokens
 from lora_runtime.training.dry_run import estimate
 from lora_runtime.training.losses import window_losses
-from lora_runtime.training.trainer import run_pass
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
     make_unit,

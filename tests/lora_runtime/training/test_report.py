@@ -13,7 +13,7 @@ import pytest
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.report import write_report
-from tests.lora_runtime.training.tiny_runs import StopAfter, ragged_data, run
+from tests.lora_runtime.training.tiny_runs import StopAfter, quiet_console, ragged_data, run, shown
 
 
 def units_of(tmp_path):
@@ -56,6 +56,31 @@ def test_page_has_settings_data_losses_and_speed(finished):
     assert "6 examples (0 truncated)" in page and "held out " in page
     assert f"{results[0].folder}: weights after update {best.step}" in page
     assert "| blind | done | 4/4 |" in page and "| - | - |" in page
+
+
+def test_losses_have_the_same_meaning_wherever_they_are_shown(tmp_path, tokenizer, base):
+    """Means over the last updates, here half of 7 and 4; the lines, the page and the result."""
+    console = quiet_console()
+    results = run(
+        base, tokenizer, tmp_path / "out", units_of(tmp_path), console=console, log_interval=1
+    )
+    page = (tmp_path / "out" / "report" / "summary.md").read_text()
+    for result, count in zip(results, (3, 2), strict=True):
+        losses = [record.loss for record in result.records]
+        first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
+        assert (result.first_loss, result.loss) == pytest.approx((first, last), rel=1e-12)
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {result.name} | ")]
+        assert f"| {first:.4f} | {last:.4f} |" in row
+        (line,) = [
+            line
+            for line in shown(console).splitlines()
+            if line.startswith(f"{result.name}: {len(losses)}/{len(losses)} ")
+        ]
+        assert f" loss {last:.3f}, " in line
+        assert ("held-out loss" in line) == (result.held_out_loss is not None)
+    seen = results[0]
+    assert seen.held_out_loss == seen.eval_records[-1].loss
+    assert f"held-out loss {seen.held_out_loss:.3f}" in shown(console)
 
 
 def has_colour(folder, colour):

@@ -22,8 +22,9 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.distributed import World
 from lora_runtime.training.losses import window_losses
 from lora_runtime.training.starts import adapter_spec
-from lora_runtime.training.trainer import run_pass, stop_on_signals, train
+from lora_runtime.training.trainer import stop_on_signals, train
 from lora_runtime.training.units import UnitStatus
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     make_unit,
     quiet_console,

@@ -23,8 +23,8 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training import losses
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import token_losses, unit_logits, window_losses
-from lora_runtime.training.trainer import run_pass
-from lora_runtime.training.variants import TrainedModule
+from lora_runtime.training.trained_modules import TrainedModule
+from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.test_variants import mean_loss, randomise, train_until_done
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,

@@ -16,8 +16,9 @@ from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset
 from lora_runtime.training.distributed import ALONE
-from lora_runtime.training.trainer import run_pass, train_units
+from lora_runtime.training.trainer import train_units
 from lora_runtime.training.units import Unit
+from lora_runtime.training.update import run_pass
 from tests.tiny_tokenizer import write_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog while storms in the night sink ships".split()

@@ -1,16 +1,14 @@
-"""What a finished unit must say of itself: that it changes nothing, or that its loss rose."""
+"""Warnings about a finished unit: it changes nothing, or its loss rose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from lora_runtime.training.report.losses import first_of, last_of, mean
+from lora_runtime.training.trained_modules import TrainedModule
 from lora_runtime.training.units import Unit
-from lora_runtime.training.variants import TrainedModule
-
-NUM_AVERAGED = 10
-"""Updates that the first and the last loss are means over, of short runs half of all."""
 
 
 def warnings_of(unit: Unit) -> tuple[str, ...]:
@@ -51,11 +49,11 @@ class _Rise(NamedTuple):
 
 def _loss_warnings(unit: Unit) -> Iterator[str]:
     losses = [record.loss for record in unit.records]
-    count = min(NUM_AVERAGED, len(losses) // 2)
-    if count and (rise := _Rise(_mean(losses[:count]), _mean(losses[-count:]))).is_one:
+    first, last = first_of(losses), last_of(losses)
+    if losses and (rise := _Rise(mean(first), mean(last))).is_one:
         yield (
             f"its loss rose from {rise.first:.4f} to {rise.last:.4f} (means over the first and "
-            f"the last {count} updates); a lower learning_rate or more data may help"
+            f"the last {len(last)} updates); a lower learning_rate or more data may help"
         )
     evaluations = unit.held_out.records if unit.held_out else []
     if evaluations and (rise := _Rise(evaluations[0].loss, evaluations[-1].loss)).is_one:
@@ -64,7 +62,3 @@ def _loss_warnings(unit: Unit) -> Iterator[str]:
             f"{rise.last:.4f} after update {evaluations[-1].step}; the weights of update "
             f"{unit.exported_step} are written"
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""What stays of a run: `report/` with curves, a plot and one page."""
+"""What stays of a run: a UnitResult of every unit, and `report/` with curves, a plot, one page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.held_out import EvalRecord
-from lora_runtime.training.outcome import warnings_of
+from lora_runtime.training.report.losses import NUM_AVERAGED, first_of, last_of, mean
+from lora_runtime.training.report.outcome import warnings_of
 from lora_runtime.training.units import StepRecord, Unit, UnitStatus
-
-RECENT_STEPS = 10
-"""Updates that the first and the last loss of the summary are averaged over."""
 
 _STATUS = {
     UnitStatus.RUNNING: "interrupted",
@@ -46,7 +44,7 @@ class UnitResult:
     note: str | None = None
     """Why the unit ended before its last update, or whose copy it is."""
     warnings: tuple[str, ...] = ()
-    """What speaks against a finished adapter: see `training/outcome.py`."""
+    """What speaks against a finished adapter: see `outcome.py`."""
     sweep: str | None = None
     """The unit whose sweep this is a member of."""
     copy_of: str | None = None
@@ -82,6 +80,23 @@ class UnitResult:
             exported_step=unit.exported_step,
             settings=_settings(unit.config),
         )
+
+    @property
+    def first_loss(self) -> float | None:
+        """See `losses.py`; None before the first update."""
+        first = first_of(self.records)
+        return mean([record.loss for record in first]) if first else None
+
+    @property
+    def loss(self) -> float | None:
+        """See `losses.py`; None before the first update."""
+        last = last_of(self.records)
+        return mean([record.loss for record in last]) if last else None
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the last evaluation; None before the first."""
+        return self.eval_records[-1].loss if self.eval_records else None
 
     @property
     def exported_loss(self) -> float:
@@ -128,10 +143,11 @@ def _write_plot(path: Path, results: Sequence[UnitResult]) -> None:
     axes = figure.add_subplot(xlabel="update", ylabel="loss per target token or pair")
     for index, result in enumerate(results):
         colour = f"C{index % 10}"
-        for records, style, label in [
+        lines: list[tuple[Sequence[StepRecord] | Sequence[EvalRecord], str, str]] = [
             (result.records, "-", result.name),
             (result.eval_records, "o--", f"{result.name}, held out"),
-        ]:
+        ]
+        for records, style, label in lines:
             if records:
                 steps, losses = [r.step for r in records], [r.loss for r in records]
                 axes.plot(steps, losses, style, color=colour, markersize=4, label=label)
@@ -145,14 +161,15 @@ def _summary(results: Sequence[UnitResult]) -> str:
     lines = [
         "# Training run",
         "",
-        "| unit | status | updates | first loss | last loss | held out, last | held out, best "
+        "| unit | status | updates | first loss | loss | held-out loss | best held-out loss "
         "| parameters | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         *(_summary_row(result) for result in results),
         "",
-        f"Losses are means over up to {RECENT_STEPS} updates, held-out losses over all held-out",
-        "target tokens, of preferences over pairs. Forwards are shared by the units, so their",
-        "speeds add up.",
+        f"The first loss is a mean over the first updates, the loss over the last: {NUM_AVERAGED}",
+        "of each, of short runs half of all. Held-out losses are means over all held-out target",
+        "tokens, of preferences over pairs; `held-out loss` is the last one. Forwards are shared",
+        "by the units, so their speeds add up.",
         "",
         "![loss](loss.png)",
         "",
@@ -162,17 +179,16 @@ def _summary(results: Sequence[UnitResult]) -> str:
 
 
 def _summary_row(result: UnitResult) -> str:
-    losses = [record.loss for record in result.records]
     seconds = sum(record.seconds for record in result.records)
     num_tokens = sum(record.num_tokens for record in result.records)
     best = result.best
     cells = [
         result.name,
         _STATUS[result.status],
-        f"{len(losses)}/{result.num_steps}",
-        f"{_mean(losses[:RECENT_STEPS]):.4f}" if losses else "-",
-        f"{_mean(losses[-RECENT_STEPS:]):.4f}" if losses else "-",
-        f"{result.eval_records[-1].loss:.4f}" if result.eval_records else "-",
+        f"{len(result.records)}/{result.num_steps}",
+        _shown(result.first_loss),
+        _shown(result.loss),
+        _shown(result.held_out_loss),
         f"{best.loss:.4f} (update {best.step})" if best else "-",
         f"{result.num_parameters:,}",
         f"{num_tokens / seconds:.0f}" if seconds else "-",
@@ -198,14 +214,18 @@ def _summary_facts(result: UnitResult) -> list[str]:
 
 def _preference_facts(result: UnitResult) -> Iterator[str]:
     """The share of pairs whose chosen answer the adapter moved towards, and by how much."""
-    signals = [(r.accuracy, r.margin) for r in result.records if r.accuracy is not None]
-    for when, some in [("first", signals[:RECENT_STEPS]), ("last", signals[-RECENT_STEPS:])]:
+    signals = [
+        (record.accuracy, record.margin)
+        for record in result.records
+        if record.accuracy is not None and record.margin is not None
+    ]
+    for when, some in [("first", first_of(signals)), ("last", last_of(signals))]:
         if some:
-            accuracy, margin = (_mean(values) for values in zip(*some, strict=True))
+            accuracy, margin = (mean(values) for values in zip(*some, strict=True))
             yield f"{when} {len(some)} updates: accuracy {accuracy:.0%}, margin {margin:.3f}"
     if result.best and result.best.accuracy is not None:
         yield f"held out, best: accuracy {result.best.accuracy:.0%}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _shown(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"

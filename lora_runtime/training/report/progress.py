@@ -12,10 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from lora_runtime.training.data import Dataset
+from lora_runtime.training.report.losses import last_of, mean
 from lora_runtime.training.units import Unit
-
-RECENT_STEPS = 10
-"""Updates that a shown speed is averaged over."""
 
 
 @contextmanager
@@ -107,8 +105,8 @@ def _bars(console: Console) -> Progress:
 def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) -> None:
     for unit in changed:
         if not unit.is_running or unit.step % log_interval == 0:
-            seconds = _recent(unit, "seconds")
-            remaining_s = (unit.num_steps - unit.step) * sum(seconds) / max(len(seconds), 1)
+            seconds = [record.seconds for record in last_of(unit.records)]
+            remaining_s = (unit.num_steps - unit.step) * mean(seconds) if seconds else 0.0
             say(
                 console,
                 f"{unit.name}: {unit.step}/{unit.num_steps} {describe_state(unit)}"
@@ -117,22 +115,20 @@ def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) ->
 
 
 def describe_state(unit: Unit) -> str:
-    """Loss and speed of the last updates, or why the unit ended early."""
+    """Losses and speed as `losses.py` names them, or why the unit ended early."""
     if unit.error is not None:
         return f"failed: {unit.error}"
-    seconds = sum(_recent(unit, "seconds"))
-    speed = sum(_recent(unit, "num_tokens")) / seconds if seconds else 0.0
-    last = unit.records[-1]
-    state = f"loss {last.loss:.3f}, {speed:.0f} tokens/s"
-    if last.accuracy is not None:
-        state += f", accuracy {last.accuracy:.0%}, margin {last.margin:.2f}"
+    last = last_of(unit.records)
+    seconds = sum(record.seconds for record in last)
+    speed = sum(record.num_tokens for record in last) / seconds if seconds else 0.0
+    state = f"loss {mean([record.loss for record in last]):.3f}, {speed:.0f} tokens/s"
+    accuracies = [record.accuracy for record in last if record.accuracy is not None]
+    margins = [record.margin for record in last if record.margin is not None]
+    if accuracies and margins:
+        state += f", accuracy {mean(accuracies):.0%}, margin {mean(margins):.2f}"
     if unit.held_out and unit.held_out.records:
-        state += f", held out {unit.held_out.records[-1].loss:.3f}"
+        state += f", held-out loss {unit.held_out.records[-1].loss:.3f}"
     return f"{state}, stopped: {unit.note}" if unit.note else state
-
-
-def _recent(unit: Unit, field: str) -> list[float]:
-    return [getattr(record, field) for record in unit.records[-RECENT_STEPS:]]
 
 
 def say(console: Console, line: str) -> None:
