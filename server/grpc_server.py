@@ -28,9 +28,9 @@ from protos.loramux.v1 import (
     server_pb2_grpc,
 )
 from server import codec, codec_uploads
-from server.client_uploads import TAKEN
 from server.errors import grpc_status
 from server.service import Service
+from server.wire import UPLOAD_TAKEN
 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_CALLS = 4096
@@ -267,7 +267,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         async def data() -> AsyncIterator[bytes]:
             # The service asks for data once it has taken the announcement; clients can wait for
             # this sign before they send any.
-            await context.send_initial_metadata((TAKEN,))
+            await context.send_initial_metadata((UPLOAD_TAKEN,))
             async for part in request_iterator:
                 yield codec_uploads.upload_data(part)
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 REPO = Path(__file__).parents[1]
 PRODUCT = ("lora_runtime", "server")
@@ -34,6 +35,12 @@ LAYERS = [
     ["server"],
 ]
 """A later one may import earlier ones; those side by side never import each other."""
+
+CLIENT = "server.client"
+SHARED_WITH_CLIENTS = {"server.errors", "server.wire", "lora_runtime.errors",
+                       "lora_runtime.adapters.files.file_names",
+                       "lora_runtime.adapters.files.open_folder", "protos"}  # fmt: skip
+"""All that the client imports of ours: nothing of the service side."""
 
 TORCH_FREE = [
     "lora_runtime",
@@ -55,7 +62,7 @@ TORCH_FREE = [
 TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "transformers", "bitsandbytes", "triton"}
 
 GRPC_DOORS = [
-    "server.grpc_server", "server.app", "server.errors", "server.client", "server.client_channel",
+    "server.grpc_server", "server.app", "server.errors", "server.client", "server.client.channel",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
@@ -77,7 +84,7 @@ DOORS = {
     "pydantic_settings": ["server.config"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.report.progress",
-             "lora_runtime.training.trainer", "server.cli", "server.cli_*"],
+             "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
     "starlette": ["server.http_gateway", "server.app"],
@@ -86,9 +93,9 @@ DOORS = {
     "transformers": ["lora_runtime.base.*", "lora_runtime.text.*",
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
-    "typer": ["server.cli", "server.cli_*"],
+    "typer": ["server.cli", "server.cli.*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.cli", "lora_runtime.training.fields"],
+    "yaml": ["server.cli.serve", "lora_runtime.training.fields"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}
@@ -223,6 +230,22 @@ def tensors_in_torch_free(modules: Iterable[Module]) -> Iterator[str]:
             waiting.append(name.rpartition(".")[0])
 
 
+def service_in_client(modules: Iterable[Module]) -> Iterator[str]:
+    """And the service imports nothing of the client."""
+    own = {module.name for module in modules}
+    for module in modules:
+        is_client = is_within(module.name, CLIENT)
+        is_service = module.name.startswith("server.") and not is_within(module.name, "server.cli")
+        for imported in sorted(module.imports):
+            if is_client and imported.partition(".")[0] in (*PRODUCT, "protos"):
+                allowed = (*SHARED_WITH_CLIENTS, CLIENT)
+                is_package = any(name.startswith(f"{imported}.") for name in own)
+                if not is_package and not any(is_within(imported, name) for name in allowed):
+                    yield f"{module.name} imports {imported}, which is not for clients"
+            if is_service and not is_client and is_within(imported, CLIENT):
+                yield f"{module.name} imports {imported}, which is for clients"
+
+
 def wrong_door(modules: Iterable[Module]) -> Iterator[str]:
     for module in modules:
         for imported in sorted(module.imports):
@@ -316,10 +339,12 @@ def undeclared(modules: Iterable[Module], pyproject: dict) -> set[str]:
 
 
 def unpackaged(modules: Iterable[Module], pyproject: dict) -> set[str]:
-    listed = set(pyproject["tool"]["setuptools"]["packages"])
+    found = find_namespace_packages(
+        str(REPO), **pyproject["tool"]["setuptools"]["packages"]["find"]
+    )
     paths = {module.name: REPO.joinpath(*module.name.split(".")) for module in modules}
     packages = {name if path.is_dir() else name.rpartition(".")[0] for name, path in paths.items()}
-    return packages - listed
+    return (packages | {"protos.loramux.v1"}) - set(found)
 
 
 def text_files() -> Iterator[Path]:
@@ -367,6 +392,10 @@ def test_imports_go_one_way(modules):
 
 def test_deciding_code_is_free_of_tensors(modules):
     assert complaints(tensors_in_torch_free(modules)) == ""
+
+
+def test_client_and_service_know_nothing_of_each_other(modules):
+    assert complaints(service_in_client(modules)) == ""
 
 
 def test_every_third_party_package_has_its_door(modules):
@@ -425,6 +454,11 @@ BAD_SOURCES = {
         ("lora_runtime.engine.engine", "from transformers import AutoConfig"),
         ("server.app", "from prometheus_client import Counter"),
         ("lora_runtime.base.loader", "import triton.language as tl"),
+    ],
+    service_in_client: [
+        ("server.client.uploads", "from server.uploads import Upload"),
+        ("server.client", "from lora_runtime.engine import loop"),
+        ("server.grpc_server", "from server.client.channel import Stubs"),
     ],
     without_door: [("server.service", "import requests")],
     prints: [("server.app", "def f():\n    print(1)")],

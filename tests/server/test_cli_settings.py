@@ -13,9 +13,8 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import trainer
 from lora_runtime.training.config import TrainConfig
-from server import cli_adapters, cli_merge
-from server.cli import app
-from server.cli_train_flags import VARIABLES
+from server.cli import app, local
+from server.cli.train_flags import VARIABLES
 from server.config import ServerConfig, check_environment, load_config
 
 ROOT = typer.main.get_command(app)
@@ -108,8 +107,7 @@ def test_other_commands_take_the_servers_settings(invoke, monkeypatch, tmp_path,
         seen.append(settings.base)
         raise ConfigError("seen")
 
-    for module in (cli_merge, cli_adapters):
-        monkeypatch.setattr(module, "load_on_base", load)
+    monkeypatch.setattr(local, "load_on_base", load)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     file = tmp_path / "serve.yaml"
     file.write_text(f"base: {tmp_path}/f\nquantization: fp4\ndevice: cpu\n")

@@ -20,8 +20,8 @@ from lora_runtime.errors import (
 from protos.loramux.v1 import adapters_pb2
 from server.cli import app
 from server.client import AsyncClient
-from server.client_channel import typed_errors
-from server.client_requests import generate_request
+from server.client.channel import typed_errors
+from server.client.requests import generate_request
 from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
 from tests.server.test_grpc_server import stubs_of
 from tests.server.test_uploads import (

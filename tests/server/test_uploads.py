@@ -36,8 +36,8 @@ from lora_runtime.errors import (
 )
 from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
-from server.client_channel import Stubs, typed_errors
-from server.client_uploads import Outgoing
+from server.client.channel import Stubs, typed_errors
+from server.client.uploads import Outgoing
 from server.uploads import Upload
 from tests.fakes import PLAIN
 from tests.server.test_client import in_thread

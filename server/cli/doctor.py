@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.terminal import Terminal
-from server.cli_settings import (
+from server.cli.settings import (
     BaseName,
     ComputeDtype,
     ConfigFile,

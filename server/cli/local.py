@@ -1,4 +1,6 @@
-"""`loramux adapters verify` and `convert`: an adapter's folder on the bench, without a server."""
+"""`loramux merge`, `adapters verify` and `adapters convert`: commands on an adapter's folder that
+need no server.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.filesize import decimal
@@ -16,7 +18,7 @@ from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.terminal import Terminal, echo
-from server.cli_settings import (
+from server.cli.settings import (
     BaseName,
     ComputeDtype,
     ConfigFile,
@@ -27,6 +29,7 @@ from server.cli_settings import (
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.files.folder import FolderContent
+    from lora_runtime.adapters.merge import Merge
     from lora_runtime.adapters.parity import Golden, Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
@@ -109,6 +112,47 @@ def convert(
             golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
         write_golden(out, golden)
     echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
+
+
+def merge(
+    path: Folder,
+    out: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
+    config: ConfigFile = None,
+    base: BaseName = None,
+    quantization: Format = None,
+    device: Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
+    ] = "float32",
+) -> None:
+    """Add an adapter to the dequantised base that serves it; transformers loads the result.
+
+    float32 gives the served adapter's own logits. 16 bits round every weight: what that takes from
+    the adapter's change is printed. Layer replication and activated LoRA are refused.
+    """
+    import torch
+
+    from lora_runtime.adapters.merge import Merge
+    from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
+    from lora_runtime.text.text_files import TEMPLATE_FILE
+
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
+    settings = engine_settings(
+        config, base=base, quantization=quantization, dtype="float32", device=device
+    )
+    loaded, form, _ = load_on_base(path, settings)
+    merging = Merge(form, loaded.spec, getattr(torch, dtype))
+    side, _ = own_text(form, loaded)
+    text = dict(form.text_files)
+    if side is not None and side.template is not None:
+        text[TEMPLATE_FILE] = side.template.encode()
+    write_checkpoint(
+        out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
+    )
+    console = Terminal(markup=False, soft_wrap=True, highlight=False)
+    console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")
+    console.print(_loss_line(merging))
 
 
 def _read_config(path: Path) -> Mapping[str, object]:
@@ -264,4 +308,12 @@ def _parity_line(parity: Parity | None) -> str:
     return (
         f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
         f"limit {parity.limit:.2g}: passed"
+    )
+
+
+def _loss_line(merging: Merge) -> str:
+    worst = merging.worst
+    return (
+        f"lost to rounding: {merging.overall:.2g} of the adapter's change (‖error‖ / ‖ΔW‖); "
+        f"at worst {worst.ratio:.2g}, {worst.name}"
     )

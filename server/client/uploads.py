@@ -16,10 +16,9 @@ from lora_runtime.adapters.files.file_names import (
 from lora_runtime.adapters.files.open_folder import OpenFolder, read_settled
 from lora_runtime.errors import AdapterSourceRefused
 from protos.loramux.v1 import adapters_pb2
+from server.wire import UPLOAD_TAKEN
 
 CHUNK_BYTES = 1 << 20
-TAKEN = ("loramux-upload", "taken")
-"""Initial metadata of a server that waits for the announced files."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (bytes sent, bytes in all)."""
@@ -64,7 +63,7 @@ class Outgoing:
         parts = self.parts(on_progress)
         try:
             await call.write(next(parts))
-            if TAKEN in tuple(await call.initial_metadata()):
+            if UPLOAD_TAKEN in tuple(await call.initial_metadata()):
                 while (part := await asyncio.to_thread(next, parts, None)) is not None:
                     await call.write(part)
                 await call.done_writing()

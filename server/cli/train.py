@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.terminal import Terminal
 from lora_runtime.training.config import SweepValue, TrainConfig, UnitConfig
-from server import cli_deploy
-from server import cli_train_flags as flag
-from server.cli_dry_run import show_dry_run
+from server.cli import deploy as deploying
+from server.cli import train_flags as flag
 
 if TYPE_CHECKING:
+    from lora_runtime.training.dry_run import DryRun, Estimate
     from lora_runtime.training.report import UnitResult
 
 RUN_FLAGS = (
@@ -101,15 +103,15 @@ def _train(
     run: TrainConfig, deploy: str | None, deploy_name: str | None, sample: str | None
 ) -> None:
     if deploy is not None:
-        cli_deploy.check_server(deploy, deploy_name, len(run.units))
+        deploying.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
     results = train_run(run, Terminal())
     if not results:
         return  # of several processes one shows and deploys
     Terminal(markup=False).print(_table(results))
-    finished = cli_deploy.deployments(results, run.units, deploy_name) if deploy else []
-    is_deployed = not finished or cli_deploy.deploy(str(deploy), finished, sample)
+    finished = deploying.deployments(results, run.units, deploy_name) if deploy else []
+    is_deployed = not finished or deploying.deploy(str(deploy), finished, sample)
     if any(result.error for result in results) or not is_deployed:
         raise typer.Exit(1)
 
@@ -192,3 +194,51 @@ def _table(results: list[UnitResult]) -> Table:
         end = result.error or str(result.folder or result.note or "continue with --resume")
         table.add_row(result.name, result.status.value, updates, *losses, end)
     return table
+
+
+def show_dry_run(config: TrainConfig, console: Console) -> None:
+    """Measure a run and print what each unit and all of them together would take."""
+    from lora_runtime.training.dry_run import dry_run
+    from lora_runtime.training.report import show_data
+
+    with console.status("loading the base") as status:
+        found = dry_run(config, on_progress=status.update)
+    show_data(console, found.data)
+    console.print(_estimates(found))
+    total = found.base_bytes + found.together.total_bytes
+    console.print(
+        f"The base takes {decimal(found.base_bytes)}, the whole run {decimal(total)}. Activations "
+        "are those of the longest examples; times go by one micro-step, and a sweep's losers "
+        "count as if they went on. Memory is that of tensors; a process takes more. Nothing was "
+        "trained or written.",
+        soft_wrap=True,
+    )
+
+
+def _estimates(found: DryRun) -> Table:
+    columns = ["parameters", "targets", "updates", "tokens", "weights", "gradients", "optimizer"]
+    table = Table("adapter", *columns, "activations", "time")
+    for unit in found.units:
+        table.add_row(unit.name, *_cells(unit))
+    if len(found.units) > 1:
+        table.add_section()
+        table.add_row("all at once", *_cells(found.together))
+    return table
+
+
+def _cells(unit: Estimate) -> list[str]:
+    sizes = (unit.weight_bytes, unit.gradient_bytes, unit.optimizer_bytes, unit.activation_bytes)
+    return [
+        f"{unit.num_parameters:,}",
+        " ".join(unit.targets),
+        f"{unit.num_steps:,}",
+        f"{unit.num_tokens:,}",
+        *(decimal(size) for size in sizes),
+        _duration(unit.seconds),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 from lora_runtime.terminal import Terminal
-from server.cli_uploads import send_folder
+from server.cli.remote import send_folder
 from server.client import Client
-from server.client_requests import Messages
+from server.client.requests import Messages
 
 if TYPE_CHECKING:
     from lora_runtime.training.config import UnitConfig

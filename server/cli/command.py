@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from server.cli_train_flags import VARIABLES
+from server.cli.train_flags import VARIABLES
 from server.config import check_environment
 
 

@@ -1,69 +1,24 @@
-"""The command `loramux`. Heavy imports wait for the command that needs them, so help is quick."""
+"""`loramux serve`: a base and its adapters over gRPC, until a signal ends it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
 from lora_runtime.config import DtypeName, Quantization
-from lora_runtime.errors import LoramuxError
-from lora_runtime.terminal import Terminal, write
-from server import cli_adapters, cli_client, cli_doctor, cli_merge, cli_train, cli_uploads
-from server.cli_command import Command
-from server.cli_settings import ConfigFile
-from server.cli_settings import setting as _setting
+from lora_runtime.terminal import write
+from server.cli.settings import ConfigFile
+from server.cli.settings import setting as _setting
 from server.config import LogFormat, LogLevel, ServerConfig, load_config
 from server.logs import setup_logging
-
-
-class Commands(typer.core.TyperGroup):
-    """Commands whose expected failures are one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error raised on purpose needs no traceback."""
-        try:
-            return super().invoke(ctx)
-        except (LoramuxError, TimeoutError) as error:
-            field = getattr(error, "field", None)
-            where = f"{field}: " if field and field not in str(error) else ""
-            stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
-            stderr.print(f"error: {where}{error}", style="red", markup=False)
-            raise typer.Exit(1) from None
-
-
-app = typer.Typer(
-    name="loramux",
-    cls=Commands,
-    help="Serve and train many LoRA adapters over one quantized base model.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
-app.add_typer(cli_client.adapters, name="adapters")
-cli_client.adapters.command(cls=Command)(cli_uploads.upload)
-cli_client.adapters.command(cls=Command)(cli_uploads.rollback)
-cli_client.adapters.command(cls=Command)(cli_uploads.stored)
-cli_client.adapters.command(cls=Command)(cli_uploads.delete)
-cli_client.adapters.command(cls=Command)(cli_adapters.verify)
-cli_client.adapters.command(cls=Command)(cli_adapters.convert)
-app.command(cls=Command)(cli_client.generate)
-app.command(cls=Command)(cli_train.train)
-app.command(cls=Command)(cli_merge.merge)
-app.command(cls=Command)(cli_doctor.doctor)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; None takes the process's own arguments."""
-    app(arguments, prog_name="loramux")
-
 
 ROOT_FLAGS = ("--adapter-roots", "--adapter-root")
 """One folder each time; the variable LORAMUX_ADAPTER_ROOTS and the file have them all."""
 
 
-@app.command(cls=Command)
 def serve(
     config: ConfigFile = None,
     base: Annotated[str | None, _setting("base")] = None,

@@ -16,7 +16,7 @@ import grpc
 
 from lora_runtime.errors import Unavailable
 from protos.loramux.v1 import adapters_pb2, server_pb2
-from server.client_channel import (
+from server.client.channel import (
     HEALTH_REQUEST,
     SERVING,
     AsyncGeneration,
@@ -25,8 +25,8 @@ from server.client_channel import (
     dial,
     typed_errors,
 )
-from server.client_requests import Messages, Options, choose, generate_request, tokenize_request
-from server.client_uploads import Outgoing, Progress, no_progress
+from server.client.requests import Messages, Options, choose, generate_request, tokenize_request
+from server.client.uploads import Outgoing, Progress, no_progress
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TIMEOUT_S = 60.0
