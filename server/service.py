@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -19,8 +20,9 @@ import structlog
 
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
+from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Overloaded, Unavailable
+from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Unavailable
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
@@ -106,8 +108,8 @@ class Service:
         num_tokens = token_limit(engine.info) - 1
         longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
-        self._num_preparing = 0
-        """Calls whose prompts are being made."""
+        self._preparing: Counter[str] = Counter()
+        """Calls whose prompts are being made, by client."""
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -116,7 +118,7 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        with self._preparing():
+        with self._place(call.client):
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
@@ -322,18 +324,19 @@ class Service:
         )
 
     @contextmanager
-    def _preparing(self) -> Iterator[None]:
+    def _place(self, client: str) -> Iterator[None]:
         """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
-        queue is taken: before anything is done for the call.
+        queue, or the client's part of it, is taken: before anything is done for the call.
         """
-        num_waiting = self._engine.stats().num_waiting + self._num_preparing
-        if num_waiting >= self._engine.info.max_queued_requests:
-            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
-        self._num_preparing += 1
+        stats, preparing = self._engine.stats(), self._preparing
+        num_own = stats.waiting_by_client.get(client, 0) + preparing[client]
+        num_waiting = stats.num_waiting + preparing.total()
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
+        preparing[client] += 1
         try:
             yield
         finally:
-            self._num_preparing -= 1
+            self._preparing -= Counter([client])  # and forget who has none
 
     async def _prepare(
         self, call: GenerateCall

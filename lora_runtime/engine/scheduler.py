@@ -42,9 +42,10 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.fair_shares import FairShares
+from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.step_plan import StepPlan
 from lora_runtime.engine.waiting_queue import WaitingQueue
-from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded, RequestFailed
+from lora_runtime.errors import AdapterFailed, LoramuxError, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises Overloaded when the queue is full."""
-        if len(self.waiting) >= self._config.max_queued_requests:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
+        """Queue a new sequence. Raises Overloaded as `check_place`."""
+        num_own = self.waiting.num_of(sequence.request.client)
+        check_place(self._config.max_queued_requests, len(self.waiting), num_own)
         self.waiting.arrive(sequence)
         self._shares.enter(sequence.request.client)
 
