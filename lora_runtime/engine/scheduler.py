@@ -107,7 +107,8 @@ class Scheduler:
         while step.budget > 0 and turns:
             client = heapq.heappop(turns)[-1]
             if self._plan_prompt(client, step):
-                heapq.heappush(turns, self._turn(client))
+                num_rows = sum(row.request.client == client for row in self.running)
+                heapq.heappush(turns, self._turn(client, num_rows))
         self._plan_single_tokens(step, step.budget)
         return step.batch()
 
@@ -161,15 +162,16 @@ class Scheduler:
     def _turns(self) -> list[tuple[int, int, int, str]]:
         """A heap of the clients that have prompts, running or waiting."""
         clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
-        turns = [self._turn(client) for client in clients.union(self.waiting.clients)]
+        num_rows = _num_by_client(self.running)
+        everyone = clients.union(self.waiting.clients)
+        turns = [self._turn(client, num_rows[client]) for client in everyone]
         heapq.heapify(turns)
         return turns
 
-    def _turn(self, client: str) -> tuple[int, int, int, str]:
+    def _turn(self, client: str, num_rows: int) -> tuple[int, int, int, str]:
         """Sorts clients: served least, then with the fewest rows, then by arrival."""
-        num_rows = sum(row.request.client == client for row in self.running)
-        waiting = self.waiting.of(client)
-        return self._shares.counter(client), num_rows, waiting[0].ticket if waiting else 0, client
+        ticket = self.waiting.first_ticket(client)
+        return self._shares.counter(client), num_rows, ticket, client
 
     def _plan_single_tokens(self, step: StepPlan, limit: int) -> None:
         """Plan up to `limit` running rows that need one token."""
