@@ -245,10 +245,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """List every adapter."""
-        records = self._service.list_adapters()
-        return adapters_pb2.ListAdaptersResponse(
-            adapters=[codec.encode_adapter(record) for record in records]
-        )
+        return codec.encode_adapters(self._service.list_adapters())
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context

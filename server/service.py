@@ -22,7 +22,13 @@ from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Unavailable
+from lora_runtime.errors import (
+    AdapterInUse,
+    AdapterSourceRefused,
+    InvalidRequest,
+    LoramuxError,
+    Unavailable,
+)
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
@@ -68,6 +74,8 @@ adapter may add tokens."""
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
+MAX_LOGGED = 200
+"""Characters of a refused source in the log."""
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
 
@@ -219,7 +227,10 @@ class Service:
         async def resolve(name: str, source: str) -> tuple[Path, FolderRules]:
             if name in preloaded and source == str(preloaded[name].absolute()):
                 return preloaded[name], ANY_FOLDER
-            return await self._resolve(source)
+            try:
+                return await self._resolve(source)
+            except AdapterSourceRefused as error:
+                raise _with_advice(error, name, source) from None
 
         await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
@@ -240,7 +251,8 @@ class Service:
 
     async def list_stored_adapters(self) -> list[StoredAdapter]:
         """Return what uploads have left in the store, and which names hold it."""
-        return [self._with_holders(stored) for stored in await self._store.stored()]
+        found, holders = await self._store.stored(), self._registry.holders()
+        return [replace(stored, adapters=holders.get(stored.source, ())) for stored in found]
 
     async def delete_stored_adapter(self, source: str) -> StoredAdapter:
         """Delete a content from the store; return what it was.
@@ -248,7 +260,7 @@ class Service:
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
         stored = await self._store.find(source)
-        if holders := self._registry.holders(source):
+        if holders := self._registry.holders().get(stored.source):
             raise AdapterInUse(
                 f"{source} is held by {', '.join(holders)[:200]}; unload that first",
                 field="source",
@@ -256,9 +268,6 @@ class Service:
         await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
-
-    def _with_holders(self, stored: StoredAdapter) -> StoredAdapter:
-        return replace(stored, adapters=self._registry.holders(stored.source))
 
     def list_adapters(self) -> list[AdapterRecord]:
         """Return every adapter by name."""
@@ -447,6 +456,7 @@ class Service:
 @contextmanager
 def _refusals_logged(name: str, source: str) -> Iterator[None]:
     """Log why an adapter is not loaded; what is loaded the registry logs."""
+    source = source[:MAX_LOGGED]  # what a client wrote, of any length
     try:
         yield
     except LoramuxError as error:
@@ -455,6 +465,14 @@ def _refusals_logged(name: str, source: str) -> Iterator[None]:
     except asyncio.CancelledError:
         logger.info("adapter load left by its caller", adapter=name, source=source)
         raise
+
+
+def _with_advice(error: AdapterSourceRefused, name: str, source: str) -> AdapterSourceRefused:
+    """What can be done where a restart does not find a folder that --adapter may have named."""
+    if not Path(source).is_absolute():
+        return error
+    advice = f"start with --adapter {name}=PATH or its folder below --adapter-roots, or unload it"
+    return AdapterSourceRefused(f"{error.message}: {advice}", field=error.field)
 
 
 def token_limit(info: EngineInfo, num_layers: int = 0) -> int:
