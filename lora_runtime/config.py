@@ -118,7 +118,8 @@ class SchedulerConfig:
     max_model_len: int | None = None
     """Longest prompt + output; None takes the base's own limit."""
     max_queued_requests: int = 1024
-    """Requests that may wait; one more is refused as overloaded."""
+    """Requests that may wait, three quarters of them of one client; one more is refused as
+    overloaded."""
 
     def __post_init__(self) -> None:
         _require(self.max_num_seqs > 0, "max_num_seqs", self.max_num_seqs, "positive")

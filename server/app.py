@@ -27,13 +27,14 @@ from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import ConfigError
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.addresses import check_free, listen
 from server.codec import adapter_name
-from server.config import ServerConfig, split_address
+from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
-from server.names import NameStore
+from server.names import NameStore, claimed
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -101,13 +102,28 @@ async def serve(
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition()
-    with stop.installed(asyncio.get_running_loop()), _listen(config.http_address) as listener:
+    with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
         async with _http(condition, listener) as http:
             engine_config = config.to_engine_config()
             engine = await asyncio.to_thread(start, engine_config, on_progress=_log_progress)
             stop.is_graceful = True
             await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
     logger.info("stopped")
+
+
+@contextlib.contextmanager
+def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
+    """Give what HTTP listens on. What another server has is found here, before the base is loaded,
+    which may take minutes: both addresses, and a chosen folder of adapters. gRPC's is bound when it
+    serves.
+    """
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(listen(config.http_address, "http_address"))
+        check_free(config.grpc_address, "grpc_address")
+        if config.adapter_store is not None:
+            key = f"{config.base} {config.quantization}"
+            held.enter_context(claimed(config.adapter_store, key))
+        yield listener
 
 
 @dataclass(slots=True)
@@ -337,18 +353,6 @@ class Announcement:
         logger.info("ready", grpc_port=grpc_port, http_port=self.http_port)
         if self.on_ready is not None:
             self.on_ready(Ports(grpc=grpc_port, http=self.http_port))
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = split_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: {error.strerror}; choose another http_address",
-            field="http_address",
-        ) from None
 
 
 def _log_failure(loading: asyncio.Task[None]) -> None:

@@ -7,6 +7,8 @@ that nothing is ever dropped silently.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import unquote
 
 from lora_runtime.core import (
@@ -69,6 +71,9 @@ FEATURES = (
     ),
 )
 LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
+MAX_LIST_BYTES = 4 << 20
+"""What clients of gRPC receive unless they are told otherwise."""
+MAX_ABRIDGED_ERROR = 200
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 
@@ -185,6 +190,20 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(finished=finished)
 
 
+def encode_adapters(records: Sequence[AdapterRecord]) -> adapters_pb2.ListAdaptersResponse:
+    """Translate what is known of all adapters; where that is more than MAX_LIST_BYTES, without what
+    their own files may make as long as they like.
+    """
+    response = adapters_pb2.ListAdaptersResponse(adapters=map(encode_adapter, records))
+    if response.ByteSize() > MAX_LIST_BYTES:
+        response.is_abridged = True
+        for info in response.adapters:
+            for name in ("honoured", "inert", "notes", "invocation_tokens", "target_modules"):
+                info.ClearField(name)
+            info.error = info.error[:MAX_ABRIDGED_ERROR]
+    return response
+
+
 def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
     """Translate what is known of an adapter."""
     info = adapters_pb2.AdapterInfo(
@@ -248,6 +267,8 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
             num_blocks=engine.num_blocks,
             pool_bytes=engine.pool_bytes,
             max_slots=engine.max_slots,
+            max_adapter_layers=engine.max_adapter_layers,
+            max_queued_requests=engine.max_queued_requests,
         ),
         kernel_backend=engine.kernel_backend,
         num_loaded_adapters=info.num_loaded_adapters,
@@ -260,14 +281,28 @@ def _client(tenant: str, peer: str) -> str:
     """The name under which the engine counts a caller: its tenant's, or its address.
 
     gRPC's peers are `ipv4:1.2.3.4:567`, `ipv6:[::1]:567` (percent-encoded) and `unix:path`. The
-    port is left out, so that more connections are not more shares; those from this machine keep
-    theirs, where many programs and a proxy's clients have one address.
+    port is left out, so that more connections are not more shares, and of IPv6 the half that a host
+    chooses for itself, as often as it likes; those from this machine keep theirs, where many
+    programs and a proxy's clients have one address.
     """
     if tenant:
         return f"tenant:{_printable(tenant, 'tenant')}"
     host, _, port = unquote(peer).rpartition(":")
     is_remote = host.startswith(("ipv4:", "ipv6:")) and port.isdecimal()
-    return host if is_remote and not host.startswith(LOOPBACK) else peer
+    return _network(host) if is_remote and not host.startswith(LOOPBACK) else peer
+
+
+def _network(host: str) -> str:
+    """From `ipv6:[2001:db8::1]` to `ipv6:2001:db8::/64`; IPv4 in IPv6, and a link's own, stay."""
+    try:
+        address = ip_address(host.removeprefix("ipv6:").strip("[]"))
+    except ValueError:
+        return host
+    if not isinstance(address, IPv6Address) or address.is_link_local:
+        return host
+    if address.ipv4_mapped is not None:
+        return f"ipv4:{address.ipv4_mapped}"
+    return f"ipv6:{ip_network((int(address), 64), strict=False)}"
 
 
 def _refuse_unserved(sampling: types_pb2.SamplingParams) -> None:

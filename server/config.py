@@ -165,7 +165,7 @@ class ServerConfig(BaseSettings):
     """Bytes of host memory for loaded adapters and their former contents; one more is refused.
     None: half of the machine's memory."""
     max_queued_requests: PositiveInt = 1024
-    """Requests that may wait before new ones are refused."""
+    """Requests that may wait, three quarters of them of one client, before new ones are refused."""
 
     max_concurrent_calls: PositiveInt = 4096
     """Calls of any kind that may run or wait at once; one more is refused."""

@@ -28,6 +28,7 @@ from protos.loramux.v1 import (
     server_pb2_grpc,
 )
 from server import codec, codec_uploads
+from server.addresses import bracketed, check_free
 from server.errors import grpc_status
 from server.service import Service
 from server.wire import UPLOAD_TAKEN
@@ -87,11 +88,13 @@ async def start_grpc(
     reflection.enable_server_reflection(
         (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
+    check_free(address, "grpc_address")  # grpc would write a line of its own to stderr
     try:
         port = _bind(server, address, credentials)
     except RuntimeError:
         raise ConfigError(
-            f"cannot listen on {address}; choose another address or port", field="grpc_address"
+            f"grpc_address: cannot listen on {address}; choose another with --grpc-address",
+            field="grpc_address",
         ) from None
     running = GrpcServer(server, health_servicer, calls, is_serving or service.is_alive, port)
     await running.start()
@@ -242,10 +245,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """List every adapter."""
-        records = self._service.list_adapters()
-        return adapters_pb2.ListAdaptersResponse(
-            adapters=[codec.encode_adapter(record) for record in records]
-        )
+        return codec.encode_adapters(self._service.list_adapters())
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
@@ -403,9 +403,10 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    target = bracketed(address)
     if credentials is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(target)
+    return server.add_secure_port(target, credentials)
 
 
 def _options(max_message_bytes: int, max_connection_age_s: float) -> list[tuple[str, int]]:

@@ -7,7 +7,12 @@ after it. Only one server at a time may use a database.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +60,29 @@ class KeptName:
     former: Content | None
 
 
+@contextmanager
+def claimed(folder: Path, base: str) -> Iterator[None]:
+    """Keep other servers of that base out of a folder while the context lasts, however the process
+    ends. The database does so too, but its name is known only when the base has been read.
+
+    Raises ConfigError (field `adapter_store`): no place for it, or another server is using it.
+    """
+    path = folder / f"serving-{hashlib.sha256(base.encode()).hexdigest()[:16]}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _refused(f"{folder} cannot be used: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(folder) from None
+        yield
+    finally:
+        os.close(lock)
+
+
 class NameStore:
     """The names of one server. Every method blocks on the disk; one thread at a time."""
 
@@ -70,8 +98,9 @@ class NameStore:
         except OSError as error:
             raise _refused(f"{folder} cannot be used: {error.strerror}") from None
         except sqlite3.OperationalError as error:
-            what = "is in use by another server" if "locked" in str(error) else f"fails: {error}"
-            raise _refused(f"{path} {what}; give each server a folder of its own") from None
+            if "locked" in str(error):
+                raise _in_use(path) from None
+            raise _refused(f"{path} fails: {error}") from None
         except sqlite3.DatabaseError as error:
             raise _refused(f"{path} is damaged ({error}); move it away to begin anew") from None
 
@@ -127,6 +156,13 @@ def _opened(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _in_use(path: Path) -> ConfigError:
+    return _refused(
+        f"{path} is in use by another server; give each server a folder of its own with "
+        "--adapter-store"
+    )
 
 
 def _refused(why: str) -> ConfigError:

@@ -173,16 +173,19 @@ class Registry:
 
         await self._finish(_all_done([self._spawn(restore_one(name)) for name in self._kept]))
 
-    def holders(self, digest: str) -> tuple[str, ...]:
-        """Names that hold a content of the upload store, or would go back to it; sorted."""
-        sources = [
-            (name, source)
-            for name, record in self._records.items()
-            for source in (record.source, record.former.source if record.former else "")
-        ]
-        for name, kept in self._kept.items():
-            sources += [(name, c.source) for c in (kept.content, kept.former) if c is not None]
-        return tuple(sorted({name for name, source in sources if Path(source).name == digest}))
+    def holders(self) -> dict[str, tuple[str, ...]]:
+        """Contents of the upload store, by digest, that names hold or would go back to; the names
+        are sorted. Other folders' names may be among the digests.
+        """
+        found: dict[str, set[str]] = {}
+        for name, record in self._records.items():
+            sources = [record.source, record.former.source if record.former else ""]
+            kept = self._kept.get(name)
+            sources += [c.source for c in (kept.content, kept.former) if c] if kept else []
+            for source in sources:
+                digest = Path(source).name if "/" in source else source
+                found.setdefault(digest, set()).add(name)
+        return {digest: tuple(sorted(names)) for digest, names in found.items()}
 
     def check_name(self, name: str) -> None:
         """Raise InvalidRequest (field `name`) for the base's name."""
@@ -192,7 +195,9 @@ class Registry:
     async def rollback(self, name: str) -> AdapterRecord:
         """Swap a name's content and its former one, at once; running requests end on theirs.
 
-        Raises AdapterNotFound (field `name`): not loaded, or without a former content.
+        A name that could not be loaded again after a restart gets its former content too; what it
+        held is kept as the former one, and may come back at the next restart. Raises
+        AdapterNotFound (field `name`): not loaded, or without a former content.
         """
         return await self._finish(self._rollback(name))
 
@@ -372,15 +377,19 @@ class Registry:
 
     async def _rollback(self, name: str) -> AdapterRecord:
         async with self._lock(name):
-            held = self.resolve(name)
-            record = held.former
-            former = self._content(record)
+            held = self._records.get(name)
+            record = held.former if held is not None else None
+            if held is None or record is None:
+                held = self.resolve(name)
+            former, kept = self._content(record), self._kept.get(name)
             if record is None or former is None:
                 raise AdapterNotFound(
                     f"adapter {name!r} has no former content to go back to", field="name"
                 )
-            await self._keep(KeptName(name, former, self._content(held)))
-            self._records[name], record.former, held.former = record, held, None
+            given_up = self._content(held) or (kept.content if kept else None)
+            await self._keep(KeptName(name, former, given_up))
+            self._records[name], held.former = record, None
+            record.former = held if held.loaded is not None else None
             record.loaded_at_s = time.time()
             assert record.loaded is not None
             self._observer.on_adapter_loaded(name, record.digest, record.loaded.nbytes, 0.0)

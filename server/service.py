@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -19,8 +20,15 @@ import structlog
 
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
+from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import AdapterInUse, InvalidRequest, LoramuxError, Overloaded, Unavailable
+from lora_runtime.errors import (
+    AdapterInUse,
+    AdapterSourceRefused,
+    InvalidRequest,
+    LoramuxError,
+    Unavailable,
+)
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
@@ -66,6 +74,8 @@ adapter may add tokens."""
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
+MAX_LOGGED = 200
+"""Characters of a refused source in the log."""
 LONG_TEXT = 2_000
 """Characters from which tokenising leaves the event loop; below, a thread costs more."""
 
@@ -106,8 +116,8 @@ class Service:
         num_tokens = token_limit(engine.info) - 1
         longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
-        self._num_preparing = 0
-        """Calls whose prompts are being made."""
+        self._preparing: Counter[str] = Counter()
+        """Calls whose prompts are being made, by client."""
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -116,7 +126,7 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        with self._preparing():
+        with self._place(call.client):
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         request = Request(
@@ -217,7 +227,10 @@ class Service:
         async def resolve(name: str, source: str) -> tuple[Path, FolderRules]:
             if name in preloaded and source == str(preloaded[name].absolute()):
                 return preloaded[name], ANY_FOLDER
-            return await self._resolve(source)
+            try:
+                return await self._resolve(source)
+            except AdapterSourceRefused as error:
+                raise _with_advice(error, name, source) from None
 
         await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
@@ -238,7 +251,8 @@ class Service:
 
     async def list_stored_adapters(self) -> list[StoredAdapter]:
         """Return what uploads have left in the store, and which names hold it."""
-        return [self._with_holders(stored) for stored in await self._store.stored()]
+        found, holders = await self._store.stored(), self._registry.holders()
+        return [replace(stored, adapters=holders.get(stored.source, ())) for stored in found]
 
     async def delete_stored_adapter(self, source: str) -> StoredAdapter:
         """Delete a content from the store; return what it was.
@@ -246,7 +260,7 @@ class Service:
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
         stored = await self._store.find(source)
-        if holders := self._registry.holders(source):
+        if holders := self._registry.holders().get(stored.source):
             raise AdapterInUse(
                 f"{source} is held by {', '.join(holders)[:200]}; unload that first",
                 field="source",
@@ -254,9 +268,6 @@ class Service:
         await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
-
-    def _with_holders(self, stored: StoredAdapter) -> StoredAdapter:
-        return replace(stored, adapters=self._registry.holders(stored.source))
 
     def list_adapters(self) -> list[AdapterRecord]:
         """Return every adapter by name."""
@@ -322,18 +333,19 @@ class Service:
         )
 
     @contextmanager
-    def _preparing(self) -> Iterator[None]:
+    def _place(self, client: str) -> Iterator[None]:
         """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
-        queue is taken: before anything is done for the call.
+        queue, or the client's part of it, is taken: before anything is done for the call.
         """
-        num_waiting = self._engine.stats().num_waiting + self._num_preparing
-        if num_waiting >= self._engine.info.max_queued_requests:
-            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
-        self._num_preparing += 1
+        stats, preparing = self._engine.stats(), self._preparing
+        num_own = stats.waiting_by_client.get(client, 0) + preparing[client]
+        num_waiting = stats.num_waiting + preparing.total()
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
+        preparing[client] += 1
         try:
             yield
         finally:
-            self._num_preparing -= 1
+            self._preparing -= Counter([client])  # and forget who has none
 
     async def _prepare(
         self, call: GenerateCall
@@ -444,6 +456,7 @@ class Service:
 @contextmanager
 def _refusals_logged(name: str, source: str) -> Iterator[None]:
     """Log why an adapter is not loaded; what is loaded the registry logs."""
+    source = source[:MAX_LOGGED]  # what a client wrote, of any length
     try:
         yield
     except LoramuxError as error:
@@ -452,6 +465,14 @@ def _refusals_logged(name: str, source: str) -> Iterator[None]:
     except asyncio.CancelledError:
         logger.info("adapter load left by its caller", adapter=name, source=source)
         raise
+
+
+def _with_advice(error: AdapterSourceRefused, name: str, source: str) -> AdapterSourceRefused:
+    """What can be done where a restart does not find a folder that --adapter may have named."""
+    if not Path(source).is_absolute():
+        return error
+    advice = f"start with --adapter {name}=PATH or its folder below --adapter-roots, or unload it"
+    return AdapterSourceRefused(f"{error.message}: {advice}", field=error.field)
 
 
 def token_limit(info: EngineInfo, num_layers: int = 0) -> int:

@@ -50,10 +50,13 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     _check_fingerprint(files.metadata, base)  # another base explains every mismatch after this
     tensors = AdapterTensors(files.tensors)
     names = trained_names(tensors.names, base)
-    spec = parse_config(files.config, base, trained_names=names)
-    initial = _initial_adapter(content, spec)
-    start = None if initial is None else AdapterTensors(initial.tensors)
-    form = reduce_adapter(spec, tensors, base, weights, start)
+    try:
+        spec = parse_config(files.config, base, trained_names=names)
+        initial = _initial_adapter(content, spec)
+        start = None if initial is None else AdapterTensors(initial.tensors)
+        form = reduce_adapter(spec, tensors, base, weights, start)
+    except AdapterRefused as error:
+        raise _with_bases(error, files, base) from None
     hashes = [file.tensors_sha256 for file in (files, initial) if file is not None]
     return replace(
         form,
@@ -237,6 +240,19 @@ def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
     return (
         f"its config names the base {named[:80]!r}, and this one is {base.name!r}: if they are not "
         "the same weights, its answers are wrong",
+    )
+
+
+def _with_bases(error: AdapterRefused, files: AdapterFiles, base: BaseSpec) -> AdapterRefused:
+    """Add that the adapter may be another base's, which explains most of what does not fit."""
+    named = files.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip("/ "):
+        return error
+    if FINGERPRINT_KEY in files.metadata or _last_part(named) == _last_part(base.name):
+        return error
+    return type(error)(
+        f"{error.message}; its config names the base {named[:80]!r}, and this one is {base.name!r}",
+        field=error.field,
     )
 
 

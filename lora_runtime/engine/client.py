@@ -28,7 +28,8 @@ class EngineInfo:
     max_adapter_layers: int
     """Most layers that an adapter may make of the base's."""
     max_queued_requests: int = 1024
-    """Requests that may wait; one more is refused as overloaded."""
+    """Requests that may wait, three quarters of them of one client; one more is refused as
+    overloaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,8 @@ class EngineStats:
     num_beats: int = 0
     """Changes with all progress, several times within a long step: with every step, every command
     and every layer called. While it is busy and this stands still, it may be stuck."""
+    waiting_by_client: Mapping[str, int] = field(default_factory=dict)
+    """How many of `num_waiting` are whose; without those that have none."""
     num_failed_in_a_row: int = 0
     """Requests that something unforeseen ended, since one last got a token."""
 

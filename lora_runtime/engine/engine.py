@@ -284,6 +284,7 @@ class Engine:
             is_alive=True,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            waiting_by_client=self.scheduler.waiting.by_client(),
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_total=self.blocks.num_blocks,
             pool_bytes_used=self.slots.num_bytes_used,

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -35,8 +36,9 @@ from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import Overloaded, Unavailable
+from lora_runtime.errors import Unavailable
 from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
 
 log = logging.getLogger(__name__)
@@ -100,8 +102,8 @@ class InThreadEngine:
         self._is_busy = False
         self._num_beats = 0
         self._failures = FailureStreak()
-        self._num_arriving = 0
-        """Requests on their way to the engine's queue."""
+        self._arriving: Counter[str] = Counter()
+        """Requests on their way to the engine's queue, by client."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -113,7 +115,8 @@ class InThreadEngine:
         return replace(
             self._stats,
             is_alive=self._failure is None and self._thread.is_alive(),
-            num_waiting=self._stats.num_waiting + self._num_arriving,
+            num_waiting=self._stats.num_waiting + self._arriving.total(),
+            waiting_by_client=self._arriving + Counter(self._stats.waiting_by_client),
             is_busy=self._is_busy and not is_compiling(),
             num_beats=self._num_beats + self._engine.base.context.num_calls,
             num_failed_in_a_row=self._failures.length,
@@ -122,15 +125,15 @@ class InThreadEngine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
-        self._refuse_beyond_queue()
+        self._check_place(request.client)
         stream = (asyncio.get_running_loop(), Outputs())
         is_over = False
         try:
-            self._num_arriving += 1
+            self._arriving[request.client] += 1
             try:
                 await self._call(lambda: self._submit(request, stream))
             finally:
-                self._num_arriving -= 1
+                self._arriving -= Counter([request.client])  # and forget who has none
             while not is_over:
                 output = await stream[1].get()
                 is_over = output.finish_reason is not None
@@ -186,11 +189,12 @@ class InThreadEngine:
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(POLL_S)
 
-    def _refuse_beyond_queue(self) -> None:
+    def _check_place(self, client: str) -> None:
         """Refuse at once what the engine would refuse after its step."""
-        num_waiting = self._stats.num_waiting + self._num_arriving
-        if num_waiting >= self._engine.info.max_queued_requests:
-            raise Overloaded(f"{num_waiting} requests are waiting already; try again later")
+        stats, arriving = self._stats, self._arriving
+        num_own = stats.waiting_by_client.get(client, 0) + arriving[client]
+        num_waiting = stats.num_waiting + arriving.total()
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
 
     def _post(self, action: Callable[[], Result], *, is_long: bool = False) -> Future[Result]:
         """Queue `action` for the engine thread; fails at once when the engine is gone. Behind one

@@ -42,9 +42,10 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.fair_shares import FairShares
+from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.step_plan import StepPlan
 from lora_runtime.engine.waiting_queue import WaitingQueue
-from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded, RequestFailed
+from lora_runtime.errors import AdapterFailed, LoramuxError, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises Overloaded when the queue is full."""
-        if len(self.waiting) >= self._config.max_queued_requests:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
+        """Queue a new sequence. Raises Overloaded as `check_place`."""
+        num_own = self.waiting.num_of(sequence.request.client)
+        check_place(self._config.max_queued_requests, len(self.waiting), num_own)
         self.waiting.arrive(sequence)
         self._shares.enter(sequence.request.client)
 
@@ -106,7 +107,8 @@ class Scheduler:
         while step.budget > 0 and turns:
             client = heapq.heappop(turns)[-1]
             if self._plan_prompt(client, step):
-                heapq.heappush(turns, self._turn(client))
+                num_rows = sum(row.request.client == client for row in self.running)
+                heapq.heappush(turns, self._turn(client, num_rows))
         self._plan_single_tokens(step, step.budget)
         return step.batch()
 
@@ -160,15 +162,16 @@ class Scheduler:
     def _turns(self) -> list[tuple[int, int, int, str]]:
         """A heap of the clients that have prompts, running or waiting."""
         clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
-        turns = [self._turn(client) for client in clients.union(self.waiting.clients)]
+        num_rows = _num_by_client(self.running)
+        everyone = clients.union(self.waiting.clients)
+        turns = [self._turn(client, num_rows[client]) for client in everyone]
         heapq.heapify(turns)
         return turns
 
-    def _turn(self, client: str) -> tuple[int, int, int, str]:
+    def _turn(self, client: str, num_rows: int) -> tuple[int, int, int, str]:
         """Sorts clients: served least, then with the fewest rows, then by arrival."""
-        num_rows = sum(row.request.client == client for row in self.running)
-        waiting = self.waiting.of(client)
-        return self._shares.counter(client), num_rows, waiting[0].ticket if waiting else 0, client
+        ticket = self.waiting.first_ticket(client)
+        return self._shares.counter(client), num_rows, ticket, client
 
     def _plan_single_tokens(self, step: StepPlan, limit: int) -> None:
         """Plan up to `limit` running rows that need one token."""

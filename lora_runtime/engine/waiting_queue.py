@@ -49,6 +49,19 @@ class WaitingQueue:
         if not queue:
             del self._queues[client]
 
+    def first_ticket(self, client: str) -> int:
+        """When the first one of a client arrived; 0 where none waits."""
+        queue = self._queues.get(client)
+        return queue[0].ticket if queue else 0
+
+    def by_client(self) -> dict[str, int]:
+        """How many sequences of each client wait."""
+        return {client: len(queue) for client, queue in self._queues.items()}
+
+    def num_of(self, client: str) -> int:
+        """How many sequences of a client wait."""
+        return len(self._queues.get(client, ()))
+
     def of(self, client: str) -> tuple[Sequence, ...]:
         """The sequences of a client, first one first."""
         return tuple(self._queues.get(client, ()))

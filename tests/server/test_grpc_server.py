@@ -389,6 +389,9 @@ async def test_adapter_info_and_server_info(serve) -> None:
         server = await world.client.server_info()
         assert (server.base.name, server.base.fingerprint) == ("tiny", "f" * 64)
         assert (server.limits.max_model_len, server.kernel_backend) == (512, "scripted")
+        info = world.engine.info
+        limits = server.limits.max_adapter_layers, server.limits.max_queued_requests
+        assert limits == (info.max_adapter_layers, info.max_queued_requests) and all(limits)
         assert server.num_loaded_adapters == 1
         assert "sampling.temperature" in server.features
         assert "sampling.n" in server.refused_features

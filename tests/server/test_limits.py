@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from lora_runtime.errors import (
@@ -18,6 +20,7 @@ from lora_runtime.errors import (
     Overloaded,
 )
 from protos.loramux.v1 import adapters_pb2
+from server.calls import StoredAdapter
 from server.cli import app
 from server.client import AsyncClient
 from server.client.channel import typed_errors
@@ -65,12 +68,53 @@ async def test_a_message_over_the_limit_is_refused_with_details(serve) -> None:
 
 async def test_an_answer_over_the_limit_is_refused_with_details(serve) -> None:
     async with serve() as world:
-        for name in "abcdefghi":
-            await world.load(name, name, notes=["n" * MB])
         with pytest.raises(InvalidRequest, match="one adapter at a time"):
-            await world.client.list_adapters()
-        assert (await world.client.server_info()).num_loaded_adapters == 9
-        assert (await world.client.get_adapter("a")).name == "a"
+            await world.load("a", "a", notes=["n" * 9 * MB])
+        assert (await world.client.server_info()).num_loaded_adapters == 1
+
+
+async def test_one_adapter_never_hides_the_others_from_the_list(serve) -> None:
+    async with serve() as world, stubs_of(world) as stubs:
+        request = adapters_pb2.ListAdaptersRequest()
+        for index, name in enumerate("abcdefghi"):
+            assert (await stubs.adapters.ListAdapters(request)).is_abridged == (index > 3)
+            wide = {"honoured": {"rank_pattern": "n" * MB}} if index % 2 else {"notes": ["n" * MB]}
+            await world.load(name, name, **wide)
+        found = await stubs.adapters.ListAdapters(request)
+        assert found.is_abridged and "".join(info.name for info in found.adapters) == "abcdefghi"
+        assert all(info.digest and not info.notes and not info.honoured for info in found.adapters)
+        assert len((await world.client.get_adapter("b")).honoured["rank_pattern"]) == MB
+
+
+async def test_the_store_is_listed_in_one_go_however_much_it_holds(serve, monkeypatch) -> None:
+    """4,000 names and contents: comparing each with each took minutes on the event loop."""
+    async with serve() as world:
+        await world.load("x", "a")
+        loaded = world.registry.get("x")
+        digests = [f"{index:064x}" for index in range(4000)]
+        for index, digest in enumerate(digests):
+            record = replace(loaded, name=f"n{index}", source=digest, former=None)
+            world.registry._records[record.name] = record
+        in_store = [StoredAdapter(source=d, num_bytes=1, stored_at_s=0.0) for d in digests]
+
+        async def stored() -> list[StoredAdapter]:
+            return in_store
+
+        monkeypatch.setattr(world.service._store, "stored", stored)
+        begun = time.process_time()
+        found = await world.service.list_stored_adapters()
+        assert time.process_time() - begun < 1
+        assert [stored.adapters for stored in found] == [(f"n{i}",) for i in range(4000)]
+        with pytest.raises(AdapterInUse, match="n7;"):
+            await world.service.delete_stored_adapter(digests[7])
+
+
+async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:
+    async with serve() as world:
+        with structlog.testing.capture_logs() as lines, pytest.raises(AdapterSourceRefused):
+            await world.client.load_adapter("x", "s" * (7 * MB))
+        assert any(line["event"] == "adapter refused" for line in lines)
+        assert sum(len(str(line)) for line in lines) < 2000
 
 
 async def test_one_call_too_many_is_refused_at_once_and_health_is_not_a_call(serve) -> None:

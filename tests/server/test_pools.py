@@ -11,7 +11,7 @@ import pytest
 
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
-from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
+from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from server import service, uploads
 from server.errors import from_rpc_error
 from server.sources import REQUIRED_FILES, Sources
@@ -44,8 +44,8 @@ def stuck(monkeypatch):
     release.set()
 
 
-async def chat(world) -> str:
-    return await world.client.generate(messages=CHAT, max_tokens=2).text()
+async def chat(world, tenant: str = "one") -> str:
+    return await world.client.generate(messages=CHAT, max_tokens=2, tenant=tenant).text()
 
 
 async def load(world, name: str = "loaded") -> object:
@@ -89,7 +89,7 @@ async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, kind):
 async def test_waiting_chats_count_as_queued_and_one_more_is_refused_at_once(serve, stuck):
     async with serve(max_queued=8) as world:
         calls = stuck(ByteTokenizer, "apply_chat_template")
-        waiting = [asyncio.create_task(chat(world)) for _ in range(8)]
+        waiting = [asyncio.create_task(chat(world, f"{index % 2}")) for index in range(8)]
         await until(lambda: len(calls) == 4)
         await asyncio.sleep(0.05)
         took = []
@@ -106,6 +106,31 @@ async def test_waiting_chats_count_as_queued_and_one_more_is_refused_at_once(ser
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_one_client_leaves_places_to_the_others(serve, stuck):
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        serve(max_queued=8) as world,
+        grpc.aio.insecure_channel(world.target, own_connection) as channel,
+    ):
+        calls = stuck(ByteTokenizer, "apply_chat_template")
+        waiting = [asyncio.create_task(chat(world, "")) for _ in range(6)]
+        await until(lambda: len(calls) == 4)
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match="6 requests of this client"):
+            await chat(world, "")
+        with pytest.raises(Overloaded, match="6 requests of this client"):
+            await world.client.generate("a text", max_tokens=2).text()
+        request = generation_pb2.GenerateRequest(text="another peer's")
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert [event async for event in stub.Generate(request)]
+        assert await world.client.generate("a tenant's", max_tokens=2, tenant="x").text()
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await until(lambda: not world.service._preparing)
+        assert await world.client.generate("there is room again", max_tokens=2).text()
 
 
 async def test_a_request_that_waits_in_the_engine_counts_too(serve):

@@ -15,6 +15,7 @@ import structlog
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
+    AdapterRefused,
     AdapterSourceRefused,
     ConfigError,
     InvalidRequest,
@@ -299,6 +300,50 @@ async def test_a_name_that_failed_at_a_restart_keeps_its_former_content(host, ag
     async with host.serving(engine) as client:
         await client.unload_adapter("x", wait=True)
         assert not +engine.references, "the former content of a failed name is freed too"
+
+
+async def test_a_name_that_failed_at_a_restart_can_be_rolled_back(host):
+    async with host.serving() as client:
+        await client.load_adapter("x", host.write("one", "a1"))
+        await client.load_adapter("x", host.write("two", "b2"), replace=True)
+    shutil.rmtree(host.roots / "two")
+    engine = LocalEngine()
+    async with host.serving(engine) as client:
+        assert (await client.get_adapter("x")).state == AdapterState.ADAPTER_STATE_FAILED
+        info = await client.rollback_adapter("x")
+        assert (info.digest[0], info.former_digest) == ("a", "")
+        assert await ask(client, "x")
+        with pytest.raises(AdapterNotFound, match="no former content"):
+            await client.rollback_adapter("x")
+        assert (await client.get_adapter("x")).digest[0] == "a"
+    async with host.serving(engine := LocalEngine()) as client:
+        info = await client.get_adapter("x")
+        assert info.digest[0] == "a" and any("former content" in note for note in info.notes)
+    host.write("two", "b2")
+    async with host.serving(engine := LocalEngine()) as client:
+        assert (await client.rollback_adapter("x")).digest[0] == "b", "what failed has come back"
+        await client.unload_adapter("x", wait=True)
+        assert not +engine.references
+
+
+async def test_a_name_that_never_held_anything_cannot_be_rolled_back(host):
+    async with host.serving() as client:
+        for name, source in {"x": "missing", "y": host.write("one", "!AdapterRefused")}.items():
+            with pytest.raises(AdapterRefused):
+                await client.load_adapter(name, source)
+            with pytest.raises(AdapterNotFound):
+                await client.rollback_adapter(name)
+
+
+async def test_a_name_of_the_operators_folder_says_what_to_do_without_the_flag(host):
+    outside = host.folder / "elsewhere"
+    shutil.copytree(host.roots / host.write("one", "a1"), outside)
+    async with host.serving(adapter=[f"x={outside}"]):
+        pass
+    async with host.serving() as client:
+        error = (await client.get_adapter("x")).error
+        for part in (str(outside), "--adapter x=PATH", "--adapter-roots", "unload"):
+            assert part in error
 
 
 @pytest.mark.parametrize(

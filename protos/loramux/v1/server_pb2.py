@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loramux/v1/server.proto\x12\nloramux.v1\"\x16\n\x14GetServerInfoRequest\"\xb4\x02\n\x15GetServerInfoResponse\x12\x41\n\x08versions\x18\x01 \x03(\x0b\x32/.loramux.v1.GetServerInfoResponse.VersionsEntry\x12\"\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x14.loramux.v1.BaseInfo\x12\"\n\x06limits\x18\x03 \x01(\x0b\x32\x12.loramux.v1.Limits\x12\x16\n\x0ekernel_backend\x18\x04 \x01(\t\x12\x1b\n\x13num_loaded_adapters\x18\x05 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\x12\x18\n\x10refused_features\x18\x07 \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x08\x42\x61seInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x12\n\nmodel_type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\"\xa4\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x12\n\npool_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_slots\x18\x07 \x01(\r2e\n\rServerService\x12T\n\rGetServerInfo\x12 .loramux.v1.GetServerInfoRequest\x1a!.loramux.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loramux/v1/server.proto\x12\nloramux.v1\"\x16\n\x14GetServerInfoRequest\"\xb4\x02\n\x15GetServerInfoResponse\x12\x41\n\x08versions\x18\x01 \x03(\x0b\x32/.loramux.v1.GetServerInfoResponse.VersionsEntry\x12\"\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x14.loramux.v1.BaseInfo\x12\"\n\x06limits\x18\x03 \x01(\x0b\x32\x12.loramux.v1.Limits\x12\x16\n\x0ekernel_backend\x18\x04 \x01(\t\x12\x1b\n\x13num_loaded_adapters\x18\x05 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\x12\x18\n\x10refused_features\x18\x07 \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x08\x42\x61seInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x12\n\nmodel_type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\"\xdd\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x12\n\npool_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_slots\x18\x07 \x01(\r\x12\x1a\n\x12max_adapter_layers\x18\x08 \x01(\r\x12\x1b\n\x13max_queued_requests\x18\t \x01(\r2e\n\rServerService\x12T\n\rGetServerInfo\x12 .loramux.v1.GetServerInfoRequest\x1a!.loramux.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BASEINFO']._serialized_start=375
   _globals['_BASEINFO']._serialized_end=581
   _globals['_LIMITS']._serialized_start=584
-  _globals['_LIMITS']._serialized_end=748
-  _globals['_SERVERSERVICE']._serialized_start=750
-  _globals['_SERVERSERVICE']._serialized_end=851
+  _globals['_LIMITS']._serialized_end=805
+  _globals['_SERVERSERVICE']._serialized_start=807
+  _globals['_SERVERSERVICE']._serialized_end=908
 # @@protoc_insertion_point(module_scope)

@@ -257,6 +257,26 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert refusal.value.field == FINGERPRINT_KEY
 
 
+@pytest.mark.parametrize("change", ["narrower", "deeper", "in the config"])
+def test_what_does_not_fit_names_both_bases(change: str, tmp_path: Path) -> None:
+    """Their shapes alone do not tell people that they took the wrong base."""
+    write_llama_adapter(tmp_path)
+    base = replace(LLAMA_BASE, name="models/tiny")
+    if change == "in the config":
+        edit_config(tmp_path, layers_to_transform=[99])
+    else:
+        other = {FIRST_A: torch.ones(4, 32)}
+        if change == "deeper":
+            other = {FIRST_A.replace("layers.0", "layers.77"): torch.ones(4, 64)}
+        rewrite_tensors(tmp_path, lambda tensors: {**tensors, **other})
+    for named, is_said in {"someone/other": True, "someone/Tiny": False, None: False}.items():
+        edit_config(tmp_path, base_model_name_or_path=named)
+        with pytest.raises(AdapterRefused) as refusal:
+            load_adapter(tmp_path, base, LLAMA_WEIGHTS)
+        said = "names the base 'someone/other', and this one is 'models/tiny'"
+        assert (said in refusal.value.message) == is_said and refusal.value.field
+
+
 NAMED_BASES = {
     None: "do not say which base",
     "  ": "do not say which base",

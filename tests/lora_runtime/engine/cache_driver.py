@@ -69,6 +69,7 @@ class CacheDriver:
         max_slots=8,
         load_steps=None,
         steps_ahead=0,
+        max_queued_requests=1024,
     ):
         """`load_steps`: steps until an adapter's copy is done; None: at once. `steps_ahead`: 1 to
         commit a step after the next one was started.
@@ -77,7 +78,11 @@ class CacheDriver:
         self.started: deque = deque()
         self.drawn: list[int] = []
         self.loading: dict[str, int] = {}
-        config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_queued_requests=max_queued_requests,
+        )
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_cache=is_caching)
         self.slots = SlotTable(100, max_slots)
         for digest in ("a", "b", "a reloaded", BAD):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_runtime.core import FinishReason
+from lora_runtime.core import FinishReason, Sequence
+from lora_runtime.errors import Overloaded
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.cache_driver import CacheDriver, ask
 from tests.lora_runtime.engine.test_engine import prompt, tokens, with_adapters
@@ -72,6 +73,20 @@ def test_rows_that_gave_way_give_the_tokens_they_give_alone(base, forms):
     arrivals = {str(i): 4 * (i // 6) for i in range(18)}
     assert tokens(run(engine, requests, arrivals=arrivals)) == alone
     assert engine.scheduler.num_preemptions > 0
+
+
+def test_one_client_leaves_places_in_the_queue_to_the_others():
+    driver = CacheDriver(max_queued_requests=8)
+    for i in range(6):
+        driver.add(asked(ask(f"greedy {i}", [1, 2]), "greedy"))
+    with pytest.raises(Overloaded, match="6 requests of this client"):
+        driver.scheduler.add(Sequence.of(asked(ask("one more", [1]), "greedy")))
+    for i in range(2):
+        driver.add(asked(ask(f"modest {i}", [1, 2]), "modest"))
+    with pytest.raises(Overloaded, match="8 requests are waiting"):
+        driver.scheduler.add(Sequence.of(asked(ask("too many", [1]), "third")))
+    driver.scheduler.check_integrity()
+    driver.finish()
 
 
 def test_clients_that_always_wait_get_equal_service():

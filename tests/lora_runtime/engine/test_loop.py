@@ -6,7 +6,8 @@ import asyncio
 import random
 import threading
 import time
-from dataclasses import MISSING, fields
+from collections import Counter
+from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,8 @@ class ScriptedSteps:
         )
         self.info = SimpleNamespace(max_queued_requests=4)
         self.host = ()
-        self.live: list[str] = []
+        self.live: dict[str, str] = {}
+        """Client of every request."""
         self.on_step = lambda: time.sleep(0.001)
 
     @property
@@ -37,15 +39,17 @@ class ScriptedSteps:
 
     def stats(self):
         names = {field.name for field in fields(EngineStats) if field.default is MISSING}
+        names.remove("waiting_by_client")
         lists = {"running_adapters", "waiting_adapters", "resident_adapters"}
         facts = {name: () if name in lists else 0 for name in names}
-        return EngineStats(**{**facts, "num_waiting": len(self.live)})
+        facts["num_waiting"] = len(self.live)
+        return EngineStats(**facts, waiting_by_client=Counter(self.live.values()))
 
     def add_request(self, request) -> None:
-        self.live.append(request.request_id)
+        self.live[request.request_id] = request.client
 
     def abort(self, request_id: str) -> list:
-        self.live = [other for other in self.live if other != request_id]
+        self.live.pop(request_id, None)
         return []
 
     def abort_all(self, error) -> list:
@@ -68,8 +72,9 @@ async def until(condition, timeout_s: float = 5.0) -> None:
             await asyncio.sleep(0.002)
 
 
-async def consume(engine, name: str) -> StepOutput:
-    return [output async for output in engine.generate(greedy(name, [1], None, 10_000))][-1]
+async def consume(engine, name: str, client: str = "") -> StepOutput:
+    request = replace(greedy(name, [1], None, 10_000), client=client)
+    return [output async for output in engine.generate(request)][-1]
 
 
 def hanging(steps: ScriptedSteps) -> threading.Event:
@@ -170,17 +175,22 @@ def test_a_full_queue_refuses_without_asking_the_engine():
     async def run() -> None:
         steps = ScriptedSteps()
         engine = InThreadEngine(steps)
-        streams = [asyncio.create_task(consume(engine, name)) for name in "abcd"]
-        await until(lambda: engine.stats().num_waiting == 4)
+        streams = [asyncio.create_task(consume(engine, name)) for name in "abc"]
+        await until(lambda: engine.stats().num_waiting == 3)
         release = hanging(steps)
         await asyncio.sleep(0.02)
+        with pytest.raises(Overloaded, match="3 requests of this client"):
+            await consume(engine, "d")
+        streams.append(asyncio.create_task(consume(engine, "d", "other")))
+        await until(lambda: engine.stats().num_waiting == 4)
+        assert engine.stats().waiting_by_client == {"": 3, "other": 1}
         begun = time.monotonic()
         with pytest.raises(Overloaded, match="4 requests"):
-            await consume(engine, "late")
+            await consume(engine, "late", "third")
         assert time.monotonic() - begun < 0.01
         engine.abandon(Unavailable("over"))
         release.set()
-        await asyncio.gather(*streams)
+        await asyncio.gather(*streams, return_exceptions=True)
 
     asyncio.run(run())
 

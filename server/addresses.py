@@ -1,0 +1,69 @@
+"""The addresses that a server listens on: found free, or named, before anything is loaded."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from lora_runtime.errors import ConfigError
+from server.config import split_address
+
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""A name may stand for addresses that this machine does not have, like `localhost` for IPv6's."""
+
+
+def listen(address: str, setting: str) -> socket.socket:
+    """Listen on host:port, the first address that the host stands for; port 0 takes any free one.
+
+    Raises ConfigError naming the setting, also where another of the host's addresses is taken:
+    some of the clients would reach whoever listens there.
+    """
+    listeners: list[socket.socket] = []
+    try:
+        for family, host, port in _resolved(address, setting):
+            try:
+                listeners.append(socket.create_server((host, port), family=family))
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise _refused(address, setting, error) from None
+                missing = error
+        if not listeners:
+            raise _refused(address, setting, missing)
+        return listeners.pop(0)
+    finally:
+        _close(listeners)
+
+
+def check_free(address: str, setting: str) -> None:
+    """Raise ConfigError naming the setting if `listen` would."""
+    listen(address, setting).close()
+
+
+def bracketed(address: str) -> str:
+    """Return host:port as gRPC reads it: an IPv6 host in brackets, which a setting may lack."""
+    host, port = split_address(address)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _resolved(address: str, setting: str) -> list[tuple[socket.AddressFamily, str, int]]:
+    """IPv4 first: with port 0 each address would get another port, and most clients try that."""
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise _refused(address, setting, error) from None
+    ordered = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return [(family, str(target[0]), port) for family, *_, target in ordered]
+
+
+def _close(listeners: list[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
+
+
+def _refused(address: str, setting: str, error: Exception) -> ConfigError:
+    why = getattr(error, "strerror", None) or error
+    flag = "--" + setting.replace("_", "-")
+    return ConfigError(
+        f"{setting}: cannot listen on {address}: {why}; choose another with {flag}", field=setting
+    )
