@@ -27,7 +27,7 @@ from server.cli_settings import (
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.files.folder import FolderContent
-    from lora_runtime.adapters.parity import Golden, Parity
+    from lora_runtime.adapters.parity import Parity, ParityRecord
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
     from lora_runtime.text.text_side import TextSide
@@ -91,7 +91,7 @@ def convert(
     """
     from lora_runtime.adapters.convert import plain_files
     from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.files.parity_file import write_golden
+    from lora_runtime.adapters.files.parity_record import write_parity_record
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
@@ -100,14 +100,14 @@ def convert(
     )
     loaded, form, content = load_on_base(path, settings)
     files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
-    golden = _golden(content, loaded)
+    record = _record(content, loaded)
     write_adapter(out, *files)
     for name, text in form.text_files.items():
         write_file(out, name, text)
-    if golden is not None:
-        if golden.tensors_sha256 == form.tensors_sha256:
-            golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
-        write_golden(out, golden)
+    if record is not None:
+        if record.tensors_sha256 == form.tensors_sha256:
+            record = replace(record, tensors_sha256=read_adapter(out).tensors_sha256)
+        write_parity_record(out, record)
     echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
 
 
@@ -136,10 +136,14 @@ def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm,
         return base, reduce_folder(content, base.spec, base.weights), content
 
 
-def _golden(content: FolderContent, base: Base) -> Golden | None:
-    from lora_runtime.adapters.files.parity_file import parse_golden
+def _record(content: FolderContent, base: Base) -> ParityRecord | None:
+    from lora_runtime.adapters.files.parity_record import parse_parity_record
 
-    return None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
+    return (
+        None
+        if content.parity_record is None
+        else parse_parity_record(content.parity_record, base.spec)
+    )
 
 
 def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | None:
@@ -149,7 +153,7 @@ def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | No
     from lora_runtime.engine.probe import effect_of
 
     logits = effect_of(base, pack_for(base, form))
-    return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
+    return gate(_record(content, base), logits, base.spec.dtype, form.tensors_sha256)
 
 
 def _field_table(

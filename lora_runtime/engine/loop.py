@@ -23,9 +23,9 @@ import torch
 from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.files.companions import text_digest
 from lora_runtime.adapters.files.folder import read_folder
-from lora_runtime.adapters.files.parity_file import parse_golden
+from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
-from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
+from lora_runtime.adapters.parity import Logits, ParityRecord, chunks, compare, require
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base, load_base
@@ -141,22 +141,22 @@ class InThreadEngine:
 
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         base = self._engine.base
-        form, golden = await self._readers.run(_read, folder, rules, base)
+        form, record = await self._readers.run(_read, folder, rules, base)
         check_depth(form.layer_map, self.info.max_adapter_layers)
         packed = await self._readers.run(pack_for, base, form)
-        if golden is not None:
-            await self._check(golden, effect_of(base, packed), form.tensors_sha256)
+        if record is not None:
+            await self._check(record, effect_of(base, packed), form.tensors_sha256)
         await self._call(lambda: self._engine.add_packed(packed))
         return _summary(form, packed.nbytes)
 
-    async def _check(self, golden: Golden, logits: Logits, tensors_sha256: str) -> None:
+    async def _check(self, record: ParityRecord, logits: Logits, tensors_sha256: str) -> None:
         """The parity gate, a row at a time: running streams wait for one row, not for all."""
         numbers = [
             await asyncio.wrap_future(self._post(chunk, is_long=True))
-            for chunk in chunks(golden, logits)
+            for chunk in chunks(record, logits)
         ]
-        parity = compare(golden, numbers, self._engine.base.spec.dtype)
-        require(parity, golden, tensors_sha256)
+        parity = compare(record, numbers, self._engine.base.spec.dtype)
+        require(parity, record, tensors_sha256)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
@@ -347,11 +347,15 @@ def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
         outputs.put_nowait(output)
 
 
-def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, Golden | None]:
+def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, ParityRecord | None]:
     content = read_folder(folder, rules)
     form = reduce_folder(content, base.spec, base.weights)
-    golden = None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
-    return form, golden
+    record = (
+        None
+        if content.parity_record is None
+        else parse_parity_record(content.parity_record, base.spec)
+    )
+    return form, record
 
 
 def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
-from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
+from lora_runtime.adapters.files.parity_record import remove_parity_record, write_parity_record
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.parity import Golden
+from lora_runtime.adapters.parity import ParityRecord
 from lora_runtime.adapters.reduction import peft_files
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
@@ -67,12 +67,12 @@ def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
     }
 
 
-def export(folder: Path, files: Files, golden: Golden) -> None:
+def export(folder: Path, files: Files, record: ParityRecord) -> None:
     """Write an adapter and, after it, what its own training says it does."""
-    remove_golden(folder)
+    remove_parity_record(folder)
     write_adapter(folder, *files)
     tensors_sha256 = read_adapter(folder).tensors_sha256
-    write_golden(folder, replace(golden, tensors_sha256=tensors_sha256))
+    write_parity_record(folder, replace(record, tensors_sha256=tensors_sha256))
 
 
 def _files(

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lora_runtime.adapters.files.parity_file import write_golden
+from lora_runtime.adapters.files.parity_record import write_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import measure
 from lora_runtime.adapters.reduction import load_adapter
@@ -39,10 +39,10 @@ def recorded_adapter(base, folder, seed, honest=True):
     logits = effect_of(base, pack_for(base, form))
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCAB_SIZE, (NUM_ROWS, 40), generator=generator).tolist()
-    golden = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
+    record = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
     if not honest:
         folder = write_adapter(tiny_model("llama"), folder.with_name("other"), seed=seed + 50)
-    write_golden(folder, golden)
+    write_parity_record(folder, record)
     return folder
 
 

@@ -48,7 +48,7 @@ def rows_for(form):
 
 
 def recorded_by_peft(base, variant, form):
-    """The golden record, of which PEFT gives the numbers."""
+    """The record record, of which PEFT gives the numbers."""
     twin = dense_twin(base, SHAPE)
 
     @torch.no_grad()
@@ -74,11 +74,11 @@ def without_one_part(form):
 
 def test_what_peft_recorded_is_served(base, variant):
     form = load_adapter(variant.folder, base.spec, base.weights)
-    golden = recorded_by_peft(base, variant, form)
-    parity = gate(golden, served_logits(base, form), "float32")
+    record = recorded_by_peft(base, variant, form)
+    parity = gate(record, served_logits(base, form), "float32")
     assert parity.error < 1e-4 and parity.effect > 0.3
     with pytest.raises(ParityFailed):
-        gate(golden, served_logits(base, without_one_part(form)), "float32")
+        gate(record, served_logits(base, without_one_part(form)), "float32")
 
 
 def test_what_is_converted_does_the_same_in_peft(base, variant, tmp_path):
