@@ -90,7 +90,7 @@ def convert(
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
+    from lora_runtime.adapters.files.folder import read_adapter, write_file
     from lora_runtime.adapters.files.parity_record import write_parity_record
 
     if out.exists():
@@ -101,7 +101,7 @@ def convert(
     loaded, form, content = load_on_base(path, settings)
     files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
     record = _record(content, loaded)
-    write_adapter(out, *files)
+    files.write(out)
     for name, text in form.text_files.items():
         write_file(out, name, text)
     if record is not None:

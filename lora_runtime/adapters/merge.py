@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.values import refused
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
+
+_refused = partial(refused, verdict=" cannot be merged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +135,6 @@ def _refuse_inexpressible(form: ServingForm) -> None:
         )
     if any(key != ModuleKey(key.path) for key in form.modules):
         raise _refused("layer_replication", "a change of one visit only is no change of a weight")
-
-
-def _refused(field: str, reason: str) -> AdapterRefused:
-    return AdapterRefused(f"{field} cannot be merged: {reason}", field=field)
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

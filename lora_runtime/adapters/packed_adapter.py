@@ -179,6 +179,6 @@ def _run(module: ModuleForm, offsets: dict[int, int]) -> Run:
         gain=offset(module.gain),
         bias=offset(module.bias),
         num_rows=0 if patch is None else len(patch.values),
-        rows=offset(patch and patch.values),
-        row_ids=offset(patch and patch.ids),
+        rows=offset(None if patch is None else patch.values),
+        row_ids=offset(None if patch is None else patch.ids),
     )

@@ -1,4 +1,4 @@
-"""An adapter's files → its serving form, and a trained adapter → its files.
+"""An adapter's files → its serving form.
 
 Knows PEFT's tensor names and the order of the steps; knows neither the device nor the pool.
 Source: peft 0.21.2, `save_and_load.py`.
@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
 from lora_runtime.adapters.files.companions import own_text_files
-from lora_runtime.adapters.files.file_names import MAX_TENSORS_BYTES
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
 from lora_runtime.adapters.files.tensors import AdapterTensors
@@ -29,9 +28,6 @@ from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
-
-FINGERPRINT_KEY = "loramux.base_fingerprint"
-VERSION_KEY = "loramux.version"
 
 
 def load_adapter(
@@ -170,48 +166,6 @@ def _notes(
     )
 
 
-def peft_files(
-    *,
-    rank: int,
-    alpha: float,
-    use_rslora: bool,
-    target_modules: str | Sequence[str],
-    tensors: Mapping[str, tuple[Tensor, Tensor]],
-    base: BaseSpec,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> tuple[dict[str, object], dict[str, Tensor], dict[str, str]]:
-    """Return config, tensors and metadata of a trained adapter, for `write_adapter`.
-
-    `tensors`: module path in the base → (A (r, in), B (out, r)), unscaled. The result loads in
-    PEFT; the base's fingerprint is in the metadata, so that no other base serves it.
-    """
-    targets = target_modules if isinstance(target_modules, str) else sorted(target_modules)
-    config: dict[str, object] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": use_rslora,
-        "rank_pattern": dict(rank_pattern or {}),
-        "alpha_pattern": dict(alpha_pattern or {}),
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    named = {}
-    for path, (a, b) in tensors.items():
-        is_embedding = path == base.embedding
-        a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
-        named[f"base_model.model.{path}.{a_part}"] = a
-        named[f"base_model.model.{path}.{b_part}"] = b
-    facts = {FINGERPRINT_KEY: base.fingerprint, VERSION_KEY: _version()}
-    return config, named, {**(metadata or {}), **facts}
-
-
 def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
     trained_on = metadata.get(FINGERPRINT_KEY, base.fingerprint)
     if trained_on != base.fingerprint:
@@ -251,10 +205,3 @@ def _digest(honoured: Mapping[str, object], hashes: Sequence[str]) -> str:
     """
     content = [[[name, honoured[name]] for name in sorted(honoured)], *hashes]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("loramux")
-    except PackageNotFoundError:
-        return "source"

@@ -25,6 +25,10 @@ OPTIONAL_FILES = (PARITY_FILE, *TEXT_FILES)
 INITIAL_FOLDERS = ("pissa_init", "olora_init")
 """Sub-folders with the adapter as it was before training, where its init changed the base."""
 
+FINGERPRINT_KEY = "loramux.base_fingerprint"
+VERSION_KEY = "loramux.version"
+"""Keys of our own in `__metadata__` of the safetensors file."""
+
 
 def content_digest(hashes: Mapping[str, str]) -> str:
     """SHA-256 in hexadecimal over the names and SHA-256s of all files of a folder."""

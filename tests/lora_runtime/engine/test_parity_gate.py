@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
-from lora_runtime.adapters.files.folder import read_adapter, write_adapter
+from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import NUM_POSITIONS, ROW_LENGTH, gate, measure
 from lora_runtime.adapters.reduction import load_adapter
@@ -92,7 +92,7 @@ def test_what_is_converted_does_the_same_in_peft(base, variant, tmp_path):
         assert refusal.field == ("use_dora" if is_dora else NOT_PLAIN[prefix])
         return
     assert not variant.name.startswith(("dora", *NOT_PLAIN))
-    write_adapter(tmp_path / "plain", *files)
+    files.write(tmp_path / "plain")
     plain = peft.PeftModel.from_pretrained(
         copy.deepcopy(dense_twin(base, SHAPE)), tmp_path / "plain"
     )

@@ -334,7 +334,8 @@ def test_ranks_above_half_the_layer_are_exported_too(tmp_path, tokenizer, base, 
     targets = ("gate_proj", "q_proj")
     unit = unit_of(base, tokenizer, tmp_path, "pissa", rank=rank, target_modules=targets)
     randomise(unit, 0.01)
-    config, tensors, _ = adapter_files(unit.config, base.spec, unit.modules, {})
+    files = adapter_files(unit.config, base.spec, unit.modules, {})
+    config, tensors = files.config, files.tensors
     assert config["r"] == 2 * rank and config["init_lora_weights"] is True
     for path, module in unit.modules.items():
         a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
