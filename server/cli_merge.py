@@ -43,7 +43,8 @@ def merge(
     settings = engine_settings(
         config, base=base, quantization=quantization, dtype="float32", device=device
     )
-    loaded, form, _ = load_on_base(path, settings)
+    load = load_on_base(path, settings)
+    loaded, form = load.base, load.form
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
     side, _ = own_text(form, loaded)
     text = dict(form.text_files)
@@ -53,7 +54,7 @@ def merge(
         out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
     )
     console = Terminal(markup=False, soft_wrap=True, highlight=False)
-    console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")
+    console.print(f"{out} holds {loaded.spec.name} with {form.facts.variant}, {dtype}")
     console.print(_loss_line(merging))
 
 

@@ -361,7 +361,7 @@ class Service:
         """Read an adapter's own text files. Raises AdapterRefused."""
         if not loaded.text_files:
             return None, ()
-        return await self._own_text.read(loaded.text_files, loaded.text_sha256)
+        return await self._own_text.read(loaded.text_files, loaded.facts.text_sha256)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._engine.info.base.vocab_size

@@ -67,9 +67,9 @@ def plain_files(
 def _refuse_inexpressible(form: ServingForm) -> None:
     if any(module.gain is not None for module in form.modules.values()):
         raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
-    if form.layer_map is not None:
+    if form.facts.layer_map is not None:
         raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")
-    if form.invocation_tokens:
+    if form.facts.invocation_tokens:
         raise _refused("alora_invocation_tokens", "a plain LoRA acts on every token")
 
 

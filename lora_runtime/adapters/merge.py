@@ -125,11 +125,11 @@ def merged_weight(weight: Tensor, module: ModuleForm, *, is_table: bool = False)
 
 
 def _refuse_inexpressible(form: ServingForm) -> None:
-    if form.layer_map is not None:
+    if form.facts.layer_map is not None:
         raise _refused(
             "layer_replication", "the visits of one layer have a change each, and one weight"
         )
-    if form.invocation_tokens:
+    if form.facts.invocation_tokens:
         raise _refused(
             "alora_invocation_tokens", "it acts from those tokens on, a weight on every token"
         )

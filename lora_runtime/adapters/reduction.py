@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
-from lora_runtime.adapters.files.companions import own_text_files
+from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.files.companions import own_text_files, text_digest
 from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
@@ -51,13 +52,15 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     start = None if initial is None else AdapterTensors(initial.tensors)
     form = reduce_adapter(spec, tensors, base, weights, start)
     hashes = [file.tensors_sha256 for file in (files, initial) if file is not None]
-    return replace(
-        form,
+    text_files = own_text_files(content.text, weights.folder)
+    facts = replace(
+        form.facts,
         digest=_digest(spec.honoured, hashes),
-        notes=(*_unverified_base(files, base), *form.notes),
+        notes=(*_unverified_base(files, base), *form.facts.notes),
         tensors_sha256=files.tensors_sha256,
-        text_files=own_text_files(content.text, weights.folder),
+        text_sha256=text_digest(text_files),
     )
+    return replace(form, facts=facts, text_files=text_files)
 
 
 def reduce_adapter(
@@ -70,7 +73,7 @@ def reduce_adapter(
     """Reduce each module on its own, then add replaced biases and vocabulary rows.
 
     Every tensor must be asked for by the config. `initial`: the adapter before training, where its
-    init changed the base. The digest is left empty.
+    init changed the base. What only the files say, the digest among it, is left empty.
 
     Raises: AdapterRefused naming the tensor that is missing, unknown or of the wrong shape.
     """
@@ -90,16 +93,15 @@ def reduce_adapter(
     for path, patch in patches.items():
         key = ModuleKey(path)
         forms[key] = replace(forms.get(key, ModuleForm()), patch=patch)
-    return ServingForm(
-        digest="",
+    facts = AdapterFacts(
         variant=spec.variant,
-        modules=forms,
         honoured=spec.honoured,
         inert=spec.inert,
         layer_map=spec.layer_map,
         invocation_tokens=spec.invocation_tokens,
         notes=(*spec.notes, *_notes(spec, reduced.values(), initial)),
     )
+    return ServingForm(facts=facts, modules=forms)
 
 
 def _key(site: Site) -> ModuleKey:

@@ -143,7 +143,7 @@ class Engine:
         Raises AdapterTooLarge, Overloaded where host memory has no room for it, and AdapterRefused
         for more layers than are served.
         """
-        check_depth(adapter.layer_map, self.info.max_adapter_layers)
+        check_depth(adapter.facts.layer_map, self.info.max_adapter_layers)
         if adapter.digest not in self.host:
             self.host.check_room(adapter.nbytes)
             self.slots.register(adapter.digest, adapter.nbytes)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
 from lora_runtime.adapters.files.folder import CONFIG_FILE, read_adapter
 from lora_runtime.adapters.reduction import load_adapter
@@ -155,7 +156,7 @@ def test_what_no_plain_lora_can_be_is_refused_by_name(tmp_path, bases, config, f
 
 
 def form_of(modules):
-    return ServingForm(digest="", variant="lora", modules=modules, honoured={}, inert={})
+    return ServingForm(facts=AdapterFacts(variant="lora"), modules=modules)
 
 
 @pytest.mark.parametrize(

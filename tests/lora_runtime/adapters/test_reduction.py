@@ -100,7 +100,7 @@ def test_deltas_equal_pefts(name: str, tmp_path: Path) -> None:
     deltas = write_llama_adapter(tmp_path, **CONFIGS[name])
     form = load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS)
     assert_same_deltas(form_deltas(form), deltas)
-    assert form.variant == ("rslora" if CONFIGS[name].get("use_rslora") else "lora")
+    assert form.facts.variant == ("rslora" if CONFIGS[name].get("use_rslora") else "lora")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -155,14 +155,14 @@ def test_facts_of_the_form(tmp_path: Path) -> None:
     write_llama_adapter(tmp_path, r=4, rank_pattern={"q_proj": 6}, lora_dropout=0.1)
     form = load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS)
     assert form.ranks == (4, 6)
-    assert form.honoured == {
+    assert form.facts.honoured == {
         "peft_type": "LORA",
         "r": 4,
         "lora_alpha": 8,
         "rank_pattern": {"q_proj": 6},
         "target_modules": QV,
     }
-    assert form.inert["lora_dropout"] == "acts only while training"
+    assert form.facts.inert["lora_dropout"] == "acts only while training"
     dtypes = {tensor.dtype for module in form.modules.values() for tensor in (module.a, module.b)}
     assert dtypes == {torch.float32}
 
@@ -274,13 +274,13 @@ def test_a_base_that_cannot_be_verified_is_said(named: str | None, tmp_path: Pat
     write_llama_adapter(tmp_path)
     edit_config(tmp_path, base_model_name_or_path=named)
     base = replace(LLAMA_BASE, name="models/tiny")
-    (note,) = load_adapter(tmp_path, base, LLAMA_WEIGHTS).notes
+    (note,) = load_adapter(tmp_path, base, LLAMA_WEIGHTS).facts.notes
     assert NAMED_BASES[named] in note
 
 
 def test_our_own_adapters_need_no_such_note(tmp_path: Path) -> None:
     trained_files().write(tmp_path)
-    assert load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS).notes == ()
+    assert load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS).facts.notes == ()
 
 
 def trained_files(**overrides: object):

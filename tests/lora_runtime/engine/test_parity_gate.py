@@ -42,7 +42,7 @@ def rows_for(form):
     for _ in range(2):
         tokens = torch.randint(20, VOCAB_SIZE, (ROW_LENGTH,), generator=generator).tolist()
         end = ROW_LENGTH - NUM_POSITIONS
-        tokens[end - len(form.invocation_tokens) : end] = form.invocation_tokens
+        tokens[end - len(form.facts.invocation_tokens) : end] = form.facts.invocation_tokens
         rows.append(tuple(tokens))
     return rows
 

@@ -354,7 +354,7 @@ def served(base, folder):
 def parity_of(base, folder):
     form = load_adapter(folder, base.spec, base.weights)
     logits = effect_of(base, pack_for(base, form))
-    return gate(read_parity_record(folder, base.spec), logits, "float32", form.tensors_sha256)
+    return gate(read_parity_record(folder, base.spec), logits, "float32", form.facts.tensors_sha256)
 
 
 EXPORTED = {
