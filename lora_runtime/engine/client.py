@@ -31,6 +31,15 @@ class EngineInfo:
     max_queued_requests: int = 1024
     """Requests that may wait; one more is refused as overloaded."""
 
+    def token_limit(self, num_layers: int = 0) -> int:
+        """Return the most tokens one request may have: the model's limit, or the KV cache's.
+
+        A block holds a token's keys and values of the base's layers: a request of `num_layers` (0:
+        the base's) needs so many blocks for the same tokens that all its layers have room.
+        """
+        blocks_per_token = max(1, -(-num_layers // self.base.num_layers))
+        return min(self.max_model_len, self.num_blocks // blocks_per_token * self.block_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
