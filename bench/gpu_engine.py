@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, REPLAYS, Ceilings, timed
 from bench.gpu_trace import device_kernels, host_microseconds
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.base.loader import Base, prepare_base
 from lora_runtime.config import (
@@ -99,7 +100,7 @@ def random_forms(base: Base, count: int) -> list[ServingForm]:
         for path, shape in base.spec.linears.items()
     }
     return [
-        ServingForm(digest=f"{i:064d}", variant="lora", modules=modules, honoured={}, inert={})
+        ServingForm(facts=AdapterFacts(digest=f"{i:064d}", variant="lora"), modules=modules)
         for i in range(count)
     ]
 

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from bench import machine
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
-from lora_runtime.adapters.parity import Golden, Parity, chunks, compare
+from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import BaseConfig
@@ -74,15 +74,15 @@ def train_all(base: Base, args: argparse.Namespace, output: Path) -> dict[str, P
     return {result.name: result.folder for result in results if result.folder is not None}
 
 
-def checked(base: Base, folder: Path, golden: Golden) -> tuple[Parity, float]:
+def checked(base: Base, folder: Path, record: ParityRecord) -> tuple[Parity, float]:
     """The gate's numbers, and the longest of the chunks in seconds."""
     form = load_adapter(folder, base.spec, base.weights)
     numbers, longest = [], 0.0
-    for chunk in chunks(golden, effect_of(base, pack_for(base, form))):
+    for chunk in chunks(record, effect_of(base, pack_for(base, form))):
         begun = time.perf_counter()
         numbers.append(chunk())
         longest = max(longest, time.perf_counter() - begun)
-    return compare(golden, numbers, base.spec.dtype), longest
+    return compare(record, numbers, base.spec.dtype), longest
 
 
 def changed(folder: Path, out: Path, *, everywhere: bool) -> Path:
@@ -99,17 +99,17 @@ def changed(folder: Path, out: Path, *, everywhere: bool) -> Path:
 def rows_of(base: Base, folders: dict[str, Path], scratch: Path) -> list[dict]:
     table = []
     for name, folder in folders.items():
-        golden = read_golden(folder, base.spec)
-        assert golden is not None and golden.noise is not None
-        honest, seconds = checked(base, folder, golden)
+        record = read_parity_record(folder, base.spec)
+        assert record is not None and record.noise is not None
+        honest, seconds = checked(base, folder, record)
         row = {
             "base": base.spec.name, "variant": name, "dtype": base.spec.dtype,
-            "effect": honest.effect, "noise": golden.noise, "limit": honest.limit,
+            "effect": honest.effect, "noise": record.noise, "limit": honest.limit,
             "error": honest.error, "passed": honest.passed, "longest_chunk_s": seconds,
         }  # fmt: skip
         for kind, everywhere in (("one", False), ("all", True)):
             other = changed(folder, scratch / f"{name}-{kind}", everywhere=everywhere)
-            row[f"error_{kind}_changed"] = checked(base, other, golden)[0].error
+            row[f"error_{kind}_changed"] = checked(base, other, record)[0].error
         table.append(row)
     return table
 

@@ -25,8 +25,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench import machine
-from lora_runtime.adapters.files.folder import write_adapter
-from lora_runtime.adapters.reduction import load_adapter, peft_files
+from lora_runtime.adapters.files.peft_writer import peft_files
+from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import AdapterConfig, BaseConfig, EngineConfig, SchedulerConfig
 from lora_runtime.core import AdapterUse, Request, SamplingParams
@@ -51,7 +51,7 @@ def write_random_adapters(base: Base, folder: Path, count: int, rank: int) -> li
             tensors=tensors, base=base.spec,
         )  # fmt: skip
         folders.append(folder / f"adapter-{index}")
-        write_adapter(folders[-1], *files)
+        files.write(folders[-1])
     return folders
 
 

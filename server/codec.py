@@ -216,17 +216,18 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         notes=record.notes,
     )
     if record.loaded is not None:
-        info.digest = record.loaded.digest
-        info.variant = record.loaded.variant
+        facts = record.loaded.facts
+        info.digest = facts.digest
+        info.variant = facts.variant
         info.ranks.extend(record.loaded.ranks)
         info.target_modules.extend(record.loaded.target_modules)
         info.num_parameters = record.loaded.num_parameters
         info.num_bytes = record.loaded.nbytes
-        info.honoured.update(record.loaded.honoured)
-        info.inert.update(record.loaded.inert)
-        info.invocation_tokens.extend(record.loaded.invocation_tokens)
+        info.honoured.update({name: str(value) for name, value in facts.honoured.items()})
+        info.inert.update(facts.inert)
+        info.invocation_tokens.extend(facts.invocation_tokens)
         info.has_chat_template = bool(record.text and record.text.is_own_template)
-        info.num_layers = record.loaded.num_layers
+        info.num_layers = facts.num_layers
     if record.former is not None:
         info.former_digest = record.former.digest
     return info

@@ -78,14 +78,14 @@ def text_side(records: Sequence[AdapterRecord], uses_base_text: bool) -> TextSid
 
 def depth(records: Sequence[AdapterRecord]) -> int:
     """Return how many layers a request runs: the adapters' own, 0 for the base's."""
-    return max((record.loaded.num_layers for record in records if record.loaded), default=0)
+    return max((record.loaded.facts.num_layers for record in records if record.loaded), default=0)
 
 
 def request_notes(records: Sequence[AdapterRecord], token_ids: Sequence[int]) -> Iterator[str]:
     """Yield what the caller should know: adapters that were not invoked."""
     outcome = "the base answers" if len(records) == 1 else "it does not act"
     for record in records:
-        wanted = record.loaded.invocation_tokens if record.loaded else ()
+        wanted = record.loaded.facts.invocation_tokens if record.loaded else ()
         if wanted and activation_start(token_ids, wanted) is None:
             yield (
                 f"adapter {record.name!r} was not invoked: its invocation tokens are not in the "

@@ -44,7 +44,7 @@ class Content:
     @classmethod
     def of(cls, loaded: LoadedAdapter, source: str) -> Content:
         """What a source gave."""
-        return cls(loaded.digest, loaded.text_sha256, source)
+        return cls(loaded.digest, loaded.facts.text_sha256, source)
 
     def is_of(self, loaded: LoadedAdapter) -> bool:
         """Tell whether this is what a folder gave."""

@@ -12,7 +12,7 @@ from server.calls import Delta
 from server.registry import AdapterObserver
 
 if TYPE_CHECKING:
-    from lora_runtime.text.detokenizer import Detokenizer
+    from lora_runtime.text.output_text import OutputText
 
 
 class RequestObserver(AdapterObserver, Protocol):
@@ -95,33 +95,12 @@ class RequestMeter:
         )
 
 
-class OutputText:
-    """Turns the outputs of one request into deltas, up to a stop string."""
-
-    def __init__(self, detokenizer: Detokenizer, stop_token_ids: frozenset[int]) -> None:
-        self._detokenizer = detokenizer
-        self._stop_token_ids = stop_token_ids
-
-    def finish_reason(self, output: StepOutput) -> FinishReason | None:
-        """Return why the request ends with this output, pushed before, or None."""
-        return FinishReason.STOP if self._detokenizer.stopped else output.finish_reason
-
-    def push(self, output: StepOutput) -> Delta | None:
-        """Return what the output adds for the caller, or None when it adds nothing."""
-        text = self._detokenizer.push(self._shown(output))
-        if output.finish_reason is not None and not self._detokenizer.stopped:
-            text += self._detokenizer.flush()
-        if not text and not output.token_ids:
-            return None
-        return Delta(text=text, token_ids=output.token_ids, logprobs=output.logprobs)
-
-    def _shown(self, output: StepOutput) -> tuple[int, ...]:
-        """The tokens whose text is shown: all but the stop token that ended the output."""
-        token_ids = output.token_ids
-        ends_here = output.finish_reason is FinishReason.STOP and token_ids
-        if ends_here and token_ids[-1] in self._stop_token_ids:
-            return token_ids[:-1]
-        return token_ids
+def delta_of(text: OutputText, output: StepOutput) -> Delta | None:
+    """Return what an output adds for the caller, or None when it adds nothing."""
+    added = text.push(output)
+    if not added and not output.token_ids:
+        return None
+    return Delta(text=added, token_ids=output.token_ids, logprobs=output.logprobs)
 
 
 def _reason_of(error: BaseException | None) -> FinishReason:

@@ -515,7 +515,7 @@ def _record(name: str, source: str, loaded: LoadedAdapter, reviewed: Reviewed) -
         loaded=replace_fields(loaded, text_files={}),  # read by now, and large
         text=text,
         loaded_at_s=time.time(),
-        notes=(*loaded.notes, *notes),
+        notes=(*loaded.facts.notes, *notes),
     )
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 import structlog
 
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
-from lora_runtime.engine.client import EngineClient, EngineInfo, LoadedAdapter
+from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
@@ -30,6 +30,7 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from lora_runtime.text.detokenizer import Detokenizer
+from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
@@ -50,7 +51,7 @@ from server.calls import (
     UploadCall,
 )
 from server.composition import depth, request_notes, text_side, uses
-from server.output import OutputText, RequestMeter, RequestObserver
+from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
 from server.uploads import AdapterStore, Upload, to_the_end
@@ -113,7 +114,7 @@ class Service:
         self._huge_texts = WorkerPool(
             "tokenising long texts", num_threads=1, max_waiting=MAX_WAITING_HUGE
         )
-        num_tokens = token_limit(engine.info) - 1
+        num_tokens = engine.info.token_limit() - 1
         longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._preparing: Counter[str] = Counter()
@@ -373,7 +374,7 @@ class Service:
         """Read an adapter's own text files. Raises AdapterRefused."""
         if not loaded.text_files:
             return None, ()
-        return await self._own_text.read(loaded.text_files, loaded.text_sha256)
+        return await self._own_text.read(loaded.text_files, loaded.facts.text_sha256)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._engine.info.base.vocab_size
@@ -393,7 +394,7 @@ class Service:
         side: TextSide | None,
     ) -> SamplingParams:
         """The request's parameters with the defaults that depend on prompt and base filled in."""
-        limit = token_limit(self._engine.info, num_layers)
+        limit = self._engine.info.token_limit(num_layers)
         room = limit - num_prompt_tokens
         if room < 1:
             raise InvalidRequest(
@@ -435,7 +436,7 @@ class Service:
                     is_started = True
                     yield started
                 meter.tokens(len(output.token_ids))
-                if delta := text.push(output):
+                if delta := delta_of(text, output):
                     yield delta
                 if output.error is not None:
                     raise output.error
@@ -473,13 +474,3 @@ def _with_advice(error: AdapterSourceRefused, name: str, source: str) -> Adapter
         return error
     advice = f"start with --adapter {name}=PATH or its folder below --adapter-roots, or unload it"
     return AdapterSourceRefused(f"{error.message}: {advice}", field=error.field)
-
-
-def token_limit(info: EngineInfo, num_layers: int = 0) -> int:
-    """Return the most tokens one request may have: the model's limit, or the KV cache's.
-
-    A block holds a token's keys and values of the base's layers: a request of `num_layers` (0: the
-    base's) needs so many blocks for the same tokens that all its layers have room.
-    """
-    blocks_per_token = max(1, -(-num_layers // info.base.num_layers))
-    return min(info.max_model_len, info.num_blocks // blocks_per_token * info.block_size)

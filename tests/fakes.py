@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.core import (
     ANY_FOLDER,
     BaseSpec,
@@ -196,7 +197,10 @@ class ScriptedEngine:
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         self.references[digest] += 1
-        self.loaded[digest] = replace(PLAIN, digest=digest, **_facts(folder))
+        facts = _facts(folder)
+        text_files = facts.pop("text_files", {})
+        facts = replace(PLAIN.facts, digest=digest, **facts)
+        self.loaded[digest] = replace(PLAIN, facts=facts, text_files=text_files)
         return self.loaded[digest]
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
@@ -230,7 +234,7 @@ class ScriptedEngine:
         for use in request.adapters:
             if use.digest not in self.references:
                 raise AdapterNotFound(f"no adapter with digest {use.digest}")
-        if len({self.loaded[use.digest].num_layers for use in request.adapters}) > 1:
+        if len({self.loaded[use.digest].facts.num_layers for use in request.adapters}) > 1:
             raise InvalidRequest("the adapters' layer maps differ", field="adapters")
 
     def _step(self, request: Request, index: int) -> StepOutput:
@@ -262,14 +266,13 @@ class ScriptedEngine:
 
 
 PLAIN = LoadedAdapter(
-    digest="",
-    variant="lora",
+    facts=AdapterFacts(
+        variant="lora", honoured={"r": "8"}, inert={"lora_dropout": "only acts in training"}
+    ),
     ranks=(4, 8),
     target_modules=("q_proj",),
     num_parameters=100,
     nbytes=200,
-    honoured={"r": "8"},
-    inert={"lora_dropout": "only acts in training"},
 )
 
 
@@ -280,6 +283,8 @@ def _facts(folder: Path) -> dict:
     text = {name: facts.pop(fact).encode() for fact, name in names.items() if fact in facts}
     if text:
         facts |= {"text_files": text, "text_sha256": str(sorted(text.items()))}
+    if "num_layers" in facts:
+        facts["layer_map"] = tuple(range(facts.pop("num_layers")))
     return {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
 
 

@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.values import refused
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.peft_writer import PeftFiles, peft_files
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.reduction import FINGERPRINT_KEY, peft_files
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
-from lora_runtime.errors import AdapterRefused
 
-Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
+_refused = partial(refused, verdict=" cannot be converted exactly")
 
 
 def plain_files(
     form: ServingForm, base: BaseSpec, weights: BaseWeights, metadata: Mapping[str, str]
-) -> Files:
-    """Return config, tensors (float32) and metadata of the same adapter, for `write_adapter`.
+) -> PeftFiles:
+    """Return the files of the same adapter, tensors in float32.
 
     `metadata`: the source's; the result is bound to a base's fingerprint only where the source is.
 
@@ -41,7 +43,7 @@ def plain_files(
     ranks = {path: module.rank for path, module in adapted.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     patterns = {re.escape(path): own for path, own in ranks.items() if own != rank}
-    config, tensors, facts = peft_files(
+    files = peft_files(
         rank=rank,
         alpha=rank,
         use_rslora=False,
@@ -52,26 +54,23 @@ def plain_files(
         alpha_pattern=patterns,
         metadata={key: value for key, value in metadata.items() if key != "format"},
     )
-    tensors.update(named for path in adapted for named in _low_rank(path, adapted[path], base))
+    for path, module in adapted.items():
+        _add_low_rank(files, path, module, base)
     if any(module.bias is not None for module in adapted.values()):
-        config["lora_bias"] = True
-    _add_patches(form, base, weights, config, tensors)
+        files.config["lora_bias"] = True
+    _add_patches(files, form, base, weights)
     if FINGERPRINT_KEY not in metadata:
-        del facts[FINGERPRINT_KEY]
-    return config, tensors, facts
+        del files.metadata[FINGERPRINT_KEY]
+    return files
 
 
 def _refuse_inexpressible(form: ServingForm) -> None:
     if any(module.gain is not None for module in form.modules.values()):
         raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
-    if form.layer_map is not None:
+    if form.facts.layer_map is not None:
         raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")
-    if form.invocation_tokens:
+    if form.facts.invocation_tokens:
         raise _refused("alora_invocation_tokens", "a plain LoRA acts on every token")
-
-
-def _refused(field: str, reason: str) -> AdapterRefused:
-    return AdapterRefused(f"{field} cannot be converted exactly: {reason}", field=field)
 
 
 def _adapted(form: ServingForm, base: BaseSpec, weights: BaseWeights) -> dict[str, ModuleForm]:
@@ -117,29 +116,22 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _low_rank(path: str, module: ModuleForm, base: BaseSpec) -> Iterator[tuple[str, Tensor]]:
-    is_embedding = path == base.embedding
-    parts = {
-        Part.EMBEDDING_A if is_embedding else Part.A: module.a,
-        Part.EMBEDDING_B if is_embedding else Part.B: module.b,
-        Part.B_BIAS: module.bias,
-    }
-    for part, tensor in parts.items():
-        if tensor is not None:
-            yield f"base_model.model.{path}.{part}", tensor.float().contiguous()
+def _add_low_rank(files: PeftFiles, path: str, module: ModuleForm, base: BaseSpec) -> None:
+    if module.a is not None and module.b is not None:
+        files.add_factors(path, _plain(module.a), _plain(module.b), base)
+    if module.bias is not None:
+        files.add(path, Part.B_BIAS, _plain(module.bias))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def _is_whole(patch: RowPatch | None) -> bool:
     return patch is not None and patch.ids is None
 
 
-def _add_patches(
-    form: ServingForm,
-    base: BaseSpec,
-    weights: BaseWeights,
-    config: dict[str, object],
-    tensors: dict[str, Tensor],
-) -> None:
+def _add_patches(files: PeftFiles, form: ServingForm, base: BaseSpec, weights: BaseWeights) -> None:
     """Add replaced rows: whole tables to modules_to_save, some rows to trainable_token_indices."""
     modules = {path: form.modules.get(ModuleKey(path)) for path in (base.embedding, base.head)}
     patched = {path: module for path, module in modules.items() if module and module.patch}
@@ -148,25 +140,25 @@ def _add_patches(
             raise _refused("modules_to_save", f"PEFT cannot adapt and replace {path} at once")
     whole = {path: module for path, module in patched.items() if _is_whole(module.patch)}
     for path, module in whole.items():
-        config["modules_to_save"] = sorted(_last(name) for name in whole)
-        tensors.update(_whole_module(path, module, weights))
+        files.config["modules_to_save"] = sorted(_last(name) for name in whole)
+        _add_whole_module(files, path, module, weights)
     rows = {p: m.patch for p, m in patched.items() if p not in whole and m.patch is not None}
     tokens = _tokens(rows, base)
     if tokens:
-        config["trainable_token_indices"] = {_last(path): ids for path, ids in tokens.items()}
+        files.config["trainable_token_indices"] = {_last(path): ids for path, ids in tokens.items()}
     for path in tokens:
-        tensors[f"base_model.model.{path}.{Part.TOKENS}"] = rows[path].values.float().contiguous()
+        files.add(path, Part.TOKENS, _plain(rows[path].values))
 
 
-def _whole_module(
-    path: str, module: ModuleForm, weights: BaseWeights
-) -> Iterator[tuple[str, Tensor]]:
-    """The module's weight, a copy as it may be shared, and its bias, which PEFT wants beside it."""
+def _add_whole_module(
+    files: PeftFiles, path: str, module: ModuleForm, weights: BaseWeights
+) -> None:
+    """Add the module's weight, a copy as it may be shared, and its bias, which PEFT wants too."""
     assert module.patch is not None
-    yield f"base_model.model.{path}.{Part.WEIGHT}", module.patch.values.float().clone()
+    files.add(path, Part.WEIGHT, module.patch.values.float().clone())
     bias = weights.bias(path) if module.bias is None else module.bias
     if bias is not None:
-        yield f"base_model.model.{path}.{Part.BIAS}", bias.float().contiguous()
+        files.add(path, Part.BIAS, _plain(bias))
 
 
 def _tokens(rows: Mapping[str, RowPatch], base: BaseSpec) -> dict[str, list[int]]:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.values import refused
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
+
+_refused = partial(refused, verdict=" cannot be merged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +125,16 @@ def merged_weight(weight: Tensor, module: ModuleForm, *, is_table: bool = False)
 
 
 def _refuse_inexpressible(form: ServingForm) -> None:
-    if form.layer_map is not None:
+    if form.facts.layer_map is not None:
         raise _refused(
             "layer_replication", "the visits of one layer have a change each, and one weight"
         )
-    if form.invocation_tokens:
+    if form.facts.invocation_tokens:
         raise _refused(
             "alora_invocation_tokens", "it acts from those tokens on, a weight on every token"
         )
     if any(key != ModuleKey(key.path) for key in form.modules):
         raise _refused("layer_replication", "a change of one visit only is no change of a weight")
-
-
-def _refused(field: str, reason: str) -> AdapterRefused:
-    return AdapterRefused(f"{field} cannot be merged: {reason}", field=field)
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
 from lora_runtime.base.loader import Base
 from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
@@ -31,7 +32,7 @@ class PackedAdapter:
     tensors has NO_RUN.
     """
 
-    digest: str
+    facts: AdapterFacts
     storage: Tensor
     dtype: torch.dtype
     """Of the weights."""
@@ -40,9 +41,12 @@ class PackedAdapter:
     max_rank: int
     max_rows: int
     """Of the vocabulary, replaced by one module."""
-    layer_map: tuple[int, ...] | None
-    invocation_tokens: tuple[int, ...]
     has_whole_patch: bool
+    """It replaces all rows of the embedding or the head."""
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
 
     @property
     def nbytes(self) -> int:
@@ -93,15 +97,13 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
         offsets[id(place.tensor)] = offset
     paths = tuple(sorted({key.path for key in form.modules}))
     return PackedAdapter(
-        digest=form.digest,
+        facts=form.facts,
         storage=storage,
         dtype=dtype,
         paths=paths,
         runs=_runs(form, paths, offsets),
         max_rank=max((module.rank for module in form.modules.values()), default=0),
         max_rows=max((len(m.patch.values) for m in form.modules.values() if m.patch), default=0),
-        layer_map=form.layer_map,
-        invocation_tokens=form.invocation_tokens,
         has_whole_patch=form.has_whole_patch,
     )
 
@@ -159,7 +161,8 @@ def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
 
 def _runs(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
     index = {path: i for i, path in enumerate(paths)}
-    num_visits = 1 if form.layer_map is None else max(Counter(form.layer_map).values())
+    layer_map = form.facts.layer_map
+    num_visits = 1 if layer_map is None else max(Counter(layer_map).values())
     runs = empty_runs(len(paths), num_visits)
     for key, module in form.modules.items():
         runs[index[key.path], key.replica] = torch.tensor(_run(module, offsets))
@@ -179,6 +182,6 @@ def _run(module: ModuleForm, offsets: dict[int, int]) -> Run:
         gain=offset(module.gain),
         bias=offset(module.bias),
         num_rows=0 if patch is None else len(patch.values),
-        rows=offset(patch and patch.values),
-        row_ids=offset(patch and patch.ids),
+        rows=offset(None if patch is None else patch.values),
+        row_ids=offset(None if patch is None else patch.ids),
     )

@@ -1,8 +1,8 @@
 """The parity gate: an adapter must do here what it did where it was made.
 
-A sidecar beside the adapter holds logits of the base and of the adapter on fixed public rows, made
-in float32 whatever the dtype of training. The gate is on the effect Δz = adapter − base over all
-recorded numbers, which the server makes in its own dtype with its own kernels:
+A parity record beside the adapter holds logits of the base and of the adapter on fixed public rows,
+made in float32 whatever the dtype of training. The gate is on the effect Δz = adapter − base over
+all recorded numbers, which the server makes in its own dtype with its own kernels:
 
     error = ‖Δz here − Δz recorded‖ / max(‖Δz recorded‖, FLOOR · ‖z recorded‖)  ≤  limit
 
@@ -21,7 +21,7 @@ three on Gemma 3 270M. Where the noise is
 larger than the effect, the numbers say little; what certainly says that weights were changed is
 `tensors_sha256`, which needs no forward.
 
-Knows a function that gives logits; knows no engine and no file (`parity_file.py`).
+Knows a function that gives logits; knows no engine and no file (`files/parity_record.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.files.file_names import SIDECAR_FILE
+from lora_runtime.adapters.files.file_names import PARITY_FILE
 from lora_runtime.errors import ParityFailed
 
 ROW_LENGTH = 64
@@ -86,8 +86,8 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Golden:
-    """The sidecar: what base and adapter gave where the adapter was made."""
+class ParityRecord:
+    """What base and adapter gave where the adapter was made."""
 
     base_fingerprint: str
     rows: tuple[tuple[int, ...], ...]
@@ -132,11 +132,13 @@ def public_rows(
     return tuple(tuple(row[:longest]) or (0,) for row in rows)
 
 
-def measure(rows: Sequence[Row], exact: Logits, rounded: Logits, *, fingerprint: str) -> Golden:
+def measure(
+    rows: Sequence[Row], exact: Logits, rounded: Logits, *, fingerprint: str
+) -> ParityRecord:
     """Record what base and adapter give in float32, by `exact`, and how far off bfloat16 is, by
     `rounded`. `fingerprint` is the base's.
     """
-    golden = Golden(
+    record = ParityRecord(
         base_fingerprint=fingerprint,
         rows=tuple(map(tuple, rows)),
         positions=tuple(
@@ -144,38 +146,38 @@ def measure(rows: Sequence[Row], exact: Logits, rounded: Logits, *, fingerprint:
         ),
         noise=0.0,
     )
-    found = _joined(golden, [chunk() for chunk in chunks(golden, rounded)])
-    errors = [one - other for one, other in zip(found, _recorded(golden), strict=True)]
+    found = _joined(record, [chunk() for chunk in chunks(record, rounded)])
+    errors = [one - other for one, other in zip(found, _recorded(record), strict=True)]
     noise = sum(float(error.square().mean()) for error in errors) ** 0.5
-    return replace(golden, noise=noise)
+    return replace(record, noise=noise)
 
 
-def chunks(golden: Golden, logits: Logits) -> list[Callable[[], Tensor]]:
+def chunks(record: ParityRecord, logits: Logits) -> list[Callable[[], Tensor]]:
     """A check in parts of one row each, with or without the adapter, so that other work can come
     between. What they return, in this order, is what `compare` takes.
     """
-    indices = range(len(golden.rows))
+    indices = range(len(record.rows))
     return [
-        partial(_numbers_of, golden, row, logits, on) for on in (False, True) for row in indices
+        partial(_numbers_of, record, row, logits, on) for on in (False, True) for row in indices
     ]
 
 
-def compare(golden: Golden, numbers: Sequence[Tensor], dtype: str) -> Parity:
+def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Parity:
     """Compare the adapter's effect in `dtype`, given by all `chunks`, with the recorded one.
     Numbers that are not finite never pass.
     """
-    base, adapter = _recorded(golden)
-    base_here, adapter_here = _joined(golden, numbers)
+    base, adapter = _recorded(record)
+    base_here, adapter_here = _joined(record, numbers)
     effect = adapter - base
-    is_coarse = "bfloat16" in (golden.dtype, dtype)
-    is_rough = is_coarse and golden.noise is None
+    is_coarse = "bfloat16" in (record.dtype, dtype)
+    is_rough = is_coarse and record.noise is None
     limit, floor = (ROUGH_LIMIT, ROUGH_FLOOR) if is_rough else (LIMIT, FLOOR)
     smallest = torch.finfo(torch.float64).tiny
     scale = max(float(effect.norm()), floor * float(adapter.norm()), smallest)
     base_scale = max(float(base.norm()), smallest)
     base_limit = ROUGH_BASE_LIMIT if is_rough else LIMIT
-    if is_coarse and golden.noise is not None:
-        noise = NOISE_FACTOR * golden.noise * len(effect) ** 0.5
+    if is_coarse and record.noise is not None:
+        noise = NOISE_FACTOR * record.noise * len(effect) ** 0.5
         limit, base_limit = max(limit, noise / scale), max(base_limit, noise / base_scale)
     return Parity(
         error=float((adapter_here - base_here - effect).norm()) / scale,
@@ -186,39 +188,39 @@ def compare(golden: Golden, numbers: Sequence[Tensor], dtype: str) -> Parity:
     )
 
 
-def require(parity: Parity, golden: Golden, tensors_sha256: str | None = None) -> None:
+def require(parity: Parity, record: ParityRecord, tensors_sha256: str | None = None) -> None:
     """Raises: ParityFailed where the error is above the limit, or the adapter's safetensors file,
     if its SHA-256 is given, is not the recorded one.
     """
     if not parity.passed:
         raise ParityFailed(
-            f"the adapter does not do here what {SIDECAR_FILE} recorded: relative error "
+            f"the adapter does not do here what {PARITY_FILE} recorded: relative error "
             f"{parity.error:.2g} of its effect ({parity.effect:.3g} logits), at most "
             f"{parity.limit:.2g} is accepted (of the base's own logits {parity.base_error:.2g}, at "
             f"most {parity.base_limit:.2g}). Its weights were changed after the record, or this "
-            f"machine computes wrongly; remove {SIDECAR_FILE} only if you changed them on purpose",
-            field=SIDECAR_FILE,
+            f"machine computes wrongly; remove {PARITY_FILE} only if you changed them on purpose",
+            field=PARITY_FILE,
         )
-    if tensors_sha256 is not None and golden.tensors_sha256 not in (None, tensors_sha256):
+    if tensors_sha256 is not None and record.tensors_sha256 not in (None, tensors_sha256):
         raise ParityFailed(
-            f"the adapter's tensors were changed after {SIDECAR_FILE} was recorded: their file's "
-            f"SHA-256 is {tensors_sha256[:12]}…, the recorded one {golden.tensors_sha256[:12]}…; "
-            f"remove {SIDECAR_FILE} only if you changed them on purpose",
-            field=SIDECAR_FILE,
+            f"the adapter's tensors were changed after {PARITY_FILE} was recorded: their file's "
+            f"SHA-256 is {tensors_sha256[:12]}…, the recorded one {record.tensors_sha256[:12]}…; "
+            f"remove {PARITY_FILE} only if you changed them on purpose",
+            field=PARITY_FILE,
         )
 
 
 def gate(
-    golden: Golden | None, logits: Logits, dtype: str, tensors_sha256: str | None = None
+    record: ParityRecord | None, logits: Logits, dtype: str, tensors_sha256: str | None = None
 ) -> Parity | None:
     """Check an adapter that is about to be served in `dtype`; None without a record.
 
     Raises: ParityFailed as `require` does.
     """
-    if golden is None:
+    if record is None:
         return None
-    parity = compare(golden, [chunk() for chunk in chunks(golden, logits)], dtype)
-    require(parity, golden, tensors_sha256)
+    parity = compare(record, [chunk() for chunk in chunks(record, logits)], dtype)
+    require(parity, record, tensors_sha256)
     return parity
 
 
@@ -242,23 +244,23 @@ def _numbers(logits: Tensor, token_ids: Tensor) -> Tensor:
     return torch.cat([exact[token_ids], exact.logsumexp(0)[None]]).cpu()
 
 
-def _numbers_of(golden: Golden, index: int, logits: Logits, with_adapter: bool) -> Tensor:
-    """The numbers that `golden` holds of one row, from other logits."""
-    places = [place for place in golden.positions if place.row == index]
-    found = logits(golden.rows[index], [place.position for place in places], with_adapter)
+def _numbers_of(record: ParityRecord, index: int, logits: Logits, with_adapter: bool) -> Tensor:
+    """The numbers that `record` holds of one row, from other logits."""
+    places = [place for place in record.positions if place.row == index]
+    found = logits(record.rows[index], [place.position for place in places], with_adapter)
     ids = [torch.tensor(place.token_ids, device=found.device) for place in places]
     return torch.cat([torch.empty(0, dtype=torch.float64), *map(_numbers, found, ids)])
 
 
-def _joined(golden: Golden, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _joined(record: ParityRecord, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """All numbers of the base and all of the adapter, from those of the chunks."""
-    half = len(golden.rows)
+    half = len(record.rows)
     return torch.cat(list(numbers[:half])), torch.cat(list(numbers[half:]))
 
 
-def _recorded(golden: Golden) -> tuple[Tensor, Tensor]:
+def _recorded(record: ParityRecord) -> tuple[Tensor, Tensor]:
     """All numbers of the base and all of the adapter, in the order of the chunks."""
-    places = sorted(golden.positions, key=lambda place: place.row)
+    places = sorted(record.positions, key=lambda place: place.row)
     return _flat(place.base for place in places), _flat(place.adapter for place in places)
 
 

@@ -1,4 +1,4 @@
-"""An adapter's files → its serving form, and a trained adapter → its files.
+"""An adapter's files → its serving form.
 
 Knows PEFT's tensor names and the order of the steps; knows neither the device nor the pool.
 Source: peft 0.21.2, `save_and_load.py`.
@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
-from lora_runtime.adapters.files.companions import own_text_files
-from lora_runtime.adapters.files.file_names import MAX_TENSORS_BYTES
+from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.files.companions import own_text_files, text_digest
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
 from lora_runtime.adapters.files.tensors import AdapterTensors
@@ -29,9 +29,6 @@ from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
-
-FINGERPRINT_KEY = "loramux.base_fingerprint"
-VERSION_KEY = "loramux.version"
 
 
 def load_adapter(
@@ -58,13 +55,15 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     except AdapterRefused as error:
         raise _with_bases(error, files, base) from None
     hashes = [file.tensors_sha256 for file in (files, initial) if file is not None]
-    return replace(
-        form,
+    text_files = own_text_files(content.text, weights.folder)
+    facts = replace(
+        form.facts,
         digest=_digest(spec.honoured, hashes),
-        notes=(*_unverified_base(files, base), *form.notes),
+        notes=(*_unverified_base(files, base), *form.facts.notes),
         tensors_sha256=files.tensors_sha256,
-        text_files=own_text_files(content.text, weights.folder),
+        text_sha256=text_digest(text_files),
     )
+    return replace(form, facts=facts, text_files=text_files)
 
 
 def reduce_adapter(
@@ -77,7 +76,7 @@ def reduce_adapter(
     """Reduce each module on its own, then add replaced biases and vocabulary rows.
 
     Every tensor must be asked for by the config. `initial`: the adapter before training, where its
-    init changed the base. The digest is left empty.
+    init changed the base. What only the files say, the digest among it, is left empty.
 
     Raises: AdapterRefused naming the tensor that is missing, unknown or of the wrong shape.
     """
@@ -97,16 +96,15 @@ def reduce_adapter(
     for path, patch in patches.items():
         key = ModuleKey(path)
         forms[key] = replace(forms.get(key, ModuleForm()), patch=patch)
-    return ServingForm(
-        digest="",
+    facts = AdapterFacts(
         variant=spec.variant,
-        modules=forms,
         honoured=spec.honoured,
         inert=spec.inert,
         layer_map=spec.layer_map,
         invocation_tokens=spec.invocation_tokens,
         notes=(*spec.notes, *_notes(spec, reduced.values(), initial)),
     )
+    return ServingForm(facts=facts, modules=forms)
 
 
 def _key(site: Site) -> ModuleKey:
@@ -173,48 +171,6 @@ def _notes(
     )
 
 
-def peft_files(
-    *,
-    rank: int,
-    alpha: float,
-    use_rslora: bool,
-    target_modules: str | Sequence[str],
-    tensors: Mapping[str, tuple[Tensor, Tensor]],
-    base: BaseSpec,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> tuple[dict[str, object], dict[str, Tensor], dict[str, str]]:
-    """Return config, tensors and metadata of a trained adapter, for `write_adapter`.
-
-    `tensors`: module path in the base → (A (r, in), B (out, r)), unscaled. The result loads in
-    PEFT; the base's fingerprint is in the metadata, so that no other base serves it.
-    """
-    targets = target_modules if isinstance(target_modules, str) else sorted(target_modules)
-    config: dict[str, object] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": use_rslora,
-        "rank_pattern": dict(rank_pattern or {}),
-        "alpha_pattern": dict(alpha_pattern or {}),
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    named = {}
-    for path, (a, b) in tensors.items():
-        is_embedding = path == base.embedding
-        a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
-        named[f"base_model.model.{path}.{a_part}"] = a
-        named[f"base_model.model.{path}.{b_part}"] = b
-    facts = {FINGERPRINT_KEY: base.fingerprint, VERSION_KEY: _version()}
-    return config, named, {**(metadata or {}), **facts}
-
-
 def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
     trained_on = metadata.get(FINGERPRINT_KEY, base.fingerprint)
     if trained_on != base.fingerprint:
@@ -267,10 +223,3 @@ def _digest(honoured: Mapping[str, object], hashes: Sequence[str]) -> str:
     """
     content = [[[name, honoured[name]] for name in sorted(honoured)], *hashes]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("loramux")
-    except PackageNotFoundError:
-        return "source"

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_runtime.adapters.facts import AdapterFacts
+
 
 class ModuleKey(NamedTuple):
     """A module of the base, and which visit to it by the adapter's layer map (0 without a map)."""
@@ -57,26 +59,21 @@ class ModuleForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingForm:
-    """A whole adapter, on the host. `digest` is the SHA-256 of its honoured fields and tensors."""
+    """A whole adapter, on the host."""
 
-    digest: str
-    variant: str
-    """`lora`, `rslora`, `dora`, …: shown to people, never branched on."""
+    facts: AdapterFacts
     modules: Mapping[ModuleKey, ModuleForm]
-    honoured: Mapping[str, object]
-    """Fields of adapter_config.json that changed the result, and their values."""
-    inert: Mapping[str, str]
-    """Fields present that do not matter at serving, each with its reason."""
-    layer_map: tuple[int, ...] | None = None
-    """Base layers in the order in which this adapter's rows visit them; None: each once."""
-    invocation_tokens: tuple[int, ...] = ()
-    """aLoRA: the adapter acts from the last occurrence of these tokens in the prompt."""
     text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Files of its tokenizer, template and end tokens, where they are not the base's."""
-    tensors_sha256: str = ""
-    """SHA-256 of the safetensors file alone, which a parity record may name."""
-    notes: tuple[str, ...] = ()
-    """What people should know, for example the error bound of a recovered initialisation."""
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Last path components of the modules it touches, sorted."""
+        return tuple(sorted({key.path.rpartition(".")[2] for key in self.modules}))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -80,11 +80,12 @@ class CopyStream:
     """An Enqueue on a CUDA stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, copy: Callable[[], None]) -> Event:
         """Start `copy` when what the current stream was given so far is done."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy()
-            return self._stream.record_event()
+            event: Event = self._stream.record_event()
+            return event

@@ -28,7 +28,7 @@ def admit(
         _activated(use, adapter, request)
         for use, adapter in zip(request.adapters, adapters, strict=True)
     ]
-    layer_map = next((a.layer_map for a in adapters if a.layer_map is not None), None)
+    layer_map = next((a.facts.layer_map for a in adapters if a.facts.layer_map is not None), None)
     depth = info.base.num_layers if layer_map is None else len(layer_map)
     num_planes = -(-depth // info.base.num_layers)
     _check_room(request, depth, num_planes, info)
@@ -37,14 +37,14 @@ def admit(
 
 
 def _activated(use: AdapterUse, adapter: PackedAdapter, request: Request) -> AdapterUse | None:
-    if not adapter.invocation_tokens:
+    if not adapter.facts.invocation_tokens:
         return use
-    start = activation_start(request.prompt_token_ids, adapter.invocation_tokens)
+    start = activation_start(request.prompt_token_ids, adapter.facts.invocation_tokens)
     return None if start is None else replace(use, start_position=start)
 
 
 def _check_composition(adapters: AbstractSequence[PackedAdapter]) -> None:
-    if len({adapter.layer_map for adapter in adapters}) > 1:
+    if len({adapter.facts.layer_map for adapter in adapters}) > 1:
         raise InvalidRequest(
             "adapters visit the base's layers in different orders (layer_replication); name only "
             "adapters with the same layer map",

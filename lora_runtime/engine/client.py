@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.core import ANY_FOLDER, BaseSpec, FolderRules, Request, StepOutput
 from lora_runtime.errors import Unavailable
 
@@ -31,31 +32,33 @@ class EngineInfo:
     """Requests that may wait, three quarters of them of one client; one more is refused as
     overloaded."""
 
+    def token_limit(self, num_layers: int = 0) -> int:
+        """Return the most tokens one request may have: the model's limit, or the KV cache's.
+
+        A block holds a token's keys and values of the base's layers: a request of `num_layers` (0:
+        the base's) needs so many blocks for the same tokens that all its layers have room.
+        """
+        blocks_per_token = max(1, -(-num_layers // self.base.num_layers))
+        return min(self.max_model_len, self.num_blocks // blocks_per_token * self.block_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
     """What loading an adapter's files gave."""
 
-    digest: str
-    variant: str
+    facts: AdapterFacts
     ranks: tuple[int, ...]
     target_modules: tuple[str, ...]
     """Last path components of the modules it touches, sorted."""
     num_parameters: int
     nbytes: int
     """Bytes it takes in the device pool."""
-    honoured: dict[str, str]
-    inert: dict[str, str]
-    notes: tuple[str, ...] = ()
-    """What people should know, for example the error bound of a recovered initialisation."""
-    invocation_tokens: tuple[int, ...] = ()
-    """aLoRA: it acts from their last occurrence in the prompt; empty: everywhere."""
-    text_sha256: str = ""
-    """Digest of its own text files; "" where its text is the base's."""
     text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
-    """Those files by name, which the engine does not look into."""
-    num_layers: int = 0
-    """Layers in its own layer map; 0: the base's."""
+    """Its own text files by name, which the engine does not look into."""
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,10 @@ from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
+    ANY_FOLDER,
     AdapterUse,
     FinishReason,
+    FolderRules,
     Request,
     ScheduledBatch,
     Sequence,
@@ -30,8 +33,9 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
-from lora_runtime.engine.client import EngineInfo, EngineStats
+from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.decode_graphs import CudaCapture
+from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.memory_budget import num_kv_blocks
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
@@ -137,13 +141,21 @@ class Engine:
         """Pack and keep an adapter, of whose tensors nothing is needed then; see `add_packed`."""
         self.add_packed(pack_for(self.base, form))
 
+    def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
+        """Read, check and keep an adapter, all on this thread. Raises as `EngineClient`'s."""
+        load = AdapterLoad.read(folder, self.base, rules)
+        packed = load.pack(self.info.max_adapter_layers)
+        load.check_parity([forward() for forward in load.parity_forwards(packed)])
+        self.add_packed(packed)
+        return load.loaded(packed)
+
     def add_packed(self, adapter: PackedAdapter) -> None:
         """Keep an adapter, or gain a reference to its content.
 
         Raises AdapterTooLarge, Overloaded where host memory has no room for it, and AdapterRefused
         for more layers than are served.
         """
-        check_depth(adapter.layer_map, self.info.max_adapter_layers)
+        check_depth(adapter.facts.layer_map, self.info.max_adapter_layers)
         if adapter.digest not in self.host:
             self.host.check_room(adapter.nbytes)
             self.slots.register(adapter.digest, adapter.nbytes)

@@ -17,25 +17,17 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from lora_runtime.adapters.config.layer_sites import check_depth
-from lora_runtime.adapters.files.companions import text_digest
-from lora_runtime.adapters.files.folder import read_folder
-from lora_runtime.adapters.files.parity_file import parse_golden
-from lora_runtime.adapters.packed_adapter import pack_for
-from lora_runtime.adapters.parity import Golden, Logits, chunks, compare, require
-from lora_runtime.adapters.reduction import reduce_folder
-from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.loader import Base, load_base
+from lora_runtime.base.loader import load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import ANY_FOLDER, FinishReason, FolderRules, Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.failure_streak import FailureStreak
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
@@ -57,7 +49,7 @@ class _Command(NamedTuple):
     """Something to run on the engine thread between steps, and where its result goes."""
 
     action: Callable[[], object]
-    done: Future
+    done: Future[Any]
     is_long: bool
 
 
@@ -90,14 +82,14 @@ class InThreadEngine:
         self._stats = engine.stats()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
-        self._unloading: dict[str, list[Future]] = {}
+        self._unloading: dict[str, list[Future[Any]]] = {}
         self._post_lock = threading.Lock()
         self._readers = WorkerPool(
             "reading adapters", num_threads=NUM_READERS, max_waiting=MAX_WAITING_READS
         )
         self._failure: Unavailable | None = None
         self._is_draining = False
-        self._running: Future | None = None
+        self._running: Future[Any] | None = None
         """Of the command that the engine's thread runs now."""
         self._is_busy = False
         self._num_beats = 0
@@ -143,23 +135,16 @@ class InThreadEngine:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
-        base = self._engine.base
-        form, golden = await self._readers.run(_read, folder, rules, base)
-        check_depth(form.layer_map, self.info.max_adapter_layers)
-        packed = await self._readers.run(pack_for, base, form)
-        if golden is not None:
-            await self._check(golden, effect_of(base, packed), form.tensors_sha256)
-        await self._call(lambda: self._engine.add_packed(packed))
-        return _summary(form, packed.nbytes)
-
-    async def _check(self, golden: Golden, logits: Logits, tensors_sha256: str) -> None:
-        """The parity gate, a row at a time: running streams wait for one row, not for all."""
+        load = await self._readers.run(AdapterLoad.read, folder, self._engine.base, rules)
+        packed = await self._readers.run(load.pack, self.info.max_adapter_layers)
+        # One row of the parity gate at a time: running streams wait for one forward, not for all.
         numbers = [
-            await asyncio.wrap_future(self._post(chunk, is_long=True))
-            for chunk in chunks(golden, logits)
+            await asyncio.wrap_future(self._post(forward, is_long=True))
+            for forward in load.parity_forwards(packed)
         ]
-        parity = compare(golden, numbers, self._engine.base.spec.dtype)
-        require(parity, golden, tensors_sha256)
+        load.check_parity(numbers)
+        await self._call(lambda: self._engine.add_packed(packed))
+        return load.loaded(packed)
 
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         freed: Future[None] = Future()
@@ -259,7 +244,7 @@ class InThreadEngine:
             del self._streams[request_id]
             self._engine.abort(request_id)
 
-    def _drop(self, digest: str, cancel: bool, freed: Future) -> None:
+    def _drop(self, digest: str, cancel: bool, freed: Future[Any]) -> None:
         self._deliver(self._engine.drop_adapter(digest, cancel=cancel))
         self._unloading.setdefault(digest, []).append(freed)
 
@@ -277,8 +262,9 @@ class InThreadEngine:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Outputs, StepOutput]]] = {}
         for output in outputs:
             is_over = output.finish_reason is not None
-            find = self._streams.pop if is_over else self._streams.get
-            stream = find(output.request_id, None)
+            stream = self._streams.get(output.request_id)
+            if is_over:
+                self._streams.pop(output.request_id, None)
             if stream is not None:
                 by_loop.setdefault(stream[0], []).append((stream[1], output))
         for loop, pairs in by_loop.items():
@@ -336,7 +322,7 @@ def _do(command: _Command) -> None:
         command.done.set_result(result)
 
 
-def _settle(future: Future, error: Exception | None = None) -> None:
+def _settle(future: Future[Any], error: Exception | None = None) -> None:
     """Give a future its end, unless its caller has gone."""
     if not future.set_running_or_notify_cancel():
         return
@@ -349,28 +335,3 @@ def _settle(future: Future, error: Exception | None = None) -> None:
 def _put_all(pairs: list[tuple[Outputs, StepOutput]]) -> None:
     for outputs, output in pairs:
         outputs.put_nowait(output)
-
-
-def _read(folder: Path, rules: FolderRules, base: Base) -> tuple[ServingForm, Golden | None]:
-    content = read_folder(folder, rules)
-    form = reduce_folder(content, base.spec, base.weights)
-    golden = None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
-    return form, golden
-
-
-def _summary(form: ServingForm, pool_bytes: int) -> LoadedAdapter:
-    return LoadedAdapter(
-        digest=form.digest,
-        variant=form.variant,
-        ranks=form.ranks,
-        target_modules=tuple(sorted({key.path.rpartition(".")[2] for key in form.modules})),
-        num_parameters=form.num_parameters,
-        nbytes=pool_bytes,
-        honoured={key: str(value) for key, value in form.honoured.items()},
-        inert=dict(form.inert),
-        notes=form.notes,
-        invocation_tokens=form.invocation_tokens,
-        text_sha256=text_digest(form.text_files),
-        text_files=form.text_files,
-        num_layers=len(form.layer_map or ()),
-    )

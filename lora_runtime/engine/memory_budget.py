@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.pool import AdapterPool
@@ -152,9 +153,8 @@ def _pool_with_an_adapter(base: Base) -> AdapterPool:
         a = torch.zeros(MEASURED_RANK, shape.in_features)
         b = torch.zeros(shape.out_features, MEASURED_RANK)
         modules[ModuleKey(path)] = ModuleForm(a=a, b=b)
-    form = ServingForm(
-        digest=MEASURED_DIGEST, variant="lora", modules=modules, honoured={}, inert={}
-    )
+    facts = AdapterFacts(digest=MEASURED_DIGEST, variant="lora")
+    form = ServingForm(facts=facts, modules=modules)
     adapter = pack_for(base, form)
     like = torch.empty(0, dtype=adapter.dtype, device=base.device)
     pool = AdapterPool(base.spec.shapes, adapter.nbytes, 1, like)

@@ -70,7 +70,7 @@ def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequen
     spans = _spans(bound.adapter, rows)
     meta = StepMeta.build(spans, base.device)
     head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
-    layer_map = bound.adapter.layer_map
+    layer_map = bound.adapter.facts.layer_map
     batch = attention if layer_map is None else _planned(layer_map, bound.adapter, rows, base)
     with base.context.effect(meta, bound.pool.bindings, head_meta):
         return base.forward(*inputs, batch, wanted, layer_map)
@@ -100,7 +100,7 @@ def _spans(adapter: PackedAdapter, rows: TokenRows, replica: int = 0) -> list[Sp
     """One span a row, from where the adapter acts."""
     spans, first_token = [], 0
     for row in rows:
-        invocation = adapter.invocation_tokens
+        invocation = adapter.facts.invocation_tokens
         start = activation_start(row, invocation) if invocation else 0
         if start is not None:
             span = Span(

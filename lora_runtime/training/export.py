@@ -15,22 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.adapters.files.folder import read_adapter, write_adapter
-from lora_runtime.adapters.files.parity_file import remove_golden, write_golden
+from lora_runtime.adapters.files.folder import read_adapter
+from lora_runtime.adapters.files.parity_record import remove_parity_record, write_parity_record
+from lora_runtime.adapters.files.peft_writer import PeftFiles, peft_files
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.parity import Golden
-from lora_runtime.adapters.reduction import peft_files
+from lora_runtime.adapters.parity import ParityRecord
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.trained_modules import Trained, TrainedModule
 
-Files = tuple[dict[str, object], dict[str, Tensor], dict[str, str]]
-
 
 def adapter_config(config: UnitConfig, base: BaseSpec, growth: int = 1) -> dict[str, object]:
     """adapter_config.json of a unit whose ranks are `growth` times those of its settings."""
-    return _files(config, base, {}, {}, growth)[0]
+    return _files(config, base, {}, {}, growth).config
 
 
 def adapter_files(
@@ -38,22 +36,24 @@ def adapter_files(
     base: BaseSpec,
     modules: Mapping[str, Trained],
     metadata: Mapping[str, str],
-) -> Files:
-    """Config, tensors and metadata of a trained adapter, for `write_adapter`."""
+) -> PeftFiles:
+    """The files of a trained adapter."""
     adapted = {name: m for name, m in modules.items() if isinstance(m, TrainedModule)}
     growth = 2 if any(module.start is not None for module in adapted.values()) else 1
     dtype = getattr(torch, config.adapter_dtype)
     tensors = {name: _exported(module, growth, dtype) for name, module in adapted.items()}
     files = _files(config, base, tensors, metadata, growth=growth)
     for name, module in modules.items():
-        files[1].update(_whole_vectors(f"base_model.model.{name}", module))
+        for part, tensor in _whole_tensors(module).items():
+            files.add(name, part, tensor)
     return files
 
 
-def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
+def _whole_tensors(module: Trained) -> dict[Part, Tensor]:
     """A module's tensors that are no factors. As PEFT's, the file has a weight that two modules
     share twice, and tokens once.
     """
+    found: dict[Part, Tensor | None]
     if isinstance(module, TrainedModule):
         found = {Part.MAGNITUDE: module.magnitude}
     elif module.ids is None:
@@ -61,18 +61,18 @@ def _whole_vectors(name: str, module: Trained) -> dict[str, Tensor]:
     else:
         found = {Part.TOKENS: None if module.is_shared else module.rows}
     return {
-        f"{name}.{part}": tensor.detach().float().clone()
+        part: tensor.detach().float().clone()
         for part, tensor in found.items()
         if tensor is not None
     }
 
 
-def export(folder: Path, files: Files, golden: Golden) -> None:
+def export(folder: Path, files: PeftFiles, record: ParityRecord) -> None:
     """Write an adapter and, after it, what its own training says it does."""
-    remove_golden(folder)
-    write_adapter(folder, *files)
+    remove_parity_record(folder)
+    files.write(folder)
     tensors_sha256 = read_adapter(folder).tensors_sha256
-    write_golden(folder, replace(golden, tensors_sha256=tensors_sha256))
+    write_parity_record(folder, replace(record, tensors_sha256=tensors_sha256))
 
 
 def _files(
@@ -81,7 +81,7 @@ def _files(
     tensors: Mapping[str, tuple[Tensor, Tensor]],
     metadata: Mapping[str, str],
     growth: int,
-) -> Files:
+) -> PeftFiles:
     targets = config.target_modules
     if targets == "all-linear":
         targets = tuple({path.rpartition(".")[2] for path in base.linears})
@@ -97,14 +97,14 @@ def _files(
         alpha_pattern={key: alpha_growth * alpha for key, alpha in config.alpha_pattern.items()},
         metadata=metadata,
     )
-    files[0]["use_dora"] = config.has_gain
-    files[0]["init_lora_weights"] = True
-    files[0]["layers_to_transform"] = list(config.layers_to_transform) or None
-    files[0]["modules_to_save"] = list(config.modules_to_save) or None
-    files[0]["trainable_token_indices"] = list(config.trainable_token_indices) or None
+    files.config["use_dora"] = config.has_gain
+    files.config["init_lora_weights"] = True
+    files.config["layers_to_transform"] = list(config.layers_to_transform) or None
+    files.config["modules_to_save"] = list(config.modules_to_save) or None
+    files.config["trainable_token_indices"] = list(config.trainable_token_indices) or None
     if config.ensure_weight_tying:
-        files[0]["ensure_weight_tying"] = True
-    files[0]["layer_replication"] = [list(pair) for pair in config.layer_replication] or None
+        files.config["ensure_weight_tying"] = True
+    files.config["layer_replication"] = [list(pair) for pair in config.layer_replication] or None
     return files
 
 

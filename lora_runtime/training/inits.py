@@ -15,7 +15,7 @@ import re
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.variants.mutated_base import Factors
+from lora_runtime.adapters.variants.mutated_base import Factors, first_of_qr, from_singular
 from lora_runtime.core import LinearShape
 
 FACTOR_OF_WEIGHT = re.compile(r"pissa(_niter_(?P<niter>\d{1,3}))?|olora")
@@ -55,16 +55,14 @@ def factors_of_weight(
     `olora`: the first r columns of Q and rows of R in W = QR.
     """
     if init == "olora":
-        orthogonal, triangular = torch.linalg.qr(weight)
-        return Factors(triangular[:rank], orthogonal[:, :rank])
+        return first_of_qr(weight, rank)
     match = FACTOR_OF_WEIGHT.fullmatch(init)
     niter = match and match["niter"]
     if niter is None:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     else:
         left, values, right = sketched_svd(weight, rank, int(niter), generator)
-    root = (values[:rank] / scaling).sqrt()
-    return Factors(root[:, None] * right[:rank], left[:, :rank] * root)
+    return from_singular(left[:, :rank], values[:rank] / scaling, right[:rank])
 
 
 def sketched_svd(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_runtime.adapters.parity import Golden, measure, public_rows
+from lora_runtime.adapters.parity import ParityRecord, measure, public_rows
 from lora_runtime.base.dtype_view import in_dtype
 from lora_runtime.base.loader import Base
 from lora_runtime.text.tokenizer import Tokenizer
@@ -14,14 +14,14 @@ from lora_runtime.training.losses import unit_logits
 from lora_runtime.training.units import Unit
 
 
-def recorder(base: Base, tokenizer: Tokenizer) -> Callable[[Unit], Golden]:
+def recorder(base: Base, tokenizer: Tokenizer) -> Callable[[Unit], ParityRecord]:
     """A function that records what a unit does: in float32, and how far off bfloat16 is, whichever
     of the two it was trained in. Both are views of `base`, which is not changed.
     """
     exact, rounded = (in_dtype(base, dtype) for dtype in (torch.float32, torch.bfloat16))
     rows = public_rows(tokenizer.encode, base.spec.vocab_size, base.spec.max_model_len)
 
-    def record(unit: Unit) -> Golden:
+    def record(unit: Unit) -> ParityRecord:
         views = unit_logits(exact, unit), unit_logits(rounded, unit)
         return measure(rows, *views, fingerprint=base.spec.fingerprint)
 

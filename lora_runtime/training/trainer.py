@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_runtime.adapters.parity import Golden
+from lora_runtime.adapters.parity import ParityRecord
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.base.device import resolve_device
 from lora_runtime.base.loader import Base, configured_length, load_base
@@ -153,7 +153,7 @@ def _write(
     base: Base,
     config: TrainConfig,
     sweeps: Sweeps,
-    record: Callable[[Unit], Golden],
+    record: Callable[[Unit], ParityRecord],
 ) -> list[UnitResult]:
     """Every finished adapter, the winners of sweeps, and the report."""
     results = [_finish(unit, base, config.output / unit.name, sweeps, record) for unit in units]
@@ -231,7 +231,7 @@ def create_units(
 
 
 def _finish(
-    unit: Unit, base: Base, folder: Path, sweeps: Sweeps, record: Callable[[Unit], Golden]
+    unit: Unit, base: Base, folder: Path, sweeps: Sweeps, record: Callable[[Unit], ParityRecord]
 ) -> UnitResult:
     """Write a finished unit's adapter in PEFT's format, and its parity record."""
     if unit.status is UnitStatus.DONE and unit.held_out and unit.exports_best:

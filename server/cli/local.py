@@ -28,11 +28,11 @@ from server.cli.settings import (
 )
 
 if TYPE_CHECKING:
-    from lora_runtime.adapters.files.folder import FolderContent
     from lora_runtime.adapters.merge import Merge
-    from lora_runtime.adapters.parity import Golden, Parity
+    from lora_runtime.adapters.parity import Parity
     from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
     from lora_runtime.base.loader import Base
+    from lora_runtime.engine.load import AdapterLoad
     from lora_runtime.text.text_side import TextSide
 
 MAX_SHOWN = 60
@@ -69,14 +69,16 @@ def verify(
         config, base=base, quantization=quantization, dtype=dtype, device=device
     )
     try:
-        loaded, form, content = load_on_base(path, settings)
+        load = load_on_base(path, settings)
     except AdapterRefused as error:
         console.print(_field_table(fields, error=error))
         raise
-    console.print(_field_table(content.adapter.config, form=form))
-    console.print(_module_table(form))
-    console.print(_fact_table(form, loaded, settings))
-    console.print(_parity_line(_check(content, form, loaded)))
+    console.print(_field_table(load.config, form=load.form))
+    console.print(_module_table(load.form))
+    packed = load.pack(settings.adapters.layer_limit(load.base.spec.num_layers))
+    console.print(_fact_table(load.form, load.base, packed.nbytes, settings))
+    numbers = [forward() for forward in load.parity_forwards(packed)]
+    console.print(_parity_line(load.check_parity(numbers)))
 
 
 def convert(
@@ -93,24 +95,24 @@ def convert(
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
     """
     from lora_runtime.adapters.convert import plain_files
-    from lora_runtime.adapters.files.folder import read_adapter, write_adapter, write_file
-    from lora_runtime.adapters.files.parity_file import write_golden
+    from lora_runtime.adapters.files.folder import read_adapter, write_file
+    from lora_runtime.adapters.files.parity_record import write_parity_record
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
     settings = engine_settings(
         config, base=base, quantization=quantization, dtype="float32", device=device
     )
-    loaded, form, content = load_on_base(path, settings)
-    files = plain_files(form, loaded.spec, loaded.weights, content.adapter.metadata)
-    golden = _golden(content, loaded)
-    write_adapter(out, *files)
+    load = load_on_base(path, settings)
+    form, record = load.form, load.record
+    files = plain_files(form, load.base.spec, load.base.weights, load.metadata)
+    files.write(out)
     for name, text in form.text_files.items():
         write_file(out, name, text)
-    if golden is not None:
-        if golden.tensors_sha256 == form.tensors_sha256:
-            golden = replace(golden, tensors_sha256=read_adapter(out).tensors_sha256)
-        write_golden(out, golden)
+    if record is not None:
+        if record.tensors_sha256 == form.facts.tensors_sha256:
+            record = replace(record, tensors_sha256=read_adapter(out).tensors_sha256)
+        write_parity_record(out, record)
     echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
 
 
@@ -141,7 +143,8 @@ def merge(
     settings = engine_settings(
         config, base=base, quantization=quantization, dtype="float32", device=device
     )
-    loaded, form, _ = load_on_base(path, settings)
+    load = load_on_base(path, settings)
+    loaded, form = load.base, load.form
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
     side, _ = own_text(form, loaded)
     text = dict(form.text_files)
@@ -151,7 +154,7 @@ def merge(
         out, loaded, merging.merged(dense_tensors(loaded)), getattr(torch, dtype), text
     )
     console = Terminal(markup=False, soft_wrap=True, highlight=False)
-    console.print(f"{out} holds {loaded.spec.name} with {form.variant}, {dtype}")
+    console.print(f"{out} holds {loaded.spec.name} with {form.facts.variant}, {dtype}")
     console.print(_loss_line(merging))
 
 
@@ -167,33 +170,15 @@ def _read_config(path: Path) -> Mapping[str, object]:
     return parse_object(content, CONFIG_FILE)
 
 
-def load_on_base(path: Path, settings: EngineConfig) -> tuple[Base, ServingForm, FolderContent]:
-    """Load the base and reduce the adapter for it. Raises BaseRefused, AdapterRefused."""
-    from lora_runtime.adapters.files.folder import read_folder
-    from lora_runtime.adapters.reduction import reduce_folder
+def load_on_base(path: Path, settings: EngineConfig) -> AdapterLoad:
+    """Load the base and read the adapter for it. Raises BaseRefused, AdapterRefused."""
     from lora_runtime.base.loader import load_base
+    from lora_runtime.engine.load import AdapterLoad
 
     with Terminal(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
-        content = read_folder(path)
-        return base, reduce_folder(content, base.spec, base.weights), content
-
-
-def _golden(content: FolderContent, base: Base) -> Golden | None:
-    from lora_runtime.adapters.files.parity_file import parse_golden
-
-    return None if content.sidecar is None else parse_golden(content.sidecar, base.spec)
-
-
-def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | None:
-    """The parity gate. Raises ParityFailed."""
-    from lora_runtime.adapters.packed_adapter import pack_for
-    from lora_runtime.adapters.parity import gate
-    from lora_runtime.engine.probe import effect_of
-
-    logits = effect_of(base, pack_for(base, form))
-    return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
+        return AdapterLoad.read(path, base)
 
 
 def _field_table(
@@ -206,8 +191,8 @@ def _field_table(
     table = Table("field", "value", "verdict", "why", title="adapter_config.json")
     for field in field_verdicts(config):
         treatment, reason = str(field.treatment), field.reason
-        if form is not None and field.name in form.inert:
-            treatment, reason = "inert", form.inert[field.name]
+        if form is not None and field.name in form.facts.inert:
+            treatment, reason = "inert", form.facts.inert[field.name]
         if error is not None and field.name == error.field:
             treatment, reason = "refused", error.message
         table.add_row(field.name[:MAX_SHOWN], _short(field.value), treatment, reason)
@@ -242,28 +227,23 @@ def _extras(module: ModuleForm) -> Iterator[str]:
         yield "all rows replaced" if ids is None else f"{len(ids)} rows replaced"
 
 
-def _fact_table(form: ServingForm, base: Base, settings: EngineConfig) -> Table:
-    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it, and
-    AdapterRefused for more layers than it serves.
-    """
-    from lora_runtime.adapters.config.layer_sites import check_depth
-    from lora_runtime.adapters.packed_adapter import adapter_dtype, packed_bytes
+def _fact_table(form: ServingForm, base: Base, num_bytes: int, settings: EngineConfig) -> Table:
+    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it."""
     from lora_runtime.adapters.slot_table import SlotTable
 
-    num_bytes = packed_bytes(form, adapter_dtype(base).itemsize)
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)
-    check_depth(form.layer_map, settings.adapters.layer_limit(base.spec.num_layers))
     side, text_notes = own_text(form, base)
+    invocation = ", ".join(map(str, form.facts.invocation_tokens))
     facts = {
         "digest": form.digest,
-        "variant": form.variant,
+        "variant": form.facts.variant,
         "base": f"{base.spec.name} ({base.spec.quantization}, {base.spec.dtype})",
         "parameters": f"{form.num_parameters:,}",
         "device memory": decimal(num_bytes),
-        "layer map": _layers(form.layer_map),
-        "invocation tokens": ", ".join(map(str, form.invocation_tokens)) or "none: acts everywhere",
+        "layer map": _layers(form.facts.layer_map),
+        "invocation tokens": invocation or "none: acts everywhere",
         **_text_facts(side),
-        **{f"note {n}": note for n, note in enumerate((*form.notes, *text_notes), start=1)},
+        **{f"note {n}": note for n, note in enumerate((*form.facts.notes, *text_notes), start=1)},
     }
     table = Table("fact", "value")
     for fact, value in facts.items():

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from lora_runtime.adapters.files.folder import CONFIG_FILE
-from lora_runtime.adapters.parity import SIDECAR_FILE
+from lora_runtime.adapters.parity import PARITY_FILE
 from lora_runtime.training.config import UnitConfig
 from server.cli import app
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data, run
@@ -83,10 +83,10 @@ def test_an_adapter_of_peft_has_no_record(invoke, tmp_path):
 
 def test_damaged_weights_fail_the_gate(invoke, trained, tmp_path):
     write_adapter(tiny_model("llama"), tmp_path / "a", seed=0, scale=0.3)
-    (tmp_path / "a" / SIDECAR_FILE).write_bytes((trained / SIDECAR_FILE).read_bytes())
+    (tmp_path / "a" / PARITY_FILE).write_bytes((trained / PARITY_FILE).read_bytes())
     result = invoke("verify", tmp_path / "a")
     assert result.exit_code == 1
-    assert re.search(rf"{SIDECAR_FILE}.*relative error .* at most 0\.01", result.stderr)
+    assert re.search(rf"{PARITY_FILE}.*relative error .* at most 0\.01", result.stderr)
 
 
 def test_all_refused_fields_are_listed(invoke, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_runtime.adapters.files.folder import TENSORS_FILE
-from lora_runtime.adapters.parity import SIDECAR_FILE
+from lora_runtime.adapters.parity import PARITY_FILE
 from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
 from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
@@ -207,7 +207,7 @@ async def test_what_our_trainer_made_is_uploaded_behind_the_parity_gate(folder, 
                       learning_rate=2e-2)  # fmt: skip
     base = tiny_base("llama")
     (result,) = run(base, make_tokenizer(tmp_path), tmp_path / "out", [unit])
-    assert (result.folder / SIDECAR_FILE).exists()
+    assert (result.folder / PARITY_FILE).exists()
     weaker = shutil.copytree(result.folder, tmp_path / "weaker")
     tensors = load_file(weaker / TENSORS_FILE)
     with safe_open(weaker / TENSORS_FILE, framework="pt") as opened:

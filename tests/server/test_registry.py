@@ -75,7 +75,7 @@ async def test_the_same_weights_with_another_template_are_other_content(tmp_path
         await load(registry, "x", changed)
     new, was_there = await load(registry, "x", changed, replace=True)
     assert (old.digest, was_there) == (new.digest, False)
-    assert "2" in registry.resolve("x").loaded.text_sha256
+    assert "2" in registry.resolve("x").loaded.facts.text_sha256
     await asyncio.sleep(0.01)
     assert engine.references == {new.digest: 2}
 

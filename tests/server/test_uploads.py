@@ -21,7 +21,7 @@ from lora_runtime.adapters.files.file_names import (
     REQUIRED_FILES,
 )
 from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE, read_folder
-from lora_runtime.adapters.parity import SIDECAR_FILE
+from lora_runtime.adapters.parity import PARITY_FILE
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
 from lora_runtime.errors import (
@@ -86,7 +86,7 @@ def left_behind(world: World) -> list[str]:
 
 def test_the_files_that_are_sent_are_all_that_a_server_reads():
     assert REQUIRED_FILES == (CONFIG_FILE, TENSORS_FILE)
-    assert set(OPTIONAL_FILES) == {SIDECAR_FILE, *TEXT_FILES}
+    assert set(OPTIONAL_FILES) == {PARITY_FILE, *TEXT_FILES}
 
 
 async def test_an_upload_is_loaded_answers_and_is_kept_by_content(serve, tmp_path) -> None:

@@ -54,7 +54,7 @@ class World:
         return f"127.0.0.1:{self.server.port}"
 
     def write_adapter(self, folder: str, content: str, **facts: Any) -> str:
-        """Write an adapter's files, return its source; `facts` are fields of LoadedAdapter."""
+        """Write an adapter's files, return its source; `facts`: of AdapterFacts, and num_layers."""
         path = self.root / folder
         path.mkdir(parents=True, exist_ok=True)
         (path / "adapter_config.json").write_text(json.dumps(facts))

@@ -13,10 +13,10 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files.file_names import CONFIG_FILE, SIDECAR_FILE, TENSORS_FILE
+from lora_runtime.adapters.files.file_names import CONFIG_FILE, PARITY_FILE, TENSORS_FILE
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.open_folder import SETTLE_S
-from lora_runtime.adapters.files.parity_file import parse_golden
+from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.errors import AdapterError, LoramuxError
@@ -88,7 +88,7 @@ def mutated_header(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", claimed) + text + data[8 + length :]
 
 
-SIDECAR = {
+RECORD = {
     "version": 2, "base_fingerprint": "f", "rows": [[1, 2, 3]], "noise": 0.1,
     "tensors_sha256": None,
     "positions": [
@@ -120,9 +120,9 @@ def break_folder(folder, rng: random.Random) -> None:
                     except ValueError:  # broken before
                         tensors.write_bytes(b"")
             case 5:
-                sidecar = json.dumps(mutated_json(SIDECAR, rng)).encode()
-                (folder / SIDECAR_FILE).write_bytes(
-                    sidecar if rng.random() < 0.8 else mutated_bytes(sidecar, rng)
+                written = json.dumps(mutated_json(RECORD, rng)).encode()
+                (folder / PARITY_FILE).write_bytes(
+                    written if rng.random() < 0.8 else mutated_bytes(written, rng)
                 )
             case 6:
                 (folder / TEMPLATE_FILE).write_bytes(rng.randbytes(rng.randrange(40)))
@@ -153,8 +153,8 @@ def test_broken_folders(base, root, size, figure) -> None:
             try:
                 content = read_folder(sources.resolve(folder.name))
                 form = reduce_folder(content, base.spec, base.weights)
-                if content.sidecar is not None:
-                    parse_golden(content.sidecar, base.spec)
+                if content.parity_record is not None:
+                    parse_parity_record(content.parity_record, base.spec)
                 pack_for(base, form)
                 taken += 1
             except LoramuxError as error:

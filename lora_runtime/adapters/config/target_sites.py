@@ -10,7 +10,7 @@ from dataclasses import replace
 from lora_runtime.adapters.config.conflicts import mutates_base
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
-from lora_runtime.adapters.config.values import Config, flag
+from lora_runtime.adapters.config.values import Config, flag, refused
 from lora_runtime.adapters.config.vocabulary_fields import VocabularySpec
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
@@ -67,11 +67,11 @@ def _check_ends(
             "target_modules selects only what modules_to_save replaces", field="target_modules"
         )
     if targeted & {*vocabulary.tokens, *vocabulary.tied_to}:
-        raise _refused("target_modules", "a module whose rows are replaced cannot have A and B too")
+        raise refused("target_modules", "a module whose rows are replaced cannot have A and B too")
     if base.embedding in targeted:
         _check_embedding(config)
     if base.head in targeted and base.is_tied and mutates_base(config):
-        raise _refused(
+        raise refused(
             "init_lora_weights",
             "on the output layer of a base with tied weights it changed the embedding as well",
         )
@@ -79,12 +79,8 @@ def _check_ends(
 
 def _check_embedding(config: Config) -> None:
     if flag(config, "lora_bias"):
-        raise _refused("lora_bias", "PEFT has no lora_bias on an embedding")
+        raise refused("lora_bias", "PEFT has no lora_bias on an embedding")
     if config.get("alora_invocation_tokens"):
-        raise _refused("alora_invocation_tokens", "PEFT has no activated LoRA on an embedding")
+        raise refused("alora_invocation_tokens", "PEFT has no activated LoRA on an embedding")
     if config.get("init_lora_weights") == "loftq":
-        raise _refused("init_lora_weights", "PEFT has no LoftQ on an embedding")
-
-
-def _refused(field: str, reason: str) -> AdapterRefused:
-    return AdapterRefused(f"{field}: {reason}", field=field)
+        raise refused("init_lora_weights", "PEFT has no LoftQ on an embedding")

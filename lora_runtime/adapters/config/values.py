@@ -30,6 +30,11 @@ def wrong_value(field: str, value: object, expected: str) -> AdapterRefused:
     return AdapterRefused(f"{field} is {shown(value)}; it must be {expected}", field=field)
 
 
+def refused(field: str, reason: str, verdict: str = "") -> AdapterRefused:
+    """The refusal of what a field asks for: "<field><verdict>: <reason>"."""
+    return AdapterRefused(f"{field}{verdict}: {reason}", field=field)
+
+
 def is_int(value: object) -> bool:
     """True for an integer that is no boolean."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -14,16 +14,20 @@ from lora_runtime.text.text_files import TEXT_FILES
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-SIDECAR_FILE = "loramux_parity.json"
+PARITY_FILE = "loramux_parity.json"
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 2 << 30
-MAX_SIDECAR_BYTES = 1 << 18
+MAX_PARITY_BYTES = 1 << 18
 
 REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
-OPTIONAL_FILES = (SIDECAR_FILE, *TEXT_FILES)
+OPTIONAL_FILES = (PARITY_FILE, *TEXT_FILES)
 INITIAL_FOLDERS = ("pissa_init", "olora_init")
 """Sub-folders with the adapter as it was before training, where its init changed the base."""
+
+FINGERPRINT_KEY = "loramux.base_fingerprint"
+VERSION_KEY = "loramux.version"
+"""Keys of our own in `__metadata__` of the safetensors file."""
 
 
 def content_digest(hashes: Mapping[str, str]) -> str:

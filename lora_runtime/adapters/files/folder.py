@@ -24,9 +24,9 @@ from lora_runtime.adapters.files.file_names import (
     CONFIG_FILE,
     INITIAL_FOLDERS,
     MAX_CONFIG_BYTES,
-    MAX_SIDECAR_BYTES,
+    MAX_PARITY_BYTES,
     MAX_TENSORS_BYTES,
-    SIDECAR_FILE,
+    PARITY_FILE,
     TENSORS_FILE,
     content_digest,
 )
@@ -60,7 +60,7 @@ class FolderContent:
     initial: Mapping[str, AdapterFiles]
     """Sub-folder → the adapter before training, where the config says that its init changed the
     base."""
-    sidecar: bytes | None
+    parity_record: bytes | None
     """The parity record."""
     text: Mapping[str, bytes]
     """Files of TEXT_FILES that are there."""
@@ -90,7 +90,7 @@ def read_folder(
         if f"{name}/{CONFIG_FILE}" in found
     }
     return FolderContent(
-        adapter=adapter, initial=initial, sidecar=found.pop(SIDECAR_FILE, None), text=found
+        adapter=adapter, initial=initial, parity_record=found.pop(PARITY_FILE, None), text=found
     )
 
 
@@ -106,7 +106,7 @@ def _read_files(opened: OpenFolder, max_bytes: int) -> dict[str, bytes]:
     if start in opened.names:
         with opened.inner(start) as inner:
             found |= _read_two(inner, f"{start}/", max_bytes)
-    for name, limit in {SIDECAR_FILE: MAX_SIDECAR_BYTES, **TEXT_FILES}.items():
+    for name, limit in {PARITY_FILE: MAX_PARITY_BYTES, **TEXT_FILES}.items():
         if name in opened.names:
             found[name] = opened.read(name, limit)
     return found

@@ -31,6 +31,18 @@ class Initial(NamedTuple):
     error: float
 
 
+def from_singular(left: Tensor, values: Tensor, right: Tensor) -> Factors:
+    """U (out, r), S (r,) and Vᵀ (r, in) → a = √S Vᵀ and b = U √S, so that b a = U S Vᵀ."""
+    root = values.sqrt()
+    return Factors(root[:, None] * right, left * root)
+
+
+def first_of_qr(weight: Tensor, rank: int) -> Factors:
+    """The first `rank` rows of R as a and columns of Q as b, where W (out, in) = QR."""
+    orthogonal, triangular = torch.linalg.qr(weight)
+    return Factors(triangular[:rank], orthogonal[:, :rank])
+
+
 def recovered_initial(initialisation: str, weight: Tensor, rank: int, scaling: float) -> Initial:
     """Recompute s·B₀A₀ from the checkpoint's weight (out, in).
 
@@ -45,17 +57,16 @@ def recovered_initial(initialisation: str, weight: Tensor, rank: int, scaling: f
 
 def _first_singular(weight: Tensor, rank: int) -> Initial:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    root = values[:rank].sqrt()
-    factors = Factors(root[:, None] * right[:rank], left[:, :rank] * root)
+    factors = from_singular(left[:, :rank], values[:rank], right[:rank])
     gap = values[rank - 1] - values[rank] if rank < len(values) else values[rank - 1]
     return Initial(factors, _magnified(float(values[0]), float(gap)))
 
 
 def _first_of_qr(weight: Tensor, rank: int, scaling: float) -> Initial:
-    orthogonal, triangular = torch.linalg.qr(weight)
-    factors = Factors(triangular[:rank].contiguous(), scaling * orthogonal[:, :rank])
-    values = torch.linalg.svdvals(triangular[:rank, :rank])
-    return Initial(factors, _magnified(float(values[0]), float(values[-1])))
+    rows, columns = first_of_qr(weight, rank)
+    values = torch.linalg.svdvals(rows[:, :rank])
+    error = _magnified(float(values[0]), float(values[-1]))
+    return Initial(Factors(rows.contiguous(), scaling * columns), error)
 
 
 def _magnified(largest: float, smallest: float) -> float:
@@ -82,9 +93,8 @@ def rebalanced(factors: Factors) -> Factors:
     inner_left, values, inner_right = torch.linalg.svd(
         left_rest @ right_rest.T, full_matrices=False
     )
-    root = values.sqrt()
-    a = root[:, None] * (inner_right @ right.T)
-    return Factors(a.float(), ((left @ inner_left) * root).float())
+    factors = from_singular(left @ inner_left, values, inner_right @ right.T)
+    return Factors(factors.a.float(), factors.b.float())
 
 
 def cancels(factors: Factors) -> bool:

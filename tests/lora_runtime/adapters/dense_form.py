@@ -36,12 +36,13 @@ def form_logits(
     form: ServingForm, spec: BaseSpec, model: PreTrainedModel, prompt: list[int], ids: list[int]
 ) -> Tensor:
     """(len(ids), vocab): logits before each of `ids` when it follows `prompt`."""
-    deep = stacked(model, form.layer_map)
-    start = activation_start(prompt, form.invocation_tokens) if form.invocation_tokens else 0
+    deep = stacked(model, form.facts.layer_map)
+    invocation = form.facts.invocation_tokens
+    start = activation_start(prompt, invocation) if invocation else 0
     start = len(prompt) + len(ids) if start is None else start
     paths = {(path, 0): path for path in spec.shapes}
-    if form.layer_map is not None:
-        paths = _deep_paths(spec, form.layer_map)
+    if form.facts.layer_map is not None:
+        paths = _deep_paths(spec, form.facts.layer_map)
     for key, module in form.modules.items():
         path = paths[key]
         parent, _, name = path.rpartition(".")

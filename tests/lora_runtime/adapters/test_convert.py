@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
-from lora_runtime.adapters.files.folder import CONFIG_FILE, read_adapter, write_adapter
-from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
+from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.folder import CONFIG_FILE, read_adapter
+from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import AdapterRefused
@@ -64,9 +66,7 @@ def logits(model):
 def write_converted(base, source, target):
     """Convert the adapter in `source`, through the serving form, into `target`."""
     form = load_adapter(source, base.spec, base.weights)
-    write_adapter(
-        target, *plain_files(form, base.spec, base.weights, read_adapter(source).metadata)
-    )
+    plain_files(form, base.spec, base.weights, read_adapter(source).metadata).write(target)
     return form
 
 
@@ -156,7 +156,7 @@ def test_what_no_plain_lora_can_be_is_refused_by_name(tmp_path, bases, config, f
 
 
 def form_of(modules):
-    return ServingForm(digest="", variant="lora", modules=modules, honoured={}, inert={})
+    return ServingForm(facts=AdapterFacts(variant="lora"), modules=modules)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,8 @@ def test_the_result_is_bound_to_a_base_where_the_source_is(bases):
     form = form_of({ModuleKey(LAST_LAYER): ModuleForm(a=torch.ones(2, 128), b=torch.ones(64, 2))})
     bound = {FINGERPRINT_KEY: base.spec.fingerprint, "format": "pt", "note": "mine"}
     for metadata in (bound, {"format": "pt"}):
-        config, _, facts = plain_files(form, base.spec, base.weights, metadata)
+        files = plain_files(form, base.spec, base.weights, metadata)
+        config, facts = files.config, files.metadata
         assert facts.get(FINGERPRINT_KEY) == metadata.get(FINGERPRINT_KEY)
         assert facts.get("note") == metadata.get("note") and "format" not in facts
         assert config["target_modules"] == [LAST_LAYER]

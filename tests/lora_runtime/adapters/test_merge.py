@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.merge import Merge, TensorLoss, merged_weight
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
@@ -204,10 +205,10 @@ def test_one_module_in_float64(seed=0):
     torch.testing.assert_close(table, plain.T, rtol=0, atol=0)
 
 
-def form_of(modules, **fields):
+def form_of(modules, **facts):
     return ServingForm(
-        digest="", variant="lora", honoured={}, inert={},
-        modules={ModuleKey(path): module for path, module in modules.items()}, **fields,
+        facts=AdapterFacts(variant="lora", **facts),
+        modules={ModuleKey(path): module for path, module in modules.items()},
     )  # fmt: skip
 
 

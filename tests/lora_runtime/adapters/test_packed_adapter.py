@@ -128,10 +128,9 @@ def test_a_slot_forgets_all_of_its_last_adapter(base, forms):
 def test_what_the_engine_asks_of_an_adapter_is_the_forms(forms):
     for form in forms.values():
         adapter = pack(form, torch.bfloat16)
-        facts = ("digest", "layer_map", "invocation_tokens", "has_whole_patch")
-        assert all(getattr(adapter, fact) == getattr(form, fact) for fact in facts)
+        assert adapter.facts is form.facts and adapter.has_whole_patch == form.has_whole_patch
         assert adapter.max_rank == max((0, *form.ranks))
-        visits = Counter(form.layer_map or [0])
+        visits = Counter(form.facts.layer_map or [0])
         assert adapter.num_replicas == max(visits.values()), "every visit has its run, or NO_RUN"
 
 

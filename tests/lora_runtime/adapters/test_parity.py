@@ -14,16 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 
-from lora_runtime.adapters.files import parity_file
-from lora_runtime.adapters.files.parity_file import read_golden, remove_golden, write_golden
+from lora_runtime.adapters.files import parity_record
+from lora_runtime.adapters.files.parity_record import (
+    read_parity_record,
+    remove_parity_record,
+    write_parity_record,
+)
 from lora_runtime.adapters.parity import (
     LIMIT,
     NUM_POSITIONS,
     NUM_TOP,
+    PARITY_FILE,
     PUBLIC_TEXTS,
     ROUGH_LIMIT,
     ROW_LENGTH,
-    SIDECAR_FILE,
     chunks,
     compare,
     gate,
@@ -78,8 +82,8 @@ def recorded(logits, rounded=None):
     return measure(ROWS, logits, rounded or logits, fingerprint=FINGERPRINT)
 
 
-def checked(golden, logits, dtype="float32"):
-    return compare(golden, [chunk() for chunk in chunks(golden, logits)], dtype)
+def checked(record, logits, dtype="float32"):
+    return compare(record, [chunk() for chunk in chunks(record, logits)], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +94,22 @@ def adapted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def golden(adapted):
+def record(adapted):
     return replace(recorded(logits_of(adapted)), tensors_sha256=TENSORS)
 
 
-def old(golden, dtype="float32"):
+def old(record, dtype="float32"):
     """As version 1 wrote it."""
-    short = [place for place in golden.positions if place.position >= ROW_LENGTH - 4]
-    return replace(golden, positions=tuple(short), noise=None, tensors_sha256=None, dtype=dtype)
+    short = [place for place in record.positions if place.position >= ROW_LENGTH - 4]
+    return replace(record, positions=tuple(short), noise=None, tensors_sha256=None, dtype=dtype)
 
 
-def test_the_record_holds_what_the_model_gives(adapted, golden):
-    assert golden.rows == ROWS and [len(row) for row in ROWS] == [ROW_LENGTH] * 2
-    assert len(golden.positions) == len(golden.rows) * NUM_POSITIONS
-    assert golden.noise == 0.0 and golden.dtype == "float32"
-    for place in golden.positions:
-        row = torch.tensor([golden.rows[place.row]])
+def test_the_record_holds_what_the_model_gives(adapted, record):
+    assert record.rows == ROWS and [len(row) for row in ROWS] == [ROW_LENGTH] * 2
+    assert len(record.positions) == len(record.rows) * NUM_POSITIONS
+    assert record.noise == 0.0 and record.dtype == "float32"
+    for place in record.positions:
+        row = torch.tensor([record.rows[place.row]])
         with torch.no_grad():
             expected = adapted(row).logits[0, place.position].double()
             with adapted.disable_adapter():
@@ -155,17 +159,17 @@ def poison(model):
 @pytest.mark.parametrize(
     "damage", [change_scaling, drop_one_module, swap_two_modules, remove, poison]
 )
-def test_an_unfaithful_server_is_caught(adapted, golden, damage):
+def test_an_unfaithful_server_is_caught(adapted, record, damage):
     damaged = copy.deepcopy(adapted)
     damage(damaged)
     with pytest.raises(ParityFailed) as refusal:
-        gate(golden, logits_of(damaged), "float32")
-    parity = checked(golden, logits_of(damaged))
+        gate(record, logits_of(damaged), "float32")
+    parity = checked(record, logits_of(damaged))
     assert f"{parity.error:.2g}" in refusal.value.message and "0.01" in refusal.value.message
-    assert refusal.value.field == SIDECAR_FILE
+    assert refusal.value.field == PARITY_FILE
 
 
-def test_the_error_is_that_of_the_effect(adapted, golden):
+def test_the_error_is_that_of_the_effect(adapted, record):
     """An adapter whose effect is 2 % too large is off by 2 %, whatever the base's own logits."""
     logits = logits_of(adapted)
 
@@ -175,7 +179,7 @@ def test_the_error_is_that_of_the_effect(adapted, golden):
             return base + 7.0
         return base + 7.0 + 1.02 * (logits(row, positions, True) - base)
 
-    assert checked(golden, stretched).error == pytest.approx(0.02, rel=0.05)
+    assert checked(record, stretched).error == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_limit_follows_from_the_recorded_noise_in_bfloat16_alone(adapted):
@@ -205,22 +209,22 @@ def test_a_tensor_changed_by_a_tenth_is_caught_where_noise_allows(adapted):
         assert not checked(record, logits_of(damaged), dtype).passed
 
 
-def test_an_old_record_is_read_and_refuses_nothing_that_rounding_explains(adapted, golden):
+def test_an_old_record_is_read_and_refuses_nothing_that_rounding_explains(adapted, record):
     """Version 1: exact in float32; in bfloat16 by the wide limit, as its noise is unknown."""
     changed = copy.deepcopy(adapted)
     change_scaling(changed)
     for dtype, limit in (("float32", LIMIT), ("bfloat16", ROUGH_LIMIT)):
-        assert checked(old(golden), logits_of(adapted), dtype).limit == limit
-        assert checked(old(golden, dtype), logits_of(adapted), "float32").limit == limit
-    assert not checked(old(golden), logits_of(changed)).passed
-    assert checked(old(golden, "bfloat16"), logits_of(changed)).passed
+        assert checked(old(record), logits_of(adapted), dtype).limit == limit
+        assert checked(old(record, dtype), logits_of(adapted), "float32").limit == limit
+    assert not checked(old(record), logits_of(changed)).passed
+    assert checked(old(record, "bfloat16"), logits_of(changed)).passed
     remove(changed)
-    lost = checked(old(golden, "bfloat16"), logits_of(changed), "bfloat16")
-    assert lost.passed == (lost.effect < 0.15 * size_of(golden))
+    lost = checked(old(record, "bfloat16"), logits_of(changed), "bfloat16")
+    assert lost.passed == (lost.effect < 0.15 * size_of(record))
 
 
-def size_of(golden):
-    numbers = torch.tensor([place.adapter for place in old(golden).positions])
+def size_of(record):
+    numbers = torch.tensor([place.adapter for place in old(record).positions])
     return float(numbers.square().mean().sqrt())
 
 
@@ -239,14 +243,14 @@ def test_an_adapter_without_effect_passes_in_spite_of_rounding_only(adapted):
     assert not checked(record, logits_of(adapted)).passed
 
 
-def test_a_check_asks_for_its_recorded_positions_only_and_a_row_at_a_time(adapted, golden):
+def test_a_check_asks_for_its_recorded_positions_only_and_a_row_at_a_time(adapted, record):
     asked = []
 
     def logits(row, positions, with_adapter):
         asked.append((tuple(row), tuple(positions), with_adapter))
         return logits_of(adapted)(row, positions, with_adapter)
 
-    parts = chunks(golden, logits)
+    parts = chunks(record, logits)
     places = tuple(range(ROW_LENGTH - NUM_POSITIONS, ROW_LENGTH))
     wanted = [(row, places, on) for on in (False, True) for row in ROWS]
     for number, part in enumerate(parts, 1):
@@ -281,50 +285,50 @@ def test_rows_may_be_short(adapted, lengths):
     assert checked(record, logits).error == 0.0
 
 
-def test_a_record_survives_the_disk(tmp_path, golden):
-    assert read_golden(tmp_path, SPEC) is None
-    write_golden(tmp_path, golden)
-    assert read_golden(tmp_path, SPEC) == golden
-    assert os.listdir(tmp_path) == [SIDECAR_FILE]
-    remove_golden(tmp_path)
-    remove_golden(tmp_path)
-    assert read_golden(tmp_path, SPEC) is None
+def test_a_record_survives_the_disk(tmp_path, record):
+    assert read_parity_record(tmp_path, SPEC) is None
+    write_parity_record(tmp_path, record)
+    assert read_parity_record(tmp_path, SPEC) == record
+    assert os.listdir(tmp_path) == [PARITY_FILE]
+    remove_parity_record(tmp_path)
+    remove_parity_record(tmp_path)
+    assert read_parity_record(tmp_path, SPEC) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_record_of_version_1_survives_the_disk(tmp_path, golden, dtype):
-    write_golden(tmp_path, old(golden, dtype))
-    content = json.loads((tmp_path / SIDECAR_FILE).read_text())
+def test_a_record_of_version_1_survives_the_disk(tmp_path, record, dtype):
+    write_parity_record(tmp_path, old(record, dtype))
+    content = json.loads((tmp_path / PARITY_FILE).read_text())
     assert content["version"] == 1 and content["dtype"] == dtype
     assert content.keys() == {"version", "base_fingerprint", "dtype", "rows", "positions"}
-    assert read_golden(tmp_path, SPEC) == old(golden, dtype)
+    assert read_parity_record(tmp_path, SPEC) == old(record, dtype)
 
 
-def test_a_record_holds_for_the_file_it_was_written_beside(tmp_path, adapted, golden):
+def test_a_record_holds_for_the_file_it_was_written_beside(tmp_path, adapted, record):
     """However well the numbers agree; what a record does not name may be any file."""
     logits = logits_of(adapted)
-    for record, other in [(golden, "b" * 64), (replace(golden, tensors_sha256=None), None)]:
-        write_golden(tmp_path, record)
-        read = read_golden(tmp_path, SPEC)
-        assert read == record and gate(read, logits, "float32", TENSORS).passed
+    for one, other in [(record, "b" * 64), (replace(record, tensors_sha256=None), None)]:
+        write_parity_record(tmp_path, one)
+        read = read_parity_record(tmp_path, SPEC)
+        assert read == one and gate(read, logits, "float32", TENSORS).passed
         if other is not None:
             with pytest.raises(ParityFailed, match="were changed after") as refusal:
                 gate(read, logits, "float32", other)
-            assert refusal.value.field == SIDECAR_FILE
+            assert refusal.value.field == PARITY_FILE
 
 
-def test_a_record_of_another_base_is_a_mismatch(tmp_path, golden):
-    write_golden(tmp_path, golden)
+def test_a_record_of_another_base_is_a_mismatch(tmp_path, record):
+    write_parity_record(tmp_path, record)
     with pytest.raises(BaseMismatch) as refusal:
-        read_golden(tmp_path, replace(SPEC, fingerprint="e" * 64))
-    assert refusal.value.field == SIDECAR_FILE
+        read_parity_record(tmp_path, replace(SPEC, fingerprint="e" * 64))
+    assert refusal.value.field == PARITY_FILE
 
 
-def edited(tmp_path, golden, edit):
-    write_golden(tmp_path, golden)
-    content = json.loads((tmp_path / SIDECAR_FILE).read_text())
+def edited(tmp_path, record, edit):
+    write_parity_record(tmp_path, record)
+    content = json.loads((tmp_path / PARITY_FILE).read_text())
     edit(content)
-    (tmp_path / SIDECAR_FILE).write_text(json.dumps(content))
+    (tmp_path / PARITY_FILE).write_text(json.dumps(content))
 
 
 BAD_EDITS = {
@@ -357,11 +361,11 @@ BAD_EDITS = {
 
 
 @pytest.mark.parametrize("edit", BAD_EDITS.values(), ids=BAD_EDITS)
-def test_a_broken_record_is_refused_by_name(tmp_path, golden, edit):
-    edited(tmp_path, golden, edit)
+def test_a_broken_record_is_refused_by_name(tmp_path, record, edit):
+    edited(tmp_path, record, edit)
     with pytest.raises(AdapterRefused) as refusal:
-        read_golden(tmp_path, SPEC)
-    assert refusal.value.field == SIDECAR_FILE
+        read_parity_record(tmp_path, SPEC)
+    assert refusal.value.field == PARITY_FILE
 
 
 def paths_in(value, path=()):
@@ -376,10 +380,10 @@ def paths_in(value, path=()):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory, golden, data):
+def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory, record, data):
     folder = tmp_path_factory.mktemp("fuzz")
-    write_golden(folder, golden)
-    content = json.loads((folder / SIDECAR_FILE).read_text())
+    write_parity_record(folder, record)
+    content = json.loads((folder / PARITY_FILE).read_text())
     path = data.draw(st.sampled_from([p for p in paths_in(content) if p]))
     junk = st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3),
@@ -389,27 +393,27 @@ def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory,
     for key in path[:-1]:
         parent = parent[key]
     parent[path[-1]] = data.draw(junk)
-    (folder / SIDECAR_FILE).write_text(json.dumps(content))
+    (folder / PARITY_FILE).write_text(json.dumps(content))
     try:
-        read = read_golden(folder, SPEC)
+        read = read_parity_record(folder, SPEC)
     except AdapterRefused:
         return
     checked(read, lambda row, positions, _: torch.zeros(len(positions), VOCAB_SIZE))
 
 
-def test_a_link_out_of_the_folder_or_a_large_file_is_not_read(tmp_path, golden, monkeypatch):
+def test_a_link_out_of_the_folder_or_a_large_file_is_not_read(tmp_path, record, monkeypatch):
     outside, tmp_path = tmp_path / "real.json", tmp_path / "adapter"
     tmp_path.mkdir()
-    write_golden(tmp_path, golden)
-    (tmp_path / SIDECAR_FILE).rename(outside)
-    (tmp_path / SIDECAR_FILE).symlink_to(outside)
-    with pytest.raises(AdapterSourceRefused, match=SIDECAR_FILE):
-        read_golden(tmp_path, SPEC)
-    (tmp_path / SIDECAR_FILE).unlink()
-    write_golden(tmp_path, golden)
-    monkeypatch.setattr(parity_file, "MAX_SIDECAR_BYTES", 100)
+    write_parity_record(tmp_path, record)
+    (tmp_path / PARITY_FILE).rename(outside)
+    (tmp_path / PARITY_FILE).symlink_to(outside)
+    with pytest.raises(AdapterSourceRefused, match=PARITY_FILE):
+        read_parity_record(tmp_path, SPEC)
+    (tmp_path / PARITY_FILE).unlink()
+    write_parity_record(tmp_path, record)
+    monkeypatch.setattr(parity_record, "MAX_PARITY_BYTES", 100)
     with pytest.raises(AdapterRefused, match="at most 100"):
-        read_golden(tmp_path, SPEC)
+        read_parity_record(tmp_path, SPEC)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files.folder import TENSORS_FILE, write_adapter
-from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter, peft_files
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.folder import TENSORS_FILE
+from lora_runtime.adapters.files.peft_writer import peft_files
+from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 from tests.lora_runtime.adapters.peft_oracle import (
     assert_same_deltas,
@@ -98,7 +100,7 @@ def test_deltas_equal_pefts(name: str, tmp_path: Path) -> None:
     deltas = write_llama_adapter(tmp_path, **CONFIGS[name])
     form = load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS)
     assert_same_deltas(form_deltas(form), deltas)
-    assert form.variant == ("rslora" if CONFIGS[name].get("use_rslora") else "lora")
+    assert form.facts.variant == ("rslora" if CONFIGS[name].get("use_rslora") else "lora")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -153,14 +155,14 @@ def test_facts_of_the_form(tmp_path: Path) -> None:
     write_llama_adapter(tmp_path, r=4, rank_pattern={"q_proj": 6}, lora_dropout=0.1)
     form = load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS)
     assert form.ranks == (4, 6)
-    assert form.honoured == {
+    assert form.facts.honoured == {
         "peft_type": "LORA",
         "r": 4,
         "lora_alpha": 8,
         "rank_pattern": {"q_proj": 6},
         "target_modules": QV,
     }
-    assert form.inert["lora_dropout"] == "acts only while training"
+    assert form.facts.inert["lora_dropout"] == "acts only while training"
     dtypes = {tensor.dtype for module in form.modules.values() for tensor in (module.a, module.b)}
     assert dtypes == {torch.float32}
 
@@ -251,7 +253,7 @@ def test_a_target_without_tensors_is_refused(tmp_path: Path) -> None:
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     """The fingerprint is looked at before anything that would differ on another base."""
-    write_adapter(tmp_path, *trained_files())
+    trained_files().write(tmp_path)
     with pytest.raises(BaseMismatch) as refusal:
         load_adapter(tmp_path, base_spec(tiny_model("phi3"), fingerprint="0" * 64), LLAMA_WEIGHTS)
     assert refusal.value.field == FINGERPRINT_KEY
@@ -292,13 +294,13 @@ def test_a_base_that_cannot_be_verified_is_said(named: str | None, tmp_path: Pat
     write_llama_adapter(tmp_path)
     edit_config(tmp_path, base_model_name_or_path=named)
     base = replace(LLAMA_BASE, name="models/tiny")
-    (note,) = load_adapter(tmp_path, base, LLAMA_WEIGHTS).notes
+    (note,) = load_adapter(tmp_path, base, LLAMA_WEIGHTS).facts.notes
     assert NAMED_BASES[named] in note
 
 
 def test_our_own_adapters_need_no_such_note(tmp_path: Path) -> None:
-    write_adapter(tmp_path, *trained_files())
-    assert load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS).notes == ()
+    trained_files().write(tmp_path)
+    assert load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS).facts.notes == ()
 
 
 def trained_files(**overrides: object):
@@ -325,11 +327,11 @@ def trained_files(**overrides: object):
 
 
 def test_ours_load_in_peft_and_in_ours_alike(tmp_path: Path) -> None:
-    write_adapter(tmp_path, *trained_files())
+    trained_files().write(tmp_path)
     deltas = read_peft_adapter(LLAMA, tmp_path)
     form = load_adapter(tmp_path, LLAMA_BASE, LLAMA_WEIGHTS)
     assert_same_deltas(form_deltas(form), deltas)
-    a, b = (trained_files()[1][name] for name in (FIRST_A, FIRST_B))
+    a, b = (trained_files().tensors[name] for name in (FIRST_A, FIRST_B))
     torch.testing.assert_close(
         deltas["model.layers.0.self_attn.q_proj"], 3.0 / 6**0.5 * (b @ a), rtol=1e-5, atol=1e-6
     )
@@ -337,7 +339,7 @@ def test_ours_load_in_peft_and_in_ours_alike(tmp_path: Path) -> None:
 
 def test_an_adapter_goes_through_peft_and_back(tmp_path: Path) -> None:
     """Ours → PEFT loads and saves → ours: the same ΔW."""
-    write_adapter(tmp_path / "ours", *trained_files(alpha_pattern=None))
+    trained_files(alpha_pattern=None).write(tmp_path / "ours")
     adapted = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "ours")
     adapted.save_pretrained(tmp_path / "theirs")
     ours, theirs = (

@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lora_runtime.adapters.files.parity_file import write_golden
+from lora_runtime.adapters.files.parity_record import write_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import measure
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig
-from lora_runtime.engine import loop
+from lora_runtime.engine import load
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.loop import InThreadEngine
 from lora_runtime.engine.probe import effect_of, probe_logits
@@ -39,10 +39,10 @@ def recorded_adapter(base, folder, seed, honest=True):
     logits = effect_of(base, pack_for(base, form))
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCAB_SIZE, (NUM_ROWS, 40), generator=generator).tolist()
-    golden = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
+    record = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
     if not honest:
         folder = write_adapter(tiny_model("llama"), folder.with_name("other"), seed=seed + 50)
-    write_golden(folder, golden)
+    write_parity_record(folder, record)
     return folder
 
 
@@ -60,7 +60,7 @@ async def serve(base, folders, monkeypatch, length=120):
         cache=CacheConfig(num_blocks=64), adapters=AdapterConfig(pool_bytes=1 << 20)
     )
     inner = Engine(base, config)
-    step, chunks = inner.step, loop.chunks
+    step, chunks = inner.step, load.chunks
 
     def logged(name, action):
         log.append(name)
@@ -68,7 +68,7 @@ async def serve(base, folders, monkeypatch, length=120):
 
     monkeypatch.setattr(inner, "step", partial(logged, "step", step))
     monkeypatch.setattr(
-        loop, "chunks", lambda *args: [partial(logged, "chunk", part) for part in chunks(*args)]
+        load, "chunks", lambda *args: [partial(logged, "chunk", part) for part in chunks(*args)]
     )
     engine = InThreadEngine(inner)
     running = asyncio.create_task(stream(engine, length))

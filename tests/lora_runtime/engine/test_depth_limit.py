@@ -29,7 +29,7 @@ async def load(base, folder, num_layers, max_layers=None):
     engine = InThreadEngine(Engine(base, config))
     try:
         loaded = await engine.load_adapter(folder)
-        assert loaded.num_layers == num_layers
+        assert loaded.facts.num_layers == num_layers
         request = greedy("r", [5, 6, 7], loaded.digest, 3)
         return [token async for out in engine.generate(request) for token in out.token_ids]
     finally:

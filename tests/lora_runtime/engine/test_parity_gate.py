@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.convert import plain_files
-from lora_runtime.adapters.files.folder import read_adapter, write_adapter
+from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import NUM_POSITIONS, ROW_LENGTH, gate, measure
 from lora_runtime.adapters.reduction import load_adapter
@@ -42,13 +42,13 @@ def rows_for(form):
     for _ in range(2):
         tokens = torch.randint(20, VOCAB_SIZE, (ROW_LENGTH,), generator=generator).tolist()
         end = ROW_LENGTH - NUM_POSITIONS
-        tokens[end - len(form.invocation_tokens) : end] = form.invocation_tokens
+        tokens[end - len(form.facts.invocation_tokens) : end] = form.facts.invocation_tokens
         rows.append(tuple(tokens))
     return rows
 
 
 def recorded_by_peft(base, variant, form):
-    """The golden record, of which PEFT gives the numbers."""
+    """The record record, of which PEFT gives the numbers."""
     twin = dense_twin(base, SHAPE)
 
     @torch.no_grad()
@@ -74,11 +74,11 @@ def without_one_part(form):
 
 def test_what_peft_recorded_is_served(base, variant):
     form = load_adapter(variant.folder, base.spec, base.weights)
-    golden = recorded_by_peft(base, variant, form)
-    parity = gate(golden, served_logits(base, form), "float32")
+    record = recorded_by_peft(base, variant, form)
+    parity = gate(record, served_logits(base, form), "float32")
     assert parity.error < 1e-4 and parity.effect > 0.3
     with pytest.raises(ParityFailed):
-        gate(golden, served_logits(base, without_one_part(form)), "float32")
+        gate(record, served_logits(base, without_one_part(form)), "float32")
 
 
 def test_what_is_converted_does_the_same_in_peft(base, variant, tmp_path):
@@ -92,7 +92,7 @@ def test_what_is_converted_does_the_same_in_peft(base, variant, tmp_path):
         assert refusal.field == ("use_dora" if is_dora else NOT_PLAIN[prefix])
         return
     assert not variant.name.startswith(("dora", *NOT_PLAIN))
-    write_adapter(tmp_path / "plain", *files)
+    files.write(tmp_path / "plain")
     plain = peft.PeftModel.from_pretrained(
         copy.deepcopy(dense_twin(base, SHAPE)), tmp_path / "plain"
     )

@@ -99,7 +99,7 @@ class Group:
             [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(2, 9))] for _ in self.adapters
         ]
         for prompt, (_, form) in zip(self.prompts, self.adapters, strict=True):
-            prompt += [*form.invocation_tokens, 5]
+            prompt += [*form.facts.invocation_tokens, 5]
         self.twin = dense_twin(self.base, shape)
 
     def assert_right(self, engine, members, salt):

@@ -58,7 +58,7 @@ class World:
         tokens = torch.randint(3, VOCAB_SIZE, (length + self.tail,), generator=generator).tolist()
         row = self.rows[index]
         for name, _ in row or ():
-            invocation = self.forms[name].invocation_tokens
+            invocation = self.forms[name].facts.invocation_tokens
             tokens[length : length + len(invocation)] = invocation
         return tokens
 
@@ -173,7 +173,7 @@ def alone(world):
 def test_adapters_differ_pairwise(world):
     prompt = world.prompt(3)
     for form in world.forms.values():
-        prompt = [*prompt, *form.invocation_tokens]
+        prompt = [*prompt, *form.facts.invocation_tokens]
     logits = {
         name: variant.expected(prompt, prompt[:4], torch.float32)
         for name, variant in world.variants.items()
@@ -209,7 +209,7 @@ def test_cached_prefixes_change_no_token(world, alone):
 def test_an_activated_lora_reuses_the_bases_blocks_up_to_its_start(world):
     form = world.forms["alora"]
     shared = torch.randint(3, VOCAB_SIZE, (41,)).tolist()
-    invoked = greedy("invoked", [*shared, *form.invocation_tokens, 9], form.digest, 12)
+    invoked = greedy("invoked", [*shared, *form.facts.invocation_tokens, 9], form.digest, 12)
     fresh = run(world.engine(prefix_cache=False), [invoked])["invoked"].token_ids
     engine = world.engine()
     run(engine, [greedy("base", shared, None, 4)])
@@ -246,7 +246,7 @@ def test_base_rows_beside_replicated_rows_run_exactly_their_own_layers(world):
         for layer in layers
     ]
     names = ["replication", "replication-2"]
-    depths = [len(world.forms[name].layer_map) for name in names]
+    depths = [len(world.forms[name].facts.layer_map) for name in names]
     prompts = {name: 7 + index for index, name in enumerate(names)}
     requests = [greedy("base", [5] * 11, None, 1)]
     requests += [greedy(n, [5] * prompts[n], world.forms[n].digest, 1) for n in names]
@@ -290,7 +290,9 @@ def overflowing(form):
         )
         for key, module in form.modules.items()
     }
-    return replace(form, digest=f"overflowing {form.digest}", modules=modules)
+    return replace(
+        form, facts=replace(form.facts, digest=f"overflowing {form.digest}"), modules=modules
+    )
 
 
 def test_overflowing_weights_of_any_kind_fail_their_own_rows_only(world, alone):
@@ -299,7 +301,7 @@ def test_overflowing_weights_of_any_kind_fail_their_own_rows_only(world, alone):
     engine = world.engine(max_num_seqs=64, max_num_batched_tokens=64)
     for form in bad.values():
         engine.add_adapter(form)
-    prompt = [5, 9, *world.forms["alora"].invocation_tokens, 12, 4]
+    prompt = [5, 9, *world.forms["alora"].facts.invocation_tokens, 12, 4]
     failing = [greedy(f"bad {name}", prompt, form.digest, 8) for name, form in bad.items()]
     requests = shuffled(world, 16)
     traces = run(engine, [*failing[:3], *requests, *failing[3:]])

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_runtime import kernels
 from lora_runtime.adapters import packed_adapter
+from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.base import loader, self_check
@@ -259,9 +260,7 @@ def forms_of(base: Base) -> list[ServingForm]:
 
     def form(name: str, modules: dict[str, ModuleForm], **options) -> ServingForm:
         keyed = {ModuleKey(path): module for path, module in modules.items()}
-        return ServingForm(
-            digest=name, variant=name, modules=keyed, honoured={}, inert={}, **options
-        )
+        return ServingForm(facts=AdapterFacts(digest=name, variant=name, **options), modules=keyed)
 
     patch = RowPatch(torch.zeros(2, base.spec.hidden_size), torch.tensor([3, 9]).int())
     everywhere = {path: low_rank(8, path) for path in linears}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
@@ -123,14 +123,14 @@ def assert_recorded_in_float32(base, folders, capsys):
     """Serving's forward in float32 gives the recorded effect; bfloat16 errs as the record says."""
     view = in_dtype(base, torch.float32)
     for folder in folders:
-        golden = read_golden(folder, base.spec)
+        record = read_parity_record(folder, base.spec)
         figures = []
         for one in {base.dtype: base, torch.float32: view}.values():
             form = load_adapter(folder, one.spec, one.weights)
-            parity = gate(golden, effect_of(one, pack_for(one, form)), one.spec.dtype)
+            parity = gate(record, effect_of(one, pack_for(one, form)), one.spec.dtype)
             figures.append(f"{one.spec.dtype} {parity.error:.2g} of {parity.limit:.2g}")
         assert parity.limit == 0.01
         assert parity.error < 5e-3 if folder.name == "bfloat16-file" else parity.error < 1e-3
         with capsys.disabled():
-            noise = f"effect {parity.effect:.3g}, noise {golden.noise:.2g}"
+            noise = f"effect {parity.effect:.3g}, noise {record.noise:.2g}"
             print(f"\n{base.spec.name} {folder.name}: {noise}; error {', '.join(figures)}", end="")

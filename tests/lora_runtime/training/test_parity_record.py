@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_runtime.adapters.files.folder import TENSORS_FILE, read_adapter
-from lora_runtime.adapters.files.parity_file import read_golden
-from lora_runtime.adapters.parity import SIDECAR_FILE, gate
+from lora_runtime.adapters.files.parity_record import read_parity_record
+from lora_runtime.adapters.parity import PARITY_FILE, gate
 from lora_runtime.errors import ParityFailed
 from lora_runtime.training import export
 from lora_runtime.training.config import UnitConfig
@@ -57,11 +57,11 @@ def test_peft_gives_the_recorded_effect_in_float32(tmp_path, tokenizer, dtype):
     base = tiny_base("llama", dtype=dtype)
     noises = []
     for result in run(base, tokenizer, tmp_path / "out", units(tmp_path)):
-        golden = read_golden(result.folder, base.spec)
-        parity = gate(golden, peft_logits(base, result.folder), "float32")
+        record = read_parity_record(result.folder, base.spec)
+        parity = gate(record, peft_logits(base, result.folder), "float32")
         assert parity.error < 1e-4 and parity.effect > 0.5
-        assert golden.dtype == "float32" and 1e-3 < golden.noise < 0.5
-        noises.append(golden.noise)
+        assert record.dtype == "float32" and 1e-3 < record.noise < 0.5
+        noises.append(record.noise)
     assert len(set(noises)) == len(noises) == 5
 
 
@@ -72,33 +72,33 @@ def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
     name = next(name for name in tensors if "layers.2.mlp.down_proj.lora_B" in name)
     tensors[name] *= 1.5
     save_file(tensors, result.folder / TENSORS_FILE)
-    golden = read_golden(result.folder, base.spec)
+    record = read_parity_record(result.folder, base.spec)
     with pytest.raises(ParityFailed, match="relative error"):
-        gate(golden, peft_logits(base, result.folder), "float32")
-    assert golden.tensors_sha256 != read_adapter(result.folder).tensors_sha256
+        gate(record, peft_logits(base, result.folder), "float32")
+    assert record.tensors_sha256 != read_adapter(result.folder).tensors_sha256
 
 
 def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):
     out = tmp_path / "out"
     (result, *_) = run(base, tokenizer, out, units(tmp_path))
-    before = (result.folder / SIDECAR_FILE).read_text()
+    before = (result.folder / PARITY_FILE).read_text()
 
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "write_golden", die)
+    monkeypatch.setattr(export, "write_parity_record", die)
     with pytest.raises(KeyboardInterrupt):
         run(base, tokenizer, out, units(tmp_path), seed=5)
-    assert not (result.folder / SIDECAR_FILE).exists()
+    assert not (result.folder / PARITY_FILE).exists()
     monkeypatch.undo()
     run(base, tokenizer, out, units(tmp_path), seed=5, resume=True)
-    assert (result.folder / SIDECAR_FILE).read_text() != before
+    assert (result.folder / PARITY_FILE).read_text() != before
 
 
 def test_a_record_holds_no_training_data(tmp_path, tokenizer, base):
     """Its rows depend on the base alone: other data, the same rows."""
     rows = {
-        json.dumps(json.loads((result.folder / SIDECAR_FILE).read_text())["rows"])
+        json.dumps(json.loads((result.folder / PARITY_FILE).read_text())["rows"])
         for result in run(base, tokenizer, tmp_path / "out", units(tmp_path))
     }
     assert len(rows) == 1

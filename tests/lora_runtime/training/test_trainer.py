@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
 from lora_runtime.adapters.files.folder import read_adapter
-from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
+from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError

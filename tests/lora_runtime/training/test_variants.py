@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
@@ -279,9 +279,9 @@ def train_all(base, tokenizer, folder, variants):
 
 
 def assert_served_as_trained_and_as_in_peft(base, folder):
-    golden = read_golden(folder, base.spec)
+    record = read_parity_record(folder, base.spec)
     form = load_adapter(folder, base.spec, base.weights)
-    parity = gate(golden, effect_of(base, pack_for(base, form)), "float32")
+    parity = gate(record, effect_of(base, pack_for(base, form)), "float32")
     assert parity.limit == 0.01 and parity.error < 1e-4 and parity.effect > 0.3
     oracle = load_in_peft(dense_twin(base, "llama"), folder)
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_files_in_bfloat16_pass_the_parity_gate(tmp_path, tokenizer, disk_base):
             assert tensor.dtype == (torch.bfloat16 if is_factor else torch.float32)
         form = load_adapter(folder, disk_base.spec, disk_base.weights)
         served = effect_of(disk_base, pack_for(disk_base, form))
-        parity = gate(read_golden(folder, disk_base.spec), served, "float32")
+        parity = gate(read_parity_record(folder, disk_base.spec), served, "float32")
         assert parity.error < 0.01 and parity.effect > 0.3
 
 
@@ -334,7 +334,8 @@ def test_ranks_above_half_the_layer_are_exported_too(tmp_path, tokenizer, base, 
     targets = ("gate_proj", "q_proj")
     unit = unit_of(base, tokenizer, tmp_path, "pissa", rank=rank, target_modules=targets)
     randomise(unit, 0.01)
-    config, tensors, _ = adapter_files(unit.config, base.spec, unit.modules, {})
+    files = adapter_files(unit.config, base.spec, unit.modules, {})
+    config, tensors = files.config, files.tensors
     assert config["r"] == 2 * rank and config["init_lora_weights"] is True
     for path, module in unit.modules.items():
         a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from lora_runtime.adapters.files.parity_file import read_golden
+from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
@@ -354,7 +354,7 @@ def served(base, folder):
 def parity_of(base, folder):
     form = load_adapter(folder, base.spec, base.weights)
     logits = effect_of(base, pack_for(base, form))
-    return gate(read_golden(folder, base.spec), logits, "float32", form.tensors_sha256)
+    return gate(read_parity_record(folder, base.spec), logits, "float32", form.facts.tensors_sha256)
 
 
 EXPORTED = {

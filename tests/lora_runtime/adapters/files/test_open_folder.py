@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lora_runtime.adapters.files.file_names import (
     CONFIG_FILE,
-    SIDECAR_FILE,
+    PARITY_FILE,
     TENSORS_FILE,
 )
 from lora_runtime.adapters.files.folder import FolderContent, read_folder
@@ -34,7 +34,7 @@ def write_version(folder: Path, version: int, *, pause: Callable[[], None] = lam
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         CONFIG_FILE: {"r": version, "init_lora_weights": "pissa"},
-        SIDECAR_FILE: {"version": version},
+        PARITY_FILE: {"version": version},
         GENERATION_FILE: {"eos_token_id": version},
     }
     for name, content in files.items():
@@ -51,11 +51,11 @@ def write_version(folder: Path, version: int, *, pause: Callable[[], None] = lam
 
 
 def versions(content: FolderContent) -> set[int]:
-    assert content.sidecar is not None
+    assert content.parity_record is not None
     return {
         content.adapter.config["r"],
         int(content.adapter.tensors["a"][0, 0]),
-        json.loads(content.sidecar)["version"],
+        json.loads(content.parity_record)["version"],
         json.loads(content.text[GENERATION_FILE])["eos_token_id"],
         int(content.text[TEMPLATE_FILE]),
         content.initial["pissa_init"].config["r"],
@@ -168,7 +168,7 @@ def test_links_of_a_hub_cache_are_read(tmp_path: Path) -> None:
     assert versions(read_folder(tmp_path / "current", FolderRules(roots=(tmp_path,)))) == {7}
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE, SIDECAR_FILE, TEMPLATE_FILE])
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE, PARITY_FILE, TEMPLATE_FILE])
 def test_links_out_of_the_roots_are_refused_by_name(name: str, tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     with pytest.raises(AdapterSourceRefused, match="link that leads out") as refusal:

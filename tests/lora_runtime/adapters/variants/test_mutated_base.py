@@ -74,9 +74,9 @@ def test_deltas_are_pefts(name: str, with_initial: bool, base: Base, tmp_path: P
     form = load(base, tmp_path)
     for path, found in form_deltas(form).items():
         torch.testing.assert_close(found, deltas[path], rtol=0, atol=2e-5)
-    note = form.notes[-1]
+    note = form.facts.notes[-1]
     assert ("in the folder" if with_initial else "relative error") in note
-    assert form.honoured["init_lora_weights"] == INITS[name]["init_lora_weights"]
+    assert form.facts.honoured["init_lora_weights"] == INITS[name]["init_lora_weights"]
 
 
 def test_fast_svd_needs_its_first_factors(base: Base, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_converted_file_of_a_small_change_is_refactored(base: Base, tmp_path: 
     adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
     expected = read_peft_adapter(tiny_model("llama"), folder)
     form = load(base, folder)
-    assert form.variant == "lora" and form.ranks == (2 * RANK,)
+    assert form.facts.variant == "lora" and form.ranks == (2 * RANK,)
     for key, module in form.modules.items():
         assert not cancels(Factors(module.a, module.b))
         rounded = module.b.bfloat16().double() @ module.a.bfloat16().double()

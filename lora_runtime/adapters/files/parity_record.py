@@ -1,6 +1,6 @@
-"""The sidecar of the parity gate: written by the trainer, read without trust.
+"""The parity record on disk, `loramux_parity.json`: written by the trainer, read without trust.
 
-Not part of an adapter's digest, and PEFT ignores it: an adapter without one loads unchecked.
+It is not part of an adapter's digest and PEFT ignores it: an adapter without one loads unchecked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_runtime.adapters.files.file_names import MAX_SIDECAR_BYTES, SIDECAR_FILE
+from lora_runtime.adapters.files.file_names import MAX_PARITY_BYTES, PARITY_FILE
 from lora_runtime.adapters.files.folder import read_optional, write_file
 from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.adapters.parity import (
@@ -19,7 +19,7 @@ from lora_runtime.adapters.parity import (
     NUM_TOP,
     PUBLIC_TEXTS,
     ROW_LENGTH,
-    Golden,
+    ParityRecord,
     Position,
 )
 from lora_runtime.core import BaseSpec
@@ -32,55 +32,55 @@ MAX_NOISE = 2.0
 """In logits: ten times what bfloat16 moved them by on any base so far. A record of more noise would
 let anything pass."""
 MAX_POSITIONS = MAX_ROWS * NUM_POSITIONS
-"""With ROW_LENGTH and NUM_TOP what the trainer writes, or wrote in version 1, so that no sidecar
+"""With ROW_LENGTH and NUM_TOP what the trainer writes, or wrote in version 1, so that no record
 asks for more work than ours does."""
 
 
-def write_golden(folder: Path, golden: Golden) -> None:
-    """Write the sidecar of an adapter, whole or not at all."""
-    is_old = golden.noise is None
-    content = {"version": OLD_VERSION if is_old else VERSION, **asdict(golden)}
+def write_parity_record(folder: Path, record: ParityRecord) -> None:
+    """Write the parity record of an adapter, whole or not at all."""
+    is_old = record.noise is None
+    content = {"version": OLD_VERSION if is_old else VERSION, **asdict(record)}
     for name in ("noise", "tensors_sha256") if is_old else ("dtype",):
         del content[name]
-    write_file(folder, SIDECAR_FILE, json.dumps(content, allow_nan=False).encode())
+    write_file(folder, PARITY_FILE, json.dumps(content, allow_nan=False).encode())
 
 
-def remove_golden(folder: Path) -> None:
-    """Remove the sidecar, if there is one: before other weights are written beside it."""
-    (folder / SIDECAR_FILE).unlink(missing_ok=True)
+def remove_parity_record(folder: Path) -> None:
+    """Remove the parity record, if there is one: before other weights are written beside it."""
+    (folder / PARITY_FILE).unlink(missing_ok=True)
 
 
-def read_golden(folder: Path, base: BaseSpec) -> Golden | None:
-    """Read the sidecar of an adapter for `base`; None when there is none.
+def read_parity_record(folder: Path, base: BaseSpec) -> ParityRecord | None:
+    """Read the parity record of an adapter for `base`; None when there is none.
 
     Raises: AdapterRefused where the file is not what it must be, AdapterSourceRefused where it is
     not a plain file, BaseMismatch where it was recorded on another base.
     """
-    content = read_optional(folder, SIDECAR_FILE, MAX_SIDECAR_BYTES)
-    return None if content is None else parse_golden(content, base)
+    content = read_optional(folder, PARITY_FILE, MAX_PARITY_BYTES)
+    return None if content is None else parse_parity_record(content, base)
 
 
-def parse_golden(content: bytes, base: BaseSpec) -> Golden:
-    """Judge a sidecar's bytes. Raises AdapterRefused and BaseMismatch as `read_golden`."""
+def parse_parity_record(content: bytes, base: BaseSpec) -> ParityRecord:
+    """Parse a record's bytes. Raises AdapterRefused and BaseMismatch as `read_parity_record`."""
     try:
-        golden = _parse(parse_object(content, SIDECAR_FILE), base)
+        record = _parse(parse_object(content, PARITY_FILE), base)
     except ValueError as error:
         raise AdapterRefused(
-            f"{SIDECAR_FILE} is not a parity record of this base: {error}; remove it to load the "
+            f"{PARITY_FILE} is not a parity record of this base: {error}; remove it to load the "
             "adapter without the check",
-            field=SIDECAR_FILE,
+            field=PARITY_FILE,
         ) from None
-    if golden.base_fingerprint != base.fingerprint:
+    if record.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
-            f"{SIDECAR_FILE} was recorded on the base with fingerprint "
-            f"{golden.base_fingerprint[:12]!r}; this one, {base.name}, has "
+            f"{PARITY_FILE} was recorded on the base with fingerprint "
+            f"{record.base_fingerprint[:12]!r}; this one, {base.name}, has "
             f"{base.fingerprint[:12]!r}",
-            field=SIDECAR_FILE,
+            field=PARITY_FILE,
         )
-    return golden
+    return record
 
 
-def _parse(content: Mapping[str, Any], base: BaseSpec) -> Golden:
+def _parse(content: Mapping[str, Any], base: BaseSpec) -> ParityRecord:
     """Raises ValueError that says what is wrong."""
     version = content.get("version")
     own = {OLD_VERSION: {"dtype"}, VERSION: {"noise", "tensors_sha256"}}
@@ -93,20 +93,20 @@ def _parse(content: Mapping[str, Any], base: BaseSpec) -> Golden:
     positions = tuple(_parse_position(place, rows, base.vocab_size) for place in places)
     if {place.row for place in positions} != set(range(len(rows))):
         raise ValueError("a row in it has no recorded position")
-    golden = Golden(
+    record = ParityRecord(
         base_fingerprint=str(content["base_fingerprint"]), rows=tuple(rows), positions=positions
     )
     if version == OLD_VERSION:
         if content["dtype"] not in OLD_DTYPES:
             raise ValueError(f"dtype {content['dtype']!r}; known are {', '.join(OLD_DTYPES)}")
-        return replace(golden, dtype=content["dtype"])
+        return replace(record, dtype=content["dtype"])
     (noise,) = _floats([content["noise"]], 1)
     if not 0 <= noise <= MAX_NOISE:
         raise ValueError(f"noise {noise}; it is from 0 to {MAX_NOISE} logits")
     tensors_sha256 = content["tensors_sha256"]
     if not isinstance(tensors_sha256, str | None):
         raise ValueError(f"tensors_sha256 {tensors_sha256!r}; it is a text or null")
-    return replace(golden, noise=noise, tensors_sha256=tensors_sha256)
+    return replace(record, noise=noise, tensors_sha256=tensors_sha256)
 
 
 def _parse_position(

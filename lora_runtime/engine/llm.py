@@ -1,0 +1,389 @@
+"""A base and its adapters in this process: prompts in, finished texts out. No server, no asyncio.
+
+    with LLM("smollm2-135m", adapters={"support": "adapters/support"}) as llm:
+        for answer in llm.generate(["Hello", "Hello"], adapter=["support", None], max_tokens=20):
+            print(answer.text)
+
+The engine runs on the caller's thread, and all prompts of a call share its steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from lora_runtime.base.device import device_defaults
+from lora_runtime.base.loader import load_base
+from lora_runtime.config import (
+    AdapterConfig,
+    BaseConfig,
+    DtypeName,
+    EngineConfig,
+    Quantization,
+    SchedulerConfig,
+)
+from lora_runtime.core import (
+    AdapterUse,
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepOutput,
+    TokenLogprob,
+)
+from lora_runtime.engine.client import EngineInfo, LoadedAdapter
+from lora_runtime.engine.engine import Engine
+from lora_runtime.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    InvalidRequest,
+    LoramuxError,
+    Unavailable,
+)
+from lora_runtime.text.detokenizer import Detokenizer
+from lora_runtime.text.output_text import OutputText
+from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.text_workers import TextWorkers
+from lora_runtime.text.tokenizer import Message, Tokenizer, check_messages
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or a conversation: messages of `role` and `content`."""
+Choice: TypeAlias = str | Mapping[str, float] | None
+"""An adapter's name, several names with their weights, or None for the base."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What one prompt gave."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    """Its tokens, an end token that ended it included."""
+    finish_reason: FinishReason = FinishReason.ERROR
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, where they were asked for."""
+    error: LoramuxError | None = None
+    """Why it was refused or failed; None unless `finish_reason` is `error`."""
+
+
+class LLM:
+    """One base, its adapters by name, and an engine over them. Calls from several threads wait for
+    each other.
+    """
+
+    def __init__(
+        self,
+        base: str | Path = "smollm2-135m",
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        quantization: Quantization = "nf4",
+        dtype: DtypeName = "auto",
+        device: str = "auto",
+        config: EngineConfig | None = None,
+    ) -> None:
+        """Load a base (a catalog name, local folder, GGUF file or hub id) and adapters.
+
+        `adapters`: name → folder. `config`: all settings of the engine, in place of the other ones.
+        Raises BaseRefused, ConfigError, and as `load`.
+        """
+        self._engine: Engine | None = None
+        self._adapters: dict[str, _Named] = {}
+        self._lock = threading.RLock()
+        config = config or _config(str(base), quantization, dtype, device)
+        loaded = load_base(config.base)
+        self._tokenizer = Tokenizer.load(loaded.folder)
+        self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
+        self._engine = Engine(loaded, config)
+        try:
+            for name, folder in (adapters or {}).items():
+                self.load(name, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._running().info
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """What is loaded, by name."""
+        return {name: named.loaded for name, named in self._adapters.items()}
+
+    def load(self, name: str, folder: str | Path) -> LoadedAdapter:
+        """Load an adapter's folder under a name.
+
+        Raises AdapterRefused and its kinds, AdapterExists for a name in use, AdapterTooLarge, and
+        Overloaded where host memory has no room for it.
+        """
+        with self._lock:
+            engine = self._running()
+            if name in self._adapters:
+                raise AdapterExists(f"adapter {name!r} is loaded; unload it first", field="name")
+            loaded = engine.load_adapter(Path(folder))
+            try:
+                self._adapters[name] = _Named(loaded, self._own_side(loaded))
+            except BaseException:
+                engine.drop_adapter(loaded.digest)
+                raise
+            return loaded
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterNotFound."""
+        with self._lock:
+            named = self._named(name, "name")
+            del self._adapters[name]
+            self._running().drop_adapter(named.loaded.digest)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapter: Choice | Sequence[Choice] = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        return_errors: bool = False,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Complete all prompts together; return what they gave, in their order.
+
+        `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
+        and are not part of it. `sampling`: fields of SamplingParams, as `temperature=0.0`; without
+        `max_tokens` an output has 256 tokens at most, or as many as fit.
+        Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
+        `return_errors` that is in its Completion instead, and the other prompts are answered.
+        """
+        with self._lock:
+            choices = _choices(prompts, adapter)
+            rows: list[_Row | LoramuxError] = []
+            for index, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
+                try:
+                    rows.append(self._row(prompt, choice, tuple(stop), ignore_eos, sampling))
+                except LoramuxError as error:
+                    if not return_errors:
+                        error.add_note(f"prompts[{index}]")
+                        raise
+                    rows.append(error)
+            self._run([row for row in rows if isinstance(row, _Row)])
+        found = [_completion(row) for row in rows]
+        failed = next((one.error for one in found if one.error is not None), None)
+        if failed is not None and not return_errors:
+            raise failed
+        return found
+
+    def close(self) -> None:
+        """Free the base, the adapters and the processes that ran adapters' own text."""
+        with self._lock:
+            self._engine = None
+            self._adapters.clear()
+            self._own_text.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise Unavailable("the LLM is closed")
+        return self._engine
+
+    def _named(self, name: str, field: str) -> _Named:
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise AdapterNotFound(f"adapter {name!r} is not loaded; loaded: {known}", field=field)
+        return self._adapters[name]
+
+    def _own_side(self, loaded: LoadedAdapter) -> TextSide | None:
+        if not loaded.text_files:
+            return None
+        side, _ = _awaited(self._own_text.read(loaded.text_files, loaded.facts.text_sha256))
+        return side
+
+    def _row(
+        self,
+        prompt: Prompt,
+        choice: Choice,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+        sampling: Mapping[str, Any],
+    ) -> _Row:
+        weights = {choice: 1.0} if isinstance(choice, str) else dict(choice or {})
+        named = {name: self._named(name, "adapter") for name in weights}
+        side = _shared_side(named)
+        token_ids = self._encode(prompt, side)
+        num_layers = max((one.loaded.facts.num_layers for one in named.values()), default=0)
+        room = self.info.token_limit(num_layers) - len(token_ids)
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(token_ids)} tokens; at most {room + len(token_ids) - 1} fit",
+                field="prompts",
+            )
+        params = SamplingParams(
+            **{"max_tokens": min(room, SamplingParams().max_tokens), **sampling}
+        )
+        ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
+        ends = frozenset(token for token in ends if token < self.info.base.vocab_size)
+        if not ignore_eos:
+            params = replace(params, stop_token_ids=frozenset(params.stop_token_ids) | ends)
+        uses: dict[str, float] = {}
+        for name, weight in weights.items():
+            digest = named[name].loaded.digest
+            uses[digest] = uses.get(digest, 0.0) + weight
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(token_ids),
+            sampling=params,
+            adapters=tuple(AdapterUse(digest=d, weight=w) for d, w in sorted(uses.items())),
+        )
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        detokenizer = Detokenizer(decoder, request.prompt_token_ids, stop)
+        return _Row(request, OutputText(detokenizer, params.stop_token_ids))
+
+    def _encode(self, prompt: Prompt, side: TextSide | None) -> Sequence[int]:
+        """A prompt's tokens, as an adapter's own text side makes them or as the base does."""
+        if isinstance(prompt, str):
+            if side is not None and side.tokenizer is not None:
+                return _awaited(self._own_text.encode(side, prompt))
+            return self._tokenizer.encode(prompt)
+        if all(isinstance(token, int) for token in prompt):
+            return [token for token in prompt if isinstance(token, int)]
+        messages = [message for message in prompt if isinstance(message, Mapping)]
+        if len(messages) < len(prompt):
+            raise InvalidRequest(
+                "a prompt is neither a text, nor token ids, nor messages of role and content",
+                field="prompts",
+            )
+        if side is None or not (side.is_own_template or side.tokenizer is not None):
+            return self._tokenizer.apply_chat_template(messages)
+        check_messages(messages)
+        rendered = _awaited(self._own_text.render(side, messages))
+        return rendered if isinstance(rendered, list) else self._tokenizer.encode_rendered(rendered)
+
+    def _run(self, rows: Sequence[_Row]) -> None:
+        """Run the rows to their end. Whatever interrupts this frees what they hold."""
+        engine, waiting = self._running(), list(reversed(rows))
+        running: dict[str, _Row] = {}
+        try:
+            while waiting or running:
+                # No more at once than the engine's queue takes: any number of prompts may come.
+                while waiting and len(running) < engine.info.max_queued_requests:
+                    row = waiting.pop()
+                    try:
+                        engine.add_request(row.request)
+                        running[row.request.request_id] = row
+                    except LoramuxError as error:
+                        row.fail(error)
+                for output in engine.step():
+                    row = running[output.request_id]
+                    row.take(output)
+                    if row.reason is not None:
+                        del running[output.request_id]
+                        engine.abort(output.request_id)  # a stop string: the engine does not know
+                engine.collect()
+        finally:
+            for request_id in running:
+                engine.abort(request_id)
+
+
+class _Named(NamedTuple):
+    """What a name stands for."""
+
+    loaded: LoadedAdapter
+    side: TextSide | None
+    """Its own text; None: the base's."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A prompt on its way."""
+
+    request: Request
+    text: OutputText
+    parts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: LoramuxError | None = None
+
+    def take(self, output: StepOutput) -> None:
+        """Keep what a step gave."""
+        self.parts.append(self.text.push(output))
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.reason, self.error = self.text.finish_reason(output), output.error
+
+    def fail(self, error: LoramuxError) -> None:
+        """End it before its first step."""
+        self.reason, self.error = FinishReason.ERROR, error
+
+
+def _completion(row: _Row | LoramuxError) -> Completion:
+    if isinstance(row, LoramuxError):
+        return Completion(error=row)
+    return Completion(
+        text="".join(row.parts),
+        token_ids=tuple(row.token_ids),
+        finish_reason=row.reason or FinishReason.ERROR,
+        logprobs=tuple(row.logprobs),
+        error=row.error,
+    )
+
+
+def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> Sequence[Choice]:
+    """The adapters of each prompt. Raises InvalidRequest."""
+    if isinstance(prompts, str):
+        raise InvalidRequest("prompts is one text; put it into a list", field="prompts")
+    if adapter is None or isinstance(adapter, str | Mapping):
+        return [adapter] * len(prompts)
+    if len(adapter) != len(prompts):
+        raise InvalidRequest(
+            f"adapter has {len(adapter)} entries for {len(prompts)} prompts; give one for all, or "
+            "one for each",
+            field="adapter",
+        )
+    return adapter
+
+
+def _shared_side(named: Mapping[str, _Named]) -> TextSide | None:
+    """The text that a prompt's adapters share; None is the base's. Raises InvalidRequest."""
+    sides = {one.side.key if one.side else "": one.side for one in named.values()}
+    if len(sides) > 1:
+        raise InvalidRequest(
+            f"{', '.join(map(repr, named))} bring different text: tokens, chat templates or end "
+            "tokens; compose adapters of one text",
+            field="adapter",
+        )
+    return next(iter(sides.values()), None)
+
+
+def _awaited(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where this thread runs an event loop, as a notebook does."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def _config(base: str, quantization: Quantization, dtype: DtypeName, device: str) -> EngineConfig:
+    """Settings for a device, of its own size."""
+    limits = device_defaults(device)
+    return EngineConfig(
+        base=BaseConfig(model=base, quantization=quantization, dtype=dtype, device=device),
+        scheduler=SchedulerConfig(
+            max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
+        ),
+        adapters=AdapterConfig(pool_bytes=limits.pool_bytes),
+    )

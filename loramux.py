@@ -1,0 +1,30 @@
+"""loramux for Python: `from loramux import LLM, Client, AsyncClient, train`.
+
+Each name is imported when it is first used: a client needs no torch, and `train` no gRPC.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_runtime.engine.llm import LLM, Completion
+    from lora_runtime.training.call import train
+    from server.client import AsyncClient, Client
+
+__all__ = ["LLM", "AsyncClient", "Client", "Completion", "train"]
+
+_MODULES = {
+    "LLM": "lora_runtime.engine.llm",
+    "Completion": "lora_runtime.engine.llm",
+    "Client": "server.client",
+    "AsyncClient": "server.client",
+    "train": "lora_runtime.training.call",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'loramux' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,0 +1,151 @@
+"""The front door in this process: what it gives is the engine's, and mistakes name their field."""
+
+import asyncio
+import json
+import shutil
+
+import pytest
+
+from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
+from lora_runtime.core import FinishReason
+from lora_runtime.engine.llm import LLM
+from lora_runtime.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidRequest,
+    Unavailable,
+)
+from lora_runtime.text.tokenizer import Tokenizer
+from tests.driver import greedy, run, tiny_engine
+from tests.peft_adapters import write_adapter
+from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny_tokenizer import write_tokenizer
+
+PROMPTS = ["The quick brown fox", "What is the name of the ship", "the sun"]
+NAMES = ["a", "b", None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llm")
+    write_tokenizer(tiny_checkpoint(folder / "base"))
+    for seed, name in enumerate("ab"):
+        write_adapter(tiny_model("llama"), folder / name, seed=seed, scale=3.0)
+    shutil.copytree(folder / "a", folder / "own-template")
+    template = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
+    (folder / "own-template" / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    config = EngineConfig(
+        base=BaseConfig(model=str(folder / "base"), dtype="float32"),
+        cache=CacheConfig(block_size=4, num_blocks=200),
+        adapters=AdapterConfig(pool_bytes=8 << 20),
+    )
+    with LLM(adapters={name: folder / name for name in "ab"}, config=config) as llm:
+        yield llm
+
+
+def test_a_mixed_batch_gives_what_the_engine_gives_each_alone(llm, folder):
+    answers = llm.generate(PROMPTS, adapter=NAMES, max_tokens=12, temperature=0.0, ignore_eos=True)
+    tokenizer = Tokenizer.load(folder / "base")
+    for prompt, name, answer in zip(PROMPTS, NAMES, answers, strict=True):
+        engine = tiny_engine(llm._engine.base, poison=False)
+        digest = name and engine.load_adapter(folder / name).digest
+        trace = run(engine, [greedy("1", tokenizer.encode(prompt), digest, 12)])["1"]
+        assert list(answer.token_ids) == trace.token_ids
+        assert answer.text == tokenizer.decode(trace.token_ids)
+        assert answer.finish_reason is FinishReason.LENGTH and answer.error is None
+    assert len({answer.token_ids for answer in answers}) == 3
+
+
+def test_a_mistake_is_raised_before_anything_runs(llm):
+    for field, arguments in [
+        ("prompts", {"prompts": "one text"}),
+        ("adapter", {"prompts": PROMPTS, "adapter": ["a"]}),
+        ("sampling.temperature", {"prompts": PROMPTS, "temperature": -1.0}),
+        ("prompts", {"prompts": [["neither", "of", "both"]]}),
+        ("prompts", {"prompts": [[1] * 900]}),
+    ]:
+        with pytest.raises(InvalidRequest) as refusal:
+            llm.generate(**arguments)
+        assert refusal.value.field == field
+    with pytest.raises(AdapterNotFound, match="'c' is not loaded; loaded: 'a', 'b'"):
+        llm.generate(PROMPTS, adapter="c")
+    assert llm._engine.is_idle
+
+
+def test_a_bad_prompt_disturbs_nobody_in_its_batch(llm):
+    options = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    alone = llm.generate(PROMPTS, adapter=NAMES, **options)
+    vocab_size = llm.info.base.vocab_size
+    batch = [PROMPTS[0], [vocab_size], PROMPTS[1], "", [1] * 900, PROMPTS[2], "x"]
+    names = ["a", None, "b", "a", None, None, "nobody"]
+    found = llm.generate(batch, adapter=names, return_errors=True, **options)
+    assert [found[index] for index in (0, 2, 5)] == alone
+    bad = [found[index] for index in (1, 3, 4, 6)]
+    assert all(one.finish_reason is FinishReason.ERROR and not one.token_ids for one in bad)
+    kinds = [InvalidRequest, InvalidRequest, InvalidRequest, AdapterNotFound]
+    assert [type(one.error) for one in bad] == kinds
+    llm._engine.check_integrity()
+
+
+def test_an_adapters_own_template_makes_its_prompt(llm, folder):
+    chat = [{"role": "user", "content": "the fox"}]
+    options = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    llm.load("own", folder / "own-template")
+    try:
+        own, base_text = llm.generate([chat, chat], adapter=["own", "a"], **options)
+        (upper,) = llm.generate(["THE FOX"], adapter="a", **options)
+        assert own == upper != base_text
+
+        async def in_an_event_loop():
+            return llm.generate([chat], adapter="own", **options)
+
+        assert asyncio.run(in_an_event_loop()) == [upper]
+        with pytest.raises(InvalidRequest, match="bring different text"):
+            llm.generate([chat], adapter={"own": 0.5, "b": 0.5})
+    finally:
+        llm.unload("own")
+
+
+def test_weights_and_stop_texts(llm):
+    options = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    base, none, whole = llm.generate(
+        [PROMPTS[0]] * 3, adapter=[None, {"a": 0.0}, {"a": 1.0}], **options
+    )
+    assert none == base != whole
+    stop = whole.text[4:7]
+    (stopped,) = llm.generate([PROMPTS[0]], adapter="a", stop=[stop], **options)
+    assert stopped.text == whole.text.partition(stop)[0]
+    assert stopped.finish_reason is FinishReason.STOP
+    assert llm._engine.is_idle
+
+
+def test_names(llm, folder, tmp_path):
+    with pytest.raises(AdapterExists):
+        llm.load("a", folder / "b")
+    shutil.copytree(folder / "a", tmp_path / "broken")
+    config = json.loads((folder / "a" / "adapter_config.json").read_text())
+    (tmp_path / "broken" / "adapter_config.json").write_text(json.dumps({**config, "new": 1}))
+    with pytest.raises(AdapterRefused) as refusal:
+        llm.load("broken", tmp_path / "broken")
+    assert refusal.value.field == "new" and set(llm.adapters) == {"a", "b"}
+    digest = llm.load("again", folder / "a").digest
+    llm.unload("again")
+    assert llm.adapters["a"].digest == digest and llm.generate(["x"], adapter="a", max_tokens=1)
+    with pytest.raises(AdapterNotFound):
+        llm.unload("again")
+
+
+def test_a_closed_one_says_so(folder):
+    config = EngineConfig(
+        base=BaseConfig(model=str(folder / "base")), cache=CacheConfig(num_blocks=16)
+    )
+    with LLM(config=config) as closed:
+        pass
+    with pytest.raises(Unavailable, match="closed"):
+        closed.generate(["x"])
