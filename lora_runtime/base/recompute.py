@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_runtime.base.adapted_linear import StepContext
-from lora_runtime.base.loader import MAX_PLANNED_MODELS, Base
-from lora_runtime.base.planned_model import planned_model, shallow_copy, with_submodule
+from lora_runtime.base.loader import MAX_REORDERED_MODELS, Base
+from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.reordered_model import reordered_model, shallow_copy, with_submodule
 
 
 class RecomputedLayer(nn.Module):
@@ -59,15 +59,15 @@ def recomputed(base: Base) -> Base:
     lighter.layers = nn.ModuleList(RecomputedLayer(layer, base.context) for layer in decoder.layers)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     lighter_model = with_submodule(model, decoder, lighter, configs)
-    planned = lru_cache(MAX_PLANNED_MODELS)(
-        lambda layers: planned_model(lighter_model, layers, base.context)
+    reordered = lru_cache(MAX_REORDERED_MODELS)(
+        lambda layers: reordered_model(lighter_model, layers, base.context)
     )
-    return replace(base, model=lighter_model, planned=planned)
+    return replace(base, model=lighter_model, reordered=reordered)
 
 
 def _contexts(
     context: StepContext,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward nothing; for the one in backward what acts now, as it will have ended."""
-    again = context.effect(context.meta, context.bindings, context.head_meta)
+    again = context.adapters(context.meta, context.bindings, context.head_meta)
     return nullcontext(), again

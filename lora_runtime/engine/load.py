@@ -22,7 +22,7 @@ from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class AdapterLoad:
         """Return the gate's forwards, a row each, for the thread that runs the base; none without
         a record. Other work may come between them.
         """
-        return [] if self.record is None else chunks(self.record, effect_of(self.base, packed))
+        return [] if self.record is None else chunks(self.record, adapter_logits(self.base, packed))
 
     def check_parity(self, numbers: Sequence[Tensor]) -> Parity | None:
         """Judge what all `parity_forwards` gave, in their order; None without a record.

@@ -31,7 +31,7 @@ from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
-from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
+from lora_runtime.kernels.compiling import is_compiling, watch_compiles
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

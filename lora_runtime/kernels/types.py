@@ -36,7 +36,7 @@ class NestedScales(NamedTuple):
 class AdapterMemory:
     """All adapters' tensors, flat: weights in the pool's dtype, vectors float32, indices int32.
 
-    The three may be views of the same bytes; a Run says which elements of each belong to whom.
+    The three may be views of the same bytes; an Extent says which elements of each belong to whom.
     """
 
     weights: Tensor
@@ -45,7 +45,7 @@ class AdapterMemory:
     max_rank: int | None = None
     """No run's rank is larger, if given: a backend that is not told has to look at the runs."""
     alignment: int = 1
-    """Bytes; every part of a run lies at a multiple."""
+    """Bytes; every part of an extent lies at a multiple."""
     max_rows: int | None = None
     """No run replaces more rows, if given; as max_rank."""
 
@@ -62,11 +62,11 @@ class PooledAdapters(NamedTuple):
     """
 
     memory: AdapterMemory
-    runs: Tensor
+    extents: Tensor
     meta: StepMeta
 
 
-class Run(NamedTuple):
+class Extent(NamedTuple):
     """Where one adapter's parts of one module lie: element offsets, −1 for a part it lacks.
 
     In `weights`: a (rank, in), b (rank, out) = B' transposed with every scaling folded in, and
@@ -84,8 +84,8 @@ class Run(NamedTuple):
     row_ids: int = -1
 
 
-NO_RUN = Run()
-"""Entry of a run table for a module that an adapter does not touch."""
+NO_EXTENT = Extent()
+"""Entry of an extent table for a module that an adapter does not touch."""
 
 
 class HeadNorm(NamedTuple):
@@ -179,16 +179,16 @@ class StepMeta:
             end_replica=1 + max(span.replica for span in ordered),
         )
 
-    def check_within(self, runs: Tensor) -> None:
-        """Raise IndexError unless run tables (…, S, R, 8) have every slot and replica named here.
+    def check_within(self, extents: Tensor) -> None:
+        """Raise IndexError unless extent tables (…, S, R, 8) have every slot and replica named here.
 
         A kernel that read beyond a slot's R runs would apply the next slot's: another adapter.
         """
-        num_slots, num_replicas = runs.shape[-3:-1]
+        num_slots, num_replicas = extents.shape[-3:-1]
         if self.end_slot > num_slots or self.end_replica > num_replicas:
             raise IndexError(
                 f"the step has slots below {self.end_slot} and replicas below {self.end_replica}; "
-                f"the run tables have {num_slots} and {num_replicas}"
+                f"the extent tables have {num_slots} and {num_replicas}"
             )
 
 
@@ -207,13 +207,13 @@ class AttentionMeta:
     """Where each token of the step reads and writes keys and values.
 
     rows (T,) int32, ascending: sequence row of each token. positions (T,) int32: its position in
-    that sequence. slot_mapping (T,) int64: cache slot (block · block_size + offset) its key and
+    that sequence. cache_slots (T,) int64: cache slot (block · block_size + offset) its key and
     value go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
     """
 
     rows: Tensor
     positions: Tensor
-    slot_mapping: Tensor
+    cache_slots: Tensor
     block_tables: Tensor
     block_size: int
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.variants.mutated_base import Factors
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.quant_linear import FrozenLinear
 
 
 @dataclass(frozen=True, slots=True)

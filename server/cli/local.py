@@ -286,7 +286,7 @@ def _parity_line(parity: Parity | None) -> str:
     if parity is None:
         return "parity: no parity record"
     return (
-        f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
+        f"parity: error {parity.error:.2g} of an effect of {parity.effect_rms:.3g} logits, "
         f"limit {parity.limit:.2g}: passed"
     )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
-from lora_runtime.base.stacked_linears import join_layers
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import DenseLinear, QuantLinear
+from lora_runtime.base.model.stacked_linears import join_layers
 from lora_runtime.kernels import gated_activation, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import tiny_base
@@ -28,7 +28,7 @@ def test_gate_and_up_are_one_launch_unless_adapters_act_on_them(on_triton):
     alone = mlp.gate_proj.stack.gated(x, "silu")
     assert torch.equal(alone, gated_activation(mlp.gate_proj(x), mlp.up_proj(x), "silu"))
     for name, is_one in (("up_proj", False), ("down_proj", True)):
-        with base.context.effect(object(), {f"model.layers.0.mlp.{name}": object()}):
+        with base.context.adapters(object(), {f"model.layers.0.mlp.{name}": object()}):
             assert (mlp.gate_proj.stack.gated(x, "silu") is not None) == is_one
 
 
@@ -95,6 +95,6 @@ def test_a_module_without_adapters_beside_others_runs_alone(on_triton):
     base = tiny_base("llama", dequantized_cache=False)
     stack = base.model.get_submodule("model.layers.0.self_attn.q_proj").stack
     x = torch.randn(1, 4, 64)
-    with base.context.effect(object(), {"model.layers.0.self_attn.v_proj": object()}):
+    with base.context.adapters(object(), {"model.layers.0.self_attn.v_proj": object()}):
         assert not stack.takes(x)
     assert stack.takes(x) and not stack.takes(x.requires_grad_())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_runtime.core import FinishReason, Sequence
+from lora_runtime.core import FinishReason, Row
 from lora_runtime.errors import Overloaded
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.cache_driver import CacheDriver, ask
@@ -80,11 +80,11 @@ def test_one_client_leaves_places_in_the_queue_to_the_others():
     for i in range(6):
         driver.add(asked(ask(f"greedy {i}", [1, 2]), "greedy"))
     with pytest.raises(Overloaded, match="6 requests of this client"):
-        driver.scheduler.add(Sequence.of(asked(ask("one more", [1]), "greedy")))
+        driver.scheduler.add(Row.of(asked(ask("one more", [1]), "greedy")))
     for i in range(2):
         driver.add(asked(ask(f"modest {i}", [1, 2]), "modest"))
     with pytest.raises(Overloaded, match="8 requests are waiting"):
-        driver.scheduler.add(Sequence.of(asked(ask("too many", [1]), "third")))
+        driver.scheduler.add(Row.of(asked(ask("too many", [1]), "third")))
     driver.scheduler.check_integrity()
     driver.finish()
 

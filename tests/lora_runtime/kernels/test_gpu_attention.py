@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_runtime import kernels
-from lora_runtime.kernels import AttentionMeta, gpu, gpu_attention
-from lora_runtime.kernels.gpu_counters import counters
+from lora_runtime.kernels import AttentionMeta, gpu
+from lora_runtime.kernels.counters import counters
+from lora_runtime.kernels.triton import attention as triton_attention
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
@@ -54,13 +55,13 @@ def step(rows, heads, head_dim, dtype=torch.float32, seed=0):
     meta = AttentionMeta(
         rows=torch.tensor(row_of_token, dtype=torch.int32, device=DEVICE),
         positions=torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        slot_mapping=torch.tensor(slots, device=DEVICE),
+        cache_slots=torch.tensor(slots, device=DEVICE),
         block_tables=tables.to(DEVICE),
         block_size=BLOCK_SIZE,
     )
     q, k, v = split(torch.cat(fused).to(DEVICE), heads, head_dim)
     keys, values = (memory.to(DEVICE) for memory in cache)
-    kernels.write_kv(keys, values, k, v, meta.slot_mapping)
+    kernels.write_kv(keys, values, k, v, meta.cache_slots)
     return (q, keys, values, meta), own
 
 
@@ -124,7 +125,7 @@ def test_long_rows_are_split_and_joined(monkeypatch, window):
     query heads of one key head are two programs, each of which joins its heads eight at a time.
     """
     check([(700, 1), (0, 1), (2, 1)], (2, 1), 16, window=window)
-    monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
+    monkeypatch.setattr(triton_attention, "MIN_SPLIT_KEYS", 4)
     check([(130, 1), (0, 1), (66, 1)], (2, 1), 16, window=window)
     check([(130, 1), (0, 1), (66, 3)], (2, 1), 16, window=window)
     check([(130, 1), (3, 1)], (20, 1), 64, window=window)
@@ -134,21 +135,21 @@ def test_long_rows_are_split_and_joined(monkeypatch, window):
 @pytest.mark.parametrize("num_new", [1, 3])
 def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
     """Also among rows that are split; with three tokens the row is a tile of the prefill."""
-    monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
+    monkeypatch.setattr(triton_attention, "MIN_SPLIT_KEYS", 4)
     (q, keys, values, meta), own = step([(130, 1), (3, num_new), (9, 1)], (4, 2), 16)
     is_padding = meta.rows == 1
     padded = replace(
         meta,
         positions=torch.where(is_padding, -1, meta.positions),
-        slot_mapping=torch.where(is_padding, -1, meta.slot_mapping),
+        cache_slots=torch.where(is_padding, -1, meta.cache_slots),
         derived={},
     )
     q[is_padding] = float("nan")
     for cache in (keys, values):
-        cache[meta.slot_mapping[is_padding]] = float("nan")
+        cache[meta.cache_slots[is_padding]] = float("nan")
     before = keys.clone(), values.clone()
     garbage = torch.full((len(q), 2, 16), 5.0, device=DEVICE)
-    kernels.write_kv(keys, values, garbage, garbage, torch.full_like(meta.slot_mapping, -1))
+    kernels.write_kv(keys, values, garbage, garbage, torch.full_like(meta.cache_slots, -1))
     for now, then in zip((keys, values), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     y = kernels.paged_attention(q, keys, values, padded, 0.25).cpu()
@@ -159,8 +160,8 @@ def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
 def test_non_finite_values_stay_in_their_row():
     rows = [(5, 1), (30, 1), (6, 4)]
     (q, keys, values, meta), own = step(rows, (4, 2), 16)
-    keys[meta.slot_mapping[1]] = float("nan")
-    values[meta.slot_mapping[1]] = float("inf")
+    keys[meta.cache_slots[1]] = float("nan")
+    values[meta.cache_slots[1]] = float("inf")
     y = kernels.paged_attention(q, keys, values, meta, 0.25).cpu()
     expected = torch.cat([alone(*own[row], 0.25) for row in (0, 2)])
     torch.testing.assert_close(y[[0, 2, 3, 4, 5]].double(), expected, rtol=2e-5, atol=2e-5)
@@ -177,7 +178,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             return lambda *args, **options: None
 
     for name in ("decode_kernel", "prefill_kernel", "write_kv_kernel"):
-        monkeypatch.setattr(gpu_attention, name, Launch())
+        monkeypatch.setattr(triton_attention, name, Launch())
     with FakeTensorMode():
         for num_tokens in (3, 18):
             ints = torch.empty(num_tokens, dtype=torch.int32)
@@ -185,6 +186,6 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             meta = AttentionMeta(ints, ints, ints.long(), tables, 128)
             q, k = torch.empty(num_tokens, 8, 64), torch.empty(num_tokens, 2, 64)
             cache = torch.empty(4000, 2, 64)
-            gpu_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
-            gpu_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
+            triton_attention.write_kv(cache, cache, k, k, meta.cache_slots)
+            triton_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
     assert grids == [(3, 1), (3, 2, 16), (18, 1), (3, 2, 16), (3 + 1, 8)]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
     AdapterMemory,
     PooledAdapters,
@@ -49,9 +49,9 @@ class Binding(Protocol[Where]):
 
 @dataclass(frozen=True, slots=True)
 class PooledBinding:
-    """Where one module finds its adapters in serving: their memory and the module's run table.
+    """Where one module finds its adapters in serving: their memory and the module's extent table.
 
-    tables (modules, S, R, 8) int64: of every module (slot, replica) → Run; this one's is at
+    tables (modules, S, R, 8) int64: of every module (slot, replica) → Extent; this one's is at
     `index`. `where` is a StepMeta.
     """
 
@@ -60,18 +60,18 @@ class PooledBinding:
     index: int
 
     @property
-    def runs(self) -> Tensor:
+    def extents(self) -> Tensor:
         """(S, R, 8) int64: this module's."""
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
-        runs = self.runs
-        adapters = PooledAdapters(self.memory, runs[None], where)
+        extents = self.extents
+        adapters = PooledAdapters(self.memory, extents[None], where)
         product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, runs, where, hidden)
+        return apply_adapters(product, x, layer.bias, self.memory, extents, where, hidden)
 
     def head(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
-        product, adapters = layer.product(x), (self.memory, self.runs, where)
+        product, adapters = layer.product(x), (self.memory, self.extents, where)
         y = apply_adapters(product, x, layer.bias, *adapters)
         return patch_logits(y, product, x, *adapters)
 
@@ -79,13 +79,13 @@ class PooledBinding:
         self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, where: StepMeta
     ) -> Tensor:
         return embed_adapters(
-            embedded, ids, layer.scale, self.memory, self.runs, where, layer.num_embeddings
+            embedded, ids, layer.scale, self.memory, self.extents, where, layer.num_embeddings
         )
 
 
 @dataclass(slots=True)
 class StepContext:
-    """The adapters of the forward that is running; no adapters outside of `effect`."""
+    """The adapters of the forward that is running; no adapters outside of `adapters`."""
 
     meta: Any = None
     head_meta: Any = None
@@ -94,7 +94,7 @@ class StepContext:
     """Linear layers called so far: what moves during a long forward, for who watches over it."""
 
     @contextmanager
-    def effect(
+    def adapters(
         self,
         meta: Any,
         bindings: Mapping[str, Binding[Any]],
@@ -111,7 +111,7 @@ class StepContext:
 
     @contextmanager
     def at(self, meta: Any) -> Iterator[None]:
-        """Within `effect`: run some layers for other tokens than the whole step's."""
+        """Within `adapters`: run some layers for other tokens than the whole step's."""
         outer, self.meta = self.meta, meta
         try:
             yield

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, cat, nn
 
-from lora_runtime.base.adapted_linear import AdaptedLinear, PooledBinding
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.adapted_linear import AdaptedLinear, PooledBinding
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
     PooledAdapters,
     apply_gated_adapters,
@@ -40,7 +40,7 @@ class StackedLinears:
     def takes(self, x: Tensor) -> bool:
         """True for a GPU without gradients, where all members have adapters in one pool or none."""
         return x is self._x or (
-            can_run_on_gpu(x) and (self._runs() is not None or not self._is_adapted())
+            can_run_on_gpu(x) and (self._extents() is not None or not self._is_adapted())
         )
 
     def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class StackedLinears:
 
     def _adapters(self) -> PooledAdapters | None:
         """The adapters of all members, if they can go together."""
-        if (runs := self._runs()) is None:
+        if (extents := self._extents()) is None:
             return None
-        return PooledAdapters(self._bindings()[0].memory, runs, self.context.meta)
+        return PooledAdapters(self._bindings()[0].memory, extents, self.context.meta)
 
     def _is_adapted(self) -> bool:
         bound = {} if self.context.meta is None else self.context.bindings
@@ -90,8 +90,8 @@ class StackedLinears:
         found = (self.context.bindings.get(member.path) for member in self.members)
         return [binding for binding in found if isinstance(binding, PooledBinding)]
 
-    def _runs(self) -> Tensor | None:
-        """(P, S, R, 8): the run tables of all members, if their adapters can go together."""
+    def _extents(self) -> Tensor | None:
+        """(P, S, R, 8): the extent tables of all members, if their adapters can go together."""
         bindings = self._bindings() if self._is_adapted() else []
         if len(bindings) < len(self.members):
             return None
