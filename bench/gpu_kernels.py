@@ -16,15 +16,8 @@ from torch import Tensor
 from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, Ceilings, copies_of, seconds_per_call
 from lora_runtime import kernels
-from lora_runtime.kernels import (
-    AdapterMemory,
-    AttentionMeta,
-    Run,
-    Span,
-    StepMeta,
-    cuda_product,
-    reference,
-)
+from lora_runtime.kernels import AdapterMemory, AttentionMeta, Run, Span, StepMeta, reference
+from lora_runtime.kernels.cuda import product as cuda_product
 
 BFLOAT16 = torch.bfloat16
 CHECKED_ROWS = (1, 2, 3, 7, 16, 33, 64, 65, 133) if HAS_GPU else (1, 3)

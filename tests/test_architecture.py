@@ -45,7 +45,7 @@ TORCH_FREE = [
     "lora_runtime.adapters.config.peft_config",
     "lora_runtime.adapters.config.verdicts",
     "lora_runtime.adapters.slot_table",
-    "lora_runtime.base.layer_plan",
+    "lora_runtime.base.model.layer_order",
     "lora_runtime.engine",
     "lora_runtime.engine.block_key",
     "lora_runtime.engine.block_manager",
@@ -59,8 +59,8 @@ GRPC_DOORS = [
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
-    "bitsandbytes": ["lora_runtime.base.quant_linear", "lora_runtime.training.*"],
-    "cuda": ["lora_runtime.kernels.cuda_product"],
+    "bitsandbytes": ["lora_runtime.base.model.quant_linear", "lora_runtime.training.*"],
+    "cuda": ["lora_runtime.kernels.cuda.product"],
     "gguf": ["lora_runtime.base.gguf"],
     "google.rpc": ["server.errors"],
     "grpc": GRPC_DOORS,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from lora_runtime.adapters.packed_adapter import ALIGNMENT, PackedAdapter, empty_runs
-from lora_runtime.base.adapted_linear import PooledBinding
+from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import AdapterMemory
 

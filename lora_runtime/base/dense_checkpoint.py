@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from lora_runtime.base.adapted_linear import AdaptedEmbedding, AdaptedLinear
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear
 from lora_runtime.base.weights import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 4 << 30

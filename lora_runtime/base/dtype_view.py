@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_runtime.base.adapted_linear import AdaptedEmbedding, AdaptedLinear, StepContext
-from lora_runtime.base.head_model import head_model
 from lora_runtime.base.loader import MAX_PLANNED_MODELS, Base
-from lora_runtime.base.planned_model import planned_model, shallow_copy
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear, StepContext
+from lora_runtime.base.model.head_model import head_model
+from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.reordered_model import planned_model, shallow_copy
 from lora_runtime.base.weights import BaseWeights
 
 

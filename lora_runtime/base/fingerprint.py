@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_runtime.base.quant_linear import BLOCK_SIZE
+from lora_runtime.base.model.quant_linear import BLOCK_SIZE
 
 UNHASHED_CONFIG = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type"}
 """Config entries of transformers itself: where and with what a model was loaded, not what it is."""

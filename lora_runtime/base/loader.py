@@ -17,25 +17,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lora_runtime.base import attention
-from lora_runtime.base.adapted_linear import (
+from lora_runtime.base.catalog import ResolvedBase, resolve_base
+from lora_runtime.base.device import resolve_device, resolve_dtype
+from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.model import attention
+from lora_runtime.base.model.adapted_linear import (
     AdaptedEmbedding,
     AdaptedHead,
     AdaptedLinear,
     StepContext,
 )
-from lora_runtime.base.attention import Attention, KVCache
-from lora_runtime.base.catalog import ResolvedBase, resolve_base
-from lora_runtime.base.device import resolve_device, resolve_dtype
-from lora_runtime.base.fingerprint import fingerprint
-from lora_runtime.base.fused_modules import fuse_modules
-from lora_runtime.base.head_model import head_model
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.planned_model import PlannedBatch, planned_model
-from lora_runtime.base.quant_linear import DenseLinear, FrozenLinear, QuantLinear
-from lora_runtime.base.rotary import fix_rotary
+from lora_runtime.base.model.attention import Attention, KVCache
+from lora_runtime.base.model.fused_modules import fuse_modules
+from lora_runtime.base.model.head_model import head_model
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
+from lora_runtime.base.model.reordered_model import PlannedBatch, planned_model
+from lora_runtime.base.model.rotary import fix_rotary
+from lora_runtime.base.model.stacked_linears import stack_linears
 from lora_runtime.base.self_check import original_logits, self_check
-from lora_runtime.base.stacked_linears import stack_linears
 from lora_runtime.base.streamed_load import (
     decoder_layers,
     inner_linears,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_runtime.base.adapted_linear import StepContext
 from lora_runtime.base.loader import MAX_PLANNED_MODELS, Base
-from lora_runtime.base.planned_model import planned_model, shallow_copy, with_submodule
+from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.reordered_model import planned_model, shallow_copy, with_submodule
 
 
 class RecomputedLayer(nn.Module):

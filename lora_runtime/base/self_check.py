@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.errors import BaseRefused
 
 SELF_CHECK_LENGTHS = (5, 23)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.base.model.quant_linear import DenseLinear
 from lora_runtime.errors import BaseRefused
 
 Linear = nn.Linear | DenseLinear

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_runtime.base.quant_linear import ROW_BLOCK, FrozenLinear
+from lora_runtime.base.model.quant_linear import ROW_BLOCK, FrozenLinear
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 

@@ -37,7 +37,7 @@ from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.probe import effect_of
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Overloaded, Unavailable
-from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
+from lora_runtime.kernels.compiling import is_compiling, watch_compiles
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.pool import AdapterPool
-from lora_runtime.base.adapted_linear import PooledBinding
-from lora_runtime.base.attention import KVCache, PagedAttention
 from lora_runtime.base.loader import Base
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.adapted_linear import PooledBinding
+from lora_runtime.base.model.attention import KVCache, PagedAttention
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.core import (
     AdapterPlacement,
     AdapterUse,
@@ -25,7 +25,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
-from lora_runtime.engine.planned_batch import PlannedLayers, plan_layers
+from lora_runtime.engine.reordered_batch import PlannedLayers, plan_layers
 from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu

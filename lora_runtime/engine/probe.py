@@ -13,10 +13,10 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
 from lora_runtime.adapters.parity import Logits
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.layer_plan import replicas
 from lora_runtime.base.loader import Base
-from lora_runtime.base.planned_model import LayerStep, PlannedBatch
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.layer_order import replicas
+from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.core import AdapterPlacement, activation_start
 from lora_runtime.kernels import Span, StepMeta
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import cuda_product
+from lora_runtime.kernels.cuda import product as cuda_product
 from lora_runtime.kernels.types import AdapterMemory, PooledAdapters, StepMeta, wants_gradient
 
 DEVICES = {"cuda"}
@@ -92,24 +92,24 @@ def _op(module: str, name: str) -> Callable[..., Any]:
     return op
 
 
-apply_stacked_adapters = _op("gpu_adapters", "apply_adapters")
-embed_adapters = _op("gpu_vocabulary", "embed_adapters")
-patch_logits = _op("gpu_vocabulary", "patch_logits")
-four_bit_product = _op("gpu_quantised", "four_bit_product")
-four_bit_gated_product = _op("gpu_quantised", "four_bit_gated_product")
-four_bit_values = _op("gpu_quantised", "four_bit_values")
-int8_product = _op("gpu_quantised", "int8_product")
-four_bit_product_and_shrink = _op("gpu_quantised", "four_bit_product_and_shrink")
-int8_product_and_shrink = _op("gpu_quantised", "int8_product_and_shrink")
-write_kv = _op("gpu_attention", "write_kv")
-paged_attention = _op("gpu_attention", "paged_attention")
-rms_norm = _op("gpu_elementwise", "rms_norm")
-add_rms_norm = _op("gpu_elementwise", "add_rms_norm")
-rotate = _op("gpu_elementwise", "rotate")
-rotate_and_write = _op("gpu_elementwise", "rotate_and_write")
-apply_gated_adapters = _op("gpu_adapters", "apply_gated_adapters")
-gated_activation = _op("gpu_elementwise", "gated_activation")
-draw_cut = _op("gpu_sampling", "draw_cut")
+apply_stacked_adapters = _op("triton.adapters", "apply_adapters")
+embed_adapters = _op("triton.vocabulary", "embed_adapters")
+patch_logits = _op("triton.vocabulary", "patch_logits")
+four_bit_product = _op("triton.quantised", "four_bit_product")
+four_bit_gated_product = _op("triton.quantised", "four_bit_gated_product")
+four_bit_values = _op("triton.quantised", "four_bit_values")
+int8_product = _op("triton.quantised", "int8_product")
+four_bit_product_and_shrink = _op("triton.quantised", "four_bit_product_and_shrink")
+int8_product_and_shrink = _op("triton.quantised", "int8_product_and_shrink")
+write_kv = _op("triton.attention", "write_kv")
+paged_attention = _op("triton.attention", "paged_attention")
+rms_norm = _op("triton.elementwise", "rms_norm")
+add_rms_norm = _op("triton.elementwise", "add_rms_norm")
+rotate = _op("triton.elementwise", "rotate")
+rotate_and_write = _op("triton.elementwise", "rotate_and_write")
+apply_gated_adapters = _op("triton.adapters", "apply_gated_adapters")
+gated_activation = _op("triton.elementwise", "gated_activation")
+draw_cut = _op("triton.sampling", "draw_cut")
 
 
 def apply_adapters(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from lora_runtime.kernels import cuda_product
-from lora_runtime.kernels.cuda_product import OLDEST_CAPABILITY
+from lora_runtime.kernels.cuda import product as cuda_product
+from lora_runtime.kernels.cuda.product import OLDEST_CAPABILITY
 
 LEAST_FREE_BYTES = 4 << 30
 """Free memory below which hardly any base, its cache and adapters have room together."""

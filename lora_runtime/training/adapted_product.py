@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.mutated_base import Factors
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.quant_linear import FrozenLinear
 
 
 @dataclass(frozen=True, slots=True)

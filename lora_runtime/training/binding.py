@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.mutated_base import Factors
-from lora_runtime.base.adapted_linear import AdaptedEmbedding
 from lora_runtime.base.loader import Base
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.adapted_linear import AdaptedEmbedding
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.kernels import Span
 from lora_runtime.training.adapted_product import (
     Part,

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.training.data import Example, ExampleStream
 from lora_runtime.training.forward import states_of_rows
 

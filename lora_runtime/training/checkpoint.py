@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_runtime.base.layer_plan import LayerMap
+from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.data import Example, Limits
 from lora_runtime.training.held_out import EvalRecord

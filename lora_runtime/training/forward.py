@@ -10,11 +10,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lora_runtime.base.adapted_linear import Binding
-from lora_runtime.base.layer_plan import LayerMap, PlanStep, replicas, shortest_plan
 from lora_runtime.base.loader import Base
-from lora_runtime.base.planned_model import LayerStep, PlannedBatch
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.adapted_linear import Binding
+from lora_runtime.base.model.layer_order import LayerMap, PlanStep, replicas, shortest_plan
+from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import Span
 
 Bindings = Mapping[str, Binding]

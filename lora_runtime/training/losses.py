@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_runtime.adapters.parity import Logits
-from lora_runtime.base.layer_plan import LayerMap
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.training.binding import bind
 from lora_runtime.training.data import Example, Item, PackedBatch
 from lora_runtime.training.forward import (

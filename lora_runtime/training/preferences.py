@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.base.layer_plan import LayerMap
+from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset, Example, num_tokens

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_runtime.base.varlen_attention import Rows
+from lora_runtime.base.model.varlen_attention import Rows
 from lora_runtime.training.data.examples import Example
 
 

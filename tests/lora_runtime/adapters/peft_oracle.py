@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_runtime.adapters.files.folder import CONFIG_FILE
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.base.model.quant_linear import DenseLinear
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
 

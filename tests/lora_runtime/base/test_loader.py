@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_runtime.base.loader import load_base, prepare_base
-from lora_runtime.base.rotary import fix_rotary
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.rotary import fix_rotary
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
@@ -91,6 +91,6 @@ def test_mixture_of_experts_and_conv1d_are_refused_by_name():
 def test_a_model_whose_attention_we_do_not_express_is_refused(monkeypatch):
     """The self-check stands between a silent difference and a served model."""
     forget_window = lambda q, *_: torch.zeros_like(q)  # noqa: E731
-    monkeypatch.setattr("lora_runtime.base.varlen_attention._masked_attention", forget_window)
+    monkeypatch.setattr("lora_runtime.base.model.varlen_attention._masked_attention", forget_window)
     with pytest.raises(BaseRefused, match="does not give its own logits"):
         tiny_base("gemma2")

@@ -6,8 +6,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import DenseLinear, QuantLinear
 
 FOUR_BITS = ["nf4", "fp4"]
 FORMATS = [*FOUR_BITS, "int8"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_runtime.base.planned_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.base.recompute import recomputed
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import window_losses
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, make_unit, ragged_data, run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.quant_linear import DenseLinear, QuantLinear
-from lora_runtime.base.stacked_linears import join_layers
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import DenseLinear, QuantLinear
+from lora_runtime.base.model.stacked_linears import join_layers
 from lora_runtime.kernels import gated_activation, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import tiny_base

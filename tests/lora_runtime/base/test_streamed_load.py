@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_runtime.base.adapted_linear import AdaptedLinear
 from lora_runtime.base.loader import load_base
+from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.streamed_load import inner_linears, read_model, visiting
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
@@ -133,7 +133,7 @@ def test_one_linear_at_a_time_is_unquantised(tmp_path, monkeypatch, quantization
     works on blocks of rows, and makes as much of a tiny layer as of a large one, is left out.
     """
     monkeypatch.setattr("lora_runtime.base.weights.BaseWeights.measure_rows", lambda weights: None)
-    monkeypatch.setattr("lora_runtime.base.int8_linear.ROW_BLOCK", 5)
+    monkeypatch.setattr("lora_runtime.base.model.int8_linear.ROW_BLOCK", 5)
     folder = gemma_checkpoint(tmp_path, torch.bfloat16)
     linears = inner_linears(whole(folder, torch.bfloat16))
     sizes = [linear.weight.numel() * 4 for linear in linears.values()]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_runtime.base import varlen_attention
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention, can_use_flash
+from lora_runtime.base.model import varlen_attention
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention, can_use_flash
 
 ROWS = [Rows([3, 70, 1, 33]), Rows([5, 40, 2], prefix=19), Rows([4], prefix=1), Rows([1])]
 

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from lora_runtime.adapters.variants.dora import dora_gain
 from lora_runtime.adapters.variants.mutated_base import Factors
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.quant_linear import ROW_BLOCK, DenseLinear, QuantLinear
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import ROW_BLOCK, DenseLinear, QuantLinear
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import AdapterRefused

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters import packed_adapter
-from lora_runtime.base import stacked_linears
+from lora_runtime.base.model import stacked_linears
 from lora_runtime.engine import engine
 from lora_runtime.kernels import gpu
 from tests.driver import run, teacher_forced

@@ -34,7 +34,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from lora_runtime.kernels import gpu, gpu_attention, gpu_quantised
+from lora_runtime.kernels import gpu
+from lora_runtime.kernels.triton import attention as triton_attention
+from lora_runtime.kernels.triton import quantised as triton_quantised
 
 KB = 1024
 
@@ -176,11 +178,11 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
         shared_memory_per_block_optin=card.block_shared_bytes,
         shared_memory_per_multiprocessor=card.shared_bytes,
     )  # fmt: skip
-    tiles = gpu_quantised.tiles_that_fit(card.block_shared_bytes)
+    tiles = triton_quantised.tiles_that_fit(card.block_shared_bytes)
     driver.set_active(Driver(card.arch, -card.arch))
     with (
-        mock.patch.object(gpu_quantised, "max_tiles", lambda _: tiles),
-        mock.patch.object(gpu_attention, "has_warpgroups", lambda _: card.arch // 10 == 9),
+        mock.patch.object(triton_quantised, "max_tiles", lambda _: tiles),
+        mock.patch.object(triton_attention, "has_warpgroups", lambda _: card.arch // 10 == 9),
         mock.patch.object(JITFunction, "run", noting),
         mock.patch.object(gpu, "DEVICES", gpu.DEVICES | {"cpu", "meta"}),
         mock.patch.object(torch.cuda, "get_device_properties", lambda _=None: properties),

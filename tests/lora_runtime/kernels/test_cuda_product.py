@@ -1,4 +1,4 @@
-"""csrc/four_bit_product.cu as its compiler made it: on a GPU if there is one, else its PTX run by
+"""four_bit_product.cu as its compiler made it: on a GPU if there is one, else its PTX run by
 ptx_interpreter.py behind the launcher that a GPU would use.
 
 Weights are held against bitsandbytes bit by bit, products against float64. Without nvcc, NVRTC and
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.kernels import NestedScales, cuda_product
-from lora_runtime.kernels.cuda_product import (
+from lora_runtime.kernels import NestedScales
+from lora_runtime.kernels.counters import counters
+from lora_runtime.kernels.cuda import product as cuda_product
+from lora_runtime.kernels.cuda.product import (
     MAX_ROWS,
     VARIANTS,
     Variant,
     four_bit_product,
     plan,
 )
-from lora_runtime.kernels.gpu_counters import counters
 from tests.lora_runtime.kernels import cuda_compiler
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.ptx_interpreter import Kernel, Machine

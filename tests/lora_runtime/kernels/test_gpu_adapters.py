@@ -10,15 +10,8 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from lora_runtime import kernels
-from lora_runtime.kernels import (
-    NO_RUN,
-    AdapterMemory,
-    Span,
-    StepMeta,
-    gpu,
-    gpu_adapters,
-    reference,
-)
+from lora_runtime.kernels import NO_RUN, AdapterMemory, Span, StepMeta, gpu, reference
+from lora_runtime.kernels.triton import adapters as triton_adapters
 from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
 from tests.lora_runtime.kernels.test_backends import popularity
@@ -236,7 +229,7 @@ def test_tiles_hold_every_entry_and_token_once(block):
     tokens = torch.randperm(num_tokens)[:num_entries].int()
     slots = torch.arange(6).repeat_interleave(torch.tensor(counts)).int()
     meta = StepMeta(tokens, slots, slots * 0, torch.ones(num_entries), starts)
-    tiles = gpu_adapters.step_tiles(on_device(meta), num_tokens, block)
+    tiles = triton_adapters.step_tiles(on_device(meta), num_tokens, block)
     entries, owners = tiles.entries.cpu(), tiles.tokens.cpu()
     assert sorted(entries[entries >= 0].tolist()) == list(range(num_entries))
     assert sorted(owners[owners >= 0].tolist()) == list(range(num_tokens))
@@ -253,7 +246,7 @@ def test_as_many_tiles_as_there_can_be():
         column = torch.zeros(starts[-1]).int()
         tokens, starts = torch.arange(starts[-1]).int(), torch.tensor(starts).int()
         meta = StepMeta(tokens, column, column, column.float(), starts)
-        tiles = gpu_adapters.step_tiles(on_device(meta), len(tokens), 16)
+        tiles = triton_adapters.step_tiles(on_device(meta), len(tokens), 16)
         assert len(tiles.entries) == num_tiles == (tiles.entries >= 0).any(1).sum()
         assert (tiles.entries >= 0).sum() == len(tokens)
 

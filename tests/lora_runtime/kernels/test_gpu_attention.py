@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_runtime import kernels
-from lora_runtime.kernels import AttentionMeta, gpu, gpu_attention
-from lora_runtime.kernels.gpu_counters import counters
+from lora_runtime.kernels import AttentionMeta, gpu
+from lora_runtime.kernels.counters import counters
+from lora_runtime.kernels.triton import attention as triton_attention
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
@@ -124,7 +125,7 @@ def test_long_rows_are_split_and_joined(monkeypatch, window):
     query heads of one key head are two programs, each of which joins its heads eight at a time.
     """
     check([(700, 1), (0, 1), (2, 1)], (2, 1), 16, window=window)
-    monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
+    monkeypatch.setattr(triton_attention, "MIN_SPLIT_KEYS", 4)
     check([(130, 1), (0, 1), (66, 1)], (2, 1), 16, window=window)
     check([(130, 1), (0, 1), (66, 3)], (2, 1), 16, window=window)
     check([(130, 1), (3, 1)], (20, 1), 64, window=window)
@@ -134,7 +135,7 @@ def test_long_rows_are_split_and_joined(monkeypatch, window):
 @pytest.mark.parametrize("num_new", [1, 3])
 def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
     """Also among rows that are split; with three tokens the row is a tile of the prefill."""
-    monkeypatch.setattr(gpu_attention, "MIN_SPLIT_KEYS", 4)
+    monkeypatch.setattr(triton_attention, "MIN_SPLIT_KEYS", 4)
     (q, keys, values, meta), own = step([(130, 1), (3, num_new), (9, 1)], (4, 2), 16)
     is_padding = meta.rows == 1
     padded = replace(
@@ -177,7 +178,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             return lambda *args, **options: None
 
     for name in ("decode_kernel", "prefill_kernel", "write_kv_kernel"):
-        monkeypatch.setattr(gpu_attention, name, Launch())
+        monkeypatch.setattr(triton_attention, name, Launch())
     with FakeTensorMode():
         for num_tokens in (3, 18):
             ints = torch.empty(num_tokens, dtype=torch.int32)
@@ -185,6 +186,6 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             meta = AttentionMeta(ints, ints, ints.long(), tables, 128)
             q, k = torch.empty(num_tokens, 8, 64), torch.empty(num_tokens, 2, 64)
             cache = torch.empty(4000, 2, 64)
-            gpu_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
-            gpu_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
+            triton_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
+            triton_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
     assert grids == [(3, 1), (3, 2, 16), (18, 1), (3, 2, 16), (3 + 1, 8)]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_runtime.kernels import AdapterMemory, Span, StepMeta, gpu_adapters
+from lora_runtime.kernels import AdapterMemory, Span, StepMeta
+from lora_runtime.kernels.triton import adapters as triton_adapters
 
 
 def compile_launches(what: str, cache: Path) -> dict:
@@ -64,9 +65,9 @@ class Launches:
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
     """A fake tensor refuses to give one; grids come from the shapes T 9, E 7, K 3 and the bound."""
     tiles, shrink, expand = Launches(), Launches(), Launches()
-    monkeypatch.setattr(gpu_adapters, "tiles_kernel", tiles)
-    monkeypatch.setattr(gpu_adapters, "shrink_kernel", shrink)
-    monkeypatch.setattr(gpu_adapters, "expand_kernel", expand)
+    monkeypatch.setattr(triton_adapters, "tiles_kernel", tiles)
+    monkeypatch.setattr(triton_adapters, "shrink_kernel", shrink)
+    monkeypatch.setattr(triton_adapters, "expand_kernel", expand)
     spans = [Span(slot=i % 3, first_token=i, num_tokens=1) for i in range(7)]
     meta, runs = StepMeta.build(spans), torch.zeros(3, 1, 8, dtype=torch.int64)
     memory = AdapterMemory.over(torch.zeros(1024, dtype=torch.uint8), torch.float32, 16)
@@ -74,7 +75,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
     fake = mode.from_tensor
     tables = ("tokens", "slots", "replicas", "weights", "segment_starts")
     with mode:
-        y = gpu_adapters.apply_adapters(
+        y = triton_adapters.apply_adapters(
             torch.empty(9, 300),
             torch.empty(9, 4096),
             None,

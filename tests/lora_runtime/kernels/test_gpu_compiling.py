@@ -10,8 +10,9 @@ import pytest
 import triton
 from triton import knobs
 
-from lora_runtime.kernels import cuda_product, gpu_compiling
-from lora_runtime.kernels.gpu_compiling import is_compiling, watch_compiles
+from lora_runtime.kernels import compiling
+from lora_runtime.kernels.compiling import is_compiling, watch_compiles
+from lora_runtime.kernels.cuda import product as cuda_product
 
 
 class Compiled(triton.runtime.JITFunction):
@@ -44,7 +45,7 @@ def hooks():
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = knobs.runtime.jit_post_compile_hook = None
         yield
-    gpu_compiling._end()
+    compiling._end()
 
 
 def test_a_compile_is_seen_while_it_runs_and_goes_on():
@@ -59,7 +60,7 @@ def test_one_that_fails_or_hangs_does_not_count_for_ever(monkeypatch):
     watch_compiles()
     with pytest.raises(RuntimeError):
         Compiled(fails=True).run_compiler()
-    monkeypatch.setattr(gpu_compiling, "MAX_COMPILE_S", 0.0)
+    monkeypatch.setattr(compiling, "MAX_COMPILE_S", 0.0)
     assert not is_compiling()
 
 

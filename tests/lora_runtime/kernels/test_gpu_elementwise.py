@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from lora_runtime import kernels
-from lora_runtime.kernels import HeadNorm, gpu, gpu_elementwise, reference
+from lora_runtime.kernels import HeadNorm, gpu, reference
+from lora_runtime.kernels.triton import elementwise as triton_elementwise
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
@@ -163,7 +164,7 @@ def test_large_values_do_not_overflow_and_nan_stays_in_its_row():
 
 
 def test_gradients_take_the_definition(monkeypatch):
-    monkeypatch.setattr(gpu_elementwise, "rms_norm", None)
+    monkeypatch.setattr(triton_elementwise, "rms_norm", None)
     x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
     kernels.rms_norm(x, torch.ones(8, device=DEVICE), 1e-5, plus_one=False).sum().backward()
     assert x.grad is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_runtime.kernels import cuda_product
+from lora_runtime.kernels.cuda import product as cuda_product
 from lora_runtime.kernels.gpu_needs import gpu_needs
 
 GIB = 1 << 30

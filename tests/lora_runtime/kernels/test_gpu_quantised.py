@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_runtime.base.int8_linear import Int8Linear
-from lora_runtime.base.quant_linear import QuantLinear
-from lora_runtime.kernels import gated_activation, gpu, gpu_counters, gpu_quantised
+from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.quant_linear import QuantLinear
+from lora_runtime.kernels import counters, gated_activation, gpu
+from lora_runtime.kernels.triton import quantised as triton_quantised
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
 ROWS = [1, 2, 3, 7, 16, 33, 64]
@@ -39,8 +40,8 @@ def random_shape(blocks):
 
 
 def counted(monkeypatch, name):
-    calls, real = [], getattr(gpu_quantised, name)
-    monkeypatch.setattr(gpu_quantised, name, lambda *a: calls.append(1) or real(*a))
+    calls, real = [], getattr(triton_quantised, name)
+    monkeypatch.setattr(triton_quantised, name, lambda *a: calls.append(1) or real(*a))
     return calls
 
 
@@ -66,7 +67,7 @@ def test_batches_multiply_codes(monkeypatch, kind, num_rows, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_that_is_multiplied_is_bitsandbytes_rounded_once(monkeypatch, kind):
     """Rows of the identity; 64 rows a program, as on a GPU with much shared memory."""
-    monkeypatch.setattr(gpu_quantised, "max_tiles", lambda device: 8)
+    monkeypatch.setattr(triton_quantised, "max_tiles", lambda device: 8)
     for dtype, num_inputs in ((BFLOAT16, 320), (FLOAT32, 128)):
         layer = layer_of(kind, (140, num_inputs), dtype)
         values = layer.dequantize().to(dtype)
@@ -123,15 +124,15 @@ def test_a_row_is_bit_equal_in_any_batch_and_splits_leave_no_trace(kind):
     y = layer.product(x)
     for rows in (slice(0, 1), slice(3, 10), slice(33, 60), slice(0, 40)):
         assert torch.equal(layer.product(x[rows]), y[rows])
-    assert not gpu_counters.counters(x.device).any()
+    assert not counters.counters(x.device).any()
 
 
 def test_counters_are_as_many_as_wanted_and_a_thread_has_its_own():
     device = torch.device(DEVICE)
-    own, many = gpu_counters.counters(device), gpu_counters.counters(device, 65_537)
-    assert len(many) >= 65_537 and gpu_counters.counters(device) is own
+    own, many = counters.counters(device), counters.counters(device, 65_537)
+    assert len(many) >= 65_537 and counters.counters(device) is own
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(gpu_counters.counters, device).result() is not own
+        assert pool.submit(counters.counters, device).result() is not own
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])

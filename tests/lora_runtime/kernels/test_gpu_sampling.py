@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lora_runtime import kernels
-from lora_runtime.kernels import gpu, gpu_sampling, reference
+from lora_runtime.kernels import gpu, reference
+from lora_runtime.kernels.triton import sampling as triton_sampling
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
 VOCAB_SIZE = 151
@@ -19,8 +20,8 @@ CUTS = [(5, 1.0, 0.0), (np.inf, 0.5, 0.0), (np.inf, 0.97, 0.0), (60, 0.9, 0.02),
 def triton_takes_the_device(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
-    monkeypatch.setattr(gpu_sampling, "CANDIDATES", 32)
-    monkeypatch.setattr(gpu_sampling, "BLOCK", 256)
+    monkeypatch.setattr(triton_sampling, "CANDIDATES", 32)
+    monkeypatch.setattr(triton_sampling, "BLOCK", 256)
 
 
 def one(scaled, number, top_k, top_p, min_p):
@@ -60,7 +61,7 @@ def test_draws(backend, spread, step):
 
 def test_all_tokens_are_drawn_in_their_order(monkeypatch):
     """From 0 to 1 numbers give a flat row's first to last token, in several blocks."""
-    monkeypatch.setattr(gpu_sampling, "BLOCK", 64)
+    monkeypatch.setattr(triton_sampling, "BLOCK", 64)
     scaled = torch.zeros(3, VOCAB_SIZE, device=DEVICE)
     scaled[:, 7] = -200.0
     number = torch.linspace(0, 1 - 2**-53, 3, dtype=torch.float64, device=DEVICE)[:, None]

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_runtime import kernels
-from lora_runtime.kernels import AdapterMemory, Span, StepMeta, gpu, gpu_vocabulary
+from lora_runtime.kernels import AdapterMemory, Span, StepMeta, gpu
+from lora_runtime.kernels.triton import vocabulary as triton_vocabulary
 from tests.lora_runtime.kernels.on_triton import DEVICE, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
 from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
@@ -114,7 +115,7 @@ def test_logits(dtype):
 def test_rows_of_any_number_in_any_composition(monkeypatch, num_programs):
     """Also where a token's first adapter replaces nothing, or less than its others; more tokens
     under one adapter than a tile has; programs that do several blocks of rows."""
-    monkeypatch.setattr(gpu_vocabulary, "MAX_PROGRAMS", num_programs)
+    monkeypatch.setattr(triton_vocabulary, "MAX_PROGRAMS", num_programs)
     generator = torch.Generator().manual_seed(num_programs)
     vocab, width, num_tokens = 133, 20, 26
     counts, scattered, parts = (0, 1, 33, 70, vocab, 5, 32), Scattered(), []
@@ -195,8 +196,8 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             return lambda *args, **options: None
 
     for name in ("_embed_kernel", "_patch_kernel"):
-        monkeypatch.setattr(gpu_vocabulary, name, Launch())
-    monkeypatch.setattr(gpu_vocabulary.step_tiles.__module__ + ".tiles_kernel", Launch())
+        monkeypatch.setattr(triton_vocabulary, name, Launch())
+    monkeypatch.setattr(triton_vocabulary.step_tiles.__module__ + ".tiles_kernel", Launch())
     with FakeTensorMode():
         floats, ints = torch.empty(100), torch.empty(100, dtype=torch.int32)
         memory = AdapterMemory(floats, floats, ints, 8, 16, 70)
@@ -204,9 +205,9 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
         meta = StepMeta(entry, entry, entry, torch.empty(7), torch.empty(4, dtype=torch.int32))
         runs = torch.empty(3, 1, 8, dtype=torch.int64)
         ids = torch.empty(9, dtype=torch.int64)
-        gpu_vocabulary.embed_adapters(torch.empty(9, 300), ids, 1.0, memory, runs, meta, 50)
+        triton_vocabulary.embed_adapters(torch.empty(9, 300), ids, 1.0, memory, runs, meta, 50)
         y = torch.empty(9, 50)
-        gpu_vocabulary.patch_logits(y, y, torch.empty(9, 300), memory, runs, meta)
+        triton_vocabulary.patch_logits(y, y, torch.empty(9, 300), memory, runs, meta)
     assert grids == [(4,), (4 * 16, 2), (3, 3)]
 
 

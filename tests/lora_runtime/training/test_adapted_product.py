@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_runtime.adapters.serving_form import ModuleForm
-from lora_runtime.base.quant_linear import DenseLinear
+from lora_runtime.base.model.quant_linear import DenseLinear
 from lora_runtime.kernels import Span
 from lora_runtime.training import binding
 from lora_runtime.training.adapted_product import (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_runtime.base.varlen_attention import Rows
+from lora_runtime.base.model.varlen_attention import Rows
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.training import calibration
 from lora_runtime.training.binding import bind

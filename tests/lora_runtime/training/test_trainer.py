@@ -12,7 +12,7 @@ import torch
 
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.kernels import Span

@@ -13,10 +13,10 @@ from lora_runtime.adapters.files.parity_file import read_golden
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.base import attention
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.loader import prepare_base
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model import attention
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.engine.probe import effect_of, probe_logits
 from lora_runtime.errors import ConfigError

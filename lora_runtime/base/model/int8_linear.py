@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.base.quant_linear import ROW_BLOCK, FrozenLinear
+from lora_runtime.base.model.quant_linear import ROW_BLOCK, FrozenLinear
 from lora_runtime.kernels import (
     PooledAdapters,
     can_multiply_codes,

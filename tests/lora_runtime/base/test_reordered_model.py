@@ -11,11 +11,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma3Config
 
-from lora_runtime.base.adapted_linear import StepContext
-from lora_runtime.base.layer_plan import shortest_plan
-from lora_runtime.base.planned_model import LayerStep, PlannedBatch, PlannedLayer, planned_model
-from lora_runtime.base.rotary import fix_rotary
-from lora_runtime.base.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.layer_order import shortest_plan
+from lora_runtime.base.model.reordered_model import (
+    LayerStep,
+    PlannedBatch,
+    PlannedLayer,
+    planned_model,
+)
+from lora_runtime.base.model.rotary import fix_rotary
+from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
 from lora_runtime.kernels import Span, StepMeta, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base

@@ -18,12 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_runtime.kernels.gpu_attention_kernels import (
+from lora_runtime.kernels.counters import counters
+from lora_runtime.kernels.triton.attention_kernels import (
     decode_kernel,
     prefill_kernel,
     write_kv_kernel,
 )
-from lora_runtime.kernels.gpu_counters import counters
 from lora_runtime.kernels.types import AttentionMeta
 
 MIN_PROGRAMS = 1056

@@ -1,10 +1,10 @@
 """Products with quantised weights: codes are dequantised in registers.
 
-4-bit products of bfloat16 go to `cuda_product.py` where it can be compiled; the others, and int8,
+4-bit products of bfloat16 go to `cuda/product.py` where it can be compiled; the others, and int8,
 are Triton's. There, one kernel for any number of rows: tiles of W are made in registers and
 multiplied by up to 64 rows on tensor cores; more rows are further programs, which find the codes in
 the cache. A second kernel is the same with shrink of the adapters of the same x
-(`gpu_adapters.py`).
+(`triton/adapters.py`).
 Inputs are split where the outputs alone give too few programs; the program that comes last adds up
 the partial sums, always in the same order. Neither the split nor the order of the inputs depends on
 the number of rows, so that a row is the same in any batch.
@@ -23,10 +23,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_runtime.kernels import cuda_product
-from lora_runtime.kernels.gpu_adapters import ShrinkLaunch, shrink_launch
-from lora_runtime.kernels.gpu_counters import counters
-from lora_runtime.kernels.gpu_quantised_kernels import (
+from lora_runtime.kernels.counters import counters
+from lora_runtime.kernels.cuda import product as cuda_product
+from lora_runtime.kernels.triton.adapters import ShrinkLaunch, shrink_launch
+from lora_runtime.kernels.triton.quantised_kernels import (
     product_and_shrink_kernel,
     product_kernel,
     scales_kernel,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.base.layer_plan import replicas, shortest_plan
+from lora_runtime.base.model.layer_order import replicas, shortest_plan
 
 
 def maps_of(num_layers, longest, num_maps):

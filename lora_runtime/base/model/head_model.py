@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_runtime.base.planned_model import with_submodule
+from lora_runtime.base.model.reordered_model import with_submodule
 
 
 class GivenStates(nn.Module):

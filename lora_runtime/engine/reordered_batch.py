@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_runtime.base.attention import KVCache, PagedAttention
-from lora_runtime.base.layer_plan import LayerMap, PlanStep, replicas, shortest_plan
-from lora_runtime.base.planned_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.attention import KVCache, PagedAttention
+from lora_runtime.base.model.layer_order import LayerMap, PlanStep, replicas, shortest_plan
+from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import (
     ForwardBatch,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, cat, nn
 
-from lora_runtime.base.adapted_linear import AdaptedLinear, PooledBinding
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.adapted_linear import AdaptedLinear, PooledBinding
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
     PooledAdapters,
     apply_gated_adapters,

@@ -1,4 +1,4 @@
-"""The bodies of the quantised products; `gpu_quantised.py` says what they are for, and launches.
+"""The bodies of the quantised products; `triton/quantised.py` says what they are for, and launches.
 
 4-bit codes in bfloat16. A thread of a tensor-core product holds, of a row of W, whatever inputs we
 like, as long as x lies in the same order: here one block of 64 inputs out of every 256. So it makes
@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_runtime.kernels.gpu_adapter_kernels import batch_jit, shrink_tile
-from lora_runtime.kernels.gpu_elementwise import gated_value
+from lora_runtime.kernels.triton.adapter_kernels import batch_jit, shrink_tile
+from lora_runtime.kernels.triton.elementwise import gated_value
 
 
 @triton.jit

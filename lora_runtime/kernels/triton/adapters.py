@@ -3,8 +3,8 @@
 Two launches a module, or for up to three modules that share x, whatever mix of adapters, ranks and
 compositions the step holds. Shrink: H[e] = A x[t] of every entry e, tiles of entries of one
 segment, the inputs split; in a small step its programs run in the launch of the base's product,
-which reads the same x (`gpu_quantised.py`). Expand: y[t] of every token, written once, with gain,
-bias and all further entries of the token; of a gate and an up projection together their gated
+which reads the same x (`triton/quantised.py`). Expand: y[t] of every token, written once, with
+gain, bias and all further entries of the token; of a gate and an up projection together their gated
 activation.
 Grids follow from shapes alone and all tables are made on the device, so a CUDA graph can be
 replayed with any adapters: no host sync as long as `memory.max_rank` is set.
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from lora_runtime.kernels.gpu import MAX_SMALL_STEP
-from lora_runtime.kernels.gpu_adapter_kernels import (
+from lora_runtime.kernels.triton.adapter_kernels import (
     expand_kernel,
     gated_expand_kernel,
     shrink_kernel,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lora_runtime.base.quant_linear import FrozenLinear
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.kernels import (
     AdapterMemory,
     PooledAdapters,

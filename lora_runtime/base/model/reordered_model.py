@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_runtime.base.adapted_linear import StepContext
-from lora_runtime.base.attention import Attention
+from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.attention import Attention
 
 
 @dataclass(frozen=True, slots=True)

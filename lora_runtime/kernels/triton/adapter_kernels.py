@@ -1,4 +1,4 @@
-"""The bodies of the adapter kernels; `gpu_adapters.py` says what they are for and launches them.
+"""The bodies of the adapter kernels; `triton/adapters.py` says what they are for and launches them.
 
 A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
 x are parts of one launch: their outputs lie side by side, their run tables one after another.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from lora_runtime.kernels.gpu_elementwise import gated_value
+from lora_runtime.kernels.triton.elementwise import gated_value
 
 BATCH_SIZES = [
     "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",

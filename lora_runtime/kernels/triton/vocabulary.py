@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_runtime.kernels.gpu_adapter_kernels import batch_jit, keys_of
-from lora_runtime.kernels.gpu_adapters import step_tiles
+from lora_runtime.kernels.triton.adapter_kernels import batch_jit, keys_of
+from lora_runtime.kernels.triton.adapters import step_tiles
 from lora_runtime.kernels.types import AdapterMemory, Run, StepMeta
 
 TILE = 16
