@@ -34,7 +34,7 @@ from lora_runtime.core import (
     Request,
     SamplingParams,
     ScheduledBatch,
-    ScheduledSequence,
+    ScheduledRow,
 )
 from lora_runtime.engine.engine import Engine
 from lora_runtime.errors import Unavailable
@@ -237,7 +237,7 @@ class Bench:
     def device_seconds(self) -> float:
         """Of the forward that the engine did last of the rows that run now, done again."""
         running = self.engine.scheduler.running
-        rows = [ScheduledSequence(s, s.num_computed_tokens - 1, 1) for s in running]
+        rows = [ScheduledRow(s, s.num_computed_tokens - 1, 1) for s in running]
         plan = ScheduledBatch(tuple(rows))
         runner = self.engine.runner
 

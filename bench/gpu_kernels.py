@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu_rows import Case, Figures, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, Ceilings, copies_of, seconds_per_call
 from lora_runtime import kernels
-from lora_runtime.kernels import AdapterMemory, AttentionMeta, Run, Span, StepMeta, reference
+from lora_runtime.kernels import AdapterMemory, AttentionMeta, Extent, Span, StepMeta, reference
 from lora_runtime.kernels.cuda import product as cuda_product
 
 BFLOAT16 = torch.bfloat16
@@ -221,26 +221,26 @@ class Adapters:
         weights = (torch.randn(size, device=DEVICE) / in_features**0.5).to(dtype)
         vectors = torch.empty(0, device=DEVICE)
         self.memory = AdapterMemory(weights, vectors, vectors.int(), rank, 16)
-        runs, offset = [], 0
+        extents, offset = [], 0
         for own in per_run:
             starts = [offset + i * own for i in range(count)]
-            runs.append(
-                [[Run(rank=rank, a=start, b=start + rank * in_features)] for start in starts]
+            extents.append(
+                [[Extent(rank=rank, a=start, b=start + rank * in_features)] for start in starts]
             )
             offset += count * own
-        self.runs = torch.tensor(runs, device=DEVICE)
+        self.extents = torch.tensor(extents, device=DEVICE)
 
     def apply(self, base: Tensor, x: Tensor, meta: StepMeta) -> Tensor:
         return kernels.apply_stacked_adapters(
-            base, x, None, self.memory, self.runs, meta, self.widths
+            base, x, None, self.memory, self.extents, meta, self.widths
         )
 
     def dense(self, slot: int, in_features: int) -> Tensor:
         """ΔW (out, in) float64 of the first module."""
-        run = Run(*self.runs[0, slot, 0].tolist())
+        extent = Extent(*self.extents[0, slot, 0].tolist())
         flat, width = self.memory.weights.double(), self.widths[0]
-        a = flat[run.a : run.a + run.rank * in_features].view(run.rank, in_features)
-        b = flat[run.b : run.b + run.rank * width].view(run.rank, width)
+        a = flat[extent.a : extent.a + extent.rank * in_features].view(extent.rank, in_features)
+        b = flat[extent.b : extent.b + extent.rank * width].view(extent.rank, width)
         return b.T @ a
 
 
@@ -401,7 +401,7 @@ def attention_step(
     meta = AttentionMeta(
         rows=torch.tensor(rows, dtype=torch.int32, device=DEVICE),
         positions=torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        slot_mapping=torch.zeros(len(rows), dtype=torch.int64, device=DEVICE),
+        cache_slots=torch.zeros(len(rows), dtype=torch.int64, device=DEVICE),
         block_tables=tables,
         block_size=BLOCK_SIZE,
     )

@@ -176,7 +176,7 @@ def decode(rows: int, length: int) -> Case:
     meta = AttentionMeta(
         rows=sizeless(rows, dtype=torch.int32),
         positions=sizeless(rows, dtype=torch.int32),
-        slot_mapping=sizeless(rows, dtype=torch.int64),
+        cache_slots=sizeless(rows, dtype=torch.int64),
         block_tables=sizeless(rows, length // 16, dtype=torch.int32),
         block_size=16,
     )

@@ -1,13 +1,13 @@
 """The nouns shared by every part of the runtime. Plain Python: ints and strings, no tensors.
 
-Request (what a client asked) → Sequence (its state in the engine) → ScheduledBatch (the plan of
+Request (what a client asked) → Row (its state in the engine) → ScheduledBatch (the plan of
 one step) → StepOutput (what the step gave one request).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -100,8 +100,8 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
 
 
-class SequenceStatus(StrEnum):
-    """Where a sequence stands in the engine."""
+class RowStatus(StrEnum):
+    """Where a row stands in the engine."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -109,7 +109,7 @@ class SequenceStatus(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Row:
     """A request's state in the engine.
 
     `token_ids` is the prompt and everything generated. Its last one may be −1 − r: what the step
@@ -118,7 +118,7 @@ class Sequence:
 
     request: Request
     token_ids: list[int]
-    status: SequenceStatus = SequenceStatus.WAITING
+    status: RowStatus = RowStatus.WAITING
     num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache, or will be after the running step."""
     layer_map: tuple[int, ...] | None = None
@@ -146,7 +146,7 @@ class Sequence:
     @classmethod
     def of(
         cls, request: Request, layer_map: tuple[int, ...] | None = None, num_planes: int = 1
-    ) -> Sequence:
+    ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
         tokens = list(request.prompt_token_ids)
         return cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
@@ -165,10 +165,10 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """`num_tokens` tokens of `sequence` from position `start` run in this step."""
+class ScheduledRow:
+    """`num_tokens` tokens of `row` from position `start` run in this step."""
 
-    sequence: Sequence
+    row: Row
     start: int
     num_tokens: int
     samples: bool = True
@@ -187,14 +187,14 @@ class AdapterPlacement:
     digest: str
     slot: int
     address: int
-    """First byte of its run in the pool."""
+    """First byte of its extent in the pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     """The plan of one step."""
 
-    sequences: tuple[ScheduledSequence, ...]
+    rows: tuple[ScheduledRow, ...]
     loads: tuple[AdapterPlacement, ...] = ()
     """Adapters to copy into the device pool, before the forward or beside it."""
     failed: tuple[StepOutput, ...] = ()
@@ -202,7 +202,7 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(scheduled.num_tokens for scheduled in self.sequences)
+        return sum(scheduled.num_tokens for scheduled in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,9 +304,7 @@ class BaseSpec:
         return {**self.linears, **ends}
 
 
-def activation_start(
-    token_ids: AbstractSequence[int], invocation: AbstractSequence[int]
-) -> int | None:
+def activation_start(token_ids: Sequence[int], invocation: Sequence[int]) -> int | None:
     """First position of the last occurrence of `invocation` in a prompt, or None.
 
     An activated LoRA acts from there on, and not at all without it. Source: arXiv:2504.12397.

@@ -146,9 +146,9 @@ def _check(content: FolderContent, form: ServingForm, base: Base) -> Parity | No
     """The parity gate. Raises ParityFailed."""
     from lora_runtime.adapters.packed_adapter import pack_for
     from lora_runtime.adapters.parity import gate
-    from lora_runtime.engine.probe import effect_of
+    from lora_runtime.engine.probe import adapter_logits
 
-    logits = effect_of(base, pack_for(base, form))
+    logits = adapter_logits(base, pack_for(base, form))
     return gate(_golden(content, base), logits, base.spec.dtype, form.tensors_sha256)
 
 
@@ -262,6 +262,6 @@ def _parity_line(parity: Parity | None) -> str:
     if parity is None:
         return "parity: no parity record"
     return (
-        f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
+        f"parity: error {parity.error:.2g} of an effect of {parity.effect_rms:.3g} logits, "
         f"limit {parity.limit:.2g}: passed"
     )

@@ -107,7 +107,7 @@ def record_logits(engine: Engine, traces: dict[str, Trace]) -> None:
 
     def logits(plan):
         found = type(runner).logits(runner, plan)
-        due = [row.sequence.request.request_id for row in plan.sequences if row.samples]
+        due = [scheduled.row.request.request_id for scheduled in plan.rows if scheduled.samples]
         for request_id, row in zip(due, found, strict=True):
             traces[request_id].logits.append(row.clone())
         return found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
 from lora_runtime.base.loader import Base
-from lora_runtime.kernels import NO_RUN, AdapterMemory, Run
+from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Extent
 
 ALIGNMENT = 16
 """Bytes; every tensor starts at a multiple, which vector loads want."""
@@ -26,9 +26,9 @@ class PackedAdapter:
     """The bytes of an adapter, where its parts lie in them, and what the engine reads of it.
 
     storage (n,) uint8: pinned for a CUDA device, so that it is copied while steps run. runs
-    (k, R, 8) int64: a Run for each of the k `paths` and each of R replicas, whose offsets count
+    (k, R, 8) int64: an Extent for each of the k `paths` and each of R replicas, whose offsets count
     from the first byte. R is how often the layer map visits a layer at most: a visit without
-    tensors has NO_RUN.
+    tensors has NO_EXTENT.
     """
 
     digest: str
@@ -36,7 +36,7 @@ class PackedAdapter:
     dtype: torch.dtype
     """Of the weights."""
     paths: tuple[str, ...]
-    runs: Tensor
+    extents: Tensor
     max_rank: int
     max_rows: int
     """Of the vocabulary, replaced by one module."""
@@ -51,12 +51,12 @@ class PackedAdapter:
     @property
     def num_replicas(self) -> int:
         """How often the adapter's layer map visits one layer at most."""
-        return self.runs.shape[1]
+        return self.extents.shape[1]
 
-    def runs_at(self, address: int) -> Tensor:
-        """`runs` once the bytes lie at `address` of the pool, a multiple of ALIGNMENT."""
+    def extents_at(self, address: int) -> Tensor:
+        """`extents` once the bytes lie at `address` of the pool, a multiple of ALIGNMENT."""
         of_weights, of_words = address // self.dtype.itemsize, address // 4
-        shift = Run(
+        shift = Extent(
             rank=0,
             a=of_weights,
             b=of_weights,
@@ -66,7 +66,7 @@ class PackedAdapter:
             rows=of_weights,
             row_ids=of_words,
         )
-        return torch.where(self.runs < 0, self.runs, self.runs + torch.tensor(shift))
+        return torch.where(self.extents < 0, self.extents, self.extents + torch.tensor(shift))
 
 
 def adapter_dtype(base: Base) -> torch.dtype:
@@ -97,7 +97,7 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
         storage=storage,
         dtype=dtype,
         paths=paths,
-        runs=_runs(form, paths, offsets),
+        extents=_extents(form, paths, offsets),
         max_rank=max((module.rank for module in form.modules.values()), default=0),
         max_rows=max((len(m.patch.values) for m in form.modules.values() if m.patch), default=0),
         layer_map=form.layer_map,
@@ -111,9 +111,9 @@ def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
     return sum(_aligned(p.tensor, p.view, weight_bytes) for p in _places(form, weight_bytes))
 
 
-def empty_runs(*shape: int) -> Tensor:
-    """(*shape, 8) int64 on the host: NO_RUN everywhere."""
-    return torch.tensor(NO_RUN).repeat(*shape, 1)
+def empty_extents(*shape: int) -> Tensor:
+    """(*shape, 8) int64 on the host: NO_EXTENT everywhere."""
+    return torch.tensor(NO_EXTENT).repeat(*shape, 1)
 
 
 class _Place(NamedTuple):
@@ -157,22 +157,22 @@ def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _runs(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
+def _extents(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
     index = {path: i for i, path in enumerate(paths)}
     num_visits = 1 if form.layer_map is None else max(Counter(form.layer_map).values())
-    runs = empty_runs(len(paths), num_visits)
+    extents = empty_extents(len(paths), num_visits)
     for key, module in form.modules.items():
-        runs[index[key.path], key.replica] = torch.tensor(_run(module, offsets))
-    return runs
+        extents[index[key.path], key.replica] = torch.tensor(_extent(module, offsets))
+    return extents
 
 
-def _run(module: ModuleForm, offsets: dict[int, int]) -> Run:
+def _extent(module: ModuleForm, offsets: dict[int, int]) -> Extent:
     patch = module.patch
 
     def offset(tensor: Tensor | None) -> int:
         return -1 if tensor is None else offsets[id(tensor)]
 
-    return Run(
+    return Extent(
         rank=module.rank,
         a=offset(module.a),
         b=offset(module.b),

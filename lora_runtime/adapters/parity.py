@@ -108,7 +108,7 @@ class Parity:
     """Relative error of the effect."""
     base_error: float
     """Relative error of the base's own logits."""
-    effect: float
+    effect_rms: float
     """Root mean square of the recorded Δz, in logits."""
     limit: float
     base_limit: float
@@ -180,7 +180,7 @@ def compare(golden: Golden, numbers: Sequence[Tensor], dtype: str) -> Parity:
     return Parity(
         error=float((adapter_here - base_here - effect).norm()) / scale,
         base_error=float((base_here - base).norm()) / base_scale,
-        effect=float(effect.norm()) / len(effect) ** 0.5,
+        effect_rms=float(effect.norm()) / len(effect) ** 0.5,
         limit=limit,
         base_limit=base_limit,
     )
@@ -193,7 +193,7 @@ def require(parity: Parity, golden: Golden, tensors_sha256: str | None = None) -
     if not parity.passed:
         raise ParityFailed(
             f"the adapter does not do here what {SIDECAR_FILE} recorded: relative error "
-            f"{parity.error:.2g} of its effect ({parity.effect:.3g} logits), at most "
+            f"{parity.error:.2g} of its effect ({parity.effect_rms:.3g} logits), at most "
             f"{parity.limit:.2g} is accepted (of the base's own logits {parity.base_error:.2g}, at "
             f"most {parity.base_limit:.2g}). Its weights were changed after the record, or this "
             f"machine computes wrongly; remove {SIDECAR_FILE} only if you changed them on purpose",

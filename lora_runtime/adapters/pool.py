@@ -1,4 +1,4 @@
-"""The device memory that holds resident adapters: one buffer, and a run table per module.
+"""The device memory that holds resident adapters: one buffer, and a extent table per module.
 
 An adapter is one run of bytes, its tensors end to end at their true sizes: nothing is padded to a
 largest rank, and no module's memory is set aside for adapters that do not touch it.
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_runtime.adapters.packed_adapter import ALIGNMENT, PackedAdapter, empty_runs
+from lora_runtime.adapters.packed_adapter import ALIGNMENT, PackedAdapter, empty_extents
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import AdapterMemory
@@ -21,9 +21,9 @@ USUAL_MAX_ROWS = 64
 
 
 class AdapterPool:
-    """The buffer and the run tables. It never decides: it does what it is told.
+    """The buffer and the extent tables. It never decides: it does what it is told.
 
-    runs (modules, slots, replicas, 8) int64, a Run each.
+    extents (modules, slots, replicas, 8) int64, an Extent each.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class AdapterPool:
         self.memory = replace(memory, max_rank=max_rank)
         self._index = {path: index for index, path in enumerate(paths)}
         self._touched: list[set[str]] = [set() for _ in range(max_slots)]
-        self.runs = empty_runs(len(self._index), max_slots, 1).to(like.device)
-        self._no_run = empty_runs().to(like.device)
+        self.extents = empty_extents(len(self._index), max_slots, 1).to(like.device)
+        self._no_extent = empty_extents().to(like.device)
         self.bindings: dict[str, PooledBinding] = {}
         self._bound = None if bound is None else set(bound)
         self._bind()
@@ -59,17 +59,17 @@ class AdapterPool:
     def layout(self) -> tuple[object, ...]:
         """Equal as long as a captured graph stays right: what it binds, its bounds and tables."""
         bounds = self.memory.max_rank, self.memory.max_rows
-        return *bounds, frozenset(self.bindings), self.runs.data_ptr(), self.runs.shape
+        return *bounds, frozenset(self.bindings), self.extents.data_ptr(), self.extents.shape
 
     def all_bindings(self) -> dict[str, PooledBinding]:
         """As if adapters touched every module and replaced rows of the vocabulary."""
         memory = replace(self.memory, max_rows=self.memory.max_rows or USUAL_MAX_ROWS)
-        return {path: PooledBinding(memory, self.runs, i) for path, i in self._index.items()}
+        return {path: PooledBinding(memory, self.extents, i) for path, i in self._index.items()}
 
     @property
     def num_replicas(self) -> int:
-        """Visits to one layer that the run tables have room for."""
-        return self.runs.shape[2]
+        """Visits to one layer that the extent tables have room for."""
+        return self.extents.shape[2]
 
     def load(self, placement: AdapterPlacement, adapter: PackedAdapter) -> None:
         """Copy an adapter to its place and make its slot point at it."""
@@ -78,17 +78,19 @@ class AdapterPool:
 
     def make_room_for(self, adapter: PackedAdapter) -> None:
         """Raise the bounds to what the adapter needs, that of rows to a power of two: most adapters
-        then leave `layout` as it is. With more replicas the run tables move.
+        then leave `layout` as it is. With more replicas the extent tables move.
         """
         max_rank = max(adapter.max_rank, self.memory.max_rank or 0)
         rows = max(USUAL_MAX_ROWS, 1 << (adapter.max_rows - 1).bit_length())
         max_rows = max(rows if adapter.max_rows else 0, self.memory.max_rows or 0)
         self.memory = replace(self.memory, max_rank=max_rank, max_rows=max_rows)
-        num_modules, max_slots, old_replicas, _ = self.runs.shape
+        num_modules, max_slots, old_replicas, _ = self.extents.shape
         if adapter.num_replicas > old_replicas:
-            tables = empty_runs(num_modules, max_slots, adapter.num_replicas).to(self.runs.device)
-            tables[:, :, :old_replicas] = self.runs
-            self.runs = tables
+            tables = empty_extents(num_modules, max_slots, adapter.num_replicas).to(
+                self.extents.device
+            )
+            tables[:, :, :old_replicas] = self.extents
+            self.extents = tables
         self._bind()
 
     def copy(self, placement: AdapterPlacement, adapter: PackedAdapter) -> None:
@@ -100,18 +102,18 @@ class AdapterPool:
         assert adapter.dtype == self.memory.weights.dtype and placement.address % ALIGNMENT == 0
         end = placement.address + adapter.nbytes
         self._storage[placement.address : end].copy_(adapter.storage, non_blocking=True)
-        runs = empty_runs(len(self._index), self.num_replicas)
+        extents = empty_extents(len(self._index), self.num_replicas)
         rows = [self._index[path] for path in adapter.paths]
-        runs[rows, : adapter.num_replicas] = adapter.runs_at(placement.address)
+        extents[rows, : adapter.num_replicas] = adapter.extents_at(placement.address)
         if adapter.storage.is_pinned():
-            runs = runs.pin_memory()
-        self.runs[:, placement.slot] = runs.to(self.runs.device, non_blocking=True)
+            extents = extents.pin_memory()
+        self.extents[:, placement.slot] = extents.to(self.extents.device, non_blocking=True)
         self._touched[placement.slot] = set(adapter.paths)
         self._bind()
 
     def clear(self, slot: int) -> None:
         """Take an adapter away: its slot points at nothing, on the current CUDA stream."""
-        self.runs[:, slot] = self._no_run
+        self.extents[:, slot] = self._no_extent
         self._touched[slot] = set()
         self._bind()
 
@@ -121,5 +123,5 @@ class AdapterPool:
         if self._bound is not None:
             touched = self._bound = self._bound | touched
         self.bindings = {
-            path: PooledBinding(self.memory, self.runs, self._index[path]) for path in touched
+            path: PooledBinding(self.memory, self.extents, self._index[path]) for path in touched
         }

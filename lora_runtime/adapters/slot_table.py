@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_runtime.core import AdapterPlacement
@@ -117,7 +116,7 @@ class SlotTable:
                 field="adapters",
             )
 
-    def acquire(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
+    def acquire(self, digests: Sequence[str]) -> list[Acquired] | None:
         """Pin the adapters of one request, evicting unpinned ones if it must; None if there is no
         room. With nothing pinned what fits an empty pool always finds room.
         """
@@ -128,7 +127,7 @@ class SlotTable:
             acquired = self._acquire_each(digests)
         return acquired
 
-    def has_room(self, digests: AbstractSequence[str]) -> bool:
+    def has_room(self, digests: Sequence[str]) -> bool:
         """True when `acquire` will find room, if need be by evicting what nobody pins."""
         missing = [digest for digest in set(digests) if digest not in self._resident]
         if not missing or not self._pins:
@@ -140,7 +139,7 @@ class SlotTable:
         space = SpaceAllocator.around(self._space.size, runs)
         return all(space.allocate(self._sizes[digest]) is not None for digest in missing)
 
-    def _acquire_each(self, digests: AbstractSequence[str]) -> list[Acquired] | None:
+    def _acquire_each(self, digests: Sequence[str]) -> list[Acquired] | None:
         acquired: list[Acquired] = []
         for digest in digests:
             try:
@@ -154,7 +153,7 @@ class SlotTable:
             acquired.append(got)
         return acquired
 
-    def _undo(self, digests: AbstractSequence[str], acquired: AbstractSequence[Acquired]) -> None:
+    def _undo(self, digests: Sequence[str], acquired: Sequence[Acquired]) -> None:
         """Release what was acquired; what was only now placed is not loaded, so it goes again."""
         for digest, got in zip(digests, acquired, strict=False):
             self.release(digest)

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_runtime.base.loader import MAX_PLANNED_MODELS, Base
+from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import StepContext
-from lora_runtime.base.model.reordered_model import planned_model, shallow_copy, with_submodule
+from lora_runtime.base.model.reordered_model import (
+    WrappedLayer,
+    reordering,
+    shallow_copy,
+    with_submodule,
+)
 
 
-class RecomputedLayer(nn.Module):
-    """Runs `layer`, and again in backward under the adapters of its forward.
-
-    To the decoder it looks like `layer`: it has the same attributes.
-    """
-
-    def __init__(self, layer: nn.Module, context: StepContext) -> None:
-        super().__init__()
-        self.layer, self.context = layer, context
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["_modules"]
-        return own[name] if name in own else getattr(own["layer"], name)
+class RecomputedLayer(WrappedLayer):
+    """Runs `layer`, and again in backward under the adapters of its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever `layer` takes and returns."""
@@ -59,15 +53,13 @@ def recomputed(base: Base) -> Base:
     lighter.layers = nn.ModuleList(RecomputedLayer(layer, base.context) for layer in decoder.layers)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     lighter_model = with_submodule(model, decoder, lighter, configs)
-    planned = lru_cache(MAX_PLANNED_MODELS)(
-        lambda layers: planned_model(lighter_model, layers, base.context)
-    )
-    return replace(base, model=lighter_model, planned=planned)
+    reordered = reordering(lighter_model, base.context)
+    return replace(base, model=lighter_model, reordered=reordered)
 
 
 def _contexts(
     context: StepContext,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward nothing; for the one in backward what acts now, as it will have ended."""
-    again = context.effect(context.meta, context.bindings, context.head_meta)
+    again = context.adapters(context.meta, context.bindings, context.head_meta)
     return nullcontext(), again

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.errors import BaseRefused
 
 SELF_CHECK_LENGTHS = (5, 23)
@@ -36,7 +36,7 @@ def self_check(model: PreTrainedModel, original: list[Tensor]) -> None:
         torch.cat(rows)[None],
         position_ids=torch.cat([torch.arange(len(row), device=model.device) for row in rows])[None],
         use_cache=False,
-        batch=VarlenAttention([Rows(lengths.tolist())], model.device),
+        attention=VarlenAttention([RowLengths(lengths.tolist())], model.device),
         logits_to_keep=lengths.cumsum(0) - 1,
     )
     scale = max(float(logits.abs().max()) for logits in original)

@@ -5,18 +5,16 @@ Reads packed adapters; holds no state and touches no tensor's values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_runtime.adapters.packed_adapter import PackedAdapter
-from lora_runtime.core import AdapterUse, Request, Sequence, activation_start
+from lora_runtime.core import AdapterUse, Request, Row, activation_start
 from lora_runtime.engine.client import EngineInfo
 from lora_runtime.errors import InvalidRequest
 
 
-def admit(
-    request: Request, adapters: AbstractSequence[PackedAdapter], info: EngineInfo
-) -> Sequence:
+def admit(request: Request, adapters: Sequence[PackedAdapter], info: EngineInfo) -> Row:
     """A new row for `request`; `adapters` are those it names, in order.
 
     An activated LoRA starts at its invocation tokens, and is left out where the prompt has none.
@@ -33,7 +31,7 @@ def admit(
     num_planes = -(-depth // info.base.num_layers)
     _check_room(request, depth, num_planes, info)
     active = tuple(use for use in uses if use is not None)
-    return Sequence.of(replace(request, adapters=active), layer_map, num_planes)
+    return Row.of(replace(request, adapters=active), layer_map, num_planes)
 
 
 def _activated(use: AdapterUse, adapter: PackedAdapter, request: Request) -> AdapterUse | None:
@@ -43,7 +41,7 @@ def _activated(use: AdapterUse, adapter: PackedAdapter, request: Request) -> Ada
     return None if start is None else replace(use, start_position=start)
 
 
-def _check_composition(adapters: AbstractSequence[PackedAdapter]) -> None:
+def _check_composition(adapters: Sequence[PackedAdapter]) -> None:
     if len({adapter.layer_map for adapter in adapters}) > 1:
         raise InvalidRequest(
             "adapters visit the base's layers in different orders (layer_replication); name only "

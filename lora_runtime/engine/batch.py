@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_runtime.core import ScheduledBatch, ScheduledSequence
+from lora_runtime.core import ScheduledBatch, ScheduledRow
 from lora_runtime.kernels import AttentionMeta, Span, StepMeta, to_device
 
-Rows = tuple[ScheduledSequence, ...]
+Rows = tuple[ScheduledRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +32,18 @@ class ForwardBatch:
 
 def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
     """Lay out the rows of `plan`. Host lists first, then one copy a tensor, unwaited for."""
-    rows = plan.sequences
-    token_ids = [t for row in rows for t in _tokens(row)]
-    positions = [p for row in rows for p in range(row.start, row.end)]
+    rows = plan.rows
+    token_ids = [t for scheduled in rows for t in _tokens(scheduled)]
+    positions = [p for scheduled in rows for p in range(scheduled.start, scheduled.end)]
     starts = first_tokens(rows)
     attention = AttentionMeta(
         rows=to_device(row_of_token(rows).int(), device),
         positions=to_device(torch.tensor(positions, dtype=torch.int32), device),
-        slot_mapping=to_device(slot_mapping(rows, block_size), device),
+        cache_slots=to_device(cache_slots(rows, block_size), device),
         block_tables=to_device(block_tables(rows).int(), device),
         block_size=block_size,
     )
-    ends = [end - 1 for row, end in zip(rows, starts[1:], strict=True) if row.samples]
+    ends = [end - 1 for scheduled, end in zip(rows, starts[1:], strict=True) if scheduled.samples]
     return ForwardBatch(
         token_ids=to_device(torch.tensor(token_ids), device),
         positions=to_device(torch.tensor(positions), device),
@@ -57,22 +57,24 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
 def first_tokens(rows: Rows) -> list[int]:
     """Where each row's tokens start in the step, and the step's end."""
     starts = [0]
-    for row in rows:
-        starts.append(starts[-1] + row.num_tokens)
+    for scheduled in rows:
+        starts.append(starts[-1] + scheduled.num_tokens)
     return starts
 
 
 def row_of_token(rows: Rows) -> Tensor:
     """(T,) int64: index of each token's row."""
-    return torch.tensor([index for index, row in enumerate(rows) for _ in range(row.num_tokens)])
+    return torch.tensor(
+        [index for index, scheduled in enumerate(rows) for _ in range(scheduled.num_tokens)]
+    )
 
 
-def slot_mapping(rows: Rows, block_size: int, plane: int = 0) -> Tensor:
+def cache_slots(rows: Rows, block_size: int, plane: int = 0) -> Tensor:
     """(T,) int64: cache slot of each token in one plane of its row; 0 where the row has it not."""
     slots = []
-    for row in rows:
-        table = _table(row, plane)
-        for position in range(row.start, row.end):
+    for scheduled in rows:
+        table = _table(scheduled, plane)
+        for position in range(scheduled.start, scheduled.end):
             block = table[position // block_size] if table else 0
             slots.append(block * block_size + position % block_size)
     return torch.tensor(slots)
@@ -80,8 +82,8 @@ def slot_mapping(rows: Rows, block_size: int, plane: int = 0) -> Tensor:
 
 def block_tables(rows: Rows, plane: int = 0) -> Tensor:
     """(N, M) int64: each row's blocks of one plane, padded with 0."""
-    tables = [_table(row, plane) for row in rows]
-    longest = max(len(_table(row, 0)) for row in rows)
+    tables = [_table(scheduled, plane) for scheduled in rows]
+    longest = max(len(_table(scheduled, 0)) for scheduled in rows)
     return torch.tensor([table + [0] * (longest - len(table)) for table in tables])
 
 
@@ -91,14 +93,14 @@ def spans(rows: Rows, replicas: tuple[int, ...] | None = None) -> list[Span]:
     `replicas`: which visit to the layer each row is at; None: the first.
     """
     found = []
-    for index, (row, first_token) in enumerate(zip(rows, first_tokens(rows), strict=False)):
-        for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True):
-            num_skipped = min(max(use.start_position - row.start, 0), row.num_tokens)
+    for index, (scheduled, first_token) in enumerate(zip(rows, first_tokens(rows), strict=False)):
+        for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True):
+            num_skipped = min(max(use.start_position - scheduled.start, 0), scheduled.num_tokens)
             found.append(
                 Span(
                     slot=slot,
                     first_token=first_token + num_skipped,
-                    num_tokens=row.num_tokens - num_skipped,
+                    num_tokens=scheduled.num_tokens - num_skipped,
                     weight=use.weight,
                     replica=0 if replicas is None else replicas[index],
                 )
@@ -110,16 +112,16 @@ def _head_spans(rows: Rows) -> list[Span]:
     """One span per sampled token and adapter that acts on it."""
     return [
         Span(slot=slot, first_token=index, num_tokens=1, weight=use.weight)
-        for index, row in enumerate(row for row in rows if row.samples)
-        for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True)
-        if use.start_position < row.end
+        for index, scheduled in enumerate(scheduled for scheduled in rows if scheduled.samples)
+        for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True)
+        if use.start_position < scheduled.end
     ]
 
 
-def _tokens(row: ScheduledSequence) -> list[int]:
-    return row.sequence.token_ids[row.start : row.end]
+def _tokens(scheduled: ScheduledRow) -> list[int]:
+    return scheduled.row.token_ids[scheduled.start : scheduled.end]
 
 
-def _table(row: ScheduledSequence, plane: int) -> list[int]:
-    sequence = row.sequence
-    return sequence.block_table[plane :: sequence.num_planes] if plane < sequence.num_planes else []
+def _table(scheduled: ScheduledRow, plane: int) -> list[int]:
+    row = scheduled.row
+    return row.block_table[plane :: row.num_planes] if plane < row.num_planes else []

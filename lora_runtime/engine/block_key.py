@@ -14,7 +14,7 @@ BlockKey = bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
+class BlockInfluence:
     """What changes the keys and values of a token block beside the base."""
 
     adapters: tuple[tuple[str, float, int], ...] = ()
@@ -24,9 +24,9 @@ class Effect:
     layer_map: tuple[int, ...] | None = None
 
 
-def effect_within(
+def influence_within(
     request: Request, start: int, stop: int, layer_map: tuple[int, ...] | None = None
-) -> Effect:
+) -> BlockInfluence:
     """The effect on the token block of positions `start` to `stop` - 1.
 
     A block that ends before an activated LoRA's start is the base's own. An adapter of weight 0
@@ -37,11 +37,11 @@ def effect_within(
         for use in request.adapters
         if use.start_position < stop
     ]
-    return Effect(adapters=tuple(sorted(acting)), layer_map=layer_map)
+    return BlockInfluence(adapters=tuple(sorted(acting)), layer_map=layer_map)
 
 
 def block_key(
-    parent: BlockKey | None, token_ids: Sequence[int], effect: Effect, salt: str
+    parent: BlockKey | None, token_ids: Sequence[int], influence: BlockInfluence, salt: str
 ) -> BlockKey:
     """Key of a full token block: SHA-256 of (salt, parent key, tokens, effect).
 
@@ -52,7 +52,7 @@ def block_key(
         salt,
         parent.hex() if parent else None,
         list(token_ids),
-        [[digest, repr(weight), offset] for digest, weight, offset in effect.adapters],
-        list(effect.layer_map) if effect.layer_map is not None else None,
+        [[digest, repr(weight), offset] for digest, weight, offset in influence.adapters],
+        list(influence.layer_map) if influence.layer_map is not None else None,
     ]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()

@@ -1,4 +1,4 @@
-"""Which cache blocks belong to which sequences. Bookkeeping only: ints, no tensors.
+"""Which cache blocks belong to which rows. Bookkeeping only: ints, no tensors.
 
 Full blocks are found again by their content and shared, read-only, by reference count. A block
 without users stays findable until its space is needed: blocks without content go first, then the
@@ -8,10 +8,10 @@ least recently used. Source: vLLM's automatic prefix caching (PagedAttention, ar
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 
-from lora_runtime.core import Sequence
-from lora_runtime.engine.block_key import BlockKey, block_key, effect_within
+from lora_runtime.core import Row
+from lora_runtime.engine.block_key import BlockKey, block_key, influence_within
 
 Content = tuple[BlockKey, int]
 """What a full block holds: a token block's key, and which plane of its layers."""
@@ -25,7 +25,7 @@ class BlockManager:
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.num_prefix_queries = self.num_prefix_hits = 0
-        """Tokens of all admissions (resumed sequences too), and those of them found cached."""
+        """Tokens of all admissions (resumed rows too), and those of them found cached."""
         self._is_caching = enable_prefix_cache
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_users = [0] * num_blocks
@@ -43,23 +43,23 @@ class BlockManager:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
-    def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that `sequence` lacks to hold `num_tokens` tokens."""
+    def num_missing(self, row: Row, num_tokens: int) -> int:
+        """Blocks that `row` lacks to hold `num_tokens` tokens."""
         num_token_blocks = -(-num_tokens // self.block_size)
-        return max(0, num_token_blocks * sequence.num_planes - len(sequence.block_table))
+        return max(0, num_token_blocks * row.num_planes - len(row.block_table))
 
-    def find(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that hold a new sequence's leading tokens, in block table order.
+    def find(self, row: Row) -> list[int]:
+        """The cached blocks that hold a new row's leading tokens, in block table order.
 
         Whole blocks with all their planes, and never the last token: its logits are needed.
         """
         if not self._is_caching:
             return []
-        num_whole = (len(sequence.token_ids) - 1) // self.block_size
-        self._extend_keys(sequence, num_whole)
+        num_whole = (len(row.token_ids) - 1) // self.block_size
+        self._extend_keys(row, num_whole)
         found: list[int] = []
-        for key in sequence.block_keys[:num_whole]:
-            contents = [(key, plane) for plane in range(sequence.num_planes)]
+        for key in row.block_keys[:num_whole]:
+            contents = [(key, plane) for plane in range(row.num_planes)]
             if not all(content in self._cached for content in contents):
                 break
             found.extend(self._cached[content] for content in contents)
@@ -67,79 +67,79 @@ class BlockManager:
 
     def has_room(
         self,
-        sequence: Sequence,
-        found: AbstractSequence[int],
-        leaving: AbstractSequence[Sequence] = (),
+        row: Row,
+        found: Sequence[int],
+        leaving: Sequence[Row] = (),
     ) -> bool:
-        """True when all tokens of a new sequence fit, its first blocks being `found`: now, or when
-        the sequences `leaving` have given theirs back.
+        """True when all tokens of a new row fit, its first blocks being `found`: now, or when
+        the rows `leaving` have given theirs back.
         """
         uses = Counter(block for other in leaving for block in other.block_table)
         freed = {block for block, count in uses.items() if count == self._num_users[block]}
         num_idle = sum(block in self._free or block in freed for block in found)
-        num_new = self.num_missing(sequence, len(sequence.token_ids)) - len(found)
+        num_new = self.num_missing(row, len(row.token_ids)) - len(found)
         return num_idle + num_new <= self.num_free + len(freed)
 
-    def share(self, sequence: Sequence, found: AbstractSequence[int]) -> None:
-        """Begin a new sequence with the blocks found for it; their tokens are computed."""
+    def share(self, row: Row, found: Sequence[int]) -> None:
+        """Begin a new row with the blocks found for it; their tokens are computed."""
         for block in found:
             self._free.pop(block, None)
             self._num_users[block] += 1
-        sequence.block_table.extend(found)
-        sequence.num_cached_blocks = len(found) // sequence.num_planes
-        sequence.num_computed_tokens = sequence.num_cached_blocks * self.block_size
-        self.num_prefix_queries += len(sequence.token_ids)
-        self.num_prefix_hits += sequence.num_computed_tokens
+        row.block_table.extend(found)
+        row.num_cached_blocks = len(found) // row.num_planes
+        row.num_computed_tokens = row.num_cached_blocks * self.block_size
+        self.num_prefix_queries += len(row.token_ids)
+        self.num_prefix_hits += row.num_computed_tokens
 
-    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+    def grow(self, row: Row, num_tokens: int) -> bool:
         """Extend the block table to hold `num_tokens` tokens; False if it cannot."""
-        missing = self.num_missing(sequence, num_tokens)
+        missing = self.num_missing(row, num_tokens)
         if missing > self.num_free:
             return False
-        sequence.block_table.extend(self._take() for _ in range(missing))
+        row.block_table.extend(self._take() for _ in range(missing))
         return True
 
-    def publish(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make the full blocks of a sequence's first tokens findable; of equal ones the first
+    def publish(self, row: Row, num_tokens: int) -> None:
+        """Make the full blocks of a row's first tokens findable; of equal ones the first
         stays.
         """
         num_whole = num_tokens // self.block_size
-        if not self._is_caching or num_whole <= sequence.num_cached_blocks:
+        if not self._is_caching or num_whole <= row.num_cached_blocks:
             return
-        self._extend_keys(sequence, num_whole)
-        for index in range(sequence.num_cached_blocks, num_whole):
-            for plane in range(sequence.num_planes):
-                block = sequence.block_table[index * sequence.num_planes + plane]
-                content = sequence.block_keys[index], plane
+        self._extend_keys(row, num_whole)
+        for index in range(row.num_cached_blocks, num_whole):
+            for plane in range(row.num_planes):
+                block = row.block_table[index * row.num_planes + plane]
+                content = row.block_keys[index], plane
                 if self._cached.setdefault(content, block) == block:
                     self._contents[block] = content
-                    self._digests[block] = _digests_before(sequence, (index + 1) * self.block_size)
-        sequence.num_cached_blocks = num_whole
+                    self._digests[block] = _digests_before(row, (index + 1) * self.block_size)
+        row.num_cached_blocks = num_whole
 
-    def retract(self, sequence: Sequence) -> None:
-        """Nobody new may find the blocks of `sequence`, whose keys and values are suspect."""
-        for block in sequence.block_table:
+    def retract(self, row: Row) -> None:
+        """Nobody new may find the blocks of `row`, whose keys and values are suspect."""
+        for block in row.block_table:
             self._forget(block)
 
     def forget_adapter(self, digest: str) -> None:
-        """Drop all content that depends on an adapter; no live sequence may use it."""
+        """Drop all content that depends on an adapter; no live row may use it."""
         for block in [block for block, digests in self._digests.items() if digest in digests]:
             self._forget(block)
             self._free.move_to_end(block, last=False)
 
-    def release(self, sequence: Sequence) -> None:
-        """Give back all blocks of `sequence`; the end of its cached prefix is evicted first."""
-        for block in reversed(sequence.block_table):
+    def release(self, row: Row) -> None:
+        """Give back all blocks of `row`; the end of its cached prefix is evicted first."""
+        for block in reversed(row.block_table):
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
                 self._free[block] = None
                 self._free.move_to_end(block, last=block in self._contents)
-        sequence.block_table.clear()
-        sequence.num_cached_blocks = 0
+        row.block_table.clear()
+        row.num_cached_blocks = 0
 
-    def check_integrity(self, owners: list[Sequence]) -> None:
+    def check_integrity(self, owners: list[Row]) -> None:
         """Assert that users are counted right, unused blocks are free, and content is found."""
-        users = Counter(block for sequence in owners for block in sequence.block_table)
+        users = Counter(block for row in owners for block in row.block_table)
         assert self._num_users == [users[block] for block in range(self.num_blocks)]
         assert set(self._free) == set(range(self.num_blocks)) - set(users)
         assert self._cached == {content: block for block, content in self._contents.items()}
@@ -158,18 +158,18 @@ class BlockManager:
         if content is not None:
             del self._cached[content], self._digests[block]
 
-    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
-        keys, request = sequence.block_keys, sequence.request
+    def _extend_keys(self, row: Row, num_blocks: int) -> None:
+        keys, request = row.block_keys, row.request
         for start in range(
             len(keys) * self.block_size, num_blocks * self.block_size, self.block_size
         ):
             stop = start + self.block_size
-            effect = effect_within(request, start, stop, sequence.layer_map)
+            influence = influence_within(request, start, stop, row.layer_map)
             parent = keys[-1] if keys else None
-            tokens = sequence.token_ids[start:stop]
-            keys.append(block_key(parent, tokens, effect, request.cache_salt))
+            tokens = row.token_ids[start:stop]
+            keys.append(block_key(parent, tokens, influence, request.cache_salt))
 
 
-def _digests_before(sequence: Sequence, stop: int) -> frozenset[str]:
-    uses = sequence.request.adapters
+def _digests_before(row: Row, stop: int) -> frozenset[str]:
+    uses = row.request.adapters
     return frozenset(use.digest for use in uses if use.start_position < stop)

@@ -81,7 +81,7 @@ class DecodeGraphs:
         `layout` of the adapter pool: graphs with adapters that were captured under another are
         dropped. The result is overwritten by the next step.
         """
-        rows = plan.sequences
+        rows = plan.rows
         buffers = next((b for b in self._buffers if b.takes(rows)), None)
         if buffers is None:
             return None

@@ -23,9 +23,9 @@ from lora_runtime.core import (
     AdapterUse,
     FinishReason,
     Request,
+    Row,
+    RowStatus,
     ScheduledBatch,
-    Sequence,
-    SequenceStatus,
     StepOutput,
 )
 from lora_runtime.engine.admission import admit
@@ -82,7 +82,7 @@ class Engine:
         self.num_steps_ahead = int(base.device.type == "cuda")
         """0, or 1: a step runs on the device while the next one is planned and queued."""
         self._started: deque[tuple[ScheduledBatch, Draw]] = deque()
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[str, Row] = {}
         self._outputs: list[StepOutput] = []
         """Made and not yet taken: they are not lost with what is raised behind them."""
         self._num_steps = 0
@@ -98,9 +98,9 @@ class Engine:
         """
         self._check(request)
         self.slots.check_fits({use.digest for use in request.adapters})
-        sequence = admit(request, [self.host[use.digest] for use in request.adapters], self.info)
-        self.scheduler.add(sequence)
-        self._live[request.request_id] = sequence
+        row = admit(request, [self.host[use.digest] for use in request.adapters], self.info)
+        self.scheduler.add(row)
+        self._live[request.request_id] = row
 
     def abort(
         self,
@@ -109,22 +109,22 @@ class Engine:
         error: LoramuxError | None = None,
     ) -> list[StepOutput]:
         """End a request before its next step, freeing all it holds; no output if it is over."""
-        sequence = self._live.pop(request_id, None)
-        if sequence is None or sequence.status is SequenceStatus.FINISHED:
+        row = self._live.pop(request_id, None)
+        if row is None or row.status is RowStatus.FINISHED:
             return []
-        return [self.scheduler.end(sequence, reason, error)]
+        return [self.scheduler.end(row, reason, error)]
 
     def abort_all(self, error: LoramuxError) -> list[StepOutput]:
         """End every request with `error`, whatever has happened before."""
         outputs, reason = self.take_outputs(), FinishReason.ERROR
-        for sequence in self._live.values():
-            if sequence.status is SequenceStatus.FINISHED:
+        for row in self._live.values():
+            if row.status is RowStatus.FINISHED:
                 continue  # its end is among what was taken
             try:
-                outputs.append(self.scheduler.end(sequence, reason, error))
+                outputs.append(self.scheduler.end(row, reason, error))
             except Exception:  # what keeps count of blocks and slots may be what broke
-                sequence.status = SequenceStatus.FINISHED
-                outputs.append(terminal_output(sequence, reason, error))
+                row.status = RowStatus.FINISHED
+                outputs.append(terminal_output(row, reason, error))
         self._live.clear()
         return outputs
 
@@ -199,7 +199,7 @@ class Engine:
         plan = self.scheduler.schedule(self.runner.loads.in_progress())
         self._outputs += plan.failed
         plan = self._load(plan)
-        if not plan.sequences:
+        if not plan.rows:
             if not self._started:
                 self.runner.loads.wait()
             self._commit(num_steps_ahead=0)
@@ -225,17 +225,19 @@ class Engine:
                 self.runner.load(placement)
             except Exception as cause:
                 users = [s for s in self.scheduler.running if _uses(s, placement.digest)]
-                self._outputs += [self.scheduler.fail(sequence, cause) for sequence in users]
+                self._outputs += [self.scheduler.fail(row, cause) for row in users]
                 self.slots.evict(placement.digest)
-        rows = tuple(row for row in plan.sequences if row.sequence.status is SequenceStatus.RUNNING)
-        return replace(plan, sequences=rows)
+        rows = tuple(
+            scheduled for scheduled in plan.rows if scheduled.row.status is RowStatus.RUNNING
+        )
+        return replace(plan, rows=rows)
 
     def _start(self, plan: ScheduledBatch) -> bool:
         """Start a plan; False when something went wrong with one of its rows, or with all."""
         try:
             self._started.append((plan, self.runner.start(plan)))
         except Exception:
-            log.exception("a step of %d rows failed; each is run alone", len(plan.sequences))
+            log.exception("a step of %d rows failed; each is run alone", len(plan.rows))
             return False
         self.scheduler.advance(plan)
         return True
@@ -258,16 +260,16 @@ class Engine:
         A row's keys and values are only its own, so that writing them again changes nothing.
         """
         num_run = num_failed = 0
-        for row in plan.sequences:
-            if row.sequence.status is not SequenceStatus.RUNNING:
+        for scheduled in plan.rows:
+            if scheduled.row.status is not RowStatus.RUNNING:
                 continue  # a step that was in flight ended it
             num_run += 1
-            alone = ScheduledBatch((row,))
+            alone = ScheduledBatch((scheduled,))
             try:
                 sampled = self.runner.start(alone).result()
             except Exception as cause:
                 num_failed += 1
-                self._outputs.append(self.scheduler.fail(row.sequence, cause))
+                self._outputs.append(self.scheduler.fail(scheduled.row, cause))
             else:
                 self.scheduler.advance(alone)
                 self._outputs += self.scheduler.commit(alone, sampled)
@@ -277,8 +279,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot for metrics and people."""
 
-        def digests(sequences: list[Sequence]) -> tuple[str, ...]:
-            return tuple(sorted({use.digest for s in sequences for use in s.request.adapters}))
+        def digests(rows: list[Row]) -> tuple[str, ...]:
+            return tuple(sorted({use.digest for s in rows for use in s.request.adapters}))
 
         return EngineStats(
             is_alive=True,
@@ -300,14 +302,14 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that all bookkeeping agrees. For tests and idle moments."""
         self.scheduler.check_integrity()
-        assert set(map(id, self._live.values())) == set(map(id, self.scheduler.sequences()))
+        assert set(map(id, self._live.values())) == set(map(id, self.scheduler.rows()))
 
     def _expire(self) -> list[StepOutput]:
         now = time.monotonic()
         late = [
             request_id
-            for request_id, sequence in self._live.items()
-            if sequence.request.deadline is not None and sequence.request.deadline <= now
+            for request_id, row in self._live.items()
+            if row.request.deadline is not None and row.request.deadline <= now
         ]
         return [output for request_id in late for output in self.abort(request_id)]
 
@@ -358,13 +360,13 @@ class Engine:
             )
 
 
-def _live(plan: ScheduledBatch) -> list[Sequence]:
-    rows = (row.sequence for row in plan.sequences)
-    return [sequence for sequence in rows if sequence.status is not SequenceStatus.FINISHED]
+def _live(plan: ScheduledBatch) -> list[Row]:
+    rows = (scheduled.row for scheduled in plan.rows)
+    return [row for row in rows if row.status is not RowStatus.FINISHED]
 
 
-def _uses(sequence: Sequence, digest: str) -> bool:
-    return any(use.digest == digest for use in sequence.request.adapters)
+def _uses(row: Row, digest: str) -> bool:
+    return any(use.digest == digest for use in row.request.adapters)
 
 
 def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) -> EngineInfo:

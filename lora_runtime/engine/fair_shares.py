@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lora_runtime.core import ScheduledSequence
+from lora_runtime.core import ScheduledRow
 
 PROMPT_PRICE = 1
 OUTPUT_PRICE = 2
@@ -44,14 +44,14 @@ class FairShares:
         """Virtual tokens of a client that has requests."""
         return self._counters[client]
 
-    def charge(self, row: ScheduledSequence) -> None:
+    def charge(self, scheduled: ScheduledRow) -> None:
         """Add the price of a planned row to its client's counter."""
-        sequence = row.sequence
-        stop = min(row.end, sequence.num_prompt_tokens)
-        num_new = max(0, stop - max(row.start, sequence.num_priced_tokens))
-        sequence.num_priced_tokens = max(stop, sequence.num_priced_tokens)
-        price = PROMPT_PRICE * num_new + OUTPUT_PRICE * row.samples
-        self._counters[sequence.request.client] += price * sequence.num_planes
+        row = scheduled.row
+        stop = min(scheduled.end, row.num_prompt_tokens)
+        num_new = max(0, stop - max(scheduled.start, row.num_priced_tokens))
+        row.num_priced_tokens = max(stop, row.num_priced_tokens)
+        price = PROMPT_PRICE * num_new + OUTPUT_PRICE * scheduled.samples
+        self._counters[row.request.client] += price * row.num_planes
 
     def check_integrity(self, num_requests: Counter[str]) -> None:
         """Assert that exactly `num_requests` of each client are counted."""

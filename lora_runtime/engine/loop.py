@@ -34,7 +34,7 @@ from lora_runtime.core import ANY_FOLDER, FinishReason, FolderRules, Request, St
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.failure_streak import FailureStreak
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Overloaded, Unavailable
 from lora_runtime.kernels.compiling import is_compiling, watch_compiles
@@ -145,7 +145,7 @@ class InThreadEngine:
         check_depth(form.layer_map, self.info.max_adapter_layers)
         packed = await self._readers.run(pack_for, base, form)
         if golden is not None:
-            await self._check(golden, effect_of(base, packed), form.tensors_sha256)
+            await self._check(golden, adapter_logits(base, packed), form.tensors_sha256)
         await self._call(lambda: self._engine.add_packed(packed))
         return _summary(form, packed.nbytes)
 

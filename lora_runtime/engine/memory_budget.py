@@ -29,10 +29,10 @@ from lora_runtime.core import (
     AdapterPlacement,
     AdapterUse,
     Request,
+    Row,
     SamplingParams,
     ScheduledBatch,
-    ScheduledSequence,
-    Sequence,
+    ScheduledRow,
 )
 from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.model_runner import ModelRunner
@@ -113,18 +113,18 @@ def measure(base: Base, config: EngineConfig) -> DeviceMemory:
 def _largest_steps(base: Base, config: EngineConfig) -> tuple[int, int]:
     """Bytes of activations and of graphs; nothing stays on the device."""
     plan, block_size = largest_step(base, config), config.cache.block_size
-    num_blocks = sum(len(row.sequence.block_table) for row in plan.sequences)
+    num_blocks = sum(len(scheduled.row.block_table) for scheduled in plan.rows)
     cache = base.allocate_kv(num_blocks * block_size)
     pool = _pool_with_an_adapter(base)
-    runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.sequences))
+    runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.rows))
     activations = _peak(base.device, lambda: runner.start(plan).result())
     return activations, _graph_bytes(runner, plan) if config.cuda_graphs else 0
 
 
 def _graph_bytes(runner: ModelRunner, plan: ScheduledBatch) -> int:
     """What the graph of most rows will hold: all that its forward takes, and its logits."""
-    rows = plan.sequences[: buckets(len(plan.sequences))[-1]]
-    last = tuple(ScheduledSequence(row.sequence, row.end - 1, 1) for row in rows)
+    rows = plan.rows[: buckets(len(plan.rows))[-1]]
+    last = tuple(ScheduledRow(scheduled.row, scheduled.end - 1, 1) for scheduled in rows)
     decode = ScheduledBatch(last)
     logits = runner.logits(decode)
     return logits.nbytes + _peak(runner.base.device, lambda: runner.logits(decode))
@@ -172,12 +172,12 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
     for index in range(limits.max_num_seqs):
         length = 1 + min(left, longest - 1)
         left -= length - 1
-        row = Sequence.of(_request(str(index), length))
+        row = Row.of(_request(str(index), length))
         num_blocks = -(-length // config.cache.block_size)
         row.block_table = list(range(first_block, first_block + num_blocks))
         row.slots = (0,)
         first_block += num_blocks
-        rows.append(ScheduledSequence(row, 0, length))
+        rows.append(ScheduledRow(row, 0, length))
     return ScheduledBatch(tuple(rows))
 
 

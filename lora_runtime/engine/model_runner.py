@@ -12,20 +12,20 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.base.model.attention import KVCache, PagedAttention
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import (
     AdapterPlacement,
     AdapterUse,
     Request,
+    Row,
     SamplingParams,
     ScheduledBatch,
-    ScheduledSequence,
-    Sequence,
+    ScheduledRow,
 )
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
-from lora_runtime.engine.reordered_batch import PlannedLayers, plan_layers
+from lora_runtime.engine.reordered_batch import ReorderedBatch, reordered_batch
 from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu
@@ -87,7 +87,7 @@ class ModelRunner:
         that holds none, so that all kernels run and change nothing.
         """
         bindings = self.pool.all_bindings()
-        longest = min(self.cache.num_slots, self.base.spec.max_model_len)
+        longest = min(self.cache.num_cache_slots, self.base.spec.max_model_len)
         for num_tokens in sorted({min(n, longest) for n in WARM_TOKENS}):
             for slots in ((), (0,)):
                 plan = _warm_plan(num_tokens, slots, self.block_size)
@@ -108,7 +108,7 @@ class ModelRunner:
     def start(self, plan: ScheduledBatch) -> Draw:
         """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
         logits = self.logits(plan)
-        due = [row.sequence for row in plan.sequences if row.samples]
+        due = [scheduled.row for scheduled in plan.rows if scheduled.samples]
         found = draw(logits, due, self._best)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
@@ -120,7 +120,7 @@ class ModelRunner:
         Raises what the device raises: after an error that took the device away, anything does.
         """
         one = torch.zeros(1, dtype=torch.int64, device=self.base.device)
-        attention = VarlenAttention([Rows([1])], self.base.device)
+        attention = VarlenAttention([RowLengths([1])], self.base.device)
         self.base.forward(one, one, attention, one).cpu()
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
@@ -132,7 +132,7 @@ class ModelRunner:
                 logits, self._best = replayed
                 return logits
         batch = build_batch(plan, self.block_size, self.base.device)
-        return self.forward(batch, plan_layers(plan, batch, self.cache))
+        return self.forward(batch, reordered_batch(plan, batch, self.cache))
 
     def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
         logits = self.forward(batch)
@@ -141,7 +141,7 @@ class ModelRunner:
     def forward(
         self,
         batch: ForwardBatch,
-        planned: PlannedLayers | None = None,
+        reordered: ReorderedBatch | None = None,
         bindings: Mapping[str, PooledBinding] | None = None,
     ) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache.
@@ -150,15 +150,15 @@ class ModelRunner:
         pool's own, if not given.
         """
         drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
-        attention = planned.batch if planned else PagedAttention(self.cache, batch.attention)
+        attention = reordered.batch if reordered else PagedAttention(self.cache, batch.attention)
         bound = self.pool.bindings if bindings is None else bindings
-        with self.base.context.effect(batch.adapters, bound, batch.head_adapters):
+        with self.base.context.adapters(batch.adapters, bound, batch.head_adapters):
             return self.base.forward(
                 torch.where(batch.token_ids < 0, drawn, batch.token_ids),
                 batch.positions,
                 attention,
                 batch.logits_at,
-                planned.layers if planned else None,
+                reordered.layers if reordered else None,
             )
 
 
@@ -170,7 +170,7 @@ def _warm_plan(num_tokens: int, slots: tuple[int, ...], block_size: int) -> Sche
         request = Request(
             request_id="", prompt_token_ids=(0,) * length, sampling=sampling, adapters=uses
         )
-        row = Sequence.of(request)
+        row = Row.of(request)
         row.slots, row.block_table = slots, list(range(-(-length // block_size)))
-        rows.append(ScheduledSequence(row, start, length - start))
+        rows.append(ScheduledRow(row, start, length - start))
     return ScheduledBatch(tuple(rows))

@@ -15,15 +15,15 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.layer_order import replicas
-from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import AdapterPlacement, activation_start
 from lora_runtime.kernels import Span, StepMeta
 
 TokenRows = Sequence[Sequence[int]]
 
 
-def effect_of(base: Base, adapter: PackedAdapter) -> Logits:
+def adapter_logits(base: Base, adapter: PackedAdapter) -> Logits:
     """What the parity gate asks, by the kernels that serve. The adapter is brought to the device
     at the first call that needs it.
 
@@ -60,7 +60,7 @@ class _Bound(NamedTuple):
 def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequence[int]) -> Tensor:
     """Logits (n, vocab) at the tokens `logits_at` of all rows laid end to end."""
     lengths = [len(row) for row in rows]
-    attention = VarlenAttention([Rows(lengths)], base.device)
+    attention = VarlenAttention([RowLengths(lengths)], base.device)
     token_ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(length) for length in lengths])
     wanted = torch.tensor(logits_at, device=base.device)
@@ -72,7 +72,7 @@ def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequen
     head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
     layer_map = bound.adapter.layer_map
     batch = attention if layer_map is None else _planned(layer_map, bound.adapter, rows, base)
-    with base.context.effect(meta, bound.pool.bindings, head_meta):
+    with base.context.adapters(meta, bound.pool.bindings, head_meta):
         return base.forward(*inputs, batch, wanted, layer_map)
 
 
@@ -85,10 +85,10 @@ def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
 
 def _planned(
     layer_map: tuple[int, ...], adapter: PackedAdapter, rows: TokenRows, base: Base
-) -> PlannedBatch:
+) -> LayerSteps:
     """Every row at every step of the one map."""
-    attention = VarlenAttention([Rows([len(row) for row in rows])], base.device)
-    return PlannedBatch(
+    attention = VarlenAttention([RowLengths([len(row) for row in rows])], base.device)
+    return LayerSteps(
         [
             LayerStep(None, attention, StepMeta.build(_spans(adapter, rows, visit), base.device))
             for visit in replicas(layer_map)

@@ -1,7 +1,7 @@
 """A step whose rows visit the base's layers in different orders: which tokens run at which layer.
 
 Rows with a layer map (PEFT's layer replication) and plain rows share one forward over the shortest
-common supersequence of their maps; see `base/layer_plan.py`.
+common supersequence of their maps; see `base/layer_order.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from lora_runtime.base.model.attention import KVCache, PagedAttention
-from lora_runtime.base.model.layer_order import LayerMap, PlanStep, replicas, shortest_plan
-from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
+from lora_runtime.base.model.layer_order import LayerMap, OrderStep, replicas, shortest_order
+from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import (
     ForwardBatch,
     Rows,
     block_tables,
+    cache_slots,
     row_of_token,
-    slot_mapping,
     spans,
 )
 from lora_runtime.kernels import AttentionMeta, StepMeta, to_device
@@ -45,37 +45,39 @@ class Planes:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedLayers:
+class ReorderedBatch:
     """The base layers to run, in order, and which tokens run at each."""
 
     layers: tuple[int, ...]
-    batch: PlannedBatch
+    batch: LayerSteps
 
 
-def plan_layers(plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache) -> PlannedLayers | None:
+def reordered_batch(
+    plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache
+) -> ReorderedBatch | None:
     """Lay out the layers of a step; None when every row visits each layer of the base once."""
-    rows = plan.sequences
-    if all(row.sequence.layer_map is None for row in rows):
+    rows = plan.rows
+    if all(scheduled.row.layer_map is None for scheduled in rows):
         return None
     num_layers = cache.keys.shape[0]
-    maps = [row.sequence.layer_map or tuple(range(num_layers)) for row in rows]
-    steps = shortest_plan(frozenset(maps))
-    num_planes = max(row.sequence.num_planes for row in rows)
+    maps = [scheduled.row.layer_map or tuple(range(num_layers)) for scheduled in rows]
+    steps = shortest_order(frozenset(maps))
+    num_planes = max(scheduled.row.num_planes for scheduled in rows)
     block_size = batch.attention.block_size
     planes = Planes(
         cache=cache.as_one_layer(),
-        slots=torch.stack([slot_mapping(rows, block_size, k) for k in range(num_planes)]),
+        slots=torch.stack([cache_slots(rows, block_size, k) for k in range(num_planes)]),
         tables=torch.stack([block_tables(rows, k) for k in range(num_planes)]),
         num_layers=num_layers,
         block_size=block_size,
     )
     adapters: dict[tuple, StepMeta | None] = {}
     layer_steps = [_layer_step(step, rows, maps, planes, batch, adapters) for step in steps]
-    return PlannedLayers(tuple(step.layer for step in steps), PlannedBatch(layer_steps))
+    return ReorderedBatch(tuple(step.layer for step in steps), LayerSteps(layer_steps))
 
 
 def _layer_step(
-    step: PlanStep,
+    step: OrderStep,
     rows: Rows,
     maps: list[LayerMap],
     planes: Planes,
@@ -109,18 +111,18 @@ def _attention(
     planes: Planes,
     batch: ForwardBatch,
 ) -> AttentionMeta:
-    """The tables of one plan step: rows `here`, each at its own position (n,) of its map."""
+    """The tables of one layer step: rows `here`, each at its own position (n,) of its map."""
     device = batch.token_ids.device
     plane, layer = positions // planes.num_layers, positions % planes.num_layers
     own_row = row_of_token(own_rows)
-    slots_in_layer = planes.cache.num_slots // planes.num_layers
+    slots_in_layer = planes.cache.num_cache_slots // planes.num_layers
     slots = planes.slots[plane[own_row], tokens] + layer[own_row] * slots_in_layer
     tables = planes.tables[plane, torch.tensor(here)]
     tables = tables + layer[:, None] * (slots_in_layer // planes.block_size)
     return AttentionMeta(
         rows=to_device(own_row.int(), device),
         positions=batch.attention.positions[to_device(tokens, device)],
-        slot_mapping=to_device(slots, device),
+        cache_slots=to_device(slots, device),
         block_tables=to_device(tables.int(), device),
         block_size=planes.block_size,
     )

@@ -7,25 +7,25 @@ Nothing waits for the device but `Draw.result`, which the next steps may be star
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_runtime.core import SampledToken, SamplingParams, Sequence, TokenLogprob
+from lora_runtime.core import Row, SampledToken, SamplingParams, TokenLogprob
 from lora_runtime.kernels import draw_cut, invert, to_device
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """A top_p below it would be 0 in float32, and keep no token."""
 
 
-def uniform(sequence: Sequence) -> float:
+def uniform(row: Row) -> float:
     """The row's random number in [0, 1) for its next token: by seed and position, if seeded."""
-    seed = sequence.request.sampling.seed
+    seed = row.request.sampling.seed
     if seed is None:
         return random.random()
-    return random.Random(f"{seed}/{sequence.num_output_tokens}").random()
+    return random.Random(f"{seed}/{row.num_output_tokens}").random()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +50,37 @@ class Draw:
         ]
 
 
-def draw(logits: Tensor, sequences: AbstractSequence[Sequence], best: Tensor | None = None) -> Draw:
-    """Draw one token a row: logits (n, vocab), row i for sequences[i]. `best`: `greedy` of the
+def draw(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Draw:
+    """Draw one token a row: logits (n, vocab), row i for rows[i]. `best`: `greedy` of the
     logits, if it is known.
 
     temperature 0 takes the most likely token; else one is drawn by inversion from
     softmax(logits / temperature) cut to top_k, top_p and min_p. Stop tokens are excluded before
     min_tokens. Log probabilities are of the unmodified logits, in float32.
     """
-    params = [sequence.request.sampling for sequence in sequences]
-    chosen = choose(logits, sequences, best)
+    params = [row.request.sampling for row in rows]
+    chosen = choose(logits, rows, best)
     logprobs = _logprobs(logits, chosen[:, 0], params)
     copied = [None if t is None else t.to("cpu", non_blocking=True) for t in (chosen, logprobs)]
     stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
     return Draw(chosen[:, 0], *copied, params, stream and stream.record_event())
 
 
-def choose(
-    logits: Tensor, sequences: AbstractSequence[Sequence], best: Tensor | None = None
-) -> Tensor:
+def choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Tensor:
     """What `draw` draws, still on the device: (n, 2) int64 as in `greedy`.
 
     One copy goes there, of all parameters, if any row draws (one more before min_tokens).
     """
-    allowed = _without_early_stops(logits, sequences)
+    allowed = _without_early_stops(logits, rows)
     chosen = greedy(allowed) if best is None or allowed is not logits else best.clone()
-    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    drawn = [index for index, s in enumerate(rows) if s.request.sampling.temperature > 0]
     if drawn:
-        drawn.sort(key=lambda row: not _is_cut(sequences[row].request.sampling))
-        table = _parameters(sequences, drawn, logits.device)
-        num_cut = sum(_is_cut(sequences[row].request.sampling) for row in drawn)
-        rows = table[:, 0].long()
-        token_ids = _draw(allowed.index_select(0, rows).float(), table[:, 1:], num_cut)
-        chosen[:, 0].index_copy_(0, rows, token_ids)
+        drawn.sort(key=lambda index: not _is_cut(rows[index].request.sampling))
+        table = _parameters(rows, drawn, logits.device)
+        num_cut = sum(_is_cut(rows[index].request.sampling) for index in drawn)
+        indices = table[:, 0].long()
+        token_ids = _draw(allowed.index_select(0, indices).float(), table[:, 1:], num_cut)
+        chosen[:, 0].index_copy_(0, indices, token_ids)
     return chosen
 
 
@@ -105,26 +103,24 @@ def _on_device(values: list, device: torch.device) -> Tensor:
     return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
-def _parameters(
-    sequences: AbstractSequence[Sequence], rows: list[int], device: torch.device
-) -> Tensor:
+def _parameters(rows: Sequence[Row], indices: list[int], device: torch.device) -> Tensor:
     """(rows, 6) float64: row, temperature, random number, top_k, top_p, min_p."""
     values = []
-    for row in rows:
-        sampling = sequences[row].request.sampling
+    for index in indices:
+        sampling = rows[index].request.sampling
         top_k = sampling.top_k or float("inf")
         cuts = (top_k, max(sampling.top_p, SMALLEST), sampling.min_p)
-        values.append((row, sampling.temperature, uniform(sequences[row]), *cuts))
+        values.append((index, sampling.temperature, uniform(rows[index]), *cuts))
     return _on_device(values, device)
 
 
-def _without_early_stops(logits: Tensor, sequences: AbstractSequence[Sequence]) -> Tensor:
+def _without_early_stops(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits with the lowest finite value in place of excluded ones; NaN and infinity stay."""
     places = []
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.request.sampling
-        if sequence.num_output_tokens < sampling.min_tokens:
-            places += [(row, token_id) for token_id in sorted(sampling.stop_token_ids)]
+    for index, row in enumerate(rows):
+        sampling = row.request.sampling
+        if row.num_output_tokens < sampling.min_tokens:
+            places += [(index, token_id) for token_id in sorted(sampling.stop_token_ids)]
     if not places:
         return logits
     index = tuple(_on_device(places, logits.device).long().T)
@@ -158,16 +154,16 @@ def _logprobs(logits: Tensor, token_ids: Tensor, params: list[SamplingParams]) -
     wanted = _wanting_logprobs(params)
     if not wanted:
         return None
-    rows = _on_device(wanted, logits.device).long()
-    logprobs = torch.log_softmax(logits.index_select(0, rows).float(), dim=1)
-    sampled = logprobs.gather(1, token_ids.index_select(0, rows)[:, None])
-    num_top = max(params[row].num_logprobs or 0 for row in wanted)
+    indices = _on_device(wanted, logits.device).long()
+    logprobs = torch.log_softmax(logits.index_select(0, indices).float(), dim=1)
+    sampled = logprobs.gather(1, token_ids.index_select(0, indices)[:, None])
+    num_top = max(params[index].num_logprobs or 0 for index in wanted)
     values, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
     return torch.cat([sampled, values, ids.double()], dim=1)
 
 
 def _wanting_logprobs(params: list[SamplingParams]) -> list[int]:
-    return [row for row, p in enumerate(params) if p.num_logprobs is not None]
+    return [index for index, p in enumerate(params) if p.num_logprobs is not None]
 
 
 def _read_logprobs(
@@ -175,8 +171,10 @@ def _read_logprobs(
 ) -> list[TokenLogprob | None]:
     found: list[TokenLogprob | None] = [None] * len(params)
     if logprobs is not None:
-        for row, (logprob, *rest) in zip(_wanting_logprobs(params), logprobs.tolist(), strict=True):
+        for index, (logprob, *rest) in zip(
+            _wanting_logprobs(params), logprobs.tolist(), strict=True
+        ):
             num_top = len(rest) // 2
             pairs = zip(map(int, rest[num_top:]), rest[:num_top], strict=True)
-            found[row] = TokenLogprob(logprob, tuple(pairs)[: params[row].num_logprobs])
+            found[index] = TokenLogprob(logprob, tuple(pairs)[: params[index].num_logprobs])
     return found

@@ -7,7 +7,7 @@ Who begins takes a free row and free blocks, or those of a client that has been 
 much and holds at least two rows more: its youngest row gives way. So does a row when a running one
 needs a block and none is left. Which one: the youngest of the client with the most rows, never the
 oldest of all, which so comes to its end. What gave way is computed again later (recompute
-preemption). A sequence starts after the leading blocks that the prefix cache still holds for it.
+preemption). A row starts after the leading blocks that the prefix cache still holds for it.
 One whose adapters find no room in the pool is passed over by the others, but not for ever: after
 so many steps no other adapter is brought in or kept in use by new rows until its own have room.
 One whose adapter is still being copied to the device runs with nothing to do.
@@ -24,7 +24,7 @@ import heapq
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from lora_runtime.adapters.slot_table import SlotTable
@@ -32,11 +32,11 @@ from lora_runtime.config import SchedulerConfig
 from lora_runtime.core import (
     FinishReason,
     RequestTiming,
+    Row,
+    RowStatus,
     SampledToken,
     ScheduledBatch,
-    ScheduledSequence,
-    Sequence,
-    SequenceStatus,
+    ScheduledRow,
     StepOutput,
     TokenLogprob,
 )
@@ -49,50 +49,48 @@ from lora_runtime.errors import AdapterFailed, LoramuxError, Overloaded, Request
 log = logging.getLogger(__name__)
 
 MAX_STEPS_PASSED_OVER = 100
-"""Steps after which a sequence whose adapters find no room is passed over no more."""
+"""Steps after which a row whose adapters find no room is passed over no more."""
 
 
 class Scheduler:
-    """Waiting and running sequences, and the blocks and slots they hold."""
+    """Waiting and running rows, and the blocks and slots they hold."""
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager, slots: SlotTable) -> None:
         self._config, self._blocks, self._slots = config, blocks, slots
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
+        self.running: list[Row] = []
         """Those that began first come first."""
         self.num_preemptions = 0
         self._shares = FairShares()
-        self._next_in_pool: Sequence | None = None
+        self._next_in_pool: Row | None = None
         """Was passed over too often: until it has begun no other row under adapters does."""
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises Overloaded when the queue is full."""
+    def add(self, row: Row) -> None:
+        """Queue a new row. Raises Overloaded when the queue is full."""
         if len(self.waiting) >= self._config.max_queued_requests:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
-        self.waiting.arrive(sequence)
-        self._shares.enter(sequence.request.client)
+        self.waiting.arrive(row)
+        self._shares.enter(row.request.client)
 
-    def sequences(self) -> list[Sequence]:
-        """Every live sequence, running ones first."""
+    def rows(self) -> list[Row]:
+        """Every live row, running ones first."""
         return [*self.running, *self.waiting]
 
-    def end(
-        self, sequence: Sequence, reason: FinishReason, error: LoramuxError | None = None
-    ) -> StepOutput:
-        """Finish a sequence now, free all it holds and give its terminal output."""
-        self._remove(sequence)
-        return terminal_output(sequence, reason, error)
+    def end(self, row: Row, reason: FinishReason, error: LoramuxError | None = None) -> StepOutput:
+        """Finish a row now, free all it holds and give its terminal output."""
+        self._remove(row)
+        return terminal_output(row, reason, error)
 
-    def fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
-        """Finish a sequence that something unforeseen went wrong with."""
-        request_id = sequence.request.request_id
+    def fail(self, row: Row, cause: Exception) -> StepOutput:
+        """Finish a row that something unforeseen went wrong with."""
+        request_id = row.request.request_id
         log.error("request %s failed", request_id, exc_info=cause)
         error = RequestFailed(f"something unforeseen ended request {request_id}; see the log")
-        return self.end(sequence, FinishReason.ERROR, error)
+        return self.end(row, FinishReason.ERROR, error)
 
     def schedule(self, loading: AbstractSet[str] | None = None) -> ScheduledBatch:
         """Plan one step. The plan may be without rows when nothing can run yet.
@@ -113,48 +111,46 @@ class Scheduler:
     def advance(self, batch: ScheduledBatch) -> None:
         """Count a plan that has been started as done; what it samples is pending."""
         num_sampled = 0
-        for row in batch.sequences:
-            row.sequence.num_computed_tokens = row.end
-            if row.samples:
-                row.sequence.token_ids.append(-1 - num_sampled)
+        for scheduled in batch.rows:
+            scheduled.row.num_computed_tokens = scheduled.end
+            if scheduled.samples:
+                scheduled.row.token_ids.append(-1 - num_sampled)
                 num_sampled += 1
 
-    def commit(
-        self, batch: ScheduledBatch, sampled: AbstractSequence[SampledToken]
-    ) -> list[StepOutput]:
+    def commit(self, batch: ScheduledBatch, sampled: Sequence[SampledToken]) -> list[StepOutput]:
         """Record the results of a plan that was advanced, before those of any later one.
 
-        `sampled` has one entry per sequence that samples, in order. Sequences that have ended
+        `sampled` has one entry per row that samples, in order. Sequences that have ended
         since are passed over; one that was preempted gets its token, and has no blocks to share.
         One that cannot be recorded fails alone.
         """
         outputs, results = [], iter(sampled)
-        for row in batch.sequences:
-            result = next(results) if row.samples else None
-            if row.sequence.status is SequenceStatus.FINISHED:
+        for scheduled in batch.rows:
+            result = next(results) if scheduled.samples else None
+            if scheduled.row.status is RowStatus.FINISHED:
                 continue
             try:
-                output = self._record(row, result)
+                output = self._record(scheduled, result)
             except Exception as cause:
-                output = self.fail(row.sequence, cause)
+                output = self.fail(scheduled.row, cause)
             if output is not None:
                 outputs.append(output)
         return outputs
 
-    def _record(self, row: ScheduledSequence, result: SampledToken | None) -> StepOutput | None:
+    def _record(self, scheduled: ScheduledRow, result: SampledToken | None) -> StepOutput | None:
         if result is not None and not result.is_finite:
-            return self._fail_non_finite(row.sequence)
-        if row.sequence.status is SequenceStatus.RUNNING:
-            self._blocks.publish(row.sequence, row.end)
-        return None if result is None else self._accept(row.sequence, row.end, result)
+            return self._fail_non_finite(scheduled.row)
+        if scheduled.row.status is RowStatus.RUNNING:
+            self._blocks.publish(scheduled.row, scheduled.end)
+        return None if result is None else self._accept(scheduled.row, scheduled.end, result)
 
     def check_integrity(self) -> None:
-        """Assert that blocks, slots, pins and shares agree with the live sequences."""
+        """Assert that blocks, slots, pins and shares agree with the live rows."""
         self._blocks.check_integrity(self.running)
         uses = (use.digest for row in self.running for use in row.request.adapters)
         self._slots.check_integrity(Counter(uses))
-        self._shares.check_integrity(_num_by_client(self.sequences()))
-        assert not any(sequence.block_table for sequence in self.waiting)
+        self._shares.check_integrity(_num_by_client(self.rows()))
+        assert not any(row.block_table for row in self.waiting)
         assert self._next_in_pool is None or self._next_in_pool in list(self.waiting)
 
     def _turns(self) -> list[tuple[int, int, int, str]]:
@@ -172,113 +168,111 @@ class Scheduler:
 
     def _plan_single_tokens(self, step: StepPlan, limit: int) -> None:
         """Plan up to `limit` running rows that need one token."""
-        for sequence in list(self.running):
+        for row in list(self.running):
             if limit <= 0:
                 return
-            if sequence.num_uncomputed_tokens == 1 and self._plan_running(sequence, step):
+            if row.num_uncomputed_tokens == 1 and self._plan_running(row, step):
                 limit -= 1
 
     def _plan_prompt(self, client: str, step: StepPlan) -> bool:
         """Plan the next chunk of a client's prompts; False when it has none that can run."""
-        for sequence in list(self.running):
-            if sequence.request.client != client or sequence.num_uncomputed_tokens == 1:
+        for row in list(self.running):
+            if row.request.client != client or row.num_uncomputed_tokens == 1:
                 continue
-            if self._plan_running(sequence, step):
+            if self._plan_running(row, step):
                 return True
         if step.is_short_of_blocks:
             return False
-        for sequence in self.waiting.of(client):
-            if sequence in step.seen:
+        for row in self.waiting.of(client):
+            if row in step.seen:
                 continue
-            step.seen.add(sequence)
+            step.seen.add(row)
             try:
-                if not self._has_pool_room(sequence, step):
+                if not self._has_pool_room(row, step):
                     continue
-                if not self._begin(sequence, step):
+                if not self._begin(row, step):
                     return False
             except Exception as cause:
-                step.failed.append(self.fail(sequence, cause))
+                step.failed.append(self.fail(row, cause))
                 continue
-            if not step.lacks_adapter(sequence):
-                num_tokens = step.num_fitting(sequence)
-                self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens)
-                self._shares.charge(step.add(sequence, num_tokens))
+            if not step.lacks_adapter(row):
+                num_tokens = step.num_fitting(row)
+                self._blocks.grow(row, row.num_computed_tokens + num_tokens)
+                self._shares.charge(step.add(row, num_tokens))
             return True
         return False
 
-    def _plan_running(self, sequence: Sequence, step: StepPlan) -> bool:
+    def _plan_running(self, row: Row, step: StepPlan) -> bool:
         """Plan the next tokens of a row that runs, if it can run, once."""
-        if sequence.status is not SequenceStatus.RUNNING or sequence in step:
+        if row.status is not RowStatus.RUNNING or row in step:
             return False
-        if step.lacks_adapter(sequence) or _has_all_tokens(sequence):
+        if step.lacks_adapter(row) or _has_all_tokens(row):
             return False
-        num_tokens = step.num_fitting(sequence)
-        if num_tokens <= 0 or not self._grow(sequence, num_tokens, step):
+        num_tokens = step.num_fitting(row)
+        if num_tokens <= 0 or not self._grow(row, num_tokens, step):
             return False
-        self._shares.charge(step.add(sequence, num_tokens))
+        self._shares.charge(step.add(row, num_tokens))
         return True
 
-    def _grow(self, sequence: Sequence, num_tokens: int, step: StepPlan) -> bool:
+    def _grow(self, row: Row, num_tokens: int, step: StepPlan) -> bool:
         """Grow a row's blocks while others give way; False when it must itself, or wait for those
         that begin in this step.
         """
-        while not self._blocks.grow(sequence, sequence.num_computed_tokens + num_tokens):
+        while not self._blocks.grow(row, row.num_computed_tokens + num_tokens):
             step.is_short_of_blocks = True
             victim = _youngest_of_most([row for row in self.running if row not in step.admitted])
-            if victim is not sequence or not step.admitted:
+            if victim is not row or not step.admitted:
                 self._preempt(victim, step)
-            if victim is sequence:
+            if victim is row:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence, step: StepPlan) -> None:
-        step.drop(sequence)
-        self._release(sequence)
-        sequence.status = SequenceStatus.WAITING
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
+    def _preempt(self, row: Row, step: StepPlan) -> None:
+        step.drop(row)
+        self._release(row)
+        row.status = RowStatus.WAITING
+        row.num_computed_tokens = 0
+        row.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.put_back(sequence)
+        self.waiting.put_back(row)
 
-    def _has_pool_room(self, sequence: Sequence, step: StepPlan) -> bool:
-        """Whether the adapters of a waiting sequence can be brought to the device now."""
-        digests = tuple(use.digest for use in sequence.request.adapters)
-        if digests and self._next_in_pool not in (None, sequence):
+    def _has_pool_room(self, row: Row, step: StepPlan) -> bool:
+        """Whether the adapters of a waiting row can be brought to the device now."""
+        digests = tuple(use.digest for use in row.request.adapters)
+        if digests and self._next_in_pool not in (None, row):
             return False
         if digests not in step.without_room:
             if self._slots.has_room(digests):
                 return True
             step.without_room.add(digests)
-        sequence.num_steps_passed_over += 1
-        if sequence.num_steps_passed_over >= MAX_STEPS_PASSED_OVER:
-            self._next_in_pool = self._next_in_pool or sequence
+        row.num_steps_passed_over += 1
+        if row.num_steps_passed_over >= MAX_STEPS_PASSED_OVER:
+            self._next_in_pool = self._next_in_pool or row
         return False
 
-    def _begin(self, sequence: Sequence, step: StepPlan) -> bool:
-        """Move a waiting sequence to running if there is a row, and blocks for all its tokens, or
+    def _begin(self, row: Row, step: StepPlan) -> bool:
+        """Move a waiting row to running if there is a row, and blocks for all its tokens, or
         if others owe them; nobody gives way in vain.
         """
         found: list[int] | None = None
-        leaving: list[Sequence] = []
+        leaving: list[Row] = []
         while True:
             if len(self.running) - len(leaving) < self._config.max_num_seqs:
-                found = self._blocks.find(sequence) if found is None else found
-                if self._blocks.has_room(sequence, found, leaving):
+                found = self._blocks.find(row) if found is None else found
+                if self._blocks.has_room(row, found, leaving):
                     break
-            victim = self._owing(sequence, leaving, step)
+            victim = self._owing(row, leaving, step)
             if victim is None:
                 return False
             leaving.append(victim)
         for victim in leaving:
             self._preempt(victim, step)
             step.without_room.clear()
-        return self._place(sequence, found, step)
+        return self._place(row, found, step)
 
-    def _owing(
-        self, sequence: Sequence, leaving: AbstractSequence[Sequence], step: StepPlan
-    ) -> Sequence | None:
-        """A row, beside those `leaving`, that gives way to a waiting sequence."""
-        client = sequence.request.client
+    def _owing(self, row: Row, leaving: Sequence[Row], step: StepPlan) -> Row | None:
+        """A row, beside those `leaving`, that gives way to a waiting row."""
+        client = row.request.client
         num_own = sum(row.request.client == client for row in self.running)
         served = self._shares.counter(client)
         rows = [
@@ -294,115 +288,115 @@ class Scheduler:
         num_theirs = sum(row.request.client == victim.request.client for row in rows)
         return victim if num_theirs > num_own + 1 else None
 
-    def _place(self, sequence: Sequence, found: list[int], step: StepPlan) -> bool:
-        slots = self._acquire_slots(sequence, step)
+    def _place(self, row: Row, found: list[int], step: StepPlan) -> bool:
+        slots = self._acquire_slots(row, step)
         if slots is None:
             return False
         try:
-            self._blocks.share(sequence, found)
+            self._blocks.share(row, found)
         except Exception:
-            for use in sequence.request.adapters:
+            for use in row.request.adapters:
                 self._slots.release(use.digest)
             raise
-        self._leave_queue(sequence)
-        sequence.slots, sequence.status = slots, SequenceStatus.RUNNING
-        sequence.first_scheduled = sequence.first_scheduled or time.monotonic()
-        sequence.num_steps_passed_over = 0
-        self.running.append(sequence)
-        step.admitted.add(sequence)
+        self._leave_queue(row)
+        row.slots, row.status = slots, RowStatus.RUNNING
+        row.first_scheduled = row.first_scheduled or time.monotonic()
+        row.num_steps_passed_over = 0
+        self.running.append(row)
+        step.admitted.add(row)
         return True
 
-    def _leave_queue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
-        if self._next_in_pool is sequence:
+    def _leave_queue(self, row: Row) -> None:
+        self.waiting.remove(row)
+        if self._next_in_pool is row:
             self._next_in_pool = None
 
-    def _acquire_slots(self, sequence: Sequence, step: StepPlan) -> tuple[int, ...] | None:
-        acquired = self._slots.acquire([use.digest for use in sequence.request.adapters])
+    def _acquire_slots(self, row: Row, step: StepPlan) -> tuple[int, ...] | None:
+        acquired = self._slots.acquire([use.digest for use in row.request.adapters])
         if acquired is None:
             return None
         step.loads.extend(got.load for got in acquired if got.load is not None)
         return tuple(got.slot for got in acquired)
 
-    def _fail_non_finite(self, sequence: Sequence) -> StepOutput:
-        self._blocks.retract(sequence)
+    def _fail_non_finite(self, row: Row) -> StepOutput:
+        self._blocks.retract(row)
         error = AdapterFailed(
             "the model gave non-finite logits for this request; its adapter's weights overflow"
-            if sequence.request.adapters
+            if row.request.adapters
             else "the model gave non-finite logits for this request"
         )
-        return self.end(sequence, FinishReason.ERROR, error)
+        return self.end(row, FinishReason.ERROR, error)
 
-    def _accept(self, sequence: Sequence, position: int, result: SampledToken) -> StepOutput:
-        sequence.token_ids[position] = result.token_id
-        sequence.first_token = sequence.first_token or time.monotonic()
-        reason = _finish_reason(sequence, position)
+    def _accept(self, row: Row, position: int, result: SampledToken) -> StepOutput:
+        row.token_ids[position] = result.token_id
+        row.first_token = row.first_token or time.monotonic()
+        reason = _finish_reason(row, position)
         logprobs = () if result.logprob is None else (result.logprob,)
         if reason is None:
             return StepOutput(
-                request_id=sequence.request.request_id,
+                request_id=row.request.request_id,
                 token_ids=(result.token_id,),
                 logprobs=logprobs,
             )
-        self._remove(sequence)
-        return terminal_output(sequence, reason, None, (result.token_id,), logprobs)
+        self._remove(row)
+        return terminal_output(row, reason, None, (result.token_id,), logprobs)
 
-    def _remove(self, sequence: Sequence) -> None:
-        if sequence.status is SequenceStatus.RUNNING:
-            self._release(sequence)
+    def _remove(self, row: Row) -> None:
+        if row.status is RowStatus.RUNNING:
+            self._release(row)
         else:
-            self._leave_queue(sequence)
-        self._shares.leave(sequence.request.client)
-        sequence.status = SequenceStatus.FINISHED
+            self._leave_queue(row)
+        self._shares.leave(row.request.client)
+        row.status = RowStatus.FINISHED
 
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._blocks.release(sequence)
-        for use in sequence.request.adapters:
+    def _release(self, row: Row) -> None:
+        self.running.remove(row)
+        self._blocks.release(row)
+        for use in row.request.adapters:
             self._slots.release(use.digest)
-        sequence.slots = ()
+        row.slots = ()
 
 
-def _num_by_client(sequences: AbstractSequence[Sequence]) -> Counter[str]:
-    return Counter(sequence.request.client for sequence in sequences)
+def _num_by_client(rows: Sequence[Row]) -> Counter[str]:
+    return Counter(row.request.client for row in rows)
 
 
-def _youngest_of_most(rows: AbstractSequence[Sequence]) -> Sequence:
+def _youngest_of_most(rows: Sequence[Row]) -> Row:
     """Of the client with the most of these running rows the one that began last."""
     counts = _num_by_client(rows)
     most = max(counts.values())
     return next(row for row in reversed(rows) if counts[row.request.client] == most)
 
 
-def _has_all_tokens(sequence: Sequence) -> bool:
+def _has_all_tokens(row: Row) -> bool:
     """True when the running step gives the last one."""
-    return sequence.num_output_tokens >= sequence.request.sampling.max_tokens
+    return row.num_output_tokens >= row.request.sampling.max_tokens
 
 
-def _finish_reason(sequence: Sequence, position: int) -> FinishReason | None:
-    sampling = sequence.request.sampling
-    if sequence.token_ids[position] in sampling.stop_token_ids:
+def _finish_reason(row: Row, position: int) -> FinishReason | None:
+    sampling = row.request.sampling
+    if row.token_ids[position] in sampling.stop_token_ids:
         return FinishReason.STOP
-    num_output_tokens = position + 1 - sequence.num_prompt_tokens
+    num_output_tokens = position + 1 - row.num_prompt_tokens
     return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None
 
 
 def terminal_output(
-    sequence: Sequence,
+    row: Row,
     reason: FinishReason,
     error: LoramuxError | None,
     token_ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprob, ...] = (),
 ) -> StepOutput:
     """The last output of a request, with how long each of its phases took."""
-    now, arrival = time.monotonic(), sequence.request.arrival
-    scheduled = sequence.first_scheduled or now
-    first_token = sequence.first_token or now
+    now, arrival = time.monotonic(), row.request.arrival
+    scheduled = row.first_scheduled or now
+    first_token = row.first_token or now
     timing = RequestTiming(
         queue_s=scheduled - arrival, prefill_s=first_token - scheduled, decode_s=now - first_token
     )
     return StepOutput(
-        request_id=sequence.request.request_id,
+        request_id=row.request.request_id,
         token_ids=token_ids,
         logprobs=logprobs,
         finish_reason=reason,

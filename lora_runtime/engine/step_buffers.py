@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_runtime.core import ScheduledSequence, Sequence
+from lora_runtime.core import Row, ScheduledRow
 from lora_runtime.engine.batch import ForwardBatch, Rows
 from lora_runtime.kernels import AttentionMeta, StepMeta
 
@@ -40,13 +40,13 @@ class StepBuffers:
         self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
         self._rows = torch.arange(num_rows, dtype=INT32, device=device)
         self._block_tables = torch.zeros(num_rows, num_blocks, dtype=INT32, device=device)
-        self._tables: dict[int, tuple[tuple[Sequence, int] | None, int]] = {}
+        self._tables: dict[int, tuple[tuple[Row, int] | None, int]] = {}
         """Whose table a row holds, after how many preemptions, and how much of it."""
         self.fill(())
 
     def takes(self, rows: Rows) -> bool:
         """True when every row is one sampled token of a plain layer order, and all fit."""
-        num_entries = sum(len(row.sequence.slots) for row in rows)
+        num_entries = sum(len(scheduled.row.slots) for scheduled in rows)
         return max(len(rows), num_entries) <= self.num_rows and all(map(_is_decode, rows))
 
     def fill(self, rows: Rows) -> int:
@@ -56,9 +56,9 @@ class StepBuffers:
         host, n = self._host_views, len(rows)
         for name, padding in PADDING.items():
             host[name][n:] = padding
-        host["token_ids"][:n] = [row.sequence.token_ids[row.start] for row in rows]
-        host["positions"][:n] = host["seen"][:n] = [row.start for row in rows]
-        host["cache_slots"][:n] = [self._cache_slot(row) for row in rows]
+        host["token_ids"][:n] = [scheduled.row.token_ids[scheduled.start] for scheduled in rows]
+        host["positions"][:n] = host["seen"][:n] = [scheduled.start for scheduled in rows]
+        host["cache_slots"][:n] = [self._cache_slot(scheduled) for scheduled in rows]
         self._fill_tables(rows)
         num_segments = self._fill_adapters(rows)
         self._device.copy_(_staged(self._host, self._device), non_blocking=True)
@@ -77,7 +77,7 @@ class StepBuffers:
         attention = AttentionMeta(
             rows=self._rows,
             positions=views["seen"],
-            slot_mapping=views["cache_slots"],
+            cache_slots=views["cache_slots"],
             block_tables=self._block_tables,
             block_size=self.block_size,
         )
@@ -90,9 +90,9 @@ class StepBuffers:
             head_adapters=adapters,
         )
 
-    def _cache_slot(self, row: ScheduledSequence) -> int:
-        block, offset = divmod(row.start, self.block_size)
-        return row.sequence.block_table[block] * self.block_size + offset
+    def _cache_slot(self, scheduled: ScheduledRow) -> int:
+        block, offset = divmod(scheduled.start, self.block_size)
+        return scheduled.row.block_table[block] * self.block_size + offset
 
     def _fill_tables(self, rows: Rows) -> None:
         """A running row's table only grows, so what an earlier step wrote of it holds. The rest of
@@ -100,9 +100,9 @@ class StepBuffers:
         """
         places, blocks, width = [], [], self._block_tables.shape[1]
         held = {}
-        for index, row in enumerate(rows):
-            sequence = row.sequence
-            table, owner = sequence.block_table, (sequence, sequence.num_preemptions)
+        for index, scheduled in enumerate(rows):
+            row = scheduled.row
+            table, owner = row.block_table, (row, row.num_preemptions)
             known = self._tables.get(index, (None, 0))
             begin = known[1] if known[0] == owner else 0
             if begin < len(table):
@@ -121,9 +121,9 @@ class StepBuffers:
         """
         entries = sorted(
             (slot, index, use.weight)
-            for index, row in enumerate(rows)
-            for use, slot in zip(row.sequence.request.adapters, row.sequence.slots, strict=True)
-            if use.start_position <= row.start
+            for index, scheduled in enumerate(rows)
+            for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True)
+            if use.start_position <= scheduled.start
         )
         host, n = self._host_views, len(entries)
         starts = [i for i in range(n) if not i or entries[i][0] != entries[i - 1][0]]
@@ -168,5 +168,5 @@ def _sections(num_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     }
 
 
-def _is_decode(row: ScheduledSequence) -> bool:
-    return row.num_tokens == 1 and row.samples and row.sequence.layer_map is None
+def _is_decode(scheduled: ScheduledRow) -> bool:
+    return scheduled.num_tokens == 1 and scheduled.samples and scheduled.row.layer_map is None

@@ -6,9 +6,9 @@ from collections.abc import Set as AbstractSet
 
 from lora_runtime.core import (
     AdapterPlacement,
+    Row,
     ScheduledBatch,
-    ScheduledSequence,
-    Sequence,
+    ScheduledRow,
     StepOutput,
 )
 
@@ -21,52 +21,52 @@ class StepPlan:
         """Tokens that still fit, each of a prompt counted once for every plane of its row."""
         self.loads: list[AdapterPlacement] = []
         self.failed: list[StepOutput] = []
-        self.admitted: set[Sequence] = set()
+        self.admitted: set[Row] = set()
         """Rows that begin in this step; they do not give way in it."""
-        self.seen: set[Sequence] = set()
+        self.seen: set[Row] = set()
         """Sequences that have had their turn, in vain or not."""
         self.without_room: set[tuple[str, ...]] = set()
         """Adapters, together, that find no room in the pool."""
         self.is_short_of_blocks = False
         """A running row found no block: nobody new begins."""
         self._loading = loading
-        self._rows: dict[Sequence, ScheduledSequence] = {}
+        self._rows: dict[Row, ScheduledRow] = {}
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._rows
+    def __contains__(self, row: Row) -> bool:
+        return row in self._rows
 
-    def lacks_adapter(self, sequence: Sequence) -> bool:
+    def lacks_adapter(self, row: Row) -> bool:
         """True while an adapter of a row is being copied beside the steps."""
         if self._loading is None:
             return False
         missing = self._loading | {load.digest for load in self.loads}
-        return any(use.digest in missing for use in sequence.request.adapters)
+        return any(use.digest in missing for use in row.request.adapters)
 
-    def num_fitting(self, sequence: Sequence) -> int:
+    def num_fitting(self, row: Row) -> int:
         """Tokens of a row that the budget has room for. A prompt's cost as many as it has planes,
         so that a deep one makes no step longer than a plain one does.
         """
-        return min(sequence.num_uncomputed_tokens, max(1, self.budget // sequence.num_planes))
+        return min(row.num_uncomputed_tokens, max(1, self.budget // row.num_planes))
 
-    def add(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def add(self, row: Row, num_tokens: int) -> ScheduledRow:
         """Plan a row's next tokens."""
-        samples = num_tokens == sequence.num_uncomputed_tokens
-        row = ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens, samples)
-        self._rows[sequence] = row
-        self.budget -= _cost(row)
-        return row
+        samples = num_tokens == row.num_uncomputed_tokens
+        scheduled = ScheduledRow(row, row.num_computed_tokens, num_tokens, samples)
+        self._rows[row] = scheduled
+        self.budget -= _cost(scheduled)
+        return scheduled
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, row: Row) -> None:
         """Take a row that was preempted out again; it does not begin anew in this step."""
-        self.seen.add(sequence)
-        row = self._rows.pop(sequence, None)
-        if row is not None:
-            self.budget += _cost(row)
+        self.seen.add(row)
+        scheduled = self._rows.pop(row, None)
+        if scheduled is not None:
+            self.budget += _cost(scheduled)
 
     def batch(self) -> ScheduledBatch:
         """The finished plan."""
         return ScheduledBatch(tuple(self._rows.values()), tuple(self.loads), tuple(self.failed))
 
 
-def _cost(row: ScheduledSequence) -> int:
-    return 1 if row.num_tokens == 1 else row.num_tokens * row.sequence.num_planes
+def _cost(scheduled: ScheduledRow) -> int:
+    return 1 if scheduled.num_tokens == 1 else scheduled.num_tokens * scheduled.row.num_planes

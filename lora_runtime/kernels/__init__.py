@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lora_runtime.kernels import cpu, gpu, reference
 from lora_runtime.kernels.types import (
-    NO_RUN,
+    NO_EXTENT,
     AdapterMemory,
     AttentionMeta,
+    Extent,
     HeadNorm,
     NestedScales,
     PooledAdapters,
-    Run,
     Span,
     StepMeta,
     to_device,
@@ -26,13 +26,13 @@ from lora_runtime.kernels.types import (
 
 __all__ = [
     "BACKEND",
-    "NO_RUN",
+    "NO_EXTENT",
     "AdapterMemory",
     "AttentionMeta",
     "HeadNorm",
     "NestedScales",
     "PooledAdapters",
-    "Run",
+    "Extent",
     "Span",
     "StepMeta",
     "add_rms_norm",
@@ -74,28 +74,29 @@ def apply_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     hidden: Tensor | None = None,
 ) -> Tensor:
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
 
     y[t] = base[t] + bias + Σ_e w_e · ((g − 1) ∘ base[t] + B'ᵀ(A x[t]) + (b − bias)),
-    over the entries e of token t; A, B', g, b are the Run `runs[slot_e, replica_e]` in `memory`.
+    over the entries e of token t; A, B', g, b are those of the Extent `extents[slot_e, replica_e]`
+    in `memory`.
 
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
-    runs (S, R, 8) int64, a Run each. Returns (T, out) in base's dtype; nothing is changed in
+    extents (S, R, 8) int64, an Extent each. Returns (T, out) in base's dtype; nothing is changed in
     place. Products accumulate in float32. Rows without an entry are exactly base + bias, whatever
     values other rows or unused memory hold. `hidden`: A x, where the launch of the product made it
     (`four_bit_product_and_shrink`). Raises IndexError where `meta` names a slot or replica that
-    `runs` does not have.
+    `extents` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    meta.check_within(runs)
+    meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_adapters(base, x, bias, memory, runs, meta, hidden)
+        return gpu.apply_adapters(base, x, bias, memory, extents, meta, hidden)
     backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else reference
-    return backend.apply_adapters(base, x, bias, memory, runs, meta)
+    return backend.apply_adapters(base, x, bias, memory, extents, meta)
 
 
 def apply_stacked_adapters(
@@ -103,21 +104,21 @@ def apply_stacked_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
     hidden: Tensor | None = None,
 ) -> Tensor:
     """`apply_adapters` of up to three modules that share x, their outputs side by side in `base`.
 
-    Shapes: base (T, Σ widths), bias (Σ widths,) or None, runs (P, S, R, 8), a table for each of
+    Shapes: base (T, Σ widths), bias (Σ widths,) or None, extents (P, S, R, 8), a table for each of
     the P widths; other names as in `apply_adapters`. Returns (T, Σ widths).
     """
-    meta.check_within(runs)
+    meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_stacked_adapters(base, x, bias, memory, runs, meta, widths, hidden)
+        return gpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths, hidden)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
-    parts = zip(base.split(widths, 1), biases, runs, strict=True)
+    parts = zip(base.split(widths, 1), biases, extents, strict=True)
     return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
 
 
@@ -126,7 +127,7 @@ def apply_gated_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     kind: str,
     hidden: Tensor | None = None,
@@ -134,14 +135,14 @@ def apply_gated_adapters(
     """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
 
     gate and up share x and are rounded to base's dtype before, as if they had been written.
-    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first; runs (2, S, R, 8);
-    `kind` as in `gated_activation`. Returns (T, width).
+    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first;
+    extents (2, S, R, 8); `kind` as in `gated_activation`. Returns (T, width).
     """
-    meta.check_within(runs)
+    meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_gated_adapters(base, x, bias, memory, runs, meta, kind, hidden)
+        return gpu.apply_gated_adapters(base, x, bias, memory, extents, meta, kind, hidden)
     width = base.shape[1] // 2
-    y = apply_stacked_adapters(base, x, bias, memory, runs, meta, (width, width))
+    y = apply_stacked_adapters(base, x, bias, memory, extents, meta, (width, width))
     return gated_activation(*y.chunk(2, dim=1), kind)
 
 
@@ -150,7 +151,7 @@ def embed_adapters(
     token_ids: Tensor,
     scale: float,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     vocab_size: int,
 ) -> Tensor:
@@ -162,32 +163,32 @@ def embed_adapters(
     Shapes: base (T, hidden), token_ids (T,), A (rank, vocab), B' (rank, hidden); other names as in
     `apply_adapters`. Returns (T, hidden) in base's dtype.
     """
-    meta.check_within(runs)
+    meta.check_within(extents)
     backend = gpu if gpu.can_run(base, weights=(memory.weights,)) else reference
-    return backend.embed_adapters(base, token_ids, scale, memory, runs, meta, vocab_size)
+    return backend.embed_adapters(base, token_ids, scale, memory, extents, meta, vocab_size)
 
 
 def patch_logits(
-    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
+    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta
 ) -> Tensor:
     """Replace rows of the output layer's weight: y[t, i] += Σ_e w_e · (rows_i · x[t] − base[t, i]).
 
     Shapes: y and base (T, vocab) with base = W x, x (T, hidden); names as in `apply_adapters`.
     Returns (T, vocab) in y's dtype; y itself may be overwritten.
     """
-    meta.check_within(runs)
+    meta.check_within(extents)
     backend = gpu if gpu.can_run(y, base, x, weights=(memory.weights,)) else reference
-    return backend.patch_logits(y, base, x, memory, runs, meta)
+    return backend.patch_logits(y, base, x, memory, extents, meta)
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """Store this step's keys and values, in place: keys[slot_mapping[t]] = k[t], values likewise.
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, cache_slots: Tensor) -> None:
+    """Store this step's keys and values, in place: keys[cache_slots[t]] = k[t], values likewise.
 
     A token whose slot is negative is not stored. Shapes: keys, values (cache slots, G, D) of one
-    layer, k, v (T, G, D), slot_mapping (T,) int64.
+    layer, k, v (T, G, D), cache_slots (T,) int64.
     """
     backend = gpu if gpu.can_run(k, v, keys, values) else reference
-    backend.write_kv(keys, values, k, v, slot_mapping)
+    backend.write_kv(keys, values, k, v, cache_slots)
 
 
 def paged_attention(
@@ -266,7 +267,7 @@ def rotate_and_write(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_mapping: Tensor,
+    cache_slots: Tensor,
     norm: HeadNorm | None = None,
 ) -> Tensor:
     """`rotate`, and `write_kv` of the rotated keys and of v: what a layer does before it attends.
@@ -275,7 +276,7 @@ def rotate_and_write(
     """
     tensors = (q, k, v, cos, sin, keys, values, *_weights(norm))
     backend = gpu if gpu.can_run(*tensors) else reference
-    return backend.rotate_and_write(q, k, v, cos, sin, keys, values, slot_mapping, norm)
+    return backend.rotate_and_write(q, k, v, cos, sin, keys, values, cache_slots, norm)
 
 
 def _weights(norm: HeadNorm | None) -> tuple[Tensor, ...]:
@@ -408,7 +409,7 @@ def four_bit_product_and_shrink(
 
     The second is what `apply_adapters` and its kin take as `hidden`; its layout is the backend's.
     """
-    adapters.meta.check_within(adapters.runs)
+    adapters.meta.check_within(adapters.extents)
     return gpu.four_bit_product_and_shrink(x, packed, absmax, code, out_features, adapters, nested)
 
 
@@ -416,7 +417,7 @@ def int8_product_and_shrink(
     x: Tensor, codes: Tensor, absmax: Tensor, adapters: PooledAdapters
 ) -> tuple[Tensor, Tensor]:
     """`int8_product` of x (T, in), and A x as in `four_bit_product_and_shrink`."""
-    adapters.meta.check_within(adapters.runs)
+    adapters.meta.check_within(adapters.extents)
     return gpu.int8_product_and_shrink(x, codes, absmax, adapters)
 
 

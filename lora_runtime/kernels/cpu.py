@@ -58,15 +58,15 @@ def apply_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
-    base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
+    base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
     y = torch.empty_like(base)
     _function("apply_adapters", base.dtype)(
-        *_pointers(y, base, x, bias, memory.weights, memory.vectors, runs),
-        runs.shape[1],
+        *_pointers(y, base, x, bias, memory.weights, memory.vectors, extents),
+        extents.shape[1],
         *_pointers(meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts),
         len(meta.segment_starts) - 1,
         *base.shape[:1],

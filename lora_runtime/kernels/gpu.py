@@ -117,10 +117,10 @@ def apply_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     hidden: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`."""
     widths = (base.shape[1],)
-    return apply_stacked_adapters(base, x, bias, memory, runs[None], meta, widths, hidden)
+    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths, hidden)

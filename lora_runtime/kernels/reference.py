@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.kernels.types import (
-    NO_RUN,
+    NO_EXTENT,
     AdapterMemory,
     AttentionMeta,
+    Extent,
     HeadNorm,
-    Run,
     StepMeta,
 )
 
@@ -32,15 +32,15 @@ def apply_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_adapters`. One pass over the segments (adapters)."""
     dtype = _accumulator(base.dtype)
     product = base.to(dtype)
     y = product if bias is None else product + bias.to(dtype)
-    for tokens, weights, run in _segments(runs, meta):
-        for delta in _deltas(product[tokens], x[tokens].to(dtype), bias, memory, run):
+    for tokens, weights, extent in _segments(extents, meta):
+        for delta in _deltas(product[tokens], x[tokens].to(dtype), bias, memory, extent):
             y = y.index_add(0, tokens, weights.to(dtype) * delta)
     return y.to(base.dtype)
 
@@ -50,7 +50,7 @@ def embed_adapters(
     token_ids: Tensor,
     scale: float,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     vocab_size: int,
 ) -> Tensor:
@@ -58,18 +58,18 @@ def embed_adapters(
     dtype = _accumulator(base.dtype)
     embedded = base.to(dtype)
     y = embedded
-    for tokens, weights, run in _segments(runs, meta):
+    for tokens, weights, extent in _segments(extents, meta):
         ids, weights = token_ids[tokens], weights.to(dtype)
-        if run.rank > 0:
-            a = _matrix(memory.weights, run.a, run.rank, vocab_size).to(dtype)
-            b = _matrix(memory.weights, run.b, run.rank, base.shape[1]).to(dtype)
+        if extent.rank > 0:
+            a = _matrix(memory.weights, extent.a, extent.rank, vocab_size).to(dtype)
+            b = _matrix(memory.weights, extent.b, extent.rank, base.shape[1]).to(dtype)
             y = y.index_add(0, tokens, weights * scale * (a[:, ids].T @ b))
-        if run.gain >= 0:
-            gain = memory.vectors[run.gain : run.gain + base.shape[1]].to(dtype)
+        if extent.gain >= 0:
+            gain = memory.vectors[extent.gain : extent.gain + base.shape[1]].to(dtype)
             y = y.index_add(0, tokens, weights * (gain - 1) * embedded[tokens])
-        if run.num_rows > 0:
-            place, is_patched = _find_rows(memory, run, ids)
-            rows = _matrix(memory.weights, run.rows, run.num_rows, base.shape[1])
+        if extent.num_rows > 0:
+            place, is_patched = _find_rows(memory, extent, ids)
+            rows = _matrix(memory.weights, extent.rows, extent.num_rows, base.shape[1])
             patched = tokens[is_patched]
             shift = scale * rows[place[is_patched]].to(dtype) - embedded[patched]
             y = y.index_add(0, patched, weights[is_patched] * shift)
@@ -77,14 +77,14 @@ def embed_adapters(
 
 
 def patch_logits(
-    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
+    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta
 ) -> Tensor:
     """See `lora_runtime.kernels.patch_logits`."""
     dtype = _accumulator(base.dtype)
-    for tokens, weights, run in _segments(runs, meta):
-        if run.num_rows > 0:
-            rows = _matrix(memory.weights, run.rows, run.num_rows, x.shape[1]).to(dtype)
-            ids = _row_ids(memory, run, y.device)
+    for tokens, weights, extent in _segments(extents, meta):
+        if extent.num_rows > 0:
+            rows = _matrix(memory.weights, extent.rows, extent.num_rows, x.shape[1]).to(dtype)
+            ids = _row_ids(memory, extent, y.device)
             product = base[tokens][:, ids].to(dtype)
             shift = weights.to(dtype) * (x[tokens].to(dtype) @ rows.T - product)
             changed = y[tokens].to(dtype).index_add(1, ids, shift)
@@ -92,28 +92,28 @@ def patch_logits(
     return y
 
 
-def _segments(runs: Tensor, meta: StepMeta) -> Iterator[tuple[Tensor, Tensor, Run]]:
+def _segments(extents: Tensor, meta: StepMeta) -> Iterator[tuple[Tensor, Tensor, Extent]]:
     """Each adapter's tokens (n,), their weights (n, 1), and its run."""
     for begin, end in pairwise(meta.segment_starts.tolist()):
-        run = Run(*runs[int(meta.slots[begin]), int(meta.replicas[begin])].tolist())
-        if run != NO_RUN:
-            yield meta.tokens[begin:end].long(), meta.weights[begin:end, None], run
+        extent = Extent(*extents[int(meta.slots[begin]), int(meta.replicas[begin])].tolist())
+        if extent != NO_EXTENT:
+            yield meta.tokens[begin:end].long(), meta.weights[begin:end, None], extent
 
 
 def _deltas(
-    product: Tensor, x: Tensor, bias: Tensor | None, memory: AdapterMemory, run: Run
+    product: Tensor, x: Tensor, bias: Tensor | None, memory: AdapterMemory, extent: Extent
 ) -> Iterator[Tensor]:
     """What one adapter adds to W x + bias for its tokens: low-rank, gain and bias parts."""
     dtype, out_features = product.dtype, product.shape[1]
-    if run.rank > 0:
-        a = _matrix(memory.weights, run.a, run.rank, x.shape[1]).to(dtype)
-        b = _matrix(memory.weights, run.b, run.rank, out_features).to(dtype)
+    if extent.rank > 0:
+        a = _matrix(memory.weights, extent.a, extent.rank, x.shape[1]).to(dtype)
+        b = _matrix(memory.weights, extent.b, extent.rank, out_features).to(dtype)
         yield (x @ a.T) @ b
-    if run.gain >= 0:
-        gain = memory.vectors[run.gain : run.gain + out_features].to(dtype)
+    if extent.gain >= 0:
+        gain = memory.vectors[extent.gain : extent.gain + out_features].to(dtype)
         yield (gain - 1) * product
-    if run.bias >= 0:
-        shift = memory.vectors[run.bias : run.bias + out_features].to(dtype)
+    if extent.bias >= 0:
+        shift = memory.vectors[extent.bias : extent.bias + out_features].to(dtype)
         shift = shift if bias is None else shift - bias.to(dtype)
         yield shift.expand(len(x), -1)
 
@@ -122,24 +122,24 @@ def _matrix(weights: Tensor, offset: int, num_rows: int, width: int) -> Tensor:
     return weights[offset : offset + num_rows * width].view(num_rows, width)
 
 
-def _row_ids(memory: AdapterMemory, run: Run, device: torch.device) -> Tensor:
-    if run.row_ids < 0:
-        return torch.arange(run.num_rows, device=device)
-    return memory.indices[run.row_ids : run.row_ids + run.num_rows].long()
+def _row_ids(memory: AdapterMemory, extent: Extent, device: torch.device) -> Tensor:
+    if extent.row_ids < 0:
+        return torch.arange(extent.num_rows, device=device)
+    return memory.indices[extent.row_ids : extent.row_ids + extent.num_rows].long()
 
 
-def _find_rows(memory: AdapterMemory, run: Run, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _find_rows(memory: AdapterMemory, extent: Extent, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Place (n,) of each vocabulary id among the replaced rows, and whether it is there."""
-    replaced = _row_ids(memory, run, ids.device)
-    place = torch.searchsorted(replaced, ids.long()).clamp(max=run.num_rows - 1)
+    replaced = _row_ids(memory, extent, ids.device)
+    place = torch.searchsorted(replaced, ids.long()).clamp(max=extent.num_rows - 1)
     return place, replaced[place] == ids
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, cache_slots: Tensor) -> None:
     """See `lora_runtime.kernels.write_kv`."""
-    is_stored = slot_mapping >= 0
-    keys[slot_mapping[is_stored]] = k[is_stored]
-    values[slot_mapping[is_stored]] = v[is_stored]
+    is_stored = cache_slots >= 0
+    keys[cache_slots[is_stored]] = k[is_stored]
+    values[cache_slots[is_stored]] = v[is_stored]
 
 
 def paged_attention(
@@ -238,12 +238,12 @@ def rotate_and_write(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_mapping: Tensor,
+    cache_slots: Tensor,
     norm: HeadNorm | None,
 ) -> Tensor:
     """See `lora_runtime.kernels.rotate_and_write`."""
     q, k = rotate(q, k, cos, sin, norm)
-    write_kv(keys, values, k, v, slot_mapping)
+    write_kv(keys, values, k, v, cache_slots)
     return q
 
 

@@ -36,22 +36,23 @@ class NestedScales(NamedTuple):
 class AdapterMemory:
     """All adapters' tensors, flat: weights in the pool's dtype, vectors float32, indices int32.
 
-    The three may be views of the same bytes; a Run says which elements of each belong to whom.
+    The three may be views of the same bytes; an Extent says which elements of each belong to whom.
     """
 
     weights: Tensor
     vectors: Tensor
     indices: Tensor
     max_rank: int | None = None
-    """No run's rank is larger, if given: a backend that is not told has to look at the runs."""
+    """Upper bound of all ranks. None: a backend has to read the extent tables, and on a GPU to wait
+    for them."""
     alignment: int = 1
-    """Bytes; every part of a run lies at a multiple."""
+    """Bytes; every part of an extent lies at a multiple."""
     max_rows: int | None = None
-    """No run replaces more rows, if given; as max_rank."""
+    """Upper bound of the vocabulary rows that one extent replaces. None: as with `max_rank`."""
 
     @classmethod
     def over(cls, storage: Tensor, dtype: torch.dtype, alignment: int) -> AdapterMemory:
-        """Three views of one byte buffer (n,) uint8, n a multiple of 8; no run in it yet."""
+        """Three views of one byte buffer (n,) uint8, n a multiple of 8; no extent in it yet."""
         views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
         return cls(*views, max_rank=0, max_rows=0, alignment=alignment)
 
@@ -62,11 +63,11 @@ class PooledAdapters(NamedTuple):
     """
 
     memory: AdapterMemory
-    runs: Tensor
+    extents: Tensor
     meta: StepMeta
 
 
-class Run(NamedTuple):
+class Extent(NamedTuple):
     """Where one adapter's parts of one module lie: element offsets, −1 for a part it lacks.
 
     In `weights`: a (rank, in), b (rank, out) = B' transposed with every scaling folded in, and
@@ -84,8 +85,8 @@ class Run(NamedTuple):
     row_ids: int = -1
 
 
-NO_RUN = Run()
-"""Entry of a run table for a module that an adapter does not touch."""
+NO_EXTENT = Extent()
+"""Entry of a extent table for a module that an adapter does not touch."""
 
 
 class HeadNorm(NamedTuple):
@@ -124,7 +125,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class StepMeta:
-    """Which adapters act on which tokens; shared by all modules of one plan step.
+    """Which adapters act on which tokens; shared by all modules of one step of the layer order.
 
     tokens, slots, replicas (E,) int32 and weights (E,) float32, sorted by (slot, replica, token);
     segment_starts (K + 1,) int32: entries of one (slot, replica) are consecutive. A token may
@@ -179,16 +180,16 @@ class StepMeta:
             end_replica=1 + max(span.replica for span in ordered),
         )
 
-    def check_within(self, runs: Tensor) -> None:
-        """Raise IndexError unless run tables (…, S, R, 8) have every slot and replica named here.
+    def check_within(self, extents: Tensor) -> None:
+        """Raise IndexError unless extent tables (…, S, R, 8) have all slots and replicas of this.
 
-        A kernel that read beyond a slot's R runs would apply the next slot's: another adapter.
+        A kernel that read beyond a slot's R extents would apply the next slot's: another adapter.
         """
-        num_slots, num_replicas = runs.shape[-3:-1]
+        num_slots, num_replicas = extents.shape[-3:-1]
         if self.end_slot > num_slots or self.end_replica > num_replicas:
             raise IndexError(
                 f"the step has slots below {self.end_slot} and replicas below {self.end_replica}; "
-                f"the run tables have {num_slots} and {num_replicas}"
+                f"the extent tables have {num_slots} and {num_replicas}"
             )
 
 
@@ -207,13 +208,13 @@ class AttentionMeta:
     """Where each token of the step reads and writes keys and values.
 
     rows (T,) int32, ascending: sequence row of each token. positions (T,) int32: its position in
-    that sequence. slot_mapping (T,) int64: cache slot (block · block_size + offset) its key and
+    that sequence. cache_slots (T,) int64: cache slot (block · block_size + offset) its key and
     value go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
     """
 
     rows: Tensor
     positions: Tensor
-    slot_mapping: Tensor
+    cache_slots: Tensor
     block_tables: Tensor
     block_size: int
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import Binding
-from lora_runtime.base.model.layer_order import LayerMap, PlanStep, replicas, shortest_plan
-from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.layer_order import LayerMap, OrderStep, replicas, shortest_order
+from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.kernels import Span
 
 Bindings = Mapping[str, Binding]
@@ -26,7 +26,7 @@ class UnitRows:
     for each once.
     """
 
-    rows: Sequence[Rows]
+    rows: Sequence[RowLengths]
     layer_map: LayerMap | None = None
 
 
@@ -48,14 +48,14 @@ def hidden_states(
         return VarlenAttention([rows for s in slots for rows in units[s].rows], base.device)
 
     spans = _spans(units)
-    with base.context.effect(spans, bindings):
+    with base.context.adapters(spans, bindings):
         if all(unit.layer_map is None for unit in units):
             return base.hidden_states(*tokens, attention(tuple(range(len(units)))))
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
-        plan = shortest_plan(frozenset(maps))
+        plan = shortest_order(frozenset(maps))
         steps = [_layer_step(step, spans, maps, attention, base.device) for step in plan]
-        batch = PlannedBatch(steps)
+        batch = LayerSteps(steps)
         return base.hidden_states(*tokens, batch, tuple(step.layer for step in plan))
 
 
@@ -63,7 +63,7 @@ def logits(base: Base, bindings: Bindings, states: Tensor, counts: Sequence[int]
     """Logits (n, vocab) of tokens whose hidden states (n, H) are given, counts[u] of unit u in
     turn.
     """
-    with base.context.effect(None, bindings, list(spans_of(counts))):
+    with base.context.adapters(None, bindings, list(spans_of(counts))):
         return base.logits(states)
 
 
@@ -83,13 +83,13 @@ def states_of_rows(
     """`hidden_states` of whole rows of token ids (n,) of one unit, end to end."""
     lengths = [len(row) for row in rows]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    unit = UnitRows([Rows(lengths)], layer_map)
+    unit = UnitRows([RowLengths(lengths)], layer_map)
     tokens = torch.cat(list(rows)).to(base.device), positions.to(base.device)
     return hidden_states(base, [unit], bindings, *tokens)
 
 
 def _layer_step(
-    step: PlanStep,
+    step: OrderStep,
     every: Sequence[Span],
     maps: Sequence[LayerMap],
     attention: Callable[[tuple[int, ...]], VarlenAttention],

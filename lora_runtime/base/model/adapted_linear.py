@@ -45,9 +45,9 @@ class Binding(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PooledBinding:
-    """Where one module finds its adapters in serving: their memory and the module's run table.
+    """Where one module finds its adapters in serving: their memory and the module's extent table.
 
-    tables (modules, S, R, 8) int64: of every module (slot, replica) → Run; this one's is at
+    tables (modules, S, R, 8) int64: of every module (slot, replica) → Extent; this one's is at
     `index`. `meta` is a StepMeta.
     """
 
@@ -56,18 +56,18 @@ class PooledBinding:
     index: int
 
     @property
-    def runs(self) -> Tensor:
+    def extents(self) -> Tensor:
         """(S, R, 8) int64: this module's."""
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        runs = self.runs
-        adapters = PooledAdapters(self.memory, runs[None], meta)
+        extents = self.extents
+        adapters = PooledAdapters(self.memory, extents[None], meta)
         product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, runs, meta, hidden)
+        return apply_adapters(product, x, layer.bias, self.memory, extents, meta, hidden)
 
     def head(self, x: Tensor, layer: FrozenLinear, meta: StepMeta) -> Tensor:
-        product, adapters = layer.product(x), (self.memory, self.runs, meta)
+        product, adapters = layer.product(x), (self.memory, self.extents, meta)
         y = apply_adapters(product, x, layer.bias, *adapters)
         return patch_logits(y, product, x, *adapters)
 
@@ -75,13 +75,13 @@ class PooledBinding:
         self, embedded: Tensor, ids: Tensor, layer: AdaptedEmbedding, meta: StepMeta
     ) -> Tensor:
         return embed_adapters(
-            embedded, ids, layer.scale, self.memory, self.runs, meta, layer.num_embeddings
+            embedded, ids, layer.scale, self.memory, self.extents, meta, layer.num_embeddings
         )
 
 
 @dataclass(slots=True)
 class StepContext:
-    """The adapters of the forward that is running; no adapters outside of `effect`."""
+    """The adapters of the forward that is running; no adapters outside of `adapters`."""
 
     meta: Any = None
     head_meta: Any = None
@@ -90,7 +90,7 @@ class StepContext:
     """Linear layers called so far: what moves during a long forward, for who watches over it."""
 
     @contextmanager
-    def effect(
+    def adapters(
         self,
         meta: Any,
         bindings: Mapping[str, Binding],
@@ -107,7 +107,7 @@ class StepContext:
 
     @contextmanager
     def at(self, meta: Any) -> Iterator[None]:
-        """Within `effect`: run some layers for other tokens than the whole step's."""
+        """Within `adapters`: run some layers for other tokens than the whole step's."""
         outer, self.meta = self.meta, meta
         try:
             yield

@@ -1,7 +1,7 @@
 """The attention function that transformers calls for every layer of a base.
 
-The forward gets an Attention object as the keyword `batch`; it alone knows where keys and values
-live. Serving reads and writes the paged cache; training has whole sequences and no cache.
+The forward is given an Attention object as the keyword `attention`, which alone knows where keys
+and values are kept. Serving reads and writes the paged cache; training has whole rows and no cache.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def loramux_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    batch: Attention | None = None,
+    attention: Attention | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D) → (1, T, H, D)."""
-    if batch is None:
-        raise TypeError("the base was called without batch=; use Base.forward")
-    out = batch.attend(
+    if attention is None:
+        raise TypeError("the base was called without attention=; use Base.forward")
+    out = attention.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -84,14 +84,14 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, like: Tensor
+        cls, num_layers: int, num_cache_slots: int, num_kv_heads: int, head_dim: int, like: Tensor
     ) -> KVCache:
-        shape = (num_layers, num_slots, num_kv_heads, head_dim)
+        shape = (num_layers, num_cache_slots, num_kv_heads, head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     @property
-    def num_slots(self) -> int:
-        """Token slots of each layer."""
+    def num_cache_slots(self) -> int:
+        """Number of cache slots of each layer; a slot holds one token's keys and values."""
         return self.keys.shape[1]
 
     def as_one_layer(self) -> KVCache:
@@ -120,7 +120,7 @@ class PagedAttention:
         softcap: float | None,
     ) -> Tensor:
         keys, values = self._memory(layer)
-        write_kv(keys, values, k, v, self.meta.slot_mapping)
+        write_kv(keys, values, k, v, self.meta.cache_slots)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
 
     def rotate_and_attend(
@@ -139,7 +139,7 @@ class PagedAttention:
     ) -> Tensor:
         """`attend` of queries and keys that are still to be normed and rotated: cos, sin (T, R)."""
         keys, values = self._memory(layer)
-        slots = self.meta.slot_mapping
+        slots = self.meta.cache_slots
         q = rotate_and_write(q, k, v, cos, sin, keys, values, slots, norm)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
 

@@ -94,12 +94,12 @@ class _Attention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        batch: Attention | None = None,
+        attention: Attention | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, R) → (1, T, H)."""
-        if batch is None or len(hidden_states) > 1 or not can_run_on_gpu(hidden_states):
-            given = {"position_embeddings": position_embeddings, "batch": batch}
+        if attention is None or len(hidden_states) > 1 or not can_run_on_gpu(hidden_states):
+            given = {"position_embeddings": position_embeddings, "attention": attention}
             return super().forward(hidden_states, **given, **kwargs)
         q, k, v = self._heads(hidden_states)
         (cos,), (sin,) = position_embeddings
@@ -109,11 +109,11 @@ class _Attention(nn.Module):
             "window": self._window(),
             "softcap": self._softcap(),
         }
-        if isinstance(batch, PagedAttention):
-            out = batch.rotate_and_attend(q, k, v, cos, sin, self._norm(), **options)
+        if isinstance(attention, PagedAttention):
+            out = attention.rotate_and_attend(q, k, v, cos, sin, self._norm(), **options)
         else:
             q, k = rotate(q, k, cos, sin, self._norm())
-            out = batch.attend(q, k, v, **options)
+            out = attention.attend(q, k, v, **options)
         return self.o_proj(out.flatten(1)[None]), None
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -22,14 +22,14 @@ MAX_EXACT_MAPS = 3
 MAX_SEARCHED_PLACES = 20_000
 """Three maps without order in common would search for seconds; these are searched in about 0.3 s,
 while three maps of a few ranges of 60 to 120 layers need 100 to 10 000."""
-MAX_CACHED_PLANS = 1024
+MAX_CACHED_ORDERS = 1024
 
 _Place = tuple[int, ...]
 """How many layers each sequence has left."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlanStep:
+class OrderStep:
     """One run of base layer `layer`."""
 
     layer: int
@@ -47,7 +47,7 @@ def replicas(layer_map: LayerMap) -> tuple[int, ...]:
     return tuple(found)
 
 
-def shortest_plan(maps: Iterable[LayerMap]) -> tuple[PlanStep, ...]:
+def shortest_order(maps: Iterable[LayerMap]) -> tuple[OrderStep, ...]:
     """The shortest common supersequence of `maps`, each step with the maps that it serves.
 
     Exact for up to three distinct maps. Beyond, and for three that MAX_SEARCHED_PLACES does not
@@ -58,15 +58,15 @@ def shortest_plan(maps: Iterable[LayerMap]) -> tuple[PlanStep, ...]:
     return _plan(tuple(sorted(set(maps))))
 
 
-@lru_cache(MAX_CACHED_PLANS)
-def _plan(maps: tuple[LayerMap, ...]) -> tuple[PlanStep, ...]:
+@lru_cache(MAX_CACHED_ORDERS)
+def _plan(maps: tuple[LayerMap, ...]) -> tuple[OrderStep, ...]:
     """Each map takes the first steps that it can; those that none takes are left out."""
     taken = dict.fromkeys(maps, 0)
     steps = []
     for layer in _supersequence(maps):
         takers = [m for m, index in taken.items() if m[index : index + 1] == (layer,)]
         if takers:
-            steps.append(PlanStep(layer, tuple((m, taken[m]) for m in takers)))
+            steps.append(OrderStep(layer, tuple((m, taken[m]) for m in takers)))
         for layer_map in takers:
             taken[layer_map] += 1
     return tuple(steps)

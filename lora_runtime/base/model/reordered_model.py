@@ -1,14 +1,15 @@
 """A base that runs its layers in another order, some of them several times, some for some rows.
 
-The plan is the caller's: planned_model lays out the layers once, and a PlannedBatch says for one
-forward which tokens run at which of them. See layer_plan.py for the shortest order of several maps.
+The caller chooses the order: `reordered_model` lays out the layers once, and LayerSteps say for one
+forward which tokens run at which of them. layer_order.py finds the shortest order for several maps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_runtime.base.model.adapted_linear import StepContext
 from lora_runtime.base.model.attention import Attention
+
+MAX_REORDERED_MODELS = 64
+"""Orders of layers for which a base keeps a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +37,32 @@ class LayerStep:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedBatch:
-    """The `batch=` of a planned model's forward: one LayerStep for each of its layers, in order."""
+class LayerSteps:
+    """The `attention=` of a reordered model's forward: a LayerStep for each of its layers."""
 
     steps: Sequence[LayerStep]
 
 
-class PlannedLayer(nn.Module):
-    """Runs `layer` for the tokens of step `index`; the others keep their hidden state bit for bit.
-
-    To the decoder it looks like `layer`: it has the same attributes.
+class WrappedLayer(nn.Module):
+    """Stands for `layer` in a decoder. Every attribute it does not have itself is that of `layer`,
+    because decoders ask their layers for some, for example `attention_type`.
     """
 
-    def __init__(self, layer: nn.Module, index: int, context: StepContext) -> None:
+    def __init__(self, layer: nn.Module, context: StepContext) -> None:
         super().__init__()
-        self.layer, self.index, self.context = layer, index, context
+        self.layer, self.context = layer, context
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__["_modules"]
         return own[name] if name in own else getattr(own["layer"], name)
+
+
+class ReorderedLayer(WrappedLayer):
+    """Runs `layer` for the tokens of step `index`; the others keep their hidden state unchanged."""
+
+    def __init__(self, layer: nn.Module, index: int, context: StepContext) -> None:
+        super().__init__(layer, context)
+        self.index = index
 
     def forward(
         self,
@@ -59,20 +70,20 @@ class PlannedLayer(nn.Module):
         *,
         position_embeddings: tuple[Tensor, Tensor],
         position_ids: Tensor,
-        batch: PlannedBatch,
+        attention: LayerSteps,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, D), position_ids (1, T)
         → (1, T, H).
         """
-        step = batch.steps[self.index]
+        step = attention.steps[self.index]
         cos, sin = position_embeddings
         with self.context.at(step.adapters):
             out: Tensor = self.layer(
                 _select(hidden_states, step.tokens),
                 position_embeddings=(_select(cos, step.tokens), _select(sin, step.tokens)),
                 position_ids=_select(position_ids, step.tokens),
-                batch=step.attention,
+                attention=step.attention,
                 **kwargs,
             )
         return out if step.tokens is None else hidden_states.index_copy(1, step.tokens, out)
@@ -83,34 +94,41 @@ def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x.index_select(1, tokens)
 
 
-def planned_model(
+def reordering(
+    model: PreTrainedModel, context: StepContext
+) -> Callable[[tuple[int, ...]], PreTrainedModel]:
+    """`reordered_model` of one model by layers; those of the last MAX_REORDERED_MODELS are kept."""
+    return lru_cache(MAX_REORDERED_MODELS)(lambda layers: reordered_model(model, layers, context))
+
+
+def reordered_model(
     model: PreTrainedModel, layers: tuple[int, ...], context: StepContext
 ) -> PreTrainedModel:
     """`model` with the decoder layers `layers`, in this order, in the place of its own.
 
-    Parameters are shared, and neither the model nor its config is changed. Its forward wants a
-    PlannedBatch as `batch=`. `context` is the one that the model's adapted layers share.
+    Parameters are shared, and neither the model nor its config is changed. Its forward wants
+    LayerSteps as `attention=`. `context` is the one that the model's adapted layers share.
     """
     decoder: Any = model.get_decoder()
     configs: dict[int, Any] = {}
-    planned_decoder = shallow_copy(decoder)
-    planned_decoder.config = _planned_config(decoder.config, layers, configs)
-    planned_decoder.layers = nn.ModuleList(
-        PlannedLayer(decoder.layers[layer], index, context) for index, layer in enumerate(layers)
+    reordered_decoder = shallow_copy(decoder)
+    reordered_decoder.config = _reordered_config(decoder.config, layers, configs)
+    reordered_decoder.layers = nn.ModuleList(
+        ReorderedLayer(decoder.layers[layer], index, context) for index, layer in enumerate(layers)
     )
-    planned: PreTrainedModel = with_submodule(model, decoder, planned_decoder, configs)
-    return planned
+    reordered: PreTrainedModel = with_submodule(model, decoder, reordered_decoder, configs)
+    return reordered
 
 
-def _planned_config(
+def _reordered_config(
     config: PreTrainedConfig, layers: tuple[int, ...], configs: dict[int, Any]
 ) -> PreTrainedConfig:
     """A copy of the decoder's config as if it had these layers."""
-    planned = copy.deepcopy(config, configs)
-    planned.num_hidden_layers = len(layers)
+    reordered = copy.deepcopy(config, configs)
+    reordered.num_hidden_layers = len(layers)
     if layer_types := getattr(config, "layer_types", None):
-        planned.layer_types = [layer_types[layer] for layer in layers]
-    return planned
+        reordered.layer_types = [layer_types[layer] for layer in layers]
+    return reordered
 
 
 def shallow_copy(module: Any) -> Any:

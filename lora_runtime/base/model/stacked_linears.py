@@ -40,13 +40,13 @@ class StackedLinears:
     def takes(self, x: Tensor) -> bool:
         """True for a GPU without gradients, where all members have adapters in one pool or none."""
         return x is self._x or (
-            can_run_on_gpu(x) and (self._runs() is not None or not self._is_adapted())
+            can_run_on_gpu(x) and (self._extents() is not None or not self._is_adapted())
         )
 
     def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
         """What `member` gives for x: (..., in) → (..., out), a slice of all members' outputs."""
         if x is not self._x:
-            self._x, self._outputs = x, self._run(x).split(self.widths, -1)
+            self._x, self._outputs = x, self._extent(x).split(self.widths, -1)
         y = self._outputs[self.members.index(member)]
         if member is self.members[-1]:
             self._x, self._outputs = None, ()
@@ -68,7 +68,7 @@ class StackedLinears:
         y = apply_gated_adapters(product, rows, self.joined.bias, *adapters, kind, hidden)
         return y.view(*x.shape[:-1], -1)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _extent(self, x: Tensor) -> Tensor:
         if (adapters := self._adapters()) is None:
             return self.joined(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.joined.bias
@@ -78,9 +78,9 @@ class StackedLinears:
 
     def _adapters(self) -> PooledAdapters | None:
         """The adapters of all members, if they can go together."""
-        if (runs := self._runs()) is None:
+        if (extents := self._extents()) is None:
             return None
-        return PooledAdapters(self._bindings()[0].memory, runs, self.context.meta)
+        return PooledAdapters(self._bindings()[0].memory, extents, self.context.meta)
 
     def _is_adapted(self) -> bool:
         bound = {} if self.context.meta is None else self.context.bindings
@@ -90,8 +90,8 @@ class StackedLinears:
         found = (self.context.bindings.get(member.path) for member in self.members)
         return [binding for binding in found if isinstance(binding, PooledBinding)]
 
-    def _runs(self) -> Tensor | None:
-        """(P, S, R, 8): the run tables of all members, if their adapters can go together."""
+    def _extents(self) -> Tensor | None:
+        """(P, S, R, 8): the extent tables of all members, if their adapters can go together."""
         bindings = self._bindings() if self._is_adapted() else []
         if len(bindings) < len(self.members):
             return None

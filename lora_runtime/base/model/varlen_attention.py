@@ -21,7 +21,7 @@ PADDED_TO = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowLengths:
     """Consecutive rows: the `prefix` tokens that all of them begin with, once, and then `lengths`,
     each at least 1, more tokens of every row.
     """
@@ -40,7 +40,7 @@ class VarlenAttention:
     padded to like length.
     """
 
-    def __init__(self, rows: Sequence[Rows], device: torch.device | str = "cpu") -> None:
+    def __init__(self, rows: Sequence[RowLengths], device: torch.device | str = "cpu") -> None:
         self._segments = list(_segments(rows))
         self._device = device
 
@@ -92,7 +92,7 @@ class _Segment(NamedTuple):
     length: int
 
 
-def _segments(rows: Sequence[Rows]) -> Iterator[_Segment]:
+def _segments(rows: Sequence[RowLengths]) -> Iterator[_Segment]:
     end = 0
     for part in rows:
         shared, end = end, end + part.prefix

@@ -1,9 +1,9 @@
 """The bodies of the adapter kernels; `triton/adapters.py` says what they are for and launches them.
 
-A Run is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
-x are parts of one launch: their outputs lie side by side, their run tables one after another.
-Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of 1, or a
-multiple of 16, would be a kernel of its own, compiled while requests wait.
+An Extent is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that
+share x are parts of one launch: their outputs lie side by side, their extent tables one after
+another. Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of
+1, or a multiple of 16, would be a kernel of its own, compiled while requests wait.
 A program waits for one load after another before it can ask for weights: what it needs to know of
 its tile lies in tables by the tile (`tiles_kernel`), which are read at once, then the run.
 """
@@ -102,10 +102,10 @@ def tiles_kernel(
 
 @triton.jit
 def shrink_tile(
-    hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-    tile, part, split, in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
-    stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+    hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
+    tile, part, split, in_features, inputs_per_split, num_entries, num_replicas,
+    stride_part_extents, stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and all ranks
     r, over the split's inputs k. Ranks up to the next multiple of 8 are zeros: what reads them may
@@ -113,11 +113,11 @@ def shrink_tile(
     """
     entry = tl.load(entries_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     slot, replica = tl.load(slots_ptr + tile), tl.load(replicas_ptr + tile)
-    has_run = (slot >= 0) & (replica < num_replicas)
-    run_ptr = runs_ptr + part.to(tl.int64) * stride_part_runs
-    run_ptr += (slot * num_replicas + replica).to(tl.int64) * 8
-    rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
-    a_at = tl.load(run_ptr + 1, mask=has_run, other=0)
+    has_extent = (slot >= 0) & (replica < num_replicas)
+    extent_ptr = extents_ptr + part.to(tl.int64) * stride_part_extents
+    extent_ptr += (slot * num_replicas + replica).to(tl.int64) * 8
+    rank = tl.load(extent_ptr, mask=has_extent, other=0).to(tl.int32)
+    a_at = tl.load(extent_ptr + 1, mask=has_extent, other=0)
     is_row = entry >= 0
     token = tl.load(tokens_ptr + entry, mask=is_row, other=0).to(tl.int64)
     x_rows = x_ptr + token[:, None] * in_features
@@ -145,8 +145,8 @@ def shrink_tile(
 
 @batch_jit
 def shrink_kernel(
-    hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-    in_features, inputs_per_split, num_entries, num_replicas, stride_part_runs,
+    hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
+    in_features, inputs_per_split, num_entries, num_replicas, stride_part_extents,
     stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr, LETS_NEXT_BEGIN: tl.constexpr,
 ):  # fmt: skip
@@ -154,10 +154,10 @@ def shrink_kernel(
     if LETS_NEXT_BEGIN:
         gdc_launch_dependents()
     shrink_tile(
-        hidden_ptr, x_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), in_features, inputs_per_split,
-        num_entries, num_replicas, stride_part_runs, stride_entry, SPLITS, BLOCK_M, BLOCK_R,
-        BLOCK_K, ALIGNMENT,
+        hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr,
+        entries_ptr, tl.program_id(0), tl.program_id(1), tl.program_id(2), in_features,
+        inputs_per_split, num_entries, num_replicas, stride_part_extents, stride_entry, SPLITS,
+        BLOCK_M, BLOCK_R, BLOCK_K, ALIGNMENT,
     )  # fmt: skip
 
 
@@ -215,9 +215,9 @@ def _owners(
 
 @triton.jit
 def _adapted(
-    base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr, replicas_ptr,
+    base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr, replicas_ptr,
     scales_ptr, next_ptr, token, entry, key, part, start, n, out_features, stride_row, num_entries,
-    num_replicas, stride_part_runs, stride_entry, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    num_replicas, stride_part_extents, stride_entry, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNMENT: tl.constexpr,
     VECTOR_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
@@ -237,17 +237,17 @@ def _adapted(
         acc += tl.load(bias_ptr + start + n, mask=is_out, other=0.0).to(tl.float32)[None, :]
     stride_split = num_entries * stride_entry
     hidden_ptr += part * SPLITS * stride_split
-    runs_ptr += part * stride_part_runs
+    extents_ptr += part * stride_part_extents
     lowest = tl.min(key, 0)
     while lowest < 2147483647:
-        is_row, has_run = key == lowest, lowest >= 0
-        run_ptr = runs_ptr + lowest.to(tl.int64) * 8
+        is_row, has_extent = key == lowest, lowest >= 0
+        extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
         following = tl.load(next_ptr + entry, mask=is_row, other=-1)
         scale = tl.load(scales_ptr + entry, mask=is_row, other=0.0)[:, None]
-        rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
-        b_at = tl.load(run_ptr + 2, mask=has_run, other=-1)
-        gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
-        bias_at = tl.load(run_ptr + 4, mask=has_run, other=-1)
+        rank = tl.load(extent_ptr, mask=has_extent, other=0).to(tl.int32)
+        b_at = tl.load(extent_ptr + 2, mask=has_extent, other=-1)
+        gain_at = tl.load(extent_ptr + 3, mask=has_extent, other=-1)
+        bias_at = tl.load(extent_ptr + 4, mask=has_extent, other=-1)
         if rank > 0:
             delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for first_rank in range(0, rank, BLOCK_R):
@@ -381,25 +381,25 @@ def _plain_gated_blocks(
 
 
 @triton.jit
-def _run(runs_ptr, weights_ptr, part, stride_part_runs, lowest, ALIGNMENT: tl.constexpr):
+def _extent(extents_ptr, weights_ptr, part, stride_part_extents, lowest, ALIGNMENT: tl.constexpr):
     """Of the run that all entries of a tile are under, 2147483647 or −1 for none: rank, B', and
     whether it has neither gain nor bias.
     """
-    has_run = (lowest >= 0) & (lowest < 2147483647)
-    run_ptr = runs_ptr + part * stride_part_runs + lowest.to(tl.int64) * 8
-    rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
-    b_at = tl.load(run_ptr + 2, mask=has_run, other=0)
-    gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
-    bias_at = tl.load(run_ptr + 4, mask=has_run, other=-1)
+    has_extent = (lowest >= 0) & (lowest < 2147483647)
+    extent_ptr = extents_ptr + part * stride_part_extents + lowest.to(tl.int64) * 8
+    rank = tl.load(extent_ptr, mask=has_extent, other=0).to(tl.int32)
+    b_at = tl.load(extent_ptr + 2, mask=has_extent, other=0)
+    gain_at = tl.load(extent_ptr + 3, mask=has_extent, other=-1)
+    bias_at = tl.load(extent_ptr + 4, mask=has_extent, other=-1)
     b_ptr = weights_ptr + tl.multiple_of(b_at, ALIGNMENT)
     return rank, b_ptr, (gain_at < 0) & (bias_at < 0)
 
 
 @batch_jit
 def expand_kernel(
-    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
-    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
+    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_extents,
     stride_entry, blocks_per_program, start_1, start_2, end, HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
@@ -429,7 +429,9 @@ def expand_kernel(
     rows = token[:, None].to(tl.int64) * end + start
     lowest = tl.min(key, 0)
     following = tl.load(next_ptr + entry, mask=entry >= 0, other=-1)
-    rank, b_ptr, is_plain = _run(runs_ptr, weights_ptr, part, stride_part_runs, lowest, ALIGNMENT)
+    rank, b_ptr, is_plain = _extent(
+        extents_ptr, weights_ptr, part, stride_part_extents, lowest, ALIGNMENT
+    )
     if is_plain & (tl.max(following, 0) < 0):
         part_ptr = hidden_ptr + part * SPLITS * (num_entries * stride_entry)
         _plain_blocks(
@@ -441,9 +443,9 @@ def expand_kernel(
         for block in range(0, num_blocks):
             n = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
             y = _adapted(
-                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr,
                 replicas_ptr, scales_ptr, next_ptr, token, entry, key, part, start, n, width, end,
-                num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS, SPLITS,
+                num_entries, num_replicas, stride_part_extents, stride_entry, HAS_BIAS, SPLITS,
                 BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
             )  # fmt: skip
             is_cell = (token >= 0)[:, None] & (n < width)[None, :]
@@ -452,9 +454,9 @@ def expand_kernel(
 
 @batch_jit
 def gated_expand_kernel(
-    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+    y_ptr, base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, tile_slots_ptr,
-    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_runs,
+    tile_replicas_ptr, num_entry_places, num_entries, num_replicas, stride_part_extents,
     stride_entry, blocks_per_program, width, IS_SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR_ALIGNMENT: tl.constexpr,
@@ -475,11 +477,11 @@ def gated_expand_kernel(
     one = tl.full((), 1, tl.int64)
     lowest = tl.min(key, 0)
     following = tl.load(next_ptr + entry, mask=entry >= 0, other=-1)
-    rank_0, b_ptr_0, is_plain_0 = _run(
-        runs_ptr, weights_ptr, one - 1, stride_part_runs, lowest, ALIGNMENT
+    rank_0, b_ptr_0, is_plain_0 = _extent(
+        extents_ptr, weights_ptr, one - 1, stride_part_extents, lowest, ALIGNMENT
     )
-    rank_1, b_ptr_1, is_plain_1 = _run(
-        runs_ptr, weights_ptr, one, stride_part_runs, lowest, ALIGNMENT
+    rank_1, b_ptr_1, is_plain_1 = _extent(
+        extents_ptr, weights_ptr, one, stride_part_extents, lowest, ALIGNMENT
     )
     if is_plain_0 & is_plain_1 & (tl.max(following, 0) < 0):
         _plain_gated_blocks(
@@ -491,15 +493,15 @@ def gated_expand_kernel(
         for block in range(0, num_blocks):
             n = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
             gate = _adapted(
-                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr,
                 replicas_ptr, scales_ptr, next_ptr, token, entry, key, one - 1, 0, n, width,
-                2 * width, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS,
+                2 * width, num_entries, num_replicas, stride_part_extents, stride_entry, HAS_BIAS,
                 SPLITS, BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
             ).to(dtype)  # fmt: skip
             up = _adapted(
-                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, runs_ptr, slots_ptr,
+                base_ptr, bias_ptr, hidden_ptr, weights_ptr, vectors_ptr, extents_ptr, slots_ptr,
                 replicas_ptr, scales_ptr, next_ptr, token, entry, key, one, width, n, width,
-                2 * width, num_entries, num_replicas, stride_part_runs, stride_entry, HAS_BIAS,
+                2 * width, num_entries, num_replicas, stride_part_extents, stride_entry, HAS_BIAS,
                 SPLITS, BLOCK_M, BLOCK_R, BLOCK_N, ALIGNMENT, VECTOR_ALIGNMENT,
             ).to(dtype)  # fmt: skip
             y = gated_value(gate.to(tl.float32), up.to(tl.float32), IS_SILU)

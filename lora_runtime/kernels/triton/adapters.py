@@ -139,15 +139,15 @@ def apply_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """See `lora_runtime.kernels.apply_stacked_adapters`; runs (P, S, R, 8) of P ≤ 3 parts."""
-    base, runs = base.contiguous(), runs.contiguous()
+    """See `lora_runtime.kernels.apply_stacked_adapters`; extents (P, S, R, 8) of P ≤ 3 parts."""
+    base, extents = base.contiguous(), extents.contiguous()
     shape, tiles = _cut(meta, len(base))
-    hidden = shrink(x, memory, runs, meta) if hidden is None else hidden
+    hidden = shrink(x, memory, extents, meta) if hidden is None else hidden
     y = torch.empty_like(base)
     width = base.shape[1]
     starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
@@ -156,7 +156,7 @@ def apply_adapters(
     num_chunks = sum(triton.cdiv(part, out_block * blocks) for part in widths)
     expand_kernel[len(tiles.tokens), num_chunks](
         y,
-        *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        *_expand_arguments(base, bias, hidden, memory, extents, meta, tiles),
         blocks,
         *starts,
         width,
@@ -171,22 +171,22 @@ def apply_gated_adapters(
     x: Tensor,
     bias: Tensor | None,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     kind: str,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """See `lora_runtime.kernels.apply_gated_adapters`; runs (2, S, R, 8)."""
-    base, runs = base.contiguous(), runs.contiguous()
+    """See `lora_runtime.kernels.apply_gated_adapters`; extents (2, S, R, 8)."""
+    base, extents = base.contiguous(), extents.contiguous()
     shape, tiles = _cut(meta, len(base))
-    hidden = shrink(x, memory, runs, meta) if hidden is None else hidden
+    hidden = shrink(x, memory, extents, meta) if hidden is None else hidden
     width = base.shape[1] // 2
     y = base.new_empty(len(base), width)
     out_block = shape.out_bytes // memory.weights.itemsize
     blocks = _blocks_per_program(len(tiles.tokens), width, out_block)
     gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block * blocks)](
         y,
-        *_expand_arguments(base, bias, hidden, memory, runs, meta, tiles),
+        *_expand_arguments(base, bias, hidden, memory, extents, meta, tiles),
         blocks,
         width,
         IS_SILU=kind == "silu",
@@ -212,7 +212,7 @@ def _expand_arguments(
     bias: Tensor | None,
     hidden: Tensor,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     tiles: Tiles,
 ) -> tuple[Tensor | int, ...]:
@@ -223,15 +223,15 @@ def _expand_arguments(
         hidden,
         memory.weights,
         memory.vectors,
-        runs,
+        extents,
         meta.slots,
         meta.replicas,
         meta.weights,
         *(tiles.tokens, tiles.entries, tiles.next_entry, tiles.slots, tiles.replicas),
         tiles.entries.numel(),
         len(meta.tokens),
-        runs.shape[2],
-        runs.stride(0),
+        extents.shape[2],
+        extents.stride(0),
         hidden.shape[3],
     )
 
@@ -281,7 +281,7 @@ class ShrinkLaunch(NamedTuple):
     stages: int
     """Of a launch of its own."""
 
-    def run(self, *, lets_next_begin: bool = False) -> None:
+    def extent(self, *, lets_next_begin: bool = False) -> None:
         """Fill `hidden`, by a launch of its own; the next one may begin while it is at work."""
         if self.hidden.numel() > 0:
             shrink_kernel[self.grid](
@@ -293,23 +293,25 @@ class ShrinkLaunch(NamedTuple):
             )
 
 
-def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> ShrinkLaunch:
-    """The launch for x (T, in), contiguous, and runs (P, S, R, 8)."""
+def shrink_launch(
+    x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta
+) -> ShrinkLaunch:
+    """The launch for x (T, in), contiguous, and extents (P, S, R, 8)."""
     shape, tiles = _cut(meta, len(x))
-    max_rank = int(runs[..., 0].max()) if memory.max_rank is None else memory.max_rank
+    max_rank = int(extents[..., 0].max()) if memory.max_rank is None else memory.max_rank
     in_features = x.shape[1]
     block = shape.shrink_bytes // memory.weights.itemsize
     splits, inputs_per_split = num_splits(in_features, shape, block)
-    size = (len(runs), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
+    size = (len(extents), splits, len(meta.tokens), triton.cdiv(max_rank, 16) * 16)
     hidden = x.new_empty(size, dtype=torch.float32)
     assert hidden.numel() < 2**31, "places in a part are 32-bit numbers"
     return ShrinkLaunch(
         hidden=hidden,
-        grid=(len(tiles.entries), len(runs), splits),
+        grid=(len(tiles.entries), len(extents), splits),
         arguments=(
-            *(x, memory.weights, runs, meta.tokens, tiles.slots, tiles.replicas, tiles.entries),
-            *(in_features, inputs_per_split, len(meta.tokens), runs.shape[2]),
-            *(runs.stride(0), size[3]),
+            *(x, memory.weights, extents, meta.tokens, tiles.slots, tiles.replicas, tiles.entries),
+            *(in_features, inputs_per_split, len(meta.tokens), extents.shape[2]),
+            *(extents.stride(0), size[3]),
         ),
         options={
             "SPLITS": splits,
@@ -322,8 +324,8 @@ def shrink_launch(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
     )
 
 
-def shrink(x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta) -> Tensor:
+def shrink(x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta) -> Tensor:
     """`ShrinkLaunch.hidden` of x, by a launch of its own."""
-    launch = shrink_launch(x.contiguous(), memory, runs, meta)
-    launch.run()
+    launch = shrink_launch(x.contiguous(), memory, extents, meta)
+    launch.extent()
     return launch.hidden

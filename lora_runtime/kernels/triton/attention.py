@@ -64,7 +64,7 @@ WRITE_BLOCK = 1024
 MIN_DOT = 16
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, cache_slots: Tensor) -> None:
     """See `lora_runtime.kernels.write_kv`. k and v may be views with rows and heads anywhere."""
     assert k.stride(2) == v.stride(2) == 1
     num_tokens, num_heads, head_dim = k.shape
@@ -74,7 +74,7 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot_mapping: T
         values,
         k,
         v,
-        slot_mapping,
+        cache_slots,
         num_heads * head_dim,
         head_dim,
         *k.stride()[:2],

@@ -80,11 +80,11 @@ def rotate_and_write(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_mapping: Tensor,
+    cache_slots: Tensor,
     norm: HeadNorm | None,
 ) -> Tensor:
     """See `lora_runtime.kernels.rotate_and_write`."""
-    return _rotate(q, k, v, cos, sin, keys, values, slot_mapping, norm)
+    return _rotate(q, k, v, cos, sin, keys, values, cache_slots, norm)
 
 
 def _rotate(
@@ -95,7 +95,7 @@ def _rotate(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_mapping: Tensor | None,
+    cache_slots: Tensor | None,
     norm: HeadNorm | None,
 ) -> Tensor:
     """Rotated queries; keys of token t go to keys[t], or with v to the token's slot of the cache.
@@ -109,10 +109,10 @@ def _rotate(
     blocks = [triton.cdiv(heads, HEADS_BLOCK) for heads in (num_heads, k.shape[1])]
     weights = (q, q) if norm is None else (norm.q_weight, norm.k_weight)
     _rotate_kernel[num_tokens, sum(blocks)](
-        out_q, keys, values, q, k, v, cos, sin, q if slot_mapping is None else slot_mapping,
+        out_q, keys, values, q, k, v, cos, sin, q if cache_slots is None else cache_slots,
         *weights, 0.0 if norm is None else norm.eps, blocks[0], num_heads, k.shape[1], head_dim,
         cos.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
-        sin.stride(0), WRITES=slot_mapping is not None, HAS_NORM=norm is not None,
+        sin.stride(0), WRITES=cache_slots is not None, HAS_NORM=norm is not None,
         PLUS_ONE=norm is not None and norm.plus_one,
         BLOCK_H=HEADS_BLOCK, BLOCK_D=triton.next_power_of_2(head_dim),
     )  # fmt: skip

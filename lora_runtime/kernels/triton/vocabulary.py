@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_runtime.kernels.triton.adapter_kernels import batch_jit, keys_of
 from lora_runtime.kernels.triton.adapters import step_tiles
-from lora_runtime.kernels.types import AdapterMemory, Run, StepMeta
+from lora_runtime.kernels.types import AdapterMemory, Extent, StepMeta
 
 TILE = 16
 BLOCK_N = 256
@@ -36,39 +36,39 @@ def embed_adapters(
     token_ids: Tensor,
     scale: float,
     memory: AdapterMemory,
-    runs: Tensor,
+    extents: Tensor,
     meta: StepMeta,
     vocab_size: int,
 ) -> Tensor:
     """See `lora_runtime.kernels.embed_adapters`."""
-    base, runs = base.contiguous(), runs.contiguous()
+    base, extents = base.contiguous(), extents.contiguous()
     tiles = step_tiles(meta, len(base), TILE)
     y = torch.empty_like(base)
     width = base.shape[1]
     _embed_kernel[tiles.tokens.numel(), triton.cdiv(width, BLOCK_N)](
-        y, base, token_ids, memory.weights, memory.vectors, memory.indices, runs, meta.slots,
+        y, base, token_ids, memory.weights, memory.vectors, memory.indices, extents, meta.slots,
         meta.replicas, meta.weights, tiles.tokens, tiles.entries, tiles.next_entry,
-        tiles.entries.numel(), scale, vocab_size, width, runs.shape[1],
+        tiles.entries.numel(), scale, vocab_size, width, extents.shape[1],
         BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
     )  # fmt: skip
     return y
 
 
 def patch_logits(
-    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, runs: Tensor, meta: StepMeta
+    y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta
 ) -> Tensor:
     """See `lora_runtime.kernels.patch_logits`. Changes y in place; nothing to do without rows."""
     max_rows = memory.max_rows
     if max_rows is None:
-        max_rows = int(runs[..., Run._fields.index("num_rows")].max())
+        max_rows = int(extents[..., Extent._fields.index("num_rows")].max())
     if max_rows > 0:
-        base, x, runs = base.contiguous(), x.contiguous(), runs.contiguous()
+        base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
         tiles = step_tiles(meta, len(y), TILE)
         grid = len(tiles.entries), min(triton.cdiv(max_rows, BLOCK_ROWS), MAX_PROGRAMS)
         _patch_kernel[grid](
-            y, base, x, memory.weights, memory.indices, runs, meta.slots, meta.replicas,
+            y, base, x, memory.weights, memory.indices, extents, meta.slots, meta.replicas,
             meta.weights, tiles.tokens, tiles.entries, tiles.next_entry, x.shape[1], y.stride(0),
-            base.stride(0), y.shape[1], runs.shape[1],
+            base.stride(0), y.shape[1], extents.shape[1],
             BLOCK_M=TILE, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
             ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize), num_stages=STAGES,
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _find(indices_ptr, row_ids_at, num_rows, wanted):
 
 @batch_jit
 def _embed_kernel(
-    y_ptr, base_ptr, ids_ptr, weights_ptr, vectors_ptr, indices_ptr, runs_ptr, slots_ptr,
+    y_ptr, base_ptr, ids_ptr, weights_ptr, vectors_ptr, indices_ptr, extents_ptr, slots_ptr,
     replicas_ptr, scales_ptr, tokens_ptr, entries_ptr, next_ptr, num_entry_places, embed_scale,
     vocab_size, width, num_replicas, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -110,28 +110,28 @@ def _embed_kernel(
     entry = tl.load(entries_ptr + place, mask=place < num_entry_places, other=-1)
     while entry >= 0:
         key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
-        has_run = key >= 0
-        run_ptr = runs_ptr + key.to(tl.int64) * 8
+        has_extent = key >= 0
+        extent_ptr = extents_ptr + key.to(tl.int64) * 8
         weight = tl.load(scales_ptr + entry)
-        rank = tl.load(run_ptr, mask=has_run, other=0).to(tl.int32)
-        a_ptr = weights_ptr + tl.load(run_ptr + 1, mask=has_run, other=0) + token_id
-        b_ptr = weights_ptr + tl.load(run_ptr + 2, mask=has_run, other=0)
+        rank = tl.load(extent_ptr, mask=has_extent, other=0).to(tl.int32)
+        a_ptr = weights_ptr + tl.load(extent_ptr + 1, mask=has_extent, other=0) + token_id
+        b_ptr = weights_ptr + tl.load(extent_ptr + 2, mask=has_extent, other=0)
         for start in range(0, rank, BLOCK_R):
             r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
             a = tl.load(a_ptr + r * vocab_size, mask=r < rank, other=0.0).to(tl.float32)
             mask = (r < rank)[:, None] & is_in[None, :]
             b = tl.load(b_ptr + r[:, None] * width + n[None, :], mask=mask, other=0.0)
             acc += weight * embed_scale * tl.sum(a[:, None] * b.to(tl.float32), 0)
-        gain_at = tl.load(run_ptr + 3, mask=has_run, other=-1)
+        gain_at = tl.load(extent_ptr + 3, mask=has_extent, other=-1)
         if gain_at >= 0:
             gain = tl.load(vectors_ptr + gain_at + n, mask=is_in, other=1.0)
             acc += weight * (gain - 1) * embedded
-        num_rows = tl.load(run_ptr + 5, mask=has_run, other=0).to(tl.int32)
+        num_rows = tl.load(extent_ptr + 5, mask=has_extent, other=0).to(tl.int32)
         if num_rows > 0:
-            row_ids_at = tl.load(run_ptr + 7)
+            row_ids_at = tl.load(extent_ptr + 7)
             row, is_there = _find(indices_ptr, row_ids_at, num_rows, token_id.to(tl.int32))
             if is_there:
-                row_ptr = weights_ptr + tl.load(run_ptr + 6) + row.to(tl.int64) * width
+                row_ptr = weights_ptr + tl.load(extent_ptr + 6) + row.to(tl.int64) * width
                 values = tl.load(row_ptr + n, mask=is_in, other=0.0).to(tl.float32)
                 acc += weight * (embed_scale * values - embedded)
         entry = tl.load(next_ptr + entry)
@@ -164,15 +164,15 @@ def _row_products(
 
 @batch_jit
 def _patch_kernel(
-    y_ptr, base_ptr, x_ptr, weights_ptr, indices_ptr, runs_ptr, slots_ptr, replicas_ptr,
+    y_ptr, base_ptr, x_ptr, weights_ptr, indices_ptr, extents_ptr, slots_ptr, replicas_ptr,
     scales_ptr, tokens_ptr, entries_ptr, next_ptr, in_features, stride_y, stride_base, vocab_size,
     num_replicas, BLOCK_M: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Some ids of one tile of tokens, under all of their entries.
 
-    Of the runs on the tile the one with the most rows is cut into blocks. The ids from the first
-    of a block to the first of the next are one program's, whichever run replaces them.
+    Of the extents on the tile the one with the most rows is cut into blocks. The ids from the first
+    of a block to the first of the next are one program's, whichever extent replaces them.
     """
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(tokens_ptr + at).to(tl.int64)
@@ -182,9 +182,9 @@ def _patch_kernel(
     key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
     lowest = tl.min(key, 0)
     while lowest < 2147483647:
-        run_ptr = runs_ptr + lowest.to(tl.int64) * 8
-        num_rows = tl.load(run_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
-        row_ids_at = tl.load(run_ptr + 7, mask=lowest >= 0, other=-1)
+        extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
+        num_rows = tl.load(extent_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
+        row_ids_at = tl.load(extent_ptr + 7, mask=lowest >= 0, other=-1)
         most_ids_at = tl.where(num_rows > most, row_ids_at, most_ids_at)
         most = tl.maximum(most, num_rows)
         entry = tl.where(
@@ -203,13 +203,13 @@ def _patch_kernel(
         lowest = tl.min(key, 0)
         while lowest < 2147483647:
             is_token = key == lowest
-            run_ptr = runs_ptr + lowest.to(tl.int64) * 8
-            num_rows = tl.load(run_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
-            row_ids_at = tl.load(run_ptr + 7, mask=lowest >= 0, other=-1)
+            extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
+            num_rows = tl.load(extent_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
+            row_ids_at = tl.load(extent_ptr + 7, mask=lowest >= 0, other=-1)
             begin, _ = _find(indices_ptr, row_ids_at, num_rows, low)
             end, _ = _find(indices_ptr, row_ids_at, num_rows, high)
             end = tl.minimum(end, num_rows)
-            rows_at = tl.load(run_ptr + 6, mask=lowest >= 0, other=0)
+            rows_at = tl.load(extent_ptr + 6, mask=lowest >= 0, other=0)
             rows_ptr = weights_ptr + tl.multiple_of(rows_at, ALIGNMENT)
             scale = tl.load(scales_ptr + entry, mask=is_token, other=0.0)[:, None]
             for start in range(begin, end, BLOCK_ROWS):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_runtime.base.model.varlen_attention import Rows
+from lora_runtime.base.model.varlen_attention import RowLengths
 from lora_runtime.training.data.examples import Example
 
 
@@ -20,9 +20,9 @@ class Family(NamedTuple):
     prefix: int
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowLengths:
         """As attention takes them."""
-        return Rows(
+        return RowLengths(
             [len(example.token_ids) - self.prefix for example in self.examples], self.prefix
         )
 
@@ -37,7 +37,7 @@ class PackedBatch:
 
     token_ids: Tensor
     position_ids: Tensor
-    rows: list[list[Rows]]
+    rows: list[list[RowLengths]]
     """Of each unit."""
     logits_at: Tensor
     labels: Tensor

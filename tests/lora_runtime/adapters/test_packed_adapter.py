@@ -18,7 +18,7 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterPlacement
 from lora_runtime.errors import Overloaded
-from lora_runtime.kernels import NO_RUN, Run
+from lora_runtime.kernels import NO_EXTENT, Extent
 from tests.driver import tiny_engine
 from tests.tiny import tiny_base, tiny_checkpoint
 from tests.variants import variant_names, write_variants
@@ -75,16 +75,16 @@ def assert_holds(pool, base, form, slot):
     memory, index = pool.memory, {path: i for i, path in enumerate(base.spec.shapes)}
     dtype, seen = memory.weights.dtype, set()
     for key, module in form.modules.items():
-        run = Run(*pool.runs[index[key.path], slot, key.replica].tolist())
+        extent = Extent(*pool.extents[index[key.path], slot, key.replica].tolist())
         seen.add((index[key.path], key.replica))
         patch = module.patch
         parts = [
-            (memory.weights, run.a, module.a, dtype),
-            (memory.weights, run.b, None if module.b is None else module.b.T, dtype),
-            (memory.vectors, run.gain, module.gain, torch.float32),
-            (memory.vectors, run.bias, module.bias, torch.float32),
-            (memory.weights, run.rows, patch and patch.values, dtype),
-            (memory.indices, run.row_ids, patch and patch.ids, torch.int32),
+            (memory.weights, extent.a, module.a, dtype),
+            (memory.weights, extent.b, None if module.b is None else module.b.T, dtype),
+            (memory.vectors, extent.gain, module.gain, torch.float32),
+            (memory.vectors, extent.bias, module.bias, torch.float32),
+            (memory.weights, extent.rows, patch and patch.values, dtype),
+            (memory.indices, extent.row_ids, patch and patch.ids, torch.int32),
         ]
         for view, offset, values, stored in parts:
             if values is None:
@@ -92,11 +92,11 @@ def assert_holds(pool, base, form, slot):
             else:
                 assert offset * view.itemsize % ALIGNMENT == 0
                 assert torch.equal(part(view, offset, values, stored), values.to(stored))
-        assert run.rank == module.rank <= memory.max_rank
-        assert run.num_rows == (0 if patch is None else len(patch.values))
+        assert extent.rank == module.rank <= memory.max_rank
+        assert extent.num_rows == (0 if patch is None else len(patch.values))
     for place in product(range(len(index)), range(pool.num_replicas)):
         if place not in seen:
-            assert tuple(pool.runs[place[0], slot, place[1]].tolist()) == NO_RUN
+            assert tuple(pool.extents[place[0], slot, place[1]].tolist()) == NO_EXTENT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,7 +113,7 @@ def test_every_part_is_read_back_from_any_place(base, forms, name, dtype):
     pool.load(AdapterPlacement(form.digest, 0, second), adapter)
     for slot in (2, 0):
         assert_holds(pool, base, form, slot)
-    assert pool.runs[:, 1].eq(torch.tensor(NO_RUN)).all()
+    assert pool.extents[:, 1].eq(torch.tensor(NO_EXTENT)).all()
     assert set(pool.bindings) == {key.path for key in form.modules}
 
 
@@ -132,7 +132,9 @@ def test_what_the_engine_asks_of_an_adapter_is_the_forms(forms):
         assert all(getattr(adapter, fact) == getattr(form, fact) for fact in facts)
         assert adapter.max_rank == max((0, *form.ranks))
         visits = Counter(form.layer_map or [0])
-        assert adapter.num_replicas == max(visits.values()), "every visit has its run, or NO_RUN"
+        assert adapter.num_replicas == max(visits.values()), (
+            "every visit has an extent, or NO_EXTENT"
+        )
 
 
 def test_the_host_keeps_one_copy_of_the_bytes_and_none_of_the_form(base, tmp_path):

@@ -16,7 +16,7 @@ from lora_runtime.base.model.attention import PagedAttention
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.stacked_linears import stack_linears
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import AttentionMeta, gpu
 from lora_runtime.training.calibration import input_rms
@@ -49,7 +49,7 @@ def calls(monkeypatch):
 
 def logits(base, ids):
     positions = torch.arange(len(ids))
-    attention = VarlenAttention([Rows([len(ids)])], base.device)
+    attention = VarlenAttention([RowLengths([len(ids)])], base.device)
     return base.forward(ids, positions, attention, positions)
 
 
@@ -63,7 +63,7 @@ def paged_logits(base, ids):
         meta = AttentionMeta(
             rows=torch.zeros(len(tokens), dtype=torch.int32),
             positions=tokens.int(),
-            slot_mapping=table[0, tokens // block_size] * block_size + tokens % block_size,
+            cache_slots=table[0, tokens // block_size] * block_size + tokens % block_size,
             block_tables=table.int(),
             block_size=block_size,
         )
@@ -120,7 +120,7 @@ def test_the_slow_twin_runs_where_a_gradient_is_wanted(monkeypatch, calls):
     base = tiny_base("llama")
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
     x, positions = torch.randn(3, 64, requires_grad=True), torch.arange(3)
-    attention = VarlenAttention([Rows([3])], base.device)
+    attention = VarlenAttention([RowLengths([3])], base.device)
     embedded = base.model.get_input_embeddings().embedding
     monkeypatch.setattr(embedded, "forward", lambda ids: x[ids])
     base.forward(positions, positions, attention, positions).sum().backward()

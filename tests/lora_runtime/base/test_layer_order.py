@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.base.model.layer_order import replicas, shortest_plan
+from lora_runtime.base.model.layer_order import replicas, shortest_order
 
 
 def maps_of(num_layers, longest, num_maps):
@@ -53,14 +53,14 @@ def check_serves(steps, maps):
 
 @given(maps_of(num_layers=2, longest=4, num_maps=3) | maps_of(3, longest=3, num_maps=3))
 def test_up_to_three_maps_have_the_shortest_plan(maps):
-    steps = shortest_plan(frozenset(maps))
+    steps = shortest_order(frozenset(maps))
     check_serves(steps, maps)
     assert len(steps) == brute_force_length(maps)
 
 
 @given(maps_of(num_layers=5, longest=12, num_maps=7))
 def test_any_number_of_maps_is_served_within_the_sum(maps):
-    steps = shortest_plan(frozenset(maps))
+    steps = shortest_order(frozenset(maps))
     check_serves(steps, maps)
     distinct = set(maps)
     assert max(map(len, distinct)) <= len(steps) <= sum(map(len, distinct))
@@ -68,25 +68,25 @@ def test_any_number_of_maps_is_served_within_the_sum(maps):
 
 def test_a_single_map_is_its_own_plan():
     layer_map = (0, 1, 1, 0, 2)
-    steps = shortest_plan(frozenset([layer_map]))
+    steps = shortest_order(frozenset([layer_map]))
     assert [(step.layer, dict(step.positions)) for step in steps] == [
         (layer, {layer_map: index}) for index, layer in enumerate(layer_map)
     ]
 
 
 def test_no_map_needs_no_step():
-    assert shortest_plan(frozenset()) == ()
+    assert shortest_order(frozenset()) == ()
 
 
 @given(maps_of(num_layers=4, longest=8, num_maps=5))
 def test_the_order_of_the_maps_does_not_matter(maps):
-    plans = {shortest_plan(frozenset(order)) for order in list(permutations(maps))[:24]}
+    plans = {shortest_order(frozenset(order)) for order in list(permutations(maps))[:24]}
     assert len(plans) == 1
 
 
 def test_a_plan_is_kept_for_the_next_step_of_the_engine():
     maps = [stacked((0, 30)), stacked((0, 20), (10, 30))]
-    assert shortest_plan(frozenset(maps)) is shortest_plan(frozenset(reversed(maps)))
+    assert shortest_order(frozenset(maps)) is shortest_order(frozenset(reversed(maps)))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_plan_is_kept_for_the_next_step_of_the_engine():
 def test_deep_bases_are_planned_fast(maps, length):
     """A few milliseconds here; a table of every place would take seconds."""
     start = time.perf_counter()
-    assert len(shortest_plan(frozenset(maps))) == length
+    assert len(shortest_order(frozenset(maps))) == length
     assert time.perf_counter() - start < 1
 
 
@@ -119,7 +119,7 @@ def test_two_long_maps_have_the_shortest_plan_at_once():
     generator = random.Random(0)
     maps = [tuple(generator.choices(range(16), k=length)) for length in (1500, 1200)]
     start = time.perf_counter()
-    steps = shortest_plan(frozenset(maps))
+    steps = shortest_order(frozenset(maps))
     assert time.perf_counter() - start < 3
     check_serves(steps, maps)
     assert len(steps) == textbook_length(*maps)
@@ -130,7 +130,7 @@ def test_maps_without_any_order_in_common_do_not_stall_the_engine(num_maps):
     generator = random.Random(0)
     maps = [tuple(generator.choices(range(32), k=120)) for _ in range(num_maps)]
     start = time.perf_counter()
-    steps = shortest_plan(frozenset(maps))
+    steps = shortest_order(frozenset(maps))
     assert time.perf_counter() - start < 5
     check_serves(steps, maps)
     assert len(steps) < sum(map(len, maps)) * 0.85

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_runtime.base.loader import load_base, prepare_base
 from lora_runtime.base.model.rotary import fix_rotary
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
@@ -20,7 +20,7 @@ def packed_logits(base, rows):
     lengths = [len(row) for row in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])
     ends = torch.tensor(lengths).cumsum(0) - 1
-    return base.forward(torch.cat(rows), positions, VarlenAttention([Rows(lengths)]), ends)
+    return base.forward(torch.cat(rows), positions, VarlenAttention([RowLengths(lengths)]), ends)
 
 
 @pytest.mark.parametrize("shape", CONFIGS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_runtime.base.model.reordered_model import LayerStep, PlannedBatch
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import window_losses
@@ -96,9 +96,9 @@ def test_without_gradient_nothing_is_kept_or_repeated(tmp_path):
     tokens = torch.arange(3, 40)
     at = torch.arange(len(tokens))
     with torch.no_grad():
-        plain = base.forward(tokens, at, VarlenAttention([Rows([len(tokens)])]), at)
+        plain = base.forward(tokens, at, VarlenAttention([RowLengths([len(tokens)])]), at)
         assert torch.equal(
-            lighter.forward(tokens, at, VarlenAttention([Rows([len(tokens)])]), at), plain
+            lighter.forward(tokens, at, VarlenAttention([RowLengths([len(tokens)])]), at), plain
         )
 
 
@@ -107,8 +107,8 @@ def test_planned_layers_are_recomputed_too(tmp_path):
     tokens = torch.arange(3, 40)
     at = torch.arange(len(tokens))
     layers = (0, 1, 0, 1, 2)
-    step = LayerStep(None, VarlenAttention([Rows([len(tokens)])]), None)
-    batch = PlannedBatch([step] * len(layers))
+    step = LayerStep(None, VarlenAttention([RowLengths([len(tokens)])]), None)
+    batch = LayerSteps([step] * len(layers))
     expected = base.forward(tokens, at, batch, at, layers)
     assert torch.equal(recomputed(base).forward(tokens, at, batch, at, layers), expected)
 

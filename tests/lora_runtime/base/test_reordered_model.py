@@ -12,15 +12,15 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from lora_runtime.base.model.adapted_linear import StepContext
-from lora_runtime.base.model.layer_order import shortest_plan
+from lora_runtime.base.model.layer_order import shortest_order
 from lora_runtime.base.model.reordered_model import (
     LayerStep,
-    PlannedBatch,
-    PlannedLayer,
-    planned_model,
+    LayerSteps,
+    ReorderedLayer,
+    reordered_model,
 )
 from lora_runtime.base.model.rotary import fix_rotary
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.kernels import Span, StepMeta, gpu
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base
@@ -41,14 +41,14 @@ def laid_out(maps, adapters=None):
     """The layers of the shortest plan, and which tokens run at each of them."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     steps, layers = [], []
-    for step in shortest_plan(frozenset(maps)):
+    for step in shortest_order(frozenset(maps)):
         here = [row for row, layer_map in enumerate(maps) if layer_map in dict(step.positions)]
         tokens = torch.isin(owner, torch.tensor(here)).nonzero()[:, 0]
         is_all = len(here) == len(maps)
-        attention = VarlenAttention([Rows([LENGTHS[row] for row in here])])
+        attention = VarlenAttention([RowLengths([LENGTHS[row] for row in here])])
         steps.append(LayerStep(None if is_all else tokens, attention, adapters))
         layers.append(step.layer)
-    return tuple(layers), PlannedBatch(steps)
+    return tuple(layers), LayerSteps(steps)
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def planned_logits(base, maps, token_ids):
     """Logits of every token, one (length, vocab) for each row."""
     layers, batch = laid_out(maps)
     embedded = base.model.get_input_embeddings()(token_ids[None])
-    return logits_of(planned_model(base.model, layers, base.context), embedded, batch)
+    return logits_of(reordered_model(base.model, layers, base.context), embedded, batch)
 
 
 @torch.no_grad()
 def logits_of(model, embedded, batch):
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False, batch=batch)
+    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False, attention=batch)
     return out.logits[0].split(LENGTHS)
 
 
@@ -129,7 +129,7 @@ def test_each_row_runs_its_own_layers_and_no_others(token_ids):
     for maps in (MAPS, [PLAIN] * len(MAPS), [MAPS[1]] * len(MAPS)):
         calls.clear(), tokens.clear()
         planned_logits(base, maps, token_ids)
-        assert calls.total() == len(shortest_plan(frozenset(maps)))
+        assert calls.total() == len(shortest_order(frozenset(maps)))
         for layer in PLAIN:
             visits = [layer_map.count(layer) for layer_map in maps]
             assert tokens[layer] == sum(n * v for n, v in zip(LENGTHS, visits, strict=True))
@@ -145,16 +145,16 @@ def test_the_original_is_left_alone(shape, token_ids):
         pointers = {name: value.data_ptr() for name, value in model.state_dict().items()}
         values = {name: value.clone() for name, value in model.state_dict().items()}
         embedded = model.get_input_embeddings()(token_ids[None])
-        logits = logits_of(model, embedded, VarlenAttention([Rows(LENGTHS)]))
+        logits = logits_of(model, embedded, VarlenAttention([RowLengths(LENGTHS)]))
         return modules, pointers, model.config.to_dict(), values, torch.cat(logits)
 
     before = seen()
-    planned = planned_model(model, (2, 0, 0, 1, 2), base.context)
+    reordered = reordered_model(model, (2, 0, 0, 1, 2), base.context)
     planned_logits(base, MAPS, token_ids)
     after = seen()
     assert before[:3] == after[:3]
     torch.testing.assert_close(before[3:], after[3:], rtol=0, atol=0)
-    assert {id(p) for p in planned.parameters()} == {id(p) for p in model.parameters()}
+    assert {id(p) for p in reordered.parameters()} == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("row", range(len(MAPS)))
@@ -162,7 +162,7 @@ def test_the_original_is_left_alone(shape, token_ids):
 def test_nan_in_one_row_reaches_no_other(shape, row, token_ids):
     base = tiny_base(shape)
     layers, batch = laid_out(MAPS)
-    model = planned_model(base.model, layers, base.context)
+    model = reordered_model(base.model, layers, base.context)
     embedded = base.model.get_input_embeddings()(token_ids[None])
     clean = logits_of(model, embedded, batch)
     end, length = ENDS[row]
@@ -184,16 +184,16 @@ class Doubling(nn.Module):
 
 
 def test_a_layer_gets_its_tokens_and_the_others_keep_theirs():
-    layer, attention, context = Doubling(), VarlenAttention([Rows([2])]), StepContext()
+    layer, attention, context = Doubling(), VarlenAttention([RowLengths([2])]), StepContext()
     tokens = torch.tensor([1, 4])
     hidden, cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 4), torch.randn(1, 5, 4)
     positions = torch.arange(10, 15)[None]
     steps = [LayerStep(None, attention, None), LayerStep(tokens, attention, None)]
-    out = PlannedLayer(layer, 1, context)(
+    out = ReorderedLayer(layer, 1, context)(
         hidden,
         position_embeddings=(cos, sin),
         position_ids=positions,
-        batch=PlannedBatch(steps),
+        attention=LayerSteps(steps),
         attention_mask=None,
     )
     assert torch.equal(out[:, [1, 4]], 2 * hidden[:, [1, 4]])
@@ -201,16 +201,16 @@ def test_a_layer_gets_its_tokens_and_the_others_keep_theirs():
     assert torch.equal(layer.given["position_ids"], positions[:, [1, 4]])
     assert torch.equal(layer.given["position_embeddings"][0], cos[:, [1, 4]])
     assert torch.equal(layer.given["position_embeddings"][1], sin[:, [1, 4]])
-    assert layer.given["batch"] is attention
+    assert layer.given["attention"] is attention
     assert layer.given["attention_mask"] is None
 
 
 def test_to_the_decoder_a_planned_layer_looks_like_its_layer():
     layer = Doubling()
-    planned = PlannedLayer(layer, 0, StepContext())
-    assert planned.attention_type == "sliding_attention"
+    reordered = ReorderedLayer(layer, 0, StepContext())
+    assert reordered.attention_type == "sliding_attention"
     with pytest.raises(AttributeError, match="no_such_name"):
-        planned.no_such_name  # noqa: B018
+        reordered.no_such_name  # noqa: B018
 
 
 def test_each_step_runs_under_its_own_adapters(token_ids):
@@ -224,11 +224,11 @@ def test_each_step_runs_under_its_own_adapters(token_ids):
     layers, batch = laid_out(MAPS, own)
     steps = [LayerStep(step.tokens, step.attention, own) for step in batch.steps]
     steps[1] = LayerStep(steps[1].tokens, steps[1].attention, None)
-    model = planned_model(base.model, layers, base.context)
+    model = reordered_model(base.model, layers, base.context)
     model.model.norm.register_forward_pre_hook(lambda *_: seen.append(base.context.meta))
-    with base.context.effect(whole, {}):
+    with base.context.adapters(whole, {}):
         embedded = base.model.get_input_embeddings()(token_ids[None])
-        logits_of(model, embedded, PlannedBatch(steps))
+        logits_of(model, embedded, LayerSteps(steps))
     expected = [own, None, *[own] * (len(layers) - 2), whole]
     assert all(got is wanted for got, wanted in zip(seen, expected, strict=True))
 
@@ -248,11 +248,11 @@ def test_a_decoder_inside_a_larger_model_shares_its_planned_config():
         config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
         model = AutoModelForImageTextToText.from_config(config)
     before = model.config.to_dict()
-    planned = planned_model(model, (0, 2, 2, 0), StepContext())
-    decoder = planned.get_decoder()
+    reordered = reordered_model(model, (0, 2, 2, 0), StepContext())
+    decoder = reordered.get_decoder()
     assert len(decoder.layers) == decoder.config.num_hidden_layers == 4
     assert decoder.config.layer_types == [f"{kind}_attention" for kind in (
         "sliding", "full", "full", "sliding")]  # fmt: skip
-    assert planned.config.get_text_config() is decoder.config
+    assert reordered.config.get_text_config() is decoder.config
     assert model.config.to_dict() == before
     assert len(model.get_decoder().layers) == 3

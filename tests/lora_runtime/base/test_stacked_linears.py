@@ -28,7 +28,7 @@ def test_gate_and_up_are_one_launch_unless_adapters_act_on_them(on_triton):
     alone = mlp.gate_proj.stack.gated(x, "silu")
     assert torch.equal(alone, gated_activation(mlp.gate_proj(x), mlp.up_proj(x), "silu"))
     for name, is_one in (("up_proj", False), ("down_proj", True)):
-        with base.context.effect(object(), {f"model.layers.0.mlp.{name}": object()}):
+        with base.context.adapters(object(), {f"model.layers.0.mlp.{name}": object()}):
             assert (mlp.gate_proj.stack.gated(x, "silu") is not None) == is_one
 
 
@@ -95,6 +95,6 @@ def test_a_module_without_adapters_beside_others_runs_alone(on_triton):
     base = tiny_base("llama", dequantized_cache=False)
     stack = base.model.get_submodule("model.layers.0.self_attn.q_proj").stack
     x = torch.randn(1, 4, 64)
-    with base.context.effect(object(), {"model.layers.0.self_attn.v_proj": object()}):
+    with base.context.adapters(object(), {"model.layers.0.self_attn.v_proj": object()}):
         assert not stack.takes(x)
     assert stack.takes(x) and not stack.takes(x.requires_grad_())

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from lora_runtime.base.model import varlen_attention
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention, can_use_flash
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention, can_use_flash
 
-ROWS = [Rows([3, 70, 1, 33]), Rows([5, 40, 2], prefix=19), Rows([4], prefix=1), Rows([1])]
+ROWS = [
+    RowLengths([3, 70, 1, 33]),
+    RowLengths([5, 40, 2], prefix=19),
+    RowLengths([4], prefix=1),
+    RowLengths([1]),
+]
 
 
 def whole_rows(rows):
@@ -97,7 +102,9 @@ def test_values_and_gradients_by_flash_attention(monkeypatch, window):
     assert_by_formula(window, None)
 
 
-@pytest.mark.parametrize("rows", [ROWS, [Rows([40]), Rows([7, 7])]], ids=["shared", "plain"])
+@pytest.mark.parametrize(
+    "rows", [ROWS, [RowLengths([40]), RowLengths([7, 7])]], ids=["shared", "plain"]
+)
 @pytest.mark.parametrize("window", [None, 7])
 def test_torch_takes_what_flash_attention_is_given(monkeypatch, rows, window):
     """By the shapes alone that its operator and its gradient have, with fewer key heads."""
@@ -123,7 +130,7 @@ def test_rows_alone_are_neither_gathered_nor_padded(monkeypatch):
         lambda *a, **_: (given.extend(a[:3]), (a[0],))[1],
     )
     q, k, v = (torch.zeros(9, 2, 8) for _ in range(3))
-    attention = VarlenAttention([Rows([3]), Rows([1, 5])])
+    attention = VarlenAttention([RowLengths([3]), RowLengths([1, 5])])
     out = attention.attend(q, k, v, layer=0, scale=1.0, window=None, softcap=None)
     assert all(ours is theirs for ours, theirs in zip([*given, out], [q, k, v, q], strict=True))
 

@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.config import SchedulerConfig
-from lora_runtime.core import FinishReason, Request, SampledToken, SamplingParams, Sequence
+from lora_runtime.core import FinishReason, Request, Row, SampledToken, SamplingParams
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.scheduler import Scheduler
 
@@ -22,18 +22,18 @@ NAN = "nan"
 LAYER_MAPS = {1: None, 2: (0, 1, 1), 3: (0, 1, 0, 1, 0)}
 
 
-def cell(sequence, position, plane, before, drawn=()) -> str:
+def cell(row, position, plane, before, drawn=()) -> str:
     """Keys and values of one token in one plane; `before`: all planes of the token before,
     `drawn`: what the last step gave each row.
     """
-    uses = sequence.request.adapters
+    uses = row.request.adapters
     acting = sorted((u.digest, u.weight) for u in uses if position >= u.start_position)
     if NAN in before or any(digest == BAD for digest, _ in acting):
         return NAN
-    token_id = sequence.token_ids[position]
+    token_id = row.token_ids[position]
     if token_id < 0:
         token_id = drawn[-1 - token_id]
-    content = repr((token_id, acting, sequence.layer_map, plane, before))
+    content = repr((token_id, acting, row.layer_map, plane, before))
     return blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -43,17 +43,17 @@ def next_token(cells) -> SampledToken:
     return SampledToken(token_id=int(cells[0], 16) % VOCAB_SIZE, is_finite=True)
 
 
-def without_cache(sequence) -> tuple[list[int], FinishReason]:
+def without_cache(row) -> tuple[list[int], FinishReason]:
     """The output tokens of a fresh sequence and how it must end, computed in one go."""
     cells: tuple = ()
-    for position in range(sequence.num_prompt_tokens + sequence.request.sampling.max_tokens - 1):
-        planes = range(sequence.num_planes)
-        cells = tuple(cell(sequence, position, plane, cells) for plane in planes)
-        if position >= sequence.num_prompt_tokens - 1:
+    for position in range(row.num_prompt_tokens + row.request.sampling.max_tokens - 1):
+        planes = range(row.num_planes)
+        cells = tuple(cell(row, position, plane, cells) for plane in planes)
+        if position >= row.num_prompt_tokens - 1:
             if not next_token(cells).is_finite:
-                return sequence.token_ids[sequence.num_prompt_tokens :], FinishReason.ERROR
-            sequence.token_ids.append(next_token(cells).token_id)
-    return sequence.token_ids[sequence.num_prompt_tokens :], FinishReason.LENGTH
+                return row.token_ids[row.num_prompt_tokens :], FinishReason.ERROR
+            row.token_ids.append(next_token(cells).token_id)
+    return row.token_ids[row.num_prompt_tokens :], FinishReason.LENGTH
 
 
 class CacheDriver:
@@ -84,35 +84,35 @@ class CacheDriver:
             self.slots.register(digest, 4)
         self.scheduler = Scheduler(config, self.blocks, self.slots)
         self.memory = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
-        self.rows: dict[str, Sequence] = {}
+        self.rows: dict[str, Row] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, list[FinishReason]] = {}
         self.num_computed: Counter[str] = Counter()
 
-    def add(self, request: Request, num_planes: int = 1) -> Sequence:
-        sequence = Sequence.of(request, LAYER_MAPS[num_planes], num_planes)
-        self.scheduler.add(sequence)
-        self.rows[request.request_id] = sequence
+    def add(self, request: Request, num_planes: int = 1) -> Row:
+        row = Row.of(request, LAYER_MAPS[num_planes], num_planes)
+        self.scheduler.add(row)
+        self.rows[request.request_id] = row
         self.tokens[request.request_id], self.ends[request.request_id] = [], []
-        return sequence
+        return row
 
     def step(self) -> None:
         plan = self.plan()
-        ids = [row.sequence.request.request_id for row in plan.sequences]
+        ids = [scheduled.row.request.request_id for scheduled in plan.rows]
         assert len(set(ids)) == len(ids) and plan.num_tokens <= self.budget
-        for row in plan.sequences:
-            self.write(row)
+        for scheduled in plan.rows:
+            self.write(scheduled)
         sampled = [
-            next_token(self.read(row.sequence, row.start + row.num_tokens - 1))
-            for row in plan.sequences
-            if row.samples
+            next_token(self.read(scheduled.row, scheduled.start + scheduled.num_tokens - 1))
+            for scheduled in plan.rows
+            if scheduled.samples
         ]
-        for row in plan.sequences:
-            self.check(row)
+        for scheduled in plan.rows:
+            self.check(scheduled)
         self.scheduler.advance(plan)
         self.drawn = [result.token_id for result in sampled]
         self.started.append((plan, sampled))
-        while len(self.started) > (self.steps_ahead if plan.sequences else 0):
+        while len(self.started) > (self.steps_ahead if plan.rows else 0):
             for output in self.scheduler.commit(*self.started.popleft()):
                 self.record(output)
         self.scheduler.check_integrity()
@@ -124,38 +124,38 @@ class CacheDriver:
         self.loading = {digest: left - 1 for digest, left in self.loading.items() if left > 1}
         plan = self.scheduler.schedule(self.loading.keys())
         self.loading |= {load.digest: self.load_steps for load in plan.loads}
-        used = {use.digest for row in plan.sequences for use in row.sequence.request.adapters}
+        used = {use.digest for scheduled in plan.rows for use in scheduled.row.request.adapters}
         assert not used & self.loading.keys() and used <= set(self.slots.resident)
         return plan
 
-    def write(self, row) -> None:
-        for position in range(row.start, row.start + row.num_tokens):
-            before = self.read(row.sequence, position - 1) if position else ()
-            for plane in range(row.sequence.num_planes):
-                block = self.block(row.sequence, position, plane)
+    def write(self, scheduled) -> None:
+        for position in range(scheduled.start, scheduled.start + scheduled.num_tokens):
+            before = self.read(scheduled.row, position - 1) if position else ()
+            for plane in range(scheduled.row.num_planes):
+                block = self.block(scheduled.row, position, plane)
                 self.memory[block][position % BLOCK_SIZE] = cell(
-                    row.sequence, position, plane, before, self.drawn
+                    scheduled.row, position, plane, before, self.drawn
                 )
-        self.num_computed[row.sequence.request.request_id] += row.num_tokens
+        self.num_computed[scheduled.row.request.request_id] += scheduled.num_tokens
 
-    def check(self, row) -> None:
+    def check(self, scheduled) -> None:
         """After all writes of a step: the row's whole history is its own."""
         cells: tuple = ()
-        for position in range(row.start + row.num_tokens):
-            planes = range(row.sequence.num_planes)
+        for position in range(scheduled.start + scheduled.num_tokens):
+            planes = range(scheduled.row.num_planes)
             cells = tuple(
-                cell(row.sequence, position, plane, cells, self.drawn) for plane in planes
+                cell(scheduled.row, position, plane, cells, self.drawn) for plane in planes
             )
-            assert self.read(row.sequence, position) == cells
+            assert self.read(scheduled.row, position) == cells
 
-    def read(self, sequence, position) -> tuple:
-        planes = range(sequence.num_planes)
-        blocks = [self.block(sequence, position, plane) for plane in planes]
+    def read(self, row, position) -> tuple:
+        planes = range(row.num_planes)
+        blocks = [self.block(row, position, plane) for plane in planes]
         return tuple(self.memory[block][position % BLOCK_SIZE] for block in blocks)
 
     @staticmethod
-    def block(sequence, position, plane) -> int:
-        return sequence.block_table[position // BLOCK_SIZE * sequence.num_planes + plane]
+    def block(row, position, plane) -> int:
+        return row.block_table[position // BLOCK_SIZE * row.num_planes + plane]
 
     def record(self, output) -> None:
         assert not self.ends[output.request_id], "an output after the terminal one"
@@ -173,14 +173,16 @@ class CacheDriver:
 
     def num_output(self, client) -> int:
         """Output tokens that a client has been given."""
-        return sum(len(self.tokens[i]) for i, row in self.rows.items() if _is_of(row, client))
+        return sum(
+            len(self.tokens[i]) for i, scheduled in self.rows.items() if _is_of(scheduled, client)
+        )
 
     def num_prompt_served(self, client) -> int:
         """Prompt tokens of a client that have been computed, each counted once."""
         counts = (
-            min(row.num_prompt_tokens, self.num_computed[request_id])
-            for request_id, row in self.rows.items()
-            if _is_of(row, client)
+            min(scheduled.num_prompt_tokens, self.num_computed[request_id])
+            for request_id, scheduled in self.rows.items()
+            if _is_of(scheduled, client)
         )
         return sum(counts)
 
@@ -192,8 +194,8 @@ class CacheDriver:
         return [self.num_computed[request.request_id] for request in requests]
 
 
-def _is_of(sequence, client) -> bool:
-    return sequence.request.client == client
+def _is_of(row, client) -> bool:
+    return row.request.client == client
 
 
 def ask(request_id, prompt, *adapters, salt="", max_tokens=1) -> Request:

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_runtime.core import AdapterUse, Request
-from lora_runtime.engine.block_key import Effect, block_key, effect_within
+from lora_runtime.engine.block_key import BlockInfluence, block_key, influence_within
 
-BASE = Effect()
+BASE = BlockInfluence()
 
 
 def request(*adapters: AdapterUse) -> Request:
@@ -18,16 +18,16 @@ def request(*adapters: AdapterUse) -> Request:
 def test_effect_follows_activation_and_not_the_order_of_adapters():
     late, whole = AdapterUse(digest="b"), AdapterUse(digest="a", weight=0.5, start_position=6)
     both = request(late, whole)
-    assert effect_within(both, 0, 4) == Effect(adapters=(("b", 1.0, 0),))
-    assert effect_within(both, 2, 6) == Effect(adapters=(("b", 1.0, 0),))
-    assert effect_within(both, 4, 8) == Effect(adapters=(("a", 0.5, 2), ("b", 1.0, 0)))
-    assert effect_within(both, 8, 12) == Effect(adapters=(("a", 0.5, 0), ("b", 1.0, 0)))
-    assert effect_within(request(whole), 0, 4) == BASE
-    assert effect_within(request(whole, late), 4, 8) == effect_within(both, 4, 8)
+    assert influence_within(both, 0, 4) == BlockInfluence(adapters=(("b", 1.0, 0),))
+    assert influence_within(both, 2, 6) == BlockInfluence(adapters=(("b", 1.0, 0),))
+    assert influence_within(both, 4, 8) == BlockInfluence(adapters=(("a", 0.5, 2), ("b", 1.0, 0)))
+    assert influence_within(both, 8, 12) == BlockInfluence(adapters=(("a", 0.5, 0), ("b", 1.0, 0)))
+    assert influence_within(request(whole), 0, 4) == BASE
+    assert influence_within(request(whole, late), 4, 8) == influence_within(both, 4, 8)
 
 
 def test_an_adapter_of_weight_zero_is_not_the_base():
-    assert effect_within(request(AdapterUse(digest="a", weight=0.0)), 0, 4) != BASE
+    assert influence_within(request(AdapterUse(digest="a", weight=0.0)), 0, 4) != BASE
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), max_size=3), st.data())
@@ -39,13 +39,13 @@ def test_effects_of_blocks_are_equal_exactly_where_those_of_their_tokens_are(use
     def adapters_of(uses, position):
         return sorted(digest for first, digest in uses if position >= first)
 
-    def effect(uses):
+    def influence(uses):
         made = request(*(AdapterUse(digest=d, start_position=first) for first, d in uses))
-        return effect_within(made, start, start + size)
+        return influence_within(made, start, start + size)
 
     positions = range(start, start + size)
     is_same = all(adapters_of(uses, p) == adapters_of(others, p) for p in positions)
-    assert (effect(uses) == effect(others)) == is_same
+    assert (influence(uses) == influence(others)) == is_same
 
 
 def test_key_separates_everything_that_changes_keys_and_values():
@@ -55,12 +55,12 @@ def test_key_separates_everything_that_changes_keys_and_values():
         block_key(None, [1, 3], BASE, ""),
         block_key(None, [12], BASE, ""),
         block_key(None, [1, 2], BASE, "tenant"),
-        block_key(None, [1, 2], Effect(adapters=(("d", 1.0, 0),)), ""),
-        block_key(None, [1, 2], Effect(adapters=(("d", 0.5, 0),)), ""),
-        block_key(None, [1, 2], Effect(adapters=(("d", 1.0, 1),)), ""),
-        block_key(None, [1, 2], Effect(adapters=(("d", 1.0, 0), ("d", 1.0, 0))), ""),
-        block_key(None, [1, 2], Effect(layer_map=(0, 1, 1)), ""),
-        block_key(None, [1, 2], Effect(layer_map=(0, 1, 1), adapters=(("d", 1.0, 0),)), ""),
+        block_key(None, [1, 2], BlockInfluence(adapters=(("d", 1.0, 0),)), ""),
+        block_key(None, [1, 2], BlockInfluence(adapters=(("d", 0.5, 0),)), ""),
+        block_key(None, [1, 2], BlockInfluence(adapters=(("d", 1.0, 1),)), ""),
+        block_key(None, [1, 2], BlockInfluence(adapters=(("d", 1.0, 0), ("d", 1.0, 0))), ""),
+        block_key(None, [1, 2], BlockInfluence(layer_map=(0, 1, 1)), ""),
+        block_key(None, [1, 2], BlockInfluence(layer_map=(0, 1, 1), adapters=(("d", 1.0, 0),)), ""),
     ]
     assert len({plain, *others}) == len(others) + 1
-    assert plain == block_key(None, (1, 2), Effect(), "")
+    assert plain == block_key(None, (1, 2), BlockInfluence(), "")

@@ -6,19 +6,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lora_runtime.core import AdapterUse, Request, Sequence
+from lora_runtime.core import AdapterUse, Request, Row
 from lora_runtime.engine.block_manager import BlockManager
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 2
 
 
-def sequence(tokens=(1,), num_planes=1, **options) -> Sequence:
+def row(tokens=(1,), num_planes=1, **options) -> Row:
     request = Request(request_id="r", prompt_token_ids=tuple(tokens), **options)
     layer_map = None if num_planes == 1 else tuple(range(num_planes))
-    return Sequence.of(request, layer_map, num_planes)
+    return Row.of(request, layer_map, num_planes)
 
 
-def begin(blocks: BlockManager, new: Sequence) -> int:
+def begin(blocks: BlockManager, new: Row) -> int:
     """Share what is found and compute the rest; returns the number of tokens found."""
     blocks.share(new, blocks.find(new))
     num_found = new.num_computed_tokens
@@ -28,7 +28,7 @@ def begin(blocks: BlockManager, new: Sequence) -> int:
     return num_found
 
 
-def history(owner: Sequence, position: int, plane: int):
+def history(owner: Row, position: int, plane: int):
     """All that the keys and values of one token depend on, and who may share them."""
 
     def active(at):
@@ -56,10 +56,10 @@ class Blocks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.owners: list[Sequence] = []
+        self.owners: list[Row] = []
         self.memory = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
         self.public: dict[tuple, int] = {}
-        self.num_offered: dict[Sequence, int] = {}
+        self.num_offered: dict[Row, int] = {}
 
     def contents(self, owner, index):
         """For each plane of a token block, what its tokens must hold."""
@@ -78,7 +78,7 @@ class Blocks(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "", "tenant"]),
     )
     def start(self, tokens, adapters, num_planes, salt):
-        new = sequence(tokens, num_planes, adapters=tuple(adapters), cache_salt=salt)
+        new = row(tokens, num_planes, adapters=tuple(adapters), cache_salt=salt)
         found, expected = self.blocks.find(new), []
         for index in range((len(tokens) - 1) // BLOCK_SIZE):
             here = [self.public.get(content) for content in self.contents(new, index)]
@@ -171,7 +171,7 @@ TestBlocks = Blocks.TestCase
 
 
 def test_blocks_are_taken_only_as_needed():
-    blocks, owner = BlockManager(num_blocks=3, block_size=16), sequence()
+    blocks, owner = BlockManager(num_blocks=3, block_size=16), row()
     assert blocks.grow(owner, 16) and len(owner.block_table) == 1
     assert blocks.grow(owner, 17) and len(owner.block_table) == 2
     assert blocks.grow(owner, 5) and len(owner.block_table) == 2
@@ -179,7 +179,7 @@ def test_blocks_are_taken_only_as_needed():
 
 
 def test_a_deeper_row_takes_a_block_for_each_plane():
-    blocks, owner = BlockManager(num_blocks=7, block_size=4), sequence(num_planes=3)
+    blocks, owner = BlockManager(num_blocks=7, block_size=4), row(num_planes=3)
     assert blocks.num_missing(owner, 5) == 6
     assert blocks.grow(owner, 4) and len(owner.block_table) == 3
     assert blocks.grow(owner, 8) and len(set(owner.block_table)) == 6
@@ -190,32 +190,32 @@ def test_a_deeper_row_takes_a_block_for_each_plane():
 
 def test_the_last_token_is_never_found():
     blocks = BlockManager(num_blocks=20, block_size=4)
-    begin(blocks, sequence(range(12)))
-    found = {n: len(blocks.find(sequence(range(n)))) for n in (4, 5, 8, 9, 12, 13, 20)}
+    begin(blocks, row(range(12)))
+    found = {n: len(blocks.find(row(range(n)))) for n in (4, 5, 8, 9, 12, 13, 20)}
     assert found == {4: 0, 5: 1, 8: 1, 9: 2, 12: 2, 13: 3, 20: 3}
 
 
 def test_the_least_recently_used_prefix_is_evicted_from_its_end():
     blocks = BlockManager(num_blocks=6, block_size=2)
-    old, new = sequence([1] * 6), sequence([2] * 6)
+    old, new = row([1] * 6), row([2] * 6)
     for owner in (old, new):
         begin(blocks, owner)
     blocks.release(old)
     blocks.release(new)
     blocks.check_integrity([])
-    again = sequence([1] * 7)
+    again = row([1] * 7)
     begin(blocks, again)  # uses the old prefix, and evicts the end of the newer one
     blocks.release(again)
-    assert len(blocks.find(sequence([2] * 7))) == 2
-    big = sequence([3] * 8)
+    assert len(blocks.find(row([2] * 7))) == 2
+    big = row([3] * 8)
     assert begin(blocks, big) == 0
-    assert blocks.find(sequence([2] * 7)) == []
-    assert len(blocks.find(sequence([1] * 7))) == 2
+    assert blocks.find(row([2] * 7)) == []
+    assert len(blocks.find(row([1] * 7))) == 2
 
 
 def test_of_equal_blocks_the_first_is_found_and_the_other_stays_private():
     blocks = BlockManager(num_blocks=8, block_size=2)
-    first, second = sequence([1] * 4), sequence([1] * 4)
+    first, second = row([1] * 4), row([1] * 4)
     for owner in (first, second):  # both begin before either is published
         blocks.share(owner, blocks.find(owner))
         assert blocks.grow(owner, 4)
@@ -223,26 +223,26 @@ def test_of_equal_blocks_the_first_is_found_and_the_other_stays_private():
     for owner in (first, second):
         blocks.publish(owner, 4)
     assert set(first.block_table).isdisjoint(second.block_table)
-    assert blocks.find(sequence([1] * 5)) == first.block_table
+    assert blocks.find(row([1] * 5)) == first.block_table
     blocks.release(first)
-    assert len(blocks.find(sequence([1] * 5))) == 2
+    assert len(blocks.find(row([1] * 5))) == 2
     blocks.check_integrity([second])
 
 
 def test_one_lost_plane_makes_a_miss():
     blocks = BlockManager(num_blocks=4, block_size=2)
-    deep = sequence([1, 2], num_planes=3)
+    deep = row([1, 2], num_planes=3)
     begin(blocks, deep)
-    assert len(blocks.find(sequence([1, 2, 3], num_planes=3))) == 3
+    assert len(blocks.find(row([1, 2, 3], num_planes=3))) == 3
     blocks.release(deep)
-    begin(blocks, sequence([5, 6, 7]))  # the empty block, then one plane
-    assert blocks.find(sequence([1, 2, 3], num_planes=3)) == []
+    begin(blocks, row([5, 6, 7]))  # the empty block, then one plane
+    assert blocks.find(row([1, 2, 3], num_planes=3)) == []
 
 
 def test_counters_and_the_switch():
     blocks = BlockManager(num_blocks=20, block_size=2)
-    assert [begin(blocks, sequence([1] * 7)) for _ in range(3)] == [0, 6, 6]
+    assert [begin(blocks, row([1] * 7)) for _ in range(3)] == [0, 6, 6]
     assert (blocks.num_prefix_queries, blocks.num_prefix_hits) == (21, 12)
     off = BlockManager(num_blocks=20, block_size=2, enable_prefix_cache=False)
-    assert [begin(off, sequence([1] * 7)) for _ in range(3)] == [0, 0, 0]
+    assert [begin(off, row([1] * 7)) for _ in range(3)] == [0, 0, 0]
     assert off.num_prefix_hits == 0

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledSequence, Sequence
+from lora_runtime.core import AdapterUse, Row, ScheduledBatch, ScheduledRow
 from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import model_runner, step_buffers
 from lora_runtime.engine.batch import build_batch
@@ -126,9 +126,9 @@ def rows_of(specs, slots):
     for (table, length), slot in zip(specs, slots, strict=True):
         uses = () if slot is None else (AdapterUse(digest=f"{slot:064d}", weight=0.5 + slot),)
         request = greedy("r", list(range(40, 40 + length)), adapters=uses)
-        sequence = Sequence.of(request)
-        sequence.block_table, sequence.slots = table, () if slot is None else (slot,)
-        rows.append(ScheduledSequence(sequence, length - 1, 1))
+        row = Row.of(request)
+        row.block_table, row.slots = table, () if slot is None else (slot,)
+        rows.append(ScheduledRow(row, length - 1, 1))
     return tuple(rows)
 
 
@@ -142,10 +142,10 @@ def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():
     plain = build_batch(ScheduledBatch(rows), 4, torch.device(DEVICE))
     for name in ("token_ids", "positions"):
         assert torch.equal(getattr(batch, name)[:3], getattr(plain, name))
-    for name in ("positions", "slot_mapping", "rows"):
+    for name in ("positions", "cache_slots", "rows"):
         assert torch.equal(getattr(batch.attention, name)[:3], getattr(plain.attention, name))
     assert (batch.attention.positions[3:] == -1).all()
-    assert (batch.attention.slot_mapping[3:] == -1).all()
+    assert (batch.attention.cache_slots[3:] == -1).all()
     assert torch.equal(batch.attention.block_tables[0, :2], plain.attention.block_tables[0])
     for name in ("tokens", "slots", "weights"):
         assert torch.equal(getattr(batch.adapters, name)[:2], getattr(plain.adapters, name))
@@ -182,8 +182,8 @@ def test_blocks_of_all_rows_go_over_in_one_copy(monkeypatch):
         buffers.fill(step)
         assert [copy.shape for copy in copies[:-1]] == ([(2, num_places)] if num_places else [])
         tables = buffers.batch(0).attention.block_tables.tolist()
-        for table, row in zip(tables, step, strict=False):
-            own = row.sequence.block_table
+        for table, scheduled in zip(tables, step, strict=False):
+            own = scheduled.row.block_table
             assert table[: len(own)] == own
 
 
@@ -196,26 +196,26 @@ def test_a_table_follows_its_row_as_it_grows_moves_and_is_preempted():
         return buffers.batch(0).attention.block_tables.tolist()
 
     assert [table[:3] for table in tables(first, second)] == [[3, 9, 0], [7, 2, 6]]
-    first.sequence.block_table.append(5)
+    first.row.block_table.append(5)
     assert [table[:3] for table in tables(first, second)] == [[3, 9, 5], [7, 2, 6]]
     assert tables(second)[0][:3] == [7, 2, 6]
-    first.sequence.block_table, first.sequence.num_preemptions = [1, 4], 1
+    first.row.block_table, first.row.num_preemptions = [1, 4], 1
     assert [table[:2] for table in tables(first, second)] == [[1, 4], [7, 2]]
-    second.sequence.block_table, second.sequence.num_preemptions = [8, 8, 8], 1
+    second.row.block_table, second.row.num_preemptions = [8, 8, 8], 1
     assert [table[:2] for table in tables(first, second)] == [[1, 4], [8, 8]]
 
 
 def test_what_is_no_plain_decode_step_is_left_to_the_eager_way():
     buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
-    row = rows_of([([3, 4], 6)], [1])[0]
-    assert buffers.takes((row, row))
-    assert not buffers.takes((row,) * 3), "too many rows"
-    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 3),)), "a chunk of a prompt"
-    assert not buffers.takes((ScheduledSequence(row.sequence, 3, 1, False),)), "nothing is sampled"
-    row.sequence.slots = (1, 2, 3)
-    assert not buffers.takes((row,)), "more entries than rows"
-    row.sequence.slots, row.sequence.layer_map = (1,), (0, 0, 1)
-    assert not buffers.takes((row,)), "layers in another order"
+    scheduled = rows_of([([3, 4], 6)], [1])[0]
+    assert buffers.takes((scheduled, scheduled))
+    assert not buffers.takes((scheduled,) * 3), "too many rows"
+    assert not buffers.takes((ScheduledRow(scheduled.row, 3, 3),)), "a chunk of a prompt"
+    assert not buffers.takes((ScheduledRow(scheduled.row, 3, 1, False),)), "nothing is sampled"
+    scheduled.row.slots = (1, 2, 3)
+    assert not buffers.takes((scheduled,)), "more entries than rows"
+    scheduled.row.slots, scheduled.row.layer_map = (1,), (0, 0, 1)
+    assert not buffers.takes((scheduled,)), "layers in another order"
 
 
 class NoHostReads(TorchDispatchMode):
@@ -265,7 +265,9 @@ def test_a_warm_up_changes_nothing(monkeypatch, tmp_path):
             assert launched.keys() == {"embed_adapters", "patch_logits", "apply_gated_adapters"}
         traces = run(engine, [greedy("1", [5, 6], form.digest, 2), greedy("2", [9], None, 2)])
         tokens.append([trace.token_ids for trace in traces.values()])
-        logits = [row.isfinite().all() for trace in traces.values() for row in trace.logits]
+        logits = [
+            scheduled.isfinite().all() for trace in traces.values() for scheduled in trace.logits
+        ]
         assert all(logits)
     assert tokens[0] == tokens[1]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.core import AdapterUse, FinishReason, SamplingParams, Sequence
+from lora_runtime.core import AdapterUse, FinishReason, Row, SamplingParams
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, AdapterTooLarge, InvalidRequest
-from lora_runtime.kernels import NO_RUN
+from lora_runtime.kernels import NO_EXTENT
 from tests.driver import greedy, run, tiny_engine
 from tests.peft_adapters import write_adapter
 from tests.tiny import VOCAB_SIZE, dense_twin
@@ -172,11 +172,11 @@ def test_an_unloaded_adapter_leaves_nothing_behind(base, forms):
     for form in forms:
         own = [r for r in requests if r.adapters and r.adapters[0].digest == form.digest]
         others = [r for r in requests if r not in own]
-        found = lambda rows: [len(engine.blocks.find(Sequence.of(r))) for r in rows]  # noqa: E731
+        found = lambda rows: [len(engine.blocks.find(Row.of(r))) for r in rows]  # noqa: E731
         before = found(others)
         assert sum(found(own)) > 0 or len(own[1].prompt_token_ids) < 5
         engine.drop_adapter(form.digest)
-        assert (engine.pool.runs[:, slots[form.digest]] == torch.tensor(NO_RUN)).all()
+        assert (engine.pool.runs[:, slots[form.digest]] == torch.tensor(NO_EXTENT)).all()
         assert found(own) == [0, 0] and found(others) == before
         engine.check_integrity()
         requests = others
@@ -192,7 +192,7 @@ def test_evicted_adapters_leave_no_runs(base, forms):
     run(engine, [greedy("base", [5, 6], None, 1)])
     resident = {engine.slots._resident[form.digest].slot for form in forms[2:]}
     for slot in range(4):
-        is_empty = bool((engine.pool.runs[:, slot] == torch.tensor(NO_RUN)).all())
+        is_empty = bool((engine.pool.runs[:, slot] == torch.tensor(NO_EXTENT)).all())
         assert is_empty == (slot not in resident)
 
 

@@ -120,22 +120,22 @@ def test_every_field_at_its_extremes_beside_sound_rows(base, forms, alone, seed,
 VICTIM = "3"
 
 
-def is_victim(sequence):
-    return sequence.request.request_id == VICTIM
+def is_victim(row):
+    return row.request.request_id == VICTIM
 
 
 def break_planning(engine, monkeypatch, forms):
-    def find(sequence):
-        if is_victim(sequence):
+    def find(row):
+        if is_victim(row):
             raise RuntimeError("planning")
-        return type(engine.blocks).find(engine.blocks, sequence)
+        return type(engine.blocks).find(engine.blocks, row)
 
     monkeypatch.setattr(engine.blocks, "find", find)
 
 
 def break_forward(engine, monkeypatch, forms):
     def build(plan, *args):
-        if any(is_victim(row.sequence) for row in plan.sequences):
+        if any(is_victim(scheduled.row) for scheduled in plan.rows):
             raise MemoryError("forward")
         return build_batch(plan, *args)
 
@@ -146,20 +146,20 @@ def break_forward(engine, monkeypatch, forms):
 def break_sampling(engine, monkeypatch, forms):
     """In its third token, when others have been drawn in the same step."""
 
-    def broken(logits, sequences, *best):
-        if any(is_victim(s) and s.num_output_tokens >= 2 for s in sequences):
+    def broken(logits, rows, *best):
+        if any(is_victim(s) and s.num_output_tokens >= 2 for s in rows):
             raise IndexError("sampling")
-        return draw(logits, sequences, *best)
+        return draw(logits, rows, *best)
 
     draw = model_runner.draw
     monkeypatch.setattr(model_runner, "draw", broken)
 
 
 def break_recording(engine, monkeypatch, forms):
-    def publish(sequence, num_tokens):
-        if is_victim(sequence):
+    def publish(row, num_tokens):
+        if is_victim(row):
             raise KeyError("recording")
-        return type(engine.blocks).publish(engine.blocks, sequence, num_tokens)
+        return type(engine.blocks).publish(engine.blocks, row, num_tokens)
 
     monkeypatch.setattr(engine.blocks, "publish", publish)
 

@@ -102,9 +102,9 @@ def test_the_largest_step(base, max_num_seqs, num_tokens, max_model_len, lengths
         max_num_seqs=max_num_seqs, max_num_batched_tokens=num_tokens, max_model_len=max_model_len
     )
     plan = largest_step(base, config)
-    assert [row.num_tokens for row in plan.sequences] == lengths
-    assert all(row.samples for row in plan.sequences)
-    blocks = [block for row in plan.sequences for block in row.sequence.block_table]
+    assert [scheduled.num_tokens for scheduled in plan.rows] == lengths
+    assert all(scheduled.samples for scheduled in plan.rows)
+    blocks = [block for scheduled in plan.rows for block in scheduled.row.block_table]
     assert blocks == list(range(sum(-(-length // 4) for length in lengths)))
 
 
@@ -182,4 +182,4 @@ def test_the_pool_is_there_before_the_cache_is_sized(base, monkeypatch):
     engine = Engine(base, settings())
     assert made == ["pool", "cache"]
     assert engine.info.num_blocks == engine.blocks.num_blocks == 40
-    assert engine.runner.cache.num_slots == 160
+    assert engine.runner.cache.num_cache_slots == 160

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_runtime.core import AdapterUse, FinishReason, Request, Sequence
+from lora_runtime.core import AdapterUse, FinishReason, Request, Row
 from tests.lora_runtime.engine.cache_driver import (
     BAD,
     BLOCK_SIZE,
@@ -68,13 +68,13 @@ def test_every_row_reads_its_own_history_under_any_schedule(
     expected, cancelled = {}, set()
     for index in range(25):
         request, num_planes = random_request(rng, index, kinds), rng.choice([1, 1, 1, 2, 3])
-        alone = Sequence.of(request, LAYER_MAPS[num_planes], num_planes)
+        alone = Row.of(request, LAYER_MAPS[num_planes], num_planes)
         expected[request.request_id] = without_cache(alone)
         driver.add(request, num_planes)
         for _ in range(rng.randint(0, 4)):
             driver.step()
         if rng.random() < 0.15 and not driver.scheduler.is_idle:
-            victim = rng.choice(driver.scheduler.sequences())
+            victim = rng.choice(driver.scheduler.rows())
             driver.record(driver.scheduler.end(victim, FinishReason.CANCELLED))
             cancelled.add(victim.request.request_id)
     driver.finish()

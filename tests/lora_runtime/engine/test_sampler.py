@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lora_runtime.core import Request, SamplingParams, Sequence
+from lora_runtime.core import Request, Row, SamplingParams
 from lora_runtime.engine import sampler
 from lora_runtime.engine.sampler import choose, draw, greedy, uniform
 
@@ -26,8 +26,8 @@ def sample(logits, rows):
     return draw(logits, rows).result()
 
 
-def row(**sampling) -> Sequence:
-    return Sequence.of(
+def row(**sampling) -> Row:
+    return Row.of(
         Request(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(**sampling))
     )
 
@@ -78,10 +78,10 @@ def test_a_seed_repeats_and_positions_differ():
 def test_stop_tokens_wait_for_min_tokens():
     logits = random_logits(1)
     best, second = logits[0].topk(2).indices.tolist()
-    sequence = row(temperature=0.0, stop_token_ids=frozenset([best]), min_tokens=1, max_tokens=4)
-    assert sample(logits, [sequence])[0].token_id == second
-    sequence.token_ids.append(second)
-    assert sample(logits, [sequence])[0].token_id == best
+    late = row(temperature=0.0, stop_token_ids=frozenset([best]), min_tokens=1, max_tokens=4)
+    assert sample(logits, [late])[0].token_id == second
+    late.token_ids.append(second)
+    assert sample(logits, [late])[0].token_id == best
 
 
 def test_logprobs_are_of_the_unmodified_distribution():
@@ -206,7 +206,7 @@ def test_a_stop_token_of_a_row_that_is_not_finite_hides_nothing():
 
 @pytest.mark.parametrize("cut", [dict(), dict(top_k=VOCAB_SIZE)])
 def test_the_largest_random_number_takes_a_token_that_is_kept(monkeypatch, cut):
-    monkeypatch.setattr(sampler, "uniform", lambda sequence: 1 - 2**-53)
+    monkeypatch.setattr(sampler, "uniform", lambda late: 1 - 2**-53)
     logits = random_logits(1).expand(3, -1).clone()
     logits[:, -7:] = -1e4
     drawn = sample(logits, [row(temperature=t, **cut) for t in (1.0, 0.3, 5.0)])

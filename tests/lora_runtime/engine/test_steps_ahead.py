@@ -77,7 +77,7 @@ def test_a_row_that_stops_runs_once_in_vain_and_others_go_on(base, alone):  # no
     counts = Counter()
     forward = engine.runner.logits
     engine.runner.logits = lambda plan: (
-        counts.update(row.sequence.request.request_id for row in plan.sequences) or forward(plan)
+        counts.update(scheduled.row.request.request_id for scheduled in plan.rows) or forward(plan)
     )
     engine.add_request(stopping)
     engine.add_request(greedy("5", prompt(5, seed=5), None, 24))

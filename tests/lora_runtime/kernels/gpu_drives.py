@@ -29,11 +29,11 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.core import (
     AdapterUse,
     Request,
+    Row,
     SamplingParams,
     ScheduledBatch,
-    ScheduledSequence,
+    ScheduledRow,
 )
-from lora_runtime.core import Sequence as Row
 from lora_runtime.engine import engine
 from lora_runtime.engine.engine import USUAL_MAX_RANK, Engine
 from lora_runtime.engine.memory_budget import largest_step
@@ -133,7 +133,9 @@ def sizeless_runner(
     paths = base.spec.shapes if max_vocabulary_rows else base.spec.linears
     pool = AdapterPool(base.spec.shapes, 1 << 30, 256, like, bound=paths, max_rank=max_rank)
     if replicas > 1:
-        pool.runs = torch.empty(pool.runs.shape[0], 256, replicas, 8, dtype=torch.int64).to("meta")
+        pool.extents = torch.empty(pool.extents.shape[0], 256, replicas, 8, dtype=torch.int64).to(
+            "meta"
+        )
     pool.memory = replace(pool.memory, max_rows=max_vocabulary_rows)
     pool._bind()
     cache = base.allocate_kv(MAX_ROWS * BLOCK_SIZE)
@@ -151,13 +153,13 @@ class Captured:
         """There is nothing to free."""
 
 
-def planned_row(length: int, num_tokens: int, slot: int | None) -> ScheduledSequence:
+def planned_row(length: int, num_tokens: int, slot: int | None) -> ScheduledRow:
     """The last `num_tokens` tokens of a row of `length`, under the adapter in a slot."""
     uses = () if slot is None else (AdapterUse(digest=str(slot)),)
     row = Row.of(Request(request_id="", prompt_token_ids=(1,) * length, adapters=uses))
     row.slots = () if slot is None else (slot,)
     row.block_table = list(range(-(-length // BLOCK_SIZE)))
-    return ScheduledSequence(row, length - num_tokens, num_tokens)
+    return ScheduledRow(row, length - num_tokens, num_tokens)
 
 
 def step(lengths: Sequence[int], num_tokens: Sequence[int], adapters: int) -> ScheduledBatch:

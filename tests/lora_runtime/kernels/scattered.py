@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import AdapterMemory, Run
+from lora_runtime.kernels import AdapterMemory, Extent
 
 GAP = 5
 
@@ -17,9 +17,9 @@ class Scattered:
         self._floats: list[Tensor] = [torch.full((GAP,), float("nan"), dtype=torch.float64)]
         self._ints: list[Tensor] = [torch.full((GAP,), 7)]
 
-    def run(self, *, a=None, b=None, gain=None, bias=None, rows=None, row_ids=None) -> Run:
+    def extent(self, *, a=None, b=None, gain=None, bias=None, rows=None, row_ids=None) -> Extent:
         """a (r, in), b (r, out), gain and bias (out,), rows (n, width), row_ids (n,)."""
-        return Run(
+        return Extent(
             rank=0 if a is None else len(a),
             a=self._put(self._floats, a),
             b=self._put(self._floats, b),
@@ -44,6 +44,6 @@ class Scattered:
         return offset
 
 
-def table(runs: list[list[Run]]) -> Tensor:
+def table(extents: list[list[Extent]]) -> Tensor:
     """(S, R, 8) int64."""
-    return torch.tensor(runs, dtype=torch.int64)
+    return torch.tensor(extents, dtype=torch.int64)

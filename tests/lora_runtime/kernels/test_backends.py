@@ -54,7 +54,7 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
         for rank in ranks
     ]
     scattered = Scattered()
-    runs = table([[scattered.run(a=a, b=b)] for a, b in factors])
+    extents = table([[scattered.extent(a=a, b=b)] for a, b in factors])
     order = torch.randperm(num_tokens, generator=generator).tolist()
     spans, position = [], 0
     for slot, count in enumerate(counts):
@@ -72,22 +72,22 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
         expected[t] += a.double() @ x[t].double() @ b.double()
     memory = scattered.memory(torch.float32)
     for backend in BACKENDS:
-        y = backend.apply_adapters(base, x, None, memory, runs, meta)
+        y = backend.apply_adapters(base, x, None, memory, extents, meta)
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
     scattered = Scattered()
-    runs = table(
-        [[scattered.run(a=torch.randn(r, 40), b=torch.randn(r, 24))] for r in (16, 9)],
+    extents = table(
+        [[scattered.extent(a=torch.randn(r, 40), b=torch.randn(r, 24))] for r in (16, 9)],
     )
     memory = scattered.memory(torch.float32)
     x, base = torch.randn(11, 40), torch.randn(11, 24)
     spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
-    together = cpu.apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
+    together = cpu.apply_adapters(base, x, None, memory, extents, StepMeta.build(spans))
     for t in range(11):
         alone = StepMeta.build([Span(slot=int(t >= 6), first_token=0, num_tokens=1)])
-        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, memory, runs, alone)
+        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, memory, extents, alone)
         assert torch.equal(y[0], together[t])
 
 
@@ -114,7 +114,7 @@ def attention_case(num_heads, num_kv_heads, head_dim, dtype):
     meta = AttentionMeta(
         rows=torch.tensor(rows, dtype=torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32),
-        slot_mapping=torch.empty(0, dtype=torch.int64),
+        cache_slots=torch.empty(0, dtype=torch.int64),
         block_tables=tables,
         block_size=block_size,
     )

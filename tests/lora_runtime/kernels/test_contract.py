@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_runtime.kernels import (
-    NO_RUN,
+    NO_EXTENT,
     AdapterMemory,
     Span,
     StepMeta,
@@ -24,7 +24,7 @@ PLAIN, REPLICATED, DORA, BIAS_ONLY, ALORA = range(5)
 
 
 def build_adapters(dtype):
-    """Five adapters in one memory; returns it, the run table and each run's tensors."""
+    """Five adapters in one memory; returns it, the extent table and each run's tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -46,10 +46,10 @@ def build_adapters(dtype):
         (ALORA, 0): low_rank(5),
     }
     scattered = Scattered()
-    runs = [[NO_RUN, NO_RUN] for _ in range(5)]
+    extents = [[NO_EXTENT, NO_EXTENT] for _ in range(5)]
     for (slot, replica), tensors in parts.items():
-        runs[slot][replica] = scattered.run(**tensors)
-    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(runs), parts
+        extents[slot][replica] = scattered.extent(**tensors)
+    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(extents), parts
 
 
 SPANS = [
@@ -71,15 +71,15 @@ def dense(base, x, bias, parts, spans):
     b0 = torch.zeros(OUT, dtype=torch.float64) if bias is None else bias.double()
     y = product + b0
     for span in spans:
-        run = parts[span.slot, span.replica]
+        extent = parts[span.slot, span.replica]
         for t in range(span.first_token, span.first_token + span.num_tokens):
             effect = torch.zeros(OUT, dtype=torch.float64)
-            if "gain" in run:
-                effect += (run["gain"] - 1) * product[t]
-            if "a" in run:
-                effect += run["b"].T @ (run["a"] @ x[t])
-            if "bias" in run:
-                effect += run["bias"] - b0
+            if "gain" in extent:
+                effect += (extent["gain"] - 1) * product[t]
+            if "a" in extent:
+                effect += extent["b"].T @ (extent["a"] @ x[t])
+            if "bias" in extent:
+                effect += extent["bias"] - b0
             y[t] += span.weight * effect
     return y
 
@@ -93,12 +93,12 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.35}
     [(reference, dtype) for dtype in TOLERANCES] + [(cpu, torch.float32), (cpu, torch.bfloat16)],
 )
 def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
-    memory, runs, parts = build_adapters(dtype)
+    memory, extents, parts = build_adapters(dtype)
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
     x = torch.randn(NUM_TOKENS, IN, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
-    y = backend.apply_adapters(base, x, bias, memory, runs, StepMeta.build(SPANS))
+    y = backend.apply_adapters(base, x, bias, memory, extents, StepMeta.build(SPANS))
     expected = dense(base, x, bias, parts, SPANS)
     assert y.dtype == dtype
     assert (y.double() - expected).abs().max() <= TOLERANCES[dtype]
@@ -109,10 +109,10 @@ def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
 
 
 def test_span_order_does_not_matter():
-    memory, runs, _ = build_adapters(torch.float32)
+    memory, extents, _ = build_adapters(torch.float32)
     base, x = torch.randn(NUM_TOKENS, OUT), torch.randn(NUM_TOKENS, IN)
-    forward = apply_adapters(base, x, None, memory, runs, StepMeta.build(SPANS))
-    backward = apply_adapters(base, x, None, memory, runs, StepMeta.build(reversed(SPANS)))
+    forward = apply_adapters(base, x, None, memory, extents, StepMeta.build(SPANS))
+    backward = apply_adapters(base, x, None, memory, extents, StepMeta.build(reversed(SPANS)))
     assert torch.equal(forward, backward)
 
 
@@ -120,17 +120,17 @@ def test_span_order_does_not_matter():
 def test_every_op_refuses_a_slot_or_replica_outside_of_the_run_tables(outside):
     """Beyond a slot's runs lie the next slot's: another adapter's weights."""
     memory = AdapterMemory(torch.zeros(64), torch.zeros(64), torch.zeros(64, dtype=torch.int32))
-    runs = torch.tensor(NO_RUN).repeat(3, 2, 1)
+    extents = torch.tensor(NO_EXTENT).repeat(3, 2, 1)
     base, x, ids = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
     inside = Span(slot=2, replica=1, first_token=0, num_tokens=1)
     meta = StepMeta.build([inside, Span(first_token=1, num_tokens=2, **outside)])
     for op in (
-        lambda: apply_adapters(base, x, None, memory, runs, meta),
-        lambda: apply_stacked_adapters(base, x, None, memory, runs[None], meta, (4,)),
-        lambda: embed_adapters(base, ids, 1.0, memory, runs, meta, 4),
-        lambda: patch_logits(base, base, x, memory, runs, meta),
+        lambda: apply_adapters(base, x, None, memory, extents, meta),
+        lambda: apply_stacked_adapters(base, x, None, memory, extents[None], meta, (4,)),
+        lambda: embed_adapters(base, ids, 1.0, memory, extents, meta, 4),
+        lambda: patch_logits(base, base, x, memory, extents, meta),
     ):
-        with pytest.raises(IndexError, match="run tables"):
+        with pytest.raises(IndexError, match="extent tables"):
             op()
 
 
@@ -160,11 +160,11 @@ VOCABULARY_SPANS = [
 ]
 
 
-def patched(matrix, run):
-    """The matrix (vocab, hidden) with the rows of a run in place."""
+def patched(matrix, extent):
+    """The matrix (vocab, hidden) with the rows of an extent in place."""
     result = matrix.double().clone()
-    if "rows" in run:
-        result[run.get("row_ids", torch.arange(len(run["rows"])))] = run["rows"]
+    if "rows" in extent:
+        result[extent.get("row_ids", torch.arange(len(extent["rows"])))] = extent["rows"]
     return result
 
 
@@ -174,12 +174,12 @@ def test_embedding_adapters_and_replaced_rows(dtype, tolerance):
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     parts, scale = vocabulary_adapters(random), 3.0
     scattered = Scattered()
-    runs = table([[scattered.run(**part)] for part in parts])
+    extents = table([[scattered.extent(**part)] for part in parts])
     weight = random(VOCAB, HIDDEN).to(dtype)
     ids = torch.tensor([5, 11, 2, 2, 29, 3, 11, 0, 29, 2, 4])
     base = scale * weight[ids]
     y = embed_adapters(
-        base, ids, scale, scattered.memory(torch.float32), runs,
+        base, ids, scale, scattered.memory(torch.float32), extents,
         StepMeta.build(VOCABULARY_SPANS), VOCAB,
     )  # fmt: skip
     expected = base.double()
@@ -201,11 +201,11 @@ def test_patched_logits_replace_rows_of_the_output_layer():
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     parts = vocabulary_adapters(random)
     scattered = Scattered()
-    runs = table([[scattered.run(**part)] for part in parts])
+    extents = table([[scattered.extent(**part)] for part in parts])
     x, weight = random(11, HIDDEN).float(), random(VOCAB, HIDDEN).float()
     base = x @ weight.T
     meta = StepMeta.build(VOCABULARY_SPANS)
-    y = patch_logits(base + 1, base, x, scattered.memory(torch.float32), runs, meta)
+    y = patch_logits(base + 1, base, x, scattered.memory(torch.float32), extents, meta)
     expected = base.double() + 1
     for span in VOCABULARY_SPANS:
         shift = patched(weight, parts[span.slot]) - weight

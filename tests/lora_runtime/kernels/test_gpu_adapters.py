@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from lora_runtime import kernels
-from lora_runtime.kernels import NO_RUN, AdapterMemory, Span, StepMeta, gpu, reference
+from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Span, StepMeta, gpu, reference
 from lora_runtime.kernels.triton import adapters as triton_adapters
 from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
@@ -47,14 +47,14 @@ def mixed_batch(counts, in_features, out_features, dtype, seed):
     random order with one base row between; returns the op's arguments and the float64 result."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    scattered, runs, parts = Scattered(), [], []
+    scattered, extents, parts = Scattered(), [], []
     for slot in range(len(counts)):
         rank = RANKS[(slot + seed) % len(RANKS)]
         part = {"a": random(rank, in_features), "b": random(rank, out_features)}
         part = {name: (value / rank**0.5).to(dtype).float() for name, value in part.items()}
         part |= {"gain": random(out_features)} if slot % 2 else {}
         part |= {"bias": random(out_features)} if slot % 3 == 0 else {}
-        runs.append([scattered.run(**part)])
+        extents.append([scattered.extent(**part)])
         parts.append(part)
     num_tokens = sum(counts) + 1
     order = torch.randperm(num_tokens, generator=generator)[1:].tolist()
@@ -71,7 +71,7 @@ def mixed_batch(counts, in_features, out_features, dtype, seed):
             expected[t] += part["bias"].double() - bias.double()
     spans = [Span(slot=s, first_token=t, num_tokens=1) for t, s in zip(order, slots, strict=True)]
     memory, meta = scattered.memory(dtype), StepMeta.build(spans)
-    return (base, x, bias, memory, table(runs), meta), expected
+    return (base, x, bias, memory, table(extents), meta), expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,12 +100,12 @@ def check_popularity(kind, num_tokens, dtype):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kind_of_row_in_one_step(dtype, has_bias):
-    memory, runs, parts = build_adapters(dtype)
+    memory, extents, parts = build_adapters(dtype)
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
     x = torch.randn(NUM_TOKENS, 24, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
-    y = apply_adapters(base, x, bias, memory, runs, StepMeta.build(SPANS))
+    y = apply_adapters(base, x, bias, memory, extents, StepMeta.build(SPANS))
     assert (y.double() - dense(base, x, bias, parts, SPANS)).abs().max() <= TOLERANCES[dtype]
     untouched = [0, 7, 8, 12]
     plain = base if bias is None else (base.float() + bias.float()).to(dtype)
@@ -115,17 +115,17 @@ def test_every_kind_of_row_in_one_step(dtype, has_bias):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_non_finite_values_stay_in_their_rows():
     """A NaN adapter, an infinite input, and a composition of four, one adapter twice."""
-    memory, runs, parts = build_adapters(torch.float32)
+    memory, extents, parts = build_adapters(torch.float32)
     x, base = torch.randn(NUM_TOKENS, 24), torch.randn(NUM_TOKENS, OUT)
     more = (Span(slot=s, first_token=11, num_tokens=1, weight=0.75) for s in (0, 3))
     spans = [*SPANS, *more]
-    clean = apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
+    clean = apply_adapters(base, x, None, memory, extents, StepMeta.build(spans))
     assert (clean.double() - dense(base, x, None, parts, spans)).abs().max() <= 2e-5
     x[1] = float("inf")
-    broken = runs[2, 0]  # the DoRA of tokens 5 and 11
+    broken = extents[2, 0]  # the DoRA of tokens 5 and 11
     for name, first in (("weights", broken[1]), ("weights", broken[2]), ("vectors", broken[3])):
         getattr(memory, name)[int(first)] = float("nan")
-    y = apply_adapters(base, x, None, memory, runs, StepMeta.build(spans))
+    y = apply_adapters(base, x, None, memory, extents, StepMeta.build(spans))
     rest = [t for t in range(NUM_TOKENS) if t not in (1, 5, 11)]
     assert torch.equal(y[rest], clean[rest])
     assert not y[[1, 5, 11]].isfinite().all(1).any()
@@ -139,11 +139,11 @@ def stacked_batch(counts, widths, dtype, seed):
     x, memories, meta = parts[0][1], [part[3] for part in parts], parts[0][5]
     bases, biases = (torch.cat([part[i] for part in parts], dim=-1) for i in (0, 2))
     shifts = [sum(len(m.weights) for m in memories[:i]) for i in range(len(widths))]
-    runs = torch.stack([part[4] for part in parts])
-    for own, shift in zip(runs, shifts, strict=True):
+    extents = torch.stack([part[4] for part in parts])
+    for own, shift in zip(extents, shifts, strict=True):
         own[..., 1:5] += torch.where(own[..., 1:5] >= 0, shift, 0)
     flat = [torch.cat([getattr(m, n) for m in memories]) for n in ("weights", "vectors", "indices")]
-    return bases, x, biases, AdapterMemory(*flat), runs, meta
+    return bases, x, biases, AdapterMemory(*flat), extents, meta
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -151,10 +151,10 @@ def stacked_batch(counts, widths, dtype, seed):
 def test_modules_that_share_their_input_are_one_launch(monkeypatch, widths, on_gpu):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE} if on_gpu else set())
     arguments = stacked_batch([2, 1, 3], widths, torch.float32, seed=9)
-    bases, x, biases, memory, runs, meta = arguments
+    bases, x, biases, memory, extents, meta = arguments
     y = kernels.apply_stacked_adapters(*map(on_device, arguments), widths).cpu()
     for part, base, bias, own in zip(
-        y.split(widths, 1), bases.split(widths, 1), biases.split(widths), runs, strict=True
+        y.split(widths, 1), bases.split(widths, 1), biases.split(widths), extents, strict=True
     ):
         expected = reference.apply_adapters(base, x, bias, memory, own, meta)
         torch.testing.assert_close(part, expected, rtol=2e-5, atol=2e-5)
@@ -176,19 +176,19 @@ def test_gate_and_up_end_in_their_activation_bit_for_bit(
     """As one op writes the two halves and the other reads them, under small tiles and large; and
     as plain torch."""
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
-    base, x, bias, memory, runs, meta = map(
+    base, x, bias, memory, extents, meta = map(
         on_device, stacked_batch(counts, (150, 150), dtype, sum(counts))
     )
     bias = bias if has_bias else None
-    y = kernels.apply_gated_adapters(base, x, bias, memory, runs, meta, kind)
-    both = kernels.apply_stacked_adapters(base, x, bias, memory, runs, meta, (150, 150))
+    y = kernels.apply_gated_adapters(base, x, bias, memory, extents, meta, kind)
+    both = kernels.apply_stacked_adapters(base, x, bias, memory, extents, meta, (150, 150))
     assert y.dtype == dtype
     assert torch.equal(y, kernels.gated_activation(*both.chunk(2, 1), kind))
     act = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh")}[kind]
     biases = bias.chunk(2) if has_bias else (None, None)
     gate, up = (
         reference.apply_adapters(half, x, own, memory, table, meta)
-        for half, own, table in zip(base.chunk(2, 1), biases, runs, strict=True)
+        for half, own, table in zip(base.chunk(2, 1), biases, extents, strict=True)
     )
     tolerance = 2e-5 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(y, act(gate) * up, rtol=tolerance, atol=tolerance)
@@ -257,11 +257,11 @@ def test_ranks_beside_their_blocks(rank, dtype):
     """The last ranks of a block are read as zeros up to a multiple of 8, and not beyond: poison
     lies behind every part, and in what shrink does not write."""
     scattered, (a, b) = Scattered(), (torch.randn(rank, 1100), torch.randn(rank, 130) / rank)
-    runs = table([[scattered.run(a=a.to(dtype), b=b.to(dtype))]])
+    extents = table([[scattered.extent(a=a.to(dtype), b=b.to(dtype))]])
     memory = dataclasses.replace(scattered.memory(dtype), max_rank=128)
     base, x = torch.randn(3, 130).to(dtype), torch.randn(3, 1100).to(dtype)
     meta = StepMeta.build([Span(slot=0, first_token=1, num_tokens=2)])
-    y = apply_adapters(base, x, None, memory, runs, meta)
+    y = apply_adapters(base, x, None, memory, extents, meta)
     expected = base.double()
     expected[1:] += x[1:].double() @ a.to(dtype).double().T @ b.to(dtype).double()
     assert torch.equal(y[0], base[0])
@@ -272,11 +272,11 @@ def test_ranks_beside_their_blocks(rank, dtype):
 def test_a_visit_that_the_table_has_no_room_for_has_no_run():
     """Replica 1 of a table of one: its place would be the next slot's. The token's other entry
     acts, and so do other rows'."""
-    (base, x, bias, memory, runs, _), _ = mixed_batch([2, 2], 40, 24, torch.float32, seed=8)
+    (base, x, bias, memory, extents, _), _ = mixed_batch([2, 2], 40, 24, torch.float32, seed=8)
     good = [Span(slot=1, first_token=1, num_tokens=2), Span(slot=0, first_token=4, num_tokens=1)]
     lost = [Span(slot=0, first_token=2, num_tokens=2, replica=1)]
-    expected = apply_adapters(base, x, bias, memory, runs, StepMeta.build(good))
-    y = apply_adapters(base, x, bias, memory, runs, StepMeta.build([*good, *lost]))
+    expected = apply_adapters(base, x, bias, memory, extents, StepMeta.build(good))
+    y = apply_adapters(base, x, bias, memory, extents, StepMeta.build([*good, *lost]))
     assert torch.equal(y, expected) and not torch.equal(y[4], base[4] + bias)
 
 
@@ -285,9 +285,9 @@ def test_a_told_rank_bound_and_a_step_without_ranks():
     told = dataclasses.replace(arguments[3], max_rank=100)
     y = apply_adapters(*arguments[:3], told, *arguments[4:])
     torch.testing.assert_close(y, apply_adapters(*arguments), rtol=1e-5, atol=1e-5)
-    base, x, bias, memory, runs, meta = arguments
+    base, x, bias, memory, extents, meta = arguments
     memory = dataclasses.replace(memory, max_rank=0)
-    y = apply_adapters(base, x, bias, memory, torch.tensor(NO_RUN).expand(2, 1, 8), meta)
+    y = apply_adapters(base, x, bias, memory, torch.tensor(NO_EXTENT).expand(2, 1, 8), meta)
     assert torch.equal(y, base + bias)
 
 
@@ -318,14 +318,17 @@ def test_shrink_in_the_launch_of_the_product_changes_no_bit(monkeypatch, kind, n
     generator = torch.Generator().manual_seed(num_rows)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     scattered = Scattered()
-    runs = [
-        [[scattered.run(a=random(rank, in_features), b=random(rank, width))] for rank in (1, 40, 8)]
+    extents = [
+        [
+            [scattered.extent(a=random(rank, in_features), b=random(rank, width))]
+            for rank in (1, 40, 8)
+        ]
         for width in widths
     ]
     spans = [Span(slot=i * i % 3, first_token=i, num_tokens=1) for i in range(num_rows)]
     memory, meta = map(on_device, (scattered.memory(dtype), StepMeta.build(spans)))
     memory = dataclasses.replace(memory, max_rank=40)
-    tables = torch.stack([table(part) for part in runs]).to(DEVICE)
+    tables = torch.stack([table(part) for part in extents]).to(DEVICE)
     x = (random(num_rows, in_features) / in_features**0.5).to(DEVICE, dtype)
     adapters = kernels.PooledAdapters(memory, tables, meta)
     product, hidden = layer.product_and_shrink(x, adapters)
@@ -339,9 +342,9 @@ def test_a_large_step_shrinks_in_a_launch_of_its_own(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
     layer = layer_of("nf4", (16, 64), torch.float32)
     scattered = Scattered()
-    runs = table([[scattered.run(a=torch.randn(4, 64), b=torch.randn(4, 16))]])
+    extents = table([[scattered.extent(a=torch.randn(4, 64), b=torch.randn(4, 16))]])
     spans = [Span(slot=0, first_token=0, num_tokens=257)]
     memory, meta = map(on_device, (scattered.memory(torch.float32), StepMeta.build(spans)))
-    adapters = kernels.PooledAdapters(memory, runs[None].to(DEVICE), meta)
+    adapters = kernels.PooledAdapters(memory, extents[None].to(DEVICE), meta)
     _, hidden = layer.product_and_shrink(torch.randn(257, 64, device=DEVICE), adapters)
     assert hidden is None

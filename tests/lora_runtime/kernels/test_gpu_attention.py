@@ -55,13 +55,13 @@ def step(rows, heads, head_dim, dtype=torch.float32, seed=0):
     meta = AttentionMeta(
         rows=torch.tensor(row_of_token, dtype=torch.int32, device=DEVICE),
         positions=torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        slot_mapping=torch.tensor(slots, device=DEVICE),
+        cache_slots=torch.tensor(slots, device=DEVICE),
         block_tables=tables.to(DEVICE),
         block_size=BLOCK_SIZE,
     )
     q, k, v = split(torch.cat(fused).to(DEVICE), heads, head_dim)
     keys, values = (memory.to(DEVICE) for memory in cache)
-    kernels.write_kv(keys, values, k, v, meta.slot_mapping)
+    kernels.write_kv(keys, values, k, v, meta.cache_slots)
     return (q, keys, values, meta), own
 
 
@@ -141,15 +141,15 @@ def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
     padded = replace(
         meta,
         positions=torch.where(is_padding, -1, meta.positions),
-        slot_mapping=torch.where(is_padding, -1, meta.slot_mapping),
+        cache_slots=torch.where(is_padding, -1, meta.cache_slots),
         derived={},
     )
     q[is_padding] = float("nan")
     for cache in (keys, values):
-        cache[meta.slot_mapping[is_padding]] = float("nan")
+        cache[meta.cache_slots[is_padding]] = float("nan")
     before = keys.clone(), values.clone()
     garbage = torch.full((len(q), 2, 16), 5.0, device=DEVICE)
-    kernels.write_kv(keys, values, garbage, garbage, torch.full_like(meta.slot_mapping, -1))
+    kernels.write_kv(keys, values, garbage, garbage, torch.full_like(meta.cache_slots, -1))
     for now, then in zip((keys, values), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     y = kernels.paged_attention(q, keys, values, padded, 0.25).cpu()
@@ -160,8 +160,8 @@ def test_padding_rows_store_and_see_nothing(monkeypatch, num_new):
 def test_non_finite_values_stay_in_their_row():
     rows = [(5, 1), (30, 1), (6, 4)]
     (q, keys, values, meta), own = step(rows, (4, 2), 16)
-    keys[meta.slot_mapping[1]] = float("nan")
-    values[meta.slot_mapping[1]] = float("inf")
+    keys[meta.cache_slots[1]] = float("nan")
+    values[meta.cache_slots[1]] = float("inf")
     y = kernels.paged_attention(q, keys, values, meta, 0.25).cpu()
     expected = torch.cat([alone(*own[row], 0.25) for row in (0, 2)])
     torch.testing.assert_close(y[[0, 2, 3, 4, 5]].double(), expected, rtol=2e-5, atol=2e-5)
@@ -186,6 +186,6 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             meta = AttentionMeta(ints, ints, ints.long(), tables, 128)
             q, k = torch.empty(num_tokens, 8, 64), torch.empty(num_tokens, 2, 64)
             cache = torch.empty(4000, 2, 64)
-            triton_attention.write_kv(cache, cache, k, k, meta.slot_mapping)
+            triton_attention.write_kv(cache, cache, k, k, meta.cache_slots)
             triton_attention.paged_attention(q, cache, cache, meta, 0.1, None, None)
     assert grids == [(3, 1), (3, 2, 16), (18, 1), (3, 2, 16), (3 + 1, 8)]

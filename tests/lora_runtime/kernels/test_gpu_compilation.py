@@ -22,7 +22,7 @@ def compile_launches(what: str, cache: Path) -> dict:
     module = "tests.lora_runtime.kernels.compile_launches"
     root = Path(__file__).parents[3]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
+    result = subprocess.extent(
         [sys.executable, "-m", module, what, "--cache", cache],
         env=environment | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
     monkeypatch.setattr(triton_adapters, "shrink_kernel", shrink)
     monkeypatch.setattr(triton_adapters, "expand_kernel", expand)
     spans = [Span(slot=i % 3, first_token=i, num_tokens=1) for i in range(7)]
-    meta, runs = StepMeta.build(spans), torch.zeros(3, 1, 8, dtype=torch.int64)
+    meta, extents = StepMeta.build(spans), torch.zeros(3, 1, 8, dtype=torch.int64)
     memory = AdapterMemory.over(torch.zeros(1024, dtype=torch.uint8), torch.float32, 16)
     mode = FakeTensorMode()
     fake = mode.from_tensor
@@ -80,7 +80,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
             torch.empty(9, 4096),
             None,
             AdapterMemory(fake(memory.weights), fake(memory.vectors), fake(memory.indices), 40, 16),
-            fake(runs)[None],
+            fake(extents)[None],
             StepMeta(**{name: fake(getattr(meta, name)) for name in tables}),
             (300,),
         )

@@ -49,8 +49,8 @@ def adapters(dtype):
         {"gain": random(WIDTH)},
     ]
     scattered = Scattered()
-    runs = table([[scattered.run(**part)] for part in parts])
-    return scattered.memory(dtype), runs, parts
+    extents = table([[scattered.extent(**part)] for part in parts])
+    return scattered.memory(dtype), extents, parts
 
 
 def rows_of(part):
@@ -69,7 +69,7 @@ def entries():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings(dtype):
-    memory, runs, parts = adapters(dtype)
+    memory, extents, parts = adapters(dtype)
     base = torch.randn(NUM_TOKENS, WIDTH).to(dtype)
     ids = torch.tensor([3, 4, 17, 0, 17, 89, 88, 40, 40, 17, 41, 3, 40, 5])
     expected = base.double()
@@ -84,7 +84,7 @@ def test_embeddings(dtype):
         for row in rows[replaced == ids[token]]:
             delta += SCALE * row - own
         expected[token] += weight * delta
-    arguments = (base, ids, SCALE, memory, runs, StepMeta.build(SPANS), VOCAB)
+    arguments = (base, ids, SCALE, memory, extents, StepMeta.build(SPANS), VOCAB)
     y = kernels.embed_adapters(*map(on_device, arguments)).cpu()
     assert y.dtype == dtype and torch.equal(y[[2, 13]], base[[2, 13]])
     torch.testing.assert_close(y.double(), expected, **TOLERANCES[dtype])
@@ -93,7 +93,7 @@ def test_embeddings(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits(dtype):
     """y already holds what low rank, gain and bias gave; base is W x alone."""
-    memory, runs, parts = adapters(dtype)
+    memory, extents, parts = adapters(dtype)
     y, base = (torch.randn(NUM_TOKENS, VOCAB).to(dtype) for _ in range(2))
     x = torch.randn(NUM_TOKENS, WIDTH).to(dtype)
     expected = y.double()
@@ -102,7 +102,7 @@ def test_logits(dtype):
         ids, rows = rows_of(parts[slot])
         expected[token, ids] += weight * (rows @ x[token].double() - base[token, ids].double())
         rounded[token, ids] += expected[token, ids].abs()
-    arguments = (y.clone(), base, x, memory, runs, StepMeta.build(SPANS))
+    arguments = (y.clone(), base, x, memory, extents, StepMeta.build(SPANS))
     found = kernels.patch_logits(*map(on_device, arguments)).cpu()
     assert found.dtype == dtype and torch.equal(found[[2, 13]], y[[2, 13]])
     # every entry rounds what the cell has so far, by half a step at most
@@ -123,7 +123,7 @@ def test_rows_of_any_number_in_any_composition(monkeypatch, num_programs):
         rows = torch.randn(count, width, generator=generator)
         ids = torch.randperm(vocab, generator=generator)[:count].sort().values
         parts.append({"rows": rows, "row_ids": ids} if count else {})
-    runs = table([[scattered.run(**part)] for part in parts])
+    extents = table([[scattered.extent(**part)] for part in parts])
     spans = [Span(slot=4, first_token=0, num_tokens=18), Span(slot=0, first_token=5, num_tokens=9)]
     for token in range(10, num_tokens - 1):
         slots = torch.randperm(len(parts), generator=generator)[: 1 + token % 4].tolist()
@@ -137,26 +137,26 @@ def test_rows_of_any_number_in_any_composition(monkeypatch, num_programs):
             product = x[own].double() @ parts[span.slot]["rows"].double().T
             expected[own, ids] += span.weight * (product - base[own][:, ids].double())
     memory, meta = scattered.memory(torch.float32), StepMeta.build(spans)
-    found = kernels.patch_logits(*map(on_device, (y, base, x, memory, runs, meta))).cpu()
+    found = kernels.patch_logits(*map(on_device, (y, base, x, memory, extents, meta))).cpu()
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-4)
 
 
 def test_non_finite_values_stay_with_their_tokens():
-    memory, runs, _ = adapters(torch.float32)
+    memory, extents, _ = adapters(torch.float32)
     meta = StepMeta.build(SPANS)
     x, y, base = (torch.randn(NUM_TOKENS, n) for n in (WIDTH, VOCAB, VOCAB))
     embedded, ids = torch.randn(NUM_TOKENS, WIDTH), torch.full((NUM_TOKENS,), 17)
 
     def both():
-        logits = (y.clone(), base, x, memory, runs, meta)
-        embedding = (embedded, ids, SCALE, memory, runs, meta, VOCAB)
+        logits = (y.clone(), base, x, memory, extents, meta)
+        embedding = (embedded, ids, SCALE, memory, extents, meta, VOCAB)
         return (
             kernels.patch_logits(*map(on_device, logits)).cpu(),
             kernels.embed_adapters(*map(on_device, embedding)).cpu(),
         )
 
     clean = both()
-    first = int(runs[1, 0, 6])
+    first = int(extents[1, 0, 6])
     memory.weights[first : first + 6 * WIDTH] = float("nan")  # of tokens 3 to 5 and 8 to 12
     rest = [0, 1, 2, 6, 7, 13]
     for found, expected in zip(both(), clean, strict=True):
@@ -166,7 +166,7 @@ def test_non_finite_values_stay_with_their_tokens():
 
 def test_padding_and_bounds_change_nothing():
     """A captured graph has entries of no segment, and a pool tells how many rows there may be."""
-    memory, runs, _ = adapters(torch.float32)
+    memory, extents, _ = adapters(torch.float32)
     meta = StepMeta.build(SPANS)
     names = ("tokens", "slots", "replicas", "weights")
     padded = {n: torch.cat([getattr(meta, n), getattr(meta, n)[:1].expand(9)]) for n in names}
@@ -176,15 +176,17 @@ def test_padding_and_bounds_change_nothing():
     embedded, ids = torch.randn(NUM_TOKENS, WIDTH), torch.randint(VOCAB, (NUM_TOKENS,))
     found = []
     for told, each in ((memory, meta), (replace(memory, max_rows=VOCAB + 50), padded)):
-        logits = (base.clone(), base, x, told, runs, each)
-        embedding = (embedded, ids, SCALE, told, runs, each, VOCAB)
+        logits = (base.clone(), base, x, told, extents, each)
+        embedding = (embedded, ids, SCALE, told, extents, each, VOCAB)
         y = kernels.patch_logits(*map(on_device, logits))
         found.append((y, kernels.embed_adapters(*map(on_device, embedding))))
     for expected, y in zip(*found, strict=True):
         assert torch.equal(expected, y)
     none = replace(memory, max_rows=0)
     y = base.clone()
-    assert kernels.patch_logits(*map(on_device, (y, base, x, none, runs, meta))).cpu().equal(base)
+    assert (
+        kernels.patch_logits(*map(on_device, (y, base, x, none, extents, meta))).cpu().equal(base)
+    )
 
 
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
@@ -203,25 +205,25 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
         memory = AdapterMemory(floats, floats, ints, 8, 16, 70)
         entry = torch.empty(7, dtype=torch.int32)
         meta = StepMeta(entry, entry, entry, torch.empty(7), torch.empty(4, dtype=torch.int32))
-        runs = torch.empty(3, 1, 8, dtype=torch.int64)
+        extents = torch.empty(3, 1, 8, dtype=torch.int64)
         ids = torch.empty(9, dtype=torch.int64)
-        triton_vocabulary.embed_adapters(torch.empty(9, 300), ids, 1.0, memory, runs, meta, 50)
+        triton_vocabulary.embed_adapters(torch.empty(9, 300), ids, 1.0, memory, extents, meta, 50)
         y = torch.empty(9, 50)
-        triton_vocabulary.patch_logits(y, y, torch.empty(9, 300), memory, runs, meta)
+        triton_vocabulary.patch_logits(y, y, torch.empty(9, 300), memory, extents, meta)
     assert grids == [(4,), (4 * 16, 2), (3, 3)]
 
 
 def test_a_visit_that_the_table_has_no_room_for_replaces_nothing():
     """Replica 1 of a table of one: its place would be the next slot's. The public op refuses it."""
-    memory, runs, _ = adapters(torch.float32)
+    memory, extents, _ = adapters(torch.float32)
     base, ids = torch.randn(4, WIDTH), torch.tensor([3, 17, 40, 5])
     good = [Span(slot=1, first_token=1, num_tokens=2)]
     lost = [Span(slot=0, first_token=0, num_tokens=3, replica=1)]
     metas = [StepMeta.build(spans) for spans in (good, [*good, *lost])]
-    arguments = [(base, ids, SCALE, memory, runs, meta, VOCAB) for meta in metas]
+    arguments = [(base, ids, SCALE, memory, extents, meta, VOCAB) for meta in metas]
     embedded = [gpu.embed_adapters(*map(on_device, own)).cpu() for own in arguments]
     x, logits = torch.randn(4, WIDTH), torch.randn(4, VOCAB)
-    arguments = [(logits.clone(), logits, x, memory, runs, meta) for meta in metas]
+    arguments = [(logits.clone(), logits, x, memory, extents, meta) for meta in metas]
     patched = [gpu.patch_logits(*map(on_device, own)).cpu() for own in arguments]
     for (expected, found), plain in ((embedded, base), (patched, logits)):
         assert torch.equal(found, expected) and not torch.equal(found, plain)

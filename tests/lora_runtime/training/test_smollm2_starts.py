@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_runtime.base.model.varlen_attention import Rows
+from lora_runtime.base.model.varlen_attention import RowLengths
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.training import calibration
 from lora_runtime.training.binding import bind
@@ -85,7 +85,7 @@ def logits_from(base, units, states, rows):
     bindings = bind(units, base)
     with base.model.get_input_embeddings().register_forward_hook(lambda *_: states):
         last = hidden_states(
-            base, [UnitRows([Rows(lengths)], LAYERS)], bindings, token_ids, positions
+            base, [UnitRows([RowLengths(lengths)], LAYERS)], bindings, token_ids, positions
         )
     return logits(base, bindings, last, [len(token_ids)]).split(lengths)
 

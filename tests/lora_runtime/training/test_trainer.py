@@ -12,7 +12,7 @@ import torch
 
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.reduction import FINGERPRINT_KEY, load_adapter
-from lora_runtime.base.model.varlen_attention import Rows, VarlenAttention
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.kernels import Span
@@ -244,8 +244,8 @@ def test_exported_adapter_gives_the_training_logits_in_peft(tmp_path, tokenizer,
         loaded = peft.PeftModel.from_pretrained(twin, result.folder)
         theirs = loaded(tokens[None]).logits[0]
         spans = [Span(slot=0, first_token=0, num_tokens=len(tokens))]
-        with base.context.effect(spans, bind([unit], base)):
-            ours = base.forward(tokens, at, VarlenAttention([Rows([len(tokens)])]), at)
+        with base.context.adapters(spans, bind([unit], base)):
+            ours = base.forward(tokens, at, VarlenAttention([RowLengths([len(tokens)])]), at)
     assert (ours - theirs).abs().max() <= 1e-4
     assert (ours - plain).abs().max() >= 0.5
 
