@@ -74,27 +74,24 @@ class Base:
         position_ids: Tensor,
         attention: Attention | LayerSteps,
         logits_at: Tensor,
-        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Run all rows laid end to end: token_ids, position_ids (T,) → logits (n, vocab).
 
-        `logits_at` (n,) int64 picks the tokens whose logits are wanted. `layers`, with
-        LayerSteps: the base layers to run instead of each once. Differentiable in the adapters
-        of `context`.
+        `logits_at` (n,) int64 picks the tokens whose logits are wanted. With an Attention every
+        layer runs once, for all tokens; LayerSteps say which layers run, and for which tokens.
+        Differentiable in the adapters of `context`.
         """
-        return self.logits(
-            self.hidden_states(token_ids, position_ids, attention, layers)[logits_at]
-        )
+        return self.logits(self.hidden_states(token_ids, position_ids, attention)[logits_at])
 
     def hidden_states(
         self,
         token_ids: Tensor,
         position_ids: Tensor,
         attention: Attention | LayerSteps,
-        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The first part of `forward`: what the output layer is given of each token, (T, H)."""
-        model: Any = self.model if layers is None else self.reordered(layers)
+        is_reordered = isinstance(attention, LayerSteps)
+        model: Any = self.reordered(attention.layers) if is_reordered else self.model
         out = model.get_decoder()(
             input_ids=token_ids[None],
             position_ids=position_ids[None],

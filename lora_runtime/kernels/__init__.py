@@ -19,8 +19,11 @@ from lora_runtime.kernels.types import (
     HeadNorm,
     NestedScales,
     PooledAdapters,
+    SlotUse,
     Span,
     StepMeta,
+    segment_starts,
+    spans_of_rows,
     to_device,
 )
 
@@ -32,6 +35,7 @@ __all__ = [
     "HeadNorm",
     "NestedScales",
     "PooledAdapters",
+    "SlotUse",
     "Extent",
     "Span",
     "StepMeta",
@@ -61,6 +65,8 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_and_write",
+    "segment_starts",
+    "spans_of_rows",
     "to_device",
     "write_kv",
 ]

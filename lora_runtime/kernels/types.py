@@ -6,7 +6,7 @@ entries of one adapter), S slots, R replicas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -123,6 +123,40 @@ class Span:
         return slice(self.first_token, self.first_token + self.num_tokens)
 
 
+class SlotUse(NamedTuple):
+    """That the adapter in `slot` acts on a row, from the row's token `start` of the step on."""
+
+    slot: int
+    weight: float = 1.0
+    start: int = 0
+    """Below 0, or beyond the row's tokens: on all of them, or on none."""
+
+
+def spans_of_rows(
+    lengths: Sequence[int],
+    uses: Sequence[Sequence[SlotUse]],
+    replicas: Sequence[int] | None = None,
+) -> list[Span]:
+    """Spans of rows laid end to end: row i has lengths[i] tokens under each adapter of uses[i].
+
+    `replicas`: how often each row has visited the layer before; None: never.
+    """
+    found, first_token = [], 0
+    for row, length in enumerate(lengths):
+        for slot, weight, start in uses[row]:
+            num_skipped = min(max(start, 0), length)
+            span = Span(
+                slot=slot,
+                first_token=first_token + num_skipped,
+                num_tokens=length - num_skipped,
+                weight=weight,
+                replica=0 if replicas is None else replicas[row],
+            )
+            found.append(span)
+        first_token += length
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class StepMeta:
     """Which adapters act on which tokens; shared by all modules of one step of the layer order.
@@ -168,7 +202,11 @@ class StepMeta:
             entries = torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths)
             return to_device(entries, device)
 
-        starts = torch.tensor(_segment_starts(ordered), dtype=torch.int32)
+        first_entries = (ends - lengths).tolist()
+        keys = [(span.slot, span.replica) for span in ordered]
+        starts = torch.tensor(
+            [*segment_starts(keys, first_entries), len(tokens)], dtype=torch.int32
+        )
 
         return cls(
             tokens=to_device(tokens.int(), device),
@@ -193,14 +231,9 @@ class StepMeta:
             )
 
 
-def _segment_starts(ordered: list[Span]) -> list[int]:
-    starts, position, previous = [], 0, None
-    for span in ordered:
-        if (span.slot, span.replica) != previous:
-            starts.append(position)
-            previous = (span.slot, span.replica)
-        position += span.num_tokens
-    return [*starts, position]
+def segment_starts(keys: Sequence[object], first_entries: Sequence[int]) -> list[int]:
+    """Where segments of sorted entries begin: first_entries[i] of each keys[i] unlike the last."""
+    return [first_entries[i] for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ MAX_REORDERED_MODELS = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerStep:
-    """What one run of a layer acts on.
+    """One run of base layer `layer`, and what it acts on.
 
     tokens (n,) int64, ascending: which of the forward's T tokens run here, None for all.
     attention: over these tokens, in this order. adapters: of these tokens, what the bindings take
     as `meta`; None for no adapters.
     """
 
+    layer: int
     tokens: Tensor | None
     attention: Attention
     adapters: Any
@@ -41,6 +42,11 @@ class LayerSteps:
     """The `attention=` of a reordered model's forward: a LayerStep for each of its layers."""
 
     steps: Sequence[LayerStep]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The base layers that run, in order."""
+        return tuple(step.layer for step in self.steps)
 
 
 class WrappedLayer(nn.Module):
