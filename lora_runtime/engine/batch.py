@@ -45,13 +45,16 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
         block_size=block_size,
     )
     ends = [end - 1 for scheduled, end in zip(rows, starts[1:], strict=True) if scheduled.samples]
+    adapters, sampled = StepMeta.build(spans(rows), device), sampled_tokens(rows)
+    # In a step of decode rows alone every token is sampled, so that one table serves both.
+    head_adapters = adapters if sampled == rows else StepMeta.build(spans(sampled), device)
     return ForwardBatch(
         token_ids=to_device(torch.tensor(token_ids), device),
         positions=to_device(torch.tensor(positions), device),
         attention=attention,
-        adapters=StepMeta.build(spans(rows), device),
+        adapters=adapters,
         logits_at=to_device(torch.tensor(ends, dtype=torch.int64), device),
-        head_adapters=StepMeta.build(spans(sampled_tokens(rows)), device),
+        head_adapters=head_adapters,
     )
 
 

@@ -86,7 +86,7 @@ class Extent(NamedTuple):
 
 
 NO_EXTENT = Extent()
-"""Entry of a extent table for a module that an adapter does not touch."""
+"""Entry of an extent table for a module that an adapter does not touch."""
 
 
 class HeadNorm(NamedTuple):
