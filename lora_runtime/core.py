@@ -187,7 +187,7 @@ class AdapterPlacement:
     digest: str
     slot: int
     address: int
-    """First byte of its run in the pool."""
+    """First byte of its extent in the pool."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_runtime.base.loader import MAX_REORDERED_MODELS, Base
+from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear, StepContext
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.quant_linear import FrozenLinear
-from lora_runtime.base.model.reordered_model import reordered_model, shallow_copy
+from lora_runtime.base.model.reordered_model import reordering, shallow_copy
 from lora_runtime.base.weights import BaseWeights
 
 
@@ -42,9 +41,7 @@ def in_dtype(base: Base, dtype: torch.dtype) -> Base:
         spec=spec,
         context=context,
         weights=BaseWeights(model, spec, base.folder, dtype),
-        reordered=lru_cache(MAX_REORDERED_MODELS)(
-            lambda layers: reordered_model(model, layers, context)
-        ),
+        reordered=reordering(model, context),
         head=head_model(model),
         dtype=dtype,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
-from lora_runtime.base.model.reordered_model import LayerSteps, reordered_model
+from lora_runtime.base.model.reordered_model import LayerSteps, reordering
 from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.stacked_linears import stack_linears
 from lora_runtime.base.self_check import original_logits, self_check
@@ -50,8 +50,6 @@ from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_run_on_gpu
 
 Progress = Callable[[str], None]
-
-MAX_REORDERED_MODELS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,27 +74,24 @@ class Base:
         position_ids: Tensor,
         attention: Attention | LayerSteps,
         logits_at: Tensor,
-        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Run all rows laid end to end: token_ids, position_ids (T,) → logits (n, vocab).
 
-        `logits_at` (n,) int64 picks the tokens whose logits are wanted. `layers`, with a
-        LayerSteps: the base layers to run instead of each once. Differentiable in the adapters
-        of `context`.
+        `logits_at` (n,) int64 picks the tokens whose logits are wanted. With an Attention every
+        layer runs once, for all tokens; LayerSteps say which layers run, and for which tokens.
+        Differentiable in the adapters of `context`.
         """
-        return self.logits(
-            self.hidden_states(token_ids, position_ids, attention, layers)[logits_at]
-        )
+        return self.logits(self.hidden_states(token_ids, position_ids, attention)[logits_at])
 
     def hidden_states(
         self,
         token_ids: Tensor,
         position_ids: Tensor,
         attention: Attention | LayerSteps,
-        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The first part of `forward`: what the output layer is given of each token, (T, H)."""
-        model: Any = self.model if layers is None else self.reordered(layers)
+        is_reordered = isinstance(attention, LayerSteps)
+        model: Any = self.reordered(attention.layers) if is_reordered else self.model
         out = model.get_decoder()(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
@@ -110,7 +105,7 @@ class Base:
         return self.head(inputs_embeds=hidden_states[None], use_cache=False).logits[0]
 
     def allocate_kv(self, num_cache_slots: int) -> KVCache:
-        """An empty paged cache of `num_cache_slots` token slots a layer."""
+        """An empty paged cache with room for the keys and values of `num_cache_slots` tokens."""
         heads, head_dim = kv_shape(self.model)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return KVCache.allocate(self.spec.num_layers, num_cache_slots, heads, head_dim, like)
@@ -203,9 +198,7 @@ def prepare_base(
         spec=spec,
         context=context,
         weights=weights,
-        reordered=lru_cache(MAX_REORDERED_MODELS)(
-            lambda layers: reordered_model(model, layers, context)
-        ),
+        reordered=reordering(model, context),
         head=head_model(model),
         folder=folder,
         device=model.device,

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_runtime.base.loader import MAX_REORDERED_MODELS, Base
+from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import StepContext
-from lora_runtime.base.model.reordered_model import reordered_model, shallow_copy, with_submodule
+from lora_runtime.base.model.reordered_model import (
+    WrappedLayer,
+    reordering,
+    shallow_copy,
+    with_submodule,
+)
 
 
-class RecomputedLayer(nn.Module):
-    """Runs `layer`, and again in backward under the adapters of its forward.
-
-    To the decoder it looks like `layer`: it has the same attributes.
-    """
-
-    def __init__(self, layer: nn.Module, context: StepContext) -> None:
-        super().__init__()
-        self.layer, self.context = layer, context
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["_modules"]
-        return own[name] if name in own else getattr(own["layer"], name)
+class RecomputedLayer(WrappedLayer):
+    """Runs `layer`, and again in backward under the adapters of its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever `layer` takes and returns."""
@@ -59,9 +53,7 @@ def recomputed(base: Base) -> Base:
     lighter.layers = nn.ModuleList(RecomputedLayer(layer, base.context) for layer in decoder.layers)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     lighter_model = with_submodule(model, decoder, lighter, configs)
-    reordered = lru_cache(MAX_REORDERED_MODELS)(
-        lambda layers: reordered_model(lighter_model, layers, base.context)
-    )
+    reordered = reordering(lighter_model, base.context)
     return replace(base, model=lighter_model, reordered=reordered)
 
 

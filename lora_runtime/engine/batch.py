@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_runtime.core import ScheduledBatch, ScheduledRow
-from lora_runtime.kernels import AttentionMeta, Span, StepMeta, to_device
+from lora_runtime.kernels import AttentionMeta, SlotUse, Span, StepMeta, spans_of_rows, to_device
 
 Rows = tuple[ScheduledRow, ...]
 
@@ -50,7 +51,7 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
         attention=attention,
         adapters=StepMeta.build(spans(rows), device),
         logits_at=to_device(torch.tensor(ends, dtype=torch.int64), device),
-        head_adapters=StepMeta.build(_head_spans(rows), device),
+        head_adapters=StepMeta.build(spans(sampled_tokens(rows)), device),
     )
 
 
@@ -87,35 +88,26 @@ def block_tables(rows: Rows, plane: int = 0) -> Tensor:
     return torch.tensor([table + [0] * (longest - len(table)) for table in tables])
 
 
-def spans(rows: Rows, replicas: tuple[int, ...] | None = None) -> list[Span]:
+def spans(rows: Rows, replicas: Sequence[int] | None = None) -> list[Span]:
     """One span per row and adapter, cut to the tokens from the adapter's start position on.
 
-    `replicas`: which visit to the layer each row is at; None: the first.
+    `replicas`: how often each row has visited the layer before; None: never.
     """
-    found = []
-    for index, (scheduled, first_token) in enumerate(zip(rows, first_tokens(rows), strict=False)):
-        for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True):
-            num_skipped = min(max(use.start_position - scheduled.start, 0), scheduled.num_tokens)
-            found.append(
-                Span(
-                    slot=slot,
-                    first_token=first_token + num_skipped,
-                    num_tokens=scheduled.num_tokens - num_skipped,
-                    weight=use.weight,
-                    replica=0 if replicas is None else replicas[index],
-                )
-            )
-    return found
-
-
-def _head_spans(rows: Rows) -> list[Span]:
-    """One span per sampled token and adapter that acts on it."""
-    return [
-        Span(slot=slot, first_token=index, num_tokens=1, weight=use.weight)
-        for index, scheduled in enumerate(scheduled for scheduled in rows if scheduled.samples)
-        for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True)
-        if use.start_position < scheduled.end
+    uses = [
+        [
+            SlotUse(slot, use.weight, use.start_position - scheduled.start)
+            for use, slot in zip(scheduled.row.request.adapters, scheduled.row.slots, strict=True)
+        ]
+        for scheduled in rows
     ]
+    return spans_of_rows([scheduled.num_tokens for scheduled in rows], uses, replicas)
+
+
+def sampled_tokens(rows: Rows) -> Rows:
+    """The last token alone of every row that samples."""
+    return tuple(
+        ScheduledRow(scheduled.row, scheduled.end - 1, 1) for scheduled in rows if scheduled.samples
+    )
 
 
 def _tokens(scheduled: ScheduledRow) -> list[int]:

@@ -12,6 +12,7 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.base.model.attention import KVCache, PagedAttention
+from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import (
     AdapterPlacement,
@@ -25,7 +26,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
-from lora_runtime.engine.reordered_batch import ReorderedBatch, reordered_batch
+from lora_runtime.engine.reordered_batch import reordered_batch
 from lora_runtime.engine.sampler import Draw, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu
@@ -141,7 +142,7 @@ class ModelRunner:
     def forward(
         self,
         batch: ForwardBatch,
-        reordered: ReorderedBatch | None = None,
+        layer_steps: LayerSteps | None = None,
         bindings: Mapping[str, PooledBinding] | None = None,
     ) -> Tensor:
         """Logits (n, vocab) of the rows that sample; writes the cache.
@@ -150,7 +151,7 @@ class ModelRunner:
         pool's own, if not given.
         """
         drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
-        attention = reordered.batch if reordered else PagedAttention(self.cache, batch.attention)
+        attention = layer_steps or PagedAttention(self.cache, batch.attention)
         bound = self.pool.bindings if bindings is None else bindings
         with self.base.context.adapters(batch.adapters, bound, batch.head_adapters):
             return self.base.forward(
@@ -158,7 +159,6 @@ class ModelRunner:
                 batch.positions,
                 attention,
                 batch.logits_at,
-                reordered.layers if reordered else None,
             )
 
 

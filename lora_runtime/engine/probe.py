@@ -14,11 +14,12 @@ from lora_runtime.adapters.parity import Logits
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
-from lora_runtime.base.model.layer_order import replicas
-from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.layer_order import LayerMap
+from lora_runtime.base.model.layer_steps import layer_steps
+from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import AdapterPlacement, activation_start
-from lora_runtime.kernels import Span, StepMeta
+from lora_runtime.kernels import SlotUse, Span, StepMeta, spans_of_rows
 
 TokenRows = Sequence[Sequence[int]]
 
@@ -71,9 +72,9 @@ def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequen
     meta = StepMeta.build(spans, base.device)
     head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
     layer_map = bound.adapter.facts.layer_map
-    batch = attention if layer_map is None else _planned(layer_map, bound.adapter, rows, base)
+    steps = None if layer_map is None else _layer_steps(layer_map, bound.adapter, rows, base)
     with base.context.adapters(meta, bound.pool.bindings, head_meta):
-        return base.forward(*inputs, batch, wanted, layer_map)
+        return base.forward(*inputs, steps or attention, wanted)
 
 
 def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
@@ -83,35 +84,28 @@ def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
     return pool
 
 
-def _planned(
-    layer_map: tuple[int, ...], adapter: PackedAdapter, rows: TokenRows, base: Base
+def _layer_steps(
+    layer_map: LayerMap, adapter: PackedAdapter, rows: TokenRows, base: Base
 ) -> LayerSteps:
     """Every row at every step of the one map."""
-    attention = VarlenAttention([RowLengths([len(row) for row in rows])], base.device)
-    return LayerSteps(
-        [
-            LayerStep(None, attention, StepMeta.build(_spans(adapter, rows, visit), base.device))
-            for visit in replicas(layer_map)
-        ]
-    )
+    lengths = [len(row) for row in rows]
+    attention = VarlenAttention([RowLengths(lengths)], base.device)
+
+    def adapters(_: tuple[int, ...], visits: tuple[int, ...]) -> StepMeta | None:
+        return StepMeta.build(_spans(adapter, rows, visits), base.device)
+
+    maps = [layer_map] * len(rows)
+    return layer_steps(maps, lengths, base.device, lambda _: attention, adapters)
 
 
-def _spans(adapter: PackedAdapter, rows: TokenRows, replica: int = 0) -> list[Span]:
+def _spans(
+    adapter: PackedAdapter, rows: TokenRows, replicas: Sequence[int] | None = None
+) -> list[Span]:
     """One span a row, from where the adapter acts."""
-    spans, first_token = [], 0
-    for row in rows:
-        invocation = adapter.facts.invocation_tokens
-        start = activation_start(row, invocation) if invocation else 0
-        if start is not None:
-            span = Span(
-                slot=0,
-                first_token=first_token + start,
-                num_tokens=len(row) - start,
-                replica=replica,
-            )
-            spans.append(span)
-        first_token += len(row)
-    return spans
+    invocation = adapter.facts.invocation_tokens
+    starts = [activation_start(row, invocation) if invocation else 0 for row in rows]
+    uses = [[] if start is None else [SlotUse(0, start=start)] for start in starts]
+    return spans_of_rows([len(row) for row in rows], uses, replicas)
 
 
 def _spans_of_wanted(spans: Sequence[Span], logits_at: Sequence[int]) -> list[Span]:

@@ -6,15 +6,14 @@ common supersequence of their maps; see `base/layer_order.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_runtime.base.model.attention import KVCache, PagedAttention
-from lora_runtime.base.model.layer_order import LayerMap, OrderStep, replicas, shortest_order
-from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.layer_steps import RowsAtStep, layer_steps
+from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import (
     ForwardBatch,
@@ -44,24 +43,13 @@ class Planes:
     block_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReorderedBatch:
-    """The base layers to run, in order, and which tokens run at each."""
-
-    layers: tuple[int, ...]
-    batch: LayerSteps
-
-
-def reordered_batch(
-    plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache
-) -> ReorderedBatch | None:
+def reordered_batch(plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache) -> LayerSteps | None:
     """Lay out the layers of a step; None when every row visits each layer of the base once."""
-    rows = plan.rows
+    rows, device = plan.rows, batch.token_ids.device
     if all(scheduled.row.layer_map is None for scheduled in rows):
         return None
     num_layers = cache.keys.shape[0]
     maps = [scheduled.row.layer_map or tuple(range(num_layers)) for scheduled in rows]
-    steps = shortest_order(frozenset(maps))
     num_planes = max(scheduled.row.num_planes for scheduled in rows)
     block_size = batch.attention.block_size
     planes = Planes(
@@ -71,53 +59,26 @@ def reordered_batch(
         num_layers=num_layers,
         block_size=block_size,
     )
-    adapters: dict[tuple, StepMeta | None] = {}
-    layer_steps = [_layer_step(step, rows, maps, planes, batch, adapters) for step in steps]
-    return ReorderedBatch(tuple(step.layer for step in steps), LayerSteps(layer_steps))
+
+    def attention(here: RowsAtStep) -> PagedAttention:
+        return PagedAttention(planes.cache, _attention(rows, here, planes, batch), layer=0)
+
+    def adapters(own: tuple[int, ...], visits: tuple[int, ...]) -> StepMeta | None:
+        return StepMeta.build(spans(tuple(rows[index] for index in own), visits), device)
+
+    lengths = [scheduled.num_tokens for scheduled in rows]
+    return layer_steps(maps, lengths, device, attention, adapters)
 
 
-def _layer_step(
-    step: OrderStep,
-    rows: Rows,
-    maps: list[LayerMap],
-    planes: Planes,
-    batch: ForwardBatch,
-    adapters: dict[tuple, StepMeta | None],
-) -> LayerStep:
-    """`adapters` keeps the tables of steps with the same rows at the same visits."""
-    device = batch.token_ids.device
-    places: Mapping[LayerMap, int] = dict(step.positions)
-    here = [index for index, layer_map in enumerate(maps) if layer_map in places]
-    own_rows = tuple(rows[index] for index in here)
-    visits = tuple(replicas(maps[index])[places[maps[index]]] for index in here)
-    if (key := (tuple(here), visits)) not in adapters:
-        adapters[key] = StepMeta.build(spans(own_rows, visits), device)
-    positions = torch.tensor([places[maps[index]] for index in here])
-    tokens = torch.isin(row_of_token(rows), torch.tensor(here)).nonzero()[:, 0]
-    meta = _attention(own_rows, here, positions, tokens, planes, batch)
-    everyone = len(here) == len(rows)
-    return LayerStep(
-        tokens=None if everyone else to_device(tokens, device),
-        attention=PagedAttention(planes.cache, meta, layer=0),
-        adapters=adapters[key],
-    )
-
-
-def _attention(
-    own_rows: Rows,
-    here: list[int],
-    positions: Tensor,
-    tokens: Tensor,
-    planes: Planes,
-    batch: ForwardBatch,
-) -> AttentionMeta:
-    """The tables of one plan step: rows `here`, each at its own position (n,) of its map."""
-    device = batch.token_ids.device
+def _attention(rows: Rows, here: RowsAtStep, planes: Planes, batch: ForwardBatch) -> AttentionMeta:
+    """The tables of one layer step: of each row `here` at its own position of its map."""
+    device, tokens = batch.token_ids.device, here.tokens
+    positions = torch.tensor(here.positions)
     plane, layer = positions // planes.num_layers, positions % planes.num_layers
-    own_row = row_of_token(own_rows)
+    own_row = row_of_token(tuple(rows[index] for index in here.rows))
     slots_in_layer = planes.cache.num_cache_slots // planes.num_layers
     slots = planes.slots[plane[own_row], tokens] + layer[own_row] * slots_in_layer
-    tables = planes.tables[plane, torch.tensor(here)]
+    tables = planes.tables[plane, torch.tensor(here.rows)]
     tables = tables + layer[:, None] * (slots_in_layer // planes.block_size)
     return AttentionMeta(
         rows=to_device(own_row.int(), device),

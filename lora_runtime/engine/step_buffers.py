@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_runtime.core import Row, ScheduledRow
 from lora_runtime.engine.batch import ForwardBatch, Rows
-from lora_runtime.kernels import AttentionMeta, StepMeta
+from lora_runtime.kernels import AttentionMeta, StepMeta, segment_starts
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
 PADDING = {"token_ids": 0, "positions": 0, "seen": -1, "cache_slots": -1}
@@ -126,7 +126,7 @@ class StepBuffers:
             if use.start_position <= scheduled.start
         )
         host, n = self._host_views, len(entries)
-        starts = [i for i in range(n) if not i or entries[i][0] != entries[i - 1][0]]
+        starts = segment_starts([slot for slot, _, _ in entries], range(n))
         host["segment_starts"][: len(starts)] = starts
         host["segment_starts"][len(starts) :] = n
         for name, column in (("slots", 0), ("tokens", 1), ("weights", 2)):

@@ -19,8 +19,11 @@ from lora_runtime.kernels.types import (
     HeadNorm,
     NestedScales,
     PooledAdapters,
+    SlotUse,
     Span,
     StepMeta,
+    segment_starts,
+    spans_of_rows,
     to_device,
 )
 
@@ -32,6 +35,7 @@ __all__ = [
     "HeadNorm",
     "NestedScales",
     "PooledAdapters",
+    "SlotUse",
     "Extent",
     "Span",
     "StepMeta",
@@ -61,6 +65,8 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_and_write",
+    "segment_starts",
+    "spans_of_rows",
     "to_device",
     "write_kv",
 ]
@@ -81,7 +87,8 @@ def apply_adapters(
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
 
     y[t] = base[t] + bias + Σ_e w_e · ((g − 1) ∘ base[t] + B'ᵀ(A x[t]) + (b − bias)),
-    over the entries e of token t; A, B', g, b are the Extent `extents[slot_e, replica_e]` in `memory`.
+    over the entries e of token t; A, B', g, b are those of the Extent `extents[slot_e, replica_e]`
+    in `memory`.
 
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
     extents (S, R, 8) int64, an Extent each. Returns (T, out) in base's dtype; nothing is changed in
@@ -134,8 +141,8 @@ def apply_gated_adapters(
     """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
 
     gate and up share x and are rounded to base's dtype before, as if they had been written.
-    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first; extents (2, S, R, 8);
-    `kind` as in `gated_activation`. Returns (T, width).
+    Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first;
+    extents (2, S, R, 8); `kind` as in `gated_activation`. Returns (T, width).
     """
     meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):

@@ -6,7 +6,7 @@ entries of one adapter), S slots, R replicas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,15 +43,16 @@ class AdapterMemory:
     vectors: Tensor
     indices: Tensor
     max_rank: int | None = None
-    """No run's rank is larger, if given: a backend that is not told has to look at the runs."""
+    """Upper bound of all ranks. None: a backend has to read the extent tables, and on a GPU to wait
+    for them."""
     alignment: int = 1
     """Bytes; every part of an extent lies at a multiple."""
     max_rows: int | None = None
-    """No run replaces more rows, if given; as max_rank."""
+    """Upper bound of the vocabulary rows that one extent replaces. None: as with `max_rank`."""
 
     @classmethod
     def over(cls, storage: Tensor, dtype: torch.dtype, alignment: int) -> AdapterMemory:
-        """Three views of one byte buffer (n,) uint8, n a multiple of 8; no run in it yet."""
+        """Three views of one byte buffer (n,) uint8, n a multiple of 8; no extent in it yet."""
         views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
         return cls(*views, max_rank=0, max_rows=0, alignment=alignment)
 
@@ -85,7 +86,7 @@ class Extent(NamedTuple):
 
 
 NO_EXTENT = Extent()
-"""Entry of an extent table for a module that an adapter does not touch."""
+"""Entry of a extent table for a module that an adapter does not touch."""
 
 
 class HeadNorm(NamedTuple):
@@ -122,9 +123,43 @@ class Span:
         return slice(self.first_token, self.first_token + self.num_tokens)
 
 
+class SlotUse(NamedTuple):
+    """That the adapter in `slot` acts on a row, from the row's token `start` of the step on."""
+
+    slot: int
+    weight: float = 1.0
+    start: int = 0
+    """Below 0, or beyond the row's tokens: on all of them, or on none."""
+
+
+def spans_of_rows(
+    lengths: Sequence[int],
+    uses: Sequence[Sequence[SlotUse]],
+    replicas: Sequence[int] | None = None,
+) -> list[Span]:
+    """Spans of rows laid end to end: row i has lengths[i] tokens under each adapter of uses[i].
+
+    `replicas`: how often each row has visited the layer before; None: never.
+    """
+    found, first_token = [], 0
+    for row, length in enumerate(lengths):
+        for slot, weight, start in uses[row]:
+            num_skipped = min(max(start, 0), length)
+            span = Span(
+                slot=slot,
+                first_token=first_token + num_skipped,
+                num_tokens=length - num_skipped,
+                weight=weight,
+                replica=0 if replicas is None else replicas[row],
+            )
+            found.append(span)
+        first_token += length
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class StepMeta:
-    """Which adapters act on which tokens; shared by all modules of one plan step.
+    """Which adapters act on which tokens; shared by all modules of one step of the layer order.
 
     tokens, slots, replicas (E,) int32 and weights (E,) float32, sorted by (slot, replica, token);
     segment_starts (K + 1,) int32: entries of one (slot, replica) are consecutive. A token may
@@ -167,7 +202,11 @@ class StepMeta:
             entries = torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths)
             return to_device(entries, device)
 
-        starts = torch.tensor(_segment_starts(ordered), dtype=torch.int32)
+        first_entries = (ends - lengths).tolist()
+        keys = [(span.slot, span.replica) for span in ordered]
+        starts = torch.tensor(
+            [*segment_starts(keys, first_entries), len(tokens)], dtype=torch.int32
+        )
 
         return cls(
             tokens=to_device(tokens.int(), device),
@@ -180,9 +219,9 @@ class StepMeta:
         )
 
     def check_within(self, extents: Tensor) -> None:
-        """Raise IndexError unless extent tables (…, S, R, 8) have every slot and replica named here.
+        """Raise IndexError unless extent tables (…, S, R, 8) have all slots and replicas of this.
 
-        A kernel that read beyond a slot's R runs would apply the next slot's: another adapter.
+        A kernel that read beyond a slot's R extents would apply the next slot's: another adapter.
         """
         num_slots, num_replicas = extents.shape[-3:-1]
         if self.end_slot > num_slots or self.end_replica > num_replicas:
@@ -192,14 +231,9 @@ class StepMeta:
             )
 
 
-def _segment_starts(ordered: list[Span]) -> list[int]:
-    starts, position, previous = [], 0, None
-    for span in ordered:
-        if (span.slot, span.replica) != previous:
-            starts.append(position)
-            previous = (span.slot, span.replica)
-        position += span.num_tokens
-    return [*starts, position]
+def segment_starts(keys: Sequence[object], first_entries: Sequence[int]) -> list[int]:
+    """Where segments of sorted entries begin: first_entries[i] of each keys[i] unlike the last."""
+    return [first_entries[i] for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import Binding
-from lora_runtime.base.model.layer_order import LayerMap, OrderStep, replicas, shortest_order
-from lora_runtime.base.model.reordered_model import LayerStep, LayerSteps
+from lora_runtime.base.model.layer_order import LayerMap
+from lora_runtime.base.model.layer_steps import layer_steps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
-from lora_runtime.kernels import Span
+from lora_runtime.kernels import SlotUse, Span, spans_of_rows
 
 Bindings = Mapping[str, Binding[Sequence[Span]]]
 """Path of a module → what the units train there."""
@@ -48,34 +47,34 @@ def hidden_states(
     def attention(slots: tuple[int, ...]) -> VarlenAttention:
         return VarlenAttention([rows for s in slots for rows in units[s].rows], base.device)
 
-    spans = _spans(units)
-    with base.context.adapters(spans, bindings):
+    lengths = [sum(rows.num_tokens for rows in unit.rows) for unit in units]
+
+    def spans(slots: tuple[int, ...], visits: tuple[int, ...]) -> list[Span]:
+        return _spans_of([lengths[s] for s in slots], slots, visits)
+
+    every = tuple(range(len(units)))
+    with base.context.adapters(_spans_of(lengths, every), bindings):
         if all(unit.layer_map is None for unit in units):
-            return base.hidden_states(*tokens, attention(tuple(range(len(units)))))
+            return base.hidden_states(*tokens, attention(every))
         plain = tuple(range(base.spec.num_layers))
         maps = [unit.layer_map or plain for unit in units]
-        plan = shortest_order(frozenset(maps))
-        steps = [_layer_step(step, spans, maps, attention, base.device) for step in plan]
-        batch = LayerSteps(steps)
-        return base.hidden_states(*tokens, batch, tuple(step.layer for step in plan))
+        steps = layer_steps(maps, lengths, base.device, lambda here: attention(here.rows), spans)
+        return base.hidden_states(*tokens, steps)
 
 
 def logits(base: Base, bindings: Bindings, states: Tensor, counts: Sequence[int]) -> Tensor:
     """Logits (n, vocab) of tokens whose hidden states (n, H) are given, counts[u] of unit u in
     turn.
     """
-    with base.context.adapters(None, bindings, list(spans_of(counts))):
+    with base.context.adapters(None, bindings, _spans_of(counts, range(len(counts)))):
         return base.logits(states)
 
 
-def spans_of(sizes: Sequence[int]) -> Iterator[Span]:
-    """Unit n's tokens follow those of unit n - 1."""
-    for slot, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes, strict=False)):
-        yield Span(slot=slot, first_token=start, num_tokens=size)
-
-
-def _spans(units: Sequence[UnitRows]) -> list[Span]:
-    return list(spans_of([sum(rows.num_tokens for rows in unit.rows) for unit in units]))
+def _spans_of(
+    lengths: Sequence[int], slots: Sequence[int], visits: Sequence[int] | None = None
+) -> list[Span]:
+    """One span for each unit's tokens, which follow those of the unit before it."""
+    return spans_of_rows(lengths, [[SlotUse(slot)] for slot in slots], visits)
 
 
 def states_of_rows(
@@ -87,26 +86,3 @@ def states_of_rows(
     unit = UnitRows([RowLengths(lengths)], layer_map)
     tokens = torch.cat(list(rows)).to(base.device), positions.to(base.device)
     return hidden_states(base, [unit], bindings, *tokens)
-
-
-def _layer_step(
-    step: OrderStep,
-    every: Sequence[Span],
-    maps: Sequence[LayerMap],
-    attention: Callable[[tuple[int, ...]], VarlenAttention],
-    device: torch.device,
-) -> LayerStep:
-    """The rows whose map takes this step, and which visit of its layer it is for them."""
-    places: Mapping[LayerMap, int] = dict(step.positions)
-    spans = [span for span in every if maps[span.slot] in places]
-    starts = accumulate((span.num_tokens for span in spans), initial=0)
-    own = [
-        replace(span, first_token=start, replica=replicas(maps[span.slot])[places[maps[span.slot]]])
-        for span, start in zip(spans, starts, strict=False)
-    ]
-    tokens = [torch.arange(span.rows.start, span.rows.stop) for span in spans]
-    return LayerStep(
-        tokens=None if len(spans) == len(every) else torch.cat(tokens).to(device),
-        attention=attention(tuple(span.slot for span in spans)),
-        adapters=own,
-    )

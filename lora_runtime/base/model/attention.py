@@ -1,7 +1,7 @@
 """The attention function that transformers calls for every layer of a base.
 
-The forward gets an Attention object as the keyword `attention`; it alone knows where keys and values
-live. Serving reads and writes the paged cache; training has whole sequences and no cache.
+The forward is given an Attention object as the keyword `attention`, which alone knows where keys
+and values are kept. Serving reads and writes the paged cache; training has whole rows and no cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def loramux_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D) → (1, T, H, D)."""
     if attention is None:
-        raise TypeError("the base was called without batch=; use Base.forward")
+        raise TypeError("the base was called without attention=; use Base.forward")
     out = attention.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -91,7 +91,7 @@ class KVCache:
 
     @property
     def num_cache_slots(self) -> int:
-        """Token slots of each layer."""
+        """Number of cache slots of each layer; a slot holds one token's keys and values."""
         return self.keys.shape[1]
 
     def as_one_layer(self) -> KVCache:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
 
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.model.attention import Attention, PagedAttention
-from lora_runtime.errors import BaseRefused
+from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.kernels import (
     HeadNorm,
     add_rms_norm,
@@ -61,6 +60,8 @@ def _add_norm(
 
 
 class _GatedMLP(nn.Module):
+    relies_on: tuple[str, ...] = ("config", "gate_proj", "up_proj", "down_proj")
+
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
@@ -72,6 +73,8 @@ class _GatedMLP(nn.Module):
 
 
 class _JoinedGateMLP(nn.Module):
+    relies_on: tuple[str, ...] = ("config", "gate_up_proj", "down_proj")
+
     def forward(self, x: Tensor) -> Tensor:
         if not can_run_on_gpu(x):
             return super().forward(x)
@@ -221,7 +224,7 @@ def fuse_modules(model: nn.Module) -> None:
         kind = KINDS.get(type(module).__name__)
         is_mlp = kind in (_GatedMLP, _JoinedGateMLP)
         if kind is not None and not (is_mlp and _activation(module) not in ACTIVATIONS):
-            _check(module, kind)
+            require_attributes(module, kind.relies_on, "its fused forward reads")
             module.__class__ = _fused(kind, type(module))
     for module in model.modules():
         _join_layers(getattr(module, "layers", None), getattr(module, "norm", None))
@@ -233,16 +236,6 @@ def _join_layers(layers: Any, last_norm: Any) -> None:
         norms = [*(layer.input_layernorm for layer in layers), last_norm][1:]
         for layer, norm in zip(layers, norms, strict=True):
             layer.norm_behind = (norm,) if isinstance(norm, _Norm) else ()
-
-
-def _check(module: nn.Module, kind: Any) -> None:
-    missing = [name for name in getattr(kind, "relies_on", ()) if not hasattr(module, name)]
-    if missing:
-        raise BaseRefused(
-            f"{type(module).__name__} of transformers {transformers.__version__} has no "
-            f"{', '.join(missing)}, which its fused forward reads; install a version from 5.17 "
-            "to 5.23"
-        )
 
 
 @cache

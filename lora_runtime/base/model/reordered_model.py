@@ -1,14 +1,15 @@
 """A base that runs its layers in another order, some of them several times, some for some rows.
 
-The plan is the caller's: reordered_model lays out the layers once, and a LayerSteps says for one
-forward which tokens run at which of them. See layer_order.py for the shortest order of several maps.
+The caller chooses the order: `reordered_model` lays out the layers once, and LayerSteps say for one
+forward which tokens run at which of them. layer_order.py finds the shortest order for several maps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +18,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_runtime.base.model.adapted_linear import StepContext
 from lora_runtime.base.model.attention import Attention
 
+MAX_REORDERED_MODELS = 64
+"""Orders of layers for which a base keeps a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerStep:
-    """What one run of a layer acts on.
+    """One run of base layer `layer`, and what it acts on.
 
     tokens (n,) int64, ascending: which of the forward's T tokens run here, None for all.
     attention: over these tokens, in this order. adapters: of these tokens, what the bindings take
     as `meta`; None for no adapters.
     """
 
+    layer: int
     tokens: Tensor | None
     attention: Attention
     adapters: Any
@@ -34,24 +39,36 @@ class LayerStep:
 
 @dataclass(frozen=True, slots=True)
 class LayerSteps:
-    """The `attention=` of a planned model's forward: one LayerStep for each of its layers, in order."""
+    """The `attention=` of a reordered model's forward: a LayerStep for each of its layers."""
 
     steps: Sequence[LayerStep]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The base layers that run, in order."""
+        return tuple(step.layer for step in self.steps)
 
-class ReorderedLayer(nn.Module):
-    """Runs `layer` for the tokens of step `index`; the others keep their hidden state bit for bit.
 
-    To the decoder it looks like `layer`: it has the same attributes.
+class WrappedLayer(nn.Module):
+    """Stands for `layer` in a decoder. Every attribute it does not have itself is that of `layer`,
+    because decoders ask their layers for some, for example `attention_type`.
     """
 
-    def __init__(self, layer: nn.Module, index: int, context: StepContext) -> None:
+    def __init__(self, layer: nn.Module, context: StepContext) -> None:
         super().__init__()
-        self.layer, self.index, self.context = layer, index, context
+        self.layer, self.context = layer, context
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__["_modules"]
         return own[name] if name in own else getattr(own["layer"], name)
+
+
+class ReorderedLayer(WrappedLayer):
+    """Runs `layer` for the tokens of step `index`; the others keep their hidden state unchanged."""
+
+    def __init__(self, layer: nn.Module, index: int, context: StepContext) -> None:
+        super().__init__(layer, context)
+        self.index = index
 
     def forward(
         self,
@@ -83,12 +100,19 @@ def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x.index_select(1, tokens)
 
 
+def reordering(
+    model: PreTrainedModel, context: StepContext
+) -> Callable[[tuple[int, ...]], PreTrainedModel]:
+    """`reordered_model` of one model by layers; those of the last MAX_REORDERED_MODELS are kept."""
+    return lru_cache(MAX_REORDERED_MODELS)(lambda layers: reordered_model(model, layers, context))
+
+
 def reordered_model(
     model: PreTrainedModel, layers: tuple[int, ...], context: StepContext
 ) -> PreTrainedModel:
     """`model` with the decoder layers `layers`, in this order, in the place of its own.
 
-    Parameters are shared, and neither the model nor its config is changed. Its forward wants a
+    Parameters are shared, and neither the model nor its config is changed. Its forward wants
     LayerSteps as `attention=`. `context` is the one that the model's adapted layers share.
     """
     decoder: Any = model.get_decoder()

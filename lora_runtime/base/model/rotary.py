@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lora_runtime.base.model.requirement import refused_version, require_attributes
+
 BATCH_GLOBAL_TYPES = ("longrope", "dynamic")
 
 
@@ -29,6 +31,10 @@ def fix_rotary(model: nn.Module, max_model_len: int) -> None:
 def _fix(module: nn.Module, kind: str, max_model_len: int, layer_type: str | None = None) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise refused_version("ROPE_INIT_FUNCTIONS", [kind], "makes a base's rotary frequencies")
+    names = ("config", f"{prefix}inv_freq", f"{prefix}attention_scaling")
+    require_attributes(module, names, "fixed rotary frequencies need")
     current = getattr(module, f"{prefix}inv_freq")
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](
         module.config, current.device, seq_len=max_model_len, **kwargs

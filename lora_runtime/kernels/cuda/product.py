@@ -1,9 +1,9 @@
-"""The 4-bit product in CUDA: csrc/four_bit_product.cu, compiled when it is first used by NVRTC,
+"""The 4-bit product in CUDA: four_bit_product.cu, compiled when it is first used by NVRTC,
 which comes with torch; no compiler is needed on the machine.
 
-On an H100 it is ahead of the same product in Triton (`triton/quantised.py`) at any number of rows, so
-it is taken wherever it can be compiled; bench/NOTES.md has the figures, also of how rows and inputs
-are cut up. Triton's remains for float32, for int8 and where there is no NVRTC.
+On an H100 it is ahead of the same product in Triton (`triton/quantised.py`) at any number of rows,
+so it is taken wherever it can be compiled; bench/NOTES.md has the figures, also of how rows and
+inputs are cut up. Triton's remains for float32, for int8 and where there is no NVRTC.
 Neither the splits of the inputs nor the order of a row's sums depends on the number of rows, so
 that a row is the same in any batch of up to MAX_ROWS.
 """
@@ -24,7 +24,7 @@ from lora_runtime.kernels.compiling import compiling
 from lora_runtime.kernels.counters import counters
 from lora_runtime.kernels.types import NestedScales
 
-SOURCE = Path(__file__).with_name("csrc") / "four_bit_product.cu"
+SOURCE = Path(__file__).with_name("four_bit_product.cu")
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability that all of the kernels are written for, and newer ones: Ampere."""
 OVERLAP_CAPABILITY = (9, 0)

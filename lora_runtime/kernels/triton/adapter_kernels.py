@@ -1,9 +1,9 @@
 """The bodies of the adapter kernels; `triton/adapters.py` says what they are for and launches them.
 
-An Extent is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that share
-x are parts of one launch: their outputs lie side by side, their extent tables one after another.
-Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of 1, or a
-multiple of 16, would be a kernel of its own, compiled while requests wait.
+An Extent is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that
+share x are parts of one launch: their outputs lie side by side, their extent tables one after
+another. Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of
+1, or a multiple of 16, would be a kernel of its own, compiled while requests wait.
 A program waits for one load after another before it can ask for weights: what it needs to know of
 its tile lies in tables by the tile (`tiles_kernel`), which are read at once, then the run.
 """
@@ -103,9 +103,9 @@ def tiles_kernel(
 @triton.jit
 def shrink_tile(
     hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-    tile, part, split, in_features, inputs_per_split, num_entries, num_replicas, stride_part_extents,
-    stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
+    tile, part, split, in_features, inputs_per_split, num_entries, num_replicas,
+    stride_part_extents, stride_entry, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """hidden[part, split, e, r] = Σ_k A[r, k] x[token_e, k] of one tile's entries e and all ranks
     r, over the split's inputs k. Ranks up to the next multiple of 8 are zeros: what reads them may
@@ -154,10 +154,10 @@ def shrink_kernel(
     if LETS_NEXT_BEGIN:
         gdc_launch_dependents()
     shrink_tile(
-        hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr, entries_ptr,
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), in_features, inputs_per_split,
-        num_entries, num_replicas, stride_part_extents, stride_entry, SPLITS, BLOCK_M, BLOCK_R,
-        BLOCK_K, ALIGNMENT,
+        hidden_ptr, x_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr,
+        entries_ptr, tl.program_id(0), tl.program_id(1), tl.program_id(2), in_features,
+        inputs_per_split, num_entries, num_replicas, stride_part_extents, stride_entry, SPLITS,
+        BLOCK_M, BLOCK_R, BLOCK_K, ALIGNMENT,
     )  # fmt: skip
 
 

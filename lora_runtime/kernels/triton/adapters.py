@@ -3,8 +3,8 @@
 Two launches a module, or for up to three modules that share x, whatever mix of adapters, ranks and
 compositions the step holds. Shrink: H[e] = A x[t] of every entry e, tiles of entries of one
 segment, the inputs split; in a small step its programs run in the launch of the base's product,
-which reads the same x (`triton/quantised.py`). Expand: y[t] of every token, written once, with gain,
-bias and all further entries of the token; of a gate and an up projection together their gated
+which reads the same x (`triton/quantised.py`). Expand: y[t] of every token, written once, with
+gain, bias and all further entries of the token; of a gate and an up projection together their gated
 activation.
 Grids follow from shapes alone and all tables are made on the device, so a CUDA graph can be
 replayed with any adapters: no host sync as long as `memory.max_rank` is set.
@@ -281,7 +281,7 @@ class ShrinkLaunch(NamedTuple):
     stages: int
     """Of a launch of its own."""
 
-    def run(self, *, lets_next_begin: bool = False) -> None:
+    def extent(self, *, lets_next_begin: bool = False) -> None:
         """Fill `hidden`, by a launch of its own; the next one may begin while it is at work."""
         if self.hidden.numel() > 0:
             shrink_kernel[self.grid](
@@ -327,5 +327,5 @@ def shrink_launch(
 def shrink(x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta) -> Tensor:
     """`ShrinkLaunch.hidden` of x, by a launch of its own."""
     launch = shrink_launch(x.contiguous(), memory, extents, meta)
-    launch.run()
+    launch.extent()
     return launch.hidden

@@ -1,4 +1,4 @@
-"""The bodies of the attention kernels; `triton/attention.py` says what they are for, and launches."""
+"""The bodies of the attention kernels; `triton/attention.py` says what they are for."""
 
 from __future__ import annotations
 

@@ -171,8 +171,8 @@ def _patch_kernel(
 ):  # fmt: skip
     """Some ids of one tile of tokens, under all of their entries.
 
-    Of the runs on the tile the one with the most rows is cut into blocks. The ids from the first
-    of a block to the first of the next are one program's, whichever run replaces them.
+    Of the extents on the tile the one with the most rows is cut into blocks. The ids from the first
+    of a block to the first of the next are one program's, whichever extent replaces them.
     """
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(tokens_ptr + at).to(tl.int64)

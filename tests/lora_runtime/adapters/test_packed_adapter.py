@@ -131,7 +131,9 @@ def test_what_the_engine_asks_of_an_adapter_is_the_forms(forms):
         assert adapter.facts is form.facts and adapter.has_whole_patch == form.has_whole_patch
         assert adapter.max_rank == max((0, *form.ranks))
         visits = Counter(form.facts.layer_map or [0])
-        assert adapter.num_replicas == max(visits.values()), "every visit has its run, or NO_EXTENT"
+        assert adapter.num_replicas == max(visits.values()), (
+            "every visit has an extent, or NO_EXTENT"
+        )
 
 
 def test_the_host_keeps_one_copy_of_the_bytes_and_none_of_the_form(base, tmp_path):

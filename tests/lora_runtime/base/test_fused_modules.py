@@ -7,7 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_runtime.base.model import fused_modules, quant_linear
 from lora_runtime.base.model.attention import PagedAttention
@@ -177,3 +179,29 @@ def test_who_listens_to_a_linear_layer_hears_every_call(monkeypatch, shape):
     rows = [torch.arange(3, 9, device=DEVICE)]
     found = input_rms(base, None, paths, rows)
     assert found.keys() == {(path, 0) for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model.layers.0.self_attn", "scaling"),
+        ("model.layers.0.mlp", "up_proj"),
+        ("model.norm", "variance_epsilon"),
+    ],
+)
+def test_a_transformers_that_lacks_something_is_refused_by_name(path, name):
+    model = dense_twin(tiny_base("llama"), "llama")
+    module = model.get_submodule(path)
+    delattr(module, name)
+    with pytest.raises(BaseRefused) as refused:
+        fuse_modules(model)
+    for word in (type(module).__name__, f"transformers {transformers.__version__}", name, "5.17"):
+        assert word in refused.value.message
+
+
+def test_rotary_tables_that_transformers_no_longer_makes_are_refused_by_name(monkeypatch):
+    model = dense_twin(tiny_base("phi3"), "phi3")
+    model.model.rotary_emb.rope_type = "longrope"
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "longrope")
+    with pytest.raises(BaseRefused, match=rf"transformers {transformers.__version__}.*longrope"):
+        fix_rotary(model, 64)

@@ -107,10 +107,10 @@ def test_planned_layers_are_recomputed_too(tmp_path):
     tokens = torch.arange(3, 40)
     at = torch.arange(len(tokens))
     layers = (0, 1, 0, 1, 2)
-    step = LayerStep(None, VarlenAttention([RowLengths([len(tokens)])]), None)
-    batch = LayerSteps([step] * len(layers))
-    expected = base.forward(tokens, at, batch, at, layers)
-    assert torch.equal(recomputed(base).forward(tokens, at, batch, at, layers), expected)
+    attention = VarlenAttention([RowLengths([len(tokens)])])
+    steps = LayerSteps([LayerStep(layer, None, attention, None) for layer in layers])
+    expected = base.forward(tokens, at, steps, at)
+    assert torch.equal(recomputed(base).forward(tokens, at, steps, at), expected)
 
 
 def test_a_run_trains_the_same_adapter(tmp_path, tokenizer):

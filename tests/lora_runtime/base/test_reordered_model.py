@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
+from random import Random
 
 import peft
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from lora_runtime.base.model.adapted_linear import StepContext
 from lora_runtime.base.model.layer_order import shortest_order
+from lora_runtime.base.model.layer_steps import layer_steps
 from lora_runtime.base.model.reordered_model import (
     LayerStep,
     LayerSteps,
@@ -40,29 +43,28 @@ def token_ids():
 def laid_out(maps, adapters=None):
     """The layers of the shortest plan, and which tokens run at each of them."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    steps, layers = [], []
+    steps = []
     for step in shortest_order(frozenset(maps)):
         here = [row for row, layer_map in enumerate(maps) if layer_map in dict(step.positions)]
         tokens = torch.isin(owner, torch.tensor(here)).nonzero()[:, 0]
         is_all = len(here) == len(maps)
         attention = VarlenAttention([RowLengths([LENGTHS[row] for row in here])])
-        steps.append(LayerStep(None if is_all else tokens, attention, adapters))
-        layers.append(step.layer)
-    return tuple(layers), LayerSteps(steps)
+        steps.append(LayerStep(step.layer, None if is_all else tokens, attention, adapters))
+    return LayerSteps(steps)
 
 
 @torch.no_grad()
 def planned_logits(base, maps, token_ids):
     """Logits of every token, one (length, vocab) for each row."""
-    layers, batch = laid_out(maps)
+    steps = laid_out(maps)
     embedded = base.model.get_input_embeddings()(token_ids[None])
-    return logits_of(reordered_model(base.model, layers, base.context), embedded, batch)
+    return logits_of(reordered_model(base.model, steps.layers, base.context), embedded, steps)
 
 
 @torch.no_grad()
 def logits_of(model, embedded, batch):
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False, batch=batch)
+    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False, attention=batch)
     return out.logits[0].split(LENGTHS)
 
 
@@ -161,8 +163,8 @@ def test_the_original_is_left_alone(shape, token_ids):
 @pytest.mark.parametrize("shape", ["gemma2", "llama"])
 def test_nan_in_one_row_reaches_no_other(shape, row, token_ids):
     base = tiny_base(shape)
-    layers, batch = laid_out(MAPS)
-    model = reordered_model(base.model, layers, base.context)
+    batch = laid_out(MAPS)
+    model = reordered_model(base.model, batch.layers, base.context)
     embedded = base.model.get_input_embeddings()(token_ids[None])
     clean = logits_of(model, embedded, batch)
     end, length = ENDS[row]
@@ -171,6 +173,37 @@ def test_nan_in_one_row_reaches_no_other(shape, row, token_ids):
         zip(logits_of(model, embedded, batch), clean, strict=True)
     ):
         assert got.isnan().all() if other == row else torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layer_steps_say_for_every_token_where_its_row_is_in_its_map(seed):
+    """Each row's tokens, followed through all steps, visit the layers of the row's map in order."""
+    random = Random(seed)
+    maps = [tuple(random.choices(range(4), k=random.randint(1, 6))) for _ in range(5)]
+    lengths = [random.randint(1, 4) for _ in maps]
+    owner = [row for row, length in enumerate(lengths) for _ in range(length)]
+    asked = []
+
+    def adapters(rows, visits):
+        asked.append((rows, visits))
+        return rows, visits
+
+    steps = layer_steps(maps, lengths, "cpu", lambda here: here, adapters)
+    walks = [[] for _ in owner]
+    for step in steps.steps:
+        here = step.attention
+        assert step.adapters == (here.rows, here.visits)
+        assert (step.tokens is None) == (len(here.rows) == len(maps))
+        assert [owner[token] for token in here.tokens] == [
+            row for row in here.rows for _ in range(lengths[row])
+        ]
+        for token in here.tokens.tolist():
+            index = here.rows.index(owner[token])
+            assert here.positions[index] == len(walks[token])
+            assert here.visits[index] == walks[token].count(step.layer)
+            walks[token].append(step.layer)
+    assert walks == [list(maps[row]) for row in owner]
+    assert len(set(asked)) == len(asked), "the same rows at the same visits share their tables"
 
 
 class Doubling(nn.Module):
@@ -188,12 +221,12 @@ def test_a_layer_gets_its_tokens_and_the_others_keep_theirs():
     tokens = torch.tensor([1, 4])
     hidden, cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 4), torch.randn(1, 5, 4)
     positions = torch.arange(10, 15)[None]
-    steps = [LayerStep(None, attention, None), LayerStep(tokens, attention, None)]
+    steps = [LayerStep(0, None, attention, None), LayerStep(0, tokens, attention, None)]
     out = ReorderedLayer(layer, 1, context)(
         hidden,
         position_embeddings=(cos, sin),
         position_ids=positions,
-        batch=LayerSteps(steps),
+        attention=LayerSteps(steps),
         attention_mask=None,
     )
     assert torch.equal(out[:, [1, 4]], 2 * hidden[:, [1, 4]])
@@ -201,7 +234,7 @@ def test_a_layer_gets_its_tokens_and_the_others_keep_theirs():
     assert torch.equal(layer.given["position_ids"], positions[:, [1, 4]])
     assert torch.equal(layer.given["position_embeddings"][0], cos[:, [1, 4]])
     assert torch.equal(layer.given["position_embeddings"][1], sin[:, [1, 4]])
-    assert layer.given["batch"] is attention
+    assert layer.given["attention"] is attention
     assert layer.given["attention_mask"] is None
 
 
@@ -221,9 +254,9 @@ def test_each_step_runs_under_its_own_adapters(token_ids):
     seen = []
     for layer in base.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append(base.context.meta))
-    layers, batch = laid_out(MAPS, own)
-    steps = [LayerStep(step.tokens, step.attention, own) for step in batch.steps]
-    steps[1] = LayerStep(steps[1].tokens, steps[1].attention, None)
+    steps = list(laid_out(MAPS, own).steps)
+    steps[1] = replace(steps[1], adapters=None)
+    layers = LayerSteps(steps).layers
     model = reordered_model(base.model, layers, base.context)
     model.model.norm.register_forward_pre_hook(lambda *_: seen.append(base.context.meta))
     with base.context.adapters(whole, {}):

@@ -146,11 +146,11 @@ def test_what_is_measured_are_real_steps_with_adapters(base, monkeypatch, cuda_g
     device, config = Device(monkeypatch), replace(settings(), cuda_graphs=cuda_graphs)
     forward = memory_budget.ModelRunner.forward
 
-    def recorded(runner, batch, planned=None):
+    def recorded(runner, batch, layer_steps=None):
         device.forwards.append(batch)
         paths = {*base.spec.linears, base.spec.head}
         assert paths == set(runner.pool.bindings)
-        logits = forward(runner, batch, planned)
+        logits = forward(runner, batch, layer_steps)
         assert logits.shape == (4, base.spec.vocab_size) and logits.isfinite().all()
         return logits
 

@@ -138,7 +138,7 @@ def logits_everywhere(engine, requests):
     """Logits at every prompt position of each request, all prompts in one mixed step."""
     runner, captured = engine.runner, []
 
-    def forward(batch, planned=None):
+    def forward(batch, layer_steps=None):
         everywhere = replace(batch, logits_at=torch.arange(len(batch.token_ids)))
         captured.append(type(runner).forward(runner, everywhere))
         return captured[0][batch.logits_at]

@@ -30,7 +30,7 @@ from pkgutil import iter_modules
 import torch
 from triton.runtime import JITFunction
 
-from lora_runtime import kernels
+from lora_runtime.kernels import triton as triton_kernels
 from tests.lora_runtime.kernels import gpu_drives
 from tests.lora_runtime.kernels.fake_gpu import (
     CARDS,
@@ -55,8 +55,8 @@ def launches_of(drive: str, card: Card) -> list[Launch]:
 
 def kernel_names() -> set[str]:
     """The kernels of the product: what is compiled by itself, and not called by a kernel alone."""
-    modules = [f"lora_runtime.kernels.{m.name}" for m in iter_modules(kernels.__path__)]
-    members = [vars(import_module(name)) for name in modules if "gpu" in name]
+    modules = iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}.")
+    members = [vars(import_module(module.name)) for module in modules]
     functions = [m for own in members for m in own.values() if isinstance(m, JITFunction)]
     return {f.__name__ for f in functions if f.__name__.endswith("_kernel")}
 

@@ -1,4 +1,4 @@
-"""csrc/four_bit_product.cu as its compiler made it: on a GPU if there is one, else its PTX run by
+"""four_bit_product.cu as its compiler made it: on a GPU if there is one, else its PTX run by
 ptx_interpreter.py behind the launcher that a GPU would use.
 
 Weights are held against bitsandbytes bit by bit, products against float64. Without nvcc, NVRTC and

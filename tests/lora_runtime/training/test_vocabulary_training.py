@@ -209,8 +209,8 @@ def test_gradients_are_those_of_peft(tmp_path, tokenizer, bases, shape, name):
         theirs.data.copy_(as_ours(ours.data, theirs))
 
     def logits_of(ids):
-        batch = VarlenAttention([RowLengths([len(ids)])], base.device)
-        return oracle(ids[None], use_cache=False, batch=batch).logits[0]
+        attention = VarlenAttention([RowLengths([len(ids)])], base.device)
+        return oracle(ids[None], use_cache=False, attention=attention).logits[0]
 
     expected_loss = mean_loss(logits_of, examples)
     expected_loss.backward()
