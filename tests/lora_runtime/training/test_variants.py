@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import cache
 
 import peft
 import pytest
@@ -84,11 +85,21 @@ def mean_loss(logits_of, examples):
     return torch.cat(losses).mean()
 
 
+@pytest.fixture(scope="module")
+def base_of():
+    """(quantization, dtype) → a base, made once."""
+    return cache(
+        lambda quantization, dtype: tiny_base("llama", quantization=quantization, dtype=dtype)
+    )
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, name, quantization, dtype):
-    base = tiny_base("llama", quantization=quantization, dtype=dtype)
+def test_every_variant_starts_at_exactly_the_base(
+    tmp_path, tokenizer, base_of, name, quantization, dtype
+):
+    base = base_of(quantization, dtype)
     unit = unit_of(base, tokenizer, tmp_path, name)
     started = at_every_token(unit_logits(base, unit))(ROWS, True)
     unit.modules = {}  # the base alone, in the unit's order of layers
