@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/python deploy/demo/run.py $(ARGS)
 
 test: $(VENV)/installed-test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-gpu-compile: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)
