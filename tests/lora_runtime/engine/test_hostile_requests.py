@@ -21,7 +21,7 @@ from lora_runtime.engine import model_runner
 from lora_runtime.engine.loop import InThreadEngine
 from lora_runtime.errors import LoramuxError, RequestFailed, Unavailable
 from tests.driver import Trace, greedy, run
-from tests.lora_runtime.engine.test_engine import mixed_requests, prompt, with_adapters
+from tests.lora_runtime.engine.mixed_batch import mixed_requests, prompt, with_adapters
 from tests.tiny import VOCAB_SIZE
 
 HUGE = 10**30

@@ -16,9 +16,9 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.run_folder import run_folder
 from lora_runtime.training.trainer import train
 from lora_runtime.training.units import UnitStatus
-from tests.lora_runtime.training.test_checkpoint import files_of_at_most
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
+    files_of_at_most,
     quiet_console,
     ragged_data,
     run,
