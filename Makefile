@@ -15,7 +15,7 @@ help:
 	@echo "make soak    attack a server at full size for up to half an hour and print the figures"
 	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
 	@echo "                       ARGS='--cards 90' first"
-	@echo "make lint    ruff (rules and format), mypy and buf lint"
+	@echo "make lint    ruff (rules and format), import-linter, mypy and buf lint"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"
 
@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/python deploy/demo/run.py $(ARGS)
 
 test: $(VENV)/installed-test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-gpu-compile: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)
@@ -34,6 +34,7 @@ soak: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 
@@ -59,6 +60,6 @@ $(VENV)/installed-test: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find lora_runtime server protos tests bench deploy -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f lora_runtime/kernels/*.so

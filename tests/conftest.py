@@ -15,14 +15,11 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-LONG_FILES = ("test_smollm2", "test_variants", "test_decode_graphs", "test_killed_runs")
 COMPILING_TIMEOUT = 900
 """Seconds that a test may take on a GPU, where kernels are compiled in the tests."""
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith(LONG_FILES))
     if HAS_GPU:
         for item in items:
             item.add_marker(pytest.mark.timeout(COMPILING_TIMEOUT), append=False)

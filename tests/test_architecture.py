@@ -1,6 +1,8 @@
-"""The rules of the house, kept by reading the source; nothing is imported.
+"""Rules of the house that no linter says, kept by reading the source; nothing is imported.
 
-Each rule is a function from modules to complaints, and each has a test that shows it can fail.
+The direction of imports, code free of tensors, prints, peft and docstrings are rules of
+import-linter and ruff in pyproject.toml, run by `make lint`. Each rule here is a function from
+modules to complaints, and each has a test that shows it can fail.
 """
 
 from __future__ import annotations
@@ -23,43 +25,11 @@ PRODUCT = ("lora_runtime", "server")
 MAX_FUNCTION_LINES = 50
 MAX_KERNEL_BODY_LINES = 150
 
-LAYERS = [
-    ["lora_runtime.errors", "lora_runtime.temporary_folder", "lora_runtime.terminal"],
-    ["lora_runtime.config"],
-    ["lora_runtime.core"],
-    ["lora_runtime.text", "lora_runtime.kernels"],
-    ["lora_runtime.base"],
-    ["lora_runtime.adapters"],
-    ["lora_runtime.engine", "lora_runtime.training"],
-    ["protos"],
-    ["server"],
-]
-"""A later one may import earlier ones; those side by side never import each other."""
-
 CLIENT = "server.client"
 SHARED_WITH_CLIENTS = {"server.errors", "server.wire", "lora_runtime.errors",
                        "lora_runtime.adapters.files.file_names",
                        "lora_runtime.adapters.files.open_folder", "protos"}  # fmt: skip
 """All that the client imports of ours: nothing of the service side."""
-
-TORCH_FREE = [
-    "lora_runtime",
-    "lora_runtime.errors",
-    "lora_runtime.config",
-    "lora_runtime.core",
-    "lora_runtime.adapters",
-    "lora_runtime.adapters.config",
-    "lora_runtime.adapters.config.peft_config",
-    "lora_runtime.adapters.config.verdicts",
-    "lora_runtime.adapters.slot_table",
-    "lora_runtime.base.model.layer_order",
-    "lora_runtime.engine",
-    "lora_runtime.engine.block_key",
-    "lora_runtime.engine.block_manager",
-    "lora_runtime.engine.scheduler",
-]
-"""These, and everything of ours they import, import no torch."""
-TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "transformers", "bitsandbytes", "triton"}
 
 GRPC_DOORS = [
     "server.grpc_server", "server.app", "server.errors", "server.client", "server.client.channel",
@@ -147,7 +117,6 @@ class Module:
             if isinstance(node, ast.Import):
                 found.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{self.name}: write absolute imports"
                 found.add(node.module)
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
         return found
@@ -188,48 +157,6 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def layer_of(name: str) -> tuple[int, str] | None:
-    for level, packages in enumerate(LAYERS):
-        for package in packages:
-            if is_within(name, package):
-                return level, package
-    return None
-
-
-def wrong_direction(modules: Iterable[Module]) -> Iterator[str]:
-    for module in modules:
-        own = layer_of(module.name)
-        for imported in sorted(module.imports):
-            other = layer_of(imported)
-            if own is None or other is None or own[1] == other[1]:
-                continue
-            if other[0] >= own[0]:
-                yield f"{module.name} imports {imported}, which stands to its right"
-
-
-def unlayered(modules: Iterable[Module]) -> Iterator[str]:
-    for module in modules:
-        if layer_of(module.name) is None and module.name != "lora_runtime":
-            yield f"{module.name} has no place in the import order"
-
-
-def tensors_in_torch_free(modules: Iterable[Module]) -> Iterator[str]:
-    """Follows imports of our own modules, so that no torch comes in by a side door."""
-    by_name = {module.name: module for module in modules}
-    for start in TORCH_FREE:
-        seen, waiting = set(), [start]
-        while waiting:
-            name = waiting.pop()
-            if name in seen or name not in by_name:
-                continue
-            seen.add(name)
-            for imported in by_name[name].imports:
-                if imported.partition(".")[0] in TENSOR_PACKAGES:
-                    yield f"{start} must be free of tensors: {name} imports {imported}"
-                waiting.append(imported)
-            waiting.append(name.rpartition(".")[0])
-
-
 def service_in_client(modules: Iterable[Module]) -> Iterator[str]:
     """And the service imports nothing of the client."""
     own = {module.name for module in modules}
@@ -268,44 +195,30 @@ def without_door(modules: Iterable[Module]) -> set[str]:
     return third_party(modules) - known
 
 
-def prints(modules: Iterable[Module]) -> Iterator[str]:
-    for module in modules:
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print":
-                yield f"{module.name}:{node.lineno} prints"
-
-
 def undocumented(modules: list[Module]) -> Iterator[str]:
-    """Modules, public classes, functions and methods; a property's name says it, and a method
-    may be explained by the class it is inherited from, an RPC by its proto."""
-    explained = {
-        node.name
+    """Public methods; ruff asks the rest. A property's name says it, and a method may be explained
+    by the class it is inherited from, a constructor by its class, an RPC by its proto."""
+    owners = [
+        (module.name, owner)
         for module in modules
         for owner in ast.walk(module.tree)
         if isinstance(owner, ast.ClassDef)
-        for node in owner.body
-        if isinstance(node, FUNCTIONS) and ast.get_docstring(node) is not None
+    ]
+    explained = {
+        node.name for _, owner in owners for node in _methods(owner) if ast.get_docstring(node)
     }
-    for module in modules:
-        if ast.get_docstring(module.tree) is None:
-            yield f"{module.name} has no docstring"
-        for node in _public(module.tree):
-            if ast.get_docstring(node) is None:
-                yield f"{module.name}.{node.name} has no docstring"
-            for method in _public(node) if isinstance(node, ast.ClassDef) else ():
-                is_constructor = any(_last_name(d) == "classmethod" for d in method.decorator_list)
-                is_property = any(_last_name(d).endswith("property") for d in method.decorator_list)
-                is_rpc = method.name[0].isupper()
-                if is_constructor or is_property or is_rpc or method.name in explained:
-                    continue
-                if ast.get_docstring(method) is None:
-                    yield f"{module.name}.{node.name}.{method.name} has no docstring"
+    for name, owner in owners:
+        for method in _methods(owner):
+            is_private = method.name.startswith("_") or owner.name.startswith("_")
+            is_rpc = method.name[0].isupper()
+            decorators = {_last_name(decorator) for decorator in method.decorator_list}
+            is_plain = not any(d == "classmethod" or d.endswith("property") for d in decorators)
+            if is_plain and not (is_private or is_rpc or method.name in explained):
+                yield f"{name}.{owner.name}.{method.name} has no docstring"
 
 
-def _public(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | FUNCTIONS) and not child.name.startswith("_"):
-            yield child
+def _methods(owner: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in owner.body if isinstance(node, FUNCTIONS)]
 
 
 def _last_name(node: ast.expr) -> str:
@@ -385,15 +298,6 @@ def pyproject() -> dict:
     return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_imports_go_one_way(modules):
-    assert complaints(wrong_direction(modules)) == ""
-    assert complaints(unlayered(modules)) == ""
-
-
-def test_deciding_code_is_free_of_tensors(modules):
-    assert complaints(tensors_in_torch_free(modules)) == ""
-
-
 def test_client_and_service_know_nothing_of_each_other(modules):
     assert complaints(service_in_client(modules)) == ""
 
@@ -403,20 +307,12 @@ def test_every_third_party_package_has_its_door(modules):
     assert without_door(modules) == set(), "give it a door in DOORS"
 
 
-def test_peft_is_for_tests_only(modules):
-    assert "peft" not in third_party(modules)
-
-
 def test_what_is_imported_is_declared_and_what_is_written_is_packaged(modules, pyproject):
     assert undeclared(modules, pyproject) == set()
     assert unpackaged(modules, pyproject) == set()
 
 
-def test_no_prints(modules):
-    assert complaints(prints(modules)) == ""
-
-
-def test_public_names_are_documented(modules):
+def test_public_methods_are_documented(modules):
     assert complaints(undocumented(modules)) == ""
 
 
@@ -435,18 +331,6 @@ def test_nothing_refers_to_files_outside_the_repository():
 
 
 BAD_SOURCES = {
-    wrong_direction: [
-        ("lora_runtime.core", "import lora_runtime.engine.engine"),
-        ("lora_runtime.text.tokenizer", "from lora_runtime.kernels import types"),
-        ("lora_runtime.engine.loop", "def f():\n    from lora_runtime.training import trainer"),
-        ("lora_runtime.config", "from server import config"),
-        ("lora_runtime.engine.loop", "from protos.loramux.v1 import types_pb2"),
-    ],
-    tensors_in_torch_free: [
-        ("lora_runtime.errors", "import torch"),
-        ("lora_runtime.engine.scheduler", "from torch import Tensor"),
-        ("lora_runtime.engine", "import numpy as np"),
-    ],
     wrong_door: [
         ("server.service", "import grpc.aio"),
         ("server.registry", "from google.rpc import status_pb2"),
@@ -461,12 +345,9 @@ BAD_SOURCES = {
         ("server.grpc_server", "from server.client.channel import Stubs"),
     ],
     without_door: [("server.service", "import requests")],
-    prints: [("server.app", "def f():\n    print(1)")],
     undocumented: [
-        ("server.app", "x = 1"),
-        ("server.app", '"""Doc."""\nclass A: pass'),
-        ("server.app", '"""Doc."""\nclass A:\n    """Doc."""\n    def run(self): pass'),
-        ("server.app", '"""Doc."""\nasync def f(): pass'),
+        ("server.app", "class A:\n    def run(self): pass"),
+        ("server.app", "class A:\n    @cache\n    async def run(self): pass"),
     ],
     oversized: [
         ("server.app", "def f():\n" + "    x = 1\n" * 50),
@@ -482,14 +363,6 @@ BAD_SOURCES = {
 )
 def test_each_rule_can_fail(rule, name, source):
     assert list(rule([Module(name, source)])) != []
-
-
-def test_a_torch_free_module_may_not_reach_torch_through_another():
-    modules = [
-        Module("lora_runtime.engine.scheduler", "from lora_runtime.engine import batch"),
-        Module("lora_runtime.engine.batch", "import torch"),
-    ]
-    assert complaints(tensors_in_torch_free(modules)) != ""
 
 
 def test_documentation_does_not_count_as_length():

@@ -45,3 +45,17 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = CHATML_TEMPLATE
         pad_token="<|endoftext|>",
         chat_template=chat_template,
     ).save_pretrained(str(folder))
+
+
+BAD_TEMPLATES = [
+    "{{ raise_exception('roles must alternate') }}",
+    "{% for m in messages %}",
+    "{{ messages[9]['content'] + 'x' }}",
+    "{{ messages.append(messages[0]) }}",
+    "{{ messages[0].update(role='system') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ raise_exception.__globals__['__builtins__'] }}",
+    "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+    "{{ '{0.__class__.__mro__}'.format('') + ''.__class__.__name__ }}",
+]
+"""Chat templates that fail or reach for what is not theirs."""

@@ -18,7 +18,7 @@ from lora_runtime.training.units import UnitStatus
 from server.cli import app
 from server.cli.deploy import Sample, first_prompt
 from server.client import Client
-from tests.server.test_uploads import local_adapter
+from tests.server.uploading import local_adapter
 from tests.server.world import serving
 
 

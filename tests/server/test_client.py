@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import CancelledError
 
 import pytest
@@ -17,17 +16,7 @@ from lora_runtime.errors import (
 )
 from protos.loramux.v1 import types_pb2
 from server.client import AsyncClient, Client
-from tests.server.world import World, until
-
-
-async def in_thread(world: World, use) -> None:
-    """Run `use(client)` with a blocking client while the server's loop goes on."""
-
-    def body() -> None:
-        with Client(world.target) as client:
-            use(client)
-
-    await asyncio.to_thread(body)
+from tests.server.world import in_thread, until
 
 
 async def test_the_blocking_client_does_everything(serve) -> None:

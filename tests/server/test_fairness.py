@@ -6,9 +6,14 @@ import asyncio
 
 import pytest
 
-from tests.server.test_end_to_end import folder, running  # noqa: F401
+from tests.server.tiny_server import running, write_folder
 
 PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("served"))
 
 
 class StepCounter:
@@ -41,7 +46,7 @@ async def drain(stream) -> None:
 
 
 @pytest.mark.parametrize("is_named", [True, False], ids=["tenants", "a tenant and an address"])
-async def test_a_short_request_does_not_wait_for_200_long_ones(folder, is_named) -> None:  # noqa: F811
+async def test_a_short_request_does_not_wait_for_200_long_ones(folder, is_named) -> None:
     async with running(folder) as (client, engine):
         counter = StepCounter(engine._engine)
         modest = {"max_tokens": 4, "ignore_eos": True} | ({"tenant": "modest"} if is_named else {})
@@ -66,7 +71,7 @@ async def test_a_short_request_does_not_wait_for_200_long_ones(folder, is_named)
             await asyncio.sleep(0.005)
 
 
-async def test_priorities_arrive(folder) -> None:  # noqa: F811
+async def test_priorities_arrive(folder) -> None:
     async with running(folder) as (client, engine):
         seen = []
         add = engine._engine.add_request

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -21,16 +20,10 @@ from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.client.channel import Stubs
 from server.errors import INTERNAL_MESSAGE
 from server.grpc_server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
-from tests.server.world import World, until
+from tests.server.world import World, stubs_of, until
 
 Code = grpc.StatusCode
 LETTERS = "abcdefgh"
-
-
-@asynccontextmanager
-async def stubs_of(world: World, **options):
-    async with grpc.aio.insecure_channel(world.target, **options) as channel:
-        yield Stubs(channel)
 
 
 def generate_request(**fields: object) -> generation_pb2.GenerateRequest:

@@ -26,17 +26,8 @@ from server.client import AsyncClient
 from server.client.channel import typed_errors
 from server.client.requests import generate_request
 from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
-from tests.server.test_grpc_server import stubs_of
-from tests.server.test_uploads import (
-    CONFIG,
-    WEIGHTS,
-    chunk,
-    left_behind,
-    local_adapter,
-    send,
-    start,
-)
-from tests.server.world import World, until
+from tests.server.uploading import CONFIG, WEIGHTS, chunk, left_behind, local_adapter, send, start
+from tests.server.world import World, stubs_of, until
 
 MB = 1 << 20
 

@@ -16,10 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_runtime.adapters.files.file_names import (
-    OPTIONAL_FILES,
-    REQUIRED_FILES,
-)
+from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE, read_folder
 from lora_runtime.adapters.parity import PARITY_FILE
 from lora_runtime.core import ANY_FOLDER, FolderRules
@@ -36,52 +33,21 @@ from lora_runtime.errors import (
 )
 from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
 from protos.loramux.v1 import adapters_pb2
-from server.client.channel import Stubs, typed_errors
+from server.client.channel import typed_errors
 from server.client.uploads import Outgoing
 from server.uploads import Upload
 from tests.fakes import PLAIN
-from tests.server.test_client import in_thread
-from tests.server.test_grpc_server import stubs_of
-from tests.server.world import MAX_UPLOAD_BYTES, World, until
-
-CONFIG, WEIGHTS = b'{"variant": "dora"}', b"abcdefgh"
-
-
-def files(*contents: tuple[str, bytes]) -> list[dict]:
-    named = contents or ((CONFIG_FILE, CONFIG), (TENSORS_FILE, WEIGHTS))
-    return [{"name": name, "num_bytes": len(content)} for name, content in named]
-
-
-def start(**fields):
-    given = {"name": "x", "files": files(), **fields}
-    return adapters_pb2.UploadAdapterRequest(start=given)
-
-
-def chunk(data: bytes):
-    return adapters_pb2.UploadAdapterRequest(chunk={"data": data})
-
-
-async def send(world: World, *parts) -> adapters_pb2.AdapterInfo:
-    """Through blocking stubs: grpc.aio loses a refusal that arrives while it writes."""
-
-    def upload() -> adapters_pb2.AdapterInfo:
-        with grpc.insecure_channel(world.target) as channel, typed_errors():
-            return Stubs(channel).adapters.UploadAdapter(iter(parts), timeout=60).adapter
-
-    return await asyncio.to_thread(upload)
-
-
-def local_adapter(folder: Path, content: str = "a", **facts) -> Path:
-    folder.mkdir()
-    (folder / CONFIG_FILE).write_text(json.dumps(facts))
-    (folder / TENSORS_FILE).write_text(content)
-    return folder
-
-
-def left_behind(world: World) -> list[str]:
-    """Every file below the server's store."""
-    store = world.root.parents[1] / "store"
-    return sorted(str(p.relative_to(store)) for p in store.rglob("*") if p.is_file())
+from tests.server.uploading import (
+    CONFIG,
+    WEIGHTS,
+    chunk,
+    files,
+    left_behind,
+    local_adapter,
+    send,
+    start,
+)
+from tests.server.world import MAX_UPLOAD_BYTES, World, in_thread, stubs_of, until
 
 
 def test_the_files_that_are_sent_are_all_that_a_server_reads():

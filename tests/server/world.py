@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.client import AsyncClient
+import grpc
+
+from server.client import AsyncClient, Client
+from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
 from server.registry import Registry
 from server.service import Service
@@ -98,3 +101,19 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def stubs_of(world: World, **options):
+    async with grpc.aio.insecure_channel(world.target, **options) as channel:
+        yield Stubs(channel)
+
+
+async def in_thread(world: World, use) -> None:
+    """Run `use(client)` with a blocking client while the server's loop goes on."""
+
+    def body() -> None:
+        with Client(world.target) as client:
+            use(client)
+
+    await asyncio.to_thread(body)

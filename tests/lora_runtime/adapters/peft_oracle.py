@@ -101,3 +101,15 @@ def assert_same_deltas(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
     for path, delta in expected.items():
         assert delta.abs().max() > 1e-3, f"{path} has no effect to compare"
         torch.testing.assert_close(found[path], delta, rtol=1e-5, atol=1e-6)
+
+
+ROWS = [[5, 17, 2, 250, 33, 9, 120], [9, 9, 3, 141, 77]]
+
+
+@torch.no_grad()
+def logits(model):
+    return [model(torch.tensor([row])).logits[0] for row in ROWS]
+
+
+def largest_difference(one, other):
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))

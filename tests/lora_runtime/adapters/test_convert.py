@@ -17,9 +17,9 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import AdapterRefused
+from tests.lora_runtime.adapters.peft_oracle import ROWS, largest_difference, logits
 from tests.tiny import dense_twin, tiny_base, tiny_checkpoint, tiny_model
 
-ROWS = [[5, 17, 2, 250, 33, 9, 120], [9, 9, 3, 141, 77]]
 LAST_LAYER = "model.layers.2.mlp.down_proj"
 
 PLAIN = {
@@ -58,20 +58,11 @@ def trained(model, config):
     return adapted.eval()
 
 
-@torch.no_grad()
-def logits(model):
-    return [model(torch.tensor([row])).logits[0] for row in ROWS]
-
-
 def write_converted(base, source, target):
     """Convert the adapter in `source`, through the serving form, into `target`."""
     form = load_adapter(source, base.spec, base.weights)
     plain_files(form, base.spec, base.weights, read_adapter(source).metadata).write(target)
     return form
-
-
-def largest_difference(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
 def check_same(base, shape, source, target, expected):

@@ -18,7 +18,7 @@ from lora_runtime.base import dense_checkpoint
 from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import AdapterRefused
-from tests.lora_runtime.adapters.test_convert import largest_difference, logits
+from tests.lora_runtime.adapters.peft_oracle import largest_difference, logits
 from tests.peft_adapters import load_in_peft, write_adapter
 from tests.tiny import SHAPES, dense_twin, tiny_base, tiny_checkpoint
 from tests.variants import LAYER_MAPS, variant_names, write_variants

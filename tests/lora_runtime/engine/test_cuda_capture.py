@@ -14,7 +14,7 @@ from lora_runtime.engine import loop
 from lora_runtime.engine.decode_graphs import CudaCapture, DecodeGraphs, segment_bounds
 from lora_runtime.engine.step_buffers import StepBuffers
 from tests.lora_runtime.engine.fake_cuda import fake_cuda
-from tests.lora_runtime.engine.test_decode_graphs import rows_of
+from tests.lora_runtime.engine.mixed_batch import rows_of
 
 VOCAB = 3
 

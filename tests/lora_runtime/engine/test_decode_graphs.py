@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.core import AdapterUse, Row, ScheduledBatch, ScheduledRow
+from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledRow
 from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import model_runner, step_buffers
 from lora_runtime.engine.batch import build_batch
@@ -22,6 +22,7 @@ from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import gpu
 from tests.driver import greedy, run, tiny_engine
+from tests.lora_runtime.engine.mixed_batch import rows_of
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.peft_adapters import four_adapters, write_adapter
 from tests.tiny import dense_twin, tiny_base
@@ -118,18 +119,6 @@ def test_a_larger_rank_captures_anew(monkeypatch, tmp_path):
         engine.add_adapter(form)
         run(engine, [greedy(form.digest, [5, 6], form.digest, max_tokens=2)])
     assert captures.num_captured == captures.num_replayed == 2 and captures.num_dropped == 1
-
-
-def rows_of(specs, slots):
-    """(block table, number of tokens) a row."""
-    rows = []
-    for (table, length), slot in zip(specs, slots, strict=True):
-        uses = () if slot is None else (AdapterUse(digest=f"{slot:064d}", weight=0.5 + slot),)
-        request = greedy("r", list(range(40, 40 + length)), adapters=uses)
-        row = Row.of(request)
-        row.block_table, row.slots = table, () if slot is None else (slot,)
-        rows.append(ScheduledRow(row, length - 1, 1))
-    return tuple(rows)
 
 
 def test_the_tables_are_those_of_a_plain_step_and_the_rest_is_padding():

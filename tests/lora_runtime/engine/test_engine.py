@@ -13,43 +13,9 @@ from lora_runtime.core import AdapterUse, FinishReason, Row, SamplingParams
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, AdapterTooLarge, InvalidRequest
 from lora_runtime.kernels import NO_EXTENT
 from tests.driver import greedy, run, tiny_engine
+from tests.lora_runtime.engine.mixed_batch import mixed_requests, prompt, tokens, with_adapters
 from tests.peft_adapters import write_adapter
 from tests.tiny import VOCAB_SIZE, dense_twin
-
-
-def prompt(length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-
-
-def mixed_requests(forms, max_tokens=24):
-    """Two rows of each adapter and two base rows, of very different lengths."""
-    digests = [None, *(form.digest for form in forms)] * 2
-    lengths = [4, 9, 120, 2, 31, 5, 17, 3, 60, 8]
-    return [
-        greedy(str(i), prompt(length, seed=i), digest, max_tokens)
-        for i, (length, digest) in enumerate(zip(lengths, digests, strict=True))
-    ]
-
-
-def with_adapters(base, forms, **options):
-    engine = tiny_engine(base, **options)
-    for form in forms:
-        engine.add_adapter(form)
-    return engine
-
-
-def tokens(traces):
-    return {request_id: trace.token_ids for request_id, trace in traces.items()}
-
-
-@pytest.fixture(scope="module")
-def alone(base, forms):
-    """Each request of `mixed_requests` run by itself."""
-    result = {}
-    for request in mixed_requests(forms):
-        result |= tokens(run(with_adapters(base, forms), [request]))
-    return result
 
 
 @pytest.mark.parametrize("order", [1, -1])

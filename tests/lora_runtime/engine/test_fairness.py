@@ -10,7 +10,7 @@ from lora_runtime.core import FinishReason, Row
 from lora_runtime.errors import Overloaded
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.cache_driver import CacheDriver, ask
-from tests.lora_runtime.engine.test_engine import prompt, tokens, with_adapters
+from tests.lora_runtime.engine.mixed_batch import prompt, tokens, with_adapters
 
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
 

@@ -21,7 +21,7 @@ from lora_runtime.engine import model_runner
 from lora_runtime.engine.loop import InThreadEngine
 from lora_runtime.errors import LoramuxError, RequestFailed, Unavailable
 from tests.driver import Trace, greedy, run
-from tests.lora_runtime.engine.test_engine import mixed_requests, prompt, with_adapters
+from tests.lora_runtime.engine.mixed_batch import mixed_requests, prompt, with_adapters
 from tests.tiny import VOCAB_SIZE
 
 HUGE = 10**30
@@ -254,13 +254,14 @@ async def die_with_streams(base, forms, monkeypatch, steps_ahead):
         return [o async for o in client.generate(request) if o.finish_reason is not None]
 
     requests = [greedy(str(i), prompt(6), None, 400) for i in range(3)]
-    requests.append(replace(requests[0], request_id="late", deadline=time.monotonic() + 0.5))
+    deadline = time.monotonic() + 0.5
+    requests.append(replace(requests[0], request_id="late", deadline=deadline))
     streams = [asyncio.create_task(ends_of(request)) for request in requests]
     while engine.stats().num_running < 4:
         await asyncio.sleep(0.01)
 
     def lost(*args, **kwargs):
-        time.sleep(0.6)  # the deadline passes meanwhile
+        time.sleep(max(0.0, deadline + 0.05 - time.monotonic()))  # it passes meanwhile
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(type(base), "forward", lost)

@@ -11,7 +11,7 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import gpu
 from tests.driver import greedy, run, tiny_engine
-from tests.lora_runtime.engine.test_decode_graphs import rows_of
+from tests.lora_runtime.engine.mixed_batch import rows_of
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.peft_adapters import write_adapter
 from tests.tiny import dense_twin, tiny_base

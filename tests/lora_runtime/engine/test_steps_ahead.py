@@ -12,13 +12,7 @@ import pytest
 from lora_runtime.core import FinishReason, SamplingParams
 from lora_runtime.engine.sampler import Draw
 from tests.driver import greedy, run, tiny_engine
-from tests.lora_runtime.engine.test_engine import (
-    alone,  # noqa: F401
-    mixed_requests,
-    prompt,
-    tokens,
-    with_adapters,
-)
+from tests.lora_runtime.engine.mixed_batch import mixed_requests, prompt, tokens, with_adapters
 
 
 def sampled_with(request, **options):
@@ -41,7 +35,7 @@ def finish(engine):
     "options",
     [{}, dict(num_blocks=48), dict(max_slots=2), dict(max_num_batched_tokens=200, max_num_seqs=3)],
 )
-def test_tokens_are_those_of_plain_steps(base, forms, alone, options):  # noqa: F811
+def test_tokens_are_those_of_plain_steps(base, forms, alone, options):
     engine = with_adapters(base, forms, steps_ahead=1, **options)
     traces = run(engine, mixed_requests(forms), arrivals={str(i): i % 5 for i in range(10)})
     assert tokens(traces) == alone
@@ -67,7 +61,7 @@ def test_draws_and_log_probabilities_are_those_of_plain_steps(base, forms):
             assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-4)
 
 
-def test_a_row_that_stops_runs_once_in_vain_and_others_go_on(base, alone):  # noqa: F811
+def test_a_row_that_stops_runs_once_in_vain_and_others_go_on(base, alone):
     stop = alone["0"][5]
     expected = alone["0"][: alone["0"].index(stop) + 1]
     engine = tiny_engine(base, steps_ahead=1)
@@ -89,7 +83,7 @@ def test_a_row_that_stops_runs_once_in_vain_and_others_go_on(base, alone):  # no
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
-def test_nothing_waits_for_the_step_just_started(base, alone, monkeypatch, is_stopped):  # noqa: F811
+def test_nothing_waits_for_the_step_just_started(base, alone, monkeypatch, is_stopped):
     """Every one is waited for in the end, that of a row that was over by then too."""
     engine, calls = tiny_engine(base, steps_ahead=1), []
     start, result = engine.runner.start, Draw.result
@@ -106,7 +100,7 @@ def test_nothing_waits_for_the_step_just_started(base, alone, monkeypatch, is_st
     assert calls == ["start", *["start", "result"] * (num_tokens - 1), "result"]
 
 
-def test_requests_that_end_while_their_step_runs(base, forms, alone):  # noqa: F811
+def test_requests_that_end_while_their_step_runs(base, forms, alone):
     """Cancelled, unloaded with its adapter, and its id used again at once."""
     engine = with_adapters(base, forms, steps_ahead=1)
     for request in mixed_requests(forms):

@@ -13,7 +13,7 @@ from lora_runtime.base.model import stacked_linears
 from lora_runtime.engine import engine
 from lora_runtime.kernels import gpu
 from tests.driver import run, teacher_forced
-from tests.lora_runtime.engine.test_variants import World, rms, shuffled
+from tests.lora_runtime.engine.variant_world import World, rms, shuffled
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
 HAS_GPU = DEVICE == "cuda"

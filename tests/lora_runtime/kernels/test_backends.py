@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lora_runtime import kernels
 from lora_runtime.kernels import AttentionMeta, Span, StepMeta, cpu, reference
+from tests.lora_runtime.kernels.adapter_cases import popularity
 from tests.lora_runtime.kernels.scattered import Scattered, table
 
 BACKENDS = [reference, cpu]
@@ -20,22 +21,6 @@ def test_compiled_backend_exists_where_a_compiler_does():
     if shutil.which("g++"):
         assert importlib.util.find_spec("lora_runtime.kernels._cpu"), "the C++ extension is missing"
         assert kernels.BACKEND.startswith("cpu-")
-
-
-def popularity(kind: str, num_tokens: int) -> list[int]:
-    """Tokens of each adapter: how a batch is spread over adapters."""
-    if kind == "distinct":
-        return [1] * num_tokens
-    if kind == "identical":
-        return [num_tokens]
-    if kind == "uniform":
-        width = max(1, round(num_tokens**0.5))
-        return [width] * (num_tokens // width) + [num_tokens % width] * (num_tokens % width > 0)
-    counts, size = [], 1.0
-    while sum(counts) + int(size) < num_tokens:
-        counts.append(int(size))
-        size *= 1.5
-    return [*counts, num_tokens - sum(counts)]
 
 
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical"])

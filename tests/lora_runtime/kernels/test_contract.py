@@ -17,74 +17,16 @@ from lora_runtime.kernels import (
     patch_logits,
     reference,
 )
+from tests.lora_runtime.kernels.adapter_cases import (
+    IN,
+    NUM_TOKENS,
+    OUT,
+    SPANS,
+    TOLERANCES,
+    build_adapters,
+    dense,
+)
 from tests.lora_runtime.kernels.scattered import Scattered, table
-
-IN, OUT = 24, 40
-PLAIN, REPLICATED, DORA, BIAS_ONLY, ALORA = range(5)
-
-
-def build_adapters(dtype):
-    """Five adapters in one memory; returns it, the extent table and each run's tensors."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def low_rank(rank):
-        return {"a": random(rank, IN), "b": random(rank, OUT)}
-
-    def vector():
-        """Exact in float32, the dtype of gains and biases."""
-        return random(OUT).float().double()
-
-    parts = {
-        (PLAIN, 0): low_rank(4),
-        (REPLICATED, 0): low_rank(2),
-        (REPLICATED, 1): low_rank(7),
-        (DORA, 0): low_rank(8) | {"gain": vector()},
-        (BIAS_ONLY, 0): {"bias": vector()},
-        (ALORA, 0): low_rank(5),
-    }
-    scattered = Scattered()
-    extents = [[NO_EXTENT, NO_EXTENT] for _ in range(5)]
-    for (slot, replica), tensors in parts.items():
-        extents[slot][replica] = scattered.extent(**tensors)
-    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(extents), parts
-
-
-SPANS = [
-    Span(slot=PLAIN, first_token=1, num_tokens=2),
-    Span(slot=REPLICATED, first_token=3, num_tokens=1, replica=0),
-    Span(slot=REPLICATED, first_token=4, num_tokens=1, replica=1),
-    Span(slot=DORA, first_token=5, num_tokens=1),
-    Span(slot=BIAS_ONLY, first_token=6, num_tokens=1),
-    Span(slot=ALORA, first_token=9, num_tokens=2),  # its row is 7..10; 7 and 8 precede activation
-    Span(slot=PLAIN, first_token=11, num_tokens=1, weight=0.5),  # a composition with a DoRA
-    Span(slot=DORA, first_token=11, num_tokens=1, weight=-1.25),
-]
-NUM_TOKENS = 13
-
-
-def dense(base, x, bias, parts, spans):
-    """The formula of a composition, token by token in float64."""
-    product, x = base.double(), x.double()
-    b0 = torch.zeros(OUT, dtype=torch.float64) if bias is None else bias.double()
-    y = product + b0
-    for span in spans:
-        extent = parts[span.slot, span.replica]
-        for t in range(span.first_token, span.first_token + span.num_tokens):
-            effect = torch.zeros(OUT, dtype=torch.float64)
-            if "gain" in extent:
-                effect += (extent["gain"] - 1) * product[t]
-            if "a" in extent:
-                effect += extent["b"].T @ (extent["a"] @ x[t])
-            if "bias" in extent:
-                effect += extent["bias"] - b0
-            y[t] += span.weight * effect
-    return y
-
-
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.35}
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -12,34 +12,22 @@ from torch.nn.functional import gelu, silu
 from lora_runtime import kernels
 from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Span, StepMeta, gpu, reference
 from lora_runtime.kernels.triton import adapters as triton_adapters
-from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
-from tests.lora_runtime.kernels.scattered import Scattered, table
-from tests.lora_runtime.kernels.test_backends import popularity
-from tests.lora_runtime.kernels.test_contract import (
+from tests.lora_runtime.kernels.adapter_cases import (
     NUM_TOKENS,
     OUT,
     SPANS,
     TOLERANCES,
     build_adapters,
     dense,
+    layer_of,
+    popularity,
 )
-from tests.lora_runtime.kernels.test_gpu_quantised import layer_of
+from tests.lora_runtime.kernels.on_triton import DEVICE, apply_adapters, on_device
+from tests.lora_runtime.kernels.scattered import Scattered, table
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 RANKS = [1, 3, 8, 16, 64]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """What the kernels allocate is full of NaN, as memory that was used before may be."""
-    for name in ("empty_like", "empty"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: _poison(make(*a, **k)))
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
-
-
-def _poison(tensor):
-    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 
 def mixed_batch(counts, in_features, out_features, dtype, seed):

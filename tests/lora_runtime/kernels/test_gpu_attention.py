@@ -14,7 +14,8 @@ from lora_runtime.kernels import AttentionMeta, gpu
 from lora_runtime.kernels.counters import counters
 from lora_runtime.kernels.triton import attention as triton_attention
 from tests.lora_runtime.kernels.on_triton import DEVICE
-from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 BLOCK_SIZE = 4
 TOLERANCES = {torch.float32: dict(rtol=2e-5, atol=2e-5), torch.bfloat16: dict(rtol=0, atol=2e-2)}

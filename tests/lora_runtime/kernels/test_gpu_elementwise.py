@@ -14,10 +14,12 @@ from lora_runtime import kernels
 from lora_runtime.kernels import HeadNorm, gpu, reference
 from lora_runtime.kernels.triton import elementwise as triton_elementwise
 from tests.lora_runtime.kernels.on_triton import DEVICE
-from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-"""numpy's, in the interpreter: 1 / (1 + ∞) is 0 as it should be."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
+"""The warning is numpy's, in the interpreter: 1 / (1 + ∞) is 0 as it should be."""
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_runtime.base.model.int8_linear import Int8Linear
 from lora_runtime.base.model.quant_linear import QuantLinear
 from lora_runtime.kernels import counters, gated_activation, gpu
 from lora_runtime.kernels.triton import quantised as triton_quantised
+from tests.lora_runtime.kernels.adapter_cases import layer_of
 from tests.lora_runtime.kernels.on_triton import DEVICE
 
 ROWS = [1, 2, 3, 7, 16, 33, 64]
@@ -23,14 +23,6 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 @pytest.fixture(autouse=True)
 def triton_takes_the_device(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
-
-
-def layer_of(kind, shape, dtype):
-    generator = torch.Generator().manual_seed(sum(shape))
-    weight = torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-    if kind == "int8":
-        return Int8Linear(weight, None)
-    return QuantLinear(weight, None, quant_type=kind[:3], is_nested=kind == "nf4-double")
 
 
 def random_shape(blocks):

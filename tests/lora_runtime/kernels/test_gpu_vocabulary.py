@@ -13,7 +13,8 @@ from lora_runtime.kernels import AdapterMemory, Span, StepMeta, gpu
 from lora_runtime.kernels.triton import vocabulary as triton_vocabulary
 from tests.lora_runtime.kernels.on_triton import DEVICE, on_device
 from tests.lora_runtime.kernels.scattered import Scattered, table
-from tests.lora_runtime.kernels.test_gpu_adapters import poisoned_outputs  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 VOCAB, WIDTH, SCALE = 90, 70, 1.5
 TOLERANCES = {

@@ -19,8 +19,7 @@ from lora_runtime.temporary_folder import temporary_folder
 from lora_runtime.text import text_workers
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
-from tests.lora_runtime.text.test_tokenizer import BAD_TEMPLATES
-from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
+from tests.tiny_tokenizer import BAD_TEMPLATES, VOCAB_SIZE, write_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 GROW = (

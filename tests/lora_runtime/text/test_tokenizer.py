@@ -12,7 +12,13 @@ from transformers import AutoTokenizer
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
 from lora_runtime.text.tokenizer import Tokenizer
-from tests.tiny_tokenizer import CHATML_TEMPLATE, SPECIAL_TOKENS, VOCAB_SIZE, write_tokenizer
+from tests.tiny_tokenizer import (
+    BAD_TEMPLATES,
+    CHATML_TEMPLATE,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    write_tokenizer,
+)
 
 IM_END = SPECIAL_TOKENS.index("<|im_end|>")
 CONVERSATION = [
@@ -84,19 +90,6 @@ def test_malformed_messages_are_refused(tokenizer: Tokenizer, messages: list[dic
     with pytest.raises(InvalidRequest) as caught:
         tokenizer.apply_chat_template(messages)
     assert caught.value.field == "messages"
-
-
-BAD_TEMPLATES = [
-    "{{ raise_exception('roles must alternate') }}",
-    "{% for m in messages %}",
-    "{{ messages[9]['content'] + 'x' }}",
-    "{{ messages.append(messages[0]) }}",
-    "{{ messages[0].update(role='system') }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ raise_exception.__globals__['__builtins__'] }}",
-    "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
-    "{{ '{0.__class__.__mro__}'.format('') + ''.__class__.__name__ }}",
-]
 
 
 @pytest.mark.parametrize("template", [None, *BAD_TEMPLATES])

@@ -18,7 +18,6 @@ from lora_runtime.training.adapted_product import (
 )
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import unit_logits, window_losses
-from tests.lora_runtime.training.test_variants import ROWS, VARIANTS, unit_of
 from tests.lora_runtime.training.tiny_runs import (
     at_every_token,
     make_unit,
@@ -26,6 +25,7 @@ from tests.lora_runtime.training.tiny_runs import (
     randomise,
     train_until_done,
 )
+from tests.lora_runtime.training.trained_variants import ROWS, VARIANTS, unit_of
 from tests.tiny import tiny_base
 
 BFLOAT16_STEP = 2.0**-8

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import resource
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,7 +14,7 @@ from safetensors.torch import load_file
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import checkpoint
 from lora_runtime.training.config import UnitConfig
-from tests.lora_runtime.training.tiny_runs import StopAfter, ragged_data, run
+from tests.lora_runtime.training.tiny_runs import StopAfter, files_of_at_most, ragged_data, run
 
 
 def make_units(tmp_path):
@@ -78,17 +76,6 @@ def test_resume_after_a_stop(tmp_path, tokenizer, base, uninterrupted, where):
     assert not (output / "two").exists()
     results = run(base, tokenizer, output, units, resume=True)
     assert_same(results, output, uninterrupted)
-
-
-@contextmanager
-def files_of_at_most(nbytes):
-    """The operating system refuses to write more, in the middle of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield None
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def no_space(path):

@@ -15,9 +15,9 @@ from lora_runtime.training import calibration
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import ExampleStream
 from lora_runtime.training.inits import quantisation_loss
-from tests.lora_runtime.training.test_variants import PATTERNS, in_float64, lost_and_left, stacked
 from tests.lora_runtime.training.tiny_runs import StopAfter, make_unit, ragged_data, run
-from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
+from tests.lora_runtime.training.trained_variants import PATTERNS, lost_and_left, stacked
+from tests.tiny import dense_twin, in_float64, tiny_base, tiny_checkpoint
 
 SETTINGS = {
     "plain": {"alpha": 12.0},

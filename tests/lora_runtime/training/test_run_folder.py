@@ -16,9 +16,9 @@ from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.run_folder import run_folder
 from lora_runtime.training.trainer import train
 from lora_runtime.training.units import UnitStatus
-from tests.lora_runtime.training.test_checkpoint import files_of_at_most
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
+    files_of_at_most,
     quiet_console,
     ragged_data,
     run,
@@ -166,14 +166,22 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tokenizer, base):
+    """The output of a run that was stopped before its eighth forward."""
+    folder = tmp_path_factory.mktemp("stopped")
+    output, units = folder / "out", units_of(folder)
+    run(base, tokenizer, output, units, should_stop=StopAfter(7), checkpoint_interval=2)
+    return output
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(
-    tmp_path, tokenizer, base, expected, damage
+    tmp_path, tokenizer, base, expected, stopped, damage
 ):
-    units, output, console = units_of(tmp_path), tmp_path / "out", quiet_console()
+    units, console = units_of(tmp_path), quiet_console()
+    output = shutil.copytree(stopped, tmp_path / "out")
     folder = output / "checkpoints"
-    options = {"checkpoint_interval": 2}
-    run(base, tokenizer, output, units, should_stop=StopAfter(7), **options)
     assert sorted(path.name for path in folder.iterdir()) == ["00000006", "00000007"]
     DAMAGES[damage](folder / "00000007")
     run(

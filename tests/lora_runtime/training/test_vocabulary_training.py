@@ -25,14 +25,16 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import token_losses, unit_logits, window_losses
 from lora_runtime.training.trained_modules import TrainedModule
 from lora_runtime.training.update import run_pass
-from tests.lora_runtime.training.test_variants import mean_loss, randomise, train_until_done
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,
     at_every_token,
     make_unit,
     ragged_data,
+    randomise,
     run,
+    train_until_done,
 )
+from tests.lora_runtime.training.trained_variants import mean_loss
 from tests.peft_adapters import load_in_peft
 from tests.tiny import dense_twin, in_float64, tiny_base, tiny_model
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import resource
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,3 +112,14 @@ def run(
 def at_every_token(logits):
     """What the parity gate asks of a few tokens, of all tokens of some rows."""
     return lambda rows, with_adapter: [logits(row, range(len(row)), with_adapter) for row in rows]
+
+
+@contextmanager
+def files_of_at_most(nbytes):
+    """The operating system refuses to write more, in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,0 +1,20 @@
+"""What the tests of the GPU's kernels share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """What the kernels allocate is full of NaN, as memory that was used before may be."""
+    for name in ("empty_like", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: _poison(make(*a, **k)))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
+
+
+def _poison(tensor):
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
