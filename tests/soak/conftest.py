@@ -1,53 +1,84 @@
-"""`make soak` runs every attack at full size and prints its figures; `make test` a small one."""
+"""`make soak` runs every attack at full size and prints their figures in one table beside those of
+the review that found the faults; `make test` runs a small one with the same checks.
+"""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from tests.server.conftest import pytest_pyfunc_call  # noqa: F401  async test functions
+from tests.soak.served import Running, running, write_world
 
-FULL_S = 170.0
-"""What one attack may take at full size, broken folders three times as long: all of them stay
-within half an hour. The figure says how far an attack came."""
+NARROW = (
+    "--max-num-seqs", "8", "--max-queued-requests", "40", "--max-num-batched-tokens", "64",
+    "--adapter-pool-bytes", "200000",
+)  # fmt: skip
+"""Eight rows, forty that wait, and room for about five adapters."""
+ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the attacks at full size")
 
 
+@dataclass(frozen=True)
 class Size:
-    """How often an attack is made: up to the full number, as far as its time goes."""
+    """How often an attack is made."""
 
-    def __init__(self, is_full: bool) -> None:
-        self.is_full = is_full
-        self.begun = time.monotonic()
+    is_full: bool
 
     def of(self, full: int, fast: int) -> int:
         return full if self.is_full else fast
 
-    def is_over(self, share: int = 1) -> bool:
-        """Tell whether the attack has had its time, or `share` times as much."""
-        return self.is_full and time.monotonic() > self.begun + share * FULL_S
 
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def size(request: pytest.FixtureRequest) -> Size:
     return Size(bool(request.config.getoption("--soak", default=False)))
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Print what an attack has measured as one line of JSON."""
+    """Note what an attack has measured, what the review measured, and what is asked."""
+    rows = request.config.stash.setdefault(ROWS, [])
     capture = request.config.pluginmanager.getplugin("capturemanager")
+    begun, name = time.monotonic(), request.node.originalname.removeprefix("test_")
 
-    def say(**facts: object) -> None:
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}
-        name = request.node.originalname.removeprefix("test_")
+    def say(here: str, *, before: str, bound: str) -> None:
+        rows.append((name, here, before, bound, f"{time.monotonic() - begun:.0f} s"))
         with capture.global_and_fixture_disabled():
-            print(json.dumps({"attack": name, **rounded}), flush=True)
+            print(f"\n{name}: {here}", flush=True)
 
     return say
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    if config.getoption("--soak", default=False):
+        heads = ("attack", "here", "in the review", "asked", "took")
+        for row in (heads, ("---",) * len(heads), *config.stash.get(ROWS, [])):
+            terminalreporter.write_line(f"| {' | '.join(row)} |")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny base and eight adapters of it."""
+    return write_world(tmp_path_factory.mktemp("soak"))
+
+
+@pytest.fixture(scope="session")
+def roomy(folder) -> Iterator[Running]:
+    """A server that several attacks are made on."""
+    with running(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One with little room, over a base whose vocabulary is as large as a real one's."""
+    folder = write_world(tmp_path_factory.mktemp("narrow"), vocab_size=49_152)
+    with running(folder, *NARROW) as server:
+        yield server

@@ -6,19 +6,27 @@ import asyncio
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+import torch
 
 from server.client import AsyncClient
+from tests.peft_adapters import write_adapter
 from tests.server.test_process import REPO, free_address
+from tests.tiny import tiny_model
+from tests.tiny_tokenizer import write_tokenizer
 
 START_S = 90
+NUM_ADAPTERS = 8
+NAMES = [f"a{index}" for index in range(NUM_ADAPTERS)]
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,34 @@ class Holdings:
     num_series: int
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server's process that is ready."""
+
+    process: subprocess.Popen
+    target: str
+    http: str
+    log: Path
+    folder: Path
+    """Where its base and adapters lie."""
+
+
 class Served:
-    """A running server and a client of it."""
+    """A client of a running server, and what it sees of it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, target: str, http: str, log: Path):
-        self.process, self.target, self.log = process, target, log
-        self.http = httpx.AsyncClient(base_url=f"http://{http}", timeout=30)
-        self.client = AsyncClient(target)
+    def __init__(self, server: Running):
+        self.process, self.target, self.log = server.process, server.target, server.log
+        self.http = httpx.AsyncClient(base_url=server.http, timeout=30)
+        self.client = AsyncClient(server.target)
 
-    async def ready(self) -> None:
-        async with asyncio.timeout(START_S):
-            while True:
-                assert self.process.returncode is None, self.log.read_text()[-3000:]
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await self.http.get("/readyz")).status_code == 200:
-                        return
-                await asyncio.sleep(0.1)
+    async def __aenter__(self) -> Served:
+        await self.http.__aenter__()
+        await self.client.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.client.__aexit__(*error)
+        await self.http.__aexit__(*error)
 
     async def metrics(self) -> dict[str, float]:
         """Every sample of /metrics, by name and labels as they are written there."""
@@ -55,13 +75,18 @@ class Served:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     async def holdings(self) -> Holdings:
+        num_series = len(await self.metrics())
         process = psutil.Process(self.process.pid)
         return Holdings(
             process.memory_info().rss / 1e6,
             process.num_fds(),
             process.num_threads(),
-            len(await self.metrics()),
+            num_series,
         )
+
+    def cpu_s(self) -> float:
+        """Seconds of processor that the server has used."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
     async def assert_nothing_is_left(self) -> None:
         """Every row and block is free, and every request that has started has ended."""
@@ -87,8 +112,21 @@ def is_busy(name: str) -> bool:
     )
 
 
-@contextlib.asynccontextmanager
-async def served(folder: Path, *flags: str, store: Path | None = None) -> AsyncIterator[Served]:
+def write_world(folder: Path, *, vocab_size: int | None = None) -> Path:
+    """Write a base of random weights and adapters a0 to a7, of ranks 2 to 9."""
+    model = tiny_model("llama")
+    for index, name in enumerate(NAMES):
+        write_adapter(model, folder / "adapters" / name, seed=index, r=2 + index)
+    base = tiny_model("llama", dtype=torch.bfloat16)
+    if vocab_size is not None:
+        base.resize_token_embeddings(vocab_size, mean_resizing=False)
+    base.save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    return folder
+
+
+@contextlib.contextmanager
+def running(folder: Path, *flags: str, store: Path | None = None) -> Iterator[Running]:
     """A server over `folder`/base with `folder`/adapters as its root, until the context ends.
 
     `store`: what outlasts it; None: nothing does.
@@ -103,16 +141,25 @@ async def served(folder: Path, *flags: str, store: Path | None = None) -> AsyncI
         "--kv-bytes", str(8 << 20), "--log-format", "console", "--log-level", "warning", *flags,
     ]  # fmt: skip
     with log.open("a") as stream:
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=REPO, stderr=stream, stdout=stream,
+        process = subprocess.Popen(
+            command, cwd=REPO, stderr=stream, stdout=stream,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-    server = Served(process, target, http, log)
     try:
-        async with server.http, server.client:
-            await server.ready()
-            yield server
+        server = Running(process, target, f"http://{http}", log, folder)
+        wait_until_ready(server)
+        yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        process.kill()
+        process.wait()
+
+
+def wait_until_ready(server: Running) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        assert server.process.poll() is None, server.log.read_text()[-3000:]
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{server.http}/readyz").status_code == 200:
+                return
+        assert time.monotonic() < deadline, "the server does not become ready"
+        time.sleep(0.1)

@@ -7,9 +7,12 @@ import os
 import random
 import shutil
 import struct
+import tempfile
 import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +27,7 @@ from server.sources import Sources
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 
-pytestmark = pytest.mark.timeout(700)
+pytestmark = pytest.mark.timeout(1200)
 TEMPLATE_FILE = "chat_template.jinja"
 BATCH = 100
 """Folders that are written before they are read: a fresh one is waited for until it is at rest."""
@@ -39,9 +42,17 @@ def base(tmp_path_factory):
     return tiny_base("llama", folder=tiny_checkpoint(tmp_path_factory.mktemp("base")))
 
 
+MEMORY = Path("/dev/shm")
+"""Where folders are made, if it is there: a disk takes longer to write than we to read."""
+
+
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "secret-root"
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else tmp_path) as folder:
+        yield written(Path(folder) / "secret-root")
+
+
+def written(root: Path) -> Path:
     write_adapter(tiny_model("llama"), root / "good", seed=0, r=2)
     config = json.loads((root / "good" / CONFIG_FILE).read_text())
     (root / "good" / CONFIG_FILE).write_text(json.dumps(config))
@@ -140,8 +151,8 @@ def test_broken_folders(base, root, size, figure) -> None:
     """Whatever is in a folder, it is served or refused by name, and no path of ours is said."""
     wanted, done, taken, slowest = size.of(47_000, 300), 0, 0, 0.0
     rng, sources, refusals = random.Random(5), Sources([root]), {}
-    begun = time.monotonic()
-    while done < wanted and not size.is_over(share=3):
+    before_mb = psutil.Process().memory_info().rss / 1e6
+    while done < wanted:
         folders = [root / f"case{number}" for number in range(BATCH)]
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -162,9 +173,15 @@ def test_broken_folders(base, root, size, figure) -> None:
                 refusals[type(error).__name__] = refusals.get(type(error).__name__, 0) + 1
             slowest = max(slowest, time.monotonic() - at)
             done += 1
-    figure(folders=done, of=wanted, taken=taken, refused=refusals, slowest_s=slowest,
-           seconds=time.monotonic() - begun)  # fmt: skip
+    grown_mb = psutil.Process().memory_info().rss / 1e6 - before_mb
+    figure(
+        f"{done} folders: {taken} taken, {sum(refusals.values())} refused by name, 0 untyped; "
+        f"slowest {slowest:.2f} s; RSS {grown_mb:+.0f} MB",
+        before="47,554: 617 untyped; slowest 8.4 s; RSS +48 MB",
+        bound="47,000; 0 untyped, no paths; ≤ 8.4 s; ≤ +48 MB",
+    )
     assert taken and sum(refusals.values()) > done / 3
+    assert slowest <= 8.4 and grown_mb <= 48
 
 
 def test_folder_swaps(base, root, size, figure) -> None:
@@ -203,14 +220,14 @@ def test_folder_swaps(base, root, size, figure) -> None:
                     for name in (TENSORS_FILE, CONFIG_FILE, TEMPLATE_FILE):
                         shutil.copy(root / f"v{number}" / name, root / "piece")
                         os.replace(root / "piece", root / "live" / name)
-            time.sleep(rng.choice([0, 0.002, 0.05]))
+            time.sleep(rng.choice([0, 0.002, 0.05, 0.2]))
 
     sources, counts = Sources([root]), {"v0": 0, "v1": 0, "refused": 0}
     swapping = threading.Thread(target=swap)
     swapping.start()
     wanted, done = size.of(1_300, 100), 0
     try:
-        while not size.is_over() and (done < wanted or not counts["v0"] + counts["v1"]):
+        while done < wanted or not counts["v0"] + counts["v1"]:
             done += 1
             try:
                 content = read_folder(sources.resolve("live"))
@@ -225,5 +242,9 @@ def test_folder_swaps(base, root, size, figure) -> None:
     finally:
         is_over.set()
         swapping.join()
-    figure(loads=done, of=wanted, **counts)
+    figure(
+        f"{done} loads: {counts['v0'] + counts['v1']} whole, {counts['refused']} refused, 0 mixed",
+        before="1,300 loads: 186 mixed",
+        bound="0 mixed",
+    )
     assert counts["v0"] + counts["v1"], "nothing was ever read"
