@@ -154,7 +154,9 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 
 def _micro_step(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> None:
-    torch.autograd.backward(loss_sums(base, units, batches).sum())
+    """Forward and gradients as `update.run_pass` asks for them: all are alive at once."""
+    losses = loss_sums(base, units, batches)[:, 0]
+    torch.autograd.grad(losses.sum(), _parameters(units), allow_unused=True)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ class Dataset:
 
 
 class _Entry(NamedTuple):
-    """The examples of one row; `draw` in [0, 1) is a hash of the row's content, not of its place."""
+    """The examples of one row; `draw` in [0, 1) is a hash of the content, not of its place."""
 
     examples: list[Example]
     num_truncated: int
