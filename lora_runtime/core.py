@@ -274,6 +274,9 @@ class BaseSpec:
     """What adapters, training and the server need to know of the loaded base; no tensors."""
 
     name: str
+    """To show: of a folder or file its last part."""
+    name_or_path: str | None = None
+    """What transformers and PEFT load it by, if known: a hub id, or a folder's absolute path."""
     fingerprint: str
     """SHA-256 over every parameter and persistent buffer, the config and the quantiser settings."""
     linears: dict[str, LinearShape]

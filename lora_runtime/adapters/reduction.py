@@ -191,7 +191,7 @@ def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
     named = files.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip("/ "):
         return ("its files do not say which base it was trained on: that could not be checked",)
-    if _last_part(named) == _last_part(base.name):
+    if _last_part(named) in (_last_part(base.name), _last_part(base.name_or_path or "")):
         return (f"only the name of its base, {named[:80]!r}, was compared: it has no fingerprint",)
     return (
         f"its config names the base {named[:80]!r}, and this one is {base.name!r}: if they are not "

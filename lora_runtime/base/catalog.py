@@ -35,6 +35,8 @@ class ResolvedBase:
 
     name: str
     folder: Path
+    name_or_path: str
+    """What transformers and PEFT load it by: the hub id, or the absolute path of a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +81,23 @@ def resolve_base(name: str, *, on_progress: Progress | None = None) -> ResolvedB
     report = on_progress or (lambda _: None)
     path = Path(name).expanduser()
     if name in CATALOG:
-        return ResolvedBase(name=name, folder=_from_catalog(name, CATALOG[name], report))
+        return _local(name, _from_catalog(name, CATALOG[name], report))
     if path.is_dir():
-        return ResolvedBase(name=path.resolve().name, folder=_checked(path))
+        return _local(path.resolve().name, _checked(path))
     if path.suffix == ".gguf" and path.is_file():
         folder = _converted(path, _sha256(path), path.stem, report)
-        return ResolvedBase(name=path.stem, folder=folder)
+        return _local(path.stem, folder)
     if _HUB_ID.fullmatch(name):
-        return ResolvedBase(name=name, folder=_from_hub(name, report))
+        return ResolvedBase(name=name, folder=_from_hub(name, report), name_or_path=name)
     raise ConfigError(
         f"base {name!r} is no folder, .gguf file or hub id (organisation/name) and not in the "
         f"catalog ({', '.join(CATALOG)})",
         field="base.model",
     )
+
+
+def _local(name: str, folder: Path) -> ResolvedBase:
+    return ResolvedBase(name=name, folder=folder, name_or_path=str(folder.absolute()))
 
 
 def cached_base(name: str) -> Path | None:

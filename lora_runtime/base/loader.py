@@ -8,7 +8,7 @@ inner linears visit the device one at a time, so that it never holds all of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,14 @@ def load_base(
     say(f"loading {resolved.name}")
     model = read_model(resolved.folder, dtype)
     return prepare_base(
-        model, config, resolved.name, resolved.folder, device=device, dtype=dtype, on_progress=say
+        model,
+        config,
+        resolved.name,
+        resolved.folder,
+        name_or_path=resolved.name_or_path,
+        device=device,
+        dtype=dtype,
+        on_progress=say,
     )
 
 
@@ -156,6 +163,7 @@ def prepare_base(
     name: str,
     folder: Path,
     *,
+    name_or_path: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda _: None,
@@ -189,6 +197,7 @@ def prepare_base(
         stack_linears(model)
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, linears)
+    spec = replace(spec, name_or_path=name_or_path)
     _adapt_vocabulary(model, spec, context)
     weights = BaseWeights(model, spec, folder)
     on_progress("measuring the rows of the linear layers")

@@ -114,7 +114,7 @@ def _load(path: Path, units: Sequence[Unit], fingerprint: str) -> int:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None when all of them are as they were written."""
+    """Describe the damage to a checkpoint's files; None when their checksums are right."""
     try:
         lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -229,15 +229,16 @@ def _restore_facts(unit: Unit, facts: Mapping[str, Any]) -> None:
 
 
 def _reference_keys(unit: Unit) -> list[tuple[LayerMap | None, Example]]:
-    """Of all its preferences. What the base says of them is kept, as its last bits depend on what
-    shared the forward.
+    """Keys of the reference log-probabilities of all a unit's preferences.
+
+    They are saved, not computed again: their last bits depend on what shared the forward.
     """
     datasets = [unit.dataset, *([unit.held_out.dataset] if unit.held_out else [])]
     return [(unit.layer_map, e) for d in datasets if d.is_preference for e in d.examples]
 
 
 def _identity(unit: Unit) -> dict[str, Any]:
-    """What must stay the same between stop and resume; the data by content, not by path."""
+    """What must be equal between stop and resume: settings, and data by content, not by path."""
     values = {
         **asdict(unit.config),
         "seed": unit.seed,

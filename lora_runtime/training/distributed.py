@@ -24,7 +24,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    """Where small sums are made."""
+    """Device on which flags and losses are summed over the processes."""
 
     @property
     def is_main(self) -> bool:
@@ -35,6 +35,7 @@ class World:
         """Replace tensors of one dtype and device by their sums over all processes."""
         if self.size == 1:
             return
+        # One reduction of all of them: small reductions cost a round trip each.
         bucket = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(bucket)
         parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
@@ -74,7 +75,7 @@ def gather_gradients(units: Sequence[Unit], world: World) -> None:
 
 
 def _gradients(unit: Unit) -> list[Tensor]:
-    """Those inside an update's window, which all processes have or none."""
+    """Gradients of a window that has begun: on all processes, or on none."""
     return [p.grad for p in unit.parameters if p.grad is not None] if unit.window.done else []
 
 

@@ -1,4 +1,4 @@
-"""What a run would take, from one micro-step: nothing is trained and nothing is written."""
+"""Estimate memory and time of a run from one micro-step; nothing is trained, nothing written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_runtime.training.units import Unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What one unit takes when it is trained alone, or all units when they are trained at once."""
+    """Memory and time of one unit trained alone, or of all units trained at once."""
 
     name: str
     targets: tuple[str, ...]
@@ -36,7 +36,7 @@ class Estimate:
     num_steps: int
     """Updates; of all units the most."""
     num_tokens: int
-    """Of all forwards of the run, evaluations not counted."""
+    """Tokens of all forwards of the run; evaluations are not counted."""
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -62,7 +62,7 @@ class DryRun:
     base_bytes: int
     """The base with its private copies, shared by all units."""
     data: tuple[tuple[str, Dataset, Dataset | None], ...]
-    """Of every unit its name, what it is trained on, and what is held out."""
+    """(name, data to train on, held-out data) of every unit."""
 
 
 def dry_run(config: TrainConfig, on_progress: Callable[[str], None] | None = None) -> DryRun:
@@ -154,7 +154,9 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 
 def _micro_step(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> None:
-    torch.autograd.backward(loss_sums(base, units, batches).sum())
+    """Forward and gradients as `update.run_pass` asks for them: all are alive at once."""
+    losses = loss_sums(base, units, batches)[:, 0]
+    torch.autograd.grad(losses.sum(), _parameters(units), allow_unused=True)
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ def _num_eval_tokens(unit: Unit) -> int:
 
 
 def _num_reference_tokens(unit: Unit) -> int:
-    """What the base reads alone, once."""
+    """Tokens of preferences, which the base without adapter reads once as the reference."""
     if not unit.dataset.is_preference:
         return 0
     num_held_out = unit.held_out.dataset.num_tokens if unit.held_out else 0
@@ -202,7 +204,7 @@ def _num_reference_tokens(unit: Unit) -> int:
 
 
 def _optimizer_bytes(unit: Unit) -> int:
-    """Of the state after a first step. The unit is thrown away, so the step harms nothing."""
+    """Bytes of the optimizer's state after a first step. The unit is thrown away afterwards."""
     unit.optimizer.step()
     states = unit.optimizer.state.values()
     tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]

@@ -81,9 +81,9 @@ def _is_due(unit: Unit) -> bool:
 
 
 class _Waiting:
-    """What of a unit's held-out examples is still to be computed, in groups for one forward each.
+    """A unit's held-out examples that are not computed yet, in groups for one forward each.
 
-    Those of like length are side by side, so that attention pads little.
+    They are sorted by length, so that attention pads little.
     """
 
     def __init__(self, unit: Unit, held_out: HeldOut) -> None:
@@ -92,7 +92,7 @@ class _Waiting:
         self.groups = [sorted(held_out.dataset.items, key=num_tokens)]
 
     def next(self, num_processes: int) -> list[list[Item]]:
-        """The group of every process, empty for the last where there are not as many."""
+        """Per process, its next group; empty for processes that none is left for."""
         if self._limits != self._unit.limits:
             self._limits = replace(self._unit.limits)
             self.groups = self._limits.groups(list(chain.from_iterable(self.groups)))

@@ -1,4 +1,4 @@
-"""What a unit remembers of its held-out data: the losses, and the weights of the lowest one."""
+"""A unit's held-out data, the losses measured on it, and the weights of the lowest loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EvalRecord(NamedTuple):
     step: int
     loss: float
     accuracy: float | None
-    """Of preferences: see `Signal`."""
+    """See `Signal`; None unless the data are preferences."""
     seconds: float
     """Wall time, which other units may share."""
 
@@ -66,6 +66,7 @@ class HeldOut:
     def note(self, record: EvalRecord, parameters: Sequence[Parameter]) -> None:
         """Add an evaluation; copy the weights when it is the best so far."""
         self.records.append(record)
+        # The first of equal losses is the best, so a later equal one does not replace its weights.
         if self.best_record is record:
             self.best = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 

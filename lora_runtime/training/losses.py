@@ -1,4 +1,4 @@
-"""What a unit learns from: token losses of its rows, from one forward of all units' rows."""
+"""Losses: cross-entropy of target tokens, or DPO of pairs, from one forward of all units' rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from lora_runtime.training.preferences import pair_sums
 from lora_runtime.training.units import Unit
 
 CHUNK_LOGITS = 1 << 25
-"""Logits that are alive at once. More are made in chunks, and again for the gradient."""
+"""Most logits that are alive at once. Where there are more, they are computed in chunks, each of
+them a second time for the gradient.
+"""
 
 
 def window_losses(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item]]) -> Tensor:
@@ -63,7 +65,7 @@ def _sums(unit: Unit, examples: Sequence[Example], losses: Tensor) -> Tensor:
 def _add_references(
     base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Example]]
 ) -> None:
-    """Have the base alone read answers of preferences that it has not read for their unit yet."""
+    """Fill in log π₀ of those answers of preferences whose reference is not known yet."""
     missing: dict[LayerMap | None, dict[Example, None]] = {}
     for unit, examples in zip(units, batches, strict=True):
         for example in examples if unit.dataset.is_preference else ():
@@ -71,6 +73,7 @@ def _add_references(
                 missing.setdefault(unit.layer_map, {})[example] = None
     if not missing:
         return
+    # Units of one layer map share references: one forward without adapters, a slot per layer map.
     keys = [(layer_map, example) for layer_map, own in missing.items() for example in own]
     losses = _token_losses(base, {}, list(missing), [list(own) for own in missing.values()])
     parts = torch.split(losses, [len(example.predictors) for _, example in keys])
@@ -90,7 +93,7 @@ def _token_losses(
     layer_maps: Sequence[LayerMap | None],
     batches: Sequence[Sequence[Example]],
 ) -> Tensor:
-    """Batch n is read under slot n of the bindings and in its own order of layers."""
+    """−log p of all targets; batch n is read under slot n and in its own order of layers."""
     batch = PackedBatch.of(batches, base.device)
     rows = list(map(UnitRows, batch.rows, layer_maps))
     states = hidden_states(base, rows, bindings, batch.token_ids, batch.position_ids)
@@ -108,6 +111,7 @@ def _chunked(
     size = max(1, CHUNK_LOGITS // base.spec.vocab_size)
     if len(labels) <= size:
         return _losses(base, bindings, states, labels, counts)
+    # A chunk may begin and end inside a unit's tokens: count how many of each unit it has.
     slots = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     parts = (torch.split(tensor, size) for tensor in (states, labels, slots))
     losses = [

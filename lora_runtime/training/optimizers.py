@@ -61,7 +61,7 @@ def check_optimizer(config: UnitConfig, device: torch.device) -> None:
 
 
 def saved_state(optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """What `restore_state` needs; empty before the first step."""
+    """A parameter's optimizer state, for `restore_state`; empty before the first step."""
     state = optimizer.state.get(parameter, {})
     return {key: torch.as_tensor(value) for key, value in state.items() if key not in _MAPS}
 
@@ -69,7 +69,7 @@ def saved_state(optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[
 def restore_state(
     optimizer: torch.optim.Optimizer, parameter: Parameter, saved: Mapping[str, Tensor]
 ) -> None:
-    """Make the state of a parameter that of the optimizer which `saved` is from."""
+    """Give a parameter the optimizer state that `saved_state` returned."""
     if not isinstance(optimizer, Optimizer8bit):
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
         return
@@ -82,7 +82,11 @@ def restore_state(
 
 
 def decay_starts(optimizer: torch.optim.Optimizer, modules: Mapping[str, Trained]) -> None:
-    """After a step: weight decay acts on A and B, of which first factors are a fixed part."""
+    """Let weight decay act on the fixed first factors too, after a step.
+
+    Parameters are the differences dA = A − A₀. AdamW decays dA; A as a whole shall decay, and A₀ is
+    its fixed part, so that lr · weight_decay · A₀ is subtracted from dA; likewise for B.
+    """
     group_a, group_b = optimizer.param_groups[:2]
     if not group_a["weight_decay"]:
         return

@@ -1,4 +1,4 @@
-"""What a pair of answers teaches: direct preference optimisation (DPO).
+"""Direct preference optimisation (DPO): the loss of a pair of answers.
 
     loss = −(1 − ε) log σ(m) − ε log σ(−m) + w · (−log π(y_w)) / |y_w|
     m = β · [(log π(y_w) − log π₀(y_w)) − (log π(y_l) − log π₀(y_l))]
@@ -25,26 +25,27 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset, Example, num_tokens
 
 References = dict[tuple[LayerMap | None, Example], float]
-"""log π₀ of answers, by the layer map under which they were read. No update changes it."""
+"""(layer map, answer) → log π₀. It is computed once, as no update changes it."""
 
 SETTINGS = ("dpo_beta", "label_smoothing", "dpo_sft_weight")
 """Fields of UnitConfig that only preferences have a use for."""
 
 
 class Signal(NamedTuple):
-    """What training shows of some data, as means or as sums that they are made of."""
+    """Loss, accuracy and margin of some data, as sums or as means."""
 
     loss: float
     accuracy: float
-    """Of preferences, the share of pairs with m > 0: the unit moved towards the chosen answer.
-    Before the first update m is 0 but for rounding.
+    """Share of pairs with m > 0, whose chosen answer the unit moved towards; 0 for other data.
+
+    Before the first update m is 0 but for rounding, so the accuracy says nothing yet.
     """
     margin: float
-    """Of preferences, m."""
+    """Mean of m; 0 for other data."""
 
     @classmethod
     def rows(cls, values: Tensor) -> list[Signal]:
-        """One of each row of (N, 3)."""
+        """One Signal per row of (N, 3). Reads from the device."""
         return [cls(*row) for row in values.tolist()]
 
     def plus(self, other: Signal) -> Signal:

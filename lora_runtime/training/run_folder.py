@@ -18,7 +18,7 @@ LOCK_FILE = ".lock"
 
 
 def checkpoints_of(config: TrainConfig) -> Path:
-    """Where a run's checkpoints are."""
+    """The folder of a run's checkpoints."""
     return config.output / "checkpoints"
 
 

@@ -51,7 +51,10 @@ def start_alike(one: UnitConfig, other: UnitConfig) -> bool:
 
 
 def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
-    """What a unit's settings mean on a base. Raises ConfigError naming the setting."""
+    """A unit's settings parsed against a base, as an adapter's files are when they are read.
+
+    Raises ConfigError naming the setting.
+    """
     _check_names(config, base)
     try:
         spec = parse_config(adapter_config(config, base), base)
@@ -169,7 +172,7 @@ def _trained_rows(spec: AdapterSpec, base: Base) -> dict[str, TrainedRows]:
 
 
 def master_dtype(base: Base) -> torch.dtype:
-    """That of what is trained: float32, or float64 on a float64 base."""
+    """The dtype of trained weights: float32, or float64 on a float64 base."""
     return torch.promote_types(base.dtype, torch.float32)
 
 
@@ -204,7 +207,7 @@ def _check_rank(config: UnitConfig, base: Base, path: str, rank: int) -> None:
 
 
 def _check_names(config: UnitConfig, base: BaseSpec) -> None:
-    """An end of a module's path that matches nothing is answered with the nearest that does."""
+    """Raise ConfigError for a target that matches no module, proposing the nearest name."""
     for target in config.target_modules if config.target_modules != "all-linear" else ():
         if not any(f".{path}".endswith(f".{target}") for path in base.shapes):
             names = sorted({path.rpartition(".")[2] for path in base.shapes})

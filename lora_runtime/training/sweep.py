@@ -123,6 +123,7 @@ def _decide(contenders: Sequence[tuple[Unit, HeldOut]]) -> list[Unit]:
     steps = {unit.name: _rung_steps(unit.num_steps)[rung] for unit, _ in contenders}
     if any(unit.is_running and unit.step < steps[unit.name] for unit, _ in contenders):
         return []
+    # A sort is stable: of equal losses the earlier member stays, resumed or not.
     ranked = sorted(contenders, key=lambda pair: pair[1].lowest_loss(steps[pair[0].name]))
     losers = [unit for unit, _ in ranked[math.ceil(len(ranked) / 2) :] if unit.is_running]
     for unit in losers:

@@ -1,4 +1,4 @@
-"""The differentiable serving form of what a unit trains: every variant as data for one op.
+"""What a unit trains at one module, in its serving form: every variant is data for one op.
 
     ΔW = s·(B A − B₀A₀),  g = m / ‖W + ΔW‖ or none,  y = g∘(W x + ΔW x)
 
@@ -41,14 +41,14 @@ class TrainedModule:
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Its own; what is shared belongs to the embedding."""
+        """Trained tensors; those that are shared belong to the embedding's module."""
         shared = {} if self.is_transposed else {"a": self.a, "b": self.b}
         named = {**shared, "magnitude": self.magnitude}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """What no update changes and only the start of the run knows."""
+        """Fixed tensors (A₀, B₀) that must be checkpointed."""
         return {} if self.start is None else {"a_start": self.start.a, "b_start": self.start.b}
 
     def unscaled(self) -> Factors:
@@ -84,7 +84,7 @@ class TrainedRows:
     ids: Tensor | None = None
     bias: Parameter | None = None
     is_shared: bool = False
-    """The rows belong to the module that this one is tied to."""
+    """True when the rows are another module's parameter, to which this one is tied."""
     replica: int = 0
 
     @property
@@ -95,7 +95,7 @@ class TrainedRows:
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """None: the base's rows, where training starts, are in the base."""
+        """None: training starts at the base's own rows."""
         return {}
 
     def form(self, weights: BaseWeights) -> ModuleForm:

@@ -51,7 +51,7 @@ from lora_runtime.training.update import run_pass
 
 ShouldStop = Callable[[], bool]
 Data = Sequence[tuple[Dataset, Dataset | None]]
-"""Of every unit what it is trained on, and what is held out."""
+"""(data to train on, held-out data) of every unit."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[UnitResult]:
@@ -60,8 +60,8 @@ def train(config: TrainConfig, console: Console | None = None) -> list[UnitResul
 
     Call it from the main thread, which alone gets signals. A unit that fails has its error in its
     result. Under torchrun the processes share every update, and only the first has results.
-    Raises ConfigError, DataError, BaseRefused, all that can be known of settings, folder and data
-    before the base is loaded.
+    Raises ConfigError, DataError or BaseRefused; what is wrong with settings, folder or data is
+    raised before the base is loaded.
     """
     expand(config.units)
     with joined(config.base) as (world, base_config), run_folder(config, world):
@@ -75,7 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[UnitResul
 def load_all_of(
     config: TrainConfig, base_config: BaseConfig, say: Say
 ) -> tuple[Base, Tokenizer, Data]:
-    """A run's data and base, in this order: the data's mistakes are known in seconds."""
+    """Load a run's data, then its base: mistakes in the data are known in seconds."""
     if config.tensorboard:
         check_tensorboard()
     for unit in config.units:
@@ -127,6 +127,7 @@ def _train(
             if world.any(should_stop()):
                 save(num_passes)
                 break
+            # One forward and backward of every unit; an update of those whose window is complete.
             changed = run_pass(base, active, world, warn)
             evaluate_due(base, changed, loss_sums, world, warn)
             changed += stop_losers(units, sweeps)
@@ -135,6 +136,7 @@ def _train(
             if num_passes % config.checkpoint_interval == 0:
                 save(num_passes)
     if not active:
+        # Writing the adapters may fail on a full disk; what was trained must outlast that.
         _save_before_export(save, num_passes, warn)
     if not world.is_main:
         return []
@@ -163,7 +165,7 @@ def _write(
 
 
 def _save_before_export(save: Callable[[int], None], num_passes: int, warn: Say) -> None:
-    """Where the disk has no room for it, there may still be enough for the adapters."""
+    """A full disk is only a warning here: there may be room for the adapters, which are smaller."""
     try:
         save(num_passes)
     except ConfigError as error:
@@ -197,7 +199,7 @@ def _watch(
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
-    """What every unit is trained on and evaluated on, its sweeps expanded.
+    """Load the data of every unit, sweeps expanded, to train and to evaluate on.
 
     Raises ConfigError for settings that the data cannot follow, DataError.
     """

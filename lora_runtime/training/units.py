@@ -30,7 +30,7 @@ LOWER_RATE = "a lower learning_rate usually helps"
 
 
 class UnitStatus(StrEnum):
-    """Where a unit stands."""
+    """Whether a unit still trains, and how it ended."""
 
     RUNNING = "running"
     DONE = "done"
@@ -40,12 +40,12 @@ class UnitStatus(StrEnum):
 
 
 class StepRecord(NamedTuple):
-    """What one update did. `loss` is the mean over its target tokens, or pairs, before it."""
+    """Facts of one update. `loss` is the mean over its target tokens, or pairs, before the step."""
 
     step: int
     loss: float
     accuracy: float | None
-    """Of preferences: see `Signal`."""
+    """See `Signal`; None unless the data are preferences."""
     margin: float | None
     learning_rate: float
     grad_norm: float
@@ -58,10 +58,10 @@ class StepRecord(NamedTuple):
 
 @dataclass(slots=True)
 class Window:
-    """How far the current update is: its examples done, what they showed and their wall time."""
+    """Progress of the current update: its items done, their signal and wall time."""
 
     done: list[int] = field(default_factory=list)
-    """Their places among the update's examples."""
+    """Places of the items done among the window's items."""
     signal: Signal = NOTHING
     seconds: float = 0.0
 
@@ -83,9 +83,10 @@ class Unit:
         num_processes: int = 1,
         others: Sequence[Unit] = (),
     ) -> None:
-        """`others`: of the same run, before its first update; a sweep's members start alike, and
-        finding factors takes long. Raises ConfigError for settings that the base or the data cannot
-        follow.
+        """`others`: units of the same run, before its first update. One with an equal start gives
+        its first weights, since factorising takes long and a sweep's members often start alike.
+
+        Raises ConfigError for settings that the base or the data cannot follow.
         """
         check_settings(config, dataset)
         self.config, self.dataset, self.seed = config, dataset, seed
@@ -135,7 +136,7 @@ class Unit:
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, Parameter]:
-        """What is trained: `<module>.<part>` → parameter, in a fixed order."""
+        """The trained tensors: `<module>.<part>` → parameter, in a fixed order."""
         parts = {name: module.parameters for name, module in self.modules.items()}
         return {f"{name}.{part}": value for name in parts for part, value in parts[name].items()}
 
@@ -197,7 +198,9 @@ class Unit:
         return best.step if best else self.step
 
     def step_record(self, grad_norm: float) -> StepRecord:
-        """What the update that ends the window does; to be asked before the optimizer's step."""
+        """The record of the update that ends the window; made before the optimizer's step, whose
+        learning rate it notes.
+        """
         signal = self.window.signal
         examples = [example for item in self._window() for example in item.examples]
         return StepRecord(

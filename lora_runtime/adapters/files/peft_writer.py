@@ -64,7 +64,7 @@ def peft_files(
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": base.name_or_path or base.name,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,

@@ -44,7 +44,7 @@ class Dataset:
     format: str
     """A key of `formats.FORMATS`."""
     examples: tuple[Example, ...]
-    """Of preferences, chosen and rejected in turn."""
+    """For preferences, chosen and rejected in turn."""
     num_truncated: int
     """Examples cut at `max_seq_len`."""
     num_dropped: int = 0
@@ -52,7 +52,7 @@ class Dataset:
     unused: tuple[str, ...] = ()
     """The file's keys or columns that no example is made of."""
     notes: tuple[str, ...] = ()
-    """What else is worth saying of how rows were read."""
+    """Remarks on how rows were read, to show before training."""
     digest: str
     """SHA-256 over the token ids and targets of all examples."""
 
@@ -68,12 +68,12 @@ class Dataset:
 
     @property
     def items(self) -> Sequence[Item]:
-        """What is trained on one by one: the pairs, or else the examples."""
+        """The pairs of preferences, or else the examples."""
         return self.pairs or self.examples
 
     @property
     def weight(self) -> int:
-        """What the sum of all losses is divided by: the target tokens, or the pairs."""
+        """Number of target tokens, or of pairs: what the sum of losses is divided by."""
         return sum(item.weight for item in self.items)
 
     @property
@@ -105,7 +105,7 @@ class Dataset:
 
 
 class _Entry(NamedTuple):
-    """What one row gave. `draw` is a number in [0, 1), the same wherever its content stands."""
+    """The examples of one row; `draw` in [0, 1) is a hash of the content, not of its place."""
 
     examples: list[Example]
     num_truncated: int

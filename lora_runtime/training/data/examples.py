@@ -1,4 +1,4 @@
-"""What one row of training data teaches: an example, or a pair of them."""
+"""The item of one row of training data: an example, or a pair of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Example:
 
     @property
     def weight(self) -> int:
-        """Losses that a mean over examples counts it as."""
+        """Its number of target tokens: how much it counts in a mean."""
         return len(self.predictors)
 
 
@@ -40,12 +40,12 @@ class Pair(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Losses that a mean over pairs counts it as."""
+        """1: how much it counts in a mean over pairs."""
         return 1
 
 
 Item = Example | Pair
-"""What one row teaches, never divided among forwards."""
+"""Example or pair of one row; never divided among forwards."""
 
 
 def num_tokens(item: Item) -> int:

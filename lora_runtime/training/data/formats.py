@@ -1,4 +1,4 @@
-"""What a row means: its format by its keys, and its token ids with the targets among them.
+"""From a row to token ids and targets; the row's keys decide its format.
 
 chat         `messages`, and if there is `system`: what the assistant says is learned
 sharegpt     `conversations` of `from` and `value`, and if there is `system`: as chat
@@ -181,7 +181,7 @@ def content_of(values: Values, kind: str) -> dict[str, object]:
 
 
 def note_of(values: Values, kind: str) -> str | None:
-    """What is worth saying of how a row is read."""
+    """A remark on how a row is read, if there is one."""
     if kind in ("completion", "preference") and values.get("system"):
         return None if isinstance(values["prompt"], list) else AS_CHAT
     turns = values[FORMATS[kind].required[0]]

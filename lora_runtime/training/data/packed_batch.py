@@ -1,4 +1,4 @@
-"""Examples laid end to end as one forward takes them; what several begin with is there once."""
+"""Examples laid end to end for one forward; a beginning that several share is computed once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Family(NamedTuple):
 
     @property
     def rows(self) -> RowLengths:
-        """As attention takes them."""
+        """The lengths as attention takes them."""
         return RowLengths(
             [len(example.token_ids) - self.prefix for example in self.examples], self.prefix
         )
@@ -38,7 +38,7 @@ class PackedBatch:
     token_ids: Tensor
     position_ids: Tensor
     rows: list[list[RowLengths]]
-    """Of each unit."""
+    """Per unit, the lengths of its rows as attention takes them."""
     logits_at: Tensor
     labels: Tensor
 
@@ -68,9 +68,10 @@ class PackedBatch:
 
 
 def families(examples: Sequence[Example]) -> list[Family]:
-    """Examples in order, as those under one system prompt or both answers of a preference.
+    """Group examples, in order, by a shared beginning: one system prompt, or a preference's prompt.
 
-    Greedy: one joins those before it unless fewer tokens would then be saved.
+    Greedy: an example joins the family before it unless that would save fewer tokens in all, as a
+    shorter common prefix does for a large family.
     """
     found: list[Family] = []
     for example in examples:

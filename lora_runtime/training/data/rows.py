@@ -16,7 +16,7 @@ Row = tuple[str, dict[str, object]]
 """(`file:line`, or `file, item n` of a JSON list, or `file, row n`; key → value)."""
 
 ROWS_AT_ONCE = 1024
-"""Of a Parquet file in memory."""
+"""Rows of a Parquet file that are in memory at once."""
 
 csv.field_size_limit(2**31 - 1)
 """The module's own limit, 131,072 characters a cell, is for files that nobody has chosen; a long

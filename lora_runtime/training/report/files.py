@@ -27,7 +27,7 @@ _NOT_SETTINGS = ("name", "data", "eval_data", "sweep")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
-    """What became of one unit. Status `running` means interrupted: it can be resumed."""
+    """Facts of one unit after a run. Status `running` means interrupted: it can be resumed."""
 
     name: str
     status: UnitStatus
@@ -44,7 +44,7 @@ class UnitResult:
     note: str | None = None
     """Why the unit ended before its last update, or whose copy it is."""
     warnings: tuple[str, ...] = ()
-    """What speaks against a finished adapter: see `outcome.py`."""
+    """Warnings about a finished adapter: see `outcome.py`."""
     sweep: str | None = None
     """The unit whose sweep this is a member of."""
     copy_of: str | None = None
@@ -56,7 +56,7 @@ class UnitResult:
     exported_step: int = 0
     """The update whose weights `folder` holds."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """What differs from the defaults of UnitConfig."""
+    """Settings that differ from the defaults of UnitConfig."""
 
     @classmethod
     def of(cls, unit: Unit, folder: Path | None, sweep: str | None = None) -> UnitResult:
@@ -95,7 +95,7 @@ class UnitResult:
 
     @property
     def held_out_loss(self) -> float | None:
-        """Of the last evaluation; None before the first."""
+        """Held-out loss of the last evaluation; None before the first."""
         return self.eval_records[-1].loss if self.eval_records else None
 
     @property

@@ -12,7 +12,7 @@ from lora_runtime.training.units import Unit
 
 
 def warnings_of(unit: Unit) -> tuple[str, ...]:
-    """One sentence for each thing that speaks against the weights as they are now."""
+    """One sentence per reason to doubt the weights as they are now."""
     return tuple(_idle_warnings(unit)) + tuple(_loss_warnings(unit))
 
 

@@ -1,4 +1,4 @@
-"""What people see of a run while it lasts: a bar per unit, or plain lines without a terminal."""
+"""Progress of a run: a bar per unit, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _held_out(unit: Unit) -> Dataset | None:
 
 
 def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | None]]) -> None:
-    """Print what each unit, by name, is trained on and evaluated on: what of it was cut, left out,
-    not used, and masked, which is read and not learned.
+    """Print a table of (name, training data, held-out data): examples, and how many were truncated
+    or dropped; tokens, and the share that is masked: read, but not learned; columns not used.
     """
     column = Column("data", overflow="fold")
     table = Table("adapter", column, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))

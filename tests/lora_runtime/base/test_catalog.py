@@ -81,6 +81,7 @@ def test_catalog_base_is_fetched_verified_and_converted_once(
     steps: list[str] = []
     base = resolve_base("tiny", on_progress=steps.append)
     assert base.name == "tiny" and base.folder == cache / "bases" / f"tiny-{DIGEST[:12]}"
+    assert base.name_or_path == str(base.folder)
     assert (base.folder / "model.safetensors").read_bytes() == GGUF
     assert [step.split()[0] for step in steps] == ["downloading", "converting"]
 
@@ -191,7 +192,7 @@ def test_hub_gives_weights_and_tokenizer_but_no_code(
 
     monkeypatch.setattr(catalog, "snapshot_download", snapshot)
     base = resolve_base("someone/some-model.v1")
-    assert base.name == "someone/some-model.v1"
+    assert base.name == base.name_or_path == "someone/some-model.v1"
     assert sorted(path.name for path in base.folder.iterdir()) == sorted(remote[:6])
 
 

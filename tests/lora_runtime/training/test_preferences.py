@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lora_runtime.errors import ConfigError, DataError
-from lora_runtime.training import losses, tensorboard
+from lora_runtime.training import losses
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.data import load_dataset, num_tokens
 from lora_runtime.training.dry_run import estimate
 from lora_runtime.training.losses import window_losses
+from lora_runtime.training.report import tensorboard
 from lora_runtime.training.update import run_pass
 from tests.lora_runtime.training.tiny_runs import (
     StopAfter,

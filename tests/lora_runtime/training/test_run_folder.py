@@ -11,8 +11,9 @@ import pytest
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError, DataError
-from lora_runtime.training import report, sweep, trainer
+from lora_runtime.training import sweep, trainer
 from lora_runtime.training.config import TrainConfig, UnitConfig
+from lora_runtime.training.report import files
 from lora_runtime.training.run_folder import run_folder
 from lora_runtime.training.trainer import train
 from lora_runtime.training.units import UnitStatus
@@ -71,7 +72,7 @@ def test_a_full_disk_at_the_end_loses_nothing(
         if place == "report":
             patch.setattr(trainer, "write_report", no_space)
         elif place == "plot":
-            patch.setattr(report.Figure, "savefig", no_space)
+            patch.setattr(files.Figure, "savefig", no_space)
         else:
             full_at = {"first": "one", "second": "two"}[place]
             patch.setattr(

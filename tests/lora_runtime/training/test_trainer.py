@@ -13,6 +13,7 @@ import torch
 from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.base.loader import load_base
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
@@ -35,7 +36,7 @@ from tests.lora_runtime.training.tiny_runs import (
     train_until_done,
     write_jsonl,
 )
-from tests.tiny import dense_twin, tiny_base, tiny_checkpoint
+from tests.tiny import dense_twin, tiny_base, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
 VARIANTS = ["lora", "rslora"]
@@ -225,6 +226,21 @@ def test_a_failed_unit_leaves_no_adapter_and_says_why(tmp_path, tokenizer, base)
     assert results[1].folder == tmp_path / "out" / "good" and results[1].error is None
     assert "wild: " in shown(console) and "failed: the " in shown(console)
     assert "wild failed: the " in (tmp_path / "out" / "report" / "summary.md").read_text()
+
+
+def test_peft_loads_the_base_that_the_file_names(tmp_path, tokenizer, monkeypatch):
+    """From any folder, though the base was given by a relative path and its name has capitals."""
+    folder = tmp_path / "Tiny-Llama"
+    tiny_model("llama").save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    base = load_base(BaseConfig(model="Tiny-Llama", quantization="none", dtype="float32"))
+    unit = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 3), rank=2, max_steps=2)
+    (result,) = run(base, tokenizer, tmp_path / "out", [unit])
+    monkeypatch.chdir("/")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(result.folder)
+    assert model.peft_config["default"].base_model_name_or_path == str(folder)
+    weight = model.get_base_model().model.embed_tokens.weight
+    assert torch.equal(weight, base.model.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
