@@ -24,7 +24,7 @@ MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
     ["lora_runtime.errors", "lora_runtime.temporary_folder", "lora_runtime.terminal"],
-    ["lora_runtime.config"],
+    ["lora_runtime.config", "lora_runtime.shortages"],
     ["lora_runtime.core"],
     ["lora_runtime.text", "lora_runtime.kernels"],
     ["lora_runtime.base"],
