@@ -58,8 +58,18 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = _opened(folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, lock
             os.close(lock)
+
+
+def _opened(folder: Path) -> int:
+    """Open a folder that was just made, or leave none behind: no lock is on it yet."""
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise

@@ -25,6 +25,7 @@ from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import ConfigError
+from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.addresses import check_free, listen
@@ -80,6 +81,7 @@ def run(config: ServerConfig) -> None:
     in it. Raises as `serve`.
     """
     guard = ExitGuard(is_on=True)
+    allow_open_files()
     try:
         asyncio.run(serve(config, guard=guard))
     finally:

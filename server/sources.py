@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError
+from lora_runtime.shortages import shortage
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 MAX_SOURCE_LENGTH = 1024
@@ -40,8 +41,8 @@ class Sources:
             for name in OPTIONAL_FILES:
                 if os.path.lexists(folder / name):
                     self._check_file(folder, name, source)
-        except (OSError, RuntimeError, ValueError):  # a link loop is a RuntimeError
-            raise refused(source, "cannot be read") from None
+        except (OSError, RuntimeError, ValueError) as error:  # a link loop is a RuntimeError
+            raise shortage(error) or refused(source, "cannot be read") from None
         return folder
 
     def _check_text(self, source: str) -> None:

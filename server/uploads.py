@@ -23,6 +23,7 @@ from lora_runtime.adapters.files.file_names import (
 )
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import AdapterInUse, AdapterNotFound, InvalidRequest, Overloaded
+from lora_runtime.shortages import shortage
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
 from server.calls import StoredAdapter, UploadCall, UploadFile
 
@@ -172,7 +173,10 @@ class AdapterStore:
         return upload
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await to_the_end(self._disk.run(function, *args, **kwargs))
+        try:
+            return await to_the_end(self._disk.run(function, *args, **kwargs))
+        except OSError as error:
+            raise shortage(error) or error from None
 
     def _check(self, call: UploadCall) -> None:
         names = [file.name for file in call.files]

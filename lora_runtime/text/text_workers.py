@@ -25,6 +25,7 @@ from queue import PriorityQueue
 from typing import Any, Protocol, TypeAlias
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
+from lora_runtime.shortages import shortage
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
 from lora_runtime.text.text_side import TextSide
 
@@ -308,6 +309,8 @@ class _Pool:
         process = self._processes[index]
         try:
             reply: dict[str, Any] = work(process)
+        except OSError as error:
+            raise shortage(error) or error from None
         finally:
             self._idle.put((not process.is_running, index))
         return reply

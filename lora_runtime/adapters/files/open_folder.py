@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from lora_runtime.adapters.files.file_names import INITIAL_FOLDERS, OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, LoramuxError
+from lora_runtime.shortages import shortage
 
 SETTLE_S = 0.05
 """A folder that changed less than this ago is still being written, and waited for. It is far more
@@ -80,8 +81,8 @@ def open_folder(folder: Path, roots: Sequence[Path] = ()) -> Iterator[OpenFolder
         real = folder.resolve()
         allowed = tuple(root.resolve() for root in roots) or (_own_root(real),)
         directory = _open_below(allowed, real, _DIRECTORY)
-    except (OSError, ValueError, RuntimeError):  # a link loop is a RuntimeError
-        raise AdapterSourceRefused(
+    except (OSError, ValueError, RuntimeError) as error:  # a link loop is a RuntimeError
+        raise shortage(error) or AdapterSourceRefused(
             f"adapter folder {folder.name!r} is missing or not a folder", field="folder"
         ) from None
     try:
@@ -126,7 +127,7 @@ class OpenFolder:
         except FileNotFoundError:
             raise AdapterSourceRefused(f"{name} is missing from the folder", field=name) from None
         except OSError as error:
-            raise AdapterSourceRefused(
+            raise shortage(error) or AdapterSourceRefused(
                 f"{name} is a link or cannot be read: {error.strerror}", field=name
             ) from None
         try:
@@ -140,7 +141,7 @@ class OpenFolder:
         try:
             directory = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._directory)
         except OSError as error:
-            raise AdapterSourceRefused(
+            raise shortage(error) or AdapterSourceRefused(
                 f"{name} is a link or no folder: {error.strerror}", field=name
             ) from None
         try:
