@@ -45,8 +45,8 @@ from server.watchdog import Watchdog
 FAILURE_GRACE_S = 1.0
 """What streams get to receive their error when a part of the server has failed."""
 HTTP_STOP_S = 1.0
-EXIT_S = 4.5
-"""What the process gets to end, beyond the drain."""
+EXIT_S = 4.0
+"""What the process gets to end, beyond the drain; 5 s are promised, on a busy machine too."""
 
 logger = structlog.get_logger(__name__)
 
