@@ -29,7 +29,7 @@ from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import BaseConfig
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.trainer import train_units
@@ -78,7 +78,7 @@ def checked(base: Base, folder: Path, record: ParityRecord) -> tuple[Parity, flo
     """The gate's numbers, and the longest of the chunks in seconds."""
     form = load_adapter(folder, base.spec, base.weights)
     numbers, longest = [], 0.0
-    for chunk in chunks(record, effect_of(base, pack_for(base, form))):
+    for chunk in chunks(record, adapter_logits(base, pack_for(base, form))):
         begun = time.perf_counter()
         numbers.append(chunk())
         longest = max(longest, time.perf_counter() - begun)
@@ -104,7 +104,7 @@ def rows_of(base: Base, folders: dict[str, Path], scratch: Path) -> list[dict]:
         honest, seconds = checked(base, folder, record)
         row = {
             "base": base.spec.name, "variant": name, "dtype": base.spec.dtype,
-            "effect": honest.effect, "noise": record.noise, "limit": honest.limit,
+            "effect": honest.effect_rms, "noise": record.noise, "limit": honest.limit,
             "error": honest.error, "passed": honest.passed, "longest_chunk_s": seconds,
         }  # fmt: skip
         for kind, everywhere in (("one", False), ("all", True)):

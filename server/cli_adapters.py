@@ -1,4 +1,4 @@
-"""`loramux adapters verify` and `convert`: an adapter's folder on the bench, without a server."""
+"""`loramux adapters verify` and `convert`: offline commands on an adapter's folder."""
 
 from __future__ import annotations
 
@@ -74,8 +74,7 @@ def verify(
     console.print(_module_table(load.form))
     packed = load.pack(settings.adapters.layer_limit(load.base.spec.num_layers))
     console.print(_fact_table(load.form, load.base, packed.nbytes, settings))
-    numbers = [forward() for forward in load.parity_forwards(packed)]
-    console.print(_parity_line(load.check_parity(numbers)))
+    console.print(_parity_line(load.gate(packed)))
 
 
 def convert(
@@ -241,6 +240,6 @@ def _parity_line(parity: Parity | None) -> str:
     if parity is None:
         return "parity: no parity record"
     return (
-        f"parity: error {parity.error:.2g} of an effect of {parity.effect:.3g} logits, "
+        f"parity: error {parity.error:.2g} of an effect of {parity.effect_rms:.3g} logits, "
         f"limit {parity.limit:.2g}: passed"
     )

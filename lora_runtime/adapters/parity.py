@@ -108,7 +108,7 @@ class Parity:
     """Relative error of the effect."""
     base_error: float
     """Relative error of the base's own logits."""
-    effect: float
+    effect_rms: float
     """Root mean square of the recorded Δz, in logits."""
     limit: float
     base_limit: float
@@ -170,9 +170,11 @@ def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Pari
     base_here, adapter_here = _joined(record, numbers)
     effect = adapter - base
     is_coarse = "bfloat16" in (record.dtype, dtype)
+    # A record of version 1 does not say how much of it is rounding: it is judged by wide limits.
     is_rough = is_coarse and record.noise is None
     limit, floor = (ROUGH_LIMIT, ROUGH_FLOOR) if is_rough else (LIMIT, FLOOR)
     smallest = torch.finfo(torch.float64).tiny
+    # The floor: an adapter that changes next to nothing is compared with the logits themselves.
     scale = max(float(effect.norm()), floor * float(adapter.norm()), smallest)
     base_scale = max(float(base.norm()), smallest)
     base_limit = ROUGH_BASE_LIMIT if is_rough else LIMIT
@@ -182,7 +184,7 @@ def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Pari
     return Parity(
         error=float((adapter_here - base_here - effect).norm()) / scale,
         base_error=float((base_here - base).norm()) / base_scale,
-        effect=float(effect.norm()) / len(effect) ** 0.5,
+        effect_rms=float(effect.norm()) / len(effect) ** 0.5,
         limit=limit,
         base_limit=base_limit,
     )
@@ -195,7 +197,7 @@ def require(parity: Parity, record: ParityRecord, tensors_sha256: str | None = N
     if not parity.passed:
         raise ParityFailed(
             f"the adapter does not do here what {PARITY_FILE} recorded: relative error "
-            f"{parity.error:.2g} of its effect ({parity.effect:.3g} logits), at most "
+            f"{parity.error:.2g} of its effect ({parity.effect_rms:.3g} logits), at most "
             f"{parity.limit:.2g} is accepted (of the base's own logits {parity.base_error:.2g}, at "
             f"most {parity.base_limit:.2g}). Its weights were changed after the record, or this "
             f"machine computes wrongly; remove {PARITY_FILE} only if you changed them on purpose",

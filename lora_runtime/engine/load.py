@@ -16,13 +16,13 @@ from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
-from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare, require
+from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare, gate, require
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class AdapterLoad:
         """Return the gate's forwards, a row each, for the thread that runs the base; none without
         a record. Other work may come between them.
         """
-        return [] if self.record is None else chunks(self.record, effect_of(self.base, packed))
+        return [] if self.record is None else chunks(self.record, adapter_logits(self.base, packed))
 
     def check_parity(self, numbers: Sequence[Tensor]) -> Parity | None:
         """Judge what all `parity_forwards` gave, in their order; None without a record.
@@ -75,6 +75,12 @@ class AdapterLoad:
         parity = compare(self.record, numbers, self.base.spec.dtype)
         require(parity, self.record, self.form.facts.tensors_sha256)
         return parity
+
+    def gate(self, packed: PackedAdapter) -> Parity | None:
+        """Run and judge the whole gate on this thread, which must be the one that runs the base."""
+        logits = adapter_logits(self.base, packed)
+        dtype, tensors_sha256 = self.base.spec.dtype, self.form.facts.tensors_sha256
+        return gate(self.record, logits, dtype, tensors_sha256)
 
     def loaded(self, packed: PackedAdapter) -> LoadedAdapter:
         """Return what is told of it once it is kept."""

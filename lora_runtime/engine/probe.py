@@ -23,7 +23,7 @@ from lora_runtime.kernels import Span, StepMeta
 TokenRows = Sequence[Sequence[int]]
 
 
-def effect_of(base: Base, adapter: PackedAdapter) -> Logits:
+def adapter_logits(base: Base, adapter: PackedAdapter) -> Logits:
     """What the parity gate asks, by the kernels that serve. The adapter is brought to the device
     at the first call that needs it.
 

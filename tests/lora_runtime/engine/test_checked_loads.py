@@ -17,7 +17,7 @@ from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig
 from lora_runtime.engine import load
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.loop import InThreadEngine
-from lora_runtime.engine.probe import effect_of, probe_logits
+from lora_runtime.engine.probe import adapter_logits, probe_logits
 from lora_runtime.errors import ParityFailed
 from tests.driver import greedy
 from tests.peft_adapters import write_adapter
@@ -36,7 +36,7 @@ def recorded_adapter(base, folder, seed, honest=True):
     """PEFT's, with a record of what it does, or of what another one does."""
     write_adapter(tiny_model("llama"), folder, seed=seed)
     form = load_adapter(folder, base.spec, base.weights)
-    logits = effect_of(base, pack_for(base, form))
+    logits = adapter_logits(base, pack_for(base, form))
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCAB_SIZE, (NUM_ROWS, 40), generator=generator).tolist()
     record = measure(rows, logits, logits, fingerprint=base.spec.fingerprint)
@@ -115,7 +115,7 @@ def test_logits_are_made_of_the_recorded_positions_only(base, tmp_path):
     row, places = [5, 9, 200, 17, 3, 44, 8], [1, 4, 6]
     with hook:
         for with_adapter in (False, True):
-            found = effect_of(base, pack_for(base, form))(row, places, with_adapter)
+            found = adapter_logits(base, pack_for(base, form))(row, places, with_adapter)
             (every,) = probe_logits(base, form if with_adapter else None, [row])
             assert torch.allclose(found, every[places], atol=1e-5)
             assert found.shape == (3, VOCAB_SIZE)

@@ -14,7 +14,7 @@ from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import NUM_POSITIONS, ROW_LENGTH, gate, measure
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 from lora_runtime.errors import AdapterRefused, ParityFailed
 from tests.tiny import VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint
 from tests.variants import variant_names, write_variants
@@ -62,7 +62,7 @@ def recorded_by_peft(base, variant, form):
 
 
 def served_logits(base, form):
-    return effect_of(base, pack_for(base, form))
+    return adapter_logits(base, pack_for(base, form))
 
 
 def without_one_part(form):
@@ -76,7 +76,7 @@ def test_what_peft_recorded_is_served(base, variant):
     form = load_adapter(variant.folder, base.spec, base.weights)
     record = recorded_by_peft(base, variant, form)
     parity = gate(record, served_logits(base, form), "float32")
-    assert parity.error < 1e-4 and parity.effect > 0.3
+    assert parity.error < 1e-4 and parity.effect_rms > 0.3
     with pytest.raises(ParityFailed):
         gate(record, served_logits(base, without_one_part(form)), "float32")
 

@@ -27,7 +27,7 @@ from lora_runtime.base.loader import load_base
 from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
 from lora_runtime.engine.engine import Engine
 from lora_runtime.engine.loop import InThreadEngine
-from lora_runtime.engine.probe import effect_of
+from lora_runtime.engine.probe import adapter_logits
 from lora_runtime.errors import ParityFailed
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import UnitConfig
@@ -127,10 +127,10 @@ def assert_recorded_in_float32(base, folders, capsys):
         figures = []
         for one in {base.dtype: base, torch.float32: view}.values():
             form = load_adapter(folder, one.spec, one.weights)
-            parity = gate(record, effect_of(one, pack_for(one, form)), one.spec.dtype)
+            parity = gate(record, adapter_logits(one, pack_for(one, form)), one.spec.dtype)
             figures.append(f"{one.spec.dtype} {parity.error:.2g} of {parity.limit:.2g}")
         assert parity.limit == 0.01
         assert parity.error < 5e-3 if folder.name == "bfloat16-file" else parity.error < 1e-3
         with capsys.disabled():
-            noise = f"effect {parity.effect:.3g}, noise {record.noise:.2g}"
+            noise = f"effect {parity.effect_rms:.3g}, noise {record.noise:.2g}"
             print(f"\n{base.spec.name} {folder.name}: {noise}; error {', '.join(figures)}", end="")

@@ -16,7 +16,7 @@ from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.fingerprint import fingerprint
-from lora_runtime.engine.probe import effect_of, probe_logits
+from lora_runtime.engine.probe import adapter_logits, probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.export import adapter_files
@@ -281,8 +281,8 @@ def train_all(base, tokenizer, folder, variants):
 def assert_served_as_trained_and_as_in_peft(base, folder):
     record = read_parity_record(folder, base.spec)
     form = load_adapter(folder, base.spec, base.weights)
-    parity = gate(record, effect_of(base, pack_for(base, form)), "float32")
-    assert parity.limit == 0.01 and parity.error < 1e-4 and parity.effect > 0.3
+    parity = gate(record, adapter_logits(base, pack_for(base, form)), "float32")
+    assert parity.limit == 0.01 and parity.error < 1e-4 and parity.effect_rms > 0.3
     oracle = load_in_peft(dense_twin(base, "llama"), folder)
     with torch.no_grad():
         for row, ours in zip(ROWS, probe_logits(base, form, ROWS), strict=True):
@@ -303,9 +303,9 @@ def test_files_in_bfloat16_pass_the_parity_gate(tmp_path, tokenizer, disk_base):
             is_factor = "lora_A" in key or "lora_B" in key
             assert tensor.dtype == (torch.bfloat16 if is_factor else torch.float32)
         form = load_adapter(folder, disk_base.spec, disk_base.weights)
-        served = effect_of(disk_base, pack_for(disk_base, form))
+        served = adapter_logits(disk_base, pack_for(disk_base, form))
         parity = gate(read_parity_record(folder, disk_base.spec), served, "float32")
-        assert parity.error < 0.01 and parity.effect > 0.3
+        assert parity.error < 0.01 and parity.effect_rms > 0.3
 
 
 @pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8"])

@@ -18,7 +18,7 @@ from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.loader import prepare_base
 from lora_runtime.base.varlen_attention import Rows, VarlenAttention
 from lora_runtime.config import BaseConfig
-from lora_runtime.engine.probe import effect_of, probe_logits
+from lora_runtime.engine.probe import adapter_logits, probe_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import losses
 from lora_runtime.training.config import UnitConfig
@@ -353,7 +353,7 @@ def served(base, folder):
 
 def parity_of(base, folder):
     form = load_adapter(folder, base.spec, base.weights)
-    logits = effect_of(base, pack_for(base, form))
+    logits = adapter_logits(base, pack_for(base, form))
     return gate(read_parity_record(folder, base.spec), logits, "float32", form.facts.tensors_sha256)
 
 
@@ -389,7 +389,7 @@ def exported(tmp_path_factory, tokenizer):
 def test_exports_pass_the_parity_gate_and_do_the_same_in_peft(exported, shape, name):
     base, folders = exported[shape]
     parity = parity_of(base, folders[name])
-    assert parity.error < 1e-4 and parity.effect > 0.1
+    assert parity.error < 1e-4 and parity.effect_rms > 0.1
     oracle = load_in_peft(filled(dense_twin(base, shape)), folders[name])
     with torch.no_grad():
         for row, ours in zip(ROWS, served(base, folders[name])(ROWS, True), strict=True):
