@@ -166,9 +166,7 @@ class Service:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
                 return await self._tokenised(len(text), self._tokenizer.encode, text)
-            case ChatPrompt(messages=messages) if side is not None and (
-                side.is_own_template or side.tokenizer is not None
-            ):
+            case ChatPrompt(messages=messages) if side is not None and side.renders_chats:
                 check_messages(messages)
                 rendered = await self._own_text.render(side, messages)
                 if isinstance(rendered, list):

@@ -41,6 +41,7 @@ def plain_files(
     if not adapted:
         raise _refused("target_modules", "PEFT needs a module with A and B")
     ranks = {path: module.rank for path, module in adapted.items()}
+    # The config says the commonest rank; the other modules are patterns.
     rank = Counter(ranks.values()).most_common(1)[0][0]
     patterns = {re.escape(path): own for path, own in ranks.items() if own != rank}
     files = peft_files(

@@ -36,7 +36,9 @@ class TensorLoss:
     @property
     def ratio(self) -> float:
         """‖error‖ / ‖change‖; infinite where a tensor without change was rounded."""
-        return self.error / self.change if self.change else math.inf if self.error else 0.0
+        if self.change:
+            return self.error / self.change
+        return math.inf if self.error else 0.0
 
 
 class Merge:
@@ -120,6 +122,7 @@ def merged_weight(weight: Tensor, module: ModuleForm, *, is_table: bool = False)
         exact += change.T if is_table else change
     if module.patch is not None:
         ids = slice(None) if module.patch.ids is None else module.patch.ids.long()
+        # Added, not assigned: on these rows the low-rank change acts beside the replaced row.
         exact[ids] += module.patch.values.double() - w[ids].double()
     return exact.float()
 

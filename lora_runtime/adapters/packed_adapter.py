@@ -70,6 +70,7 @@ class PackedAdapter:
             rows=of_weights,
             row_ids=of_words,
         )
+        # −1 says that a part is missing, wherever the adapter lies.
         return torch.where(self.extents < 0, self.extents, self.extents + torch.tensor(shift))
 
 
@@ -132,6 +133,7 @@ class _Place(NamedTuple):
 def _places(form: ServingForm, weight_bytes: int) -> Iterator[_Place]:
     """Every tensor once, in the order of the modules, though modules may share some."""
     start, seen = 0, set()
+    # Sorted, so that equal content gives equal bytes. PEFT's visits of one layer share tensors.
     for key in sorted(form.modules):
         for tensor, values, view in _parts(form.modules[key]):
             if id(tensor) not in seen:

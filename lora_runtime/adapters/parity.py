@@ -170,9 +170,11 @@ def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Pari
     base_here, adapter_here = _joined(record, numbers)
     effect = adapter - base
     is_coarse = "bfloat16" in (record.dtype, dtype)
+    # A record of version 1 does not say how much of it is rounding: it is judged by wide limits.
     is_rough = is_coarse and record.noise is None
     limit, floor = (ROUGH_LIMIT, ROUGH_FLOOR) if is_rough else (LIMIT, FLOOR)
     smallest = torch.finfo(torch.float64).tiny
+    # The floor: an adapter that changes next to nothing is compared with the logits themselves.
     scale = max(float(effect.norm()), floor * float(adapter.norm()), smallest)
     base_scale = max(float(base.norm()), smallest)
     base_limit = ROUGH_BASE_LIMIT if is_rough else LIMIT

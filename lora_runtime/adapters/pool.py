@@ -38,9 +38,9 @@ class AdapterPool:
     ) -> None:
         """`like` gives the device and the dtype of the weights.
 
-        `bound`: modules that count as touched from the start; then what was touched once stays so,
-        and `layout` only changes when an adapter needs more than any before. `max_rank`: the
-        largest rank that is expected.
+        `bound`: modules that are bound from the start. Where it is given bindings only grow, so
+        that captured graphs stay valid until an adapter needs more than any before: see `layout`.
+        `max_rank`: the largest rank that is expected.
         """
         size = num_bytes // ALIGNMENT * ALIGNMENT
         self._storage = torch.empty(size, dtype=torch.uint8, device=like.device)
@@ -121,6 +121,7 @@ class AdapterPool:
         """Leave out modules that no slot touches: they run as the base's own."""
         touched = set[str]().union(*self._touched)
         if self._bound is not None:
+            # A graph replays the bindings it was captured with: none of them may go again.
             touched = self._bound = self._bound | touched
         self.bindings = {
             path: PooledBinding(self.memory, self.extents, self._index[path]) for path in touched

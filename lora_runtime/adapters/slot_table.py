@@ -121,6 +121,7 @@ class SlotTable:
         room. With nothing pinned what fits an empty pool always finds room.
         """
         acquired = self._acquire_each(digests)
+        # Enough bytes may be free and no hole large enough: an empty pool has one hole.
         if acquired is None and not self._pins:
             for resident in list(self._resident):
                 self.evict(resident)
@@ -168,7 +169,7 @@ class SlotTable:
                 if victim is None:
                     return None
                 self.evict(victim)
-        self._resident.move_to_end(digest)
+        self._resident.move_to_end(digest)  # the order of `_resident` is that of last use
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
 

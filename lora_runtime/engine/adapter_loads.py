@@ -31,7 +31,8 @@ class Event(Protocol):
 
 
 Enqueue = Callable[[Callable[[], None]], Event]
-"""Runs a function whose copies go behind all work queued so far; gives the event of their end."""
+"""Runs a function that enqueues copies after all work queued so far; returns an event that tells
+when they are done."""
 
 
 class AdapterLoads:
@@ -48,7 +49,8 @@ class AdapterLoads:
             self._pool.load(placement, adapter)
             return
         if adapter.num_replicas > self._pool.num_replicas:
-            self._finish(len(self._copies))  # they write to the tables that are about to move
+            # The run tables are about to move, and copies under way still write to the old ones.
+            self._finish(len(self._copies))
         self._pool.make_room_for(adapter)
         event = self._enqueue(lambda: self._pool.copy(placement, adapter))
         self._copies.append((event, adapter))

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, p
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
-from lora_runtime.base.loader import Base
+from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
     ANY_FOLDER,
@@ -42,11 +43,30 @@ from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND
+from lora_runtime.kernels.compiling import watch_compiles
 
 log = logging.getLogger(__name__)
 
 USUAL_MAX_RANK = 64
 """Graphs are captured for adapters of up to this rank; one of a larger rank captures them anew."""
+
+
+def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None = None) -> Engine:
+    """Load a base and build its engine, ready to run; blocks. Raises as `load_base`."""
+    say = on_progress or (lambda _: None)
+    base = load_base(config.base, on_progress)
+    if base.device.type == "cuda":
+        watch_compiles()
+    with current_device(base.device):
+        engine = Engine(base, config)
+        say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
+        engine.runner.warm_up(say)
+    return engine
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the thread's own: every thread begins with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine:
@@ -138,14 +158,14 @@ class Engine:
         return outputs
 
     def add_adapter(self, form: ServingForm) -> None:
-        """Pack and keep an adapter, of whose tensors nothing is needed then; see `add_packed`."""
+        """Pack an adapter and keep its bytes; `form` may be freed. Raises as `add_packed`."""
         self.add_packed(pack_for(self.base, form))
 
     def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         """Read, check and keep an adapter, all on this thread. Raises as `EngineClient`'s."""
         load = AdapterLoad.read(folder, self.base, rules)
         packed = load.pack(self.info.max_adapter_layers)
-        load.check_parity([forward() for forward in load.parity_forwards(packed)])
+        load.gate(packed)
         self.add_packed(packed)
         return load.loaded(packed)
 

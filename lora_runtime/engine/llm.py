@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lora_runtime.base.device import device_defaults
-from lora_runtime.base.loader import load_base
 from lora_runtime.config import (
     AdapterConfig,
     BaseConfig,
@@ -38,7 +37,7 @@ from lora_runtime.core import (
     TokenLogprob,
 )
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
-from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -88,20 +87,22 @@ class LLM:
         dtype: DtypeName = "auto",
         device: str = "auto",
         config: EngineConfig | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load a base (a catalog name, local folder, GGUF file or hub id) and adapters.
 
         `adapters`: name → folder. `config`: all settings of the engine, in place of the other ones.
+        `on_progress` is told what is being done.
         Raises BaseRefused, ConfigError, and as `load`.
         """
         self._engine: Engine | None = None
         self._adapters: dict[str, _Named] = {}
         self._lock = threading.RLock()
         config = config or _config(str(base), quantization, dtype, device)
-        loaded = load_base(config.base)
+        self._engine = load_engine(config, on_progress)
+        loaded = self._engine.base
         self._tokenizer = Tokenizer.load(loaded.folder)
         self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
-        self._engine = Engine(loaded, config)
         try:
             for name, folder in (adapters or {}).items():
                 self.load(name, folder)
@@ -128,7 +129,8 @@ class LLM:
             engine = self._running()
             if name in self._adapters:
                 raise AdapterExists(f"adapter {name!r} is loaded; unload it first", field="name")
-            loaded = engine.load_adapter(Path(folder))
+            with current_device(engine.base.device):
+                loaded = engine.load_adapter(Path(folder))
             try:
                 self._adapters[name] = _Named(loaded, self._own_side(loaded))
             except BaseException:
@@ -162,6 +164,7 @@ class LLM:
         `return_errors` that is in its Completion instead, and the other prompts are answered.
         """
         with self._lock:
+            device = self._running().base.device
             choices = _choices(prompts, adapter)
             rows: list[_Row | LoramuxError] = []
             for index, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
@@ -172,7 +175,8 @@ class LLM:
                         error.add_note(f"prompts[{index}]")
                         raise
                     rows.append(error)
-            self._run([row for row in rows if isinstance(row, _Row)])
+            with current_device(device):
+                self._run([row for row in rows if isinstance(row, _Row)])
         found = [_completion(row) for row in rows]
         failed = next((one.error for one in found if one.error is not None), None)
         if failed is not None and not return_errors:
@@ -268,7 +272,7 @@ class LLM:
                 "a prompt is neither a text, nor token ids, nor messages of role and content",
                 field="prompts",
             )
-        if side is None or not (side.is_own_template or side.tokenizer is not None):
+        if side is None or not side.renders_chats:
             return self._tokenizer.apply_chat_template(messages)
         check_messages(messages)
         rendered = _awaited(self._own_text.render(side, messages))
@@ -289,9 +293,11 @@ class LLM:
                     except LoramuxError as error:
                         row.fail(error)
                 for output in engine.step():
-                    row = running[output.request_id]
-                    row.take(output)
-                    if row.reason is not None:
+                    taker = running.get(output.request_id)
+                    if taker is None:
+                        continue  # its step was in flight when a stop string ended it
+                    taker.take(output)
+                    if taker.reason is not None:
                         del running[output.request_id]
                         engine.abort(output.request_id)  # a stop string: the engine does not know
                 engine.collect()

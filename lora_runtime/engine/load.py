@@ -16,7 +16,7 @@ from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
-from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare, require
+from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare, gate, require
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
@@ -75,6 +75,12 @@ class AdapterLoad:
         parity = compare(self.record, numbers, self.base.spec.dtype)
         require(parity, self.record, self.form.facts.tensors_sha256)
         return parity
+
+    def gate(self, packed: PackedAdapter) -> Parity | None:
+        """Run and judge the whole gate on this thread, which must be the one that runs the base."""
+        logits = adapter_logits(self.base, packed)
+        dtype, tensors_sha256 = self.base.spec.dtype, self.form.facts.tensors_sha256
+        return gate(self.record, logits, dtype, tensors_sha256)
 
     def loaded(self, packed: PackedAdapter) -> LoadedAdapter:
         """Return what is told of it once it is kept."""

@@ -14,24 +14,21 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
-from lora_runtime.base.loader import load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import ANY_FOLDER, FinishReason, FolderRules, Request, StepOutput
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
-from lora_runtime.engine.engine import Engine
+from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
-from lora_runtime.kernels.compiling import is_compiling, watch_compiles
+from lora_runtime.kernels.compiling import is_compiling
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -57,20 +54,7 @@ def start_engine(
     config: EngineConfig, *, on_progress: Callable[[str], None] | None = None
 ) -> InThreadEngine:
     """Load the base and start its engine; blocks until it is ready. Raises as `load_base`."""
-    say = on_progress or (lambda _: None)
-    base = load_base(config.base, on_progress)
-    if base.device.type == "cuda":
-        watch_compiles()
-    with _current(base.device):
-        engine = Engine(base, config)
-        say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
-        engine.runner.warm_up(say)
-    return InThreadEngine(engine)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the thread's own: every thread begins with the first."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return InThreadEngine(load_engine(config, on_progress))
 
 
 class InThreadEngine:
@@ -200,7 +184,7 @@ class InThreadEngine:
 
     def _run(self) -> None:
         try:
-            with _current(self._engine.base.device):
+            with current_device(self._engine.base.device):
                 while self._failure is None:
                     self._run_once()
         except BaseException:  # whatever ends this thread ends the engine
@@ -222,7 +206,9 @@ class InThreadEngine:
         """Run queued commands up to a long one; wait for one when there is nothing else to do."""
         should_wait = self._engine.is_idle
         while should_wait or not self._inbox.empty():
-            self._is_busy = not should_wait
+            self._is_busy = (
+                not should_wait
+            )  # the watchdog does not count waiting for work as a hang
             command = self._inbox.get()
             self._num_beats += 1
             self._is_busy, should_wait = True, False
@@ -233,7 +219,7 @@ class InThreadEngine:
                 _do(command)
             self._running = None
             if command.is_long:
-                return
+                return  # running streams get a step before the next long command
 
     def _submit(self, request: Request, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
         self._engine.add_request(request)

@@ -26,6 +26,11 @@ class TextSide:
     key: str = ""
     """SHA-256 of all the rest: sides of one key may act together."""
 
+    @property
+    def renders_chats(self) -> bool:
+        """Conversations are rendered by this side and not by the base's own template."""
+        return self.is_own_template or self.tokenizer is not None
+
     def to_json(self) -> dict[str, Any]:
         """As JSON carries it."""
         return asdict(self)

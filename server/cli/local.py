@@ -77,8 +77,7 @@ def verify(
     console.print(_module_table(load.form))
     packed = load.pack(settings.adapters.layer_limit(load.base.spec.num_layers))
     console.print(_fact_table(load.form, load.base, packed.nbytes, settings))
-    numbers = [forward() for forward in load.parity_forwards(packed)]
-    console.print(_parity_line(load.check_parity(numbers)))
+    console.print(_parity_line(load.gate(packed)))
 
 
 def convert(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_runtime.core import ScheduledBatch
+from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import loop
 from lora_runtime.engine.decode_graphs import CudaCapture, DecodeGraphs, segment_bounds
 from lora_runtime.engine.step_buffers import StepBuffers
@@ -157,8 +158,8 @@ class Engine:
 
 def test_the_engine_is_started_and_run_on_its_own_device(cuda, monkeypatch):
     base = SimpleNamespace(device=torch.device("cuda:1"))
-    monkeypatch.setattr(loop, "load_base", lambda config, say: base)
-    monkeypatch.setattr(loop, "Engine", lambda base, config: Engine(cuda))
+    monkeypatch.setattr(engine_module, "load_base", lambda config, say: base)
+    monkeypatch.setattr(engine_module, "Engine", lambda base, config: Engine(cuda))
     engine = loop.start_engine(SimpleNamespace(base=None))
     asyncio.run(engine.close(drain_s=0))
     seen = set(engine._engine.seen)
