@@ -61,9 +61,12 @@ def draw(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Dra
     params = [row.request.sampling for row in rows]
     chosen = choose(logits, rows, best)
     logprobs = _logprobs(logits, chosen[:, 0], params)
-    copied = [None if t is None else t.to("cpu", non_blocking=True) for t in (chosen, logprobs)]
-    stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
-    return Draw(chosen[:, 0], *copied, params, stream and stream.record_event())
+    on_host = chosen.to("cpu", non_blocking=True)
+    logprobs_on_host = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
+    copied = None
+    if logits.is_cuda:
+        copied = torch.cuda.current_stream(logits.device).record_event()
+    return Draw(chosen[:, 0], on_host, logprobs_on_host, params, copied)
 
 
 def choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Tensor:
