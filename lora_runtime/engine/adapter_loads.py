@@ -87,4 +87,5 @@ class CopyStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy()
-            return self._stream.record_event()
+            done: Event = self._stream.record_event()
+            return done

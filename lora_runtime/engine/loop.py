@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -55,7 +55,7 @@ class _Command(NamedTuple):
     """Something to run on the engine thread between steps, and where its result goes."""
 
     action: Callable[[], object]
-    done: Future
+    done: Future[Any]
     is_long: bool
 
 
@@ -88,14 +88,14 @@ class InThreadEngine:
         self._stats = engine.stats()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
-        self._unloading: dict[str, list[Future]] = {}
+        self._unloading: dict[str, list[Future[Any]]] = {}
         self._post_lock = threading.Lock()
         self._readers = WorkerPool(
             "reading adapters", num_threads=NUM_READERS, max_waiting=MAX_WAITING_READS
         )
         self._failure: Unavailable | None = None
         self._is_draining = False
-        self._running: Future | None = None
+        self._running: Future[Any] | None = None
         """Of the command that the engine's thread runs now."""
         self._is_busy = False
         self._num_beats = 0
@@ -255,7 +255,7 @@ class InThreadEngine:
             del self._streams[request_id]
             self._engine.abort(request_id)
 
-    def _drop(self, digest: str, cancel: bool, freed: Future) -> None:
+    def _drop(self, digest: str, cancel: bool, freed: Future[Any]) -> None:
         self._deliver(self._engine.drop_adapter(digest, cancel=cancel))
         self._unloading.setdefault(digest, []).append(freed)
 
@@ -332,7 +332,7 @@ def _do(command: _Command) -> None:
         command.done.set_result(result)
 
 
-def _settle(future: Future, error: Exception | None = None) -> None:
+def _settle(future: Future[Any], error: Exception | None = None) -> None:
     """Give a future its end, unless its caller has gone."""
     if not future.set_running_or_notify_cancel():
         return

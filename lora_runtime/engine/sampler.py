@@ -102,7 +102,7 @@ def _is_cut(sampling: SamplingParams) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1
 
 
-def _on_device(values: list, device: torch.device) -> Tensor:
+def _on_device(values: Sequence[tuple[float, ...] | int], device: torch.device) -> Tensor:
     return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
@@ -126,9 +126,9 @@ def _without_early_stops(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             places += [(index, token_id) for token_id in sorted(sampling.stop_token_ids)]
     if not places:
         return logits
-    index = tuple(_on_device(places, logits.device).long().T)
-    excluded = 0 * logits[index] + torch.finfo(logits.dtype).min
-    return logits.index_put(index, excluded)
+    where = tuple(_on_device(places, logits.device).long().T)
+    excluded = 0 * logits[where] + torch.finfo(logits.dtype).min
+    return logits.index_put(where, excluded)
 
 
 def _draw(logits: Tensor, parameters: Tensor, num_cut: int) -> Tensor:
