@@ -89,5 +89,5 @@ class CopyStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy()
-            event: Event = self._stream.record_event()
-            return event
+            done: Event = self._stream.record_event()
+            return done

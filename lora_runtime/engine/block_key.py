@@ -27,7 +27,7 @@ class BlockInfluence:
 def influence_within(
     request: Request, start: int, stop: int, layer_map: tuple[int, ...] | None = None
 ) -> BlockInfluence:
-    """The effect on the token block of positions `start` to `stop` - 1.
+    """What influences the token block of positions `start` to `stop` - 1.
 
     A block that ends before an activated LoRA's start is the base's own. An adapter of weight 0
     counts: 0 · ∞ is NaN, so its keys and values equal the base's only while its own are finite.
@@ -43,10 +43,10 @@ def influence_within(
 def block_key(
     parent: BlockKey | None, token_ids: Sequence[int], influence: BlockInfluence, salt: str
 ) -> BlockKey:
-    """Key of a full token block: SHA-256 of (salt, parent key, tokens, effect).
+    """Key of a full token block: SHA-256 of (salt, parent key, tokens, influence).
 
     Two blocks with equal keys hold equal keys and values, so a prefix cache may share them: the
-    parent's key stands for every earlier token and its effect. `salt` separates tenants.
+    parent's key stands for every earlier token and what influenced it. `salt` separates tenants.
     """
     content = [
         salt,

@@ -37,7 +37,7 @@ chosen, 8 to 64 rows of a product and 256 entries of adapters."""
 
 
 class ModelRunner:
-    """Does what a plan says with the base, the cache and the adapter pool. It never decides."""
+    """Executes step plans with the base, the cache and the adapter pool; it decides nothing."""
 
     def __init__(
         self,

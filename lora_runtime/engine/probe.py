@@ -25,10 +25,10 @@ TokenRows = Sequence[Sequence[int]]
 
 
 def adapter_logits(base: Base, adapter: PackedAdapter) -> Logits:
-    """What the parity gate asks, by the kernels that serve. The adapter is brought to the device
-    at the first call that needs it.
+    """The function that gives the parity gate logits, computed by the kernels that serve.
 
-    To be called on the thread that runs the base.
+    It must be called on the thread that runs the base. The adapter is copied to the device at the
+    first call with it.
     """
     pool = cache(lambda: _pool_of(adapter, base))
 

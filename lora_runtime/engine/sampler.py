@@ -61,9 +61,12 @@ def draw(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Dra
     params = [row.request.sampling for row in rows]
     chosen = choose(logits, rows, best)
     logprobs = _logprobs(logits, chosen[:, 0], params)
-    copied = [None if t is None else t.to("cpu", non_blocking=True) for t in (chosen, logprobs)]
-    stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
-    return Draw(chosen[:, 0], *copied, params, stream and stream.record_event())
+    on_host = chosen.to("cpu", non_blocking=True)
+    logprobs_on_host = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
+    copied = None
+    if logits.is_cuda:
+        copied = torch.cuda.current_stream(logits.device).record_event()
+    return Draw(chosen[:, 0], on_host, logprobs_on_host, params, copied)
 
 
 def choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Tensor:
@@ -99,7 +102,7 @@ def _is_cut(sampling: SamplingParams) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1
 
 
-def _on_device(values: list, device: torch.device) -> Tensor:
+def _on_device(values: Sequence[tuple[float, ...] | int], device: torch.device) -> Tensor:
     return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
@@ -123,9 +126,9 @@ def _without_early_stops(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             places += [(index, token_id) for token_id in sorted(sampling.stop_token_ids)]
     if not places:
         return logits
-    index = tuple(_on_device(places, logits.device).long().T)
-    excluded = 0 * logits[index] + torch.finfo(logits.dtype).min
-    return logits.index_put(index, excluded)
+    where = tuple(_on_device(places, logits.device).long().T)
+    excluded = 0 * logits[where] + torch.finfo(logits.dtype).min
+    return logits.index_put(where, excluded)
 
 
 def _draw(logits: Tensor, parameters: Tensor, num_cut: int) -> Tensor:

@@ -1,19 +1,23 @@
 """Which tokens run in the next step. Bookkeeping only: ints, no tensors, no device.
 
-A step first takes the rows that need one token; where prompts wait, up to half of its tokens. The
-rest goes to prompts, running ones and new ones: always the next of the client that has been served
-least. A long prompt is split into chunks that share the step with other rows.
-Who begins takes a free row and free blocks, or those of a client that has been served at least as
-much and holds at least two rows more: its youngest row gives way. So does a row when a running one
-needs a block and none is left. Which one: the youngest of the client with the most rows, never the
-oldest of all, which so comes to its end. What gave way is computed again later (recompute
-preemption). A row starts after the leading blocks that the prefix cache still holds for it.
-One whose adapters find no room in the pool is passed over by the others, but not for ever: after
-so many steps no other adapter is brought in or kept in use by new rows until its own have room.
-One whose adapter is still being copied to the device runs with nothing to do.
-A step can be planned before the one ahead of it is committed: `advance` counts a started step as
-done, its new tokens being known to the device alone. A row that turns out to be over by then has
-run once in vain.
+A step first takes the rows that need one token (decode); while prompts wait, these get at most half
+of the step's tokens. The rest goes to prompts, running and waiting ones, always to the next of the
+client that has been served least. A long prompt is split into chunks that share steps with others.
+
+A waiting row begins where a place and blocks are free. Otherwise it may take those of a client that
+has been served at least as much and holds at least two rows more: that client's youngest row is
+preempted. A row is also preempted when a running one needs a block and none is free: the youngest
+of the client with the most rows. The oldest row of all gives way to none, so it always finishes. A
+preempted row is computed again later, after the leading blocks that the prefix cache still holds.
+
+A row whose adapters find no room in the pool is passed over. After MAX_STEPS_PASSED_OVER steps new
+rows may no longer bring in or keep other adapters until this row's have room. A row whose adapter
+is still being copied to the device is admitted but gets no tokens yet.
+
+A step can be planned before the previous one is committed: `advance` counts a started step as done
+while its new tokens are known to the device alone. If a row turns out to have finished in the
+meantime, its extra result is discarded.
+
 Source: continuous batching, Orca (OSDI '22); chunked prefill, Sarathi (arXiv:2308.16369); fair
 shares, VTC (arXiv:2401.00588).
 """
@@ -122,9 +126,9 @@ class Scheduler:
     def commit(self, batch: ScheduledBatch, sampled: Sequence[SampledToken]) -> list[StepOutput]:
         """Record the results of a plan that was advanced, before those of any later one.
 
-        `sampled` has one entry per row that samples, in order. Sequences that have ended
-        since are passed over; one that was preempted gets its token, and has no blocks to share.
-        One that cannot be recorded fails alone.
+        `sampled` has one entry per row that samples, in order. Rows that have finished
+        since are passed over. A preempted row gets its token but publishes no blocks. Where
+        a result cannot be recorded, that row alone fails.
         """
         outputs, results = [], iter(sampled)
         for scheduled in batch.rows:
@@ -184,6 +188,8 @@ class Scheduler:
                 continue
             if self._plan_running(row, step):
                 return True
+        # A running row has just found no block. Whoever began now would take the blocks that the
+        # preempted row gave up, and the two would preempt each other step after step.
         if step.is_short_of_blocks:
             return False
         for row in self.waiting.of(client):
@@ -206,7 +212,7 @@ class Scheduler:
         return False
 
     def _plan_running(self, row: Row, step: StepPlan) -> bool:
-        """Plan the next tokens of a row that runs, if it can run, once."""
+        """Plan the next tokens of a running row; False if it got some already or cannot run."""
         if row.status is not RowStatus.RUNNING or row in step:
             return False
         if step.lacks_adapter(row) or _has_all_tokens(row):
@@ -218,12 +224,16 @@ class Scheduler:
         return True
 
     def _grow(self, row: Row, num_tokens: int, step: StepPlan) -> bool:
-        """Grow a row's blocks while others give way; False when it must itself, or wait for those
-        that begin in this step.
+        """Give a row the blocks for its next tokens, preempting others where none are free.
+
+        False when the row itself was preempted, or has to wait because all candidates began in this
+        very step.
         """
         while not self._blocks.grow(row, row.num_computed_tokens + num_tokens):
             step.is_short_of_blocks = True
-            victim = _youngest_of_most([row for row in self.running if row not in step.admitted])
+            victim = _youngest_of_most(
+                [other for other in self.running if other not in step.admitted]
+            )
             if victim is not row or not step.admitted:
                 self._preempt(victim, step)
             if victim is row:
@@ -254,8 +264,8 @@ class Scheduler:
         return False
 
     def _begin(self, row: Row, step: StepPlan) -> bool:
-        """Move a waiting row to running if there is a row, and blocks for all its tokens, or
-        if others owe them; nobody gives way in vain.
+        """Move a waiting row to running if a place and blocks for all its tokens are free, or if
+        other clients owe them. Rows are preempted only once it is certain that they are enough.
         """
         found: list[int] | None = None
         leaving: list[Row] = []
@@ -274,21 +284,21 @@ class Scheduler:
         return self._place(row, found, step)
 
     def _owing(self, row: Row, leaving: Sequence[Row], step: StepPlan) -> Row | None:
-        """A row, beside those `leaving`, that gives way to a waiting row."""
+        """The next row, beside those `leaving`, to preempt for a waiting row; None if none owes."""
         client = row.request.client
-        num_own = sum(row.request.client == client for row in self.running)
+        num_own = sum(other.request.client == client for other in self.running)
         served = self._shares.counter(client)
         rows = [
-            row
-            for row in self.running
-            if row not in leaving
-            and row not in step.admitted
-            and self._shares.counter(row.request.client) >= served
+            other
+            for other in self.running
+            if other not in leaving
+            and other not in step.admitted
+            and self._shares.counter(other.request.client) >= served
         ]
         if not rows:
             return None
         victim = _youngest_of_most(rows)
-        num_theirs = sum(row.request.client == victim.request.client for row in rows)
+        num_theirs = sum(other.request.client == victim.request.client for other in rows)
         return victim if num_theirs > num_own + 1 else None
 
     def _place(self, row: Row, found: list[int], step: StepPlan) -> bool:

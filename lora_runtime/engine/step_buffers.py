@@ -41,7 +41,7 @@ class StepBuffers:
         self._rows = torch.arange(num_rows, dtype=INT32, device=device)
         self._block_tables = torch.zeros(num_rows, num_blocks, dtype=INT32, device=device)
         self._tables: dict[int, tuple[tuple[Row, int] | None, int]] = {}
-        """Whose table a row holds, after how many preemptions, and how much of it."""
+        """Place → ((the row there, that row's preemptions when it was copied), blocks copied)."""
         self.fill(())
 
     def takes(self, rows: Rows) -> bool:
@@ -50,14 +50,19 @@ class StepBuffers:
         return max(len(rows), num_entries) <= self.num_rows and all(map(_is_decode, rows))
 
     def fill(self, rows: Rows) -> int:
-        """Write a step down and start its copy to the device. Returns its number of segments, the
-        different adapters in it.
+        """Write a step to the host tables and start their copy to the device.
+
+        Returns the number of segments: the different adapters in the step. The host tables may be
+        filled again at once, because what is copied is a pinned copy of them.
         """
         host, n = self._host_views, len(rows)
         for name, padding in PADDING.items():
             host[name][n:] = padding
         host["token_ids"][:n] = [scheduled.row.token_ids[scheduled.start] for scheduled in rows]
-        host["positions"][:n] = host["seen"][:n] = [scheduled.start for scheduled in rows]
+        starts = [scheduled.start for scheduled in rows]
+        host["positions"][:n] = starts
+        # Attention sees the keys up to `seen`: of padding −1, none, while its position must be one.
+        host["seen"][:n] = starts
         host["cache_slots"][:n] = [self._cache_slot(scheduled) for scheduled in rows]
         self._fill_tables(rows)
         num_segments = self._fill_adapters(rows)
@@ -71,9 +76,13 @@ class StepBuffers:
         views = self._views(self._device)
         adapters = None
         if max_segments > 0:
-            names = ("tokens", "slots", "replicas", "weights")
-            starts = views["segment_starts"][: max_segments + 1]
-            adapters = StepMeta(**{name: views[name] for name in names}, segment_starts=starts)
+            adapters = StepMeta(
+                tokens=views["tokens"],
+                slots=views["slots"],
+                replicas=views["replicas"],
+                weights=views["weights"],
+                segment_starts=views["segment_starts"][: max_segments + 1],
+            )
         attention = AttentionMeta(
             rows=self._rows,
             positions=views["seen"],
@@ -95,11 +104,14 @@ class StepBuffers:
         return scheduled.row.block_table[block] * self.block_size + offset
 
     def _fill_tables(self, rows: Rows) -> None:
-        """A running row's table only grows, so what an earlier step wrote of it holds. The rest of
-        all rows goes over together: when a row ends, all behind it move up.
+        """Bring over the blocks that rows have got since. A running row's table only grows, so what
+        an earlier step wrote of it still holds. When a row ends, all rows behind it move up and are
+        written anew. One copy takes all of it.
         """
-        places, blocks, width = [], [], self._block_tables.shape[1]
-        held = {}
+        places: list[int] = []
+        blocks: list[int] = []
+        held: dict[int, tuple[tuple[Row, int] | None, int]] = {}
+        width = self._block_tables.shape[1]
         for index, scheduled in enumerate(rows):
             row = scheduled.row
             table, owner = row.block_table, (row, row.num_preemptions)
@@ -143,7 +155,7 @@ class StepBuffers:
 
 
 def _staged(source: Tensor, target: Tensor) -> Tensor:
-    """What may be copied to `target` while the host changes `source` again."""
+    """A copy source for `target`: on CUDA a pinned copy, so that `source` may be reused at once."""
     return source.pin_memory() if target.is_cuda else source
 
 

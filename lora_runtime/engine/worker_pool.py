@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from lora_runtime.errors import Overloaded
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 class _Job(NamedTuple):
     function: Callable[[], object]
-    done: Future
+    done: Future[Any]
 
 
 class WorkerPool:

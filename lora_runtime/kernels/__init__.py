@@ -149,7 +149,8 @@ def apply_gated_adapters(
         return gpu.apply_gated_adapters(base, x, bias, memory, extents, meta, kind, hidden)
     width = base.shape[1] // 2
     y = apply_stacked_adapters(base, x, bias, memory, extents, meta, (width, width))
-    return gated_activation(*y.chunk(2, dim=1), kind)
+    gate, up = y.chunk(2, dim=1)
+    return gated_activation(gate, up, kind)
 
 
 def embed_adapters(

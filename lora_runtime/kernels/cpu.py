@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -105,7 +106,9 @@ def paged_attention(
 
 def pack_panels(weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.pack_panels`."""
-    width = library().loramux_panel_width()
+    found = library()
+    assert found is not None, "`can_use_panels` says whether there is a library"
+    width = found.loramux_panel_width()
     out_features, in_features = weight.shape
     num_panels = -(-out_features // width)
     padded = weight.new_zeros(num_panels * width, in_features)
@@ -128,7 +131,8 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 
 @cache
-def _function(op: str, dtype: torch.dtype):
+def _function(op: str, dtype: torch.dtype) -> Callable[..., None]:
     function = getattr(library(), f"loramux_{op}_{SUFFIXES[dtype]}")
     function.restype = None
-    return function
+    call: Callable[..., None] = function
+    return call

@@ -91,7 +91,7 @@ def _cuda() -> Need:
 def _driver_version() -> tuple[int, int] | None:
     """(major, minor) of the CUDA that the driver supports, None without a driver."""
     try:
-        code = torch._C._cuda_getDriverVersion()
+        code: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
         return None
     return (code // 1000, code % 1000 // 10) if code > 0 else None

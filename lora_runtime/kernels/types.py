@@ -53,8 +53,14 @@ class AdapterMemory:
     @classmethod
     def over(cls, storage: Tensor, dtype: torch.dtype, alignment: int) -> AdapterMemory:
         """Three views of one byte buffer (n,) uint8, n a multiple of 8; no extent in it yet."""
-        views = (storage.view(d) for d in (dtype, torch.float32, torch.int32))
-        return cls(*views, max_rank=0, max_rows=0, alignment=alignment)
+        return cls(
+            weights=storage.view(dtype),
+            vectors=storage.view(torch.float32),
+            indices=storage.view(torch.int32),
+            max_rank=0,
+            max_rows=0,
+            alignment=alignment,
+        )
 
 
 class PooledAdapters(NamedTuple):

@@ -230,14 +230,14 @@ def _named_tokens(parsed: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, s
         yield ADDED_FILE, token, index
     decoder = parsed.get(SETTINGS_FILE, {}).get("added_tokens_decoder")
     for index, entry in decoder.items() if isinstance(decoder, dict) else ():
-        token = entry.get("content") if isinstance(entry, dict) else None
+        content = entry.get("content") if isinstance(entry, dict) else None
         if (
-            not isinstance(token, str)
+            not isinstance(content, str)
             or not (index.isascii() and index.isdecimal())
             or len(index) > 9
         ):
             raise _refused(f"{SETTINGS_FILE}: added_tokens_decoder is malformed", SETTINGS_FILE)
-        yield SETTINGS_FILE, token, int(index)
+        yield SETTINGS_FILE, content, int(index)
     for entry in parsed.get(TOKENIZER_FILE, {}).get("added_tokens") or ():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str):
             if type(entry.get("id")) is int:
@@ -371,9 +371,10 @@ def _default(template: object) -> Any:
 
 
 def _variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | list[str]]:
+    special: Mapping[str, Any] = tokenizer.special_tokens_map
     return {
         name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
-        for name, value in tokenizer.special_tokens_map.items()
+        for name, value in special.items()
     }
 
 

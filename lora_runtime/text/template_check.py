@@ -56,7 +56,7 @@ def check_template(template: str, field: str) -> None:
             )
 
 
-def _num_repeated(node: nodes.Mul) -> int:
+def _num_repeated(node: nodes.BinExpr) -> int:
     """Items that a product of a constant text or list and a constant number has, else 0."""
     for whole, times in ((node.left, node.right), (node.right, node.left)):
         if isinstance(times, nodes.Const) and type(times.value) is int:

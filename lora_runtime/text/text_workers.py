@@ -133,7 +133,8 @@ class TextWorkers:
             side = self._sides.setdefault(side.key, side)
         if side is not None and side.is_own_template and side.template is not None:
             notes += await self._trial(side)
-        self._read_before[sha256] = (side and weakref.ref(side), tuple(notes))
+        held = None if side is None else weakref.ref(side)
+        self._read_before[sha256] = (held, tuple(notes))
         while len(self._read_before) > MAX_REMEMBERED:
             del self._read_before[next(iter(self._read_before))]
         return side, tuple(notes)
@@ -143,8 +144,10 @@ class TextWorkers:
         if not sha256 or sha256 not in self._read_before:
             return None
         held, notes = self._read_before[sha256]
-        side = held and held()
-        return None if held is not None and side is None else (side, notes)
+        if held is None:
+            return None, notes
+        side = held()
+        return None if side is None else (side, notes)
 
     async def render(
         self, side: TextSide, messages: Sequence[Mapping[str, str]]
@@ -378,7 +381,7 @@ class _Process:
             running.__exit__(None, None, None)  # closes its pipes and waits for it
 
 
-NOTHING = {"key": "", "template": None, "variables": {}, "tokenizer": None}
+NOTHING: dict[str, Any] = {"key": "", "template": None, "variables": {}, "tokenizer": None}
 """A text side of nothing: opening it shows that a process has started."""
 
 

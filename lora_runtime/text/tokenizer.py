@@ -65,8 +65,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
-        return self._inner.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        return str(
+            self._inner.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         )
 
     def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
@@ -154,12 +156,14 @@ class Tokenizer:
     @cached_property
     def _end_texts(self) -> dict[str, int]:
         """Text → id of every token that ends an output."""
-        texts = {self._inner.decode(token_id): token_id for token_id in self.eos_token_ids}
+        texts = {str(self._inner.decode(token_id)): token_id for token_id in self.eos_token_ids}
         return {text: token_id for text, token_id in texts.items() if text.strip()}
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+            return list(
+                self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+            )
         except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
             raise InvalidRequest("the text is not valid Unicode", field="text") from None
 
@@ -168,10 +172,12 @@ class Tokenizer:
             raise _refused("the base has no chat template; send text or token ids instead")
         check_messages(messages)
         try:
-            return self._inner.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
+            return str(
+                self._inner.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
             )
         except Exception as error:  # a template is foreign code and may raise anything
             raise _refused(f"the base's chat template refuses the messages: {error}") from error

@@ -82,12 +82,13 @@ class Worker:
         if side is None:
             return {"is_unknown": True}
         self._sides.move_to_end(request["key"])
-        (text,), _ = render_jinja_template(
+        rendered = render_jinja_template(
             conversations=[request["messages"]],
             chat_template=side.template,
             add_generation_prompt=True,
             **side.variables,
         )
+        text: str = rendered[0][0]
         if len(text) > MAX_RENDERED:
             return {"refused": f"it writes {len(text)} characters; at most {MAX_RENDERED} are read"}
         text.encode()

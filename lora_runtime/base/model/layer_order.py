@@ -30,7 +30,7 @@ _Place = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class OrderStep:
-    """One run of base layer `layer`."""
+    """One step of the order: base layer `layer` runs."""
 
     layer: int
     positions: tuple[tuple[LayerMap, int], ...]
@@ -73,8 +73,12 @@ def _plan(maps: tuple[LayerMap, ...]) -> tuple[OrderStep, ...]:
 
 
 def _supersequence(sequences: tuple[LayerMap, ...]) -> LayerMap:
-    while len(sequences) > MAX_EXACT_MAPS or (found := _shortest(sequences)) is None:
-        sequences = _with_nearest_merged(sequences)
+    found = None
+    while found is None:
+        if len(sequences) <= MAX_EXACT_MAPS:
+            found = _shortest(sequences)
+        if found is None:
+            sequences = _with_nearest_merged(sequences)
     return found
 
 
@@ -88,7 +92,10 @@ def _with_nearest_merged(sequences: tuple[LayerMap, ...]) -> tuple[LayerMap, ...
 def _shortest(sequences: tuple[LayerMap, ...]) -> LayerMap | None:
     """The shortest common supersequence, or None for three that take too long.
 
-    A*: what is left is at least the longest of what is left for each two, and exactly that for two.
+    An A* search. A place says how much of each sequence is left; a step runs one layer and takes it
+    off every sequence that wants it next. The lower bound of the steps still to come is the longest
+    of the shortest supersequences of every two remainders: exact for two sequences, never too high
+    for three, so that the first complete path is a shortest one.
     """
     pairs = [
         (p, q, _unmatched(sequences[p], sequences[q]))
@@ -96,6 +103,8 @@ def _shortest(sequences: tuple[LayerMap, ...]) -> LayerMap | None:
     ]
     start = tuple(len(sequence) for sequence in sequences)
     came_from: dict[_Place, tuple[_Place, int]] = {}
+    # (steps so far + bound, bound, place, how it was reached): of equal sums the one with the least
+    # left comes first, so that a search among many equally short orders goes straight to an end.
     waiting = [(0, 0, start, (start, -1))]
     while waiting and (len(came_from) < MAX_SEARCHED_PLACES or len(sequences) < MAX_EXACT_MAPS):
         total, left, place, origin = heappop(waiting)
@@ -140,6 +149,8 @@ def _unmatched(a: LayerMap, b: LayerMap) -> list[int]:
         places[layer] = places.get(layer, 0) | 1 << j
     every = (1 << len(b)) - 1
     rows = [every]
+    # One addition does a whole row of the dynamic program: its carries move each match to the next
+    # free place on its left.
     for layer in reversed(a):
         row, matched = rows[-1], rows[-1] & places[layer]
         rows.append(((row + matched) | (row - matched)) & every)

@@ -41,6 +41,8 @@ class VarlenAttention:
     """
 
     def __init__(self, rows: Sequence[RowLengths], device: torch.device | str = "cpu") -> None:
+        # The index tables of neither way are built here: which one runs is known with the first
+        # queries alone (their device, dtype and head size), and all layers then share the tables.
         self._segments = list(_segments(rows))
         self._device = device
 
@@ -84,7 +86,9 @@ def can_use_flash(q: Tensor, softcap: float | None) -> bool:
 
 
 class _Segment(NamedTuple):
-    """Tokens that one row has for itself, behind the `prefix` tokens from `prefix_start` on."""
+    """One row's own `length` tokens from `start` on. They also see the `prefix` tokens that begin
+    at `prefix_start`, which other rows share.
+    """
 
     prefix_start: int
     prefix: int
