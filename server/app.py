@@ -103,8 +103,7 @@ async def serve(
     condition = Condition()
     with stop.installed(asyncio.get_running_loop()), _listen(config.http_address) as listener:
         async with _http(condition, listener) as http:
-            engine_config = config.to_engine_config()
-            engine = await asyncio.to_thread(start, engine_config, on_progress=_log_progress)
+            engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
             await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
     logger.info("stopped")

@@ -25,6 +25,7 @@ MAX_KERNEL_BODY_LINES = 150
 
 LAYERS = [
     ["lora_runtime.errors", "lora_runtime.temporary_folder", "lora_runtime.terminal"],
+    ["lora_runtime.settings"],
     ["lora_runtime.config"],
     ["lora_runtime.core"],
     ["lora_runtime.text", "lora_runtime.kernels"],
@@ -45,6 +46,7 @@ SHARED_WITH_CLIENTS = {"server.errors", "server.wire", "lora_runtime.errors",
 TORCH_FREE = [
     "lora_runtime",
     "lora_runtime.errors",
+    "lora_runtime.settings",
     "lora_runtime.config",
     "lora_runtime.core",
     "lora_runtime.adapters",
@@ -80,8 +82,8 @@ DOORS = {
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
     "pyarrow": ["lora_runtime.training.data.rows"],
-    "pydantic": ["server.config"],
-    "pydantic_settings": ["server.config"],
+    "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
+                 "server.config", "server.cli.settings"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.progress",
              "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
@@ -95,7 +97,7 @@ DOORS = {
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.cli.serve", "lora_runtime.training.fields"],
+    "yaml": ["server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}
@@ -110,7 +112,6 @@ DISTRIBUTIONS = {
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
-    "pydantic_settings": "pydantic-settings",
     "yaml": "pyyaml",
 }
 """Import name → distribution, where they differ."""

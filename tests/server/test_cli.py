@@ -23,7 +23,7 @@ from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
 from server.cli import app
-from server.config import ServerConfig
+from server.config import SETTINGS
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
@@ -197,7 +197,7 @@ def test_every_command_and_option_explains_itself(invoke, command):
 
 def test_every_setting_is_a_flag_of_serve(invoke):
     page = invoke("serve", "--help").stdout
-    for name in ServerConfig.model_fields:
+    for name in SETTINGS:
         assert f"--{name.replace('_', '-').replace('roots', 'root')}" in page
 
 
