@@ -24,7 +24,7 @@ from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import ConfigError
+from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.codec import adapter_name
@@ -43,6 +43,8 @@ from server.watchdog import Watchdog
 FAILURE_GRACE_S = 1.0
 """What streams get to receive their error when a part of the server has failed."""
 HTTP_STOP_S = 1.0
+REFUSED_EXIT_S = 60.0
+"""An ordinary mistake needs no tracebacks, however slowly a busy machine lets go of torch."""
 EXIT_S = 4.5
 """What the process gets to end, beyond the drain."""
 
@@ -79,10 +81,14 @@ def run(config: ServerConfig) -> None:
     in it. Raises as `serve`.
     """
     guard = ExitGuard(is_on=True)
+    left_s = EXIT_S
     try:
         asyncio.run(serve(config, guard=guard))
+    except (ConfigError, BaseRefused):
+        left_s = REFUSED_EXIT_S
+        raise
     finally:
-        guard.limit(EXIT_S)
+        guard.limit(left_s)
 
 
 async def serve(

@@ -81,7 +81,7 @@ DOORS = {
     "matplotlib": ["lora_runtime.training.report"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
-    "pyarrow": ["lora_runtime.training.data.rows"],
+    "pyarrow": ["lora_runtime.training.rows"],
     "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
                  "server.config", "server.cli.settings"],
     "regex": ["lora_runtime.adapters.config.matching"],

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
+from lora_runtime.adapters.files.file_names import CONFIG_FILE
 from lora_runtime.settings import by_key
-from lora_runtime.terminal import Terminal
+from lora_runtime.terminal import Terminal, echo
 from lora_runtime.training.config import TrainConfig, unit_fields
+from lora_runtime.training.rows import read_rows
 from server.cli import deploy as deploying
 from server.cli.settings import TRAIN_SETTINGS, read_texts, with_flags
+from server.cli.tables import show_table
 from server.config import environment
 
 if TYPE_CHECKING:
-    from lora_runtime.training.dry_run import DryRun, Estimate
+    from lora_runtime.training.dry_run import Estimate
     from lora_runtime.training.report import UnitResult
+
+SIGNALLED = 128
+"""A command that signal N stopped exits with 128 + N, as a shell has it."""
 
 Deploy = Annotated[
     str | None,
@@ -70,13 +81,24 @@ def train(
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
     One adapter by flags (--data and --output), or any number at once by --unit or a YAML file.
-    Settings come from the file, then LORAMUX_<FLAG> in the environment, then these flags.
-    Written in PEFT's format, ready for `loramux adapters load`. Several devices share an update by
-    `torchrun --nproc-per-node N -m server train …`.
+    Settings come from the file, then LORAMUX_<FLAG> in the environment, then these flags. Other
+    libraries' names, such as --lr or --num-train-epochs, are taken too.
+
+    A run that Ctrl-C or SIGTERM stops ends with status 130 or 143; --resume continues it, starts
+    where there is nothing to continue, and does nothing where all is done.
+
+    Adapters are written in PEFT's format, ready for `loramux adapters load`. Several devices share
+    an update by `torchrun --nproc-per-node N -m server train …`.
     """
     run = _run_of(config, unit or [], flags)
+    check_data(run)
     if dry_run:
         return show_dry_run(run, Terminal())
+    if run.resume:
+        found = _resumable(run)
+        if found is None:
+            return echo(f"nothing to resume: {run.output} has every adapter of this run already")
+        run = found
     _train(run, deploy, deploy_name, sample)
 
 
@@ -98,6 +120,43 @@ def _run_of(file: Path | None, units: list[str], flags: dict[str, Any]) -> Train
     return TrainConfig.from_flags(values, units)
 
 
+def check_data(run: TrainConfig) -> None:
+    """Read every row once, before the seconds that torch takes. Raises DataError."""
+    paths = {path for unit in run.units for path in (unit.data, unit.eval_data) if path}
+    for path in sorted(paths):
+        for _ in read_rows(path):
+            pass
+
+
+def _resumable(run: TrainConfig) -> TrainConfig | None:
+    """The run as it is to go on: from its checkpoint, from the start where there is none, None
+    where all its adapters are written. So a job may always be given --resume.
+    """
+    from lora_runtime.training.checkpoint import has_checkpoint
+    from lora_runtime.training.run_folder import checkpoints_of
+
+    if has_checkpoint(checkpoints_of(run)):
+        return run
+    if all((run.output / unit.name / CONFIG_FILE).is_file() for unit in run.units):
+        return None
+    return replace(run, resume=False)
+
+
+@contextmanager
+def _seen_signals() -> Iterator[Callable[[], bytes]]:
+    """Yield a function that tells the numbers of the signals that came; it handles none."""
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield lambda: os.read(reader, 1) if select.select([reader], [], [], 0)[0] else b""
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(reader)
+        os.close(writer)
+
+
 def _train(
     run: TrainConfig, deploy: str | None, deploy_name: str | None, sample: str | None
 ) -> None:
@@ -105,25 +164,40 @@ def _train(
         deploying.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
-    results = train_run(run, Terminal())
+    with _seen_signals() as seen:
+        results = train_run(run, Terminal())
+        signals = seen()
     if not results:
         return  # of several processes one shows and deploys
-    Terminal(markup=False).print(_table(results))
+    show_table(
+        ("adapter", "status", "updates", "last loss", "held out", "folder or error"),
+        map(_row, results),
+    )
     finished = deploying.deployments(results, run.units, deploy_name) if deploy else []
     is_deployed = not finished or deploying.deploy(str(deploy), finished, sample)
     if any(result.error for result in results) or not is_deployed:
         raise typer.Exit(1)
+    if signals and any(result.status.value == "running" for result in results):
+        raise typer.Exit(SIGNALLED + signals[0])
 
 
-def _table(results: list[UnitResult]) -> Table:
-    table = Table("adapter", "status", "updates", "last loss", "held out", "folder or error")
-    for result in results:
-        loss = f"{result.records[-1].loss:.4f}" if result.records else ""
-        updates = f"{len(result.records)}/{result.num_steps}"
-        held_out = f"{result.best.loss:.4f}" if result.best else ""
-        end = result.error or str(result.folder or result.note or "continue with --resume")
-        table.add_row(result.name, result.status.value, updates, loss, held_out, end)
-    return table
+def _row(result: UnitResult) -> list[str]:
+    is_stopped = result.status.value == "running"
+    end = result.error or str(result.folder or result.note or "continue with --resume")
+    return [
+        result.name,
+        "stopped" if is_stopped else result.status.value,
+        f"{len(result.records)}/{result.num_steps}",
+        f"{result.records[-1].loss:.4f}" if result.records else "",
+        f"{result.best.loss:.4f}" if result.best else "",
+        end,
+    ]
+
+
+ESTIMATES = (
+    "adapter", "parameters", "targets", "updates", "tokens", "weights", "gradients", "optimizer",
+    "activations", "time",
+)  # fmt: skip
 
 
 def show_dry_run(config: TrainConfig, console: Console) -> None:
@@ -134,7 +208,10 @@ def show_dry_run(config: TrainConfig, console: Console) -> None:
     with console.status("loading the base") as status:
         found = dry_run(config, on_progress=status.update)
     show_data(console, found.data)
-    console.print(_estimates(found))
+    rows = [[unit.name, *_cells(unit)] for unit in found.units]
+    if len(found.units) > 1:
+        rows.append(["all at once", *_cells(found.together)])
+    show_table(ESTIMATES, rows, console=console)
     total = found.base_bytes + found.together.total_bytes
     console.print(
         f"The base takes {decimal(found.base_bytes)}, the whole run {decimal(total)}. Activations "
@@ -143,17 +220,6 @@ def show_dry_run(config: TrainConfig, console: Console) -> None:
         "trained or written.",
         soft_wrap=True,
     )
-
-
-def _estimates(found: DryRun) -> Table:
-    columns = ["parameters", "targets", "updates", "tokens", "weights", "gradients", "optimizer"]
-    table = Table("adapter", *columns, "activations", "time")
-    for unit in found.units:
-        table.add_row(unit.name, *_cells(unit))
-    if len(found.units) > 1:
-        table.add_section()
-        table.add_row("all at once", *_cells(found.together))
-    return table
 
 
 def _cells(unit: Estimate) -> list[str]:

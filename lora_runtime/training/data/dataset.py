@@ -28,7 +28,7 @@ from lora_runtime.training.data.formats import (
     split_row,
     unused_keys,
 )
-from lora_runtime.training.data.rows import read_rows
+from lora_runtime.training.rows import read_rows
 
 T = TypeVar("T")
 
