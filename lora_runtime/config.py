@@ -1,12 +1,18 @@
-"""Frozen settings of the runtime. Values are checked here once and never changed afterwards."""
+"""Frozen settings of the runtime. Values are checked here once and never changed afterwards.
+
+`ServerConfig` and `TrainConfig` are made of these, so each setting stands here only.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.settings import Bytes, Float, Int, setting, settings
 
 Quantization = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
 """bitsandbytes' 4-bit formats, `nf4` also with quantised scales; LLM.int8's weights; none."""
@@ -49,139 +55,108 @@ def cuda_defaults(total_bytes: int) -> DeviceDefaults:
     )
 
 
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; it must be {rule}", field=name)
+def _checked_device(name: str) -> str:
+    if DEVICE_NAME.fullmatch(name) is None:
+        raise ValueError(DEVICE_RULE)
+    return name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+DeviceName = Annotated[str, AfterValidator(_checked_device)]
+
+BASE, MEMORY, LIMITS = "Base model", "Memory", "Batching and limits"
+"""Groups of settings, and headings of the help."""
+
+
+@settings
 class BaseConfig:
     """Which base model to hold, and how."""
 
-    model: str = "smollm2-135m"
+    model: str = setting(
+        default="smollm2-135m", group=BASE, key="base", also=("model_name_or_path",)
+    )
     """Catalog name, local folder, GGUF file or hub id."""
-    quantization: Quantization = "nf4"
+    quantization: Quantization = setting(default="nf4", group=BASE)
     """Format of the inner linear layers; embeddings and lm_head stay unquantised."""
-    dtype: DtypeName = "auto"
+    dtype: DtypeName = setting(default="auto", group=BASE)
     """Compute dtype. `auto`: bfloat16 where the device multiplies it natively, else float32."""
-    device: str = "auto"
+    device: DeviceName = setting(default="auto", group=BASE)
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    dequantized_cache: bool = True
-    """CPU only: keep a private dequantised copy of the weights for speed (counted as resident)."""
-
-    def __post_init__(self) -> None:
-        is_known = DEVICE_NAME.fullmatch(self.device) is not None
-        _require(is_known, "device", self.device, DEVICE_RULE)
+    dequantized_cache: bool = setting(default=True, group=BASE)
+    """CPU only: keep a private dequantised copy of the weights; faster, more memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = 16
-    """Tokens in one block."""
-    num_blocks: int | None = None
-    """Blocks in the cache; None derives it from `kv_bytes`."""
-    kv_bytes: int | None = None
-    """Bytes for keys and values when `num_blocks` is None; None: on CUDA what
-    `gpu_memory_utilization` leaves for them, 1 GiB elsewhere."""
-    gpu_memory_utilization: float = 0.9
-    """Share of a CUDA device's memory that base, adapters, steps and cache may take together."""
-    prefix_cache: bool = True
+    block_size: Int = setting(default=16, gt=0, group=MEMORY)
+    """Tokens in one KV block."""
+    num_blocks: Int | None = setting(default=None, gt=0, group=MEMORY)
+    """Blocks in the KV cache; none: as many as `kv_bytes` holds."""
+    kv_bytes: Bytes | None = setting(default=None, gt=0, group=MEMORY)
+    """Bytes of the KV cache; none: on CUDA what `gpu_memory_utilization` leaves, else 1 GiB."""
+    gpu_memory_utilization: Float = setting(default=0.9, gt=0, le=1, group=MEMORY)
+    """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
+    prefix_cache: bool = setting(default=True, group=MEMORY)
     """Keep full blocks after their request, and share them with requests that begin alike."""
 
-    def __post_init__(self) -> None:
-        _require(self.block_size > 0, "block_size", self.block_size, "positive")
-        _require(
-            self.num_blocks is None or self.num_blocks > 0,
-            "num_blocks",
-            self.num_blocks,
-            "positive",
-        )
-        _require(self.kv_bytes is None or self.kv_bytes > 0, "kv_bytes", self.kv_bytes, "positive")
-        _require(
-            0 < self.gpu_memory_utilization <= 1,
-            "gpu_memory_utilization",
-            self.gpu_memory_utilization,
-            "above 0 and at most 1",
-        )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SchedulerConfig:
     """Limits of one engine step and of the queue."""
 
-    max_num_seqs: int = CPU_DEFAULTS.max_num_seqs
-    """Sequences that run at once."""
-    max_num_batched_tokens: int = CPU_DEFAULTS.max_num_batched_tokens
-    """Tokens in one step, decode rows and prefill chunks together."""
-    max_model_len: int | None = None
-    """Longest prompt + output; None takes the base's own limit."""
-    max_queued_requests: int = 1024
+    max_num_seqs: Int = setting(default=CPU_DEFAULTS.max_num_seqs, gt=0, group=LIMITS)
+    """Sequences that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
+    max_num_batched_tokens: Int = setting(
+        default=CPU_DEFAULTS.max_num_batched_tokens, gt=0, group=LIMITS
+    )
+    """Tokens in one engine step, decode rows and prefill chunks together. On CUDA 2048, or 4096
+    from 40 GB of memory on."""
+    max_model_len: Int | None = setting(default=None, ge=2, group=LIMITS)
+    """Longest prompt + output; none: the base's own limit."""
+    max_queued_requests: Int = setting(default=1024, gt=0, group=LIMITS)
     """Requests that may wait, three quarters of them of one client; one more is refused as
     overloaded."""
 
     def __post_init__(self) -> None:
-        _require(self.max_num_seqs > 0, "max_num_seqs", self.max_num_seqs, "positive")
-        _require(
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            "max_num_batched_tokens",
-            self.max_num_batched_tokens,
-            f"at least max_num_seqs ({self.max_num_seqs})",
-        )
-        _require(
-            self.max_model_len is None or self.max_model_len > 1,
-            "max_model_len",
-            self.max_model_len,
-            "at least 2",
-        )
-        _require(
-            self.max_queued_requests > 0,
-            "max_queued_requests",
-            self.max_queued_requests,
-            "positive",
-        )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
+                f"max_num_seqs ({self.max_num_seqs})",
+                field="max_num_batched_tokens",
+            )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class AdapterConfig:
     """The device pool that holds adapters, and its bookkeeping."""
 
-    pool_bytes: int = CPU_DEFAULTS.pool_bytes
-    """Device bytes for adapters; each takes the bytes of its own tensors, whatever its rank."""
-    max_slots: int = 256
+    pool_bytes: Bytes = setting(
+        default=CPU_DEFAULTS.pool_bytes, gt=0, group=MEMORY, key="adapter_pool_bytes"
+    )
+    """Bytes of device memory for adapters; each takes the bytes of its own tensors, whatever its
+    rank. On CUDA an eighth of the device's."""
+    max_slots: Int = setting(default=256, gt=0, group=LIMITS, key="max_adapter_slots")
     """Adapters resident on the device at once."""
-    max_layers: int | None = None
+    max_layers: Int | None = setting(default=None, gt=0, group=LIMITS, key="max_adapter_layers")
     """Layers to which an adapter may replicate the base's; every row of a step waits for the
     deepest one. None: four times the base's."""
-    host_bytes: int | None = None
-    """Host bytes for all adapters that are kept; None: half of the machine's memory."""
-
-    def __post_init__(self) -> None:
-        host_bytes = self.host_bytes
-        is_positive = host_bytes is None or host_bytes > 0
-        _require(is_positive, "host_adapter_bytes", host_bytes, "positive")
-        _require(self.pool_bytes > 0, "pool_bytes", self.pool_bytes, "positive")
-        _require(self.max_slots > 0, "max_slots", self.max_slots, "positive")
-        _require(
-            self.max_layers is None or self.max_layers > 0,
-            "max_layers",
-            self.max_layers,
-            "positive",
-        )
+    host_bytes: Bytes | None = setting(default=None, gt=0, group=MEMORY, key="host_adapter_bytes")
+    """Bytes of host memory for loaded adapters and their former contents; one more is refused.
+    None: half of the machine's memory."""
 
     def layer_limit(self, num_base_layers: int) -> int:
         """Most layers of a row, over a base of so many. The base's own are always allowed."""
         return max(num_base_layers, self.max_layers or MAX_REPLICATION * num_base_layers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class EngineConfig:
     """Everything an engine is built from."""
 
-    base: BaseConfig = field(default_factory=BaseConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    cuda_graphs: bool = True
-    """CUDA only: capture decode steps as graphs, which saves the time of their launches."""
-    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    base: BaseConfig = setting(default_factory=BaseConfig)
+    cache: CacheConfig = setting(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = setting(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = setting(default_factory=AdapterConfig)
+    cuda_graphs: bool = setting(default=True, group=BASE)
+    """CUDA only: capture decode steps as graphs at the start, which makes each step faster."""

@@ -7,5 +7,9 @@ import sys
 from server.cli import main
 
 arguments = sys.argv[1:]
-is_flag = arguments[:1] and arguments[0].startswith("-") and arguments[0] != "--help"
+is_flag = (
+    arguments[:1]
+    and arguments[0].startswith("-")
+    and arguments[0] not in ("-h", "--help", "--version")
+)
 main(["serve", *arguments] if is_flag else arguments or ["--help"])

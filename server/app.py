@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import ConfigError
+from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
@@ -45,6 +47,8 @@ from server.watchdog import Watchdog
 FAILURE_GRACE_S = 1.0
 """What streams get to receive their error when a part of the server has failed."""
 HTTP_STOP_S = 1.0
+REFUSED_EXIT_S = 60.0
+"""An ordinary mistake needs no tracebacks, however slowly a busy machine lets go of torch."""
 EXIT_S = 4.0
 """What the process gets to end, beyond the drain; 5 s are promised, on a busy machine too."""
 
@@ -82,10 +86,19 @@ def run(config: ServerConfig) -> None:
     """
     guard = ExitGuard(is_on=True)
     allow_open_files()
+    left_s = EXIT_S
     try:
         asyncio.run(serve(config, guard=guard))
+    except (ConfigError, BaseRefused):
+        left_s = REFUSED_EXIT_S
+        raise
     finally:
-        guard.limit(EXIT_S)
+        guard.limit(left_s)
+    # All is closed; the interpreter would take seconds to take torch apart on a busy machine.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 async def serve(
@@ -106,8 +119,7 @@ async def serve(
     condition = Condition()
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
         async with _http(condition, listener) as http:
-            engine_config = config.to_engine_config()
-            engine = await asyncio.to_thread(start, engine_config, on_progress=_log_progress)
+            engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
             await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
     logger.info("stopped")
@@ -123,7 +135,7 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
         listener = held.enter_context(listen(config.http_address, "http_address"))
         check_free(config.grpc_address, "grpc_address")
         if config.adapter_store is not None:
-            key = f"{config.base} {config.quantization}"
+            key = f"{config.base.model} {config.base.quantization}"
             held.enter_context(claimed(config.adapter_store, key))
         yield listener
 

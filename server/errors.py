@@ -6,10 +6,12 @@ of errors that are the server's own fault are logged and withheld.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import MappingProxyType
+from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -109,6 +111,10 @@ def grpc_status(error: BaseException) -> grpc.Status:
     return rpc_status.to_status(rich_status(error))
 
 
+_UNREACHABLE = re.compile(r"failed to connect to all addresses.*ipv[46]:(\S+): (.*)")
+"""What grpc says where nobody listens."""
+
+
 def from_rpc_error(error: grpc.RpcError) -> Exception:
     """Return the exception a server raised, with its field.
 
@@ -120,6 +126,10 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
             return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+    if code is _Code.UNAVAILABLE and (address := _UNREACHABLE.search(text)):
+        return errors.Unavailable(
+            f"no server at {unquote(address[1])} (is it running? `loramux serve`): {address[2]}"
+        )
     if text in _CANCELLED_HERE:
         return CancelledError(text)
     if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:

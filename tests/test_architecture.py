@@ -49,9 +49,9 @@ DOORS = {
     "matplotlib": ["lora_runtime.training.report.files"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
-    "pyarrow": ["lora_runtime.training.data.rows"],
-    "pydantic": ["server.config"],
-    "pydantic_settings": ["server.config"],
+    "pyarrow": ["lora_runtime.training.rows"],
+    "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
+                 "server.config", "server.cli.settings"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.report.progress",
              "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
@@ -65,7 +65,7 @@ DOORS = {
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.cli.serve", "lora_runtime.training.fields"],
+    "yaml": ["server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}
@@ -80,7 +80,6 @@ DISTRIBUTIONS = {
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
-    "pydantic_settings": "pydantic-settings",
     "yaml": "pyyaml",
 }
 """Import name → distribution, where they differ."""

@@ -1,4 +1,4 @@
-"""The device memory that holds resident adapters: one buffer, and a extent table per module.
+"""The device memory that holds resident adapters: one buffer, and an extent table per module.
 
 An adapter is one run of bytes, its tensors end to end at their true sizes: nothing is padded to a
 largest rank, and no module's memory is set aside for adapters that do not touch it.

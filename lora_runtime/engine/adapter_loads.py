@@ -82,7 +82,7 @@ class CopyStream:
     """An Enqueue on a CUDA stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
     def __call__(self, copy: Callable[[], None]) -> Event:
         """Start `copy` when what the current stream was given so far is done."""

@@ -189,7 +189,7 @@ def _compilation(compiler: str) -> Need:
         source.write_text("#include <Python.h>\nint nothing(void) { return 0; }\n")
         command = [compiler, str(source), "-shared", "-fPIC", f"-I{_python_headers()}"]
         command += ["-o", f"{folder}/launcher.so"]
-        outcome = subprocess.extent(command, capture_output=True, text=True)
+        outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode == 0:
         return Need(name="C launcher", found="compiles")
     said = (outcome.stderr.strip() or "no message").splitlines()[0]

@@ -92,7 +92,7 @@ class Extent(NamedTuple):
 
 
 NO_EXTENT = Extent()
-"""Entry of a extent table for a module that an adapter does not touch."""
+"""Entry of an extent table for a module that an adapter does not touch."""
 
 
 class HeadNorm(NamedTuple):

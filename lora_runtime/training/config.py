@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.fields import convert, convert_fields, parse_yaml
+from lora_runtime.settings import (
+    Float,
+    Int,
+    canonical_names,
+    checked,
+    entries,
+    merged,
+    nested,
+    parse_yaml,
+    read_yaml,
+    setting,
+    settings,
+)
 
 Variant = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "qera"]
 INITS = r"default|pissa(_niter_\d{1,3})?|olora|loftq|qera"
@@ -40,144 +54,154 @@ SEED_RULE = "a whole number of at most 64 bits, as torch takes it"
 RESERVED_NAMES = ("checkpoints", "report")
 """Folders of a run that are not adapters."""
 
+DATA, ADAPTER, OBJECTIVE = "Data", "Adapter", "Preferences"
+UPDATE, RUN = "Optimization", "Run"
+"""Groups of settings, and headings of the help."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+def _checked_seed(seed: int) -> int:
+    if seed not in SEEDS:
+        raise ValueError(SEED_RULE)
+    return seed
+
+
+Seed = Annotated[Int, AfterValidator(_checked_seed)]
+
+
+@settings
 class UnitConfig:
     """One adapter to train. Raises ConfigError naming the field."""
 
-    name: str
+    name: str = setting(group=RUN, is_fixed=True)
     """Folder of the adapter below the run's output."""
-    data: Path
+    data: Path = setting(group=DATA, is_fixed=True)
     """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
     format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
     learned as `training/preferences.py` says."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = setting(
+        default_factory=dict, group=DATA, also=("column",), metavar="KEY=NAME"
+    )
     """Key of a format → the file's own name for it; all other columns are then left out and shown
     as not used."""
-    instructions: InstructionStyle = "chat"
+    instructions: InstructionStyle = setting(default="chat", group=DATA)
     """How `instruction` data is asked: as a message of the user by the base's chat template, or
     by the prompt of Stanford Alpaca."""
-    truncation: Truncation = "end"
+    truncation: Truncation = setting(default="end", group=DATA)
     """What examples over `max_seq_len` lose, or that they are an `error`, or that `drop` leaves
     them out and counts them."""
-    eval_data: Path | None = None
+    eval_data: Path | None = setting(default=None, group=DATA, is_fixed=True)
     """Held-out examples in the same format; never trained on."""
-    eval_fraction: float = 0.0
+    eval_fraction: Float = setting(default=0.0, ge=0, lt=1, group=DATA, is_fixed=True)
     """Share of `data` that is held out, chosen by the hash of each row's content."""
-    variant: Variant = "lora"
+    variant: Variant = setting(default="lora", group=ADAPTER)
     """`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank); `dora` is `use_dora`, the
     others are inits. They combine: `rslora` with `use_dora` and an `init`."""
-    use_dora: bool = False
+    use_dora: bool = setting(default=False, group=ADAPTER)
     """Also train the length of every row of W + ΔW."""
-    init: str = "default"
+    init: str = setting(default="default", group=ADAPTER)
     """Where training starts: `default` at no change, `pissa` (or faster and about the same,
     `pissa_niter_N`) and `olora` at factors of the weight, `loftq` at what quantisation lost,
     `qera` at the part of it that matters most for the inputs that the unit's own data make."""
-    rank: int = 16
-    alpha: float = 32.0
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    rank: Int = setting(default=16, ge=1, group=ADAPTER, also=("r",))
+    """Rank r of the update BA."""
+    alpha: Float = setting(default=32.0, gt=0, group=ADAPTER, also=("lora_alpha",))
+    """Scale of the update: ΔW = alpha / rank · BA, or as `variant` says."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = setting(
+        default="all-linear", group=ADAPTER, is_fixed=True
+    )
     """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
     inner linear layer."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = setting(default=(), group=ADAPTER)
     """Trained as whole weights of their own: `embed_tokens`, `lm_head`."""
-    trainable_token_indices: tuple[int, ...] = ()
+    trainable_token_indices: tuple[Int, ...] = setting(default=(), group=ADAPTER)
     """Token ids whose rows of the embedding are trained, and with tied weights those of the output
     layer with them."""
-    ensure_weight_tying: bool = False
+    ensure_weight_tying: bool = setting(default=False, group=ADAPTER)
     """With tied weights: what is trained of the embedding or the output layer is one for both."""
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: tuple[Int, ...] = setting(default=(), group=ADAPTER)
     """Layers that `target_modules` is limited to; empty: all."""
-    layer_replication: tuple[tuple[int, ...], ...] = ()
+    layer_replication: tuple[tuple[Int, ...], ...] = setting(default=(), group=ADAPTER)
     """Ranges [start, end) of base layers, run one after the other, each visit with an adapter of
     its own; empty: each layer once."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Int] = setting(default_factory=dict, group=ADAPTER)
     """Regular expression of the end of a module's path → its own rank; the first match decides."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Float] = setting(default_factory=dict, group=ADAPTER)
     """The same for alpha."""
-    dpo_beta: float = 0.1
-    """Preferences: how dear it is to move away from the base."""
-    label_smoothing: float = 0.0
-    """Preferences: the share of pairs that is taken to be the wrong way round."""
-    dpo_sft_weight: float = 0.0
-    """Preferences: how much the chosen answer's own loss per token counts beside."""
-    learning_rate: float = 2e-4
-    loraplus_ratio: float = 1.0
+    dpo_beta: Float = setting(default=0.1, gt=0, group=OBJECTIVE, also=("beta",), is_fixed=True)
+    """Preferences: β of DPO, the strength of the KL penalty that holds the adapter to the base."""
+    label_smoothing: Float = setting(default=0.0, ge=0, lt=0.5, group=OBJECTIVE, is_fixed=True)
+    """Preferences: label noise rate ε, the share of pairs assumed to be labelled wrongly."""
+    dpo_sft_weight: Float = setting(default=0.0, ge=0, group=OBJECTIVE, is_fixed=True)
+    """Preferences: weight of the SFT term, the chosen answer's own loss per token."""
+    learning_rate: Float = setting(default=2e-4, gt=0, group=UPDATE, also=("lr",))
+    """At its peak."""
+    loraplus_ratio: Float = setting(default=1.0, gt=0, group=UPDATE, also=("loraplus_lr_ratio",))
     """LoRA+: B's learning rate is this many times `learning_rate`."""
-    schedule: Schedule = "cosine"
-    warmup: float = 0.03
+    schedule: Schedule = setting(default="cosine", group=UPDATE, also=("lr_scheduler_type",))
+    """How the learning rate goes on after the warmup."""
+    warmup: Float = setting(default=0.03, ge=0, group=UPDATE, also=("warmup_ratio", "warmup_steps"))
     """Below 1 a share of all updates, from 1 a number of updates."""
-    num_epochs: int = 1
+    num_epochs: Int = setting(default=1, ge=1, group=UPDATE, also=("num_train_epochs",))
     """Passes over the data."""
-    max_steps: int | None = None
+    max_steps: Int | None = setting(default=None, ge=1, group=UPDATE)
     """Number of updates; overrides `num_epochs`."""
-    micro_batch_size: int = 4
+    micro_batch_size: Int = setting(
+        default=4, ge=1, group=UPDATE, also=("per_device_train_batch_size",)
+    )
     """Examples in one forward; of preferences, pairs."""
-    max_tokens_per_batch: int | None = None
+    max_tokens_per_batch: Int | None = setting(default=None, ge=1, group=UPDATE)
     """Forms the forwards by tokens instead: as many of the update's examples as fit, end to end.
     An update still takes `micro_batch_size` · `gradient_accumulation` examples. A GPU, which
     dequantises every layer once a forward, is best used by 8,192 or more."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Int = setting(
+        default=1, ge=1, group=UPDATE, also=("gradient_accumulation_steps",)
+    )
     """Forwards in one update."""
-    optimizer: OptimizerName = "adamw"
+    optimizer: OptimizerName = setting(default="adamw", group=UPDATE)
     """`8bit` keeps Adam's moments of tensors from 4,096 elements on in 8 bits, `paged` in memory
     that CUDA moves to the host when it must."""
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    weight_decay: Float = setting(default=0.0, ge=0, group=UPDATE)
+    """AdamW's, of all that is trained."""
+    max_grad_norm: Float | None = setting(default=1.0, gt=0, group=UPDATE)
     """Gradients longer than this are scaled down to it; None leaves them."""
-    seed: int | None = None
+    seed: Seed | None = setting(default=None, group=RUN)
     """Order of the data and start of the weights; None takes the run's seed."""
-    eval_interval: int = 50
+    eval_interval: Int = setting(default=50, ge=1, group=RUN, also=("eval_steps",))
     """Updates between two evaluations on held-out data; there is one after the last update too."""
-    patience: int | None = None
+    patience: Int | None = setting(default=None, ge=1, group=RUN)
     """Evaluations without a lower loss after which the unit stops; None never stops it."""
-    export: Literal["best", "last"] = "best"
+    export: Literal["best", "last"] = setting(default="best", group=RUN, is_fixed=True)
     """Weights of the lowest held-out loss, where there is one, or of the last update."""
-    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of A and B in the adapter's file; they are trained in float32, and all else stays so."""
-    sweep: dict[str, tuple[SweepValue, ...]] = field(default_factory=dict)
+    adapter_dtype: Literal["float32", "bfloat16"] = setting(default="float32", group=RUN)
+    """Dtype in which A and B are saved. Training is in float32; other tensors stay float32."""
+    sweep: dict[str, tuple[SweepValue, ...]] = setting(
+        default_factory=dict, group=RUN, metavar="FIELD=A,B,…", is_fixed=True
+    )
     """Other fields and the values to try: see `training/sweep.py`."""
-    dropout: float = 0.0
+    dropout: Float = setting(default=0.0, group=ADAPTER, also=("lora_dropout",))
     """Must be 0: an adapter is trained as it is served."""
 
     def __post_init__(self) -> None:
+        rule = f"'default' or {self.start!r} with the variant {self.variant!r}"
         checks: list[tuple[str, bool, str]] = [
             ("name", _is_folder_name(self.name), f"letters, digits, . _ -, not {RESERVED_NAMES}"),
             ("init", re.fullmatch(INITS, self.init) is not None, INIT_RULE),
-            ("rank", self.rank >= 1, "at least 1"),
-            ("alpha", 0 < self.alpha < math.inf, "positive"),
+            ("init", self.init in ("default", self.start), rule),
             ("target_modules", len(self.target_modules) > 0, "'all-linear' or at least one name"),
-            ("dpo_beta", 0 < self.dpo_beta < math.inf, "positive"),
-            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5"),
-            ("dpo_sft_weight", 0 <= self.dpo_sft_weight < math.inf, "0 or positive"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
-            ("loraplus_ratio", 0 < self.loraplus_ratio < math.inf, "positive"),
-            ("warmup", 0 <= self.warmup < math.inf, "0 or positive"),
-            ("num_epochs", self.num_epochs >= 1, "at least 1"),
-            ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
-            ("micro_batch_size", self.micro_batch_size >= 1, "at least 1"),
             (
                 "columns",
                 set(self.columns) <= set(get_args(Column)),
                 f"of {', '.join(get_args(Column))}",
             ),
-            ("eval_fraction", 0 <= self.eval_fraction < 1, "0 or more and below 1"),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
-            ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
             (
                 "gradient_accumulation",
                 self.examples_per_step <= MAX_EXAMPLES_PER_STEP,
                 f"so that an update takes at most {MAX_EXAMPLES_PER_STEP:,} examples, "
                 "micro_batch_size · gradient_accumulation",
             ),
-            ("seed", self.seed is None or self.seed in SEEDS, SEED_RULE),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive"),
-            ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0"),
-            ("eval_interval", self.eval_interval >= 1, "at least 1"),
-            ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("dropout", self.dropout == 0, "0; adapters are trained as they are served"),
         ]
-        rule = f"'default' or {self.start!r} with the variant {self.variant!r}"
-        checks.append(("init", self.init in ("default", self.start), rule))
         _check(self, checks, f"unit {self.name!r}: ")
 
     @property
@@ -216,27 +240,33 @@ class UnitConfig:
         return math.ceil(self.warmup * num_steps if self.warmup < 1 else self.warmup)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TrainConfig:
     """One run: every unit is trained at the same time on one base. Raises ConfigError."""
 
-    output: Path
+    output: Path = setting(group=RUN, also=("output_dir",))
     """Gets a folder per unit, `checkpoints` and `report`."""
     units: tuple[UnitConfig, ...]
-    base: BaseConfig = field(default_factory=BaseConfig)
-    seed: int = 0
-    max_seq_len: int = 1024
+    """The adapters, each with settings of its own."""
+    base: BaseConfig = setting(default_factory=BaseConfig)
+    seed: Seed = setting(default=0, group=RUN)
+    """Order of the data and start of the weights."""
+    max_seq_len: Int = setting(
+        default=1024, ge=2, group=DATA, also=("max_length", "max_seq_length")
+    )
     """Longer examples are cut as the unit's `truncation` says, counted and reported."""
-    log_interval: int = 10
+    log_interval: Int = setting(default=10, ge=1, group=RUN, also=("logging_steps",))
     """Updates of a unit between two progress lines, where there is no terminal."""
-    checkpoint_interval: int = 200
+    checkpoint_interval: Int = setting(default=200, ge=1, group=RUN)
     """Forwards between two checkpoints."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = setting(
+        default=False, group=RUN, also=("gradient_checkpointing",)
+    )
     """Keep each layer's input only and compute the layer again for its gradient: less memory, the
     same gradients, about a third more time."""
-    tensorboard: bool = False
+    tensorboard: bool = setting(default=False, group=RUN)
     """Also write curves for TensorBoard; needs the extra `tensorboard`."""
-    resume: bool = False
+    resume: bool = setting(default=False, group=RUN)
     """Continue from the newest checkpoint in `output`, which must be of the same run."""
 
     def __post_init__(self) -> None:
@@ -244,41 +274,40 @@ class TrainConfig:
         checks: list[tuple[str, bool, str]] = [
             ("units", len(names) > 0, "at least one unit"),
             ("units", len(set(names)) == len(names), "units of different names"),
-            ("seed", self.seed in SEEDS, SEED_RULE),
-            ("max_seq_len", self.max_seq_len >= 2, "at least 2"),
             ("max_seq_len", self._fits_batches(), "at most the units' max_tokens_per_batch"),
-            ("log_interval", self.log_interval >= 1, "at least 1"),
-            ("checkpoint_interval", self.checkpoint_interval >= 1, "at least 1"),
         ]
         _check(self, checks)
 
     @classmethod
-    def from_yaml(cls, path: Path) -> TrainConfig:
-        """Read a run from a file whose keys are the fields of TrainConfig and UnitConfig.
+    def from_yaml(cls, path: Path, flags: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Read a run from a file whose keys are the settings of TrainConfig and UnitConfig.
 
         Relative paths are relative to the working directory. The base may be written as for the
-        server: `base` a name, its other settings beside it. Raises ConfigError naming the key
-        and, for an unknown one, the nearest valid one.
+        server: `base` a name, its other settings beside it. `flags` go before what the file says,
+        those of an adapter in each of its units. Raises ConfigError naming the key and, for an
+        unknown one, the nearest valid one.
         """
-        try:
-            content = parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-        return convert(_with_base(content), cls, "")
+        run, unit = _parted(flags or {})
+        values = merged(nested(read_yaml(path), cls), nested(run, cls))
+        if isinstance(units := values.get("units"), list):
+            each = nested(unit, UnitConfig)
+            values["units"] = [
+                {**nested(own, UnitConfig, f"units[{i}]."), **each}
+                if isinstance(own, dict)
+                else own
+                for i, own in enumerate(units)
+            ]
+        return checked(values, cls)
 
-    @staticmethod
-    def unit_fields(text: str) -> dict[str, Any]:
-        """Fields of a unit from a line like `name: a, data: a.jsonl, rank: 8`, which is a YAML
-        mapping without its braces. Raises ConfigError as `from_yaml`.
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], units: Sequence[str] = ()) -> TrainConfig:
+        """A run of one unit called `adapter`, or of several: each a line like
+        `name: a, data: a.jsonl, rank: 8`, whose settings go before the flags. Raises ConfigError.
         """
-        try:
-            content = parse_yaml(f"{{{text}}}")
-        except ValueError as error:
-            raise ConfigError(
-                f"unit {text!r} cannot be read as YAML, as in name: a, rank: 8: {error}",
-                field="unit",
-            ) from error
-        return convert_fields(content, UnitConfig, "unit")
+        run, unit = _parted(flags)
+        each = {"name": "adapter", **nested(unit, UnitConfig)}
+        own = [nested(unit_fields(text), UnitConfig, "unit.") for text in units] or [{}]
+        return checked({**nested(run, cls), "units": [{**each, **values} for values in own]}, cls)
 
     def _fits_batches(self) -> bool:
         budgets = [unit.max_tokens_per_batch or self.max_seq_len for unit in self.units]
@@ -289,22 +318,24 @@ class TrainConfig:
         return self.seed if unit.seed is None else unit.seed
 
 
-def _with_base(content: object) -> object:
-    """A file's settings with those of the base below `base`."""
-    if not isinstance(content, dict):
-        return content
-    names = [entry.name for entry in fields(BaseConfig)]
-    beside = {name: content[name] for name in names if name in content}
-    base = content.get("base", {})
-    base = {"model": base} if isinstance(base, str) else base
-    if not beside or not isinstance(base, dict):
-        return {**content, "base": base} if "base" in content else content
-    if twice := beside.keys() & base.keys():
+def unit_fields(text: str) -> dict[str, Any]:
+    """What `name: a, data: a.jsonl, rank: 8` says, a YAML mapping without its braces. Raises
+    ConfigError.
+    """
+    try:
+        content = parse_yaml(f"{{{text}}}")
+    except ValueError as error:
         raise ConfigError(
-            f"{min(twice)} stands in the file and below base too; remove one", field=min(twice)
-        )
-    rest = {name: value for name, value in content.items() if name not in beside}
-    return {**rest, "base": {**base, **beside}}
+            f"unit {text!r} cannot be read as YAML, as in name: a, rank: 8: {error}", field="unit"
+        ) from error
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def _parted(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What flags say of the run and of every unit; `seed` is the run's."""
+    of_run = canonical_names(entries(TrainConfig))
+    run = {name: value for name, value in flags.items() if name in of_run}
+    return run, {name: value for name, value in flags.items() if name not in of_run}
 
 
 def _is_folder_name(name: str) -> bool:

@@ -113,7 +113,7 @@ def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:
     )
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes(TorchDispatchMode):
     """Follows the storages that torch's operations make: `most` bytes alive at once, of those made
     inside. What an operation allocates and frees by itself is not seen, nor what the allocator
     keeps: resident memory of SmolLM2's micro-step grew 1.4 times as much.

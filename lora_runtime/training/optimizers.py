@@ -74,7 +74,7 @@ def restore_state(
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
         return
     # bitsandbytes makes the buffers, which may be paged; they depend on no setting of the group
-    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # type: ignore[no-untyped-call]
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
     state = optimizer.state[parameter]
     state["step"] = int(saved["step"])
     for key in saved.keys() - {"step"}:

@@ -119,7 +119,7 @@ def _attempt(
     num_short, *sums = world.total([is_short, *(value for signal in signals for value in signal)])
     if num_short:
         del gradients
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             gc.collect()  # what a backward was at when it failed may refer to itself
             torch.cuda.empty_cache()
         return None

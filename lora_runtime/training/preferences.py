@@ -12,7 +12,6 @@ its conservative form, https://ericmitchell.ai/cdpo.pdf; w is α of arXiv:2404.1
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -21,14 +20,12 @@ from torch import Tensor
 
 from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.errors import ConfigError
-from lora_runtime.training.config import UnitConfig
+from lora_runtime.settings import entries
+from lora_runtime.training.config import OBJECTIVE, UnitConfig
 from lora_runtime.training.data import Dataset, Example, num_tokens
 
 References = dict[tuple[LayerMap | None, Example], float]
 """(layer map, answer) → log π₀. It is computed once, as no update changes it."""
-
-SETTINGS = ("dpo_beta", "label_smoothing", "dpo_sft_weight")
-"""Fields of UnitConfig that only preferences have a use for."""
 
 
 class Signal(NamedTuple):
@@ -76,8 +73,8 @@ def check_settings(config: UnitConfig, dataset: Dataset) -> None:
     be read in one forward.
     """
     where = f"unit {config.name!r}: "
-    default = {entry.name: entry.default for entry in fields(UnitConfig)}
-    changed = [name for name in SETTINGS if getattr(config, name) != default[name]]
+    found = [e for e in entries(UnitConfig).values() if e.group == OBJECTIVE]
+    changed = [e.name for e in found if getattr(config, e.name) != e.default]
     if changed and not dataset.is_preference:
         raise ConfigError(
             f"{where}{changed[0]} is {getattr(config, changed[0])!r}, which is for data with "

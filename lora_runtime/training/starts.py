@@ -7,7 +7,7 @@ parsed against the base before there is a weight, so training and serving cannot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, ConfigError
+from lora_runtime.settings import in_group, nearest
 from lora_runtime.training.calibration import calibration_rows, input_rms
-from lora_runtime.training.config import UnitConfig
+from lora_runtime.training.config import ADAPTER, DATA, UnitConfig
 from lora_runtime.training.data import Example
 from lora_runtime.training.export import adapter_config
-from lora_runtime.training.fields import nearest
 from lora_runtime.training.inits import (
     FACTOR_OF_WEIGHT,
     LOST_BY_QUANTISATION,
@@ -34,19 +34,12 @@ from lora_runtime.training.inits import (
 )
 from lora_runtime.training.trained_modules import Trained, TrainedModule, TrainedRows, norms
 
-AFTER_THE_START = (
-    "name", "dpo_beta", "label_smoothing", "dpo_sft_weight", "learning_rate", "loraplus_ratio",
-    "schedule", "warmup", "num_epochs", "max_steps", "micro_batch_size", "max_tokens_per_batch",
-    "gradient_accumulation", "optimizer", "weight_decay", "max_grad_norm", "seed", "eval_interval",
-    "patience", "export", "adapter_dtype", "sweep",
-)  # fmt: skip
-"""Fields of UnitConfig that the first weights do not depend on (the resolved seed is compared
-separately)."""
-
 
 def start_alike(one: UnitConfig, other: UnitConfig) -> bool:
-    """True when units of these settings and one seed have the same first weights."""
-    deciding = [entry.name for entry in fields(UnitConfig) if entry.name not in AFTER_THE_START]
+    """True when units of these settings and one seed have the same first weights: nothing but data
+    and adapter decides them.
+    """
+    deciding = in_group(UnitConfig, DATA, ADAPTER)
     return all(getattr(one, name) == getattr(other, name) for name in deciding)
 
 

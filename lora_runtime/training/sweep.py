@@ -12,29 +12,23 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import get_type_hints
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.settings import canonical_names, converted, entries, nearest
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset
-from lora_runtime.training.fields import convert, nearest
 from lora_runtime.training.held_out import HeldOut
-from lora_runtime.training.preferences import SETTINGS
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import Unit, UnitStatus
 
 RUNGS = (0.25, 0.5)
 """Shares of a member's updates after which the worse half stops."""
 
-FIXED = (
-    "name", "data", "eval_data", "eval_fraction", "target_modules", "export", "sweep", *SETTINGS,
-)  # fmt: skip
-"""Fields in which the members of a sweep cannot differ: names, files, and what the loss is."""
 SHORT = {"learning_rate": "lr"}
-"""Names of fields in the names of members, and as a sweep may call them."""
+"""Names of fields in the names of members."""
 
 Sweeps = Mapping[str, Sequence[str]]
 """The name of a unit with a sweep → the names of its members."""
@@ -136,13 +130,14 @@ def _decide(contenders: Sequence[tuple[Unit, HeldOut]]) -> list[Unit]:
 
 def _members(unit: UnitConfig) -> tuple[UnitConfig, ...]:
     """A unit for every combination of the values."""
-    hints = get_type_hints(UnitConfig)
+    found = entries(UnitConfig)
+    names = canonical_names(found)
     choices = []
-    long = {short: name for name, short in SHORT.items()}
     for key, values in unit.sweep.items():
-        name = long.get(key, key)
+        name = names.get(key, key)
         _check_field(name)
-        choices.append([(name, convert(value, hints[name], f"sweep.{name}")) for value in values])
+        place = f"sweep.{name}"
+        choices.append([(name, converted(value, found[name], place)) for value in values])
     members = tuple(
         replace(unit, sweep={}, name=_name(unit.name, chosen), **dict(chosen))
         for chosen in product(*choices)
@@ -157,7 +152,7 @@ def _members(unit: UnitConfig) -> tuple[UnitConfig, ...]:
 
 
 def _check_field(name: str) -> None:
-    valid = [entry.name for entry in fields(UnitConfig) if entry.name not in FIXED]
+    valid = [entry.name for entry in entries(UnitConfig).values() if not entry.is_fixed]
     if name not in valid:
         raise ConfigError(
             f"sweep.{name} is not a field to sweep; {nearest(name, valid)}", field=f"sweep.{name}"

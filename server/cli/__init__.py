@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.metadata
+from typing import Annotated, Any
 
 import typer
 
 from lora_runtime.errors import LoramuxError
-from lora_runtime.terminal import Terminal
+from lora_runtime.terminal import Terminal, echo
 from server.cli import doctor, local, remote, serve, train
 from server.cli.command import Command
 
@@ -23,8 +24,28 @@ class Commands(typer.core.TyperGroup):
             field = getattr(error, "field", None)
             where = f"{field}: " if field and field not in str(error) else ""
             stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
-            stderr.print(f"error: {where}{error}", style="red", markup=False)
+            stderr.print(f"error: {where}{_with_flags(str(error))}", style="red", markup=False)
             raise typer.Exit(1) from None
+
+
+def _with_flags(message: str) -> str:
+    """A server and the trainer name what helps as their callers in Python write it."""
+    for words, flag in FLAGS_IN_MESSAGES.items():
+        message = message.replace(words, flag)
+    return message
+
+
+FLAGS_IN_MESSAGES = {
+    "with replace": "with --replace",
+    "unfinished run; resume it": "unfinished run; continue it with --resume",
+    "make room and resume": "make room and continue with --resume",
+}
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        echo(f"loramux {importlib.metadata.version('loramux')}")
+        raise typer.Exit
 
 
 app = typer.Typer(
@@ -32,8 +53,21 @@ app = typer.Typer(
     cls=Commands,
     help="Serve and train many LoRA adapters over one quantized base model.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
 )
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and end."),
+    ] = False,
+) -> None:
+    """Serve and train many LoRA adapters over one quantized base model."""
+
+
 app.command(cls=Command)(serve.serve)
 app.command(cls=Command)(train.train)
 app.command(cls=Command)(remote.generate)

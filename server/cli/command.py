@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from server.cli.train_flags import VARIABLES
+from server.cli.settings import OTHER_FLAGS, VARIABLES
 from server.config import check_environment
 
 
@@ -16,6 +16,7 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; of a flag with one value given twice, the last would win."""
+        args = list(map(_canonical, args))
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter, count in Counter(order).items():
             is_list = parameter.multiple or parameter.nargs == -1
@@ -29,3 +30,9 @@ class Command(typer.core.TyperCommand):
         """Run the command, unless a variable LORAMUX_… is none of the settings."""
         check_environment(VARIABLES)
         return super().invoke(ctx)
+
+
+def _canonical(argument: str) -> str:
+    """`--lr=1e-4` as `--learning-rate=1e-4`."""
+    flag, separator, value = argument.partition("=")
+    return f"{OTHER_FLAGS.get(flag, flag)}{separator}{value}"

@@ -6,20 +6,14 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.terminal import Terminal
-from server.cli.settings import (
-    BaseName,
-    ComputeDtype,
-    ConfigFile,
-    Device,
-    Format,
-    engine_settings,
-)
+from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
 
 PACKAGES = (
     "loramux",
@@ -32,12 +26,10 @@ PACKAGES = (
 )
 
 
+@with_flags(BASE_FLAGS)
 def doctor(
     config: ConfigFile = None,
-    base: BaseName = None,
-    quantization: Format = None,
-    dtype: ComputeDtype = None,
-    device: Device = None,
+    **flags: Any,
 ) -> None:
     """Show versions, device, kernel backend, memory, and whether the base is on this machine.
 
@@ -46,9 +38,7 @@ def doctor(
     """
     from lora_runtime.kernels.gpu_needs import gpu_needs
 
-    chosen = engine_settings(
-        config, base=base, quantization=quantization, dtype=dtype, device=device
-    ).base
+    chosen = engine_settings(config, flags).base
     needs = list(gpu_needs())
     table = Table("what", "found", title="loramux doctor")
     for what, found in (*_versions(), *_machine(), *_runtime(chosen)):

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.filesize import decimal
@@ -18,14 +18,7 @@ from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.terminal import Terminal, echo
-from server.cli.settings import (
-    BaseName,
-    ComputeDtype,
-    ConfigFile,
-    Device,
-    Format,
-    engine_settings,
-)
+from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.merge import Merge
@@ -41,16 +34,14 @@ MAX_SHOWN = 60
 Folder = Annotated[Path, typer.Argument(help="The adapter's folder.")]
 
 
+@with_flags(BASE_FLAGS)
 def verify(
     path: Folder,
     config: ConfigFile = None,
-    base: BaseName = None,
-    quantization: Format = None,
-    dtype: ComputeDtype = None,
-    device: Device = None,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Judge the config's fields; load no base.")
     ] = False,
+    **flags: Any,
 ) -> None:
     """Would it be served, and exactly how? Exit code 0 if so, 1 if it is refused.
 
@@ -65,9 +56,7 @@ def verify(
         if refusal:
             raise refusal
         return
-    settings = engine_settings(
-        config, base=base, quantization=quantization, dtype=dtype, device=device
-    )
+    settings = engine_settings(config, flags)
     try:
         load = load_on_base(path, settings)
     except AdapterRefused as error:
@@ -80,13 +69,12 @@ def verify(
     console.print(_parity_line(load.gate(packed)))
 
 
+@with_flags(BASE_FLAGS[:-1])
 def convert(
     path: Folder,
     out: Annotated[Path, typer.Argument(help="A new folder for the converted adapter.")],
     config: ConfigFile = None,
-    base: BaseName = None,
-    quantization: Format = None,
-    device: Device = None,
+    **flags: Any,
 ) -> None:
     """Make it a plain LoRA that PEFT loads on the unmodified base, where that is exact.
 
@@ -99,10 +87,7 @@ def convert(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    settings = engine_settings(
-        config, base=base, quantization=quantization, dtype="float32", device=device
-    )
-    load = load_on_base(path, settings)
+    load = load_on_base(path, engine_settings(config, {**flags, "dtype": "float32"}))
     form, record = load.form, load.record
     files = plain_files(form, load.base.spec, load.base.weights, load.metadata)
     files.write(out)
@@ -115,16 +100,15 @@ def convert(
     echo(f"{out} holds it as a plain LoRA of rank {', '.join(map(str, form.ranks))}")
 
 
+@with_flags(BASE_FLAGS[:-1])
 def merge(
     path: Folder,
     out: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
     config: ConfigFile = None,
-    base: BaseName = None,
-    quantization: Format = None,
-    device: Device = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
     ] = "float32",
+    **flags: Any,
 ) -> None:
     """Add an adapter to the dequantised base that serves it; transformers loads the result.
 
@@ -139,10 +123,7 @@ def merge(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    settings = engine_settings(
-        config, base=base, quantization=quantization, dtype="float32", device=device
-    )
-    load = load_on_base(path, settings)
+    load = load_on_base(path, engine_settings(config, {**flags, "dtype": "float32"}))
     loaded, form = load.base, load.form
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
     side, _ = own_text(form, loaded)

@@ -11,11 +11,11 @@ from typing import Annotated, cast
 import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli.command import Command
+from server.cli.tables import show_table
 from server.client import DEFAULT_TARGET, Client
 from server.client.requests import Options
 
@@ -31,6 +31,13 @@ ChatOrText = Annotated[
         "template, else text.",
     ),
 ]
+Weighted = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=WEIGHT]",
+        help="A loaded adapter; repeat it to add up several. Default: the base.",
+    ),
+]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -39,13 +46,7 @@ adapters = typer.Typer(
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[=WEIGHT]",
-            help="A loaded adapter; repeat it to add up several. Default: the base.",
-        ),
-    ] = None,
+    adapter: Weighted = None,
     chat: ChatOrText = None,
     system: Annotated[str | None, typer.Option(help="System message, before a user's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
@@ -58,8 +59,10 @@ def generate(
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
     ] = None,
-    base_text: Annotated[bool, typer.Option("--base-text", help="All text the base's.")] = False,
-    priority: Annotated[int | None, typer.Option(help="Of one's own, lower runs earlier.")] = None,
+    base_text: Annotated[
+        bool, typer.Option("--base-text", help="Use the base's template.")
+    ] = False,
+    priority: Annotated[int | None, typer.Option(help="Per tenant: lower runs earlier.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
@@ -167,7 +170,7 @@ def load(
 
 def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
     """A row of the table, and below it what must be known of the adapter."""
-    Terminal(markup=False).print(adapter_table([adapter]))
+    show_adapters([adapter])
     for note in adapter.notes:
         echo(f"note: {note}", is_error=True)
 
@@ -217,11 +220,16 @@ def stored(address: Address = DEFAULT_TARGET) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
     with Client(address) as client:
         found = client.list_stored_adapters()
-    table = Table("source", "size", "stored", "held by")
-    for entry in found.stored:
-        day = datetime.fromtimestamp(entry.stored_at_s).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.source, decimal(entry.num_bytes), day, ", ".join(entry.adapters))
-    Terminal(markup=False).print(table)
+    rows = [
+        (
+            entry.source,
+            decimal(entry.num_bytes),
+            datetime.fromtimestamp(entry.stored_at_s).strftime("%Y-%m-%d %H:%M"),
+            ", ".join(entry.adapters),
+        )
+        for entry in found.stored
+    ]
+    show_table(("source", "size", "stored", "held by"), rows)
     echo(f"{decimal(found.num_bytes)} of {decimal(found.max_bytes)}")
 
 
@@ -264,7 +272,7 @@ def send_folder(
 def list_adapters(address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
-        Terminal(markup=False).print(adapter_table(client.list_adapters()))
+        show_adapters(client.list_adapters())
 
 
 @adapters.command("show", cls=Command)
@@ -272,26 +280,19 @@ def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
     """Show everything the server knows of one adapter."""
     with Client(address) as client:
         info = client.get_adapter(name)
-    table = Table("field", "value", title=name)
-    for field, value in _facts(info).items():
-        table.add_row(field, value)
-    for key, value in sorted(info.honoured.items()):
-        table.add_row(f"honoured {key}", value)
-    for key, reason in sorted(info.inert.items()):
-        table.add_row(f"inert {key}", reason)
-    for note in info.notes:
-        table.add_row("note", note)
-    Terminal(markup=False).print(table)
+    facts = [
+        *_facts(info).items(),
+        *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),
+        *((f"inert {key}", reason) for key, reason in sorted(info.inert.items())),
+        *(("note", note) for note in info.notes),
+    ]
+    show_table(("field", "value"), facts, title=name)
 
 
-def adapter_table(infos: Iterable[adapters_pb2.AdapterInfo]) -> Table:
-    """One row an adapter, with what people look for first."""
+def show_adapters(infos: Iterable[adapters_pb2.AdapterInfo]) -> None:
+    """One row per adapter, with what people look for first."""
     columns = ("name", "state", "variant", "ranks", "size", "in flight", "error")
-    table = Table(*columns)
-    for info in infos:
-        facts = _facts(info)
-        table.add_row(*(facts[column] for column in columns))
-    return table
+    show_table(columns, [[_facts(info)[column] for column in columns] for info in infos])
 
 
 def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:

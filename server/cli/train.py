@@ -2,101 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
-from lora_runtime.config import BaseConfig
-from lora_runtime.terminal import Terminal
-from lora_runtime.training.config import SweepValue, TrainConfig, UnitConfig
+from lora_runtime.adapters.files.file_names import CONFIG_FILE
+from lora_runtime.settings import by_key
+from lora_runtime.terminal import Terminal, echo
+from lora_runtime.training.config import TrainConfig, unit_fields
+from lora_runtime.training.rows import read_rows
 from server.cli import deploy as deploying
-from server.cli import train_flags as flag
+from server.cli.settings import TRAIN_SETTINGS, read_texts, with_flags
+from server.cli.tables import show_table
+from server.config import environment
 
 if TYPE_CHECKING:
-    from lora_runtime.training.dry_run import DryRun, Estimate
+    from lora_runtime.training.dry_run import Estimate
     from lora_runtime.training.report import UnitResult
 
-RUN_FLAGS = (
-    "output", "max_seq_len", "seed", "activation_checkpointing", "tensorboard", "resume",
-)  # fmt: skip
+SIGNALLED = 128
+"""A command that signal N stopped exits with 128 + N, as a shell has it."""
 
-BASE_FLAGS = {
-    "base": "model", "quantization": "quantization", "dtype": "dtype", "device": "device",
-    "dequantized_cache": "dequantized_cache",
-}  # fmt: skip
-"""Flag → field of BaseConfig."""
+Deploy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Upload what is finished to this server, in the place of what its names hold there.",
+    ),
+]
+Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--unit",
+        metavar="FIELD: VALUE, …",
+        help="One of several adapters to train at once, as in 'name: a, data: a.jsonl, rank: 8'; "
+        "other flags hold for all of them.",
+    ),
+]
 
-ACTION_FLAGS = ("dry_run", "deploy", "deploy_name", "sample")
-"""What is done with a run."""
 
-
+@with_flags(TRAIN_SETTINGS.values())
 def train(
-    config: flag.ConfigFile = None,
-    unit: flag.Units = None,
-    data: flag.Data = None,
-    column: flag.Column = None,
-    instructions: flag.Instructions = None,
-    truncation: flag.TruncationName = None,
-    eval_data: flag.EvalData = None,
-    eval_fraction: flag.EvalFraction = None,
-    output: flag.Output = None,
-    name: flag.Name = None,
-    base: flag.Base = None,
-    quantization: flag.QuantizationName = None,
-    dtype: flag.Dtype = None,
-    device: flag.Device = None,
-    dequantized_cache: flag.DequantizedCache = None,
-    variant: flag.VariantName = None,
-    rank: flag.Rank = None,
-    alpha: flag.Alpha = None,
-    dpo_beta: flag.DpoBeta = None,
-    label_smoothing: flag.LabelSmoothing = None,
-    dpo_sft_weight: flag.DpoSftWeight = None,
-    learning_rate: flag.LearningRate = None,
-    num_epochs: flag.NumEpochs = None,
-    max_steps: flag.MaxSteps = None,
-    micro_batch_size: flag.MicroBatchSize = None,
-    max_tokens_per_batch: flag.MaxTokensPerBatch = None,
-    gradient_accumulation: flag.GradientAccumulation = None,
-    optimizer: flag.Optimizer = None,
-    max_seq_len: flag.MaxSeqLen = None,
-    seed: flag.Seed = None,
-    eval_interval: flag.EvalInterval = None,
-    patience: flag.Patience = None,
-    sweep: flag.Sweep = None,
-    activation_checkpointing: flag.ActivationCheckpointing = None,
-    tensorboard: flag.Tensorboard = None,
-    dry_run: flag.DryRun = False,
-    resume: flag.Resume = None,
-    deploy: flag.Deploy = None,
-    deploy_name: flag.DeployName = None,
-    sample: flag.SamplePrompt = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="YAML file; flags and LORAMUX_<FLAG> go before it, of an adapter in all of its "
+            "units."
+        ),
+    ] = None,
+    unit: Units = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Measure one micro-step, print memory and time, train nothing."
+        ),
+    ] = False,
+    deploy: Deploy = None,
+    deploy_name: Annotated[
+        str | None, typer.Option(help="Its name on that server. Default: the unit's own.")
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            help="Asked of base and adapter there. Default: the first prompt of the data."
+        ),
+    ] = None,
+    **flags: Any,
 ) -> None:
     """Train adapters on the quantized base; Ctrl-C saves a checkpoint and stops.
 
     One adapter by flags (--data and --output), or any number at once by --unit or a YAML file.
-    Settings come from the file, then LORAMUX_<FLAG> in the environment, then these flags.
-    Written in PEFT's format, ready for `loramux adapters load`. Several devices share an update by
-    `torchrun --nproc-per-node N -m server train …`.
+    Settings come from the file, then LORAMUX_<FLAG> in the environment, then these flags. Other
+    libraries' names, such as --lr or --num-train-epochs, are taken too.
+
+    A run that Ctrl-C or SIGTERM stops ends with status 130 or 143; --resume continues it, starts
+    where there is nothing to continue, and does nothing where all is done.
+
+    Adapters are written in PEFT's format, ready for `loramux adapters load`. Several devices share
+    an update by `torchrun --nproc-per-node N -m server train …`.
     """
-    run = _run_of(locals())
+    run = _run_of(config, unit or [], flags)
+    check_data(run)
     if dry_run:
         return show_dry_run(run, Terminal())
+    if run.resume:
+        found = _resumable(run)
+        if found is None:
+            return echo(f"nothing to resume: {run.output} has every adapter of this run already")
+        run = found
     _train(run, deploy, deploy_name, sample)
 
 
-def _run_of(arguments: dict[str, Any]) -> TrainConfig:
+def _run_of(file: Path | None, units: list[str], flags: dict[str, Any]) -> TrainConfig:
     """The run that `train` was given, by a file or by flags."""
-    others = ("config", *ACTION_FLAGS)
-    flags = {k: v for k, v in arguments.items() if v is not None and k not in others}
-    file = arguments["config"]
-    return _from_flags(flags) if file is None else _from_file(file, flags)
+    variables = read_texts(environment(TRAIN_SETTINGS), TRAIN_SETTINGS)
+    values = {**by_key(variables, TRAIN_SETTINGS), **read_texts(flags, TRAIN_SETTINGS)}
+    if file is not None:
+        if units:
+            raise typer.BadParameter("--unit cannot stand beside a YAML file; write its unit there")
+        return TrainConfig.from_yaml(file, values)
+    own = [unit_fields(text) for text in units] or [{}]
+    for required, is_given in [
+        ("data", "data" in values or all("data" in each for each in own)),
+        ("output", "output" in values),
+    ]:
+        if not is_given:
+            raise typer.BadParameter(f"give --{required}, or a YAML file")
+    return TrainConfig.from_flags(values, units)
+
+
+def check_data(run: TrainConfig) -> None:
+    """Read every row once, before the seconds that torch takes. Raises DataError."""
+    paths = {path for unit in run.units for path in (unit.data, unit.eval_data) if path}
+    for path in sorted(paths):
+        for _ in read_rows(path):
+            pass
+
+
+def _resumable(run: TrainConfig) -> TrainConfig | None:
+    """The run as it is to go on: from its checkpoint, from the start where there is none, None
+    where all its adapters are written. So a job may always be given --resume.
+    """
+    from lora_runtime.training.checkpoint import has_checkpoint
+    from lora_runtime.training.run_folder import checkpoints_of
+
+    if has_checkpoint(checkpoints_of(run)):
+        return run
+    if all((run.output / unit.name / CONFIG_FILE).is_file() for unit in run.units):
+        return None
+    return replace(run, resume=False)
+
+
+@contextmanager
+def _seen_signals() -> Iterator[Callable[[], bytes]]:
+    """Yield a function that tells the numbers of the signals that came; it handles none."""
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield lambda: os.read(reader, 1) if select.select([reader], [], [], 0)[0] else b""
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(reader)
+        os.close(writer)
 
 
 def _train(
@@ -106,94 +164,42 @@ def _train(
         deploying.check_server(deploy, deploy_name, len(run.units))
     from lora_runtime.training.trainer import train as train_run
 
-    results = train_run(run, Terminal())
+    with _seen_signals() as seen:
+        results = train_run(run, Terminal())
+        signals = seen()
     if not results:
         return  # of several processes one shows and deploys
-    Terminal(markup=False).print(_table(results))
+    show_table(
+        ("adapter", "status", "updates", *LOSSES, "folder or error"),
+        map(_row, results),
+    )
     finished = deploying.deployments(results, run.units, deploy_name) if deploy else []
     is_deployed = not finished or deploying.deploy(str(deploy), finished, sample)
     if any(result.error for result in results) or not is_deployed:
         raise typer.Exit(1)
+    if signals and any(result.status.value == "running" for result in results):
+        raise typer.Exit(SIGNALLED + signals[0])
 
 
-def _from_file(file: Path, flags: dict[str, Any]) -> TrainConfig:
-    if "unit" in flags:
-        raise typer.BadParameter("--unit cannot stand beside a YAML file; write its unit there")
-    config = TrainConfig.from_yaml(file)
-    run, base, unit = _parted(flags)
-    units = tuple(replace(each, **unit) for each in config.units)
-    return replace(config, units=units, base=replace(config.base, **base), **run)
+LOSSES = ("loss", "held-out loss", "best held-out loss")
 
 
-def _from_flags(flags: dict[str, Any]) -> TrainConfig:
-    own = [TrainConfig.unit_fields(text) for text in flags.pop("unit", ())] or [{}]
-    for required, is_given in [
-        ("data", "data" in flags or all("data" in values for values in own)),
-        ("output", "output" in flags),
-    ]:
-        if not is_given:
-            raise typer.BadParameter(f"give --{required}, or a YAML file")
-    run, base, unit = _parted(flags)
-    units = (UnitConfig(**{"name": "adapter", **unit, **values}) for values in own)
-    return TrainConfig(units=tuple(units), base=BaseConfig(**base), **run)
+def _row(result: UnitResult) -> list[str]:
+    is_stopped = result.status.value == "running"
+    losses = (result.loss, result.held_out_loss, result.best.loss if result.best else None)
+    return [
+        result.name,
+        "stopped" if is_stopped else result.status.value,
+        f"{len(result.records)}/{result.num_steps}",
+        *("" if loss is None else f"{loss:.4f}" for loss in losses),
+        result.error or str(result.folder or result.note or "continue with --resume"),
+    ]
 
 
-def _parted(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What flags say of the run, of its base and of every unit."""
-    run = {key: flags.pop(key) for key in RUN_FLAGS if key in flags}
-    base = {name: flags.pop(key) for key, name in BASE_FLAGS.items() if key in flags}
-    if "column" in flags:
-        flags["columns"] = _mapping("column", map(_column, flags.pop("column")))
-    if "sweep" in flags:
-        flags["sweep"] = _mapping("sweep", map(_sweep, flags["sweep"]))
-    return run, base, flags
-
-
-def _mapping(flag_name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise typer.BadParameter(f"--{flag_name} gives {key} twice; give it once")
-        found[key] = value
-    return found
-
-
-def _column(text: str) -> tuple[str, str]:
-    """`prompt=question` as key and the file's name for it."""
-    key, found, column = text.partition("=")
-    if not found:
-        raise typer.BadParameter(f"--column {text} names no column; write --column KEY=NAME")
-    return key.strip(), column
-
-
-def _sweep(text: str) -> tuple[str, tuple[SweepValue, ...]]:
-    """`learning_rate=1e-4,3e-4` as field and values."""
-    field, found, values = text.partition("=")
-    if not found:
-        raise typer.BadParameter(f"--sweep {text} has no values; write --sweep FIELD=A,B")
-    return field.strip().replace("-", "_"), tuple(_number(value) for value in values.split(","))
-
-
-def _number(text: str) -> SweepValue:
-    """A number if it is one, else the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text.strip()
-
-
-def _table(results: list[UnitResult]) -> Table:
-    headings = ("loss", "held-out loss", "best held-out loss")
-    table = Table("adapter", "status", "updates", *headings, "folder or error")
-    for result in results:
-        updates = f"{len(result.records)}/{result.num_steps}"
-        found = (result.loss, result.held_out_loss, result.best.loss if result.best else None)
-        losses = ["" if loss is None else f"{loss:.4f}" for loss in found]
-        end = result.error or str(result.folder or result.note or "continue with --resume")
-        table.add_row(result.name, result.status.value, updates, *losses, end)
-    return table
+ESTIMATES = (
+    "adapter", "parameters", "targets", "updates", "tokens", "weights", "gradients", "optimizer",
+    "activations", "time",
+)  # fmt: skip
 
 
 def show_dry_run(config: TrainConfig, console: Console) -> None:
@@ -204,7 +210,10 @@ def show_dry_run(config: TrainConfig, console: Console) -> None:
     with console.status("loading the base") as status:
         found = dry_run(config, on_progress=status.update)
     show_data(console, found.data)
-    console.print(_estimates(found))
+    rows = [[unit.name, *_cells(unit)] for unit in found.units]
+    if len(found.units) > 1:
+        rows.append(["all at once", *_cells(found.together)])
+    show_table(ESTIMATES, rows, console=console)
     total = found.base_bytes + found.together.total_bytes
     console.print(
         f"The base takes {decimal(found.base_bytes)}, the whole run {decimal(total)}. Activations "
@@ -213,17 +222,6 @@ def show_dry_run(config: TrainConfig, console: Console) -> None:
         "trained or written.",
         soft_wrap=True,
     )
-
-
-def _estimates(found: DryRun) -> Table:
-    columns = ["parameters", "targets", "updates", "tokens", "weights", "gradients", "optimizer"]
-    table = Table("adapter", *columns, "activations", "time")
-    for unit in found.units:
-        table.add_row(unit.name, *_cells(unit))
-    if len(found.units) > 1:
-        table.add_section()
-        table.add_row("all at once", *_cells(found.together))
-    return table
 
 
 def _cells(unit: Estimate) -> list[str]:

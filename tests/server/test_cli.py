@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 
 from lora_runtime.kernels import gpu_needs
 from lora_runtime.kernels.gpu_needs import Need
-from lora_runtime.training import dry_run, trainer
+from lora_runtime.terminal import Terminal
+from lora_runtime.training import checkpoint, dry_run, trainer
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
 from server.cli import app
-from server.config import ServerConfig
+from server.cli.tables import show_table
+from server.config import SETTINGS
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
@@ -179,6 +182,7 @@ def test_prompts_are_not_logged(ask, server):
 def test_no_server_is_one_line_that_names_the_address(invoke):
     result = invoke("adapters", "list", "--address", "127.0.0.1:1")
     assert result.exit_code == 1
+    assert result.stderr.startswith("error: no server at 127.0.0.1:1 (is it running? `loramux")
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
 
 
@@ -197,7 +201,7 @@ def test_every_command_and_option_explains_itself(invoke, command):
 
 def test_every_setting_is_a_flag_of_serve(invoke):
     page = invoke("serve", "--help").stdout
-    for name in ServerConfig.model_fields:
+    for name in SETTINGS:
         assert f"--{name.replace('_', '-').replace('roots', 'root')}" in page
 
 
@@ -224,6 +228,12 @@ def test_doctor_says_what_to_change(invoke, monkeypatch):
     assert lacking.exit_code == 0 and lacking.stdout.endswith("\n- b: ill. Mend it.\n")
     needs.pop()
     assert invoke("doctor").stdout.endswith("\nA GPU can be used.\n")
+
+
+@pytest.fixture(autouse=True)
+def data_is_not_read(monkeypatch):
+    """Flags are looked at here, of runs whose files do not exist."""
+    monkeypatch.setattr("server.cli.train.check_data", lambda run: None)
 
 
 @pytest.fixture
@@ -280,9 +290,12 @@ def test_train_several_by_flags(invoke, runs, tmp_path):
         assert refused.exit_code == 1 and named in refused.stderr
 
 
-def test_train_by_file(invoke, runs, tmp_path):
+def test_train_by_file(invoke, runs, monkeypatch, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("output: out\nunits: [{name: good, data: a}, {name: bad, data: b}]\n")
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "has_checkpoint", lambda folder: folder.is_dir())
     result = invoke("train", str(file), "--resume")
     assert result.exit_code == 1 and "loss is not finite" in result.stdout
     assert runs[0].resume and [unit.name for unit in runs[0].units] == ["good", "bad"]
@@ -298,6 +311,8 @@ def test_train_by_file(invoke, runs, tmp_path):
     [
         ([], ["--help"]),
         (["--help"], ["--help"]),
+        (["-h"], ["-h"]),
+        (["--version"], ["--version"]),
         (["--base", "b"], ["serve", "--base", "b"]),
         (["train", "run.yaml"], ["train", "run.yaml"]),
     ],
@@ -384,3 +399,65 @@ def test_dry_run_shows_estimates_and_trains_nothing(invoke, runs, monkeypatch, t
     for text in ("12,345", "q_proj up_proj", "1.2 MB", "8.0 kB", "1:02:05", "all at once"):
         assert text in result.stdout
     assert "the whole run 3.2 MB" in result.stdout
+
+
+def test_resume_may_stay_in_a_job(invoke, runs, tmp_path):
+    flags = ("train", "--data", "d", "--name", "a", "--output", str(tmp_path), "--resume")
+    assert invoke(*flags).exit_code == 0
+    assert [run.resume for run in runs] == [False]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    done = invoke(*flags)
+    assert done.exit_code == 0 and "nothing to resume" in done.stdout and len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_run_that_a_signal_stopped_says_so(invoke, runs, monkeypatch, tmp_path, number, expected):
+    record = trainer.train
+
+    def stopped(config, console):
+        with trainer.stop_on_signals() as should_stop:
+            signal.raise_signal(number)
+            assert should_stop()
+        return [replace(r, status=UnitStatus.RUNNING, folder=None) for r in record(config, console)]
+
+    monkeypatch.setattr(trainer, "train", stopped)
+    result = invoke("train", "--data", "d", "--output", str(tmp_path))
+    assert result.exit_code == expected
+    assert re.search(r"stopped.*continue with --resume", result.stdout)
+
+
+@pytest.mark.parametrize("content", [None, '{"text": "a"}\n{"text": \n'])
+def test_mistakes_in_data_are_found_before_torch_is_imported(tmp_path, content):
+    data = tmp_path / "d.jsonl"
+    if content:
+        data.write_text(content)
+    script = (
+        "import sys\nfrom server.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, "train", "--data", data, "--output", tmp_path / "o"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {data}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_a_table_that_is_too_wide_loses_nothing(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    columns, row = ("name", "size", "error"), ("x" * 30, "1" * 60, "e" * 200)
+    for is_terminal in (False, True):
+        console = Terminal(file=io.StringIO(), markup=False, force_terminal=is_terminal, width=80)
+        show_table(columns, [row], console=console)
+        text = re.sub(r"\x1b\[[0-9;]*m|[\s│┃]", "", console.file.getvalue())
+        assert all(cell in text for cell in row) and "…" not in text
+
+
+def test_help_is_grouped_and_fits_80_columns(invoke):
+    for command, groups in [("serve", ["Memory", "Network"]), ("train", ["Data", "Optimization"])]:
+        page = invoke(command, "-h", env={"COLUMNS": "80"}).stdout
+        assert all(f"─ {group} ─" in page for group in groups)
+        assert max(map(len, page.splitlines())) <= 80
+    assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", invoke("--version").stdout)

@@ -14,8 +14,8 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training import trainer
 from lora_runtime.training.config import TrainConfig
 from server.cli import app, local
-from server.cli.train_flags import VARIABLES
-from server.config import ServerConfig, check_environment, load_config
+from server.cli.settings import VARIABLES
+from server.config import SETTINGS, check_environment, load_config
 
 ROOT = typer.main.get_command(app)
 COMMANDS = {
@@ -37,6 +37,12 @@ def invoke():
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.fixture(autouse=True)
+def data_is_not_read(monkeypatch):
+    """Flags are looked at here, of runs whose files do not exist."""
+    monkeypatch.setattr("server.cli.train.check_data", lambda run: None)
+
+
 @pytest.fixture
 def runs(monkeypatch):
     asked = []
@@ -51,10 +57,9 @@ def flags_of(command):
 def test_a_variable_has_its_flags_name():
     for flag in flags_of("train"):
         if flag.name not in ACTIONS:
-            long = flag.opts[0].removeprefix("--").replace("-", "_").upper()
-            assert flag.envvar == f"LORAMUX_{long}", flag.name
+            assert flag.opts[0].removeprefix("--").replace("-", "_").upper() in VARIABLES
     settings = {flag.opts[0]: flag.name for flag in flags_of("serve")}
-    for name in ServerConfig.model_fields:
+    for name in SETTINGS:
         assert settings[f"--{name.replace('_', '-')}"] == name
 
 
@@ -95,7 +100,7 @@ def test_a_runs_base_is_written_as_the_servers(tmp_path):
     file.write_text(f"{units}dtype: float32\n")
     assert TrainConfig.from_yaml(file).base == BaseConfig(dtype="float32")
     file.write_text(f"{units}base: {{dtype: bfloat16}}\ndtype: float32\n")
-    with pytest.raises(ConfigError, match="dtype stands in the file and below base too"):
+    with pytest.raises(ConfigError, match="dtype and base.dtype are the same setting; remove one"):
         TrainConfig.from_yaml(file)
 
 
@@ -169,8 +174,8 @@ def test_an_empty_variable_is_an_error_in_every_command(invoke, runs, monkeypatc
 
 
 def test_no_variable_may_be_empty(monkeypatch):
-    of_flags = {flag.envvar for flag in flags_of("train") if flag.envvar}
-    of_settings = {f"LORAMUX_{name.upper()}" for name in ServerConfig.model_fields}
+    of_flags = {f"LORAMUX_{name}" for name in VARIABLES}
+    of_settings = {f"LORAMUX_{name.upper()}" for name in SETTINGS}
     for variable in of_flags | of_settings | {"LORAMUX_CACHE"}:
         with monkeypatch.context() as patch:
             patch.setenv(variable, "")
@@ -236,3 +241,24 @@ def test_yaml_may_still_merge_and_override(tmp_path):
         "output: o\nunits:\n- &x {name: a, data: a, rank: 3}\n- {<<: *x, name: b, rank: 4}\n"
     )
     assert [unit.rank for unit in TrainConfig.from_yaml(file).units] == [3, 4]
+
+
+def test_the_ecosystems_names_are_flags_and_variables(invoke, runs, monkeypatch):
+    flags = ("train", "--data", "d", "--output-dir", "o")
+    result = invoke(*flags, "--r", "4", "--lr=1e-3", "--gradient-checkpointing")
+    assert result.exit_code == 0, result.output
+    unit = runs[0].units[0]
+    assert (unit.rank, unit.learning_rate, runs[0].activation_checkpointing) == (4, 1e-3, True)
+    assert invoke(*flags, "--r", "4", "--rank", "4").exit_code == 2
+    monkeypatch.setenv("LORAMUX_LR", "1e-4")
+    monkeypatch.setenv("LORAMUX_COLUMN", "prompt=a completion=b")
+    result = invoke(*flags, "--target-modules", "q_proj,v_proj", "--layers-to-transform", "0,2")
+    assert result.exit_code == 0, result.output
+    unit = runs[1].units[0]
+    assert (unit.learning_rate, unit.columns) == (1e-4, {"prompt": "a", "completion": "b"})
+    assert (unit.target_modules, unit.layers_to_transform) == (("q_proj", "v_proj"), (0, 2))
+    assert invoke(*flags, "--target-modules", "all-linear").exit_code == 0
+    assert runs[2].units[0].target_modules == "all-linear"
+    monkeypatch.setenv("LORAMUX_LEARNING_RATE", "1e-4")
+    result = invoke(*flags)
+    assert result.exit_code == 1 and "are the same setting" in result.stderr

@@ -46,7 +46,7 @@ class StackedLinears:
     def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
         """What `member` gives for x: (..., in) → (..., out), a slice of all members' outputs."""
         if x is not self._x:
-            self._x, self._outputs = x, self._extent(x).split(self.widths, -1)
+            self._x, self._outputs = x, self._run(x).split(self.widths, -1)
         y = self._outputs[self.members.index(member)]
         if member is self.members[-1]:
             self._x, self._outputs = None, ()
@@ -68,7 +68,7 @@ class StackedLinears:
         y = apply_gated_adapters(product, rows, self.joined.bias, *adapters, kind, hidden)
         return y.view(*x.shape[:-1], -1)
 
-    def _extent(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
         if (adapters := self._adapters()) is None:
             return self.joined(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.joined.bias

@@ -281,7 +281,7 @@ class ShrinkLaunch(NamedTuple):
     stages: int
     """Of a launch of its own."""
 
-    def extent(self, *, lets_next_begin: bool = False) -> None:
+    def run(self, *, lets_next_begin: bool = False) -> None:
         """Fill `hidden`, by a launch of its own; the next one may begin while it is at work."""
         if self.hidden.numel() > 0:
             shrink_kernel[self.grid](
@@ -327,5 +327,5 @@ def shrink_launch(
 def shrink(x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta) -> Tensor:
     """`ShrinkLaunch.hidden` of x, by a launch of its own."""
     launch = shrink_launch(x.contiguous(), memory, extents, meta)
-    launch.extent()
+    launch.run()
     return launch.hidden

@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from lora_runtime.errors import DataError
+from lora_runtime.settings import in_group
 from lora_runtime.text.tokenizer import Tokenizer
-from lora_runtime.training.config import InstructionStyle, Truncation, UnitConfig
+from lora_runtime.training.config import DATA, InstructionStyle, Truncation, UnitConfig
 from lora_runtime.training.data.examples import Example, Item, Pair
 from lora_runtime.training.data.formats import (
     Split,
@@ -27,12 +28,12 @@ from lora_runtime.training.data.formats import (
     split_row,
     unused_keys,
 )
-from lora_runtime.training.data.rows import read_rows
+from lora_runtime.training.rows import read_rows
 
 T = TypeVar("T")
 
 
-_source = attrgetter("data", "eval_data", "eval_fraction", "columns", "truncation", "instructions")
+_source = attrgetter(*in_group(UnitConfig, DATA))
 """The settings of a unit that decide what its data are."""
 
 

@@ -171,12 +171,12 @@ def test_run_tables_move_only_when_no_copy_writes_to_them(base, forms, alone, tm
     engine.add_request(greedy("base", PROMPT, None, 12))
     engine.add_request(greedy("plain", PROMPT, forms[2].digest, 12))
     step(engine)
-    before, tables = len(stream.waiting), engine.pool.runs
+    before, tables = len(stream.waiting), engine.pool.extents
     engine.add_request(greedy("deep", PROMPT, replicated.digest, 6))
     tokens = {"plain": [], "deep": [], "base": []}
     for name, found in step(engine).items():
         tokens[name] += found
-    assert (before, len(stream.waiting)) == (1, 1) and engine.pool.runs is not tables
+    assert (before, len(stream.waiting)) == (1, 1) and engine.pool.extents is not tables
     while not engine.is_idle:
         for name, found in step(engine).items():
             tokens[name] += found

@@ -142,7 +142,7 @@ def test_an_unloaded_adapter_leaves_nothing_behind(base, forms):
         before = found(others)
         assert sum(found(own)) > 0 or len(own[1].prompt_token_ids) < 5
         engine.drop_adapter(form.digest)
-        assert (engine.pool.runs[:, slots[form.digest]] == torch.tensor(NO_EXTENT)).all()
+        assert (engine.pool.extents[:, slots[form.digest]] == torch.tensor(NO_EXTENT)).all()
         assert found(own) == [0, 0] and found(others) == before
         engine.check_integrity()
         requests = others
@@ -158,7 +158,7 @@ def test_evicted_adapters_leave_no_runs(base, forms):
     run(engine, [greedy("base", [5, 6], None, 1)])
     resident = {engine.slots._resident[form.digest].slot for form in forms[2:]}
     for slot in range(4):
-        is_empty = bool((engine.pool.runs[:, slot] == torch.tensor(NO_EXTENT)).all())
+        is_empty = bool((engine.pool.extents[:, slot] == torch.tensor(NO_EXTENT)).all())
         assert is_empty == (slot not in resident)
 
 

@@ -55,10 +55,10 @@ def build_adapters(dtype):
         (ALORA, 0): low_rank(5),
     }
     scattered = Scattered()
-    runs = [[NO_EXTENT, NO_EXTENT] for _ in range(5)]
+    extents = [[NO_EXTENT, NO_EXTENT] for _ in range(5)]
     for (slot, replica), tensors in parts.items():
-        runs[slot][replica] = scattered.run(**tensors)
-    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(runs), parts
+        extents[slot][replica] = scattered.extent(**tensors)
+    return scattered.memory(torch.promote_types(dtype, torch.float32)), table(extents), parts
 
 
 SPANS = [

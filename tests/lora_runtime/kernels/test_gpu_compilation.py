@@ -22,7 +22,7 @@ def compile_launches(what: str, cache: Path) -> dict:
     module = "tests.lora_runtime.kernels.compile_launches"
     root = Path(__file__).parents[3]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.extent(
+    result = subprocess.run(
         [sys.executable, "-m", module, what, "--cache", cache],
         env=environment | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 
 from lora_runtime.errors import DataError
 from lora_runtime.training.data import load_dataset
-from lora_runtime.training.data.rows import read_rows
+from lora_runtime.training.rows import read_rows
 from tests.lora_runtime.training.tiny_runs import write_jsonl
 
 ROWS = [
@@ -116,7 +116,7 @@ CHATS = [
 @pytest.mark.parametrize("options", [{}, {"row_group_size": 2, "compression": "zstd"}])
 @pytest.mark.parametrize("rows", [ROWS, CHATS])
 def test_parquet_is_what_jsonl_is(tmp_path, tokenizer, monkeypatch, rows, options):
-    monkeypatch.setattr("lora_runtime.training.data.rows.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("lora_runtime.training.rows.ROWS_AT_ONCE", 2)
     path = tmp_path / "d.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
     found = list(read_rows(path))

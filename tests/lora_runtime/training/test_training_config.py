@@ -62,18 +62,22 @@ def test_yaml_gives_the_same_as_code(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("    rank: 64", "    rnak: 64", "units[0].rnak is not a field; did you mean 'rank'?"),
+        ("    rank: 64", "    rnak: 64", "units[0].rnak is not a setting; did you mean 'rank'?"),
         ("seed: 3", "seed: 18446744073709551616", "seed is 18446744073709551616; it must be"),
-        ("seed: 5", "seed: -9223372036854775809", "unit 'poet': seed is -9223372036854775809"),
+        ("seed: 5", "seed: -9223372036854775809", "units[1].seed is -9223372036854775809"),
         ("seed: 5", "micro_batch_size: 1048577", "an update takes at most 1,048,576 examples"),
-        ("seed: 3", "sead: 3", "sead is not a field; did you mean 'seed'?"),
-        ("quantization:", "quantisation:", "base.quantisation is not a field; did you mean 'quant"),
-        ("quantization: none", "quantization: int3", "base.quantization is 'int3'; it must be one"),
+        ("seed: 3", "sead: 3", "sead is not a setting; did you mean 'seed'?"),
+        (
+            "quantization:",
+            "quantisation:",
+            "base.quantisation is not a setting; did you mean 'quant",
+        ),
+        ("quantization: none", "quantization: int3", "quantization is 'int3'; it must be one"),
         ("    rank: 64", "    rank: many", "units[0].rank is 'many'; it must be a whole number"),
         ("    rank: 64", "    rank: true", "units[0].rank is True; it must be a whole number"),
-        ("rank: 64", "rank: 0", "unit 'pirate': rank is 0; it must be at least 1"),
+        ("rank: 64", "rank: 0", "units[0].rank is 0; it must be at least 1"),
         ("1e-4", "fast", "units[0].learning_rate is 'fast'; it must be a number"),
-        ("1e-4", "-1e-4", "learning_rate is -0.0001; it must be positive"),
+        ("1e-4", "-1e-4", "units[0].learning_rate is '-1e-4'; it must be positive"),
         ("rslora", "dorra", "units[0].variant is 'dorra'; it must be one of 'lora', 'rslora'"),
         ("[q_proj, layers.1.self_attn.v_proj]", "q_proj", "units[0].target_modules is 'q_proj'"),
         ("[q_proj, layers.1.self_attn.v_proj]", "[]", "target_modules is ()"),
@@ -107,3 +111,55 @@ def test_number_of_updates_and_warmup():
     assert UnitConfig(name="u", data=Path("d"), max_steps=9).num_steps(10) == 9
     assert UnitConfig(name="u", data=Path("d"), warmup=0.25).num_warmup_steps(40) == 10
     assert UnitConfig(name="u", data=Path("d"), warmup=6).num_warmup_steps(40) == 6
+
+
+ALIASES = """
+output_dir: out
+max_length: 512
+gradient_checkpointing: true
+units:
+  - {name: a, data: a, r: 4, lora_alpha: 8, lr: 1e-4, num_train_epochs: 3, warmup_ratio: 0.1,
+     per_device_train_batch_size: 2, gradient_accumulation_steps: 5, lr_scheduler_type: linear}
+"""
+
+
+def test_the_ecosystems_names_are_taken(tmp_path):
+    config = read(tmp_path, ALIASES)
+    assert (config.output, config.max_seq_len) == (Path("out"), 512)
+    assert config.activation_checkpointing
+    assert config.units[0] == UnitConfig(
+        name="a", data=Path("a"), rank=4, alpha=8, learning_rate=1e-4, num_epochs=3, warmup=0.1,
+        micro_batch_size=2, gradient_accumulation=5, schedule="linear",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("r: 4", "r: 4, rank: 4", "units[0].rank and units[0].r are the same setting; remove one"),
+        ("max_length: 512", "max_length: 512\nmax_seq_len: 512", "are the same setting"),
+        ("num_train_epochs", "num_train_epoch", "did you mean 'num_train_epochs'?"),
+        ("lora_alpha: 8", "lora_alpha: 0", "units[0].alpha is 0; it must be positive"),
+    ],
+)
+def test_mistakes_with_the_ecosystems_names_are_named(tmp_path, old, new, expected):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, ALIASES.replace(old, new))
+    assert expected in caught.value.message
+
+
+def test_no_message_shows_what_only_python_writes(tmp_path):
+    for old, new in [
+        ("output: out", "output: [a]"),
+        ("data: poet.jsonl", "data: 3"),
+        ("seed: 3", "seed: null"),
+        ("max_steps: 7", "max_steps: 7.5"),
+        ("seed: 5", "eval_data: p, eval_fraction: 0.5"),
+        ("seed: 5", "rank_pattern: {q: x}"),
+        ("seed: 5", "sweep: {rank: 4}"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path, GOOD.replace(old, new))
+        assert "must be" in caught.value.message
+        for word in ("PosixPath", "Value error", "Input should", "pydantic"):
+            assert word not in caught.value.message
