@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/loramux/v1/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-gpu-compile lint protos clean
+.PHONY: help demo test soak test-gpu-compile lint docs protos clean
 
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
 	@echo "                       ARGS='--cards 90' first"
 	@echo "make lint    ruff (rules and format), import-linter, mypy and buf lint"
+	@echo "make docs    write docs/settings.md anew"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"
 
@@ -37,6 +38,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
+
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/settings.py > docs/settings.md
 
 protos: $(VENV)/installed-test
 	$(BIN)/buf lint protos
