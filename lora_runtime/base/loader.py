@@ -188,16 +188,15 @@ def prepare_base(
         self_check(model, original)
     keep_copies = config.dequantized_cache and device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
-    freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
+    freeze = _freezer(config.quantization)
     for adapted in linears.values():
-        dense = adapted.linear
-        adapted.linear = freeze(dense.weight_values().to(device, dtype), dense.bias)
+        weight = adapted.linear.weight_values().to(device, dtype)
+        adapted.linear = freeze(weight, adapted.linear.bias, keep_copies=keep_copies)
     _freeze_head(model, keep_copies=keep_copies)
     if can_run_on_gpu(model.get_input_embeddings().weight):
         stack_linears(model)
     on_progress("fingerprinting")
-    spec = _spec(model, config.quantization, name, linears)
-    spec = replace(spec, name_or_path=name_or_path)
+    spec = replace(_spec(model, config.quantization, name, linears), name_or_path=name_or_path)
     _adapt_vocabulary(model, spec, context)
     weights = BaseWeights(model, spec, folder)
     on_progress("measuring the rows of the linear layers")

@@ -1,8 +1,8 @@
 """A base and its adapters in this process: prompts in, finished texts out. No server, no asyncio.
 
     with LLM("smollm2-135m", adapters={"support": "adapters/support"}) as llm:
-        for answer in llm.generate(["Hello", "Hello"], adapter=["support", None], max_tokens=20):
-            print(answer.text)
+        answers = llm.generate(["Hello", "Hello"], adapter=["support", None], max_tokens=20)
+        texts = [answer.text for answer in answers]
 
 The engine runs on the caller's thread, and all prompts of a call share its steps.
 """

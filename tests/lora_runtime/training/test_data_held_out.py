@@ -88,7 +88,7 @@ def test_mistakes_are_named(tmp_path, tokenizer):
     assert caught.value.field == "eval_data"
     with pytest.raises(ConfigError, match="eval_fraction is 0.1; it must be 0 beside eval_data"):
         UnitConfig(name="u", data=path, eval_data=other, eval_fraction=0.1)
-    with pytest.raises(ConfigError, match="eval_fraction is 1; it must be 0 or more and below 1"):
+    with pytest.raises(ConfigError, match="eval_fraction is 1; it must be below 1"):
         UnitConfig(name="u", data=path, eval_fraction=1)
 
 
