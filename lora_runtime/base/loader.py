@@ -188,10 +188,11 @@ def prepare_base(
         self_check(model, original)
     keep_copies = config.dequantized_cache and device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
-    freeze = _freezer(config.quantization)
+    freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     for adapted in linears.values():
-        weight = adapted.linear.weight_values().to(device, dtype)
-        adapted.linear = freeze(weight, adapted.linear.bias, keep_copies=keep_copies)
+        adapted.linear = freeze(
+            adapted.linear.weight_values().to(device, dtype), adapted.linear.bias
+        )
     _freeze_head(model, keep_copies=keep_copies)
     if can_run_on_gpu(model.get_input_embeddings().weight):
         stack_linears(model)

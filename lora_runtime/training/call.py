@@ -1,7 +1,7 @@
 """Training as one call from Python.
 
 (result,) = train("support.jsonl", "runs/support", rank=16, num_epochs=2)
-print(result.folder, result.records[-1].loss)
+folder, loss = result.folder, result.records[-1].loss
 """
 
 from __future__ import annotations
