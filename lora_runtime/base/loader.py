@@ -168,9 +168,8 @@ def prepare_base(
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda _: None,
 ) -> Base:
-    """Operate on a loaded transformers model, which becomes the base (`config.model` is unused).
-
-    `device` and `dtype`: where it is to compute and in what; None: where and what it is.
+    """Change a loaded transformers model into a base, in place; `config.model` is unused. It will
+    compute on `device` in `dtype`, which are the model's own where they are not given.
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
