@@ -18,7 +18,7 @@ from lora_runtime.kernels.triton.elementwise import gated_value
 
 BATCH_SIZES = [
     "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",
-    "num_entry_places", "num_tiles", "num_parts", "num_replicas", "stride_part_runs",
+    "num_entry_places", "num_tiles", "num_parts", "num_replicas", "stride_part_extents",
     "blocks_per_program",
 ]  # fmt: skip
 """Arguments that the rows of a step, or the largest adapter so far, decide."""

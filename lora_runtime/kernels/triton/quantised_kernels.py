@@ -298,9 +298,9 @@ def product_kernel(
 def product_and_shrink_kernel(
     y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,
     in_features, num_blocks, out_features, inputs_per_split,
-    hidden_ptr, num_tiles, num_parts, shrunk_ptr, weights_ptr, runs_ptr, tokens_ptr,
+    hidden_ptr, num_tiles, num_parts, shrunk_ptr, weights_ptr, extents_ptr, tokens_ptr,
     slots_ptr, replicas_ptr, entries_ptr, shrunk_features, inputs_per_shrink, num_entries,
-    num_replicas, stride_part_runs, stride_entry,
+    num_replicas, stride_part_extents, stride_entry,
     FORMAT: tl.constexpr, GATE: tl.constexpr, IS_EVEN: tl.constexpr, SPLITS: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SHRINK_SPLITS: tl.constexpr, SHRINK_BLOCK_M: tl.constexpr, SHRINK_BLOCK_R: tl.constexpr,
@@ -314,9 +314,9 @@ def product_and_shrink_kernel(
     if program < num_shrinks:
         rest = program // num_tiles
         shrink_tile(
-            hidden_ptr, shrunk_ptr, weights_ptr, runs_ptr, tokens_ptr, slots_ptr, replicas_ptr,
+            hidden_ptr, shrunk_ptr, weights_ptr, extents_ptr, tokens_ptr, slots_ptr, replicas_ptr,
             entries_ptr, program % num_tiles, rest % num_parts, rest // num_parts, shrunk_features,
-            inputs_per_shrink, num_entries, num_replicas, stride_part_runs, stride_entry,
+            inputs_per_shrink, num_entries, num_replicas, stride_part_extents, stride_entry,
             SHRINK_SPLITS, SHRINK_BLOCK_M, SHRINK_BLOCK_R, SHRINK_BLOCK_K, SHRINK_ALIGNMENT,
         )  # fmt: skip
     else:

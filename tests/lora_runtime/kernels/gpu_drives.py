@@ -306,8 +306,12 @@ def requests_of(forms: Sequence[ServingForm], lengths: Sequence[int]) -> list[Re
 
 
 def cuda_engine(base: Base, forms: Sequence[ServingForm], **options) -> Engine:
-    """An engine that holds `forms`, with decode graphs whose capture runs once."""
-    options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 16, **options}
+    """An engine that holds `forms`, with decode graphs whose capture runs once.
+
+    Its number of slots is odd: when a replicated adapter doubles the extent tables, their stride
+    becomes a multiple of 16, and no kernel may be compiled anew for that.
+    """
+    options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 15, **options}
     serving = tiny_engine(base, poison=False, steps_ahead=1, **options)
     serving.runner.use_graphs(24, 512, Captured())
     for form in forms:
