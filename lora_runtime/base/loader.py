@@ -187,11 +187,7 @@ def prepare_base(
         self_check(model, original)
     keep_copies = config.dequantized_cache and device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
-    freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
-    for adapted in linears.values():
-        adapted.linear = freeze(
-            adapted.linear.weight_values().to(device, dtype), adapted.linear.bias
-        )
+    _freeze_linears(linears, config.quantization, device, dtype, keep_copies=keep_copies)
     _freeze_head(model, keep_copies=keep_copies)
     if can_run_on_gpu(model.get_input_embeddings().weight):
         stack_linears(model)
@@ -291,6 +287,22 @@ def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
         "fp4": partial(QuantLinear, quant_type="fp4"),
         "int8": Int8Linear,
     }[quantization]
+
+
+def _freeze_linears(
+    linears: Mapping[str, AdaptedLinear],
+    quantization: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    keep_copies: bool,
+) -> None:
+    """Give every inner linear its packed weight, one after the other."""
+    freeze = partial(_freezer(quantization), keep_copies=keep_copies)
+    for adapted in linears.values():
+        adapted.linear = freeze(
+            adapted.linear.weight_values().to(device, dtype), adapted.linear.bias
+        )
 
 
 def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:
