@@ -284,7 +284,7 @@ async def test_a_stored_adapter_is_checked_when_it_is_used(serve, tmp_path, chan
             content = await asyncio.to_thread(read_folder, folder, rules)
             digest = content.adapter.tensors_sha256
             world.engine.references[digest] += 1
-            return replace(PLAIN, digest=digest)
+            return replace(PLAIN, facts=replace(PLAIN.facts, digest=digest))
 
         world.engine.load_adapter = load
         info = await world.client.upload_adapter("x", folder)
