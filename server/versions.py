@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes", "grpcio", "protobuf")
+PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes", "safetensors", "grpcio", "protobuf")
 
 
 def installed_versions() -> dict[str, str]:
