@@ -1,4 +1,4 @@
-"""Which packages a server runs on."""
+"""The versions of the packages that decide how a server behaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes", "safetensors", "
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide how a server behaves."""
+    """Return package → version, for those of `PACKAGES` that are installed."""
     versions = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
