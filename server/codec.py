@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import unquote
 
+from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.core import (
     MAX_STOP_TOKEN_IDS,
     FinishReason,
@@ -35,6 +36,8 @@ from server.calls import (
     StoredAdapter,
     TextPrompt,
     TokenPrompt,
+    UploadCall,
+    UploadFile,
 )
 from server.composition import check_choices, check_count
 
@@ -76,9 +79,12 @@ MAX_LIST_BYTES = 4 << 20
 MAX_ABRIDGED_ERROR = 200
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
+"""Files of an upload: as many as an adapter has at most."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _PRINTABLE = re.compile(r"[ -~]{0,128}")
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
@@ -166,6 +172,28 @@ def adapter_name(name: str, field: str = "name") -> str:
             field=field,
         )
     return name
+
+
+def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
+    """Translate what an upload announces. Raises InvalidRequest naming the field."""
+    if len(start.files) > MAX_FILES:
+        raise InvalidRequest(
+            f"start.files has {len(start.files)} files; an adapter has {MAX_FILES} at most",
+            field="start.files",
+        )
+    return UploadCall(
+        name=adapter_name(start.name, "start.name"),
+        files=tuple(_upload_file(file, f"start.files[{i}]") for i, file in enumerate(start.files)),
+        replace=start.replace,
+    )
+
+
+def upload_data(part: adapters_pb2.UploadAdapterRequest) -> bytes:
+    """Return the bytes of a part after the first. Raises InvalidRequest for any other part."""
+    if part.WhichOneof("part") != "chunk":
+        field = part.WhichOneof("part") or "part"
+        raise InvalidRequest(f"{field}: after start only chunks may follow", field=field)
+    return part.chunk.data
 
 
 def encode_event(event: Event) -> generation_pb2.GenerateResponse:
@@ -392,3 +420,16 @@ def _timing(timing: RequestTiming | None) -> types_pb2.Timing | None:
     return types_pb2.Timing(
         queue_s=timing.queue_s, prefill_s=timing.prefill_s, decode_s=timing.decode_s
     )
+
+
+def _upload_file(file: adapters_pb2.UploadFile, field: str) -> UploadFile:
+    if not file.HasField("num_bytes"):
+        raise InvalidRequest(
+            f"{field}.num_bytes is missing; announce the size", field=f"{field}.num_bytes"
+        )
+    sha256 = file.sha256.lower()
+    if file.HasField("sha256") and not _SHA256.fullmatch(sha256):
+        raise InvalidRequest(
+            f"{field}.sha256 must be 64 hexadecimal digits", field=f"{field}.sha256"
+        )
+    return UploadFile(file.name, file.num_bytes, sha256)

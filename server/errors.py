@@ -1,4 +1,4 @@
-"""Errors on the wire and back: one table from exception class to gRPC code, HTTP status, reason.
+"""Errors on the wire and back: one table from exception class to gRPC code and reason.
 
 A reason belongs to exactly one class, so a client gets back the class that was raised. Messages
 of errors that are the server's own fault are logged and withheld.
@@ -24,7 +24,7 @@ from lora_runtime import errors
 DOMAIN = "loramux"
 ADAPTER_RESOURCE = "loramux.v1.Adapter"
 RETRY_AFTER_S = 1
-MAX_MESSAGE_BYTES = 1024
+MAX_ERROR_BYTES = 1024
 """Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
 MAX_FIELD_LENGTH = 200
 INTERNAL_MESSAGE = "internal error; the server's log has it"
@@ -37,7 +37,6 @@ class WireError:
     """How one exception class looks to clients."""
 
     code: grpc.StatusCode
-    http_status: int
     reason: str
 
 
@@ -45,28 +44,25 @@ _Code = grpc.StatusCode
 
 WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
     {
-        errors.LoramuxError: WireError(_Code.INTERNAL, 500, "INTERNAL"),
-        errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
-        # 400, not 501: HTTP clients retry what is 500 and above.
-        errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, 400, "UNSUPPORTED_FEATURE"),
-        errors.ConfigError: WireError(_Code.INTERNAL, 500, "CONFIG_ERROR"),
-        errors.BaseRefused: WireError(_Code.INTERNAL, 500, "BASE_REFUSED"),
-        errors.DataError: WireError(_Code.INTERNAL, 500, "DATA_ERROR"),
-        errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_ERROR"),
-        errors.AdapterNotFound: WireError(_Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
-        errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, 409, "ADAPTER_EXISTS"),
-        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, 409, "ADAPTER_IN_USE"),
-        errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, 400, "ADAPTER_REFUSED"),
-        errors.AdapterSourceRefused: WireError(
-            _Code.INVALID_ARGUMENT, 400, "ADAPTER_SOURCE_REFUSED"
-        ),
-        errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, 422, "BASE_MISMATCH"),
-        errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, 422, "PARITY_FAILED"),
-        errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, 413, "ADAPTER_TOO_LARGE"),
-        errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, 422, "ADAPTER_FAILED"),
-        errors.RequestFailed: WireError(_Code.INTERNAL, 500, "REQUEST_FAILED"),
-        errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
-        errors.Unavailable: WireError(_Code.UNAVAILABLE, 503, "UNAVAILABLE"),
+        errors.LoramuxError: WireError(_Code.INTERNAL, "INTERNAL"),
+        errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
+        errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, "UNSUPPORTED_FEATURE"),
+        errors.ConfigError: WireError(_Code.INTERNAL, "CONFIG_ERROR"),
+        errors.BaseRefused: WireError(_Code.INTERNAL, "BASE_REFUSED"),
+        errors.DataError: WireError(_Code.INTERNAL, "DATA_ERROR"),
+        errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_ERROR"),
+        errors.AdapterNotFound: WireError(_Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
+        errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, "ADAPTER_EXISTS"),
+        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_IN_USE"),
+        errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, "ADAPTER_REFUSED"),
+        errors.AdapterSourceRefused: WireError(_Code.INVALID_ARGUMENT, "ADAPTER_SOURCE_REFUSED"),
+        errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, "BASE_MISMATCH"),
+        errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, "PARITY_FAILED"),
+        errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_TOO_LARGE"),
+        errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_FAILED"),
+        errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED"),
+        errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
+        errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE"),
     }
 )
 
@@ -93,7 +89,7 @@ def public_message(error: BaseException) -> str:
     if not isinstance(error, errors.LoramuxError) or wire_error(error).code is _Code.INTERNAL:
         logger.error("request failed", exc_info=error)
         return INTERNAL_MESSAGE
-    return error.message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+    return error.message.encode()[:MAX_ERROR_BYTES].decode(errors="ignore")
 
 
 def rich_status(error: BaseException) -> status_pb2.Status:

@@ -1,8 +1,9 @@
-"""Ends the process where nothing in it can any more: no thread of Python's, no signal handler.
+"""Ends a process that has frozen so that neither a Python thread nor a signal handler can end it.
 
-Python's `faulthandler` keeps a thread of C that needs neither the event loop nor the interpreter's
-lock. It is told ever again to end the process a little later; when that stops, it does, after
-writing every thread's traceback to stderr.
+Python's `faulthandler` has a thread in C that needs neither the event loop nor the interpreter's
+lock. The guard tells that thread, again and again, to end the process a little later. When the
+guard is not called any more, the thread writes every Python thread's traceback to stderr and ends
+the process.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import faulthandler
 import time
 
 FROZEN_S = 20.0
-"""An event loop that has not run for so long answers no probe and no signal."""
+"""Seconds without `touch` after which the process ends: its event loop answers no probe and no
+signal.
+"""
 LEAST_S = 0.1
+"""Seconds that faulthandler is given at least: it refuses 0."""
 
 
 class ExitGuard:
-    """Off, it does nothing: a server that shares its process must not end it."""
+    """Without `is_on` it does nothing: a server in somebody else's process must not end that."""
 
     def __init__(self, *, is_on: bool) -> None:
         self._is_on = is_on
         self._deadline: float | None = None
 
     def touch(self) -> None:
-        """Put the end of the process off, by `FROZEN_S` or to what `limit` has set."""
+        """Put the end of the process off by `FROZEN_S`, but not beyond what `limit` has set."""
         if not self._is_on:
             return
         left = FROZEN_S

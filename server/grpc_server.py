@@ -27,7 +27,7 @@ from protos.loramux.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from server import codec, codec_uploads
+from server import codec
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
 from server.service import Service
@@ -269,9 +269,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             # this sign before they send any.
             await context.send_initial_metadata((UPLOAD_TAKEN,))
             async for part in request_iterator:
-                yield codec_uploads.upload_data(part)
+                yield codec.upload_data(part)
 
-        call = codec_uploads.decode_upload(first.start)
+        call = codec.decode_upload(first.start)
         record = await self._service.upload_adapter(call, data())
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 

@@ -26,6 +26,8 @@ COMPOSITION = "_composition"
 """Requests with several adapters, whichever they are: a label for every combination that callers
 make up would have no bound. No adapter name starts with an underscore."""
 
+# Bounds of the histograms' buckets, in seconds: vLLM's, so that its dashboards fit, and finer ones
+# at the low end, which small bases reach.
 TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
     1, 2.5, 5, 7.5, 10, 20, 40, 80,
@@ -42,9 +44,9 @@ REQUEST_BUCKETS = (
 
 @dataclass(slots=True, eq=False)
 class Label:
-    """Under which adapter label a request is counted, from its start to its end.
+    """The adapter label that a request is counted under, from its start to its end.
 
-    When the adapter's name is gone its requests count as `OTHER`, their start included.
+    When the adapter is unloaded, `name` becomes `OTHER`: what its requests still do counts there.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Metrics:
         return encode(self._registry), content_type
 
     def on_started(self, adapters: tuple[str, ...]) -> Label:
-        """Count a request that goes to the engine; what it is counted under is for the others."""
+        """Count a request that goes to the engine; the other methods want its label."""
         label = self._label(adapters)
         label.num_in_flight += 1
         self._adapters.started.labels(label.name).inc()
@@ -120,7 +122,7 @@ class Metrics:
         self._totals.adapter_load.observe(seconds)
 
     def on_adapter_unloaded(self, name: str) -> None:
-        """Delete the adapter's series; its last requests, their start too, count as `OTHER`."""
+        """Delete the adapter's series; its running requests, starts too, become `OTHER`."""
         self._digests.pop(name, None)
         self._adapters.forget(name)
         label = self._labelled.pop(name, None)
@@ -161,7 +163,7 @@ class _Totals:
             "vllm:time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
         )
         self.inter_token = histogram(
-            "vllm:inter_token_latency_seconds", "Between tokens of a request.", TOKEN_BUCKETS
+            "vllm:inter_token_latency_seconds", "From one token to the next.", TOKEN_BUCKETS
         )
         self.e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", REQUEST_BUCKETS)
         self.queue = histogram(
@@ -237,7 +239,9 @@ class _EngineCollector(Collector):
     def _cache_config(self) -> Metric:
         info = self._engine.info
         family = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV cache.", labels=["block_size", "num_gpu_blocks"]
+            "vllm:cache_config_info",
+            "The KV cache's size.",
+            labels=["block_size", "num_gpu_blocks"],
         )
         family.add_metric([str(info.block_size), str(info.num_blocks)], 1)
         return family
@@ -246,7 +250,7 @@ class _EngineCollector(Collector):
         """vLLM's routers read adapter names from the labels and freshness from the value."""
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         family = GaugeMetricFamily(
-            "vllm:lora_requests_info", "Adapters with requests; value: now.", labels=labels
+            "vllm:lora_requests_info", "Adapters with requests, and the time.", labels=labels
         )
         running, waiting = (
             self._names(digests) for digests in (stats.running_adapters, stats.waiting_adapters)
@@ -255,7 +259,8 @@ class _EngineCollector(Collector):
         return family
 
     def _names(self, digests: tuple[str, ...]) -> str:
-        return ",".join(sorted(name for name, d in self._digests.items() if d in digests))
+        names = (name for name, digest in self._digests.items() if digest in digests)
+        return ",".join(sorted(names))
 
 
 def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
@@ -275,6 +280,6 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
     return [
         ("vllm:num_preemptions", "Requests sent back to the queue.", stats.num_preemptions),
         ("vllm:prefix_cache_queries", "Tokens looked up in the cache.", stats.num_prefix_queries),
-        ("vllm:prefix_cache_hits", "Those found there.", stats.num_prefix_hits),
+        ("vllm:prefix_cache_hits", "Tokens found in the cache.", stats.num_prefix_hits),
         ("loramux:engine_steps", "Steps the engine has run.", stats.num_steps),
     ]

@@ -1,8 +1,8 @@
-"""Which content every adapter name holds, on disk: a restarted server gives the names back.
+"""Keeps on disk which content every adapter name holds, so that a restarted server has the names.
 
-One SQLite database a base, in the server's state folder. A change is one row in one transaction,
-flushed to the disk before it is answered: a process that is killed leaves the state before it or
-after it. Only one server at a time may use a database.
+Each base has one SQLite database in the server's state folder. A change is one row in one
+transaction and is flushed to the disk before the call is answered: a process that is killed leaves
+the state before the change or after it. Only one server at a time may use a database.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from lora_runtime.engine.client import LoadedAdapter
 from lora_runtime.errors import ConfigError, Overloaded
 
 VERSION = 1
-"""Of the table; a database of another one is refused."""
+"""Version of the table; a database of another version is refused."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS names (
     name TEXT PRIMARY KEY,
@@ -35,19 +35,19 @@ class Content:
     """One content of an adapter, and where it can be read again."""
 
     digest: str
-    """Of its settings and tensors."""
+    """The adapter's digest: over its settings and tensors."""
     text_sha256: str
-    """Of its own text files, which its digest does not cover; "" where its text is the base's."""
+    """Over its own text files, which the digest does not cover; "" where its text is the base's."""
     source: str
     """As the caller wrote it; for an upload, its name in the store."""
 
     @classmethod
     def of(cls, loaded: LoadedAdapter, source: str) -> Content:
-        """What a source gave."""
+        """The content that was loaded from `source`."""
         return cls(loaded.digest, loaded.facts.text_sha256, source)
 
     def is_of(self, loaded: LoadedAdapter) -> bool:
-        """Tell whether this is what a folder gave."""
+        """Tell whether `loaded` is this content."""
         return self == Content.of(loaded, self.source)
 
 
@@ -62,10 +62,12 @@ class KeptName:
 
 @contextmanager
 def claimed(folder: Path, base: str) -> Iterator[None]:
-    """Keep other servers of that base out of a folder while the context lasts, however the process
-    ends. The database does so too, but its name is known only when the base has been read.
+    """Keep other servers of that base out of a folder while the context lasts.
 
-    Raises ConfigError (field `adapter_store`): no place for it, or another server is using it.
+    The lock ends with the process, however that ends. The database is locked too, but its name
+    holds the base's fingerprint, which is known only when the base has been loaded.
+
+    Raises ConfigError (field `adapter_store`): the folder cannot be used, or is used already.
     """
     path = folder / f"serving-{hashlib.sha256(base.encode()).hexdigest()[:16]}.lock"
     try:
@@ -89,7 +91,7 @@ class NameStore:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """Open or begin the database of the base with that fingerprint.
 
-        Raises ConfigError (field `adapter_store`): no place for it, in use, damaged.
+        Raises ConfigError (field `adapter_store`): it cannot be made, is in use, or is damaged.
         """
         path = folder / f"names-{fingerprint[:16]}.sqlite3"
         try:
@@ -107,27 +109,26 @@ class NameStore:
     def all(self) -> list[KeptName]:
         """Return every name."""
         rows = self._database.execute("SELECT * FROM names ORDER BY name")
-        return [
-            KeptName(row[0], Content(*row[1:4]), Content(*row[4:7]) if row[4] is not None else None)
-            for row in rows
-        ]
+        kept = []
+        for name, *content in rows:
+            former = None if content[3] is None else Content(*content[3:])
+            kept.append(KeptName(name, Content(*content[:3]), former))
+        return kept
 
     def put(self, kept: KeptName) -> None:
-        """Keep a name in place of what it was. Raises Overloaded when the disk is full."""
-        former = kept.former
-        values = (
-            kept.name,
-            *(kept.content.digest, kept.content.text_sha256, kept.content.source),
-            *((former.digest, former.text_sha256, former.source) if former else (None,) * 3),
+        """Keep a name with what it holds now. Raises Overloaded when the disk is full."""
+        former = (None, None, None) if kept.former is None else astuple(kept.former)
+        self._write(
+            "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (kept.name, *astuple(kept.content), *former),
         )
-        self._write("INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def delete(self, name: str) -> None:
         """Forget a name. Raises Overloaded when the disk is full."""
         self._write("DELETE FROM names WHERE name = ?", (name,))
 
     def close(self) -> None:
-        """Let another server have it."""
+        """Close the database; another server may open it now."""
         self._database.close()
 
     def _write(self, statement: str, values: tuple[str | None, ...]) -> None:
@@ -140,7 +141,8 @@ class NameStore:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """Every statement is a transaction of its own."""
+    """Open or begin the database, for this process alone; every statement is a transaction."""
+    # Nobody else may have it open, so waiting for a lock (`timeout`) has no use.
     database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):

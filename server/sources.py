@@ -11,11 +11,10 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
+from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, PICKLE_SUFFIXES, REQUIRED_FILES
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError
 from lora_runtime.shortages import shortage
 
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 MAX_SOURCE_LENGTH = 1024
 
 
@@ -91,7 +90,7 @@ def without_path(error: LoramuxError, folder: Path, source: str) -> LoramuxError
 
 
 def _pickle_hint(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLE_SUFFIXES))
     if not pickles:
         return ""
     return f"; {pickles[0]} is a pickle file, which can run code: convert it to safetensors"

@@ -1,4 +1,4 @@
-"""Adapters kept on the host, by content: loading the same files twice keeps one copy."""
+"""Adapters in host memory, by digest: files that are loaded twice are kept once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class HostCache:
     """Reference-counted packed adapters, keyed by digest."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        """`max_bytes`: of all adapters together; None: half of the machine's memory."""
+        """`max_bytes`: what all adapters together may take; None: half of the machine's memory."""
         self._max_bytes = max_bytes or _machine_bytes() // 2
         self._adapters: dict[str, PackedAdapter] = {}
         self._references: dict[str, int] = {}
@@ -28,7 +28,7 @@ class HostCache:
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
     def check_room(self, num_bytes: int) -> None:
-        """Raise Overloaded where an adapter of so many bytes finds no room beside the others."""
+        """Raise Overloaded if an adapter of `num_bytes` has no room beside the others."""
         if self.nbytes + num_bytes > self._max_bytes:
             raise Overloaded(
                 f"adapters take {self.nbytes} bytes of host memory, this one {num_bytes} more, and "
@@ -36,17 +36,17 @@ class HostCache:
             )
 
     def add(self, adapter: PackedAdapter) -> None:
-        """Keep `adapter`, or gain a reference if its content is here already."""
+        """Keep `adapter` with one reference; if its content is here already, add a reference."""
         self._adapters.setdefault(adapter.digest, adapter)
         self._references[adapter.digest] = self._references.get(adapter.digest, 0) + 1
 
     def drop(self, digest: str) -> bool:
-        """Give up one reference; True when it was the last. The bytes stay until `remove`."""
+        """Give up one reference. True when it was the last; the adapter stays until `remove`."""
         self._references[digest] -= 1
         return self._references[digest] == 0
 
     def is_referenced(self, digest: str) -> bool:
-        """True while a load of it has not been undone."""
+        """True while a load of the adapter has not been undone by `drop`."""
         return self._references.get(digest, 0) > 0
 
     def unreferenced(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""An adapter packed once, when it is added: the very bytes of its run in the pool, on the host.
+"""An adapter packed once, when it is added: the bytes that the pool will hold, on the host.
 
 A load is then one copy, and the host keeps one copy of the weights.
 """
@@ -26,10 +26,10 @@ ALIGNMENT = 16
 class PackedAdapter:
     """The bytes of an adapter, where its parts lie in them, and what the engine reads of it.
 
-    storage (n,) uint8: pinned for a CUDA device, so that it is copied while steps run. runs
-    (k, R, 8) int64: an Extent for each of the k `paths` and each of R replicas, whose offsets count
-    from the first byte. R is how often the layer map visits a layer at most: a visit without
-    tensors has NO_EXTENT.
+    storage (n,) uint8: pinned for a CUDA device, so that it is copied while steps run.
+    extents (k, R, 8) int64: an Extent for each of the k `paths` and each of R replicas, whose
+    offsets count from the first byte. R is how often the layer map visits a layer at most: a visit
+    without tensors has NO_EXTENT.
     """
 
     facts: AdapterFacts

@@ -1,7 +1,7 @@
 """The device memory that holds resident adapters: one buffer, and an extent table per module.
 
-An adapter is one run of bytes, its tensors end to end at their true sizes: nothing is padded to a
-largest rank, and no module's memory is set aside for adapters that do not touch it.
+An adapter's tensors lie end to end at their true sizes: nothing is padded to a largest rank, and no
+memory is set aside for modules that an adapter does not touch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lora_runtime.core import AdapterPlacement
 from lora_runtime.kernels import AdapterMemory
 
 USUAL_MAX_ROWS = 64
-"""Rows of the vocabulary that are made room for with the first adapter that replaces any."""
+"""The least bound of replaced vocabulary rows, once an adapter replaces any."""
 
 
 class AdapterPool:
-    """The buffer and the extent tables. It never decides: it does what it is told.
+    """The buffer and the extent tables. Where adapters go is the slot table's decision.
 
-    extents (modules, slots, replicas, 8) int64, an Extent each.
+    extents (modules, slots, replicas, 8) int64: an Extent for every module, slot and replica.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class AdapterPool:
         bound: Iterable[str] | None = None,
         max_rank: int = 0,
     ) -> None:
-        """`like` gives the device and the dtype of the weights.
+        """`like` gives the device and the dtype of the weights; `max_rank` is the largest expected.
 
-        `bound`: modules that are bound from the start. Where it is given bindings only grow, so
-        that captured graphs stay valid until an adapter needs more than any before: see `layout`.
-        `max_rank`: the largest rank that is expected.
+        `bound`: modules that are bound from the start. If it is given, bindings are added and never
+        taken away, so that captured graphs stay valid until an adapter needs more than any before
+        it; see `layout`.
         """
         size = num_bytes // ALIGNMENT * ALIGNMENT
         self._storage = torch.empty(size, dtype=torch.uint8, device=like.device)
@@ -57,12 +57,15 @@ class AdapterPool:
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """Equal as long as a captured graph stays right: what it binds, its bounds and tables."""
+        """What a captured graph has fixed: bounds, bound modules, and where the extent tables lie.
+
+        A graph may be replayed as long as this equals what it was at the capture.
+        """
         bounds = self.memory.max_rank, self.memory.max_rows
         return *bounds, frozenset(self.bindings), self.extents.data_ptr(), self.extents.shape
 
     def all_bindings(self) -> dict[str, PooledBinding]:
-        """As if adapters touched every module and replaced rows of the vocabulary."""
+        """The bindings as they are when adapters touch every module and replace vocabulary rows."""
         memory = replace(self.memory, max_rows=self.memory.max_rows or USUAL_MAX_ROWS)
         return {path: PooledBinding(memory, self.extents, i) for path, i in self._index.items()}
 
@@ -77,8 +80,10 @@ class AdapterPool:
         self.copy(placement, adapter)
 
     def make_room_for(self, adapter: PackedAdapter) -> None:
-        """Raise the bounds to what the adapter needs, that of rows to a power of two: most adapters
-        then leave `layout` as it is. With more replicas the extent tables move.
+        """Raise the bounds to what the adapter needs; with more replicas the extent tables move.
+
+        The bound of rows is rounded up to a power of two, so that most adapters leave `layout` as
+        it is.
         """
         max_rank = max(adapter.max_rank, self.memory.max_rank or 0)
         rows = max(USUAL_MAX_ROWS, 1 << (adapter.max_rows - 1).bit_length())
@@ -94,10 +99,10 @@ class AdapterPool:
         self._bind()
 
     def copy(self, placement: AdapterPlacement, adapter: PackedAdapter) -> None:
-        """Copy bytes and runs, in place and on the current CUDA stream, after `make_room_for`.
+        """Copy bytes and extents, in place and on the current CUDA stream, after `make_room_for`.
 
-        From pinned memory the copies may still be under way on return; nothing else is touched
-        than the adapter's place and its slot's runs.
+        From pinned memory the copies may still be under way on return. Nothing is written but the
+        adapter's bytes and its slot's extents.
         """
         assert adapter.dtype == self.memory.weights.dtype and placement.address % ALIGNMENT == 0
         end = placement.address + adapter.nbytes
@@ -112,7 +117,7 @@ class AdapterPool:
         self._bind()
 
     def clear(self, slot: int) -> None:
-        """Take an adapter away: its slot points at nothing, on the current CUDA stream."""
+        """Point a slot at no adapter, on the current CUDA stream."""
         self.extents[:, slot] = self._no_extent
         self._touched[slot] = set()
         self._bind()

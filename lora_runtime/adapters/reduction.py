@@ -1,4 +1,4 @@
-"""An adapter's files → its serving form.
+"""Reduces an adapter's files to its serving form.
 
 Knows PEFT's tensor names and the order of the steps; knows neither the device nor the pool.
 Source: peft 0.21.2, `save_and_load.py`.
@@ -44,7 +44,7 @@ def load_adapter(
 def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) -> ServingForm:
     """Reduce what was read of a folder. Raises as `load_adapter`."""
     files = content.adapter
-    _check_fingerprint(files.metadata, base)  # another base explains every mismatch after this
+    _check_fingerprint(files.metadata, base)  # first: every other mismatch follows from it
     tensors = AdapterTensors(files.tensors)
     names = trained_names(tensors.names, base)
     try:
@@ -75,8 +75,9 @@ def reduce_adapter(
 ) -> ServingForm:
     """Reduce each module on its own, then add replaced biases and vocabulary rows.
 
-    Every tensor must be asked for by the config. `initial`: the adapter before training, where its
-    init changed the base. What only the files say, the digest among it, is left empty.
+    Every tensor must belong to something that the config asks for. `initial`: the tensors of the
+    adapter before training, where its init changed the base. Facts that only the files have, such
+    as the digest, are left empty.
 
     Raises: AdapterRefused naming the tensor that is missing, unknown or of the wrong shape.
     """
@@ -84,7 +85,9 @@ def reduce_adapter(
     biases = _trained_biases(spec, base, weights, tensors)
     patches = row_patches(spec, base, weights, tensors)
     tensors.refuse_rest()
-    untouched = {base.embedding, *patches}  # PEFT saves what it made of a head beside the adapter
+    # Inits change linear layers alone, and of a targeted head PEFT saves the changed weight too: of
+    # these modules nothing is to be subtracted.
+    untouched = {base.embedding, *patches}
     reduced = {}
     for raw in modules:
         started = "" if raw.site.path in untouched else spec.initialisation
@@ -102,7 +105,7 @@ def reduce_adapter(
         inert=spec.inert,
         layer_map=spec.layer_map,
         invocation_tokens=spec.invocation_tokens,
-        notes=(*spec.notes, *_notes(spec, reduced.values(), initial)),
+        notes=(*spec.notes, *_subtracted(spec, reduced.values(), initial)),
     )
     return ServingForm(facts=facts, modules=forms)
 
@@ -132,8 +135,8 @@ def _trained_biases(
 ) -> dict[ModuleKey, Tensor]:
     """Biases that replace the base's: of the targets, of every module, or of a replaced head.
 
-    PEFT's visits of one layer share its parameters, so a bias trained at one acts at all of them,
-    adapted or not.
+    In PEFT's model with replicated layers all visits of a layer share its bias: a bias that was
+    trained at one visit acts at all visits, whether they are adapted or not.
     """
     shared: dict[str, Tensor] = {}
     for site in spec.sites:
@@ -150,15 +153,19 @@ def _trained_biases(
     return {_key(site): shared[site.path] for site in spec.sites if site.path in shared}
 
 
-def _notes(
+def _subtracted(
     spec: AdapterSpec, reduced: Iterable[Reduced], initial: AdapterTensors | None
 ) -> tuple[str, ...]:
+    """A note on how the factors that the init took out of the base were found.
+
+    Raises AdapterRefused if they could not be.
+    """
     if not spec.initialisation:
         return ()
     if initial is not None:
         return (f"{spec.initialisation}: its first factors were in the folder and are subtracted",)
     error = max(one.error for one in reduced)
-    if not error < 1:
+    if not error < 1:  # NaN too
         raise AdapterRefused(
             f"init_lora_weights is {spec.initialisation!r}, whose first factors cannot be told "
             "from this base's weights; save it with PEFT's "
@@ -182,9 +189,10 @@ def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
 
 
 def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
-    """What is known of the base of an adapter that others made: a name at most.
+    """A note on the base of an adapter without our fingerprint, of which PEFT saves a name at most.
 
-    A name is a path or a hub id, of which the last part is compared; it decides nothing.
+    The name is a path or a hub id. Its last part is compared, for the note alone: a name refuses
+    nothing.
     """
     if FINGERPRINT_KEY in files.metadata:
         return ()
@@ -200,7 +208,7 @@ def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
 
 
 def _with_bases(error: AdapterRefused, files: AdapterFiles, base: BaseSpec) -> AdapterRefused:
-    """Add that the adapter may be another base's, which explains most of what does not fit."""
+    """Add to a refusal that the config names another base, if it does: the likely cause."""
     named = files.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip("/ "):
         return error

@@ -1,6 +1,6 @@
 """Which adapter sits in which device slot, and where in the pool. Ints only, no tensors.
 
-An adapter takes one run of bytes, as many as its tensors have. Adapters without a running request
+An adapter takes consecutive bytes, as many as its tensors have. Adapters without a running request
 are evicted, least recently used first.
 """
 
@@ -16,18 +16,18 @@ from lora_runtime.errors import AdapterTooLarge
 
 
 class SpaceAllocator:
-    """First-fit allocation of runs out of `size` bytes."""
+    """First-fit allocation of consecutive bytes out of `size`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._holes: list[tuple[int, int]] = [(0, size)] if size else []
 
     @classmethod
-    def around(cls, size: int, runs: Iterable[tuple[int, int]]) -> SpaceAllocator:
-        """One in which the (start, length) `runs` are taken."""
+    def around(cls, size: int, taken: Iterable[tuple[int, int]]) -> SpaceAllocator:
+        """An allocator in which the places `taken`, each (start, length), are not free."""
         space, end = cls(size), 0
         space._holes = []
-        for start, length in sorted(run for run in runs if run[1]):
+        for start, length in sorted(place for place in taken if place[1]):
             space._holes += [(end, start - end)] if start > end else []
             end = start + length
         space._holes += [(end, size - end)] if size > end else []
@@ -38,7 +38,7 @@ class SpaceAllocator:
         return sum(length for _, length in self._holes)
 
     def allocate(self, length: int) -> int | None:
-        """The first byte of a free run of `length` bytes, or None if there is none."""
+        """The first of `length` consecutive free bytes, or None if there is no such hole."""
         if length == 0:
             return 0
         for index, (start, size) in enumerate(self._holes):
@@ -49,7 +49,7 @@ class SpaceAllocator:
         return None
 
     def free(self, start: int, length: int) -> None:
-        """Give back a run; neighbouring holes are joined."""
+        """Give back `length` bytes from `start` on; neighbouring holes are joined."""
         if length == 0:
             return
         insort(self._holes, (start, length))
@@ -136,8 +136,8 @@ class SlotTable:
         kept = [p for d, p in self._resident.items() if d in self._pins or d in digests]
         if len(missing) > self._max_slots - len(kept):
             return False
-        runs = [(placement.address, self._sizes[placement.digest]) for placement in kept]
-        space = SpaceAllocator.around(self._space.size, runs)
+        taken = [(placement.address, self._sizes[placement.digest]) for placement in kept]
+        space = SpaceAllocator.around(self._space.size, taken)
         return all(space.allocate(self._sizes[digest]) is not None for digest in missing)
 
     def _acquire_each(self, digests: Sequence[str]) -> list[Acquired] | None:
@@ -181,13 +181,13 @@ class SlotTable:
 
     @property
     def vacated(self) -> tuple[int, ...]:
-        """Slots that lost their adapter, got no other and were not `cleared`: their run tables
-        still point at its bytes.
+        """Slots that lost their adapter, got no other and were not `cleared`: their extents still
+        point at its bytes.
         """
         return tuple(sorted(self._vacated))
 
     def cleared(self, slot: int) -> None:
-        """The run tables of a vacated slot point at nothing any more."""
+        """Note that the extents of a vacated slot point at nothing any more."""
         self._vacated.discard(slot)
 
     def is_pinned(self, digest: str) -> bool:

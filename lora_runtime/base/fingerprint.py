@@ -12,19 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_runtime.base.model.quant_linear import BLOCK_SIZE
 
 UNHASHED_CONFIG = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type"}
-"""Config entries of transformers itself: where and with what a model was loaded, not what it is."""
-
-
+"""Config entries that every model has: how and by which version it was loaded, not what it is."""
 QUANTIZER_STATE = (".absmax", ".nested_absmax", ".nested_offset")
-"""Buffers whose float32 values are the quantiser's own."""
+"""Ends of the names of buffers that the quantiser computed, in float32."""
 
 
 def fingerprint(model: PreTrainedModel, quantization: str) -> str:
     """SHA-256 over every parameter and persistent buffer, the config and the quantiser settings.
 
     Floating-point values are hashed as bfloat16, the precision of the quantiser's input, so that
-    a float32 and a bfloat16 load of one checkpoint agree; the quantiser's own are hashed as they
-    are.
+    a float32 and a bfloat16 load of one checkpoint agree; the quantiser's buffers are hashed as
+    they are.
     """
     digest = hashlib.sha256()
     settings = {

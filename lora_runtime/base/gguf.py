@@ -1,7 +1,7 @@
-"""One conversion: a GGUF file to a bfloat16 transformers checkpoint with its tokenizer.
+"""Converts a GGUF file to a bfloat16 transformers checkpoint with its tokenizer.
 
 transformers reads the weights. What its readers leave out of the tokenizer differs by version, so
-the tokenizer is set right here from the file's own metadata.
+the tokenizer is corrected here from the file's own metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = {
     "unknown": "unk_token",
     "padding": "pad_token",
 }
-"""Part of `tokenizer.ggml.<name>_token_id` → the tokenizer's attribute."""
+"""<name> of `tokenizer.ggml.<name>_token_id` in the file → the tokenizer's attribute."""
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -48,6 +48,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _correct(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader) -> None:
+    """Set the special tokens, the decoder and the splitting of digits as the file has them."""
     for name, attribute in SPECIAL_TOKENS.items():
         if (field := reader.get_field(f"tokenizer.ggml.{name}_token_id")) is not None:
             setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))

@@ -7,8 +7,8 @@ inner linears visit the device one at a time, so that it never holds all of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lora_runtime.base.catalog import ResolvedBase, resolve_base
+from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
 from lora_runtime.base.device import resolve_device, resolve_dtype
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.model import attention
@@ -48,8 +48,6 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_run_on_gpu
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +166,9 @@ def prepare_base(
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda _: None,
 ) -> Base:
-    """Change a loaded transformers model into a base, in place; `config.model` is unused. It will
-    compute on `device` in `dtype`, which are the model's own where they are not given.
+    """Operate on a loaded transformers model, which becomes the base; `config.model` is not read.
+
+    The base computes on `device` in `dtype`; None keeps those of the model.
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
@@ -180,22 +179,23 @@ def prepare_base(
     with visiting(inner_linears(model).values(), device, dtype):
         original = original_logits(model)
     context = StepContext()
-    linears = dict(_replace_linears(model, context))
+    linears = _replace_linears(model, context)
     model.set_attn_implementation(attention.NAME)
     fuse_modules(model)
     with visiting([adapted.linear for adapted in linears.values()], device, dtype):
         self_check(model, original)
-    keep_copies = config.dequantized_cache and device.type == "cpu"
     on_progress(f"freezing the linear layers ({config.quantization})")
-    _freeze_linears(linears, config.quantization, device, dtype, keep_copies=keep_copies)
+    keep_copies = config.dequantized_cache and device.type == "cpu"
+    freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
+    _freeze_linears(linears.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
     if can_run_on_gpu(model.get_input_embeddings().weight):
         stack_linears(model)
     on_progress("fingerprinting")
-    spec = replace(_spec(model, config.quantization, name, linears), name_or_path=name_or_path)
+    spec = _spec(model, config.quantization, name, name_or_path, linears)
     _adapt_vocabulary(model, spec, context)
-    weights = BaseWeights(model, spec, folder)
     on_progress("measuring the rows of the linear layers")
+    weights = BaseWeights(model, spec, folder)
     weights.measure_rows()
     return Base(
         model=model,
@@ -211,12 +211,17 @@ def prepare_base(
 
 
 def _spec(
-    model: PreTrainedModel, quantization: str, name: str, linears: Mapping[str, AdaptedLinear]
+    model: PreTrainedModel,
+    quantization: str,
+    name: str,
+    name_or_path: str | None,
+    linears: Mapping[str, AdaptedLinear],
 ) -> BaseSpec:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     config = model.config.get_text_config()
     return BaseSpec(
         name=name,
+        name_or_path=name_or_path,
         fingerprint=fingerprint(model, quantization),
         linears={path: LinearShape(m.in_features, m.out_features) for path, m in linears.items()},
         embedding=_path_of(model, embedding),
@@ -263,11 +268,12 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
                 )
 
 
-def _replace_linears(
-    model: PreTrainedModel, context: StepContext
-) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers."""
-    layers = decoder_layers(model)
+def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedLinear]:
+    """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers.
+
+    Returns path → the AdaptedLinear there.
+    """
+    layers, replaced = decoder_layers(model), {}
     prefix = _path_of(model, layers)
     for path, linear in inner_linears(model).items():
         parent, _, name = path.rpartition(".")
@@ -275,7 +281,8 @@ def _replace_linears(
             f"{prefix}.{path}", DenseLinear(linear.weight, linear.bias), context
         )
         setattr(layers.get_submodule(parent), name, adapted)
-        yield adapted.path, adapted
+        replaced[adapted.path] = adapted
+    return replaced
 
 
 def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
@@ -290,19 +297,14 @@ def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
 
 
 def _freeze_linears(
-    linears: Mapping[str, AdaptedLinear],
-    quantization: str,
+    adapted: Iterable[AdaptedLinear],
+    freeze: Callable[..., FrozenLinear],
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    keep_copies: bool,
 ) -> None:
-    """Give every inner linear its packed weight, one after the other."""
-    freeze = partial(_freezer(quantization), keep_copies=keep_copies)
-    for adapted in linears.values():
-        adapted.linear = freeze(
-            adapted.linear.weight_values().to(device, dtype), adapted.linear.bias
-        )
+    """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn."""
+    for each in adapted:
+        each.linear = freeze(each.linear.weight_values().to(device, dtype), each.linear.bias)
 
 
 def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:

@@ -1,4 +1,4 @@
-"""Does an operated model still give its own logits? Asked once, before it is quantised."""
+"""Checks that a model with replaced modules gives the logits it gave before; not yet quantised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_runtime.errors import BaseRefused
 
 SELF_CHECK_LENGTHS = (5, 23)
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
-"""Largest logit difference, relative to the largest logit, between surgery and original."""
+"""The largest logit difference that is accepted, relative to the largest logit."""
 
 
 def _check_rows(model: PreTrainedModel) -> list[Tensor]:
@@ -29,7 +29,10 @@ def original_logits(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def self_check(model: PreTrainedModel, original: list[Tensor]) -> None:
-    """Run a short row beside a long one through the replaced modules; both must be unchanged."""
+    """Run a short row beside a long one through the replaced modules.
+
+    Raises BaseRefused if the logits of either differ from `original`, where each ran alone.
+    """
     rows = _check_rows(model)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
     out = model(

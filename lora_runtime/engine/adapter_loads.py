@@ -49,7 +49,7 @@ class AdapterLoads:
             self._pool.load(placement, adapter)
             return
         if adapter.num_replicas > self._pool.num_replicas:
-            # The run tables are about to move, and copies under way still write to the old ones.
+            # The extent tables are about to move, and copies under way still write to the old ones.
             self._finish(len(self._copies))
         self._pool.make_room_for(adapter)
         event = self._enqueue(lambda: self._pool.copy(placement, adapter))

@@ -14,7 +14,7 @@ from lora_runtime.core import Row
 from lora_runtime.engine.block_key import BlockKey, block_key, influence_within
 
 Content = tuple[BlockKey, int]
-"""What a full block holds: a token block's key, and which plane of its layers."""
+"""What a full block holds: the key of a token block, and which plane of the row's layers."""
 
 
 class BlockManager:
@@ -31,7 +31,7 @@ class BlockManager:
         self._num_users = [0] * num_blocks
         self._contents: dict[int, Content] = {}
         self._digests: dict[int, frozenset[str]] = {}
-        """Of each block with content: the adapters that acted on it or on a token before it."""
+        """Block with content → the adapters that acted on its tokens or on a token before them."""
         self._cached: dict[Content, int] = {}
 
     @property
@@ -81,7 +81,7 @@ class BlockManager:
         return num_idle + num_new <= self.num_free + len(freed)
 
     def share(self, row: Row, found: Sequence[int]) -> None:
-        """Begin a new row with the blocks found for it; their tokens are computed."""
+        """Begin a new row with the blocks found for it; their tokens count as computed."""
         for block in found:
             self._free.pop(block, None)
             self._num_users[block] += 1
@@ -100,8 +100,8 @@ class BlockManager:
         return True
 
     def publish(self, row: Row, num_tokens: int) -> None:
-        """Make the full blocks of a row's first tokens findable; of equal ones the first
-        stays.
+        """Let other rows find the full blocks of a row's first tokens; of equal blocks the one
+        that was published first stays findable.
         """
         num_whole = num_tokens // self.block_size
         if not self._is_caching or num_whole <= row.num_cached_blocks:
@@ -117,7 +117,7 @@ class BlockManager:
         row.num_cached_blocks = num_whole
 
     def retract(self, row: Row) -> None:
-        """Nobody new may find the blocks of `row`, whose keys and values are suspect."""
+        """Let no other row find the blocks of `row`, whose keys and values may be wrong."""
         for block in row.block_table:
             self._forget(block)
 
@@ -159,11 +159,10 @@ class BlockManager:
             del self._cached[content], self._digests[block]
 
     def _extend_keys(self, row: Row, num_blocks: int) -> None:
+        """Compute the keys of a row's first `num_blocks` token blocks, each from the one before."""
         keys, request = row.block_keys, row.request
-        for start in range(
-            len(keys) * self.block_size, num_blocks * self.block_size, self.block_size
-        ):
-            stop = start + self.block_size
+        for index in range(len(keys), num_blocks):
+            start, stop = index * self.block_size, (index + 1) * self.block_size
             influence = influence_within(request, start, stop, row.layer_map)
             parent = keys[-1] if keys else None
             tokens = row.token_ids[start:stop]

@@ -1,4 +1,4 @@
-"""How the rest of the world talks to an engine, wherever the engine runs."""
+"""How everything else talks to an engine, on whichever thread or process it runs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ class EngineInfo:
     pool_bytes: int
     max_slots: int
     max_adapter_layers: int
-    """Most layers that an adapter may make of the base's."""
+    """The most layers that an adapter may have by replicating the base's."""
     max_queued_requests: int = 1024
-    """Requests that may wait, three quarters of them of one client; one more is refused as
-    overloaded."""
+    """Requests that may wait; at most three quarters of them may be one client's. A further one
+    is refused as overloaded."""
 
     def token_limit(self, num_layers: int = 0) -> int:
         """Return the most tokens one request may have: the model's limit, or the KV cache's.
 
-        A block holds a token's keys and values of the base's layers: a request of `num_layers` (0:
-        the base's) needs so many blocks for the same tokens that all its layers have room.
+        A block has room for the keys and values of as many layers as the base has. A request with
+        `num_layers` layers (0: the base's) takes several blocks for the same tokens if they are
+        more.
         """
         blocks_per_token = max(1, -(-num_layers // self.base.num_layers))
         return min(self.max_model_len, self.num_blocks // blocks_per_token * self.block_size)
@@ -44,7 +45,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
-    """What loading an adapter's files gave."""
+    """An adapter that an engine has read, checked and kept."""
 
     facts: AdapterFacts
     ranks: tuple[int, ...]
@@ -54,7 +55,7 @@ class LoadedAdapter:
     nbytes: int
     """Bytes it takes in the device pool."""
     text_files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
-    """Its own text files by name, which the engine does not look into."""
+    """Its own text files by name, which the engine does not read."""
 
     @property
     def digest(self) -> str:
@@ -77,7 +78,7 @@ class EngineStats:
     num_prefix_queries: int
     """Tokens of all admissions, resumed rows included."""
     num_prefix_hits: int
-    """Those of them whose keys and values were found in the prefix cache."""
+    """Of `num_prefix_queries`, tokens whose keys and values were found in the prefix cache."""
     num_steps: int
     running_adapters: tuple[str, ...]
     """Digests with at least one running request."""
@@ -85,14 +86,14 @@ class EngineStats:
     resident_adapters: tuple[str, ...]
     """Digests in the device pool."""
     is_busy: bool = False
-    """It is doing something now, or should be."""
+    """The engine's thread has work and compiles no kernel: `num_beats` must change."""
     num_beats: int = 0
-    """Changes with all progress, several times within a long step: with every step, every command
-    and every layer called. While it is busy and this stands still, it may be stuck."""
+    """Grows with every step, every command and every call of a layer, so several times within a
+    long step. An engine that is busy while this stands still may be stuck."""
     waiting_by_client: Mapping[str, int] = field(default_factory=dict)
-    """How many of `num_waiting` are whose; without those that have none."""
+    """Client → its requests among `num_waiting`; clients without any are left out."""
     num_failed_in_a_row: int = 0
-    """Requests that something unforeseen ended, since one last got a token."""
+    """Requests that ended by an unforeseen error since a request last got a token."""
 
 
 class EngineClient(Protocol):
@@ -113,9 +114,10 @@ class EngineClient(Protocol):
         ...
 
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
-        """Read, check and keep an adapter. Content loaded before only gains a reference.
+        """Read, check and keep an adapter. Content that is loaded already only gains a reference.
 
-        Everything of the folder is of one moment: a change meanwhile is seen whole or refused.
+        All files are of one moment: a folder that changes meanwhile is read as it was before or
+        after the change, or refused.
 
         Raises AdapterRefused (and its kinds), AdapterTooLarge, Overloaded, Unavailable.
         """
@@ -124,7 +126,7 @@ class EngineClient(Protocol):
     async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
         """Drop one reference; with the last, drain (or cancel) its requests and free its memory.
 
-        Returns when the memory is free. New requests for it fail at once.
+        Returns when the memory is free. New requests for the adapter fail at once.
         """
         ...
 
@@ -135,6 +137,7 @@ class EngineClient(Protocol):
     async def close(self, *, drain_s: float) -> None:
         """Stop admitting, let running requests finish for `drain_s` seconds, cancel the rest.
 
-        Returns within seconds after that, leaving behind an engine that does not answer.
+        Returns within seconds after that even if the engine's thread hangs, which is then left
+        behind.
         """
         ...

@@ -1,4 +1,4 @@
-"""Logits of the base and of one adapter, outside the pool and the cache: for the parity gate."""
+"""Logits of the base and of one adapter for the parity gate, without the engine's pool and cache."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TokenRows = Sequence[Sequence[int]]
 
 
 def adapter_logits(base: Base, adapter: PackedAdapter) -> Logits:
-    """The function that gives the parity gate logits, computed by the kernels that serve.
+    """A function from token ids to logits for the parity gate, computed by the kernels that serve.
 
-    It must be called on the thread that runs the base. The adapter is copied to the device at the
-    first call with it.
+    The function must be called on the thread that runs the base. The first call with the adapter
+    copies it to the device.
     """
     pool = cache(lambda: _pool_of(adapter, base))
 
@@ -87,7 +87,7 @@ def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
 def _layer_steps(
     layer_map: LayerMap, adapter: PackedAdapter, rows: TokenRows, base: Base
 ) -> LayerSteps:
-    """Every row at every step of the one map."""
+    """The steps of one layer map that all rows share."""
     lengths = [len(row) for row in rows]
     attention = VarlenAttention([RowLengths(lengths)], base.device)
 
@@ -101,7 +101,7 @@ def _layer_steps(
 def _spans(
     adapter: PackedAdapter, rows: TokenRows, replicas: Sequence[int] | None = None
 ) -> list[Span]:
-    """One span a row, from where the adapter acts."""
+    """A span for each row on which the adapter acts, from the first token on which it does."""
     invocation = adapter.facts.invocation_tokens
     starts = [activation_start(row, invocation) if invocation else 0 for row in rows]
     uses = [[] if start is None else [SlotUse(0, start=start)] for start in starts]
@@ -109,7 +109,7 @@ def _spans(
 
 
 def _spans_of_wanted(spans: Sequence[Span], logits_at: Sequence[int]) -> list[Span]:
-    """`spans` of all tokens → those of the tokens `logits_at` alone, in their order."""
+    """The spans of the tokens `logits_at` alone, which are numbered by their place in it."""
     adapted = {token for span in spans for token in range(span.rows.start, span.rows.stop)}
     return [
         Span(slot=0, first_token=index, num_tokens=1)

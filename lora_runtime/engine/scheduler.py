@@ -54,7 +54,7 @@ from lora_runtime.errors import AdapterFailed, LoramuxError, RequestFailed
 log = logging.getLogger(__name__)
 
 MAX_STEPS_PASSED_OVER = 100
-"""Steps after which a row whose adapters find no room is passed over no more."""
+"""Steps in which a row whose adapters find no room is passed over at most."""
 
 
 class Scheduler:
@@ -64,18 +64,18 @@ class Scheduler:
         self._config, self._blocks, self._slots = config, blocks, slots
         self.waiting = WaitingQueue()
         self.running: list[Row] = []
-        """Those that began first come first."""
+        """In the order in which they began."""
         self.num_preemptions = 0
         self._shares = FairShares()
         self._next_in_pool: Row | None = None
-        """Was passed over too often: until it has begun no other row under adapters does."""
+        """A row that was passed over too often: no other row under adapters begins before it."""
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, row: Row) -> None:
-        """Queue a new row. Raises Overloaded as `check_place`."""
+        """Queue a new row. Raises Overloaded if the queue, or its client's share, is full."""
         num_own = self.waiting.num_of(row.request.client)
         check_place(self._config.max_queued_requests, len(self.waiting), num_own)
         self.waiting.arrive(row)
@@ -91,7 +91,7 @@ class Scheduler:
         return terminal_output(row, reason, error)
 
     def fail(self, row: Row, cause: Exception) -> StepOutput:
-        """Finish a row that something unforeseen went wrong with."""
+        """Finish a row for which an unforeseen error occurred; the log has the error."""
         request_id = row.request.request_id
         log.error("request %s failed", request_id, exc_info=cause)
         error = RequestFailed(f"something unforeseen ended request {request_id}; see the log")
@@ -105,22 +105,24 @@ class Scheduler:
         """
         step = StepPlan(self._config.max_num_batched_tokens, loading)
         turns = self._turns()
+        # While prompts wait, rows that need one token get half of the step: neither starves.
         self._plan_single_tokens(step, step.budget - step.budget // 2 if turns else step.budget)
         while step.budget > 0 and turns:
             client = heapq.heappop(turns)[-1]
             if self._plan_prompt(client, step):
                 num_rows = sum(row.request.client == client for row in self.running)
                 heapq.heappush(turns, self._turn(client, num_rows))
+        # What the prompts have left, for the rows that got nothing above.
         self._plan_single_tokens(step, step.budget)
         return step.batch()
 
     def advance(self, batch: ScheduledBatch) -> None:
-        """Count a plan that has been started as done; what it samples is pending."""
+        """Count a plan that has been started as done; the tokens it samples are not known yet."""
         num_sampled = 0
         for scheduled in batch.rows:
             scheduled.row.num_computed_tokens = scheduled.end
             if scheduled.samples:
-                scheduled.row.token_ids.append(-1 - num_sampled)
+                scheduled.row.token_ids.append(-1 - num_sampled)  # see `Row`
                 num_sampled += 1
 
     def commit(self, batch: ScheduledBatch, sampled: Sequence[SampledToken]) -> list[StepOutput]:
@@ -160,7 +162,7 @@ class Scheduler:
         assert self._next_in_pool is None or self._next_in_pool in list(self.waiting)
 
     def _turns(self) -> list[tuple[int, int, int, str]]:
-        """A heap of the clients that have prompts, running or waiting."""
+        """A heap of the clients that have prompts, running or waiting, by whose turn is next."""
         clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
         num_rows = _num_by_client(self.running)
         everyone = clients.union(self.waiting.clients)
@@ -169,7 +171,7 @@ class Scheduler:
         return turns
 
     def _turn(self, client: str, num_rows: int) -> tuple[int, int, int, str]:
-        """Sorts clients: served least, then with the fewest rows, then by arrival."""
+        """A client's place in the heap: by what it was served, then its rows, then its arrival."""
         ticket = self.waiting.first_ticket(client)
         return self._shares.counter(client), num_rows, ticket, client
 
@@ -264,8 +266,9 @@ class Scheduler:
         return False
 
     def _begin(self, row: Row, step: StepPlan) -> bool:
-        """Move a waiting row to running if a place and blocks for all its tokens are free, or if
-        other clients owe them. Rows are preempted only once it is certain that they are enough.
+        """Move a waiting row to running if a place and blocks for all its tokens are free, or
+        would be if rows of clients with more were preempted. Rows are preempted only once it is
+        certain that they are enough.
         """
         found: list[int] | None = None
         leaving: list[Row] = []
@@ -274,7 +277,7 @@ class Scheduler:
                 found = self._blocks.find(row) if found is None else found
                 if self._blocks.has_room(row, found, leaving):
                     break
-            victim = self._owing(row, leaving, step)
+            victim = self._next_victim(row, leaving, step)
             if victim is None:
                 return False
             leaving.append(victim)
@@ -283,8 +286,12 @@ class Scheduler:
             step.without_room.clear()
         return self._place(row, found, step)
 
-    def _owing(self, row: Row, leaving: Sequence[Row], step: StepPlan) -> Row | None:
-        """The next row, beside those `leaving`, to preempt for a waiting row; None if none owes."""
+    def _next_victim(self, row: Row, leaving: Sequence[Row], step: StepPlan) -> Row | None:
+        """The row to preempt for a waiting row, beside those `leaving`; None if there is none.
+
+        It is a row of a client that was served at least as much and, after the exchange, will
+        still not have fewer rows than the waiting row's client.
+        """
         client = row.request.client
         num_own = sum(other.request.client == client for other in self.running)
         served = self._shares.counter(client)
@@ -375,14 +382,14 @@ def _num_by_client(rows: Sequence[Row]) -> Counter[str]:
 
 
 def _youngest_of_most(rows: Sequence[Row]) -> Row:
-    """Of the client with the most of these running rows the one that began last."""
+    """The row that began last of the client that has the most of these running rows."""
     counts = _num_by_client(rows)
     most = max(counts.values())
     return next(row for row in reversed(rows) if counts[row.request.client] == most)
 
 
 def _has_all_tokens(row: Row) -> bool:
-    """True when the running step gives the last one."""
+    """True when the step that runs now gives the row its last token."""
     return row.num_output_tokens >= row.request.sampling.max_tokens
 
 

@@ -1,4 +1,4 @@
-"""One step while it is planned: what runs in it, and what of its token budget is left."""
+"""One step while it is planned: what runs in it, and how much of its token budget is left."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class StepPlan:
 
     def __init__(self, budget: int, loading: AbstractSet[str] | None) -> None:
         self.budget = budget
-        """Tokens that still fit, each of a prompt counted once for every plane of its row."""
+        """Tokens that still fit. A prompt's token costs as many as its row has planes."""
         self.loads: list[AdapterPlacement] = []
         self.failed: list[StepOutput] = []
         self.admitted: set[Row] = set()
         """Rows that begin in this step; they do not give way in it."""
         self.seen: set[Row] = set()
-        """Sequences that have had their turn, in vain or not."""
+        """Waiting rows that have had their turn, whether they began or not."""
         self.without_room: set[tuple[str, ...]] = set()
-        """Adapters, together, that find no room in the pool."""
+        """Sets of adapters for which the pool has no room now."""
         self.is_short_of_blocks = False
-        """A running row found no block: nobody new begins."""
+        """A running row found no free block: no other row begins in this step."""
         self._loading = loading
         self._rows: dict[Row, ScheduledRow] = {}
 
@@ -36,15 +36,17 @@ class StepPlan:
         return row in self._rows
 
     def lacks_adapter(self, row: Row) -> bool:
-        """True while an adapter of a row is being copied beside the steps."""
+        """True while an adapter of a row is being copied to the device, beside the steps."""
         if self._loading is None:
             return False
         missing = self._loading | {load.digest for load in self.loads}
         return any(use.digest in missing for use in row.request.adapters)
 
     def num_fitting(self, row: Row) -> int:
-        """Tokens of a row that the budget has room for. A prompt's cost as many as it has planes,
-        so that a deep one makes no step longer than a plain one does.
+        """Tokens of a row that the budget has room for.
+
+        A prompt's token costs as many as its row has planes, so that a row of replicated layers
+        makes no step longer than a plain row does.
         """
         return min(row.num_uncomputed_tokens, max(1, self.budget // row.num_planes))
 
@@ -57,7 +59,7 @@ class StepPlan:
         return scheduled
 
     def drop(self, row: Row) -> None:
-        """Take a row that was preempted out again; it does not begin anew in this step."""
+        """Take out a row that was preempted; it does not begin again in this step."""
         self.seen.add(row)
         scheduled = self._rows.pop(row, None)
         if scheduled is not None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import AdapterRefused
+from lora_runtime.strict_json import parse_object
 from lora_runtime.text.template_check import check_template
 from lora_runtime.text.text_files import (
     ADDED_FILE,
@@ -63,7 +64,11 @@ def read_text_side(
     `files`: those of TEXT_FILES that its folder holds; `vocab_size`: rows of the base's embedding;
     `work`: an empty folder to write to. Raises AdapterRefused naming the file.
     """
-    parsed = {name: _parsed(name, files[name]) for name in files if name.endswith(".json")}
+    parsed = {
+        name: parse_object(files[name], name, is_finite=False)
+        for name in files
+        if name.endswith(".json")
+    }
     named = list(_named_tokens(parsed))
     _check_utf8(files)
     base = _load_base(base_folder)
@@ -95,23 +100,6 @@ def read_text_side(
 
 def _refused(why: str, field: str) -> AdapterRefused:
     return AdapterRefused(why, field=field)
-
-
-def _parsed(name: str, content: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) != len(pairs):
-            raise ValueError("a key appears twice")
-        return parsed
-
-    try:
-        parsed = json.loads(content.decode(), object_pairs_hook=unique)
-        json.dumps(parsed, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise _refused(f"{name} is not usable JSON: {error}", name) from None
-    if not isinstance(parsed, dict):
-        raise _refused(f"{name} must hold a JSON object", name)
-    return parsed
 
 
 def _check_utf8(files: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What all commands have in common: a flag is given once, and the environment holds no mistake."""
+"""What all commands check: no flag is given twice, and no variable LORAMUX_… is misspelt."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Command(typer.core.TyperCommand):
     """A command that refuses what would be ignored in silence."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments; of a flag with one value given twice, the last would win."""
-        args = list(map(_canonical, args))
+        """Read the arguments; refuse a flag given twice, of which click would take the last."""
+        args = [_canonical(argument) for argument in args]
+        # `order` has a parameter once for every time it is given.
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter, count in Counter(order).items():
             is_list = parameter.multiple or parameter.nargs == -1
@@ -27,12 +28,12 @@ class Command(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, unless a variable LORAMUX_… is none of the settings."""
+        """Run the command; refuse a variable LORAMUX_… that is no setting."""
         check_environment(VARIABLES)
         return super().invoke(ctx)
 
 
 def _canonical(argument: str) -> str:
-    """`--lr=1e-4` as `--learning-rate=1e-4`."""
+    """Give a flag our name for it: `--lr=1e-4` → `--learning-rate=1e-4`."""
     flag, separator, value = argument.partition("=")
     return f"{OTHER_FLAGS.get(flag, flag)}{separator}{value}"

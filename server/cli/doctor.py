@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -14,16 +13,7 @@ from rich.table import Table
 from lora_runtime.config import BaseConfig
 from lora_runtime.terminal import Terminal
 from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
-
-PACKAGES = (
-    "loramux",
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "safetensors",
-    "grpcio",
-    "protobuf",
-)
+from server.versions import PACKAGES, installed_versions
 
 
 @with_flags(BASE_FLAGS)
@@ -60,11 +50,9 @@ def doctor(
 
 def _versions() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
+    found = installed_versions()
     for package in PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "not installed"
+        yield package, found.get(package, "not installed")
 
 
 def _machine() -> Iterator[tuple[str, str]]:

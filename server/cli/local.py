@@ -142,7 +142,7 @@ def _read_config(path: Path) -> Mapping[str, object]:
     """The config alone, so that its table is shown whatever is wrong with the tensors."""
     from lora_runtime.adapters.files.file_names import CONFIG_FILE, MAX_CONFIG_BYTES
     from lora_runtime.adapters.files.folder import read_optional
-    from lora_runtime.adapters.files.strict_json import parse_object
+    from lora_runtime.strict_json import parse_object
 
     content = read_optional(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if content is None:

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2 as details
 from lora_runtime import errors
 from server.errors import (
     INTERNAL_MESSAGE,
-    MAX_MESSAGE_BYTES,
+    MAX_ERROR_BYTES,
     WIRE_ERRORS,
     from_rpc_error,
     rich_status,
@@ -82,7 +82,7 @@ def test_an_unknown_subclass_is_its_parents_kind() -> None:
 @pytest.mark.parametrize("text", ["x" * 9000, "\N{SNOWMAN}" * 9000])
 def test_a_long_message_fits_into_trailers(text: str) -> None:
     status = rich_status(errors.InvalidRequest(text, field="f" * 9000))
-    assert len(status.message.encode()) <= MAX_MESSAGE_BYTES
+    assert len(status.message.encode()) <= MAX_ERROR_BYTES
     assert status.message == text[: len(status.message)]
     assert len(status.SerializeToString()) < 4096
 

@@ -1,4 +1,4 @@
-"""adapter_config.json → what it asks of one base: modules, ranks and scalings; or a refusal.
+"""What an adapter_config.json asks of one base: modules, ranks and scalings; or a refusal.
 
 Knows PEFT's fields (`fields.py`) and the base's module names; knows no tensor.
 Source: peft 0.21.2, `LoraConfig` and `LoraModel._create_and_replace`.
@@ -108,7 +108,10 @@ def parse_config(
 
 
 def _notes(unmatched: list[str]) -> tuple[str, ...]:
-    """Every tensor of the file must still belong to a target that did match."""
+    """A note on targets that match no module: PEFT passes them over when others match.
+
+    No tensor is lost with them: a tensor that belongs to no target is refused later.
+    """
     if not unmatched:
         return ()
     listed = ", ".join(repr(name[:40]) for name in unmatched[:8])
@@ -140,7 +143,7 @@ def _initialisation(config: Config, base: BaseSpec) -> str:
 
 
 def _check_loftq(value: object, base: BaseSpec) -> None:
-    """LoftQ of one iteration leaves the base at q(W): what a base of that format serves."""
+    """Refuse LoftQ but that of one iteration on a base of this format, whose base is q(W): ours."""
     settings = value if isinstance(value, dict) else {}
     bits = settings.get("loftq_bits", 4)
     formats = [name for name, own in _LOFTQ_BITS.items() if own == bits]
@@ -258,11 +261,11 @@ _VERBATIM = (
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
     "alora_invocation_tokens", "use_dora", "lora_bias",
 )  # fmt: skip
-"""Honoured fields that name an adapter by the value they have in the file."""
+"""Honoured fields that enter the digest with the value they have in the file."""
 
 
 def _honoured(config: Config, scalings: _Scalings, selection: Selection) -> dict[str, object]:
-    """What decides the result, as plain JSON values: the part of a config that names an adapter."""
+    """What decides the result, as plain JSON values: what of a config enters the digest."""
     values: dict[str, object] = {
         "peft_type": "LORA",
         "r": scalings.r,

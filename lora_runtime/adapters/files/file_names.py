@@ -22,6 +22,8 @@ MAX_PARITY_BYTES = 1 << 18
 
 REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
 OPTIONAL_FILES = (PARITY_FILE, *TEXT_FILES)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""How files end that PyTorch writes as pickles, which can run code and are never read."""
 INITIAL_FOLDERS = ("pissa_init", "olora_init")
 """Sub-folders with the adapter as it was before training, where its init changed the base."""
 

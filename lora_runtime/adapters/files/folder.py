@@ -27,17 +27,16 @@ from lora_runtime.adapters.files.file_names import (
     MAX_PARITY_BYTES,
     MAX_TENSORS_BYTES,
     PARITY_FILE,
+    PICKLE_SUFFIXES,
     TENSORS_FILE,
     content_digest,
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
 from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
-from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
+from lora_runtime.strict_json import parse_object
 from lora_runtime.text.text_files import TEXT_FILES
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 from lora_runtime.adapters.files.file_names import MAX_PARITY_BYTES, PARITY_FILE
 from lora_runtime.adapters.files.folder import read_optional, write_file
-from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.adapters.parity import (
     NUM_POSITIONS,
     NUM_TOP,
@@ -24,6 +23,7 @@ from lora_runtime.adapters.parity import (
 )
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
+from lora_runtime.strict_json import parse_object
 
 OLD_VERSION, VERSION = 1, 2
 OLD_DTYPES = ("float64", "float32", "bfloat16")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lora_runtime.adapters.files.strict_json import parse_object
 from lora_runtime.errors import AdapterRefused
+from lora_runtime.strict_json import parse_object
 
 LENGTH_BYTES = 8
 """The file starts with its header's length: 8 bytes, little-endian."""

@@ -23,9 +23,9 @@ ROWS_COMPARED = 4096
 def row_patches(
     spec: AdapterSpec, base: BaseSpec, weights: BaseWeights, tensors: AdapterTensors
 ) -> dict[str, RowPatch]:
-    """Base path → its replaced rows; modules that share rows share one patch.
+    """Module path → its replaced rows; tied modules share one patch.
 
-    Raises: AdapterRefused where the vocabulary has another size, a tensor is missing, or two
+    Raises AdapterRefused where the vocabulary has another size, a tensor is missing, or two
     tensors of one tied weight disagree.
     """
     names = {site.path: site.name for site in spec.sites}
@@ -61,7 +61,7 @@ def _sorted_patch(rows: Tensor, ids: tuple[int, ...]) -> RowPatch:
 
 
 def _take_tied(tensors: AdapterTensors, name: str, patch: RowPatch, base: BaseSpec) -> None:
-    """A tied module's own copy in the file must say the same."""
+    """Take a tied module's own copy of the rows, if the file has one; it must equal the patch."""
     copy = tensors.take_if_there(name, Part.WEIGHT, (base.vocab_size, base.hidden_size))
     if copy is not None and not torch.equal(copy.to(patch.values.dtype), patch.values):
         raise _disagreement(name)
@@ -74,9 +74,10 @@ def _changed_base(
     tensors: AdapterTensors,
     names: dict[str, str],
 ) -> dict[str, RowPatch]:
-    """Rows of embedding weights that the file holds beside the adapter and that differ.
+    """The rows in which a weight that the file holds beside the adapter differs from the base's.
 
-    PEFT saves the weight under a targeted embedding and copies it into the base when it loads.
+    With a targeted embedding PEFT also saves the whole weight below it, and copies that into the
+    base when it loads the adapter.
     """
     kept = {*spec.vocabulary.replaced, *spec.vocabulary.tied_to}
     found: dict[str, RowPatch | None] = {}
@@ -112,7 +113,7 @@ def _differing(rows: Tensor, path: str, weights: BaseWeights) -> RowPatch | None
 def _shared(
     found: dict[str, RowPatch | None], paths: set[str], names: dict[str, str]
 ) -> dict[str, RowPatch | None]:
-    """Tied weights are one: every copy in the file must say the same, for both modules."""
+    """Give both tied modules one patch; all copies in the file must agree on it."""
     first, *others = found.values()
     for other in others:
         if not _are_equal(first, other):

@@ -27,8 +27,8 @@ class LayerStep:
     """One run of base layer `layer`, and what it acts on.
 
     tokens (n,) int64, ascending: which of the forward's T tokens run here, None for all.
-    attention: over these tokens, in this order. adapters: of these tokens, what the bindings take
-    as `meta`; None for no adapters.
+    attention: over these tokens, in this order. adapters: the `where` of these tokens' bindings,
+    None for no adapters.
     """
 
     layer: int
@@ -50,8 +50,10 @@ class LayerSteps:
 
 
 class WrappedLayer(nn.Module):
-    """Stands for `layer` in a decoder. Every attribute it does not have itself is that of `layer`,
-    because decoders ask their layers for some, for example `attention_type`.
+    """Stands for `layer` in a decoder.
+
+    Decoders read attributes of their layers, for example `attention_type`: those that this module
+    does not have itself are the layer's.
     """
 
     def __init__(self, layer: nn.Module, context: StepContext) -> None:
@@ -103,17 +105,17 @@ def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
 def reordering(
     model: PreTrainedModel, context: StepContext
 ) -> Callable[[tuple[int, ...]], PreTrainedModel]:
-    """`reordered_model` of one model by layers; those of the last MAX_REORDERED_MODELS are kept."""
+    """`reordered_model` as a function of layers; the MAX_REORDERED_MODELS last used are kept."""
     return lru_cache(MAX_REORDERED_MODELS)(lambda layers: reordered_model(model, layers, context))
 
 
 def reordered_model(
     model: PreTrainedModel, layers: tuple[int, ...], context: StepContext
 ) -> PreTrainedModel:
-    """`model` with the decoder layers `layers`, in this order, in the place of its own.
+    """A copy of `model` whose decoder has the base layers `layers`, in this order.
 
-    Parameters are shared, and neither the model nor its config is changed. Its forward wants
-    LayerSteps as `attention=`. `context` is the one that the model's adapted layers share.
+    The copy shares the parameters; neither the model nor its config is changed. The copy's forward
+    wants LayerSteps as `attention=`. `context` is that of the model's adapted layers.
     """
     decoder: Any = model.get_decoder()
     configs: dict[int, Any] = {}
@@ -129,7 +131,7 @@ def reordered_model(
 def _reordered_config(
     config: PreTrainedConfig, layers: tuple[int, ...], configs: dict[int, Any]
 ) -> PreTrainedConfig:
-    """A copy of the decoder's config as if it had these layers."""
+    """A copy of the decoder's config that says it has these layers."""
     reordered = copy.deepcopy(config, configs)
     reordered.num_hidden_layers = len(layers)
     if layer_types := getattr(config, "layer_types", None):
@@ -138,7 +140,7 @@ def _reordered_config(
 
 
 def shallow_copy(module: Any) -> Any:
-    """The same parameters, buffers and submodules; submodules can be replaced on the copy alone."""
+    """A copy with the same parameters, buffers and submodules, whose submodules can be replaced."""
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
     return copied

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDED_TO = 32
-"""Rows whose own tokens come to the same multiple of it are padded to the longest of them."""
+"""Segments whose lengths round up to the same multiple of it are padded to the longest of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowLengths:
-    """Consecutive rows: the `prefix` tokens that all of them begin with, once, and then `lengths`,
-    each at least 1, more tokens of every row.
+    """The layout of consecutive rows that begin with the same `prefix` tokens, 0 for none.
+
+    First come the shared tokens, once, then the other tokens of each row: `lengths`, each at
+    least 1.
     """
 
     lengths: Sequence[int]
@@ -31,18 +33,18 @@ class RowLengths:
 
     @property
     def num_tokens(self) -> int:
-        """Of all rows, what they share counted once."""
+        """Tokens of all rows; those that the rows share count once."""
         return self.prefix + sum(self.lengths)
 
 
 class VarlenAttention:
-    """`Attention` over all rows laid end to end: by FlashAttention where it can run, else over rows
-    padded to like length.
+    """`Attention` over rows laid end to end: by FlashAttention where it can run, else by rows of
+    similar length padded to one.
     """
 
     def __init__(self, rows: Sequence[RowLengths], device: torch.device | str = "cpu") -> None:
-        # The index tables of neither way are built here: which one runs is known with the first
-        # queries alone (their device, dtype and head size), and all layers then share the tables.
+        # Which of the two runs depends on the queries' device, dtype and head size: index tables
+        # are built with the first layer's queries, and all layers share them.
         self._segments = list(_segments(rows))
         self._device = device
 
@@ -72,8 +74,9 @@ class VarlenAttention:
 
 
 def can_use_flash(q: Tensor, softcap: float | None) -> bool:
-    """True when FlashAttention 2 as torch builds it takes queries (T, H, D), and what it wants of a
-    device; it has no softcap there.
+    """True when the FlashAttention 2 that torch contains can take queries (T, H, D).
+
+    torch's build has no softcap.
     """
     return (
         q.is_cuda
@@ -97,33 +100,34 @@ class _Segment(NamedTuple):
 
 
 def _segments(rows: Sequence[RowLengths]) -> Iterator[_Segment]:
+    """The shared tokens of rows are a segment of their own, which sees no prefix."""
     end = 0
-    for part in rows:
-        shared, end = end, end + part.prefix
-        if part.prefix:
-            yield _Segment(shared, 0, shared, part.prefix)
-        for length in part.lengths:
-            yield _Segment(shared, part.prefix, end, length)
+    for group in rows:
+        shared, end = end, end + group.prefix
+        if group.prefix:
+            yield _Segment(shared, 0, shared, group.prefix)
+        for length in group.lengths:
+            yield _Segment(shared, group.prefix, end, length)
             end += length
 
 
 @dataclass(frozen=True, slots=True)
 class _EndToEnd:
-    """Segments as FlashAttention takes them: no padding, and no gather but of shared keys.
+    """Segments as FlashAttention takes them: without padding.
 
-    query_ends, key_ends (N + 1,) int32: where each segment's queries and keys end, after a 0.
-    keys: the token of every key, where segments share some.
+    query_ends, key_ends (N + 1,) int32: 0, and where the queries and keys of each segment end.
+    keys: the token of every key, if segments share some; None if keys are all tokens in order.
     """
 
     query_ends: Tensor
     key_ends: Tensor
     longest: tuple[int, int]
-    """Queries and keys of a segment."""
+    """Most queries and most keys of a segment."""
     keys: Tensor | None
 
     @classmethod
     def of(cls, segments: Sequence[_Segment], device: torch.device | str) -> _EndToEnd:
-        """Segments that follow one another are all of the tokens, as queries are already."""
+        """`segments` follow one another and cover all tokens, so queries need no gather."""
         queries = [segment.length for segment in segments]
         counts = [segment.prefix + segment.length for segment in segments]
         query_ends, key_ends = (
@@ -136,9 +140,11 @@ class _EndToEnd:
         return cls(query_ends, key_ends, (max(queries), max(counts)), keys)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """(T, H, D) of all tokens. A segment's queries are the last of its keys, and `window` keys
-        are seen, the query's own among them. Source: torch's `varlen_attn`, which takes fewer key
-        heads than query heads from 2.12 on only; its operator always did.
+        """(T, H, D) of all tokens. A segment's queries are the last of its keys; a query sees
+        `window` keys, its own among them.
+
+        Source: torch's `varlen_attn`. Its operator is called because the function takes fewer key
+        heads than query heads only from torch 2.12 on.
         """
         if self.keys is not None:
             k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
@@ -153,8 +159,9 @@ class _EndToEnd:
 
 
 class _Padded:
-    """Segments of like length share a padded call. What pads one is a token of its own, so nothing
-    of another row is ever read.
+    """Segments of similar length share a padded call.
+
+    A segment is padded with its own last token, so no token of another row is ever read for it.
     """
 
     def __init__(self, segments: Sequence[_Segment], device: torch.device | str) -> None:
@@ -185,6 +192,7 @@ class _Padded:
 
 
 def _alike(segments: Sequence[_Segment]) -> list[list[_Segment]]:
+    """Segments with equal prefixes and equal lengths, rounded up to PADDED_TO."""
     found: dict[tuple[int, int], list[_Segment]] = {}
     for segment in segments:
         key = segment.prefix, -(-segment.length // PADDED_TO)
@@ -193,8 +201,8 @@ def _alike(segments: Sequence[_Segment]) -> list[list[_Segment]]:
 
 
 def _indices(members: Sequence[_Segment], prefix: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each segment, the last one repeated, behind `prefix` shared ones: (N, longest),
-    and which of them are there for the first time.
+    """(N, prefix + longest): `prefix` shared tokens, then each segment's own, of which the last is
+    repeated as padding; and (N, longest): which of the own ones are no padding.
     """
     starts = torch.tensor([segment.start for segment in members])[:, None]
     lengths = torch.tensor([segment.length for segment in members])[:, None]
@@ -206,8 +214,8 @@ def _indices(members: Sequence[_Segment], prefix: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Segments behind prefixes of one length. queries (N, Q), keys (N, K): their tokens; distance
-    (Q, K): how far each key lies before each query.
+    """N segments with prefixes of one length, padded. queries (N, Q) and keys (N, K): tokens;
+    distance (Q, K): how far each key lies before each query.
     """
 
     queries: Tensor

@@ -33,7 +33,7 @@ PLAIN, REPLICATED, DORA, BIAS_ONLY, ALORA = range(5)
 
 
 def build_adapters(dtype):
-    """Five adapters in one memory; returns it, the run table and each run's tensors."""
+    """Five adapters in one memory; returns it, the extent table and each extent's tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):

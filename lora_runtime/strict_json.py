@@ -1,17 +1,19 @@
-"""JSON from untrusted bytes, with one meaning only."""
+"""JSON objects from untrusted bytes: what two readers could understand in two ways is refused."""
 
 from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 from lora_runtime.errors import AdapterRefused
 
 
-def parse_object(content: bytes, source: str) -> dict[str, object]:
-    """Parse a JSON object with no key twice, no NaN or infinity and no broken Unicode.
+def parse_object(content: bytes, source: str, *, is_finite: bool = True) -> dict[str, Any]:
+    """Parse a JSON object with no key twice, no broken Unicode and, if it `is_finite`, no NaN or
+    infinity.
 
-    Raises: AdapterRefused naming `source`, the file it came from.
+    Raises AdapterRefused naming `source`, the file that the content came from.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -27,7 +29,10 @@ def parse_object(content: bytes, source: str) -> dict[str, object]:
 
     try:
         parsed = json.loads(
-            content.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+            content.decode(),
+            object_pairs_hook=unique,
+            parse_float=finite if is_finite else None,
+            parse_constant=finite if is_finite else None,
         )
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
