@@ -1,4 +1,4 @@
-"""Logits of the base and of one adapter for the parity gate, without the engine's pool and cache."""
+"""Logits of the base and of one adapter for the parity gate, outside the pool and the cache."""
 
 from __future__ import annotations
 
