@@ -270,8 +270,10 @@ class Registry:
             self._drain(oldest, cancel=False)
 
     def _former_of(self, name: str, loaded: LoadedAdapter) -> Content | None:
-        """What is kept as the former content of a name that gets this one; see `_point`. What
-        could not be loaded again is kept where there is no other: it may come back."""
+        """The content to keep as the former one of a name that gets `loaded`; see `_point`.
+
+        Content that could not be loaded again is kept if there is no other: it may come back.
+        """
         record, kept = self._records[name], self._kept.get(name)
         if record.loaded is not None and record.loaded != loaded:
             return self._content(record)

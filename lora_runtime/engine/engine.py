@@ -153,7 +153,7 @@ class Engine:
         return outputs
 
     def take_outputs(self) -> list[StepOutput]:
-        """What steps and commands gave since it was last taken, also one that raised."""
+        """Return the outputs since the last call, also those of a step or command that raised."""
         outputs, self._outputs = self._outputs, []
         return outputs
 

@@ -61,11 +61,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What one prompt gave."""
+    """The answer to one prompt."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    """Its tokens, an end token that ended it included."""
+    """Token ids of the answer, with the end token if one ended it."""
     finish_reason: FinishReason = FinishReason.ERROR
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, where they were asked for."""
@@ -116,7 +116,7 @@ class LLM:
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """What is loaded, by name."""
+        """Name → loaded adapter."""
         return {name: named.loaded for name, named in self._adapters.items()}
 
     def load(self, name: str, folder: str | Path) -> LoadedAdapter:
@@ -307,11 +307,11 @@ class LLM:
 
 
 class _Named(NamedTuple):
-    """What a name stands for."""
+    """A loaded adapter and its text."""
 
     loaded: LoadedAdapter
     side: TextSide | None
-    """Its own text; None: the base's."""
+    """The adapter's own text side; None: the base's."""
 
 
 @dataclass(slots=True)
