@@ -66,7 +66,7 @@ def test_what_is_no_address_of_this_machine_is_named(host):
 async def test_a_folder_that_another_server_uses_is_named_before_the_base_is_loaded(tmp_path):
     free = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
     config = load_config(flags={**free, "adapter_store": tmp_path})
-    with claimed(tmp_path, f"{config.base} {config.quantization}"):
+    with claimed(tmp_path, f"{config.base.model} {config.base.quantization}"):
         with pytest.raises(ConfigError, match="--adapter-store") as caught:
             await app.serve(config, start=NeverStarted())
         assert caught.value.field == "adapter_store"
