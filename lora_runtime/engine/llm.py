@@ -226,6 +226,7 @@ class LLM:
         ignore_eos: bool,
         sampling: Mapping[str, Any],
     ) -> _Row:
+        """The request of one prompt, and what makes text of its tokens."""
         weights = {choice: 1.0} if isinstance(choice, str) else dict(choice or {})
         named = {name: self._named(name, "adapter") for name in weights}
         side = _shared_side(named)
@@ -244,7 +245,7 @@ class LLM:
         ends = frozenset(token for token in ends if token < self.info.base.vocab_size)
         if not ignore_eos:
             params = replace(params, stop_token_ids=frozenset(params.stop_token_ids) | ends)
-        uses: dict[str, float] = {}
+        uses: dict[str, float] = {}  # two names of one content are one adapter
         for name, weight in weights.items():
             digest = named[name].loaded.digest
             uses[digest] = uses.get(digest, 0.0) + weight

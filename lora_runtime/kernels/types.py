@@ -246,9 +246,9 @@ def segment_starts(keys: Sequence[object], first_entries: Sequence[int]) -> list
 class AttentionMeta:
     """Where each token of the step reads and writes keys and values.
 
-    rows (T,) int32, ascending: sequence row of each token. positions (T,) int32: its position in
+    rows (T,) int32, ascending: the row of each token. positions (T,) int32: its position in
     that sequence. cache_slots (T,) int64: cache slot (block · block_size + offset) its key and
-    value go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
+    value go to. block_tables (N, M) int32: blocks of each row, padded with 0 (never read).
     """
 
     rows: Tensor

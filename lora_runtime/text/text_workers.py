@@ -185,6 +185,11 @@ class TextWorkers:
     async def _run(
         self, side: TextSide, request: dict[str, Any], field: str, what: str, size: int
     ) -> dict[str, Any]:
+        """Do one piece of work for a side, after the others that wait for it.
+
+        Raises InvalidRequest if the side refuses the request, or used up its limits: then for a
+        while at once.
+        """
         lock = await self._turn(side)
         if time.monotonic() < self._refused_until.get(side.key, 0.0):
             lock.release()
@@ -386,6 +391,7 @@ NOTHING: dict[str, Any] = {"key": "", "template": None, "variables": {}, "tokeni
 
 
 def _start(kind: str) -> subprocess.Popen[bytes]:
+    """Start a worker process, which sees little of this one's environment."""
     root = str(Path(__file__).parents[2])
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     process = subprocess.Popen(

@@ -179,6 +179,7 @@ def _best_name(unit: Unit, index: int) -> str:
 
 
 def _restore_tensors(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `_tensors` saved of a unit."""
     if unit.held_out:
         names = [_best_name(unit, index) for index in range(len(unit.parameters))]
         unit.held_out.best = [tensors[name] for name in names if name in tensors]
@@ -253,6 +254,7 @@ def _identity(unit: Unit) -> dict[str, Any]:
 
 
 def _check_same(facts: Mapping[str, Any], units: Sequence[Unit], fingerprint: str) -> None:
+    """Raise ConfigError naming what differs between the checkpoint and this run."""
     if facts["base_fingerprint"] != fingerprint:
         raise ConfigError("the checkpoint was made on another base", field="base")
     names = [unit.name for unit in units]
