@@ -98,7 +98,7 @@ class CacheConfig:
     gpu_memory_utilization: Float = setting(default=0.9, gt=0, le=1, group=MEMORY)
     """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
     prefix_cache: bool = setting(default=True, group=MEMORY)
-    """Keep full blocks after their request, and share them with requests that begin alike."""
+    """Keep the KV blocks of ended requests for requests that begin with the same tokens."""
 
 
 @settings
@@ -106,7 +106,7 @@ class SchedulerConfig:
     """Limits of one engine step and of the queue."""
 
     max_num_seqs: Int = setting(default=CPU_DEFAULTS.max_num_seqs, gt=0, group=LIMITS)
-    """Sequences that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
+    """Requests that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
     max_num_batched_tokens: Int = setting(
         default=CPU_DEFAULTS.max_num_batched_tokens, gt=0, group=LIMITS
     )
@@ -115,8 +115,8 @@ class SchedulerConfig:
     max_model_len: Int | None = setting(default=None, ge=2, group=LIMITS)
     """Longest prompt + output; none: the base's own limit."""
     max_queued_requests: Int = setting(default=1024, gt=0, group=LIMITS)
-    """Requests that may wait, three quarters of them of one client; one more is refused as
-    overloaded."""
+    """Requests that may wait, of which one client may have three quarters; a further one is
+    refused as overloaded."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -134,16 +134,16 @@ class AdapterConfig:
     pool_bytes: Bytes = setting(
         default=CPU_DEFAULTS.pool_bytes, gt=0, group=MEMORY, key="adapter_pool_bytes"
     )
-    """Bytes of device memory for adapters; each takes the bytes of its own tensors, whatever its
-    rank. On CUDA an eighth of the device's."""
+    """Bytes of device memory for adapters; an adapter takes as many as its own tensors have. On
+    CUDA an eighth of the device's."""
     max_slots: Int = setting(default=256, gt=0, group=LIMITS, key="max_adapter_slots")
     """Adapters resident on the device at once."""
     max_layers: Int | None = setting(default=None, gt=0, group=LIMITS, key="max_adapter_layers")
-    """Layers to which an adapter may replicate the base's; every row of a step waits for the
-    deepest one. None: four times the base's."""
+    """The most layers that an adapter may have by replicating the base's; all requests of a step
+    take as long as the deepest. None: four times the base's."""
     host_bytes: Bytes | None = setting(default=None, gt=0, group=MEMORY, key="host_adapter_bytes")
-    """Bytes of host memory for loaded adapters and their former contents; one more is refused.
-    None: half of the machine's memory."""
+    """Bytes of host memory for loaded adapters and their former contents; a further adapter is
+    refused. None: half of the machine's memory."""
 
     def layer_limit(self, num_base_layers: int) -> int:
         """Most layers of a row, over a base of so many. The base's own are always allowed."""

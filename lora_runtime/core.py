@@ -92,7 +92,7 @@ class Request:
     cache_salt: str = ""
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
-    """Who asks: clients share the engine by what each was served."""
+    """Who asks; clients share the engine fairly."""
     priority: int = 0
     """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None
@@ -112,8 +112,9 @@ class RowStatus(StrEnum):
 class Row:
     """A request's state in the engine.
 
-    `token_ids` is the prompt and everything generated. Its last one may be −1 − r: what the step
-    that runs now gives row r of those that sample, known to the device alone.
+    `token_ids` is the prompt and everything generated. Its last element may be −1 − r, which stands
+    for the token that the running step draws for the r-th row that samples: only the device knows
+    it yet.
     """
 
     request: Request
@@ -134,7 +135,7 @@ class Row:
     slots: tuple[int, ...] = ()
     """Device slot of each of the request's adapters, while running."""
     ticket: int = 0
-    """Its number in the order of arrival."""
+    """The row's number in the order of arrival."""
     num_priced_tokens: int = 0
     """Leading prompt tokens that its client has been charged for."""
     num_steps_passed_over: int = 0
@@ -176,7 +177,7 @@ class ScheduledRow:
 
     @property
     def end(self) -> int:
-        """Where the new token goes."""
+        """Position after the tokens of this step: that of the new token, if the row samples."""
         return self.start + self.num_tokens
 
 
@@ -207,7 +208,7 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What the sampler gave one row."""
+    """The token that was drawn for one row."""
 
     token_id: int
     is_finite: bool
@@ -235,7 +236,7 @@ class RequestTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """What one step gave one request. Exactly one output of a request has a `finish_reason`."""
+    """A step's result for one request. Exactly one output of a request has a `finish_reason`."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -101,13 +101,13 @@ class Entry:
 
     key: str
     name: str
-    """Of the field."""
+    """Name of the field."""
     part: str | None
-    """The field that holds its part, None for a field of the class itself."""
+    """The field of the class that holds this field's part; None for a field of the class itself."""
     hint: Any
-    """Its type."""
+    """Type of the field."""
     default: Any
-    """... where there is none."""
+    """Default of the field; ... if it has none."""
     help: str
     group: str
     also: tuple[str, ...]

@@ -45,12 +45,12 @@ from server.uploads import AdapterStore
 from server.watchdog import Watchdog
 
 FAILURE_GRACE_S = 1.0
-"""What streams get to receive their error when a part of the server has failed."""
+"""Seconds in which streams receive their error when a part of the server has failed."""
 HTTP_STOP_S = 1.0
 REFUSED_EXIT_S = 60.0
 """An ordinary mistake needs no tracebacks, however slowly a busy machine lets go of torch."""
 EXIT_S = 4.0
-"""What the process gets to end, beyond the drain; 5 s are promised, on a busy machine too."""
+"""Seconds that the process has to end after the drain; 5 are promised, on a busy machine too."""
 
 logger = structlog.get_logger(__name__)
 
@@ -142,7 +142,7 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
 
 @dataclass(slots=True)
 class Condition:
-    """What probes and scrapes are told; while the engine is loading, that nothing is there yet."""
+    """What probes and scrapes ask. Its parts are None while the engine is loading."""
 
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None

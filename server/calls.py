@@ -1,6 +1,6 @@
-"""What callers ask of the service and what it tells them, without any wire format.
+"""What callers ask of the service and what it answers, in no wire format.
 
-`codec.py` translates these to and from protobuf; the HTTP gateway will do the same for JSON.
+`codec.py` translates these classes to and from protobuf.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class PromptLimits:
-    """What a prompt may have at most; it is measured against them before anything is made of it."""
+    """The largest prompt that is accepted. It is measured before it is tokenised or rendered."""
 
     num_tokens: int
     num_bytes: int
-    """Of text, in UTF-8. A tokenizer whose normaliser removes text might make few tokens of more;
-    it is refused all the same."""
+    """Bytes of its text in UTF-8. A longer text is refused even if its tokenizer would remove most
+    of it and make few tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class StoredAdapter:
 
 
 class AdapterState(StrEnum):
-    """Where an adapter stands on this server."""
+    """An adapter's state on this server."""
 
     REGISTERED = "registered"
     DOWNLOADING = "downloading"
@@ -178,10 +178,10 @@ class AdapterRecord:
 
     name: str
     source: str
-    """As the caller wrote it."""
+    """The source as the caller wrote it."""
     state: AdapterState
     loaded: LoadedAdapter | None = None
-    """What its files gave; None before that."""
+    """What the engine read from its files; None until then."""
     text: TextSide | None = None
     """Its own text side; None: the base's."""
     loaded_at_s: float = 0.0
@@ -191,9 +191,9 @@ class AdapterRecord:
     error: str = ""
     """Why it failed; empty unless FAILED."""
     notes: tuple[str, ...] = ()
-    """What its users should know."""
+    """Notes for the adapter's users."""
     former: AdapterRecord | None = None
-    """What the name held before, kept in host memory for a rollback."""
+    """The record of what the name held before, kept in host memory for a rollback."""
 
     @property
     def digest(self) -> str:

@@ -75,7 +75,7 @@ FEATURES = (
 )
 LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
 MAX_LIST_BYTES = 4 << 20
-"""What clients of gRPC receive unless they are told otherwise."""
+"""The largest message that gRPC clients accept by default, in bytes."""
 MAX_ABRIDGED_ERROR = 200
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256

@@ -88,7 +88,7 @@ class ServerConfig(EngineConfig):
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
     """host:port of /metrics, /healthz and /readyz."""
     max_concurrent_calls: Int = setting(default=4096, gt=0, group=NETWORK)
-    """Calls of any kind that may run or wait at once; one more is refused."""
+    """Calls of any kind that may run or wait at once; a further one is refused."""
     max_connection_age_s: Float = setting(default=3600.0, gt=0, le=1_000_000, group=NETWORK)
     """Seconds after which a connection takes no new calls and its client connects anew; running
     calls go on."""
@@ -98,22 +98,23 @@ class ServerConfig(EngineConfig):
     )
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
     adapter: NamedPaths = setting(default_factory=dict, group=ADAPTERS, metavar="NAME=PATH")
-    """Adapters that are loaded at the start, NAME=PATH, wherever they lie; each takes the place of
-    what its name held."""
+    """Adapters to load at the start, each as NAME=PATH, from any folder; it replaces what its name
+    held before."""
     wait_for_adapters: bool = setting(default=True, group=ADAPTERS)
-    """Be ready only when the adapters of the last run, and those named, have been loaded or have
-    failed; else at once, and each is there when it has been loaded."""
+    """Report ready only when the adapters of the last run and of `adapter` have been loaded or
+    have failed. False: report ready at once; each adapter can be used when it has been loaded."""
     adapter_store: Path | None = setting(default=None, group=ADAPTERS)
     """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
     server at a time. None: `uploads` in the cache folder."""
     max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, group=LIMITS)
     """Bytes of all files of one uploaded adapter."""
     max_store_bytes: Bytes = setting(default=100 << 30, gt=0, group=LIMITS)
-    """Bytes of all uploaded adapters together; one more is refused until some are deleted."""
+    """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
+    are deleted."""
 
     engine_timeout_s: Float = setting(default=10.0, gt=0, group=PROCESS)
-    """Seconds without any progress after which a busy engine counts as hung: its requests end and
-    so does the process. Probes turn earlier, after 4 seconds at most."""
+    """Seconds without any progress after which a busy engine counts as hung: its requests and the
+    process end. Probes fail earlier, after 4 seconds at most."""
     drain_s: Float = setting(default=30.0, ge=0, group=PROCESS)
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = setting(default="info", group=PROCESS)

@@ -73,9 +73,9 @@ _UNEXPLAINED: Mapping[grpc.StatusCode, type[Exception]] = {
     _Code.CANCELLED: errors.Unavailable,  # a server that stops cancels what reaches it meanwhile
     _Code.RESOURCE_EXHAUSTED: errors.Overloaded,
 }
-"""What a status without our details means: it came from the transport."""
+"""Status code → exception, for a status without our details, which the transport made."""
 _CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
-"""What grpc says of a call that its own caller ended."""
+"""grpc's messages for a call that its own caller ended."""
 
 
 def wire_error(error: BaseException) -> WireError:
@@ -108,7 +108,7 @@ def grpc_status(error: BaseException) -> grpc.Status:
 
 
 _UNREACHABLE = re.compile(r"failed to connect to all addresses.*ipv[46]:(\S+): (.*)")
-"""What grpc says where nobody listens."""
+"""grpc's message where nobody listens."""
 
 
 def from_rpc_error(error: grpc.RpcError) -> Exception:

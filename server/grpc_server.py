@@ -45,7 +45,7 @@ HEALTH_PERIOD_S = 0.25
 CALLS_PERIOD_S = 0.02
 """How often a stopping server looks whether its calls have ended."""
 CUT_S = 1.0
-"""What calls get to answer when the drain is over."""
+"""Seconds that calls have to answer when the drain is over."""
 PACKAGE_PREFIX = "/loramux."
 SERVICE_NAMES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name

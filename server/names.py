@@ -39,7 +39,7 @@ class Content:
     text_sha256: str
     """Over its own text files, which the digest does not cover; "" where its text is the base's."""
     source: str
-    """As the caller wrote it; for an upload, its name in the store."""
+    """The source as the caller wrote it; for an upload, its name in the store."""
 
     @classmethod
     def of(cls, loaded: LoadedAdapter, source: str) -> Content:

@@ -25,10 +25,10 @@ class RequestObserver(AdapterObserver, Protocol):
         """
 
     def on_first_token(self, request: Any, seconds: float) -> None:
-        """Its first token came `seconds` after on_started."""
+        """The request's first token came `seconds` after on_started."""
 
     def on_tokens(self, request: Any, num_tokens: int, seconds_since_last: float | None) -> None:
-        """Tokens came, the first ones too; `seconds_since_last` is None for those."""
+        """Tokens came; `seconds_since_last` is None for the first ones."""
 
     def on_finished(
         self,
@@ -39,8 +39,9 @@ class RequestObserver(AdapterObserver, Protocol):
         e2e_s: float,
         timing: RequestTiming | None,
     ) -> None:
-        """It ended. `reason` is a FinishReason's value; `timing` is None unless the engine ended
-        it, so at a stop string, when the caller went away and on most errors."""
+        """The request ended. `reason` is a FinishReason's value. `timing` is None unless the engine
+        ended the request: at a stop string, when the caller went away and on most errors it is
+        None."""
 
 
 class RequestMeter:

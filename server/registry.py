@@ -228,6 +228,11 @@ class Registry:
         rules: FolderRules,
         settle: Settle | None,
     ) -> tuple[AdapterRecord, bool]:
+        """Read an adapter and let its name point to it; the record, and whether it held it already.
+
+        The name is written to the disk before it changes here: what a caller was told survives a
+        restart. Until then every failure gives the new content up.
+        """
         async with self._lock(name):
             begun = time.monotonic()
             loaded = await self._read(name, folder, source, rules)
@@ -270,8 +275,10 @@ class Registry:
             self._drain(oldest, cancel=False)
 
     def _former_of(self, name: str, loaded: LoadedAdapter) -> Content | None:
-        """What is kept as the former content of a name that gets this one; see `_point`. What
-        could not be loaded again is kept where there is no other: it may come back."""
+        """The content to keep as the former one of a name that gets `loaded`; see `_point`.
+
+        Content that could not be loaded again is kept if there is no other: it may come back.
+        """
         record, kept = self._records[name], self._kept.get(name)
         if record.loaded is not None and record.loaded != loaded:
             return self._content(record)
@@ -320,6 +327,7 @@ class Registry:
         review: Review,
         is_coming: bool,
     ) -> None:
+        """Read a name's content again after a restart; if that fails, its record says why."""
         begun, record.state = time.monotonic(), AdapterState.VERIFYING
         try:
             restored = await self._read_again(kept.name, kept.content, resolve, review)
@@ -376,6 +384,7 @@ class Registry:
         return _record(name, content.source, loaded, reviewed)
 
     async def _rollback(self, name: str) -> AdapterRecord:
+        """Swap a name's content and its former one, on the disk first."""
         async with self._lock(name):
             held = self._records.get(name)
             record = held.former if held is not None else None
@@ -452,6 +461,7 @@ class Registry:
             del self._records[name]
 
     async def _unload(self, name: str, cancel: bool) -> tuple[AdapterRecord, asyncio.Task[None]]:
+        """Forget a name, on the disk first; the task ends when its memory is free."""
         async with self._lock(name):
             record = self.get(name) if name in self._kept else self.resolve(name)
             if self._names is not None:

@@ -1,4 +1,4 @@
-"""What the server does, without any wire: gRPC and HTTP both translate to these calls.
+"""What the server does, in no wire format: gRPC's servicers translate to these calls.
 
 Tokenises, applies stop strings and limits, resolves adapter names and their chat templates, and
 gives every request exactly one end. Knows no protobuf, no Prometheus and no tensors.
@@ -245,7 +245,7 @@ class Service:
 
     @property
     def max_store_bytes(self) -> int:
-        """What the store may hold."""
+        """The most bytes that the store of uploaded adapters may hold."""
         return self._store.max_bytes
 
     async def list_stored_adapters(self) -> list[StoredAdapter]:
@@ -467,7 +467,7 @@ def _refusals_logged(name: str, source: str) -> Iterator[None]:
 
 
 def _with_advice(error: AdapterSourceRefused, name: str, source: str) -> AdapterSourceRefused:
-    """What can be done where a restart does not find a folder that --adapter may have named."""
+    """Add advice to an error after a restart, which does not find a folder of --adapter."""
     if not Path(source).is_absolute():
         return error
     advice = f"start with --adapter {name}=PATH or its folder below --adapter-roots, or unload it"

@@ -35,12 +35,12 @@ class PackedAdapter:
     facts: AdapterFacts
     storage: Tensor
     dtype: torch.dtype
-    """Of the weights."""
+    """Dtype of the weights."""
     paths: tuple[str, ...]
     extents: Tensor
     max_rank: int
     max_rows: int
-    """Of the vocabulary, replaced by one module."""
+    """Most vocabulary rows that one module replaces."""
     has_whole_patch: bool
     """It replaces all rows of the embedding or the head."""
 
@@ -120,11 +120,11 @@ def empty_extents(*shape: int) -> Tensor:
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies within its adapter's run: bytes from its start, seen through `view`."""
+    """Where a tensor lies in its adapter's storage: `start`, in bytes, as elements of `view`."""
 
     tensor: Tensor
     values: Tensor
-    """What is stored: the tensor, or its transpose for B'."""
+    """The values that are stored: the tensor's, or those of B' transposed."""
     view: str
     """The view of AdapterMemory: weights, vectors or indices."""
     start: int

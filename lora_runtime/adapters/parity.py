@@ -63,7 +63,7 @@ PUBLIC_TEXTS = (
     "in a warm place. Fold it twice, shape it into a round loaf and let it rise again until it has "
     "doubled. Bake it in a hot oven for forty minutes. It is done when it sounds hollow.",
 )
-"""What the rows say: see `public_rows`."""
+"""The texts of the rows: see `public_rows`."""
 
 Row = Sequence[int]
 Logits = Callable[[Row, Sequence[int], bool], Tensor]
@@ -87,15 +87,15 @@ class Position:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityRecord:
-    """What base and adapter gave where the adapter was made."""
+    """Logits of base and adapter, computed where the adapter was made."""
 
     base_fingerprint: str
     rows: tuple[tuple[int, ...], ...]
     positions: tuple[Position, ...]
     dtype: str = "float32"
-    """That the numbers were made in: float32, but for records of version 1."""
+    """The dtype in which the logits were computed: float32, but for records of version 1."""
     noise: float | None = None
-    """Of bfloat16, in logits, as above; None in records of version 1."""
+    """The error of bfloat16, in logits, as defined above; None in records of version 1."""
     tensors_sha256: str | None = None
     """SHA-256 of the safetensors file that it was written beside; None if it holds for any."""
 

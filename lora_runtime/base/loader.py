@@ -217,6 +217,7 @@ def _spec(
     name_or_path: str | None,
     linears: Mapping[str, AdaptedLinear],
 ) -> BaseSpec:
+    """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     config = model.config.get_text_config()
     return BaseSpec(

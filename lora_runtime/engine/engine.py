@@ -153,7 +153,7 @@ class Engine:
         return outputs
 
     def take_outputs(self) -> list[StepOutput]:
-        """What steps and commands gave since it was last taken, also one that raised."""
+        """Return the outputs since the last call, also those of a step or command that raised."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -347,6 +347,10 @@ class Engine:
         return [output for request_id in late for output in self.abort(request_id)]
 
     def _check(self, request: Request) -> None:
+        """Raise InvalidRequest or AdapterNotFound for a request that cannot run.
+
+        Ids are checked here because they index tables on the device, where nothing checks them.
+        """
         if request.request_id in self._live:
             raise InvalidRequest(
                 f"request_id {request.request_id!r} is in use; send another", field="request_id"

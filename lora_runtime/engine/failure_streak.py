@@ -1,4 +1,4 @@
-"""Whether anything is still answered: how many requests in a row something unforeseen ended."""
+"""Counts how many requests in a row ended by an unforeseen error: is anything still answered?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from lora_runtime.errors import RequestFailed
 
 
 class FailureStreak:
-    """Counts unforeseen ends; starts again where a request is answered in spite of them.
+    """Counts requests that ended by an unforeseen error, from 0 again when a request is answered.
 
-    Answered is one that ends as it should, or that was getting tokens when another failed and gets
-    more after. A first token alone says little: where every second step fails, all get one.
+    A request counts as answered when it ends as it should, or when it was getting tokens as another
+    failed and gets more afterwards. A first token alone is no proof: if every second step fails,
+    all requests get one.
     """
 
     def __init__(self) -> None:
@@ -20,10 +21,10 @@ class FailureStreak:
         self._answering: set[str] = set()
         """Requests that have got a token."""
         self._bystanders: frozenset[str] = frozenset()
-        """Those of them that went on when the last one failed."""
+        """Requests that were getting tokens when the last failure happened."""
 
     def note(self, outputs: Iterable[StepOutput]) -> None:
-        """Take in what one step gave."""
+        """Count the outputs of one step."""
         num_failed, is_answered = 0, False
         for output in outputs:
             request_id, reason = output.request_id, output.finish_reason

@@ -1,4 +1,4 @@
-"""What each client has been served: a virtual-token counter each, and who is next by it.
+"""How much each client has been served, in virtual tokens; the client with the least is next.
 
 A row costs its client, times the depth of its layers over the base's, rounded up:
     price = num_planes · (PROMPT_PRICE · new prompt tokens + OUTPUT_PRICE · new output tokens)
@@ -58,8 +58,10 @@ class FairShares:
         assert self._num_requests == num_requests, (self._num_requests, num_requests)
 
     def _lift(self, client: str) -> None:
-        """Those that are gone and owe nothing are forgotten: they would be lifted anyway. With
-        nobody there, all are.
+        """Raise a client's counter to the least of those that have requests.
+
+        Clients without requests whose counters are not above that least are forgotten, because they
+        would be raised to it anyway. If nobody has requests, all are forgotten.
         """
         present = [self._counters[other] for other in self._num_requests]
         least = min(present, default=None)

@@ -61,11 +61,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What one prompt gave."""
+    """The answer to one prompt."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    """Its tokens, an end token that ended it included."""
+    """Token ids of the answer, with the end token if one ended it."""
     finish_reason: FinishReason = FinishReason.ERROR
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, where they were asked for."""
@@ -116,7 +116,7 @@ class LLM:
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """What is loaded, by name."""
+        """Name → loaded adapter."""
         return {name: named.loaded for name, named in self._adapters.items()}
 
     def load(self, name: str, folder: str | Path) -> LoadedAdapter:
@@ -226,6 +226,7 @@ class LLM:
         ignore_eos: bool,
         sampling: Mapping[str, Any],
     ) -> _Row:
+        """The request of one prompt, and what makes text of its tokens."""
         weights = {choice: 1.0} if isinstance(choice, str) else dict(choice or {})
         named = {name: self._named(name, "adapter") for name in weights}
         side = _shared_side(named)
@@ -244,7 +245,7 @@ class LLM:
         ends = frozenset(token for token in ends if token < self.info.base.vocab_size)
         if not ignore_eos:
             params = replace(params, stop_token_ids=frozenset(params.stop_token_ids) | ends)
-        uses: dict[str, float] = {}
+        uses: dict[str, float] = {}  # two names of one content are one adapter
         for name, weight in weights.items():
             digest = named[name].loaded.digest
             uses[digest] = uses.get(digest, 0.0) + weight
@@ -307,11 +308,11 @@ class LLM:
 
 
 class _Named(NamedTuple):
-    """What a name stands for."""
+    """A loaded adapter and its text."""
 
     loaded: LoadedAdapter
     side: TextSide | None
-    """Its own text; None: the base's."""
+    """The adapter's own text side; None: the base's."""
 
 
 @dataclass(slots=True)

@@ -32,9 +32,9 @@ class AdapterLoad:
     base: Base
     form: ServingForm
     record: ParityRecord | None
-    """What it did where it was made; None: it brings no record and is not checked."""
+    """Its logits where it was made; None: it brings no record and is not checked."""
     config: Mapping[str, object]
-    """Its adapter_config.json."""
+    """The content of its adapter_config.json."""
     metadata: Mapping[str, str]
     """`__metadata__` of its safetensors file."""
 

@@ -36,7 +36,7 @@ Outputs = asyncio.Queue[StepOutput]
 POLL_S = 0.02
 """How often `close` looks whether the engine is idle."""
 CLOSE_S = 1.0
-"""What the engine's thread gets to end, beyond the drain; a stuck one is left behind."""
+"""Seconds that the engine's thread has to end after the drain; a stuck one is left behind."""
 NUM_READERS = 2
 """Adapters that are read at once."""
 MAX_WAITING_READS = 256
@@ -74,7 +74,7 @@ class InThreadEngine:
         self._failure: Unavailable | None = None
         self._is_draining = False
         self._running: Future[Any] | None = None
-        """Of the command that the engine's thread runs now."""
+        """The future of the command that the engine's thread runs now."""
         self._is_busy = False
         self._num_beats = 0
         self._failures = FailureStreak()
@@ -206,9 +206,7 @@ class InThreadEngine:
         """Run queued commands up to a long one; wait for one when there is nothing else to do."""
         should_wait = self._engine.is_idle
         while should_wait or not self._inbox.empty():
-            self._is_busy = (
-                not should_wait
-            )  # the watchdog does not count waiting for work as a hang
+            self._is_busy = not should_wait  # waiting for work is no hang: the watchdog must know
             command = self._inbox.get()
             self._num_beats += 1
             self._is_busy, should_wait = True, False

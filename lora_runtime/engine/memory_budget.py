@@ -40,7 +40,7 @@ from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.errors import ConfigError
 
 DEFAULT_KV_BYTES = 1 << 30
-"""Where nothing is measured."""
+"""Bytes of the KV cache on a device whose memory is not measured."""
 MEASURED_RANK = 16
 """Rank of the adapter in a measured step; ranks take little beside the outputs of its linears."""
 MEASURED_DIGEST = "measured"
@@ -54,9 +54,9 @@ class DeviceMemory:
     total: int
     in_use: int
     activations: int
-    """What a largest step takes beyond `in_use`."""
+    """Bytes that a largest step takes beyond `in_use`."""
     graphs: int
-    """What decode graphs will hold beyond `in_use`; 0 without graphs."""
+    """Bytes that decode graphs will hold beyond `in_use`; 0 without graphs."""
 
 
 def num_kv_blocks(base: Base, config: EngineConfig) -> int:
@@ -123,7 +123,7 @@ def _largest_steps(base: Base, config: EngineConfig) -> tuple[int, int]:
 
 
 def _graph_bytes(runner: ModelRunner, plan: ScheduledBatch) -> int:
-    """What the graph of most rows will hold: all that its forward takes, and its logits."""
+    """Bytes that the graph of the most rows will hold: those of its forward and its logits."""
     rows = plan.rows[: buckets(len(plan.rows))[-1]]
     last = tuple(ScheduledRow(scheduled.row, scheduled.end - 1, 1) for scheduled in rows)
     decode = ScheduledBatch(last)

@@ -54,9 +54,9 @@ class ModelRunner:
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
-        """What the last step gave each row that sampled."""
+        """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
-        """What `greedy` makes of the last logits, where a graph has made it too."""
+        """`greedy` of the last logits, if a graph has computed it along with them."""
 
     @torch.inference_mode()
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:

@@ -1,4 +1,4 @@
-"""Logits of the base and of one adapter for the parity gate, outside the pool and the cache."""
+"""Logits of base and adapter for the parity gate, outside the engine's pool and cache."""
 
 from __future__ import annotations
 

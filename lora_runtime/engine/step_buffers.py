@@ -160,7 +160,7 @@ def _staged(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Of a section with its padding."""
+    """Bytes of a section, its padding included."""
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 

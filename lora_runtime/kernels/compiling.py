@@ -1,8 +1,8 @@
-"""Whether a kernel is being compiled now, for who watches over an engine's progress.
+"""Whether a kernel is being compiled now, which the watchdog must not take for a hang.
 
-A kernel that a step is the first to need keeps it for seconds without anything else going on, on a
-busy machine for more. Triton calls one hook before it compiles and another after; our own calls of
-a compiler stand in `compiling`.
+The first step that needs a kernel waits for seconds while it is compiled, longer on a busy machine.
+Triton calls one hook before it compiles and another after; our own calls of a compiler stand in
+`compiling`.
 Source: triton.knobs.runtime, jit_cache_hook and jit_post_compile_hook.
 """
 
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 MAX_COMPILE_S = 300.0
-"""What takes longer, hangs."""
+"""Seconds after which a compilation counts as hanging."""
 
 _begun_at: float | None = None
 
 
 def watch_compiles() -> None:
-    """From now on note when Triton compiles, unless somebody else is told already."""
+    """From now on note when Triton compiles, unless another hook is set already."""
     from triton import knobs
 
     if knobs.runtime.jit_cache_hook is None and knobs.runtime.jit_post_compile_hook is None:

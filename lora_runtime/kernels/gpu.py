@@ -1,7 +1,7 @@
-"""The GPU backend's door: which tensors it takes, and Triton imported only when it is used.
+"""The GPU backend: which tensors its ops take. Triton is imported when the first op is called.
 
-Kernels are Triton's but for the 4-bit product of bfloat16, which is CUDA's where that can be
-compiled. They are tested on a CPU through Triton's interpreter too.
+The kernels are written in Triton, but for the 4-bit product of bfloat16, which is written in CUDA
+and used where that can be compiled. They are tested on a CPU through Triton's interpreter too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ DEVICES = {"cuda"}
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_PRODUCT_ROWS = 64
 """Rows up to which a quantised product in Triton reads the codes instead of a dequantised W: on an
-H100 they are as fast at 64 rows, and with more the codes are far behind.
+H100 both take as long at 64 rows, and with more rows reading the codes is far slower.
 """
 MAX_SMALL_STEP = 256
-"""Entries of a step whose adapters go in small tiles: as many as the largest decode step may have.
+"""Entries up to which a step's adapters go in small tiles: the largest decode step has as many.
 """
 
 
@@ -71,7 +71,7 @@ def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:
-    """True when a product that reads codes and shrink of its adapters may be one op."""
+    """True when a product that reads codes and the A x of its adapters may be one op."""
     memory, meta = adapters.memory, adapters.meta
     return (
         len(meta.tokens) <= MAX_SMALL_STEP

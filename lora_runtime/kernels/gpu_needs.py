@@ -1,8 +1,8 @@
-"""What the GPU path needs of a machine, looked at one by one, without starting any kernel.
+"""Looks for each thing that the GPU path needs of a machine, without starting a kernel.
 
-Triton compiles a small launcher in C for every kernel, on the machine that runs it: it needs a C
-compiler, Python's headers and the driver's library then. Source: triton, `runtime/build.py` and
-`backends/nvidia/driver.py`.
+Triton compiles a small launcher in C for every kernel, on the machine that runs it. For that it
+needs a C compiler, Python's headers and the driver's library.
+Source: triton, `runtime/build.py` and `backends/nvidia/driver.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WHY_A_COMPILER = "Triton compiles a launcher in C for each kernel."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One thing that is needed: what was found, and what to change (None: all is well)."""
+    """One thing that is needed: what was found, and what to change; None if nothing is."""
 
     name: str
     found: str
@@ -40,7 +40,7 @@ class Need:
 
 
 def gpu_needs() -> Iterator[Need]:
-    """Yield all needs in the order in which to mend them; a machine without a GPU has them too."""
+    """Yield all needs in the order in which to meet them; also on a machine without a GPU."""
     yield _cuda()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -53,7 +53,7 @@ def gpu_needs() -> Iterator[Need]:
 
 
 def _cuda() -> Need:
-    """The driver's CUDA version beside that of torch: a driver runs builds of its own major or of
+    """The driver's CUDA version and torch's: a driver runs builds for its own major version or for
     older ones.
     """
     name, built_for = "CUDA", torch.version.cuda
@@ -116,14 +116,14 @@ def _memory(index: int) -> Need:
         return Need(
             name=f"cuda:{index} memory",
             found=f"cannot be asked: {str(error).splitlines()[0]}",
-            advice="Other processes hold all of it, or it takes one process alone (nvidia-smi "
-            "shows which). Stop them.",
+            advice="Other processes hold all of it, or it is set to serve one process alone "
+            "(nvidia-smi shows which). Stop them.",
         )
     advice = None
     if free < LEAST_FREE_BYTES:
         advice = (
-            "Other processes hold its memory (nvidia-smi shows which), or it is small. Stop them, "
-            "or choose a small base and a small adapter_pool_bytes."
+            "Other processes hold its memory (nvidia-smi shows which), or it is a small GPU. Stop "
+            "them, or choose a small base and a small adapter_pool_bytes."
         )
     found = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     return Need(name=f"cuda:{index} memory", found=found, advice=advice)
@@ -142,7 +142,7 @@ def _triton() -> Need:
     try:
         return Need(name="triton", found=version("triton"))
     except PackageNotFoundError:
-        return Need(name="triton", found="there, of unknown version")
+        return Need(name="triton", found="installed; its version is unknown")
 
 
 def _nvrtc() -> Need:
@@ -160,8 +160,8 @@ def _nvrtc() -> Need:
 
 
 def _compiler() -> Iterator[Need]:
-    """The compiler as Triton chooses it, $CC, else gcc, else clang; Python's headers; and whether
-    both give a library.
+    """The compiler that Triton chooses ($CC, else gcc, else clang), Python's headers, and whether a
+    library can be built with both.
     """
     wanted = os.environ.get("CC")
     compiler = shutil.which(wanted) if wanted else shutil.which("gcc") or shutil.which("clang")
@@ -201,14 +201,14 @@ def _compilation(compiler: str) -> Need:
 
 
 def _python_headers() -> Path:
-    """Where Triton looks for them: under Debian's scheme for local packages there are none."""
+    """Where Triton looks for Python's headers: Debian's scheme for local packages has none."""
     scheme = sysconfig.get_default_scheme()
     paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
     return Path(paths["include"])
 
 
 def _driver_library() -> Need:
-    """libcuda.so.1, which comes with the driver: where Triton looks for it."""
+    """The driver's libcuda.so.1, in the places where Triton looks for it."""
     folders = [
         os.environ.get("TRITON_LIBCUDA_PATH"),
         *os.environ.get("LD_LIBRARY_PATH", "").split(":"),

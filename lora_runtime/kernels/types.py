@@ -125,12 +125,12 @@ class Span:
 
     @property
     def rows(self) -> slice:
-        """Its rows of the step."""
+        """The rows of the step's tensors that the span covers."""
         return slice(self.first_token, self.first_token + self.num_tokens)
 
 
 class SlotUse(NamedTuple):
-    """That the adapter in `slot` acts on a row, from the row's token `start` of the step on."""
+    """The use of the adapter in `slot` by a row, from the row's token `start` of the step on."""
 
     slot: int
     weight: float = 1.0
@@ -183,8 +183,8 @@ class StepMeta:
     end_replica: int = 0
     """Above every entry of `replicas`."""
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a backend makes of the tables once a step. Tables that are changed in place, as those
-    of a captured graph are, belong in a StepMeta that is made for the capture."""
+    """Tables that a backend computes from the others, once a step. A captured graph's tables are
+    changed in place, so a capture needs a StepMeta of its own."""
 
     @classmethod
     def build(cls, spans: Iterable[Span], device: torch.device | str = "cpu") -> StepMeta | None:
@@ -246,9 +246,9 @@ def segment_starts(keys: Sequence[object], first_entries: Sequence[int]) -> list
 class AttentionMeta:
     """Where each token of the step reads and writes keys and values.
 
-    rows (T,) int32, ascending: sequence row of each token. positions (T,) int32: its position in
+    rows (T,) int32, ascending: the row of each token. positions (T,) int32: its position in
     that sequence. cache_slots (T,) int64: cache slot (block · block_size + offset) its key and
-    value go to. block_tables (N, M) int32: blocks of each sequence row, padded with 0 (never read).
+    value go to. block_tables (N, M) int32: blocks of each row, padded with 0 (never read).
     """
 
     rows: Tensor
@@ -257,4 +257,4 @@ class AttentionMeta:
     block_tables: Tensor
     block_size: int
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """As in StepMeta."""
+    """See `StepMeta.derived`."""

@@ -1,7 +1,7 @@
-"""Token ids to text while they arrive: never half a character, never the start of a stop string.
+"""Turns token ids into text as they arrive: never half a character or the start of a stop string.
 
 Works for byte-level and for byte-fallback vocabularies. The text of a token depends on its
-neighbours, so a window of recent tokens is decoded each time: constant cost a token.
+neighbours, so a window of recent tokens is decoded for each token, at a constant cost.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lora_runtime.text.tokenizer import TokenDecoder, Tokenizer
 
 _INVALID = "\N{REPLACEMENT CHARACTER}"
 _KEEP = 8
-"""Tokens of context that are decoded with a new one."""
+"""Earlier tokens that stay in the window, as the context of new ones."""
 _TRIM_AT = 16
-"""Window length at which the oldest tokens are dropped."""
+"""Window length at which all but the last _KEEP tokens are dropped."""
 _MAX_INCOMPLETE = 3
-"""A UTF-8 character has at most four bytes, so at most three can be waiting for the rest."""
+"""A UTF-8 character has at most four bytes, so at most three can wait for another."""
 
 
 class Detokenizer:
@@ -32,9 +32,9 @@ class Detokenizer:
         self._stop = stop
         self._window = list(prompt_token_ids[-_KEEP:])
         self._released = _without_incomplete(tokenizer.decode(self._window))
-        """The window's text that was given out already, or belongs to the prompt."""
+        """The beginning of the window's text that was returned already or belongs to the prompt."""
         self._held = ""
-        """Text that may begin a stop string."""
+        """Text that is not returned yet because it may begin a stop string."""
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -42,7 +42,7 @@ class Detokenizer:
         return "".join(self._past_stops(self._release(token_id)) for token_id in token_ids)
 
     def flush(self) -> str:
-        """Return the rest, an incomplete character as U+FFFD; the stream has ended."""
+        """Return the rest at the end of the stream; an incomplete character becomes U+FFFD."""
         text = self._tokenizer.decode(self._window)
         rest = self._past_stops(text[len(self._released) :])
         self._released = text
@@ -50,6 +50,7 @@ class Detokenizer:
         return rest
 
     def _release(self, token_id: int) -> str:
+        """The text that a token adds and that later tokens cannot change."""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         if not text.startswith(self._released) and text.endswith(_INVALID):
@@ -63,7 +64,7 @@ class Detokenizer:
         return fresh
 
     def _trim(self, text: str) -> None:
-        """Drop the oldest tokens, unless the rest reads differently without them."""
+        """Drop the oldest tokens, unless the others decode to another text without them."""
         tail = self._window[-_KEEP:]
         tail_text = self._tokenizer.decode(tail)
         num_waiting = len(text) - len(self._released)
@@ -72,6 +73,7 @@ class Detokenizer:
             self._released = tail_text[: len(tail_text) - num_waiting]
 
     def _past_stops(self, text: str) -> str:
+        """What may be returned of new text: up to a stop string, or to what may begin one."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -85,6 +87,7 @@ class Detokenizer:
 
 
 def _without_incomplete(text: str) -> str:
+    """A text without the bytes at its end that may be a character's first ones."""
     num_invalid = len(text) - len(text.rstrip(_INVALID))
     return text[: len(text) - min(num_invalid, _MAX_INCOMPLETE)]
 

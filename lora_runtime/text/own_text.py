@@ -39,7 +39,7 @@ BESIDE_TOKENIZER = {TEMPLATE_FILE, GENERATION_FILE}
 """Files that leave the tokenizer as it is."""
 BASE_CONFIG_FILE = "config.json"
 MAX_EXTRA_CHARACTERS = 4 << 20
-"""What an adapter's tokenizer may have beyond the base's, whose vocabulary is in it."""
+"""Characters by which an adapter's tokenizer, as JSON, may be longer than the base's."""
 TRIAL_TEXTS = ("", "Hello, world!", " two  spaces\n\ttab é 狐狸 🦊 </s> <|x|> 12345 don't")
 """Texts on which the tokenizer that will serve must agree with the one that transformers loads."""
 STEERING = (

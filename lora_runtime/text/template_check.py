@@ -1,7 +1,7 @@
-"""What of a foreign chat template is certain to be too much, seen before it is compiled.
+"""Refuses a foreign chat template whose constants alone would take too long or too much memory.
 
-jinja2 computes constant expressions while it compiles, so this comes first. Everything else is
-left to the limits of the process that renders.
+jinja2 computes constant expressions while it compiles a template, so they are looked at before
+that. Everything else is bounded by the limits of the process that renders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from lora_runtime.errors import AdapterRefused
 
 MAX_REPEATED = 1 << 20
-"""Characters or items that one constant repetition may give."""
+"""Characters or items that the product of two constants may have."""
 
 
 class _Generation(Extension):
@@ -23,7 +23,7 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Take the tag away and keep its body."""
+        """Parse the tag to the nodes of its body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -32,10 +32,10 @@ _PARSER = jinja2.Environment(extensions=[_Generation, loopcontrols])
 
 
 def check_template(template: str, field: str) -> None:
-    """Refuse a power, and a constant repeated beyond MAX_REPEATED.
+    """Refuse a power, and a constant text or list that is repeated to more than MAX_REPEATED.
 
-    Raises AdapterRefused naming `field`. A template that cannot be parsed is left to its trial,
-    which says why.
+    Raises AdapterRefused naming `field`. A template that cannot be parsed passes: it is refused
+    when it is tried, with jinja2's own message.
     """
     try:
         tree = _PARSER.parse(template)
@@ -57,7 +57,7 @@ def check_template(template: str, field: str) -> None:
 
 
 def _num_repeated(node: nodes.BinExpr) -> int:
-    """Items that a product of a constant text or list and a constant number has, else 0."""
+    """Length of the product of a constant text or list and a constant number; 0 for others."""
     for whole, times in ((node.left, node.right), (node.right, node.left)):
         if isinstance(times, nodes.Const) and type(times.value) is int:
             if isinstance(whole, nodes.Const) and isinstance(whole.value, str):

@@ -1,4 +1,4 @@
-"""Files that say how text becomes tokens and where an output ends, and how large each may be.
+"""The files that decide how text becomes tokens and where an output ends, and their largest sizes.
 
 Source: transformers 5, `PreTrainedTokenizerBase.save_pretrained`.
 """
@@ -14,7 +14,7 @@ ADDED_FILE = "added_tokens.json"
 SPECIAL_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
-"""What tokenizers were made of before tokenizer.json, and what some are made of still."""
+"""Files that hold a tokenizer where there is no tokenizer.json: older models, and some new ones."""
 
 _SMALL = 1 << 20
 _LARGE = 64 << 20
@@ -27,4 +27,4 @@ TEXT_FILES: Mapping[str, int] = {
     GENERATION_FILE: _SMALL,
     **dict.fromkeys(VOCABULARY_FILES, _LARGE),
 }
-"""File → its largest size in bytes."""
+"""File → the most bytes it may have."""

@@ -1,4 +1,4 @@
-"""What of an adapter's text is not the base's: read in a process of its own, used by a server."""
+"""How an adapter's text differs from the base's: read in the text process, used by the server."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
 class TextSide:
-    """Plain values, so that JSON carries them between processes."""
+    """Template, tokenizer and end tokens of an adapter; plain values that JSON can carry."""
 
     template: str | None
     """The chat template: the adapter's own, or the base's; None where neither has one."""
     variables: Mapping[str, str | list[str]]
     """What the template may name beside the messages: `bos_token`, `eos_token`, …"""
     is_own_template: bool
-    """Template or variables are not the base's."""
+    """True when the template or its variables are not the base's."""
     tokenizer: str | None
-    """The tokenizer that encodes, as `tokenizers` writes it; None: the base's."""
+    """The tokenizer that encodes, as JSON of the library `tokenizers`; None: the base's."""
     added: tuple[tuple[int, str, bool], ...] | None
-    """(id, text, whether it is special) of its added tokens, for decoding; None: the base's."""
+    """(id, text, whether it is special) of each added token, to decode; None: the base's."""
     eos_token_ids: tuple[int, ...]
-    """What ends an output, ascending."""
+    """Ids of the tokens that end an output, ascending."""
     key: str = ""
-    """SHA-256 of all the rest: sides of one key may act together."""
+    """SHA-256 of all other fields. Adapters of one request must have equal keys."""
 
     @property
     def renders_chats(self) -> bool:
-        """Conversations are rendered by this side and not by the base's own template."""
+        """True when conversations are rendered by this side, not by the base's own tokenizer."""
         return self.is_own_template or self.tokenizer is not None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON carries it."""
+        """The fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TextSide:
-        """What `to_json` gave."""
+        """The text side that `to_json` was called on."""
         added = value["added"]
         return cls(
             **{

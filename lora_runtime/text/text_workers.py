@@ -41,21 +41,21 @@ PENALTY_S = 60.0
 LONG_PROMPT = 1 << 16
 """Characters from which it is the prompt, and not the text side, that takes too much."""
 CHARACTERS_PER_MESSAGE = 64
-"""What a message counts beside its own characters: templates go over all of them."""
+"""Characters that a message costs beside its own, because templates go over all messages."""
 MAX_WAITING = 256
 MAX_WAITING_PER_SIDE = 128
 MAX_REMEMBERED = 1024
 MAX_MESSAGE = 300
 """Characters of a template's own complaint that are passed on."""
 FOLDER_PREFIX = "loramux-text-"
-"""Of the folders in the system's temporary one that hold text files while they are read."""
+"""Beginning of the names of temporary folders that hold text files while they are read."""
 LENGTH_BYTES = 4
 MAX_REPLY_BYTES = 256 << 20
 ENVIRONMENT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ")
 """All that a process sees of this one's environment."""
 
 TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
-"""What an adapter's own chat template must render when it is loaded."""
+"""The conversation that an adapter's own chat template must render when it is loaded."""
 
 
 Reading: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
@@ -140,7 +140,7 @@ class TextWorkers:
         return side, tuple(notes)
 
     def _remembered(self, sha256: str) -> Reading | None:
-        """What files of this digest gave, while an adapter has it or where it is the base's."""
+        """The reading of files with this digest, if an adapter has it or if they are the base's."""
         if not sha256 or sha256 not in self._read_before:
             return None
         held, notes = self._read_before[sha256]
@@ -185,6 +185,11 @@ class TextWorkers:
     async def _run(
         self, side: TextSide, request: dict[str, Any], field: str, what: str, size: int
     ) -> dict[str, Any]:
+        """Do one piece of work for a side, after the others that wait for it.
+
+        Raises InvalidRequest if the side refuses the request, or used up its limits: then for a
+        while at once.
+        """
         lock = await self._turn(side)
         if time.monotonic() < self._refused_until.get(side.key, 0.0):
             lock.release()
@@ -386,6 +391,7 @@ NOTHING: dict[str, Any] = {"key": "", "template": None, "variables": {}, "tokeni
 
 
 def _start(kind: str) -> subprocess.Popen[bytes]:
+    """Start a worker process, which sees little of this one's environment."""
     root = str(Path(__file__).parents[2])
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Text to token ids and back, chat templates, and which tokens of an example are to be learned.
 
-Chat templates are foreign code: transformers renders them in jinja2's ImmutableSandboxedEnvironment
-(`transformers.utils.chat_template_utils`), nothing here evaluates them otherwise.
+Chat templates are foreign code. They run in jinja2's ImmutableSandboxedEnvironment alone, through
+`transformers.utils.chat_template_utils`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Tokenizer:
     def __init__(self, inner: PreTrainedTokenizerBase, eos_token_ids: frozenset[int]) -> None:
         self._inner = inner
         self.eos_token_ids = eos_token_ids
-        """Every id that ends an output: the tokenizer's and those of the generation config."""
+        """The ids that end an output: the tokenizer's and those of the folder's configs."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -52,7 +52,7 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int:
-        """Bytes of the longest token, as the vocabulary writes it: at least those of its text."""
+        """Bytes of the longest token as the vocabulary writes it: no token's text has more."""
         return max(len(token.encode()) for token in self._inner.get_vocab())
 
     @property
@@ -60,7 +60,7 @@ class Tokenizer:
         return self._inner.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a raw prompt, with the leading token the base expects, if it does."""
+        """Token ids of a raw prompt, with the leading token if the base expects one."""
         return self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -72,11 +72,11 @@ class Tokenizer:
         )
 
     def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
-        """What decodes under other added tokens, (id, text, whether special); None: the base's."""
+        """A decoder with other added tokens, each (id, text, whether special); None: the base's."""
         return self if added is None else TokenDecoder(self._inner, added)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a conversation that a template has rendered: it writes special tokens."""
+        """Token ids of a conversation that a template has rendered, special tokens included."""
         return self._encode(text, add_special_tokens=False)
 
     def apply_chat_template(
@@ -84,10 +84,10 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation in the base's own template.
 
-        The template is trusted as the base's weights are: the operator has chosen both.
+        The base's template runs in this process: the operator has chosen it with the base.
 
-        Raises InvalidRequest (field `messages`): no template, an unknown role or key, a template
-        that does not compile, or whatever the template itself refuses.
+        Raises InvalidRequest (field `messages`): there is no template or it does not compile, a
+        role or key is unknown, or the template itself refuses the messages.
         """
         return self.encode_rendered(self._render(messages, add_generation_prompt))
 
@@ -96,13 +96,13 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and True for each token the assistant produces.
 
-        `learned` has False for messages that are context only; None has none. So is a first message
-        of the assistant, which no prompt asks for. An end token that the assistant's text brings
-        along stands for the template's own.
+        `learned` has False for each message that is context only; None: all may be learned. A first
+        message by the assistant is context too, because no prompt asks for it. An end token at the
+        end of the assistant's text counts as the template's own and is not written twice.
 
-        A turn's tokens are those after exactly what serving would send as its prompt, up to its
+        The tokens of a turn are those after the prompt that serving would send, up to the
         end-of-turn token. Raises DataError when that prompt is no prefix of the conversation (the
-        template rewrites earlier turns), a turn to be learned is empty, or there is none.
+        template rewrites earlier turns), when a turn to be learned is empty, or when there is none.
         """
         messages = [self._without_end(message) for message in messages]
         try:
@@ -123,12 +123,12 @@ class Tokenizer:
     def split_completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         """Token ids of a prompt and its completion, and True for the completion's tokens.
 
-        The prompt's ids are those serving sends; the completion ends with one end token, its own
-        or the tokenizer's. Raises DataError when it is nothing else.
+        The prompt's ids are those that serving sends. The completion ends with one end token, its
+        own or else the tokenizer's. Raises DataError when the completion is nothing else.
         """
         text, end = self._split_end(completion)
         if not text.strip():
-            raise DataError("its text is nothing but the end token; fill or remove it")
+            raise DataError("the completion is nothing but the end token; fill or remove it")
         if end is None:
             raise DataError("the base's tokenizer has no end token, so a completion cannot end")
         prompt_ids = self.encode(prompt)
@@ -138,15 +138,15 @@ class Tokenizer:
         return prompt_ids + target_ids, [False] * len(prompt_ids) + [True] * len(target_ids)
 
     def _without_end(self, message: Message) -> Message:
-        """An assistant's message without the end tokens behind its text, which templates add."""
+        """An assistant's message without the end tokens after its text, which templates add."""
         if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
             return message
         return {**message, "content": self._split_end(message["content"])[0]}
 
     def _split_end(self, text: str) -> tuple[str, int | None]:
-        """A text without the end tokens behind it, and the first of them, or else the tokenizer's.
+        """A text without the end tokens after it, and the first of them, or else the tokenizer's.
 
-        White space behind an end token goes with it.
+        White space after an end token is removed with it.
         """
         end = self._inner.eos_token_id
         while found := next(filter(text.rstrip().endswith, self._end_texts), None):
@@ -185,6 +185,7 @@ class Tokenizer:
     def _assistant_spans(
         self, messages: Sequence[Message], learned: Sequence[bool] | None, token_ids: list[int]
     ) -> Iterator[tuple[int, int]]:
+        """Begin and end, in `token_ids`, of each of the assistant's turns that is to be learned."""
         for index, message in enumerate(messages):
             is_learned = message["role"] == "assistant" and (learned is None or learned[index])
             if not index or not is_learned:
@@ -199,9 +200,9 @@ class Tokenizer:
             turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
             if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
                 raise DataError(
-                    f"messages[{index}]: the base's template renders this turn otherwise while "
-                    "training than while serving. Split the conversation into single turns and "
-                    "remove leading white space from the assistant's text.",
+                    f"messages[{index}]: the base's template renders this turn differently in "
+                    "training and in serving. Split the conversation into single turns and remove "
+                    "leading white space from the assistant's text.",
                     field="messages",
                 )
             yield len(prompt), self._turn_end(turn, len(prompt))
@@ -213,7 +214,7 @@ class Tokenizer:
 
 
 class TokenDecoder:
-    """The base's decoding under an adapter's added tokens."""
+    """Decodes as the base's tokenizer does, but with an adapter's added tokens."""
 
     def __init__(
         self, inner: PreTrainedTokenizerBase, added: Iterable[tuple[int, str, bool]]
@@ -234,7 +235,7 @@ def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise InvalidRequest (field `messages`) for what no template is given."""
+    """Raise InvalidRequest (field `messages`) for messages that are given to no template."""
     if not messages:
         raise _refused("messages is empty; send at least one")
     for index, message in enumerate(messages):

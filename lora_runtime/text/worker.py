@@ -31,7 +31,7 @@ CPU_S = 3
 LOADING_CPU_S = 30
 """Processor time of reading one adapter's text files."""
 MEMORY_BYTES = 1 << 29
-"""What the process may take beyond what it has when it starts."""
+"""Bytes that the process may take beyond those it has when it starts."""
 LOADING_MEMORY_BYTES = 3 << 30
 MAX_WRITTEN_BYTES = 1 << 28
 

@@ -1,10 +1,10 @@
 """Everything a run needs to continue exactly: safetensors and JSON, never pickle.
 
 A checkpoint is a folder named after the number of forwards done, with the checksums of its files as
-`sha256sum` writes and checks them. It is written under a temporary name and renamed when complete;
-only then are others removed, but for the one before it, which stands in for a damaged one. There is
-no random state: the order of the data is a function of (seed, epoch) and nothing else is drawn
-after the start.
+`sha256sum` writes and checks them. It is written under a temporary name and renamed when it is
+complete. Only then are older ones removed, all but the one before it, which is used if the newest
+is damaged. No random state is saved: the order of the data is a function of (seed, epoch), and
+nothing else is drawn after the start.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _NUM_KEPT = 2
 
 
 def save_checkpoint(folder: Path, units: Sequence[Unit], num_passes: int, fingerprint: str) -> None:
-    """Write `folder`/`num_passes`, complete or not at all, then remove others but the one before.
+    """Write `folder`/`num_passes`, complete or not at all; then keep it and the one before it.
 
-    Raises ConfigError when the disk does not take it; earlier checkpoints stay.
+    Raises ConfigError when it cannot be written; earlier checkpoints stay.
     """
     target = folder / f"{num_passes:08d}"
     if _damage(target) is None:
@@ -81,9 +81,9 @@ def load_checkpoint(
     say: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Put the units where the newest whole checkpoint left them; returns the number of forwards
-    done. `say` is told of every newer one that is damaged.
+    done. `say` is called with a message for every damaged checkpoint that is newer.
 
-    Raises ConfigError when there is none, or when base, units, their settings or data differ.
+    Raises ConfigError when there is no whole one, or when base, units, settings or data differ.
     """
     found = []
     for path in reversed(_complete(folder)):
@@ -96,7 +96,10 @@ def load_checkpoint(
 
 
 def _load(path: Path, units: Sequence[Unit], fingerprint: str) -> int:
-    """Raises ConfigError also for a whole checkpoint that another version has written."""
+    """Put the units where one whole checkpoint left them; returns the number of forwards done.
+
+    Raises ConfigError, also for a checkpoint that another version has written.
+    """
     try:
         facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
         _check_same(facts, units, fingerprint)
@@ -114,7 +117,7 @@ def _load(path: Path, units: Sequence[Unit], fingerprint: str) -> int:
 
 
 def _damage(path: Path) -> str | None:
-    """Describe the damage to a checkpoint's files; None when their checksums are right."""
+    """What is wrong with a checkpoint's files; None when their checksums are right."""
     try:
         lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -176,6 +179,7 @@ def _best_name(unit: Unit, index: int) -> str:
 
 
 def _restore_tensors(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `_tensors` saved of a unit."""
     if unit.held_out:
         names = [_best_name(unit, index) for index in range(len(unit.parameters))]
         unit.held_out.best = [tensors[name] for name in names if name in tensors]
@@ -238,7 +242,7 @@ def _reference_keys(unit: Unit) -> list[tuple[LayerMap | None, Example]]:
 
 
 def _identity(unit: Unit) -> dict[str, Any]:
-    """What must be equal between stop and resume: settings, and data by content, not by path."""
+    """What must be the same when a run is resumed: settings, and data by content, not by path."""
     values = {
         **asdict(unit.config),
         "seed": unit.seed,
@@ -250,6 +254,7 @@ def _identity(unit: Unit) -> dict[str, Any]:
 
 
 def _check_same(facts: Mapping[str, Any], units: Sequence[Unit], fingerprint: str) -> None:
+    """Raise ConfigError naming what differs between the checkpoint and this run."""
     if facts["base_fingerprint"] != fingerprint:
         raise ConfigError("the checkpoint was made on another base", field="base")
     names = [unit.name for unit in units]

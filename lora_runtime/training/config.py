@@ -73,7 +73,7 @@ class UnitConfig:
     """One adapter to train. Raises ConfigError naming the field."""
 
     name: str = setting(group=RUN, is_fixed=True)
-    """Folder of the adapter below the run's output."""
+    """Name of the adapter, and of its folder below the run's output."""
     data: Path = setting(group=DATA, is_fixed=True)
     """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
     format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
@@ -87,21 +87,22 @@ class UnitConfig:
     """How `instruction` data is asked: as a message of the user by the base's chat template, or
     by the prompt of Stanford Alpaca."""
     truncation: Truncation = setting(default="end", group=DATA)
-    """What examples over `max_seq_len` lose, or that they are an `error`, or that `drop` leaves
-    them out and counts them."""
+    """How examples over `max_seq_len` are treated: their `end` or `start` is cut off, they are an
+    `error`, or `drop` leaves them out and counts them."""
     eval_data: Path | None = setting(default=None, group=DATA, is_fixed=True)
     """Held-out examples in the same format; never trained on."""
     eval_fraction: Float = setting(default=0.0, ge=0, lt=1, group=DATA, is_fixed=True)
     """Share of `data` that is held out, chosen by the hash of each row's content."""
     variant: Variant = setting(default="lora", group=ADAPTER)
-    """`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank); `dora` is `use_dora`, the
-    others are inits. They combine: `rslora` with `use_dora` and an `init`."""
+    """`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank); `dora` sets `use_dora`, the
+    others set `init`. They can be combined: `rslora` with `use_dora` and an `init`."""
     use_dora: bool = setting(default=False, group=ADAPTER)
     """Also train the length of every row of W + ΔW."""
     init: str = setting(default="default", group=ADAPTER)
-    """Where training starts: `default` at no change, `pissa` (or faster and about the same,
-    `pissa_niter_N`) and `olora` at factors of the weight, `loftq` at what quantisation lost,
-    `qera` at the part of it that matters most for the inputs that the unit's own data make."""
+    """Start of the weights. `default` changes nothing at first; `pissa` (or `pissa_niter_N`:
+    faster, about the same) and `olora` start from factors of the weight, `loftq` from what
+    quantisation lost, `qera` from the part of that loss that matters most for the inputs of the
+    unit's own data."""
     rank: Int = setting(default=16, ge=1, group=ADAPTER, also=("r",))
     """Rank r of the update BA."""
     alpha: Float = setting(default=32.0, gt=0, group=ADAPTER, also=("lora_alpha",))
@@ -112,21 +113,22 @@ class UnitConfig:
     """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
     inner linear layer."""
     modules_to_save: tuple[str, ...] = setting(default=(), group=ADAPTER)
-    """Trained as whole weights of their own: `embed_tokens`, `lm_head`."""
+    """Modules whose whole weight is trained: `embed_tokens`, `lm_head`."""
     trainable_token_indices: tuple[Int, ...] = setting(default=(), group=ADAPTER)
-    """Token ids whose rows of the embedding are trained, and with tied weights those of the output
-    layer with them."""
+    """Token ids whose embedding rows are trained; with tied weights the same rows of the output
+    layer are trained with them."""
     ensure_weight_tying: bool = setting(default=False, group=ADAPTER)
-    """With tied weights: what is trained of the embedding or the output layer is one for both."""
+    """With tied weights: whatever is trained of the embedding or the output layer is shared by
+    both."""
     layers_to_transform: tuple[Int, ...] = setting(default=(), group=ADAPTER)
     """Layers that `target_modules` is limited to; empty: all."""
     layer_replication: tuple[tuple[Int, ...], ...] = setting(default=(), group=ADAPTER)
-    """Ranges [start, end) of base layers, run one after the other, each visit with an adapter of
-    its own; empty: each layer once."""
+    """Ranges [start, end) of base layers that run one after the other; a layer that runs twice has
+    an adapter for each time. Empty: each layer once."""
     rank_pattern: dict[str, Int] = setting(default_factory=dict, group=ADAPTER)
     """Regular expression of the end of a module's path → its own rank; the first match decides."""
     alpha_pattern: dict[str, Float] = setting(default_factory=dict, group=ADAPTER)
-    """The same for alpha."""
+    """Regular expression of the end of a module's path → its own alpha; the first match decides."""
     dpo_beta: Float = setting(default=0.1, gt=0, group=OBJECTIVE, also=("beta",), is_fixed=True)
     """Preferences: β of DPO, the strength of the KL penalty that holds the adapter to the base."""
     label_smoothing: Float = setting(default=0.0, ge=0, lt=0.5, group=OBJECTIVE, is_fixed=True)
@@ -134,13 +136,13 @@ class UnitConfig:
     dpo_sft_weight: Float = setting(default=0.0, ge=0, group=OBJECTIVE, is_fixed=True)
     """Preferences: weight of the SFT term, the chosen answer's own loss per token."""
     learning_rate: Float = setting(default=2e-4, gt=0, group=UPDATE, also=("lr",))
-    """At its peak."""
+    """Learning rate at its peak, after the warmup."""
     loraplus_ratio: Float = setting(default=1.0, gt=0, group=UPDATE, also=("loraplus_lr_ratio",))
     """LoRA+: B's learning rate is this many times `learning_rate`."""
     schedule: Schedule = setting(default="cosine", group=UPDATE, also=("lr_scheduler_type",))
-    """How the learning rate goes on after the warmup."""
+    """How the learning rate changes after the warmup."""
     warmup: Float = setting(default=0.03, ge=0, group=UPDATE, also=("warmup_ratio", "warmup_steps"))
-    """Below 1 a share of all updates, from 1 a number of updates."""
+    """Updates in which the learning rate rises: below 1 a share of all, from 1 on a number."""
     num_epochs: Int = setting(default=1, ge=1, group=UPDATE, also=("num_train_epochs",))
     """Passes over the data."""
     max_steps: Int | None = setting(default=None, ge=1, group=UPDATE)
@@ -148,36 +150,36 @@ class UnitConfig:
     micro_batch_size: Int = setting(
         default=4, ge=1, group=UPDATE, also=("per_device_train_batch_size",)
     )
-    """Examples in one forward; of preferences, pairs."""
+    """Examples in one forward; with preferences, pairs."""
     max_tokens_per_batch: Int | None = setting(default=None, ge=1, group=UPDATE)
-    """Forms the forwards by tokens instead: as many of the update's examples as fit, end to end.
-    An update still takes `micro_batch_size` · `gradient_accumulation` examples. A GPU, which
-    dequantises every layer once a forward, is best used by 8,192 or more."""
+    """Tokens in one forward at most: it then takes as many of the update's examples as fit, end to
+    end, not `micro_batch_size`. An update still takes `micro_batch_size` · `gradient_accumulation`
+    examples. On a GPU, which dequantises every layer once a forward, 8,192 or more is fastest."""
     gradient_accumulation: Int = setting(
         default=1, ge=1, group=UPDATE, also=("gradient_accumulation_steps",)
     )
     """Forwards in one update."""
     optimizer: OptimizerName = setting(default="adamw", group=UPDATE)
-    """`8bit` keeps Adam's moments of tensors from 4,096 elements on in 8 bits, `paged` in memory
-    that CUDA moves to the host when it must."""
+    """`8bit` keeps Adam's moments in 8 bits, for tensors of at least 4,096 elements; `paged` keeps
+    them in memory that CUDA moves to the host when it must."""
     weight_decay: Float = setting(default=0.0, ge=0, group=UPDATE)
-    """AdamW's, of all that is trained."""
+    """AdamW's weight decay, for everything that is trained."""
     max_grad_norm: Float | None = setting(default=1.0, gt=0, group=UPDATE)
     """Gradients longer than this are scaled down to it; None leaves them."""
     seed: Seed | None = setting(default=None, group=RUN)
-    """Order of the data and start of the weights; None takes the run's seed."""
+    """Seed of the order of the data and of the starting weights; None takes the run's seed."""
     eval_interval: Int = setting(default=50, ge=1, group=RUN, also=("eval_steps",))
     """Updates between two evaluations on held-out data; there is one after the last update too."""
     patience: Int | None = setting(default=None, ge=1, group=RUN)
     """Evaluations without a lower loss after which the unit stops; None never stops it."""
     export: Literal["best", "last"] = setting(default="best", group=RUN, is_fixed=True)
-    """Weights of the lowest held-out loss, where there is one, or of the last update."""
+    """Weights to save: those of the lowest held-out loss, if there is one, or the last ones."""
     adapter_dtype: Literal["float32", "bfloat16"] = setting(default="float32", group=RUN)
     """Dtype in which A and B are saved. Training is in float32; other tensors stay float32."""
     sweep: dict[str, tuple[SweepValue, ...]] = setting(
         default_factory=dict, group=RUN, metavar="FIELD=A,B,…", is_fixed=True
     )
-    """Other fields and the values to try: see `training/sweep.py`."""
+    """Other settings, each with the values to try: see `training/sweep.py`."""
     dropout: Float = setting(default=0.0, group=ADAPTER, also=("lora_dropout",))
     """Must be 0: an adapter is trained as it is served."""
 
@@ -245,12 +247,12 @@ class TrainConfig:
     """One run: every unit is trained at the same time on one base. Raises ConfigError."""
 
     output: Path = setting(group=RUN, also=("output_dir",))
-    """Gets a folder per unit, `checkpoints` and `report`."""
+    """Folder that gets a folder for each unit, `checkpoints` and `report`."""
     units: tuple[UnitConfig, ...]
     """The adapters, each with settings of its own."""
     base: BaseConfig = setting(default_factory=BaseConfig)
     seed: Seed = setting(default=0, group=RUN)
-    """Order of the data and start of the weights."""
+    """Seed of the order of the data and of the starting weights."""
     max_seq_len: Int = setting(
         default=1024, ge=2, group=DATA, also=("max_length", "max_seq_length")
     )

@@ -82,6 +82,11 @@ def _files(
     metadata: Mapping[str, str],
     growth: int,
 ) -> PeftFiles:
+    """The files of a unit whose saved ranks are `growth` times those of its settings.
+
+    A start that is no zero doubles them: ΔW = s·(BA − B₀A₀) is one product of rank 2r. alpha grows
+    too, so that the scaling s stays.
+    """
     targets = config.target_modules
     if targets == "all-linear":
         targets = tuple({path.rpartition(".")[2] for path in base.linears})

@@ -108,6 +108,9 @@ def _num_targets(examples: Sequence[Example]) -> int:
 def _chunked(
     base: Base, bindings: Bindings, states: Tensor, labels: Tensor, counts: Sequence[int]
 ) -> Tensor:
+    """`_losses`, some labels at a time: the logits of all would take too much memory. Each chunk's
+    logits are computed again for the gradient.
+    """
     size = max(1, CHUNK_LOGITS // base.spec.vocab_size)
     if len(labels) <= size:
         return _losses(base, bindings, states, labels, counts)

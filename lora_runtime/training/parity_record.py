@@ -1,4 +1,4 @@
-"""What a trained unit does, recorded for the parity gate: see `lora_runtime/adapters/parity.py`."""
+"""Records a trained unit's logits for the parity gate: see `lora_runtime/adapters/parity.py`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_runtime.training.units import Unit
 
 
 def recorder(base: Base, tokenizer: Tokenizer) -> Callable[[Unit], ParityRecord]:
-    """A function that records what a unit does: in float32, and how far off bfloat16 is, whichever
-    of the two it was trained in. Both are views of `base`, which is not changed.
+    """A function that makes a unit's parity record from its logits in float32 and in bfloat16,
+    whichever of the two the unit was trained in. `base` is not changed: both are views of it.
     """
     exact, rounded = (in_dtype(base, dtype) for dtype in (torch.float32, torch.bfloat16))
     rows = public_rows(tokenizer.encode, base.spec.vocab_size, base.spec.max_model_len)

@@ -99,6 +99,7 @@ def _start(
     generator: torch.Generator,
     measured: Mapping[tuple[str, int], Tensor],
 ) -> TrainedModule:
+    """A module at the start of training, see `UnitConfig.init`."""
     path, start = site.path, None
     shape = base.spec.shapes[path]
     if path == base.spec.embedding:

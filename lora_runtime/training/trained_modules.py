@@ -89,7 +89,7 @@ class TrainedRows:
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Its own."""
+        """The tensors that this module itself trains."""
         named = {"rows": None if self.is_shared else self.rows, "bias": self.bias}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 

@@ -112,6 +112,7 @@ def _train(
     should_stop: ShouldStop,
     world: World,
 ) -> list[UnitResult]:
+    """Train the units to their ends or to a stop, then write adapters and report."""
     checkpoints = checkpoints_of(config)
     unit_configs, sweeps = expand(config.units)
     units = create_units(base, data, replace(config, units=unit_configs), sweeps, world)

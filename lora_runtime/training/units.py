@@ -40,7 +40,9 @@ class UnitStatus(StrEnum):
 
 
 class StepRecord(NamedTuple):
-    """Facts of one update. `loss` is the mean over its target tokens, or pairs, before the step."""
+    """Facts of one update. `loss` is the mean over its target tokens, or over its preference pairs,
+    before the optimizer's step.
+    """
 
     step: int
     loss: float
@@ -58,10 +60,10 @@ class StepRecord(NamedTuple):
 
 @dataclass(slots=True)
 class Window:
-    """Progress of the current update: its items done, their signal and wall time."""
+    """Progress of the current update: the items that are done, their signal and wall time."""
 
     done: list[int] = field(default_factory=list)
-    """Places of the items done among the window's items."""
+    """Indices of the items that are done, in the window's items."""
     signal: Signal = NOTHING
     seconds: float = 0.0
 
@@ -69,8 +71,8 @@ class Window:
 class Unit:
     """One adapter being trained. Weights are float32, or float64 on a float64 base.
 
-    An update takes the next `micro_batch_size · gradient_accumulation` items of the stream, its
-    window, one micro-batch at a time, or at a time one on each of several processes.
+    An update takes the next `micro_batch_size · gradient_accumulation` items of the stream: its
+    window. They go through the model one micro-batch at a time, with several processes one on each.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Unit:
         num_processes: int = 1,
         others: Sequence[Unit] = (),
     ) -> None:
-        """`others`: units of the same run, before its first update. One with an equal start gives
-        its first weights, since factorising takes long and a sweep's members often start alike.
+        """`others`: units of the same run that have made no update. If one of them starts from the
+        same weights, they are copied: factorising takes long, and members of a sweep often start
+        alike.
 
         Raises ConfigError for settings that the base or the data cannot follow.
         """
@@ -150,21 +153,21 @@ class Unit:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def next_micro_batches(self) -> list[list[Item]]:
-        """Per process, the items of the next forward; empty once that process finished its share.
+        """For each process, the items of its next forward; none when its share is done.
 
-        Shares have about equally many tokens.
+        The shares have about equally many tokens.
         """
         items = self._window()
         return [[items[place] for place in places] for places in self._next_places(items)]
 
     @property
     def window_weight(self) -> int:
-        """Target tokens of the whole window, or its pairs: what its losses are divided by."""
+        """Target tokens of the window, or its preference pairs: losses are divided by it."""
         return sum(item.weight for item in self._window())
 
     def advance(self, signal: Signal, seconds: float) -> None:
-        """Count a forward, whose gradients are in place. `signal`: its share of the window's means,
-        over all processes.
+        """Count a forward of all processes whose gradients have been added. `signal` is what it
+        adds to the window's means.
         """
         window, items = self.window, self._window()
         window.done += chain.from_iterable(self._next_places(items))
@@ -188,7 +191,7 @@ class Unit:
 
     @property
     def exports_best(self) -> bool:
-        """True when not the last weights are exported but those of the lowest held-out loss."""
+        """True when the weights of the lowest held-out loss are exported, not the last ones."""
         return self.config.export == "best" and bool(self.held_out and self.held_out.best)
 
     @property
@@ -198,8 +201,8 @@ class Unit:
         return best.step if best else self.step
 
     def step_record(self, grad_norm: float) -> StepRecord:
-        """The record of the update that ends the window; made before the optimizer's step, whose
-        learning rate it notes.
+        """The record of the update that ends the window. It must be made before the optimizer's
+        step, after which the schedule has the next learning rate.
         """
         signal = self.window.signal
         examples = [example for item in self._window() for example in item.examples]
@@ -223,7 +226,7 @@ class Unit:
             self.status = UnitStatus.DONE
 
     def _next_places(self, items: Sequence[Item]) -> list[list[int]]:
-        """Per process, the places in the window of the items that it computes next."""
+        """For each process, the indices in the window of the items that it computes next."""
         lengths, done = list(map(num_tokens, items)), set(self.window.done)
         found = []
         for share in balanced(lengths, self.num_processes):
@@ -233,6 +236,7 @@ class Unit:
         return found
 
     def _window(self) -> list[Item]:
+        """The items of the current update; without `max_steps` the last update may have fewer."""
         size = self.config.examples_per_step
         start = self.step * size
         if self.config.max_steps is None:

@@ -208,7 +208,7 @@ def _extras(module: ModuleForm) -> Iterator[str]:
 
 
 def _fact_table(form: ServingForm, base: Base, num_bytes: int, settings: EngineConfig) -> Table:
-    """What else a server would say of it. Raises AdapterTooLarge if its pool could not hold it."""
+    """Notes that a server would add. Raises AdapterTooLarge for more than its pool holds."""
     from lora_runtime.adapters.slot_table import SlotTable
 
     SlotTable(settings.adapters.pool_bytes, 1).register(form.digest, num_bytes)

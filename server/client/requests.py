@@ -33,11 +33,11 @@ class Sampling(TypedDict, total=False):
 
 
 BESIDE = ("request_id", "cache_salt", "base_text", "priority", "tenant")
-"""Options that stand beside the sampling."""
+"""Options that are fields of the request itself, not of its sampling."""
 
 
 class Options(Sampling, total=False):
-    """What else a request may say; meanings and defaults: `GenerateRequest` in generation.proto."""
+    """All options of a request; meanings and defaults: `GenerateRequest` in generation.proto."""
 
     request_id: str | None
     cache_salt: str | None

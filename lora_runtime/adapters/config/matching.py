@@ -153,6 +153,10 @@ def tails(name: str) -> Iterator[str]:
 def _target_test(
     selection: Selection, names: Collection[str], ends: Collection[str], matcher: PatternMatcher
 ) -> Callable[[str], bool]:
+    """A function that tells whether PEFT takes a module's name for a target.
+
+    Raises AdapterRefused if no module of the base is a target.
+    """
     targets, field = selection.target_modules, "target_modules"
     if isinstance(targets, tuple):
         entries = set(targets)

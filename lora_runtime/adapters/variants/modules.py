@@ -72,6 +72,7 @@ def take_factors(
 def _take_factors(
     site: Site, target: TargetSpec, spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors
 ) -> Factors:
+    """A and B of a target; a tied output layer has those of the embedding, transposed."""
     shape = base.shapes[site.path]
     if not (spec.ties_head and site.path == base.head):
         return take_factors(site, target.rank, shape, base, tensors)
@@ -139,6 +140,7 @@ def _subtract_initial(
     weights: BaseWeights,
     initial: AdapterTensors | None,
 ) -> tuple[Factors, float]:
+    """The change less what the init took out of the base, and the relative error of the result."""
     site, target = raw.site, raw.target
     if initial is not None:
         start = take_factors(site, target.rank, base.shapes[site.path], base, initial)
@@ -146,8 +148,9 @@ def _subtract_initial(
     weight = weights.original(site.path)
     found = recovered_initial(initialisation, weight, target.rank, target.scaling)
     delta = difference(trained, found.factors)
-    norms = float(weight.float().norm()), float((delta.b.T @ delta.b * (delta.a @ delta.a.T)).sum())
-    return delta, found.error * norms[0] / max(norms[1], 1e-30) ** 0.5
+    # The error is relative to ‖W‖ and becomes one to ‖ΔW‖: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ).
+    squared_norm = float((delta.b.T @ delta.b * (delta.a @ delta.a.T)).sum())
+    return delta, found.error * float(weight.float().norm()) / max(squared_norm, 1e-30) ** 0.5
 
 
 def _with_lora_bias(trained: Tensor | None, extra: Tensor, own: Tensor | None) -> Tensor:

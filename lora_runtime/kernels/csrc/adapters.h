@@ -6,7 +6,7 @@ void shrink_block(const Adapters<T>& p, const Segment& s, int first) {
   for (int j = 0; j < N; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
   for (int k = 0; k < s.rank; k++) {
     float out[N];
-    dots<N>(p.memory + s.run->a + long(k) * p.in, xs, p.in, out);
+    dots<N>(p.memory + s.extent->a + long(k) * p.in, xs, p.in, out);
     for (int j = 0; j < N; j++)
       p.hidden[s.hidden + long(first + j - s.first) * s.rank + k] = p.weights[first + j] * out[j];
   }
@@ -16,10 +16,10 @@ void shrink_block(const Adapters<T>& p, const Segment& s, int first) {
 template <class T>
 inline float shift(const Adapters<T>& p, const Segment& s, long token, int column) {
   float total = 0;
-  if (s.run->gain >= 0)
-    total += (p.vectors[s.run->gain + column] - 1) * value(p.base[token * p.out + column]);
-  if (s.run->bias >= 0)
-    total += p.vectors[s.run->bias + column] - (p.bias ? value(p.bias[column]) : 0.f);
+  if (s.extent->gain >= 0)
+    total += (p.vectors[s.extent->gain + column] - 1) * value(p.base[token * p.out + column]);
+  if (s.extent->bias >= 0)
+    total += p.vectors[s.extent->bias + column] - (p.bias ? value(p.bias[column]) : 0.f);
   return total;
 }
 
@@ -28,13 +28,13 @@ void expand_block(const Adapters<T>& p, const Segment& s, int first, int column,
   const float* hidden[N];
   float sums[N][WIDE];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const float* rows = p.memory + s.run->b + column;
+  const float* rows = p.memory + s.extent->b + column;
   combine<N>(hidden, s.rank, width, [&](int k) { return rows + long(k) * p.out; }, sums);
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j];
     float* y = p.sums + token * p.out + column;
     for (int c = 0; c < width; c++) y[c] += sums[j][c];
-    if (s.run->gain >= 0 || s.run->bias >= 0)
+    if (s.extent->gain >= 0 || s.extent->bias >= 0)
       for (int c = 0; c < width; c++) y[c] += p.weights[first + j] * shift(p, s, token, column + c);
   }
 }

@@ -18,9 +18,10 @@ struct Product {
 
 struct bf16 { uint16_t bits; };
 
-// One adapter's run of one module, as in types.py: rank and element offsets, -1 for none.
-struct Run { int64_t rank, a, b, gain, bias, num_rows, rows, row_ids; };
-struct Segment { int first, last, rank; const Run* run; long hidden; };
+// Where the parts of one adapter in one module lie, as in types.py: rank, then element offsets, -1
+// for none.
+struct Extent { int64_t rank, a, b, gain, bias, num_rows, rows, row_ids; };
+struct Segment { int first, last, rank; const Extent* extent; long hidden; };
 struct Block { const Segment* segment; int first; };
 
 template <class T>
@@ -112,18 +113,18 @@ void run(const Product& p, int num_threads) {
   baseline::product(p, num_threads);
 }
 
-std::vector<Segment> read_segments(const int64_t* runs, int num_replicas, const int32_t* slots,
+std::vector<Segment> read_segments(const int64_t* extents, int num_replicas, const int32_t* slots,
                                    const int32_t* replicas, const int32_t* starts, int count,
                                    long* num_hidden) {
   std::vector<Segment> segments;
   *num_hidden = 0;
   for (int i = 0; i < count; i++) {
     const int first = starts[i], last = starts[i + 1];
-    const Run* run = reinterpret_cast<const Run*>(runs) +
+    const Extent* extent = reinterpret_cast<const Extent*>(extents) +
                      (long(slots[first]) * num_replicas + replicas[first]);
-    if (run->rank == 0 && run->gain < 0 && run->bias < 0) continue;
-    segments.push_back({first, last, int(run->rank), run, *num_hidden});
-    *num_hidden += long(last - first) * run->rank;
+    if (extent->rank == 0 && extent->gain < 0 && extent->bias < 0) continue;
+    segments.push_back({first, last, int(extent->rank), extent, *num_hidden});
+    *num_hidden += long(last - first) * extent->rank;
   }
   return segments;
 }
@@ -135,14 +136,14 @@ float* buffer(std::vector<float>& storage, long size) {
 
 template <class T>
 void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float* memory,
-                    const float* vectors, const int64_t* runs, int num_replicas,
+                    const float* vectors, const int64_t* extents, int num_replicas,
                     const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
                     const float* weights, const int32_t* starts, int num_segments, int num_tokens,
                     int in, int out, int num_threads) {
   static thread_local std::vector<float> hidden, sums;
   long num_hidden;
   const auto segments =
-      read_segments(runs, num_replicas, slots, replicas, starts, num_segments, &num_hidden);
+      read_segments(extents, num_replicas, slots, replicas, starts, num_segments, &num_hidden);
   float* accumulators = sizeof(T) == 4 ? reinterpret_cast<float*>(y)
                                        : buffer(sums, long(num_tokens) * out);
   run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &segments,
@@ -154,11 +155,11 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
 
 #define ADAPTER_ARGS(T)                                                                          \
   T *y, const T *base, const T *x, const T *bias, const float *memory, const float *vectors,     \
-      const int64_t *runs, int num_replicas, const int32_t *tokens,                              \
+      const int64_t *extents, int num_replicas, const int32_t *tokens,                           \
       const int32_t *slots, const int32_t *replicas, const float *weights, const int32_t *starts, \
       int num_segments, int num_tokens, int in, int out, int num_threads
 #define ADAPTER_NAMES                                                                            \
-  y, base, x, bias, memory, vectors, runs, num_replicas, tokens, slots, replicas, weights,       \
+  y, base, x, bias, memory, vectors, extents, num_replicas, tokens, slots, replicas, weights,    \
       starts, num_segments, num_tokens, in, out, num_threads
 #define ATTENTION_ARGS(T)                                                                        \
   T *out, const T *q, const T *keys, const T *values, const int32_t *rows,                       \

@@ -28,16 +28,16 @@ SOURCE = Path(__file__).with_name("four_bit_product.cu")
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability that all of the kernels are written for, and newer ones: Ampere."""
 OVERLAP_CAPABILITY = (9, 0)
-"""From which on a launch may begin before the one ahead of it has ended (programmatic dependent
-launch)."""
+"""The compute capability from which on a launch may begin before the one ahead of it has ended
+(programmatic dependent launch)."""
 MAX_ROWS = 128
 """More rows go through a dequantised W. On an H100 the two meet between 128 and 192 rows."""
 CHUNK = 256
 """Inputs that a warp takes at once."""
 MIN_CHUNKS = 2
-"""Of a split."""
+"""Chunks that a split has at least."""
 STAGE_BYTES = 8 * CHUNK * 2
-"""Of shared memory for a chunk of eight rows."""
+"""Bytes of shared memory for a chunk of eight rows."""
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """What the source is compiled with for up to 8 · row_tiles rows; see there."""
+    """The macros of the CUDA source for up to 8 · row_tiles rows; the source explains them."""
 
     row_tiles: int
     out_tiles: int
     max_warps: int
-    """Of a multiprocessor, which its registers allow."""
+    """Most warps that run on a multiprocessor at once, by their registers."""
     stages: int
 
     def options(self, gate: int, is_nested: bool) -> list[str]:
@@ -80,9 +80,9 @@ class Plan:
     variant: Variant
     row_blocks: int
     tiles: int
-    """Of outputs, one a warp."""
+    """Tiles of outputs; a warp computes one."""
     warps: int
-    """A program."""
+    """Warps of a program."""
     splits: int
     chunks_per_split: int
 
@@ -248,7 +248,7 @@ def compiled(architecture: str, options: tuple[str, ...]) -> bytes:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """Of the compiler. Raises ImportError, OSError or RuntimeError where there is none."""
+    """(major, minor) of NVRTC. Raises ImportError, OSError or RuntimeError if there is none."""
     from cuda.bindings import nvrtc
 
     major, minor = _checked(nvrtc.nvrtcVersion())
@@ -256,8 +256,9 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of CUDA's gave: nothing, one value or several. Raises RuntimeError naming its
-    error.
+    """The result of a CUDA call without its status: nothing, one value or several.
+
+    Raises RuntimeError naming the status if that is an error.
     """
     status, *values = result
     if status.value:

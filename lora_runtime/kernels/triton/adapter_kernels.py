@@ -2,10 +2,11 @@
 
 An Extent is 8 int64: rank, then where a, b, gain and bias start (kernels/types.py). Modules that
 share x are parts of one launch: their outputs lie side by side, their extent tables one after
-another. Numbers that change from step to step are never specialised on (`BATCH_SIZES`): a value of
-1, or a multiple of 16, would be a kernel of its own, compiled while requests wait.
-A program waits for one load after another before it can ask for weights: what it needs to know of
-its tile lies in tables by the tile (`tiles_kernel`), which are read at once, then the run.
+another. Numbers that change from step to step (`BATCH_SIZES`) are never specialised on: for a value
+of 1, or a multiple of 16, Triton would compile another kernel while requests wait.
+Before a program can ask for weights it waits for each load that tells it where they are. So what it
+needs to know of its tile lies in tables by the tile (`tiles_kernel`), which it reads at once; it
+then reads the extent.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_runtime.kernels.triton.elementwise import gated_value
 
+NO_KEY = tl.constexpr(2147483647)
+"""The key of a token without an entry that is left: larger than all keys, so that it comes last."""
+
 BATCH_SIZES = [
     "num_rows", "num_segments", "num_tokens", "num_entries", "num_entry_tiles",
     "num_entry_places", "num_tiles", "num_parts", "num_replicas", "stride_part_extents",
     "blocks_per_program",
 ]  # fmt: skip
-"""Arguments that the rows of a step, or the largest adapter so far, decide."""
+"""Arguments whose values depend on the rows of a step or on the largest adapter so far."""
 
 
 def batch_jit(function):
@@ -32,13 +36,14 @@ def batch_jit(function):
 
 @triton.jit
 def keys_of(entry, slots_ptr, replicas_ptr, num_replicas):
-    """Which run each entry is under, slot · R + replica. −1: none, as for a replica that the table
-    has no room for; the largest number where there is no entry.
+    """The place in an extent table of each entry, slot · R + replica.
+
+    −1: none, for a replica that the table has no room for. NO_KEY: there is no entry.
     """
     slot = tl.load(slots_ptr + entry, mask=entry >= 0, other=0)
     replica = tl.load(replicas_ptr + entry, mask=entry >= 0, other=0)
     key = tl.where(replica < num_replicas, slot * num_replicas + replica, -1)
-    return tl.where(entry >= 0, key, 2147483647)
+    return tl.where(entry >= 0, key, NO_KEY)
 
 
 @batch_jit
@@ -84,14 +89,14 @@ def tiles_kernel(
     token = tl.load(tokens_ptr + entry, mask=is_entry, other=-1)
     token = tl.where(tile < num_entry_tiles, token, other_token)
     is_owned = m < 0
-    following = tl.full((BLOCK_M,), 2147483647, tl.int32)
+    following = tl.full((BLOCK_M,), NO_KEY, tl.int32)
     for c0 in range(0, num_entries, CHUNK):
         other = c0 + c
         others = tl.load(tokens_ptr + other, mask=other < num_entries, other=-2)
         is_same = token[:, None] == others[None, :]
         is_before = (other[None, :] < entry[:, None]) | (tile >= num_entry_tiles)
         is_owned |= tl.max((is_same & is_before).to(tl.int32), 1) > 0
-        later = tl.where(is_same & (other[None, :] > entry[:, None]), other[None, :], 2147483647)
+        later = tl.where(is_same & (other[None, :] > entry[:, None]), other[None, :], NO_KEY)
         following = tl.minimum(following, tl.min(later, 1))
     place = tile * BLOCK_M + m
     owner = tl.where(is_owned | (token >= num_tokens), -1, token)
@@ -210,7 +215,7 @@ def _owners(
     replica = tl.load(tile_replicas_ptr + tile, mask=has_entries, other=0)
     entry = tl.where(token >= 0, entry, -1)
     key = tl.where(replica < num_replicas, slot * num_replicas + replica, -1)
-    return token, entry, tl.where(entry >= 0, key, 2147483647)
+    return token, entry, tl.where(entry >= 0, key, NO_KEY)
 
 
 @triton.jit
@@ -224,10 +229,10 @@ def _adapted(
     """(BLOCK_M, BLOCK_N) float32: outputs n of one part, which begins at `start` of a row, of one
     tile of tokens, all their entries included.
 
-    Every row steps along its own chain of entries, and the rows of the lowest run that is left go
-    together.
-    Rows are selected, never multiplied by a mask. What only gains and biases need is read again
-    for them: held all along it would cost every adapter registers.
+    A token may have several entries, a chain that `next_ptr` links. Each turn takes the lowest key
+    that is left and, of all tokens whose next entry has that key, this one entry.
+    Tokens are selected, never multiplied by a mask: 0 · NaN of one would reach another. What only
+    gains and biases need is read again for them: kept, it would take registers from every adapter.
     """
     is_out = n < out_features
     is_cell = (token >= 0)[:, None] & is_out[None, :]
@@ -239,7 +244,7 @@ def _adapted(
     hidden_ptr += part * SPLITS * stride_split
     extents_ptr += part * stride_part_extents
     lowest = tl.min(key, 0)
-    while lowest < 2147483647:
+    while lowest < NO_KEY:
         is_row, has_extent = key == lowest, lowest >= 0
         extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
         following = tl.load(next_ptr + entry, mask=is_row, other=-1)
@@ -382,10 +387,10 @@ def _plain_gated_blocks(
 
 @triton.jit
 def _extent(extents_ptr, weights_ptr, part, stride_part_extents, lowest, ALIGNMENT: tl.constexpr):
-    """Of the run that all entries of a tile are under, 2147483647 or −1 for none: rank, B', and
-    whether it has neither gain nor bias.
+    """Rank, B' and whether there is neither gain nor bias, of the extent with the key `lowest`,
+    under which all entries of a tile are; NO_KEY or −1 for none.
     """
-    has_extent = (lowest >= 0) & (lowest < 2147483647)
+    has_extent = (lowest >= 0) & (lowest < NO_KEY)
     extent_ptr = extents_ptr + part * stride_part_extents + lowest.to(tl.int64) * 8
     rank = tl.load(extent_ptr, mask=has_extent, other=0).to(tl.int32)
     b_at = tl.load(extent_ptr + 2, mask=has_extent, other=0)

@@ -50,14 +50,14 @@ class Shape(NamedTuple):
     block_rows: int
     """Entries or tokens of a tile."""
     shrink_bytes: int
-    """Of one row of A that are read at once."""
+    """Bytes of one row of A that are read at once."""
     stages: int
     """Reads of A and x that are under way at once, and the one in use."""
     split_inputs: int
     """Inputs of a split of shrink, at least."""
     max_splits: int
     out_bytes: int
-    """Of one row of B' that a program of expand reads at once."""
+    """Bytes of one row of B' that a program of expand reads at once."""
     expand_stages: int
     """Reads of B' and the base's product that are under way at once, and the one in use."""
     expand_warps: int
@@ -216,7 +216,7 @@ def _expand_arguments(
     meta: StepMeta,
     tiles: Tiles,
 ) -> tuple[Tensor | int, ...]:
-    """What both kernels of expand begin with, behind y."""
+    """The first arguments of both kernels of expand, after y."""
     return (
         base,
         base if bias is None else bias,
@@ -266,7 +266,7 @@ def num_splits(in_features: int, shape: Shape, block: int) -> tuple[int, int]:
 
 
 class ShrinkLaunch(NamedTuple):
-    """What shrink is launched with, alone or in the launch of a product.
+    """The arguments of shrink, in a launch of its own or in that of a product.
 
     hidden (P, splits, E, R) float32: its result, partial sums of A x over slices of the inputs, R
     the largest rank rounded up to a multiple of 16. grid: tiles of entries, P parts, splits; a
@@ -279,7 +279,7 @@ class ShrinkLaunch(NamedTuple):
     arguments: tuple[Tensor | int, ...]
     options: dict[str, int]
     stages: int
-    """Of a launch of its own."""
+    """Passes that are loaded ahead, in a launch of its own."""
 
     def run(self, *, lets_next_begin: bool = False) -> None:
         """Fill `hidden`, by a launch of its own; the next one may begin while it is at work."""

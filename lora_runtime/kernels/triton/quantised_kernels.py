@@ -1,17 +1,20 @@
 """The bodies of the quantised products; `triton/quantised.py` says what they are for, and launches.
 
-4-bit codes in bfloat16. A thread of a tensor-core product holds, of a row of W, whatever inputs we
-like, as long as x lies in the same order: here one block of 64 inputs out of every 256. So it makes
-the block's sixteen products fp32(code × absmax) once, rounds them, keeps them as bytes in eight
-registers and looks four codes up at a time by byte permutations. What comes out is the operand of
-the tensor core: no weight goes through shared memory, and no index is an address.
+The 4-bit product in bfloat16. A sum over inputs may take them in any order, if that of W is that of
+x. So each thread of a tensor-core product is given, of a row of W, one whole block of 64 inputs
+out of every 256. It makes the sixteen values fp32(code × absmax) that the block can have once,
+rounds them, keeps them as bytes in eight registers, and looks four codes up at a time by byte
+permutations. The result is already the operand of the tensor core: weights do not go through shared
+memory, and no table is read from memory.
+
 How Triton is led there: words and x are loaded in their natural order and reordered by views, and
 all that stands between the loads and `tl.dot` is elementwise or a view, so that the compiler moves
 the change of layout in front of it. A value that is not loaded, such as `tl.arange` or a scalar
 taken along, would hinder that. Tiles of 8 rows are the tensor core's smallest; larger ones would
 make Triton share the weights out among warps so that each decodes them anew, or take them through
 shared memory.
-On an H100 it reaches 0.43 of its bytes' time at up to 8 rows and 0.16 at 32.
+On an H100 it reads its bytes at 0.43 of the memory's rate at up to 8 rows, and at 0.16 at 32 rows.
+
 Sources: PTX ISA, `prmt` and `mma.m16n8k16`; bench/NOTES.md has the counts.
 """
 
@@ -105,7 +108,7 @@ def _store(
     y_ptr, acc, output_tile, n, m, is_output, num_rows, out_features, GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Round the sums of a tile and write them, or what becomes of gate and up."""
+    """Round the sums of a tile and write them, or act(gate) · up of them."""
     y = acc.to(y_ptr.dtype.element_ty)
     if GATE == "":
         cell, is_cell = _cells(m, n, is_output, num_rows, out_features)
@@ -149,7 +152,7 @@ def _add_four_bit(
         values = tl.reshape(values, (BLOCK_N, 256))
         added = ()
         for tile in tl.static_range(TILES):
-            # The last row again, where there are no more: a mask would cost registers.
+            # Beyond the last row, read that row again: a mask would cost registers.
             place = tl.minimum(tile * BLOCK_M + m, num_rows - 1)[:, None, None] * (num_blocks * 64)
             place += b[None, :, None] * 64 + k + block * 64
             x = tl.load(x_ptr + place, mask=is_in[None, :, None], other=0.0)
@@ -162,7 +165,7 @@ def _add_four_bit(
 
 @triton.jit
 def _code_pairs(table_ptr):
-    """The sixteen codes, as loaded values of one element that fit any layout."""
+    """The sixteen codes, each loaded as a tensor of one element, which fits any layout."""
     one = table_ptr + tl.arange(0, 1)[None, None, :]
     codes = (tl.load(one),)
     for i in tl.static_range(1, 16):
@@ -306,8 +309,10 @@ def product_and_shrink_kernel(
     SHRINK_SPLITS: tl.constexpr, SHRINK_BLOCK_M: tl.constexpr, SHRINK_BLOCK_R: tl.constexpr,
     SHRINK_BLOCK_K: tl.constexpr, SHRINK_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """A product, and A x of the adapters of the same x. The programs of shrink come first: they
-    are short, and behind the product's they would begin when those end.
+    """A product, and A x of the adapters of the same x, by different programs of one launch.
+
+    The programs of shrink come first: they are short, and after the product's programs they could
+    begin only when those end.
     """
     program = tl.program_id(0)
     num_shrinks = num_tiles * num_parts * SHRINK_SPLITS
@@ -339,7 +344,7 @@ def _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block):
 def scales_kernel(
     scales_ptr, codes_ptr, absmax_ptr, code_ptr, offset_ptr, num_blocks, BLOCK: tl.constexpr
 ):
-    """The absmax of every 4-bit block, from their own 8-bit codes."""
+    """The absmax of every 4-bit block, which double quantisation keeps as 8-bit codes."""
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_block = block < num_blocks
     scale = _nested_scale(codes_ptr, absmax_ptr, code_ptr, offset_ptr, block, is_block)

@@ -1,8 +1,9 @@
 """`embed_adapters` and `patch_logits` in Triton: where rows of the vocabulary are replaced.
 
-An embedding is one token's program. Replaced rows of the output layer are read once for a tile of
-tokens under one adapter, which may be all of a step. Every cell of a result is one program's, in
-the order of the token's entries: nothing is lost or depends on which program is first.
+A program computes some columns of one token's embedding. Replaced rows of the output layer are read
+once for a tile of tokens under one adapter, which may be all tokens of a step. Every element of a
+result is written by one program, entry after entry, so it does not depend on which program is
+first. Offsets into an extent are those of the fields of Extent: 5 num_rows, 6 rows, 7 row_ids.
 Not timed on a GPU yet.
 """
 
@@ -13,22 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_runtime.kernels.triton.adapter_kernels import batch_jit, keys_of
+from lora_runtime.kernels.triton.adapter_kernels import NO_KEY, batch_jit, keys_of
 from lora_runtime.kernels.triton.adapters import step_tiles
 from lora_runtime.kernels.types import AdapterMemory, Extent, StepMeta
 
 TILE = 16
 BLOCK_N = 256
-"""Columns of an embedding a program writes."""
+"""Columns of an embedding that a program writes."""
 BLOCK_R = 16
 BLOCK_ROWS = 32
 """Replaced rows of the output layer that are multiplied at once."""
 BLOCK_K, STAGES = 32, 5
-"""Inputs that are multiplied at once, and how many times that is on its way: wider passes spill
+"""Inputs that are multiplied at once, and how many such passes are loaded ahead. Wider passes spill
 registers."""
 MAX_PROGRAMS = 512
-"""Programs of one tile of tokens, about four a multiprocessor; not timed. A pool that once held a
-whole output layer launches as many for any adapter."""
+"""Programs for one tile of tokens at most, about four a multiprocessor; not timed. Their number
+follows the bound of rows: once a pool has held a whole output layer, every adapter gets so many."""
 
 
 def embed_adapters(
@@ -57,7 +58,7 @@ def embed_adapters(
 def patch_logits(
     y: Tensor, base: Tensor, x: Tensor, memory: AdapterMemory, extents: Tensor, meta: StepMeta
 ) -> Tensor:
-    """See `lora_runtime.kernels.patch_logits`. Changes y in place; nothing to do without rows."""
+    """See `lora_runtime.kernels.patch_logits`. Changes y in place."""
     max_rows = memory.max_rows
     if max_rows is None:
         max_rows = int(extents[..., Extent._fields.index("num_rows")].max())
@@ -77,7 +78,7 @@ def patch_logits(
 
 @triton.jit
 def _find(indices_ptr, row_ids_at, num_rows, wanted):
-    """Place of the first replaced row whose id is not below `wanted`, and whether it is that id."""
+    """Place of the first replaced row whose id is at least `wanted`, and whether that is its id."""
     has_ids = row_ids_at >= 0
     place, size = wanted * 0, tl.where(has_ids, num_rows, 0)
     while size > 0:
@@ -169,10 +170,11 @@ def _patch_kernel(
     num_replicas, BLOCK_M: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Some ids of one tile of tokens, under all of their entries.
+    """The logits of some ids, for one tile of tokens under all of their entries.
 
-    Of the extents on the tile the one with the most rows is cut into blocks. The ids from the first
-    of a block to the first of the next are one program's, whichever extent replaces them.
+    Programs share out the ids by the extent that replaces the most rows on this tile: it is cut
+    into blocks, and the ids from the first of a block to the first of the next belong to one
+    program, whichever extents replace them.
     """
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(tokens_ptr + at).to(tl.int64)
@@ -181,7 +183,7 @@ def _patch_kernel(
     entry, most, most_ids_at = first, 0, tl.full((), -1, tl.int64)
     key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
     lowest = tl.min(key, 0)
-    while lowest < 2147483647:
+    while lowest < NO_KEY:
         extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
         num_rows = tl.load(extent_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
         row_ids_at = tl.load(extent_ptr + 7, mask=lowest >= 0, other=-1)
@@ -201,7 +203,7 @@ def _patch_kernel(
         entry = first
         key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
         lowest = tl.min(key, 0)
-        while lowest < 2147483647:
+        while lowest < NO_KEY:
             is_token = key == lowest
             extent_ptr = extents_ptr + lowest.to(tl.int64) * 8
             num_rows = tl.load(extent_ptr + 5, mask=lowest >= 0, other=0).to(tl.int32)
@@ -226,7 +228,7 @@ def _patch_kernel(
                 y = tl.load(cell, mask=is_cell, other=0.0).to(tl.float32)
                 y += scale * (product - base)
                 tl.store(cell, y.to(y_ptr.dtype.element_ty), mask=is_cell)
-            tl.debug_barrier()  # the next run's threads read what these wrote
+            tl.debug_barrier()  # the next extent's threads read what these wrote
             entry = tl.where(is_token, tl.load(next_ptr + entry, mask=is_token, other=-1), entry)
             key = keys_of(entry, slots_ptr, replicas_ptr, num_replicas)
             lowest = tl.min(key, 0)

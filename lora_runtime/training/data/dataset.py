@@ -175,6 +175,7 @@ def load_dataset(
 
 
 def _dataset(file: _File) -> Dataset:
+    """The examples of a file; the digest covers their tokens and targets, not the file's bytes."""
     digest = hashlib.sha256()
     examples = [example for entry in file.entries for example in entry.examples]
     notes = Counter(entry.note for entry in file.entries if entry.note)
@@ -213,6 +214,7 @@ def _read(
     columns: Mapping[str, str],
     instructions: InstructionStyle,
 ) -> _File:
+    """Read a file to examples. Raises DataError naming the row, or for a file without any."""
     entries: list[_Entry] = []
     unused: dict[str, None] = {}
     kind, num_dropped = "", 0

@@ -39,8 +39,10 @@ def _held_out(unit: Unit) -> Dataset | None:
 
 
 def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | None]]) -> None:
-    """Print a table of (name, training data, held-out data): examples, and how many were truncated
-    or dropped; tokens, and the share that is masked: read, but not learned; columns not used.
+    """Print a table of each (name, training data, held-out data), and then their notes.
+
+    Columns: examples, how many of them were truncated or dropped, tokens, the share of tokens that
+    is masked (read, but not learned), and the data's columns that are not used.
     """
     column = Column("data", overflow="fold")
     table = Table("adapter", column, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -115,7 +117,7 @@ def _show_lines(console: Console, changed: Sequence[Unit], log_interval: int) ->
 
 
 def describe_state(unit: Unit) -> str:
-    """Losses and speed as `losses.py` names them, or why the unit ended early."""
+    """Means of the last updates, see `report/losses.py`; or why the unit ended early."""
     if unit.error is not None:
         return f"failed: {unit.error}"
     last = last_of(unit.records)

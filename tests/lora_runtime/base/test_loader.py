@@ -1,4 +1,4 @@
-"""The operated model against the untouched transformers model, for every shape."""
+"""The model that becomes the base, against the untouched transformers model, for every shape."""
 
 from __future__ import annotations
 

@@ -72,7 +72,10 @@ def warnings_in(output):
     return [line.removeprefix("- warning: ") for line in page.splitlines() if "warning: " in line]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"init": "pissa"}, {"target_modules": ("q_proj", "embed_tokens")}],
+)
 def test_an_adapter_that_changes_nothing_says_so(tmp_path, tokenizer, base, monkeypatch, options):
     config = UnitConfig(
         name="u", data=ragged_data(tmp_path / "d", 4), rank=2, max_steps=2, **options
@@ -83,7 +86,7 @@ def test_an_adapter_that_changes_nothing_says_so(tmp_path, tokenizer, base, monk
     )
     console = quiet_console()
     (result,) = run(base, tokenizer, tmp_path / "out", [config], console=console)
-    assert any("changes nothing: B is 0" in warning for warning in result.warnings)
+    assert any("changes nothing: B·A is 0" in warning for warning in result.warnings)
     assert tuple(warnings_in(tmp_path / "out")) == result.warnings
     assert "u: warning: it changes nothing" in shown(console)
 
