@@ -1,7 +1,8 @@
 """A base and its adapters in this process: prompts in, finished texts out. No server, no asyncio.
 
     with LLM("smollm2-135m", adapters={"support": "adapters/support"}) as llm:
-        for answer in llm.generate(["Hello", "Hello"], adapter=["support", None], max_tokens=20):
+        question = [{"role": "user", "content": "My order is late."}]
+        for answer in llm.generate([question] * 2, adapter=["support", None], max_tokens=20):
             print(answer.text)
 
 The engine runs on the caller's thread, and all prompts of a call share its steps.
@@ -157,6 +158,9 @@ class LLM:
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
 
+        A prompt is a conversation, a list of messages of `role` and `content`, which the chat
+        template writes out; or a text or token ids, continued as they stand. An adapter that was
+        trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
         and are not part of it. `sampling`: fields of SamplingParams, as `temperature=0.0`; without
         `max_tokens` an output has 256 tokens at most, or as many as fit.
