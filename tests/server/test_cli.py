@@ -215,10 +215,16 @@ def test_settings_can_be_shown_and_are_checked(invoke):
 
 
 def test_doctor_names_what_is_here(invoke):
-    result = invoke("doctor", "--base", "/does/not/exist")
+    result = invoke("doctor", "--base", "someone/model")
     assert result.exit_code == 0
-    for what in ("torch", "transformers", "device", "kernel backend", "memory", "not here"):
+    for what in ("torch", "transformers", "device", "kernel backend", "memory", "will fetch"):
         assert what in result.stdout
+
+
+@pytest.mark.parametrize("base", ["/does/not/exist", "./nope", "smollm3"])
+def test_doctor_promises_no_base_that_serve_refuses(invoke, base):
+    shown = " ".join(invoke("doctor", "--base", base).stdout.replace("│", " ").split())
+    assert f"base '{base}' is no folder" in shown and "will fetch" not in shown
 
 
 def test_doctor_says_what_to_change(invoke, monkeypatch):
