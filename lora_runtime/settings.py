@@ -203,7 +203,7 @@ def nested(
         elif name in names:
             put(name, value, found[names[name]])
         else:
-            _check_names([name], [*names, *parts], where, source)
+            _check_names([name], {*names, *parts}, where, source)
             made[name] = value
     return made
 
