@@ -25,6 +25,7 @@ from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
 from server.cli import app
+from server.cli.settings import TRAIN_SETTINGS
 from server.cli.tables import show_table
 from server.config import SETTINGS
 from tests.peft_adapters import write_adapter
@@ -296,6 +297,11 @@ def test_train_several_by_flags(invoke, runs, tmp_path):
         assert refused.exit_code == 1 and named in refused.stderr
 
 
+def test_data_in_the_place_of_a_yaml_file_is_told_its_flag(invoke, runs):
+    refused = invoke("train", "chats.jsonl", "--output", "o")
+    assert refused.exit_code == 2 and "write --data chats.jsonl" in refused.stderr
+
+
 def test_train_by_file(invoke, runs, monkeypatch, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("output: out\nunits: [{name: good, data: a}, {name: bad, data: b}]\n")
@@ -466,4 +472,6 @@ def test_help_is_grouped_and_fits_80_columns(invoke):
         page = invoke(command, "-h", env={"COLUMNS": "80"}).stdout
         assert all(f"─ {group} ─" in page for group in groups)
         assert max(map(len, page.splitlines())) <= 80
+        found = SETTINGS if command == "serve" else TRAIN_SETTINGS
+        assert {f"--{key.replace('_', '-')}" for key in found} <= set(page.split())
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", invoke("--version").stdout)
