@@ -42,9 +42,11 @@ from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
+    ConfigError,
     InvalidRequest,
     LoramuxError,
     Unavailable,
+    check_options,
 )
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
@@ -96,6 +98,13 @@ class LLM:
         `on_progress` is told what is being done.
         Raises BaseRefused, ConfigError, and as `load`.
         """
+        named = adapters or {}
+        if not isinstance(named, Mapping):
+            raise ConfigError(
+                f"adapters is {adapters!r}; it must be a mapping of names to folders, as in "
+                "{'support': 'adapters/support'}",
+                field="adapters",
+            )
         self._engine: Engine | None = None
         self._adapters: dict[str, _Named] = {}
         self._lock = threading.RLock()
@@ -105,7 +114,7 @@ class LLM:
         self._tokenizer = Tokenizer.load(loaded.folder)
         self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
         try:
-            for name, folder in (adapters or {}).items():
+            for name, folder in named.items():
                 self.load(name, folder)
         except BaseException:
             self.close()
@@ -167,6 +176,7 @@ class LLM:
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered.
         """
+        check_options(sampling, SamplingParams.__dataclass_fields__)
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)

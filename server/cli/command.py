@@ -23,7 +23,7 @@ class HelpTable(Table):
             column.no_wrap = True
 
 
-rich_utils.Table = HelpTable  # type: ignore[misc]  # typer has no setting for it
+rich_utils.Table = HelpTable  # type: ignore[attr-defined]  # typer has no setting for it
 
 
 class Command(typer.core.TyperCommand):
