@@ -23,6 +23,9 @@ LoramuxError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class LoramuxError(Exception):
     """Base of all errors raised on purpose.
@@ -107,3 +110,18 @@ class Overloaded(LoramuxError):
 
 class Unavailable(LoramuxError):
     """The engine is stopping, hangs or has died, or an adapter is being loaded after a restart."""
+
+
+def check_options(given: Collection[str], valid: Collection[str]) -> None:
+    """Raise InvalidRequest for a keyword argument of a request that is none of the valid ones."""
+    for name in given:
+        if name not in valid:
+            raise InvalidRequest(
+                f"{name} is no option of a request; {nearest(name, valid)}", field=name
+            )
+
+
+def nearest(name: str, valid: Collection[str]) -> str:
+    """A sentence that proposes the most similar valid name, or lists them all."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(valid))}"

@@ -7,7 +7,6 @@ their own, so `base: PATH` and `base: {model: PATH}` say the same.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -18,7 +17,7 @@ import pydantic.dataclasses
 import yaml
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lora_runtime.errors import ConfigError
+from lora_runtime.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -203,7 +202,7 @@ def nested(
         elif name in names:
             put(name, value, found[names[name]])
         else:
-            _check_names([name], [*names, *parts], where, source)
+            _check_names([name], {*names, *parts}, where, source)
             made[name] = value
     return made
 
@@ -314,12 +313,6 @@ def _path(place: tuple[int | str, ...], kind: Any) -> str:
         elif re.fullmatch(r"[\w./*+^$-]+", step) and step not in ("int", "str", "float", "bool"):
             text += f".{step}" if text else step
     return text
-
-
-def nearest(name: str, valid: Collection[str]) -> str:
-    """A sentence that proposes the most similar valid name, or lists them all."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(valid))}"
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]

@@ -26,7 +26,7 @@ Progress = Callable[[str], None]
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """The only files fetched from a hub: weights without code, configuration, tokenizer."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +78,29 @@ def resolve_base(name: str, *, on_progress: Progress | None = None) -> ResolvedB
     Raises ConfigError when `name` is none of the four kinds, BaseRefused when its files cannot be
     had or used. `on_progress` is told, in words, about every step that takes seconds.
     """
+    check_base_name(name)
     report = on_progress or (lambda _: None)
     path = Path(name).expanduser()
     if name in CATALOG:
         return _local(name, _from_catalog(name, CATALOG[name], report))
     if path.is_dir():
         return _local(path.resolve().name, _checked(path))
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file():
         folder = _converted(path, _sha256(path), path.stem, report)
         return _local(path.stem, folder)
-    if _HUB_ID.fullmatch(name):
-        return ResolvedBase(name=name, folder=_from_hub(name, report), name_or_path=name)
+    return ResolvedBase(name=name, folder=_from_hub(name, report), name_or_path=name)
+
+
+def check_base_name(name: str) -> None:
+    """Raise ConfigError when `name` is none of the four kinds of a base."""
+    path = Path(name).expanduser()
+    is_file = path.suffix == ".gguf" and path.is_file()
+    if name in CATALOG or path.is_dir() or is_file or _HUB_ID.fullmatch(name):
+        return
     raise ConfigError(
         f"base {name!r} is no folder, .gguf file or hub id (organisation/name) and not in the "
         f"catalog ({', '.join(CATALOG)})",
-        field="base.model",
+        field="base",
     )
 
 
@@ -155,8 +163,8 @@ def _from_hub(name: str, report: Progress) -> Path:
         return _checked(Path(snapshot_download(name, allow_patterns=list(HUB_FILES))))
     except (OSError, ValueError) as error:
         raise BaseRefused(
-            f"cannot fetch {name!r} from the hub: {error}. Check the name and the network, or "
-            "name a local folder with --base."
+            f"cannot fetch {name!r} from the hub: {str(error).rstrip('.')}. Check the name and the "
+            "network, or name a local folder with --base."
         ) from error
 
 

@@ -1,7 +1,8 @@
 """A base and its adapters in this process: prompts in, finished texts out. No server, no asyncio.
 
     with LLM("smollm2-135m", adapters={"support": "adapters/support"}) as llm:
-        answers = llm.generate(["Hello", "Hello"], adapter=["support", None], max_tokens=20)
+        question = [{"role": "user", "content": "My order is late."}]
+        answers = llm.generate([question] * 2, adapter=["support", None], max_tokens=20)
         texts = [answer.text for answer in answers]
 
 The engine runs on the caller's thread, and all prompts of a call share its steps.
@@ -41,9 +42,11 @@ from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
+    ConfigError,
     InvalidRequest,
     LoramuxError,
     Unavailable,
+    check_options,
 )
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
@@ -95,6 +98,13 @@ class LLM:
         `on_progress` is told what is being done.
         Raises BaseRefused, ConfigError, and as `load`.
         """
+        named = adapters or {}
+        if not isinstance(named, Mapping):
+            raise ConfigError(
+                f"adapters is {adapters!r}; it must be a mapping of names to folders, as in "
+                "{'support': 'adapters/support'}",
+                field="adapters",
+            )
         self._engine: Engine | None = None
         self._adapters: dict[str, _Named] = {}
         self._lock = threading.RLock()
@@ -104,7 +114,7 @@ class LLM:
         self._tokenizer = Tokenizer.load(loaded.folder)
         self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
         try:
-            for name, folder in (adapters or {}).items():
+            for name, folder in named.items():
                 self.load(name, folder)
         except BaseException:
             self.close()
@@ -157,12 +167,16 @@ class LLM:
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
 
+        A prompt is a conversation, a list of messages of `role` and `content`, which the chat
+        template writes out; or a text or token ids, continued as they stand. An adapter that was
+        trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
         and are not part of it. `sampling`: fields of SamplingParams, as `temperature=0.0`; without
         `max_tokens` an output has 256 tokens at most, or as many as fit.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered.
         """
+        check_options(sampling, SamplingParams.__dataclass_fields__)
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.config import BaseConfig
+from lora_runtime.settings import by_key, canonical_names, entries
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.trainer import train as train_run
@@ -33,10 +34,11 @@ def train(
     where each has its own. Adapters are written to `output`/name, the report beside them.
     A unit that fails has its `error` in its result. Raises as `training.trainer.train`.
     """
+    settings = _by_field(settings)
     run = _taken(settings, TrainConfig)
     base_settings = _taken(settings, BaseConfig)
     shared = {"name": "adapter", **({} if data is None else {"data": data}), **settings}
-    whole = ({**shared, **own} for own in units)
+    whole = ({**shared, **_by_field(own)} for own in units)
     configs = [UnitConfig(**{**unit, "data": Path(unit["data"])}) for unit in whole]
     return train_run(
         TrainConfig(
@@ -46,6 +48,14 @@ def train(
             **run,
         )
     )
+
+
+def _by_field(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by any of their names, as `lr` and `r`, by the names of their fields."""
+    found = entries(UnitConfig) | entries(TrainConfig)
+    known = {name: value for name, value in given.items() if name in canonical_names(found)}
+    own = {name: value for name, value in given.items() if name not in known}
+    return {**own, **{found[key].name: value for key, value in by_key(known, found).items()}}
 
 
 def _taken(settings: dict[str, Any], owner: type) -> dict[str, Any]:

@@ -273,9 +273,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(
+                f"units has {twice!r} {names.count(twice)} times; give each unit a name of its own",
+                field="units",
+            )
         checks: list[tuple[str, bool, str]] = [
             ("units", len(names) > 0, "at least one unit"),
-            ("units", len(set(names)) == len(names), "units of different names"),
             ("max_seq_len", self._fits_batches(), "at most the units' max_tokens_per_batch"),
         ]
         _check(self, checks)
@@ -290,7 +295,9 @@ class TrainConfig:
         unknown one, the nearest valid one.
         """
         run, unit = _parted(flags or {})
-        values = merged(nested(read_yaml(path), cls), nested(run, cls))
+        content = read_yaml(path)
+        _check_place(content)
+        values = merged(nested(content, cls), nested(run, cls))
         if isinstance(units := values.get("units"), list):
             each = nested(unit, UnitConfig)
             values["units"] = [
@@ -338,6 +345,18 @@ def _parted(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     of_run = canonical_names(entries(TrainConfig))
     run = {name: value for name, value in flags.items() if name in of_run}
     return run, {name: value for name, value in flags.items() if name not in of_run}
+
+
+def _check_place(content: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a file has a unit's setting beside `units`."""
+    own = canonical_names(entries(UnitConfig)).keys() - canonical_names(entries(TrainConfig)).keys()
+    for name in content:
+        if name in own:
+            raise ConfigError(
+                f"{name} is a setting of a unit; write it into each of the units, as in units: "
+                "[{name: support, data: support.jsonl, rank: 16}]",
+                field=name,
+            )
 
 
 def _is_folder_name(name: str) -> bool:

@@ -18,8 +18,8 @@ from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec, pa
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
 from lora_runtime.core import BaseSpec
-from lora_runtime.errors import AdapterRefused, ConfigError
-from lora_runtime.settings import in_group, nearest
+from lora_runtime.errors import AdapterRefused, ConfigError, nearest
+from lora_runtime.settings import in_group
 from lora_runtime.training.calibration import calibration_rows, input_rms
 from lora_runtime.training.config import ADAPTER, DATA, UnitConfig
 from lora_runtime.training.data import Example

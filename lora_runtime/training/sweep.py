@@ -16,8 +16,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from lora_runtime.errors import ConfigError
-from lora_runtime.settings import canonical_names, converted, entries, nearest
+from lora_runtime.errors import ConfigError, nearest
+from lora_runtime.settings import canonical_names, converted, entries
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.held_out import HeldOut

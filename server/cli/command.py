@@ -6,9 +6,24 @@ from collections import Counter
 from typing import Any
 
 import typer
+from rich.table import Table
+from typer import rich_utils
 
 from server.cli.settings import OTHER_FLAGS, VARIABLES
 from server.config import check_environment
+
+
+class HelpTable(Table):
+    """A page of help: no flag's name is broken or cut, whatever the terminal's width."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; its last two cells, a type and a text, share what the names leave."""
+        super().add_row(*cells, **options)
+        for column in self.columns[:-2]:
+            column.no_wrap = True
+
+
+rich_utils.Table = HelpTable  # type: ignore[attr-defined]  # typer has no setting for it
 
 
 class Command(typer.core.TyperCommand):

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
+from lora_runtime.errors import ConfigError
 from lora_runtime.terminal import Terminal
 from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
 from server.versions import PACKAGES, installed_versions
@@ -77,7 +78,12 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
 
 
 def _base(name: str) -> str:
-    from lora_runtime.base.catalog import cached_base
+    from lora_runtime.base.catalog import cached_base, check_base_name
 
-    folder = cached_base(name)
-    return f"{name}: {folder}" if folder else f"{name}: not here yet; `serve` will fetch it"
+    if folder := cached_base(name):
+        return f"{name}: {folder}"
+    try:
+        check_base_name(name)
+    except ConfigError as error:
+        return str(error)
+    return f"{name}: not in the cache yet; `serve` will fetch or convert it"

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SIGNALLED = 128
 """A command that signal N stopped exits with 128 + N, as a shell has it."""
 
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Of files that hold rows and no settings; JSON is YAML too."""
+
 Deploy = Annotated[
     str | None,
     typer.Option(
@@ -107,6 +110,8 @@ def _run_of(file: Path | None, units: list[str], flags: dict[str, Any]) -> Train
     variables = read_texts(environment(TRAIN_SETTINGS), TRAIN_SETTINGS)
     values = {**by_key(variables, TRAIN_SETTINGS), **read_texts(flags, TRAIN_SETTINGS)}
     if file is not None:
+        if file.suffix in DATA_SUFFIXES:
+            raise typer.BadParameter(f"{file} is data and no YAML file; write --data {file}")
         if units:
             raise typer.BadParameter("--unit cannot stand beside a YAML file; write its unit there")
         return TrainConfig.from_yaml(file, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -20,6 +22,7 @@ from server.errors import from_rpc_error
 HEALTH_REQUEST = health_pb2.HealthCheckRequest()
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
+_PORT = re.compile(r":\d+$")
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.keepalive_time_ms", 60_000),
@@ -72,7 +75,15 @@ class AsyncGeneration:
 
 
 def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None) -> Any:
-    """Open a channel of `grpc_api`, which is grpc or grpc.aio."""
+    """Open a channel of `grpc_api`, which is grpc or grpc.aio. Raises InvalidRequest for a target
+    that is a web address or lacks a port, which gRPC would take for 443.
+    """
+    is_plain = "/" not in target and not target.startswith("unix")
+    if target.startswith(("http:", "https:")) or (is_plain and not _PORT.search(target)):
+        raise InvalidRequest(
+            f"the server's address is {target!r}; it must be host:port, as 127.0.0.1:50051",
+            field="address",
+        )
     if credentials is None:
         return grpc_api.insecure_channel(target, options=_CHANNEL_OPTIONS)
     return grpc_api.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, check_options
 from protos.loramux.v1 import generation_pb2, types_pb2
 
 Messages = Sequence[Mapping[str, str]]
@@ -34,6 +34,8 @@ class Sampling(TypedDict, total=False):
 
 BESIDE = ("request_id", "cache_salt", "base_text", "priority", "tenant")
 """Options that are fields of the request itself, not of its sampling."""
+PROMPTS = ("text", "messages", "token_ids")
+ADAPTERS = ("adapter", "adapters")
 
 
 class Options(Sampling, total=False):
@@ -56,6 +58,7 @@ def generate_request(
     """Build a request. Raises InvalidRequest: several inputs, or a value that cannot be sent."""
     if sum(given is not None for given in (text, messages, token_ids)) > 1:
         raise InvalidRequest("give one of text, messages and token_ids", field="input")
+    check_options(options, {*Options.__annotations__, *PROMPTS, *ADAPTERS})
     values: dict[str, Any] = {**options}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]

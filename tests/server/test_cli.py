@@ -25,6 +25,7 @@ from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
 from server.cli import app
+from server.cli.settings import TRAIN_SETTINGS
 from server.cli.tables import show_table
 from server.config import SETTINGS
 from tests.peft_adapters import write_adapter
@@ -215,10 +216,16 @@ def test_settings_can_be_shown_and_are_checked(invoke):
 
 
 def test_doctor_names_what_is_here(invoke):
-    result = invoke("doctor", "--base", "/does/not/exist")
+    result = invoke("doctor", "--base", "someone/model")
     assert result.exit_code == 0
-    for what in ("torch", "transformers", "device", "kernel backend", "memory", "not here"):
+    for what in ("torch", "transformers", "device", "kernel backend", "memory", "will fetch"):
         assert what in result.stdout
+
+
+@pytest.mark.parametrize("base", ["/does/not/exist", "./nope", "smollm3"])
+def test_doctor_promises_no_base_that_serve_refuses(invoke, base):
+    shown = " ".join(invoke("doctor", "--base", base).stdout.replace("│", " ").split())
+    assert f"base '{base}' is no folder" in shown and "will fetch" not in shown
 
 
 def test_doctor_says_what_to_change(invoke, monkeypatch):
@@ -288,6 +295,11 @@ def test_train_several_by_flags(invoke, runs, tmp_path):
     for text, named in [("name: b, data: d, rnk: 3", "did you mean 'rank'"), ("rank: {", "YAML")]:
         refused = invoke(*flags, "--unit", text)
         assert refused.exit_code == 1 and named in refused.stderr
+
+
+def test_data_in_the_place_of_a_yaml_file_is_told_its_flag(invoke, runs):
+    refused = invoke("train", "chats.jsonl", "--output", "o")
+    assert refused.exit_code == 2 and "write --data chats.jsonl" in refused.stderr
 
 
 def test_train_by_file(invoke, runs, monkeypatch, tmp_path):
@@ -460,4 +472,6 @@ def test_help_is_grouped_and_fits_80_columns(invoke):
         page = invoke(command, "-h", env={"COLUMNS": "80"}).stdout
         assert all(f"─ {group} ─" in page for group in groups)
         assert max(map(len, page.splitlines())) <= 80
+        found = SETTINGS if command == "serve" else TRAIN_SETTINGS
+        assert {f"--{key.replace('_', '-')}" for key in found} <= set(page.split())
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", invoke("--version").stdout)

@@ -141,3 +141,32 @@ async def test_one_stop_string_needs_no_list(serve) -> None:
         events = [event async for event in world.client.generate("abcdef", stop="cd")]
     assert "".join(event.delta.text for event in events) == "ab"
     assert events[-1].finished.finish_reason == types_pb2.FINISH_REASON_STOP
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("max_new_tokens", "did you mean 'max_tokens'?"),
+        ("adaptr", "did you mean 'adapter'?"),
+        ("prompt", "valid are .*messages, .*text"),
+    ],
+)
+async def test_an_option_that_is_none_is_named_with_the_nearest(option: str, expected: str) -> None:
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(InvalidRequest, match=f"{option} is no option of a request; {expected}"),
+    ):
+        client.generate("Hi", **{option: "x"})
+
+
+@pytest.mark.parametrize("target", ["localhost", "7110", "http://127.0.0.1:7110", "[::1]"])
+async def test_an_address_without_a_port_is_refused(target: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InvalidRequest, match="must be host:port") as caught:
+            kind(target)
+        assert repr(target) in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["localhost:1", "[::1]:1", "unix:here", "dns:///somewhere"])
+def test_what_grpc_can_dial_is_taken(target: str) -> None:
+    Client(target).close()

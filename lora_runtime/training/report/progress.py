@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.report.losses import last_of, mean
@@ -38,25 +39,42 @@ def _held_out(unit: Unit) -> Dataset | None:
     return unit.held_out.dataset if unit.held_out else None
 
 
+DATA_HEADINGS = (
+    "adapter", "data", "format", "examples", "truncated", "dropped", "tokens", "masked", "longest",
+    "not used",
+)  # fmt: skip
+
+
 def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | None]]) -> None:
     """Print a table of each (name, training data, held-out data), and then their notes.
 
     Columns: examples, how many of them were truncated or dropped, tokens, the share of tokens that
     is masked (read, but not learned), and the data's columns that are not used.
+
+    Where a terminal is too narrow for the table, each row is a line; a file or pipe has any width.
     """
-    column = Column("data", overflow="fold")
-    table = Table("adapter", column, "format", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("examples", "truncated", "dropped", "tokens", "masked", "longest"):
-        table.add_column(heading, justify="right")
-    table.add_column("not used", overflow="fold")
-    notes = []
+    rows, notes = [], []
     for name, dataset, held_out in data:
-        table.add_row(escape(name), *_data_cells(dataset))
+        rows.append((name, *_data_cells(dataset)))
         notes += [f"{name}: {note}" for note in dataset.notes]
         if held_out:
-            table.add_row("held out", *_data_cells(held_out))
+            rows.append(("held out", *_data_cells(held_out)))
             notes += [f"{name}, held out: {note}" for note in held_out.notes]
-    console.print(table)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in DATA_HEADINGS:
+        is_number = heading not in ("adapter", "data", "format", "not used")
+        table.add_column(heading, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    options = console.options.update(max_width=1 << 16)
+    needed = Measurement.get(console, options, table).maximum
+    if console.is_terminal and needed > console.width:
+        for name, *cells in rows:
+            facts = zip(DATA_HEADINGS[1:], cells, strict=True)
+            say(console, f"{name}: {', '.join(f'{what} {cell}' for what, cell in facts if cell)}")
+    else:
+        console.width = max(console.width, needed)
+        console.print(table)
     for note in notes:
         say(console, note)
 
@@ -64,7 +82,7 @@ def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | Non
 def _data_cells(dataset: Dataset) -> list[str]:
     masked = 1 - dataset.num_target_tokens / dataset.num_tokens
     return [
-        escape(dataset.path.name),
+        dataset.path.name,
         dataset.format,
         f"{len(dataset.items):,}",
         f"{dataset.num_truncated:,}",
@@ -72,7 +90,7 @@ def _data_cells(dataset: Dataset) -> list[str]:
         f"{dataset.num_tokens:,}",
         f"{masked:.0%}",
         f"{dataset.longest:,}",
-        escape(", ".join(dataset.unused)),
+        ", ".join(dataset.unused),
     ]
 
 

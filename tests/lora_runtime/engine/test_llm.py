@@ -13,6 +13,7 @@ from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
     AdapterRefused,
+    ConfigError,
     InvalidRequest,
     Unavailable,
 )
@@ -149,3 +150,15 @@ def test_a_closed_one_says_so(folder):
         pass
     with pytest.raises(Unavailable, match="closed"):
         closed.generate(["x"])
+
+
+def test_an_option_that_is_none_is_named_with_the_nearest(llm):
+    for given, meant in [("max_new_tokens", "max_tokens"), ("temprature", "temperature")]:
+        with pytest.raises(InvalidRequest, match=f"{given} is no option .*'{meant}'") as caught:
+            llm.generate(PROMPTS, **{given: 1})
+        assert caught.value.field == given
+
+
+def test_adapters_without_names_are_refused_before_the_base_is_loaded(folder):
+    with pytest.raises(ConfigError, match="mapping of names to folders"):
+        LLM("no such base", adapters=[folder / "a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from lora_runtime.errors import DataError
 from lora_runtime.text.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ from lora_runtime.training.data import load_dataset
 from lora_runtime.training.data.formats import AS_CHAT, FORMATS, MEANINGFUL
 from lora_runtime.training.dry_run import estimate
 from lora_runtime.training.report import show_data
+from lora_runtime.training.report.progress import DATA_HEADINGS
 from tests.lora_runtime.training.tiny_runs import quiet_console, run, shown, write_jsonl
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -272,6 +275,17 @@ def test_every_unused_column_is_in_the_tables_of_train_and_dry_run(tmp_path, tok
     assert sum(line[0] == "u" and line[-1] == "id, topic, note" for line in lines) == 2
     page = (tmp_path / "out" / "report" / "summary.md").read_text()
     assert "columns not used: id, topic, note" in page
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_at_80_columns_nothing_of_the_data_is_cut(tmp_path, tokenizer, is_terminal):
+    path = jsonl(tmp_path / "long_conversations", [{**CHAT, "source of it": "[b]"}])
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=is_terminal, color_system=None)
+    show_data(console, [("support", load_dataset(path, tokenizer, 64), None)])
+    assert "…" not in text.getvalue()
+    for word in ("support", *DATA_HEADINGS[1:], path.name, "source of it"):
+        assert any(word in line for line in text.getvalue().splitlines()), word
 
 
 def test_a_column_without_a_name_is_shown(tmp_path, tokenizer):
