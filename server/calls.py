@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
+from lora_runtime.core import (
+    AdapterChoice,
+    FinishReason,
+    RequestTiming,
+    SamplingParams,
+    TokenLogprob,
+)
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.text.text_side import TextSide
 
@@ -63,14 +69,6 @@ class PromptLimits:
     num_bytes: int
     """Of text, in UTF-8. A tokenizer whose normaliser removes text might make few tokens of more;
     it is refused all the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChoice:
-    """A loaded adapter's name, and the factor on its effect."""
-
-    name: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
