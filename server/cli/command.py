@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import typer
 
-from server.cli.settings import OTHER_FLAGS, VARIABLES
+from lora_runtime.settings import check_meaning
+from server.cli.settings import NAMED_FLAGS, OTHER_FLAGS, VARIABLES
 from server.config import check_environment
 
 
@@ -16,6 +18,7 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; of a flag with one value given twice, the last would win."""
+        _check_meanings(args)
         args = list(map(_canonical, args))
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter, count in Counter(order).items():
@@ -30,6 +33,14 @@ class Command(typer.core.TyperCommand):
         """Run the command, unless a variable LORAMUX_… is none of the settings."""
         check_environment(VARIABLES)
         return super().invoke(ctx)
+
+
+def _check_meanings(args: list[str]) -> None:
+    for argument, following in pairwise([*args, ""]):
+        flag, separator, value = argument.partition("=")
+        if flag in NAMED_FLAGS:
+            name, entry = NAMED_FLAGS[flag]
+            check_meaning(entry, name, value if separator else following, flag)
 
 
 def _canonical(argument: str) -> str:
