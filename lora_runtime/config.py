@@ -72,7 +72,11 @@ class BaseConfig:
     """Which base model to hold, and how."""
 
     model: str = setting(
-        default="smollm2-135m", group=BASE, key="base", also=("model_name_or_path",)
+        default="smollm2-135m",
+        group=BASE,
+        key="base",
+        also=("model_name_or_path",),
+        min_length=1,
     )
     """Catalog name, local folder, GGUF file or hub id."""
     quantization: Quantization = setting(default="nf4", group=BASE)

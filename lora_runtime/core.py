@@ -7,10 +7,11 @@ one step) → StepOutput (what the step gave one request).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import NoneType
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 
@@ -46,6 +47,7 @@ class SamplingParams:
     """None: no logprobs; n ≥ 0: the sampled token's and the n most likely."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         min_tokens, max_tokens, seed = self.min_tokens, self.max_tokens, self.seed
         top, temperature = self.num_logprobs, self.temperature
         checks: list[tuple[str, object, bool, str]] = [
@@ -69,6 +71,38 @@ class SamplingParams:
                 f"included; at most {MAX_STOP_TOKEN_IDS} are allowed",
                 field="sampling.stop_token_ids",
             )
+
+    def _check_types(self) -> None:
+        """Python compares True and 2.5 with whole numbers, so that bounds alone let them pass."""
+        for names, kinds, rule in (
+            (("max_tokens", "min_tokens", "top_k"), (int,), "a whole number"),
+            (("seed", "num_logprobs"), (int, NoneType), "a whole number or None"),
+            (("temperature", "top_p", "min_p"), (int, float), "a number"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, kinds):
+                    field = f"sampling.{name.removeprefix('num_')}"
+                    raise InvalidRequest(f"{field} is {value!r}; it must be {rule}", field=field)
+        ids = self.stop_token_ids
+        if not isinstance(ids, Collection) or not all(map(is_whole, ids)):
+            raise InvalidRequest(
+                f"sampling.stop_token_ids is {ids!r:.200}; it must be token ids",
+                field="sampling.stop_token_ids",
+            )
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """A loaded adapter's name, and the factor on its effect."""
+
+    name: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,4 +124,4 @@ def check_options(given: Collection[str], valid: Collection[str]) -> None:
 def nearest(name: str, valid: Collection[str]) -> str:
     """A sentence that proposes the most similar valid name, or lists them all."""
     close = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(valid))}"
+    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(set(valid)))}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 _BYTES: TypeAdapter[int] = TypeAdapter(ByteSize)
+_SIZE = re.compile(r"\s*(\d+\s*B?|(\d+|\d*\.\d+)\s*[KMGTPE](i?B)?)\s*", re.ASCII | re.IGNORECASE)
 
 
 def _no_truth(value: object) -> object:
@@ -41,16 +42,23 @@ def _no_truth_for_float(value: object) -> object:
 def _bytes(value: object) -> object:
     if not isinstance(value, str):
         return _no_truth(value)
-    try:
-        return int(_BYTES.validate_python(value))
-    except ValidationError:
-        raise ValueError("a number of bytes, such as 1GiB, 512MiB, 2GB or 1073741824") from None
+    if _SIZE.fullmatch(value) is None:  # pydantic reads the beginning: of 1,5GiB a byte
+        raise ValueError("a number of bytes, such as 1GiB, 512MiB, 2GB or 1073741824")
+    return int(_BYTES.validate_python(value))
+
+
+def path_text(value: object) -> object:
+    """An empty text would be the working directory."""
+    if value == "":
+        raise ValueError("a path")
+    return value
 
 
 Int = Annotated[int, BeforeValidator(_no_truth)]
 Float = Annotated[float, BeforeValidator(_no_truth_for_float)]
 """Text such as 1e-4 counts as a number, which YAML 1.1 does not read as one."""
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+FilePath = Annotated[Path, BeforeValidator(path_text)]
 
 
 def setting(
@@ -60,6 +68,7 @@ def setting(
     group: str = "",
     key: str | None = None,
     also: tuple[str, ...] = (),
+    meanings: Mapping[str, Any] | None = None,
     metavar: str | None = None,
     is_fixed: bool = False,
     **bounds: Any,
@@ -68,11 +77,11 @@ def setting(
 
     `group` is the heading in a command's help, and what the code sorts fields by. `key` is the
     field's name in files, variables and flags where it is not its own; `also` are other names that
-    are taken there. `is_fixed`: no sweep varies
-    it.
+    are taken there, and `meanings` has the type of a
+    value under those of them that mean less than the field does. `is_fixed`: no sweep varies it.
     """
-    facts = {"group": group, "key": key, "also": also, "metavar": metavar}
-    about: Any = {**facts, "is_fixed": is_fixed}
+    facts = {"group": group, "key": key, "also": also, "meanings": meanings or {}}
+    about: Any = {**facts, "metavar": metavar, "is_fixed": is_fixed}
     if default_factory is not None:
         return Field(default_factory=default_factory, json_schema_extra=about, **bounds)
     return Field(default=default, json_schema_extra=about, **bounds)
@@ -110,6 +119,7 @@ class Entry:
     help: str
     group: str
     also: tuple[str, ...]
+    meanings: Mapping[str, Any]
     metavar: str | None
     is_fixed: bool
 
@@ -142,6 +152,7 @@ def _entries(kind: Any, part: str | None = None) -> Iterator[Entry]:
             help=_docstring(kind, name),
             group=about.get("group", ""),
             also=about.get("also", ()),
+            meanings=about.get("meanings", {}),
             metavar=about.get("metavar"),
             is_fixed=about.get("is_fixed", False),
         )
@@ -164,8 +175,17 @@ def by_key(values: Mapping[str, Any], found: Mapping[str, Entry]) -> dict[str, A
     names, result, said = canonical_names(found), dict[str, Any](), dict[str, str]()
     for name, value in values.items():
         _say(said, names[name], name)
+        check_meaning(found[names[name]], name, value, name)
         result[names[name]] = value
     return result
+
+
+def check_meaning(entry: Entry, name: str, value: object, shown: str) -> None:
+    """Raise ConfigError for a value that another library's name of a setting does not have there.
+    `shown` names it in the message.
+    """
+    if name in entry.meanings:
+        converted(value, replace(entry, hint=entry.meanings[name]), shown)
 
 
 def _say(said: dict[str, str], key: str, name: str, where: str = "") -> None:
@@ -189,6 +209,7 @@ def nested(
 
     def put(name: str, value: Any, entry: Entry) -> None:
         _say(said, entry.key, name, where)
+        check_meaning(entry, name, value, f"{where}{name}")
         target = made if entry.part is None else made.setdefault(entry.part, {})
         target[entry.name] = value
 
@@ -203,7 +224,10 @@ def nested(
             put(name, value, found[names[name]])
         else:
             _check_names([name], {*names, *parts}, where, source)
-            made[name] = value
+            raise ConfigError(
+                f"{where}{name}{source} is {written(value)}; it must be a mapping of fields",
+                field=f"{where}{name}",
+            )
     return made
 
 
@@ -263,7 +287,8 @@ _RULES = {
     "path_not_directory": "a folder that exists", "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}", "less_than": "below {lt}",
     "less_than_equal": "at most {le}", "literal_error": "one of {expected}",
-    "too_short": "a list of at least {min_length}", "value_error": "{error}",
+    "too_short": "a list of at least {min_length}", "string_too_short": "text, not empty",
+    "value_error": "{error}",
 }  # fmt: skip
 """pydantic's type of an error → what a value must be."""
 
@@ -277,9 +302,10 @@ def explained(error: ValidationError, kind: Any, origin: Callable[[str], str] = 
     if first["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return ConfigError(f"{name} is missing", field=field_name)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        valid = canonical_names(entries(kind))
-        own = str(first["loc"][-1])
-        return ConfigError(f"{name} is not a setting; {nearest(own, valid)}", field=field_name)
+        own, fields = str(first["loc"][-1]), entries(kind).values()
+        others = {alias: each.name for each in fields for alias in each.also}
+        advice = nearest(others.get(own, own), [each.name for each in fields])
+        return ConfigError(f"{name} is not a setting; {advice}", field=field_name)
     same = [e for e in found if _path(e["loc"], kind) == name]
     rule = " or ".join(dict.fromkeys(map(_rule, same)))
     shown = name if origin is str else origin(name)

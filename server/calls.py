@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from lora_runtime.core import FinishReason, RequestTiming, SamplingParams, TokenLogprob
+from lora_runtime.core import (
+    AdapterChoice,
+    FinishReason,
+    RequestTiming,
+    SamplingParams,
+    TokenLogprob,
+)
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.text.text_side import TextSide
 
@@ -63,14 +69,6 @@ class PromptLimits:
     num_bytes: int
     """Bytes of its text in UTF-8. A longer text is refused even if its tokenizer would remove most
     of it and make few tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChoice:
-    """A loaded adapter's name, and the factor on its effect."""
-
-    name: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,15 +14,16 @@ from urllib.parse import unquote
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.core import (
     MAX_STOP_TOKEN_IDS,
+    AdapterChoice,
     FinishReason,
     RequestTiming,
     SamplingParams,
     TokenLogprob,
 )
+from lora_runtime.engine.request_rules import check_choices, check_count, check_stops
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.calls import (
-    AdapterChoice,
     AdapterRecord,
     AdapterState,
     ChatPrompt,
@@ -39,7 +40,6 @@ from server.calls import (
     UploadCall,
     UploadFile,
 )
-from server.composition import check_choices, check_count
 
 UNSERVED_SAMPLING: dict[str, float] = {
     "presence_penalty": 0.0,
@@ -77,8 +77,6 @@ LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
 MAX_LIST_BYTES = 4 << 20
 """The largest message that gRPC clients accept by default, in bytes."""
 MAX_ABRIDGED_ERROR = 200
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
 MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 """Files of an upload: as many as an adapter has at most."""
 
@@ -106,13 +104,14 @@ def decode_generate(
     Raises InvalidRequest naming the field, UnsupportedFeature for what is not served yet.
     """
     sampling = request.sampling
+    check_stops(sampling.stop)
     return GenerateCall(
         prompt=decode_prompt(request, limits),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
         uses_base_text=request.base_text,
         has_max_tokens=sampling.HasField("max_tokens"),
-        stop=_stops(sampling),
+        stop=tuple(sampling.stop),
         ignore_eos=sampling.ignore_eos,
         request_id=_request_id(request),
         client=_client(request.tenant, peer),
@@ -375,22 +374,6 @@ def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
         stop_token_ids=frozenset(sampling.stop_token_ids),
         num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
     )
-
-
-def _stops(sampling: types_pb2.SamplingParams) -> tuple[str, ...]:
-    if len(sampling.stop) > MAX_STOPS:
-        raise InvalidRequest(
-            f"sampling.stop has {len(sampling.stop)} texts; at most {MAX_STOPS} are allowed",
-            field="sampling.stop",
-        )
-    for index, stop in enumerate(sampling.stop):
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise InvalidRequest(
-                f"sampling.stop[{index}] has {len(stop)} characters; "
-                f"it must have 1 to {MAX_STOP_LENGTH}",
-                field=f"sampling.stop[{index}]",
-            )
-    return tuple(sampling.stop)
 
 
 def _request_id(request: generation_pb2.GenerateRequest) -> str | None:

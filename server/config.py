@@ -16,6 +16,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.settings import (
     Bytes,
     Entry,
+    FilePath,
     Float,
     Int,
     canonical_names,
@@ -23,6 +24,7 @@ from lora_runtime.settings import (
     entries,
     merged,
     nested,
+    path_text,
     read_yaml,
     setting,
     settings,
@@ -73,8 +75,9 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
-Paths = Annotated[tuple[DirectoryPath, ...], BeforeValidator(_split_paths)]
-NamedPaths = Annotated[dict[str, DirectoryPath], BeforeValidator(_split_adapters)]
+Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
+Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
+NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
 
 NETWORK, ADAPTERS, PROCESS = "Network", "Adapters", "Logs and shutdown"
 
@@ -103,7 +106,7 @@ class ServerConfig(EngineConfig):
     wait_for_adapters: bool = setting(default=True, group=ADAPTERS)
     """Report ready only when the adapters of the last run and of `adapter` have been loaded or
     have failed. False: report ready at once; each adapter can be used when it has been loaded."""
-    adapter_store: Path | None = setting(default=None, group=ADAPTERS)
+    adapter_store: FilePath | None = setting(default=None, group=ADAPTERS)
     """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
     server at a time. None: `uploads` in the cache folder."""
     max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, group=LIMITS)

@@ -31,7 +31,6 @@ from server import codec
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
 from server.service import Service
-from server.wire import UPLOAD_TAKEN
 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_CALLS = 4096
@@ -46,6 +45,8 @@ CALLS_PERIOD_S = 0.02
 """How often a stopping server looks whether its calls have ended."""
 CUT_S = 1.0
 """Seconds that calls have to answer when the drain is over."""
+UPLOAD_TAKEN = ("loramux-upload", "taken")
+"""Initial metadata: an upload's announcement is taken; see adapters.proto."""
 PACKAGE_PREFIX = "/loramux."
 SERVICE_NAMES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name

@@ -21,6 +21,7 @@ import structlog
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
+from lora_runtime.engine.request_rules import request_notes, uses
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
@@ -50,7 +51,7 @@ from server.calls import (
     TokenPrompt,
     UploadCall,
 )
-from server.composition import depth, request_notes, text_side, uses
+from server.composition import depth, text_side
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -134,16 +135,17 @@ class Service:
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
             sampling=self._sampling(call, len(prompt), depth(records), side),
-            adapters=uses(records, call.adapters),
+            adapters=uses([record.digest for record in records], call.adapters),
             cache_salt=call.cache_salt,
             client=call.client,
             priority=call.priority,
             deadline=deadline,
         )
+        facts = {record.name: record.loaded.facts for record in records if record.loaded}
         started = Started(
             request_id=call.request_id or request.request_id,
             num_prompt_tokens=len(prompt),
-            notes=tuple(request_notes(records, prompt)),
+            notes=tuple(request_notes(facts, prompt)),
         )
         names = tuple(choice.name for choice in call.adapters)
         meter = RequestMeter(self._observer, names, len(prompt))

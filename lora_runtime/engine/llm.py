@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,15 +30,17 @@ from lora_runtime.config import (
     SchedulerConfig,
 )
 from lora_runtime.core import (
-    AdapterUse,
+    AdapterChoice,
     FinishReason,
     Request,
     SamplingParams,
     StepOutput,
     TokenLogprob,
+    is_whole,
 )
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.engine.engine import Engine, current_device, load_engine
+from lora_runtime.engine.request_rules import check_choices, check_stops, request_notes, uses
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -48,6 +50,7 @@ from lora_runtime.errors import (
     Unavailable,
     check_options,
 )
+from lora_runtime.settings import checked
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
@@ -58,6 +61,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation: messages of `role` and `content`."""
 Choice: TypeAlias = str | Mapping[str, float] | None
 """An adapter's name, several names with their weights, or None for the base."""
+CHOICE_RULE = "a name, a mapping of names to weights, None, or a list with one of these a prompt"
 
 T = TypeVar("T")
 
@@ -72,6 +76,8 @@ class Completion:
     finish_reason: FinishReason = FinishReason.ERROR
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, where they were asked for."""
+    notes: tuple[str, ...] = ()
+    """What the caller should know: adapters that were not invoked."""
     error: LoramuxError | None = None
     """Why it was refused or failed; None unless `finish_reason` is `error`."""
 
@@ -83,18 +89,19 @@ class LLM:
 
     def __init__(
         self,
-        base: str | Path = "smollm2-135m",
+        base: str | Path | None = None,
         *,
         adapters: Mapping[str, str | Path] | None = None,
-        quantization: Quantization = "nf4",
-        dtype: DtypeName = "auto",
-        device: str = "auto",
+        quantization: Quantization | None = None,
+        dtype: DtypeName | None = None,
+        device: str | None = None,
         config: EngineConfig | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load a base (a catalog name, local folder, GGUF file or hub id) and adapters.
 
-        `adapters`: name → folder. `config`: all settings of the engine, in place of the other ones.
+        `adapters`: name → folder. What is None is as BaseConfig has it. `config`: all settings of
+        the engine, beside which `base`, `quantization`, `dtype` and `device` must be None.
         `on_progress` is told what is being done.
         Raises BaseRefused, ConfigError, and as `load`.
         """
@@ -108,7 +115,8 @@ class LLM:
         self._engine: Engine | None = None
         self._adapters: dict[str, _Named] = {}
         self._lock = threading.RLock()
-        config = config or _config(str(base), quantization, dtype, device)
+        settings = {"model": base, "quantization": quantization, "dtype": dtype, "device": device}
+        config = _config(settings, config)
         self._engine = load_engine(config, on_progress)
         loaded = self._engine.base
         self._tokenizer = Tokenizer.load(loaded.folder)
@@ -127,14 +135,17 @@ class LLM:
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         """Name → loaded adapter."""
-        return {name: named.loaded for name, named in self._adapters.items()}
+        found = self._adapters.copy()  # another thread may load or unload one
+        return {name: named.loaded for name, named in found.items()}
 
     def load(self, name: str, folder: str | Path) -> LoadedAdapter:
         """Load an adapter's folder under a name.
 
-        Raises AdapterRefused and its kinds, AdapterExists for a name in use, AdapterTooLarge, and
-        Overloaded where host memory has no room for it.
+        Raises AdapterRefused and its kinds, AdapterExists for a name in use, AdapterTooLarge,
+        Overloaded where host memory has no room for it, and InvalidRequest for what is no name.
         """
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest(f"name is {name!r}; it must be a text", field="name")
         with self._lock:
             engine = self._running()
             if name in self._adapters:
@@ -151,13 +162,13 @@ class LLM:
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises AdapterNotFound."""
         with self._lock:
-            named = self._named(name, "name")
+            engine, named = self._running(), self._named(name, "name")
             del self._adapters[name]
-            self._running().drop_adapter(named.loaded.digest)
+            engine.drop_adapter(named.loaded.digest)
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         *,
         adapter: Choice | Sequence[Choice] = None,
         stop: Sequence[str] = (),
@@ -172,11 +183,14 @@ class LLM:
         trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
         and are not part of it. `sampling`: fields of SamplingParams, as `temperature=0.0`; without
-        `max_tokens` an output has 256 tokens at most, or as many as fit.
+        `max_tokens` an output has 256 tokens at most, or as many as fit. What a request may say is
+        what a server takes: `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
-        `return_errors` that is in its Completion instead, and the other prompts are answered.
+        `return_errors` that is in its Completion instead, and the other prompts are answered. A
+        mistake in what holds for all prompts is raised.
         """
-        check_options(sampling, SamplingParams.__dataclass_fields__)
+        prompts = _listed(prompts)
+        _check_options(stop, ignore_eos, sampling)
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
@@ -241,8 +255,8 @@ class LLM:
         sampling: Mapping[str, Any],
     ) -> _Row:
         """The request of one prompt, and what makes text of its tokens."""
-        weights = {choice: 1.0} if isinstance(choice, str) else dict(choice or {})
-        named = {name: self._named(name, "adapter") for name in weights}
+        chosen = _chosen(choice)
+        named = {one.name: self._named(one.name, "adapter") for one in chosen}
         side = _shared_side(named)
         token_ids = self._encode(prompt, side)
         num_layers = max((one.loaded.facts.num_layers for one in named.values()), default=0)
@@ -257,21 +271,19 @@ class LLM:
         )
         ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
         ends = frozenset(token for token in ends if token < self.info.base.vocab_size)
-        if not ignore_eos:
-            params = replace(params, stop_token_ids=frozenset(params.stop_token_ids) | ends)
-        uses: dict[str, float] = {}  # two names of one content are one adapter
-        for name, weight in weights.items():
-            digest = named[name].loaded.digest
-            uses[digest] = uses.get(digest, 0.0) + weight
+        own_ends = frozenset(params.stop_token_ids)
+        params = replace(params, stop_token_ids=own_ends if ignore_eos else own_ends | ends)
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
             sampling=params,
-            adapters=tuple(AdapterUse(digest=d, weight=w) for d, w in sorted(uses.items())),
+            adapters=uses([named[one.name].loaded.digest for one in chosen], chosen),
         )
+        facts = {name: one.loaded.facts for name, one in named.items()}
         decoder = self._tokenizer.with_added(side.added if side else None)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, stop)
-        return _Row(request, OutputText(detokenizer, params.stop_token_ids))
+        text = OutputText(detokenizer, params.stop_token_ids)
+        return _Row(request, text, notes=tuple(request_notes(facts, token_ids)))
 
     def _encode(self, prompt: Prompt, side: TextSide | None) -> Sequence[int]:
         """A prompt's tokens, as an adapter's own text side makes them or as the base does."""
@@ -279,12 +291,15 @@ class LLM:
             if side is not None and side.tokenizer is not None:
                 return _awaited(self._own_text.encode(side, prompt))
             return self._tokenizer.encode(prompt)
-        if all(isinstance(token, int) for token in prompt):
-            return [token for token in prompt if isinstance(token, int)]
-        messages = [message for message in prompt if isinstance(message, Mapping)]
-        if len(messages) < len(prompt):
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
+        members = list(prompt) if is_list else [None]
+        if all(map(is_whole, members)):
+            return self._checked([token for token in members if isinstance(token, int)])
+        messages = [message for message in members if isinstance(message, Mapping)]
+        if len(messages) < len(members):
             raise InvalidRequest(
-                "a prompt is neither a text, nor token ids, nor messages of role and content",
+                f"a prompt is {prompt!r:.100}; it must be a text, token ids, or messages of role "
+                "and content",
                 field="prompts",
             )
         if side is None or not side.renders_chats:
@@ -292,6 +307,16 @@ class LLM:
         check_messages(messages)
         rendered = _awaited(self._own_text.render(side, messages))
         return rendered if isinstance(rendered, list) else self._tokenizer.encode_rendered(rendered)
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        vocab_size = self.info.base.vocab_size
+        wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequest(
+                f"a prompt holds token id {wrong}; ids must be between 0 and {vocab_size - 1}",
+                field="prompts",
+            )
+        return token_ids
 
     def _run(self, rows: Sequence[_Row]) -> None:
         """Run the rows to their end. Whatever interrupts this frees what they hold."""
@@ -335,6 +360,7 @@ class _Row:
 
     request: Request
     text: OutputText
+    notes: tuple[str, ...] = ()
     parts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -361,16 +387,19 @@ def _completion(row: _Row | LoramuxError) -> Completion:
         token_ids=tuple(row.token_ids),
         finish_reason=row.reason or FinishReason.ERROR,
         logprobs=tuple(row.logprobs),
+        notes=row.notes,
         error=row.error,
     )
 
 
 def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> Sequence[Choice]:
     """The adapters of each prompt. Raises InvalidRequest."""
-    if isinstance(prompts, str):
-        raise InvalidRequest("prompts is one text; put it into a list", field="prompts")
     if adapter is None or isinstance(adapter, str | Mapping):
         return [adapter] * len(prompts)
+    if not isinstance(adapter, Sequence):
+        raise InvalidRequest(
+            f"adapter is {adapter!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+        )
     if len(adapter) != len(prompts):
         raise InvalidRequest(
             f"adapter has {len(adapter)} entries for {len(prompts)} prompts; give one for all, or "
@@ -378,6 +407,40 @@ def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> S
             field="adapter",
         )
     return adapter
+
+
+def _chosen(choice: Choice) -> tuple[AdapterChoice, ...]:
+    """The adapters of one prompt. Raises InvalidRequest."""
+    if choice is not None and not isinstance(choice, str | Mapping):
+        raise InvalidRequest(
+            f"adapter is {choice!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+        )
+    weights = {choice: 1.0} if isinstance(choice, str) else choice or {}
+    chosen = tuple(AdapterChoice(name, weight) for name, weight in weights.items())
+    check_choices(chosen)
+    return chosen
+
+
+def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts of a call. Raises InvalidRequest for what is one prompt, or none."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            f"prompts is {prompts!r:.100}; it must be a list of prompts, [prompt] for one of them",
+            field="prompts",
+        )
+    return list(prompts)
+
+
+def _check_options(stop: Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]) -> None:
+    """Refuse what holds for no prompt. Raises InvalidRequest."""
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise InvalidRequest(f"stop is {stop!r:.100}; it must be a list of texts", field="stop")
+    check_stops(stop)
+    if not isinstance(ignore_eos, bool):
+        raise InvalidRequest(
+            f"ignore_eos is {ignore_eos!r:.100}; it must be True or False", field="ignore_eos"
+        )
+    check_options(sampling, SamplingParams.__dataclass_fields__)
 
 
 def _shared_side(named: Mapping[str, _Named]) -> TextSide | None:
@@ -398,11 +461,24 @@ def _awaited(work: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, work).result()
 
 
-def _config(base: str, quantization: Quantization, dtype: DtypeName, device: str) -> EngineConfig:
-    """Settings for a device, of its own size."""
-    limits = device_defaults(device)
+def _config(settings: Mapping[str, object], whole: EngineConfig | None) -> EngineConfig:
+    """Settings for a device, of its own size, or the whole that was given. Raises ConfigError."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if whole is not None:
+        for name in given:
+            argument = "base" if name == "model" else name
+            raise ConfigError(
+                f"{argument} stands beside config, which has it too; leave it out and write "
+                f"config.base.{name}",
+                field=argument,
+            )
+        return whole
+    if "model" in given:
+        given["model"] = str(given["model"])
+    base = checked(given, BaseConfig)
+    limits = device_defaults(base.device)
     return EngineConfig(
-        base=BaseConfig(model=base, quantization=quantization, dtype=dtype, device=device),
+        base=base,
         scheduler=SchedulerConfig(
             max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
         ),

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.settings import (
+    FilePath,
     Float,
     Int,
     canonical_names,
@@ -66,6 +67,9 @@ def _checked_seed(seed: int) -> int:
 
 
 Seed = Annotated[Int, AfterValidator(_checked_seed)]
+Rank = Annotated[Int, Field(ge=1)]
+Alpha = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(lt=1)]
 
 
 @settings
@@ -74,7 +78,7 @@ class UnitConfig:
 
     name: str = setting(group=RUN, is_fixed=True)
     """Name of the adapter, and of its folder below the run's output."""
-    data: Path = setting(group=DATA, is_fixed=True)
+    data: FilePath = setting(group=DATA, is_fixed=True)
     """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
     format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
     learned as `training/preferences.py` says."""
@@ -89,7 +93,7 @@ class UnitConfig:
     truncation: Truncation = setting(default="end", group=DATA)
     """How examples over `max_seq_len` are treated: their `end` or `start` is cut off, they are an
     `error`, or `drop` leaves them out and counts them."""
-    eval_data: Path | None = setting(default=None, group=DATA, is_fixed=True)
+    eval_data: FilePath | None = setting(default=None, group=DATA, is_fixed=True)
     """Held-out examples in the same format; never trained on."""
     eval_fraction: Float = setting(default=0.0, ge=0, lt=1, group=DATA, is_fixed=True)
     """Share of `data` that is held out, chosen by the hash of each row's content."""
@@ -125,9 +129,9 @@ class UnitConfig:
     layer_replication: tuple[tuple[Int, ...], ...] = setting(default=(), group=ADAPTER)
     """Ranges [start, end) of base layers that run one after the other; a layer that runs twice has
     an adapter for each time. Empty: each layer once."""
-    rank_pattern: dict[str, Int] = setting(default_factory=dict, group=ADAPTER)
+    rank_pattern: dict[str, Rank] = setting(default_factory=dict, group=ADAPTER)
     """Regular expression of the end of a module's path → its own rank; the first match decides."""
-    alpha_pattern: dict[str, Float] = setting(default_factory=dict, group=ADAPTER)
+    alpha_pattern: dict[str, Alpha] = setting(default_factory=dict, group=ADAPTER)
     """Regular expression of the end of a module's path → its own alpha; the first match decides."""
     dpo_beta: Float = setting(default=0.1, gt=0, group=OBJECTIVE, also=("beta",), is_fixed=True)
     """Preferences: β of DPO, the strength of the KL penalty that holds the adapter to the base."""
@@ -141,7 +145,13 @@ class UnitConfig:
     """LoRA+: B's learning rate is this many times `learning_rate`."""
     schedule: Schedule = setting(default="cosine", group=UPDATE, also=("lr_scheduler_type",))
     """How the learning rate changes after the warmup."""
-    warmup: Float = setting(default=0.03, ge=0, group=UPDATE, also=("warmup_ratio", "warmup_steps"))
+    warmup: Float = setting(
+        default=0.03,
+        ge=0,
+        group=UPDATE,
+        also=("warmup_ratio", "warmup_steps"),
+        meanings={"warmup_ratio": Share},
+    )
     """Updates in which the learning rate rises: below 1 a share of all, from 1 on a number."""
     num_epochs: Int = setting(default=1, ge=1, group=UPDATE, also=("num_train_epochs",))
     """Passes over the data."""
@@ -246,7 +256,7 @@ class UnitConfig:
 class TrainConfig:
     """One run: every unit is trained at the same time on one base. Raises ConfigError."""
 
-    output: Path = setting(group=RUN, also=("output_dir",))
+    output: FilePath = setting(group=RUN, also=("output_dir",))
     """Folder that gets a folder for each unit, `checkpoints` and `report`."""
     units: tuple[UnitConfig, ...]
     """The adapters, each with settings of its own."""
@@ -313,9 +323,20 @@ class TrainConfig:
         """A run of one unit called `adapter`, or of several: each a line like
         `name: a, data: a.jsonl, rank: 8`, whose settings go before the flags. Raises ConfigError.
         """
-        run, unit = _parted(flags)
+        return cls.of(flags, list(map(unit_fields, units)) or [{}], "unit.")
+
+    @classmethod
+    def of(
+        cls, settings: Mapping[str, Any], units: Sequence[Mapping[str, Any]], where: str = ""
+    ) -> TrainConfig:
+        """A run of units by any of the settings' names; `settings` hold for the run and for every
+        unit, before which its own go. `where` stands before a unit's names in messages.
+
+        Raises ConfigError.
+        """
+        run, unit = _parted(settings)
         each = {"name": "adapter", **nested(unit, UnitConfig)}
-        own = [nested(unit_fields(text), UnitConfig, "unit.") for text in units] or [{}]
+        own = [nested(fields, UnitConfig, where) for fields in units]
         return checked({**nested(run, cls), "units": [{**each, **values} for values in own]}, cls)
 
     def _fits_batches(self) -> bool:

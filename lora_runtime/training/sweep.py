@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from lora_runtime.errors import ConfigError, nearest
-from lora_runtime.settings import canonical_names, converted, entries
+from lora_runtime.settings import canonical_names, check_meaning, converted, entries
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.held_out import HeldOut
@@ -132,12 +133,16 @@ def _members(unit: UnitConfig) -> tuple[UnitConfig, ...]:
     """A unit for every combination of the values."""
     found = entries(UnitConfig)
     names = canonical_names(found)
-    choices = []
+    tried: dict[str, list[Any]] = {}
     for key, values in unit.sweep.items():
         name = names.get(key, key)
         _check_field(name)
-        place = f"sweep.{name}"
-        choices.append([(name, converted(value, found[name], place)) for value in values])
+        if name in tried:
+            raise ConfigError(f"sweep names {name} twice; remove one", field=f"sweep.{key}")
+        for value in values:
+            check_meaning(found[name], key, value, f"sweep.{key}")
+        tried[name] = [converted(value, found[name], f"sweep.{name}") for value in values]
+    choices = [[(name, value) for value in values] for name, values in tried.items()]
     members = tuple(
         replace(unit, sweep={}, name=_name(unit.name, chosen), **dict(chosen))
         for chosen in product(*choices)

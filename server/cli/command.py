@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import typer
 from rich.table import Table
 from typer import rich_utils
 
-from server.cli.settings import OTHER_FLAGS, VARIABLES
+from lora_runtime.settings import check_meaning
+from server.cli.settings import NAMED_FLAGS, OTHER_FLAGS, VARIABLES
 from server.config import check_environment
 
 
@@ -31,7 +33,8 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; refuse a flag given twice, of which click would take the last."""
-        args = [_canonical(argument) for argument in args]
+        _check_meanings(args)
+        args = list(map(_canonical, args))
         # `order` has a parameter once for every time it is given.
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter, count in Counter(order).items():
@@ -46,6 +49,14 @@ class Command(typer.core.TyperCommand):
         """Run the command; refuse a variable LORAMUX_… that is no setting."""
         check_environment(VARIABLES)
         return super().invoke(ctx)
+
+
+def _check_meanings(args: list[str]) -> None:
+    for argument, following in pairwise([*args, ""]):
+        flag, separator, value = argument.partition("=")
+        if flag in NAMED_FLAGS:
+            name, entry = NAMED_FLAGS[flag]
+            check_meaning(entry, name, value if separator else following, flag)
 
 
 def _canonical(argument: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import ByteSize
 
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import ConfigError
-from lora_runtime.settings import Bytes, Entry, canonical_names, entries, parse_yaml
+from lora_runtime.settings import Bytes, Entry, FilePath, canonical_names, entries, parse_yaml
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from server.config import PREFIX, SETTINGS, load_config
 
@@ -28,6 +28,13 @@ OTHER_FLAGS = {
     for name, key in canonical_names(found).items()
 }
 """Every name of a flag → the flag, so that --lr is --learning-rate."""
+
+NAMED_FLAGS = {
+    f"--{name.replace('_', '-')}": (name, entry)
+    for entry in (*SETTINGS.values(), *TRAIN_SETTINGS.values())
+    for name in entry.meanings
+}
+"""Flags by another library's name that mean less than the setting does."""
 
 ConfigFile = Annotated[
     Path | None, typer.Option(envvar=f"{PREFIX}CONFIG", help="YAML file of settings.")
@@ -74,7 +81,7 @@ def _flag(entry: Entry) -> Any:
     name = f"--{entry.key.replace('_', '-')}"
     kind = _kind(entry)
     names = f"{name}/--no{name[1:]}" if kind is bool and entry.default else name
-    metavar = "SIZE" if _is(entry, Bytes) else entry.metavar
+    metavar = "SIZE" if _is(entry, Bytes) else "PATH" if _is_path(entry) else entry.metavar
     about = typer.Option(
         names, help=_help(entry), rich_help_panel=entry.group, metavar=metavar, show_default=False
     )
@@ -89,7 +96,7 @@ def _kind(entry: Entry) -> Any:
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if _is(entry, Bytes) or _is_list(entry):
         return str
-    return hint if hint in (int, float, bool, Path) or get_origin(hint) is Literal else str
+    return hint if hint in (int, float, bool) or get_origin(hint) is Literal else str
 
 
 def _members(hint: Any) -> list[Any]:
@@ -103,6 +110,11 @@ def _is(entry: Entry, hint: Any) -> bool:
 
 def _plain(hint: Any) -> Any:
     return get_origin(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
+
+
+def _is_path(entry: Entry) -> bool:
+    """A path is read as text: typer would make the working directory of an empty one."""
+    return _is(entry, FilePath)
 
 
 def _is_mapping(entry: Entry) -> bool:

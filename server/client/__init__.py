@@ -22,6 +22,7 @@ from server.client.channel import (
     AsyncGeneration,
     Generation,
     Stubs,
+    answered,
     dial,
     typed_errors,
 )
@@ -168,6 +169,8 @@ class AsyncClient:
     ) -> None:
         """`target` is host:port; without `credentials` the connection is not encrypted."""
         self._channel = dial(grpc.aio, target, credentials)
+        self._upload_channel = dial(grpc, target, credentials)
+        """Connects when it is used. What a server says while grpc.aio writes is lost."""
         self._stubs = Stubs(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -178,6 +181,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._upload_channel.close()
         await self._channel.close()
 
     def generate(
@@ -219,11 +223,14 @@ class AsyncClient:
         on_progress: Progress = no_progress,
         timeout_s: float = UPLOAD_TIMEOUT_S,
     ) -> adapters_pb2.AdapterInfo:
-        """Send the files of a folder on this machine and load them under a name."""
+        """Send the files of a folder on this machine and load them under a name.
+
+        `on_progress` is told as by `Client`, from another thread.
+        """
         outgoing = await asyncio.to_thread(Outgoing, name, Path(folder), replace)
-        with typed_errors():
-            call = self._stubs.adapters.UploadAdapter(timeout=timeout_s)
-            return (await outgoing.send(call, on_progress)).adapter
+        upload = Stubs(self._upload_channel).adapters.UploadAdapter
+        call = upload.future(outgoing.parts(on_progress), timeout=timeout_s)
+        return (await answered(call)).adapter
 
     async def rollback_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
         """Swap a name's content and the one it had before; running requests end on theirs."""

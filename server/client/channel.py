@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -97,6 +98,26 @@ class Stubs:
         self.adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
         self.server = server_pb2_grpc.ServerServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
+
+
+async def answered(call: Any) -> Any:
+    """Return the answer to a running call of blocking stubs. Who leaves early ends the call.
+
+    Raises as `typed_errors`.
+    """
+    loop, is_over = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            loop.call_soon_threadsafe(is_over.set)
+
+    call.add_done_callback(tell)
+    try:
+        await is_over.wait()
+        with typed_errors():
+            return call.result()
+    finally:
+        call.cancel()  # no effect at the end
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from lora_runtime.adapters.files.file_names import (
     INITIAL_FOLDERS,
@@ -16,7 +15,6 @@ from lora_runtime.adapters.files.file_names import (
 from lora_runtime.adapters.files.open_folder import OpenFolder, read_settled
 from lora_runtime.errors import AdapterSourceRefused
 from protos.loramux.v1 import adapters_pb2
-from server.wire import UPLOAD_TAKEN
 
 CHUNK_BYTES = 1 << 20
 
@@ -53,23 +51,6 @@ class Outgoing:
             yield adapters_pb2.UploadAdapterRequest(chunk={"data": data})
             num_sent += len(data)
             on_progress(num_sent, self._num_bytes)
-
-    async def send(self, call: Any, on_progress: Progress = no_progress) -> Any:
-        """Send one upload through a call of grpc.aio and return the answer.
-
-        What follows the announcement waits until the server has taken it: a refusal that arrives
-        while grpc.aio writes is lost to "Internal error from Core".
-        """
-        parts = self.parts(on_progress)
-        try:
-            await call.write(next(parts))
-            if UPLOAD_TAKEN in tuple(await call.initial_metadata()):
-                while (part := await asyncio.to_thread(next, parts, None)) is not None:
-                    await call.write(part)
-                await call.done_writing()
-            return await call
-        finally:
-            call.cancel()  # who leaves early ends the upload; no effect at the end
 
     def _chunks(self) -> Iterator[bytes]:
         for path in self._paths:

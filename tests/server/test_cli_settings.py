@@ -262,3 +262,26 @@ def test_the_ecosystems_names_are_flags_and_variables(invoke, runs, monkeypatch)
     monkeypatch.setenv("LORAMUX_LEARNING_RATE", "1e-4")
     result = invoke(*flags)
     assert result.exit_code == 1 and "are the same setting" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--warmup-ratio", "5"], ["--warmup-ratio=1"], []])
+def test_a_name_that_means_less_is_held_to_it(invoke, runs, monkeypatch, flags):
+    if not flags:
+        monkeypatch.setenv("LORAMUX_WARMUP_RATIO", "5")
+    found = invoke("train", "--data", "x", "--output", "y", *flags)
+    assert found.exit_code == 1 and not runs
+    assert "must be below 1" in found.stderr and "ratio" in found.stderr
+    monkeypatch.delenv("LORAMUX_WARMUP_RATIO", raising=False)
+    invoke("train", "--data", "x", "--output", "y", "--warmup-ratio", "0.5")
+    assert runs[0].units[0].warmup == 0.5
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", "--data", "x", "--output", ""], ["train", "--data", "", "--output", "y"],
+     ["serve", "--print-config", "--adapter-store", ""],
+     ["serve", "--print-config", "--adapter-roots", ""]],
+)  # fmt: skip
+def test_an_empty_path_is_refused(invoke, runs, command):
+    found = invoke(*command)
+    assert found.exit_code == 1 and not runs and "it must be a path" in found.stderr

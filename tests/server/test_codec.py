@@ -7,13 +7,12 @@ import tracemalloc
 
 import pytest
 
-from lora_runtime.core import FinishReason
+from lora_runtime.core import AdapterChoice, FinishReason
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
 from server.calls import (
-    AdapterChoice,
     AdapterState,
     ChatPrompt,
     Finished,

@@ -226,3 +226,33 @@ def test_the_base_may_be_written_as_for_training(tmp_path):
     assert config.base == BaseConfig(model="b", quantization="none", dtype="float32")
     with pytest.raises(ConfigError, match="quantization and base.quantization are the same"):
         load_config(write(tmp_path, "base: {quantization: none}\nquantization: none"))
+
+
+@pytest.mark.parametrize(
+    "text", ["1,5GiB", "1,073,741,824", "1.5.5GiB", "1GiB-5", "1GiB junk", "8bit", "1.2B", "٣GiB"]
+)
+def test_a_size_is_read_whole(tmp_path, text):
+    """Of each of these the beginning is a size: a byte, mostly."""
+    with pytest.raises(ConfigError, match="a number of bytes, such as 1GiB") as refusal:
+        load_config(write(tmp_path, f"device: cpu\nkv_bytes: '{text}'\n"))
+    assert refusal.value.field == "kv_bytes"
+
+
+@pytest.mark.parametrize("part", ["7", "null", "[]"])
+@pytest.mark.parametrize("rest", ["", "num_blocks: 3\n"])
+@pytest.mark.parametrize("flags", [{}, {"block_size": 4}])
+def test_a_part_that_is_no_mapping_is_named_whatever_else_is_set(tmp_path, part, rest, flags):
+    for text in (f"cache: {part}\n{rest}", f"{rest}cache: {part}\n"):
+        with pytest.raises(ConfigError, match="cache .* must be a mapping of fields") as refusal:
+            load_config(write(tmp_path, f"device: cpu\n{text}"), flags)
+        assert refusal.value.field == "cache"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("adapter_roots", [""]), ("adapter", {"a": ""}), ("adapter_store", ""), ("base", "")],
+)
+def test_an_empty_path_is_not_the_working_directory(field, value):
+    with pytest.raises(ConfigError, match="''; it must be") as refusal:
+        load_config(None, {"device": "cpu", field: value})
+    assert str(refusal.value.field).startswith(field)

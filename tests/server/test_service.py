@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_runtime.core import FinishReason, SamplingParams
+from lora_runtime.core import AdapterChoice, FinishReason, SamplingParams
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
@@ -19,7 +19,6 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from server.calls import (
-    AdapterChoice,
     AdapterState,
     ChatPrompt,
     Delta,

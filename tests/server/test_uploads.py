@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import json
 import threading
 import time
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +32,14 @@ from lora_runtime.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    Unavailable,
 )
 from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
-from protos.loramux.v1 import adapters_pb2
+from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
+from server.client import AsyncClient
 from server.client.channel import typed_errors
 from server.client.uploads import Outgoing
+from server.errors import grpc_status
 from server.uploads import Upload
 from tests.fakes import PLAIN
 from tests.server.uploading import (
@@ -208,6 +213,72 @@ async def test_an_upload_cancelled_while_it_loads_is_loaded_and_kept(serve, tmp_
         await until(lambda: len([n for n in left_behind(world) if n.startswith("adapters")]) == 2)
         await until(lambda: world.registry.get("x").state == "loaded")  # it is stored just before
         assert world.registry.resolve("x").digest[0] == "a"
+
+
+class Refusing(adapters_pb2_grpc.AdapterServiceServicer):
+    """A server that answers an upload early, after so many of its messages."""
+
+    def __init__(self, num_messages: int, error: LoramuxError | None, wait_s: float) -> None:
+        self._num_messages, self._error, self._wait_s = num_messages, error, wait_s
+        self.has_begun = asyncio.Event()
+
+    async def UploadAdapter(self, request_iterator, context):
+        for _ in range(self._num_messages):
+            await anext(request_iterator)
+        self.has_begun.set()
+        await asyncio.sleep(self._wait_s)
+        if self._error is not None:
+            await context.abort_with_status(grpc_status(self._error))
+        return adapters_pb2.UploadAdapterResponse(adapter={"name": "early"})
+
+
+@contextlib.asynccontextmanager
+async def refusing(num_messages: int, error: LoramuxError | None, wait_s: float):
+    server, servicer = grpc.aio.server(), Refusing(num_messages, error, wait_s)
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            yield server, servicer, client
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.2], ids=["at once", "while all stands still"])
+@pytest.mark.parametrize("num_messages", [0, 1, 3, 9])
+async def test_a_server_may_answer_an_upload_at_any_time(tmp_path, num_messages, wait_s):
+    """A refusal while the client writes was lost, and a server that said nothing waited for."""
+    folder = local_adapter(tmp_path / "l", "a" * (24 << 20))
+    for error in (Overloaded("no room", field="files"), None):
+        async with refusing(num_messages, error, wait_s) as (_, _, client):
+            sending = client.upload_adapter("x", folder)
+            if error is None:
+                assert (await asyncio.wait_for(sending, 20)).name == "early"
+                continue
+            with pytest.raises(Overloaded, match="no room") as refusal:
+                await asyncio.wait_for(sending, 20)
+            assert refusal.value.field == "files"
+
+
+async def test_a_server_that_goes_away_ends_its_uploads_and_so_does_their_client(tmp_path):
+    folder = local_adapter(tmp_path / "l", "a" * (24 << 20))
+    for end in ("server", "client", "caller"):
+        async with refusing(3, None, 60) as (server, servicer, client):
+            sending = asyncio.create_task(client.upload_adapter("x", folder))
+            await asyncio.wait_for(servicer.has_begun.wait(), 20)
+            if end == "server":
+                await server.stop(0)
+                with pytest.raises(Unavailable):
+                    await asyncio.wait_for(sending, 20)
+            elif end == "client":
+                await client.close()
+                with pytest.raises(CancelledError):
+                    await asyncio.wait_for(sending, 20)
+            else:
+                sending.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await sending
 
 
 async def test_uploads_in_parallel_do_not_disturb_streams(serve, tmp_path) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,18 +81,107 @@ def test_a_mistake_is_raised_before_anything_runs(llm):
     assert llm._engine.is_idle
 
 
+def test_what_a_server_refuses_is_refused_here_too(llm):
+    nine = {f"n{index}": 0.1 for index in range(9)}
+    for field, arguments in [
+        ("adapters", {"adapter": nine}),
+        ("adapters[0].weight", {"adapter": {"a": 1e9}}),
+        ("adapters[0].weight", {"adapter": {"a": float("nan")}}),
+        ("adapters[0].weight", {"adapter": {"a": "0.5"}}),
+        ("adapters[0].weight", {"adapter": {"a": True}}),
+        ("adapter", {"adapter": 5}),
+        ("adapter", {"adapter": [["a"]] * 3}),
+        ("stop", {"stop": "zq"}),
+        ("stop", {"stop": None}),
+        ("sampling.stop[0]", {"stop": [""]}),
+        ("sampling.stop[1]", {"stop": ["x", 5]}),
+        ("sampling.stop[0]", {"stop": ["x" * 257]}),
+        ("sampling.stop", {"stop": ["x"] * 17}),
+        ("ignore_eos", {"ignore_eos": "no"}),
+        ("presence_penalty", {"presence_penalty": 0.0}),
+        ("logprobs", {"logprobs": 2}),
+        ("sampling.max_tokens", {"max_tokens": 2.5}),
+        ("sampling.max_tokens", {"max_tokens": True}),
+        ("sampling.max_tokens", {"max_tokens": None}),
+        ("sampling.temperature", {"temperature": "hot"}),
+        ("sampling.top_k", {"top_k": 2.5}),
+        ("sampling.seed", {"seed": 1.5}),
+        ("sampling.logprobs", {"num_logprobs": 1.5}),
+        ("sampling.stop_token_ids", {"stop_token_ids": [5.5]}),
+        ("sampling.stop_token_ids", {"stop_token_ids": 5}),
+        ("prompts", {"prompts": {"a": 1}}),
+        ("prompts", {"prompts": [1, 2, 3]}),
+        ("prompts", {"prompts": None}),
+    ]:
+        with pytest.raises(InvalidRequest) as refusal:
+            llm.generate(**{"prompts": PROMPTS, **arguments})
+        assert refusal.value.field == field, arguments
+    assert llm._engine.is_idle
+
+
+def test_two_sources_of_one_setting_are_refused(folder):
+    config = EngineConfig(base=BaseConfig(model=str(folder / "base")))
+    for name, value in [("base", "x"), ("quantization", "int8"), ("dtype", "bfloat16"),
+                        ("device", "cpu")]:  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name} stands beside config") as refusal:
+            LLM(**{name: value}, config=config)
+        assert refusal.value.field == name
+    with pytest.raises(ConfigError, match="device is 'gpu'; it must be auto, cpu"):
+        LLM(folder / "base", device="gpu")
+
+
+def test_prompts_may_come_one_by_one(llm):
+    options = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True}
+    assert llm.generate(iter(PROMPTS), **options) == llm.generate(PROMPTS, **options)
+
+
+def test_names_may_be_looked_at_while_another_thread_loads_one(llm, folder):
+    seen, is_over = [], threading.Event()
+
+    def look():
+        while not is_over.is_set():
+            seen.append(set(llm.adapters))
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            for _ in range(100):
+                llm.load("late", folder / "a")
+                llm.unload("late")
+        finally:
+            is_over.set()
+        looking.result()
+    assert all(names - {"late"} == {"a", "b"} for names in seen)
+
+
+def test_an_adapter_that_is_not_invoked_is_said(folder, llm):
+    write_adapter(tiny_model("llama"), folder / "alora", seed=7, alora_invocation_tokens=[7, 8])
+    llm.load("alora", folder / "alora")
+    try:
+        prompts = [[5, 7, 8, 6], [5, 6]]
+        invoked, not_invoked = llm.generate(prompts, adapter="alora", max_tokens=1)
+    finally:
+        llm.unload("alora")
+    assert invoked.notes == ()
+    assert "'alora' was not invoked" in not_invoked.notes[0]
+
+
 def test_a_bad_prompt_disturbs_nobody_in_its_batch(llm):
     options = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
     alone = llm.generate(PROMPTS, adapter=NAMES, **options)
     vocab_size = llm.info.base.vocab_size
     batch = [PROMPTS[0], [vocab_size], PROMPTS[1], "", [1] * 900, PROMPTS[2], "x"]
     names = ["a", None, "b", "a", None, None, "nobody"]
+    odd = [None, 5, b"bytes", [True], [2**70], [-1], [1.0], {"role": "user"}, [{"role": []}]]
+    batch, names = batch + odd, names + [None] * len(odd)
+    batch, names = [*batch, "x", "x"], [*names, 7, {"a": "much"}]
     found = llm.generate(batch, adapter=names, return_errors=True, **options)
     assert [found[index] for index in (0, 2, 5)] == alone
     bad = [found[index] for index in (1, 3, 4, 6)]
     assert all(one.finish_reason is FinishReason.ERROR and not one.token_ids for one in bad)
     kinds = [InvalidRequest, InvalidRequest, InvalidRequest, AdapterNotFound]
     assert [type(one.error) for one in bad] == kinds
+    assert all(isinstance(one.error, InvalidRequest) for one in found[7:])
     llm._engine.check_integrity()
 
 

@@ -1,50 +1,65 @@
-"""`train` as one call: its keyword arguments are the settings, by any of their names."""
+"""`train` as a call takes what a file takes, by the same names, and nothing else."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import call
+from lora_runtime.training.call import train
+from lora_runtime.training.config import TrainConfig
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that were asked for; none is trained."""
-    found = []
-    monkeypatch.setattr(call, "train_run", lambda config: found.append(config) or [])
-    return found
+    asked = []
+    monkeypatch.setattr(call, "train_run", lambda config: asked.append(config) or [])
+    return asked
 
 
-def test_names_of_other_libraries_are_taken_as_everywhere(runs):
-    call.train(
-        "a.jsonl",
-        "out",
-        base="some/base",
-        units=[{"name": "a", "r": 8}, {"name": "b", "lora_alpha": 4}],
-        lr=1e-3,
-        num_train_epochs=2,
-        max_length=64,
-        quantization="none",
+def test_it_is_what_a_file_says(runs, tmp_path):
+    train(
+        "a.jsonl", Path("out"), base=Path("/models/b"), quantization="int8", seed=3, max_length=64,
+        lr="1e-3", num_train_epochs=2, gradient_checkpointing=True,
+        units=[{"name": "a", "r": 8}, {"name": "b", "data": "b.jsonl", "seed": 5}],
+    )  # fmt: skip
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        """
+output: out
+base: {model: /models/b, quantization: int8}
+seed: 3
+max_seq_len: 64
+activation_checkpointing: true
+units:
+  - {name: a, data: a.jsonl, rank: 8, learning_rate: 1.0e-3, num_epochs: 2}
+  - {name: b, data: b.jsonl, seed: 5, learning_rate: 1.0e-3, num_epochs: 2}
+"""
     )
-    (run,) = runs
-    first, second = run.units
-    assert (first.rank, second.rank, second.alpha) == (8, 16, 4.0)
-    assert {unit.learning_rate for unit in run.units} == {1e-3}
-    assert {unit.num_epochs for unit in run.units} == {2}
-    assert (run.max_seq_len, run.base.model, run.base.quantization) == (64, "some/base", "none")
-
-
-def test_an_own_setting_goes_before_that_of_all_whatever_their_names(runs):
-    call.train("a.jsonl", "out", rank=8, units=[{"name": "a", "r": 4}, {"name": "b"}])
-    assert [unit.rank for unit in runs[0].units] == [4, 8]
+    assert runs == [TrainConfig.from_yaml(file)]
+    train("a.jsonl", "out")
+    assert runs[1].base.model == "smollm2-135m" and runs[1].units[0].name == "adapter"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({"rnk": 8}, "rnk is not a setting; did you mean 'rank'?"), ({"r": 8, "rank": 8}, "same")],
+    ("given", "field"),
+    [
+        ({"lr": 1e-3, "learning_rate": 1e-3}, "learning_rate"),
+        ({"learning_rte": 1e-3}, "learning_rte"),
+        ({"model": "x"}, "model"),
+        ({"output_dir": "x"}, "output"),
+        ({"lora_dropout": 0.05}, "dropout"),
+        ({"warmup_ratio": 5}, "warmup_ratio"),
+        ({"data": None}, "units[0].data"),
+        ({"output": ""}, "output"),
+        ({"units": ["a"]}, "units[0]"),
+        ({"units": []}, "units"),
+        ({"units": [{"name": "a", "base": "x"}]}, "units.base"),
+    ],
 )
-def test_mistakes_are_named(runs, given, expected):
-    with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
-        call.train("a.jsonl", "out", **given)
-    assert not runs
+def test_mistakes_are_named(runs, given, field):
+    with pytest.raises(ConfigError) as refusal:
+        train(**{"data": "a.jsonl", "output": "out", **given})
+    assert refusal.value.field == field and not runs

@@ -254,3 +254,15 @@ def test_a_member_that_failed_takes_no_place():
         unit.advance(2)
     halve(units)
     assert statuses(units) == "frs"
+
+
+def test_a_field_is_swept_once_and_by_what_its_name_means(tmp_path):
+    def unit(sweep):
+        return UnitConfig(name="a", data=tmp_path / "x", eval_fraction=0.5, sweep=sweep)
+
+    with pytest.raises(ConfigError, match="sweep names learning_rate twice"):
+        expand([unit({"lr": (1e-4, 1e-3), "learning_rate": (1e-2, 1e-1)})])
+    with pytest.raises(ConfigError, match="sweep.warmup_ratio is 5; it must be below 1"):
+        expand([unit({"warmup_ratio": (5, 6)})])
+    members, _ = expand([unit({"warmup_ratio": (0.1, 0.2)})])
+    assert [member.warmup for member in members] == [0.1, 0.2]

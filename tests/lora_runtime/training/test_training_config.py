@@ -165,3 +165,33 @@ def test_no_message_shows_what_only_python_writes(tmp_path):
         assert "must be" in caught.value.message
         for word in ("PosixPath", "Value error", "Input should", "pydantic"):
             assert word not in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["5", "1", "1.0", "'5'"])
+def test_a_ratio_is_no_number_of_updates(tmp_path, value):
+    """`warmup` from 1 on is a number of updates, which no library's `warmup_ratio` is."""
+    with pytest.raises(ConfigError, match=r"warmup_ratio is .*; it must be below 1") as refusal:
+        read(tmp_path, GOOD.replace("rank: 64", f"warmup_ratio: {value}"))
+    assert refusal.value.field == "units[0].warmup_ratio"
+    run = read(tmp_path, GOOD.replace("rank: 64", "warmup_ratio: 0.1"))
+    assert run.units[0].warmup == 0.1
+
+
+def test_code_that_writes_another_librarys_name_is_told_ours():
+    with pytest.raises(ConfigError, match="lr is not a setting; did you mean 'learning_rate'"):
+        UnitConfig(name="a", data=Path("a"), lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("output: out", "output: ''", "output"),
+        ("data: pirate.jsonl", "data: ''", "units[0].data"),
+        ("rank: 64", "rank_pattern: {q_proj: 0}", "units[0].rank_pattern.q_proj"),
+        ("rank: 64", "alpha_pattern: {q_proj: -1}", "units[0].alpha_pattern.q_proj"),
+    ],
+)
+def test_what_means_nothing_is_named(tmp_path, old, new, field):
+    with pytest.raises(ConfigError) as refusal:
+        read(tmp_path, GOOD.replace(old, new))
+    assert refusal.value.field == field

@@ -1,0 +1,99 @@
+"""What a request may say, wherever it comes from: over gRPC, or from `LLM` in this process.
+
+Pure functions of names, weights, texts and facts; what a composition computes is the engine's
+affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.core import AdapterChoice, AdapterUse, activation_start
+from lora_runtime.errors import InvalidRequest
+
+MAX_ADAPTERS = 8
+MAX_WEIGHT = 100.0
+"""Far beyond any useful strength, and small enough that products stay finite."""
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+def check_count(num_choices: int) -> None:
+    """Raise InvalidRequest (field `adapters`) for more than may act on one request."""
+    if num_choices > MAX_ADAPTERS:
+        raise InvalidRequest(
+            f"adapters names {num_choices}; at most {MAX_ADAPTERS} may act on one request",
+            field="adapters",
+        )
+
+
+def check_choices(choices: Sequence[AdapterChoice]) -> None:
+    """Refuse too many adapters, one named twice, and a weight that is no number in range.
+
+    Raises InvalidRequest naming the field: `adapters`, `adapters[i].name`, `adapters[i].weight`.
+    """
+    check_count(len(choices))
+    seen: set[str] = set()
+    for index, choice in enumerate(choices):
+        if choice.name in seen:
+            field = f"adapters[{index}].name"
+            raise InvalidRequest(
+                f"{field} is {choice.name!r} once more; name it once, with the sum of its weights",
+                field=field,
+            )
+        seen.add(choice.name)
+        _check_weight(choice.weight, f"adapters[{index}].weight")
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Refuse too many stop texts, an empty one, which every output would begin with, and one that
+    is too long. Raises InvalidRequest naming `sampling.stop` or `sampling.stop[i]`.
+    """
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(
+            f"sampling.stop has {len(stops)} texts; at most {MAX_STOPS} are allowed",
+            field="sampling.stop",
+        )
+    for index, stop in enumerate(stops):
+        field = f"sampling.stop[{index}]"
+        if not isinstance(stop, str):
+            raise InvalidRequest(f"{field} is {stop!r}; it must be a text", field=field)
+        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+            raise InvalidRequest(
+                f"{field} has {len(stop)} characters; it must have 1 to {MAX_STOP_LENGTH}",
+                field=field,
+            )
+
+
+def uses(digests: Iterable[str], choices: Sequence[AdapterChoice]) -> tuple[AdapterUse, ...]:
+    """Return what the engine is told: each content once, in an order that names do not change.
+
+    `digests`: the choices' contents, in their order. Two names of the same content act as one
+    adapter with the sum of their weights.
+    """
+    weights: dict[str, float] = {}
+    for digest, choice in zip(digests, choices, strict=True):
+        weights[digest] = weights.get(digest, 0.0) + choice.weight
+    return tuple(AdapterUse(digest=digest, weight=w) for digest, w in sorted(weights.items()))
+
+
+def request_notes(facts: Mapping[str, AdapterFacts], token_ids: Sequence[int]) -> Iterator[str]:
+    """Yield what the caller should know: adapters, of those by name, that were not invoked."""
+    outcome = "the base answers" if len(facts) == 1 else "it does not act"
+    for name, each in facts.items():
+        wanted = each.invocation_tokens
+        if wanted and activation_start(token_ids, wanted) is None:
+            yield (
+                f"adapter {name!r} was not invoked: its invocation tokens are not in the "
+                f"prompt; {outcome}"
+            )
+
+
+def _check_weight(weight: float, field: str) -> None:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (is_number and -MAX_WEIGHT <= weight <= MAX_WEIGHT):  # so written, NaN is refused too
+        raise InvalidRequest(
+            f"{field} is {weight!r}; it must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
+            field=field,
+        )
