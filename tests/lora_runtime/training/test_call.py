@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 
+import loramux
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import call
 
@@ -48,3 +51,7 @@ def test_mistakes_are_named(runs, given, expected):
     with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
         call.train("a.jsonl", "out", **given)
     assert not runs
+
+
+def test_the_package_says_its_version():
+    assert loramux.__version__ == version("loramux")
