@@ -6,6 +6,7 @@ Each name is imported when it is first used: a client needs no torch, and `train
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("loramux")
     if name not in _MODULES:
         raise AttributeError(f"module 'loramux' has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

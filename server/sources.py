@@ -58,10 +58,14 @@ class Sources:
         candidates = [(root / source).resolve() for root in self.roots]
         inside = [path for path in candidates if self._is_inside(path)]
         if not inside:
-            raise refused(source, "is outside the adapter roots of this server")
+            raise refused(
+                source,
+                "is outside the adapter roots of this server; move it into one, or upload it",
+            )
         existing = next((path for path in inside if path.exists()), None)
         if existing is None:
-            raise refused(source, "does not exist in the adapter roots of this server")
+            hint = "" if Path(source).is_absolute() else "; it counts from a root, not from here"
+            raise refused(source, f"does not exist in the adapter roots of this server{hint}")
         if not existing.is_dir():
             raise refused(source, "is not a folder")
         return existing

@@ -79,9 +79,9 @@ class UnitConfig:
     name: str = setting(group=RUN, is_fixed=True)
     """Name of the adapter, and of its folder below the run's output."""
     data: FilePath = setting(group=DATA, is_fixed=True)
-    """JSONL, JSON (a list or one object), CSV, TSV or Parquet; the keys of its rows say which
-    format it is: see `training/data/formats.py`. Preferences (`prompt`, `chosen`, `rejected`) are
-    learned as `training/preferences.py` says."""
+    """JSONL, JSON (a list or one object), CSV, TSV or Parquet. The keys of its rows say which
+    format it is: messages; conversations; prompt, completion; instruction, input, output; text; or
+    preferences, learned by DPO: prompt, chosen, rejected."""
     columns: dict[str, str] = setting(
         default_factory=dict, group=DATA, also=("column",), metavar="KEY=NAME"
     )
@@ -126,12 +126,18 @@ class UnitConfig:
     both."""
     layers_to_transform: tuple[Int, ...] = setting(default=(), group=ADAPTER)
     """Layers that `target_modules` is limited to; empty: all."""
-    layer_replication: tuple[tuple[Int, ...], ...] = setting(default=(), group=ADAPTER)
+    layer_replication: tuple[tuple[Int, ...], ...] = setting(
+        default=(), group=ADAPTER, metavar="[START,END],…"
+    )
     """Ranges [start, end) of base layers that run one after the other; a layer that runs twice has
     an adapter for each time. Empty: each layer once."""
-    rank_pattern: dict[str, Rank] = setting(default_factory=dict, group=ADAPTER)
+    rank_pattern: dict[str, Rank] = setting(
+        default_factory=dict, group=ADAPTER, metavar="REGEX=RANK"
+    )
     """Regular expression of the end of a module's path → its own rank; the first match decides."""
-    alpha_pattern: dict[str, Alpha] = setting(default_factory=dict, group=ADAPTER)
+    alpha_pattern: dict[str, Alpha] = setting(
+        default_factory=dict, group=ADAPTER, metavar="REGEX=ALPHA"
+    )
     """Regular expression of the end of a module's path → its own alpha; the first match decides."""
     dpo_beta: Float = setting(default=0.1, gt=0, group=OBJECTIVE, also=("beta",), is_fixed=True)
     """Preferences: β of DPO, the strength of the KL penalty that holds the adapter to the base."""
@@ -189,7 +195,8 @@ class UnitConfig:
     sweep: dict[str, tuple[SweepValue, ...]] = setting(
         default_factory=dict, group=RUN, metavar="FIELD=A,B,…", is_fixed=True
     )
-    """Other settings, each with the values to try: see `training/sweep.py`."""
+    """Settings of the unit and the values to try: all are trained at once, the worse half stops
+    early, and again, and the best gets the name. Needs held-out data."""
     dropout: Float = setting(default=0.0, group=ADAPTER, also=("lora_dropout",))
     """Must be 0: an adapter is trained as it is served."""
 
@@ -203,7 +210,8 @@ class UnitConfig:
             (
                 "columns",
                 set(self.columns) <= set(get_args(Column)),
-                f"of {', '.join(get_args(Column))}",
+                "keys of a format, each with the file's own name for it: "
+                f"{', '.join(get_args(Column))}",
             ),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             (

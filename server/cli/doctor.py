@@ -85,5 +85,5 @@ def _base(name: str) -> str:
     try:
         check_base_name(name)
     except ConfigError as error:
-        return str(error)
+        return f"{name}: {error}"
     return f"{name}: not in the cache yet; `serve` will fetch or convert it"

@@ -82,6 +82,8 @@ def _flag(entry: Entry) -> Any:
     kind = _kind(entry)
     names = f"{name}/--no{name[1:]}" if kind is bool and entry.default else name
     metavar = "SIZE" if _is(entry, Bytes) else "PATH" if _is_path(entry) else entry.metavar
+    if metavar is None and _is_list(entry):
+        metavar = "A,B,…"
     about = typer.Option(
         names, help=_help(entry), rich_help_panel=entry.group, metavar=metavar, show_default=False
     )

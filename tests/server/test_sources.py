@@ -54,11 +54,11 @@ def test_relative_and_absolute_sources_inside_a_root(roots: Path) -> None:
     ("source", "why"),
     [
         ("", "empty"),
-        ("missing", "does not exist"),
+        ("missing", "does not exist in the adapter roots of this server; it counts from a root"),
         ("../outside/good", "'..'"),
         ("good/../good", "'..'"),
         ("good\0", "NUL"),
-        ("/etc/passwd", "outside"),
+        ("/etc/passwd", "outside the adapter roots of this server; move it into one, or upload it"),
         ("/", "outside"),
         ("~/adapters", "does not exist"),
         ("good/adapter_config.json", "not a folder"),

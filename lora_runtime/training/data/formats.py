@@ -123,9 +123,10 @@ def find_format(values: Values, where: str) -> str:
     matching = _formats_of(present) or _formats_of(values)
     if not matching:
         known = "; ".join(", ".join(keys.required) for keys in FORMATS.values())
+        example = "columns: {prompt: question, completion: answer}"
         raise DataError(
             f"{where} has the keys {', '.join(values) or 'none'}, which are no format's; use those "
-            f"of one ({known}), or set columns",
+            f"of one ({known}), or name its columns, as in {example}",
             field="columns",
         )
     if len(matching) > 1:

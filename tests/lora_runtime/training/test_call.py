@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import loramux
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import call
 from lora_runtime.training.call import train
@@ -63,3 +65,7 @@ def test_mistakes_are_named(runs, given, field):
     with pytest.raises(ConfigError) as refusal:
         train(**{"data": "a.jsonl", "output": "out", **given})
     assert refusal.value.field == field and not runs
+
+
+def test_the_package_says_its_version():
+    assert loramux.__version__ == version("loramux")

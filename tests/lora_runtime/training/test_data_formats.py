@@ -172,7 +172,12 @@ def test_columns_give_names_and_choose_the_format(tmp_path, tokenizer):
     ("row", "options", "field", "expected"),
     [
         ({"text": "a"}, {"columns": {"text": "body"}}, "columns.text", "has no 'body'"),
-        ({"a": "a"}, {"columns": {"prompt": "a"}}, "columns", "which are no format's"),
+        (
+            {"a": "a"},
+            {"columns": {"prompt": "a"}},
+            "columns",
+            "name its columns, as in columns: {prompt:",
+        ),
         ({"text": ""}, {}, "text", "text is empty"),
         ({"text": None}, {}, "text", "text is None; it must be text"),
         ({"instruction": 3, "output": "a"}, {}, "instruction", "instruction is 3"),
