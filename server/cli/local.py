@@ -39,14 +39,14 @@ def verify(
     path: Folder,
     config: ConfigFile = None,
     config_only: Annotated[
-        bool, typer.Option("--config-only", help="Judge the config's fields; load no base.")
+        bool, typer.Option("--config-only", help="Check the config's fields alone; load no base.")
     ] = False,
     **flags: Any,
 ) -> None:
-    """Would it be served, and exactly how? Exit code 0 if so, 1 if it is refused.
+    """Check whether an adapter would be served, and how. Exit code 0 if so, 1 if it is refused.
 
-    Shows every field of its config, what it changes, and whether it does here what it did where it
-    was made.
+    Shows every field of its config, what it changes, and whether its logits here are those that
+    were recorded where it was made.
     """
     console = Terminal(markup=False)
     fields = _read_config(path)
@@ -76,7 +76,7 @@ def convert(
     config: ConfigFile = None,
     **flags: Any,
 ) -> None:
-    """Make it a plain LoRA that PEFT loads on the unmodified base, where that is exact.
+    """Convert an adapter to a plain LoRA that PEFT loads on the unmodified base, if that is exact.
 
     Scalings are folded in, and what PiSSA or OLoRA took out of the base becomes part of the
     change. DoRA, layer replication and activated LoRA are refused: no plain LoRA does the same.
@@ -106,7 +106,8 @@ def merge(
     out: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
     config: ConfigFile = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Dtype of the written weights."),
     ] = "float32",
     **flags: Any,
 ) -> None:

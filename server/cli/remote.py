@@ -52,9 +52,9 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep tokens up to this mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely at least.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
@@ -62,7 +62,9 @@ def generate(
     base_text: Annotated[
         bool, typer.Option("--base-text", help="Use the base's template.")
     ] = False,
-    priority: Annotated[int | None, typer.Option(help="Per tenant: lower runs earlier.")] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Per tenant, lower values run first.")
+    ] = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
@@ -156,7 +158,7 @@ def load(
         str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
     ],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Swap a name that holds other content.")
+        bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
     address: Address = DEFAULT_TARGET,
 ) -> None:
@@ -179,14 +181,17 @@ def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
 def unload(
     name: Name,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="End its running requests instead of draining.")
+        bool,
+        typer.Option(
+            "--cancel", help="End the adapter's running requests; default: let them finish."
+        ),
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Return only when its memory is free.")
+        bool, typer.Option("--wait", help="Return only when the adapter's memory is free.")
     ] = False,
     address: Address = DEFAULT_TARGET,
 ) -> None:
-    """Take a name away; new requests for it fail at once."""
+    """Unload an adapter and forget its name; new requests for it fail at once."""
     with Client(address) as client:
         client.unload_adapter(name, cancel=cancel, wait=wait)
     echo(f"{name} is unloaded")
@@ -197,7 +202,7 @@ def upload(
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     folder: Annotated[Path, typer.Argument(help="The adapter's folder on this machine.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Swap a name that holds other content.")
+        bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
     address: Address = DEFAULT_TARGET,
 ) -> None:
@@ -209,7 +214,7 @@ def upload(
 
 @adapters.command("rollback", cls=Command)
 def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
-    """Give a name the content it had before its last replacement; once more: forward again."""
+    """Go back to what a name held before its last replacement; a second rollback undoes that."""
     with Client(address) as client:
         info = client.rollback_adapter(name)
     show_loaded(info)
@@ -235,7 +240,9 @@ def stored(address: Address = DEFAULT_TARGET) -> None:
 
 @adapters.command("delete", cls=Command)
 def delete(
-    source: Annotated[str, typer.Argument(help="What `adapters stored` calls its source.")],
+    source: Annotated[
+        str, typer.Argument(help="The content's source, as `adapters stored` shows it.")
+    ],
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Delete content from the server's store that no adapter holds."""

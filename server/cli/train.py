@@ -39,7 +39,7 @@ Deploy = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Upload what is finished to this server, in the place of what its names hold there.",
+        help="Upload finished adapters to this server; they replace what their names hold there.",
     ),
 ]
 Units = Annotated[
@@ -58,8 +58,8 @@ def train(
     config: Annotated[
         Path | None,
         typer.Argument(
-            help="YAML file; flags and LORAMUX_<FLAG> go before it, of an adapter in all of its "
-            "units."
+            help="YAML file of settings. Flags and LORAMUX_<FLAG> override it; those of an adapter "
+            "do so in all of its units."
         ),
     ] = None,
     unit: Units = None,
@@ -71,12 +71,12 @@ def train(
     ] = False,
     deploy: Deploy = None,
     deploy_name: Annotated[
-        str | None, typer.Option(help="Its name on that server. Default: the unit's own.")
+        str | None, typer.Option(help="The adapter's name on that server. Default: its own.")
     ] = None,
     sample: Annotated[
         str | None,
         typer.Option(
-            help="Asked of base and adapter there. Default: the first prompt of the data."
+            help="Prompt to try on base and adapter there. Default: the first one of the data."
         ),
     ] = None,
     **flags: Any,
