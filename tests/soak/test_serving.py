@@ -24,9 +24,13 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 pytestmark = pytest.mark.timeout(900)
 
 
-async def tokens_of(client, prompt: list[int], adapter: str | None, num_tokens: int) -> tuple:
+async def tokens_of(
+    client, prompt: list[int], adapter: str | None, num_tokens: int, tenant: str = ""
+) -> tuple:
     """One stream's tokens; it begins once, ends once, and is as long as it should be."""
-    stream = client.generate(token_ids=prompt, adapter=adapter, max_tokens=num_tokens, **GREEDY)
+    stream = client.generate(
+        token_ids=prompt, adapter=adapter, max_tokens=num_tokens, tenant=tenant, **GREEDY
+    )
     events = [event async for event in stream]
     kinds = [event.WhichOneof("event") for event in events]
     assert kinds[0] == "started" and kinds[-1] == "finished"
@@ -295,7 +299,8 @@ async def goodput(client: AsyncClient, num_requests: int, max_tokens: int) -> tu
 
     async def ask(number: int) -> int:
         try:
-            return len(await tokens_of(client, [5, 6 + number % 90], None, max_tokens))
+            prompt, tenant = [5, 6 + number % 90], f"of{number % 2}"  # one may not have all places
+            return len(await tokens_of(client, prompt, None, max_tokens, tenant))
         except Overloaded:
             return 0
 
@@ -337,13 +342,14 @@ async def single_rejects(server: Served, other: AsyncClient, count: int) -> list
     Where one of the full queue's requests has just ended, ours may be taken: it is given up then.
     """
 
-    async def keep_full() -> None:
+    async def keep_full(tenant: str) -> None:
         while True:
             with suppress(Overloaded):
-                await tokens_of(server.client, [5, 6], None, 400)
+                await tokens_of(server.client, [5, 6], None, 400, tenant)
             await asyncio.sleep(0.2)
 
-    fillers = [asyncio.create_task(keep_full()) for _ in range(56)]
+    # Of two tenants, as one alone may not hold all places.
+    fillers = [asyncio.create_task(keep_full(f"filler{index % 2}")) for index in range(56)]
     waits: list[float] = []
     async with asyncio.timeout(300):
         while not any(v >= 40 for n, v in (await server.metrics()).items() if "waiting{" in n):
