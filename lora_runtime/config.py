@@ -29,6 +29,19 @@ class DeviceDefaults:
     max_num_batched_tokens: int
     pool_bytes: int
 
+    def by_part(
+        self, given_num_seqs: int | None = None, given_num_tokens: int | None = None
+    ) -> dict[str, dict[str, int]]:
+        """Return them as EngineConfig has them, by part. Rows of a step that are not given follow
+        its tokens if those are, and the other way round: a row takes a token at least.
+        """
+        num_seqs = min(self.max_num_seqs, given_num_tokens or self.max_num_seqs)
+        num_tokens = max(self.max_num_batched_tokens, given_num_seqs or 0)
+        return {
+            "scheduler": {"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens},
+            "adapters": {"pool_bytes": self.pool_bytes},
+        }
+
 
 CPU_DEFAULTS = DeviceDefaults(max_num_seqs=64, max_num_batched_tokens=512, pool_bytes=512 << 20)
 """Also what settings have that are made in code, without a device in mind."""

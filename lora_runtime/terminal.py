@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 LAYOUT = "\n\t"
@@ -52,6 +54,14 @@ class Terminal(Console):
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else shown(segment.text)
             yield segment if text == segment.text else Segment(text, segment.style)
+
+
+def has_room(console: Console, table: Table) -> bool:
+    """Tell whether a table fits a terminal. A file or pipe has any width: `console` gets it."""
+    needed = Measurement.get(console, console.options.update(max_width=1 << 16), table).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, needed)
+    return needed <= console.width
 
 
 def echo(text: str, *, is_error: bool = False) -> None:

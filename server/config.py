@@ -199,20 +199,11 @@ def check_environment(others: Collection[str] = ()) -> None:
 
 
 def _device_defaults(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults that depend on the device. Rows of a step that are not given follow its tokens if
-    those are, and the other way round: a row takes a token at least.
-    """
-    defaults = _defaults_of(device)
+    """Defaults that depend on the device, beside what is given."""
     scheduler = given.get("scheduler", {})
-    num_rows = _whole(scheduler.get("max_num_seqs"))
-    num_tokens = _whole(scheduler.get("max_num_batched_tokens"))
-    return {
-        "scheduler": {
-            "max_num_seqs": min(defaults.max_num_seqs, num_tokens or defaults.max_num_seqs),
-            "max_num_batched_tokens": max(defaults.max_num_batched_tokens, num_rows or 0),
-        },
-        "adapters": {"pool_bytes": defaults.pool_bytes},
-    }
+    return _defaults_of(device).by_part(
+        _whole(scheduler.get("max_num_seqs")), _whole(scheduler.get("max_num_batched_tokens"))
+    )
 
 
 def _whole(value: object) -> int | None:

@@ -45,8 +45,6 @@ CALLS_PERIOD_S = 0.02
 """How often a stopping server looks whether its calls have ended."""
 CUT_S = 1.0
 """Seconds that calls have to answer when the drain is over."""
-UPLOAD_TAKEN = ("loramux-upload", "taken")
-"""Initial metadata: an upload's announcement is taken; see adapters.proto."""
 PACKAGE_PREFIX = "/loramux."
 SERVICE_NAMES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -264,16 +262,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("part") != "start":
             raise InvalidRequest("an upload begins with start; send it first", field="start")
-
-        async def data() -> AsyncIterator[bytes]:
-            # The service asks for data once it has taken the announcement; clients can wait for
-            # this sign before they send any.
-            await context.send_initial_metadata((UPLOAD_TAKEN,))
-            async for part in request_iterator:
-                yield codec.upload_data(part)
-
+        data = (codec.upload_data(part) async for part in request_iterator)
         call = codec.decode_upload(first.start)
-        record = await self._service.upload_adapter(call, data())
+        record = await self._service.upload_adapter(call, data)
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(

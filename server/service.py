@@ -21,7 +21,7 @@ import structlog
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
-from lora_runtime.engine.request_rules import request_notes, uses
+from lora_runtime.engine.request_rules import request_notes, uses, with_ends
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
@@ -408,14 +408,9 @@ class Service:
                 f"at most {room} fit",
                 field="sampling.max_tokens",
             )
-        vocab_size = self._engine.info.base.vocab_size
-        wanted_ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
-        end_ids = {token for token in wanted_ends if token < vocab_size}
-        return replace(
-            call.sampling,
-            max_tokens=min(wanted, room),
-            stop_token_ids=call.sampling.stop_token_ids | (set() if call.ignore_eos else end_ids),
-        )
+        ends = () if call.ignore_eos else (side or self._tokenizer).eos_token_ids
+        params = replace(call.sampling, max_tokens=min(wanted, room))
+        return with_ends(params, ends, self._engine.info.base.vocab_size)
 
     async def _run(
         self,

@@ -15,19 +15,17 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lora_runtime.base.device import device_defaults
 from lora_runtime.config import (
-    AdapterConfig,
     BaseConfig,
     DtypeName,
     EngineConfig,
     Quantization,
-    SchedulerConfig,
 )
 from lora_runtime.core import (
     AdapterChoice,
@@ -40,13 +38,21 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.engine.engine import Engine, current_device, load_engine
-from lora_runtime.engine.request_rules import check_choices, check_stops, request_notes, uses
+from lora_runtime.engine.request_rules import (
+    check_choices,
+    check_stops,
+    request_notes,
+    shared_side,
+    uses,
+    with_ends,
+)
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
     ConfigError,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
     Unavailable,
     check_options,
 )
@@ -257,7 +263,7 @@ class LLM:
         """The request of one prompt, and what makes text of its tokens."""
         chosen = _chosen(choice)
         named = {one.name: self._named(one.name, "adapter") for one in chosen}
-        side = _shared_side(named)
+        side = shared_side({name: one.side for name, one in named.items()}, field="adapter")
         token_ids = self._encode(prompt, side)
         num_layers = max((one.loaded.facts.num_layers for one in named.values()), default=0)
         room = self.info.token_limit(num_layers) - len(token_ids)
@@ -269,10 +275,8 @@ class LLM:
         params = SamplingParams(
             **{"max_tokens": min(room, SamplingParams().max_tokens), **sampling}
         )
-        ends = self._tokenizer.eos_token_ids if side is None else side.eos_token_ids
-        ends = frozenset(token for token in ends if token < self.info.base.vocab_size)
-        own_ends = frozenset(params.stop_token_ids)
-        params = replace(params, stop_token_ids=own_ends if ignore_eos else own_ends | ends)
+        ends = () if ignore_eos else (side or self._tokenizer).eos_token_ids
+        params = with_ends(params, ends, self.info.base.vocab_size)
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
@@ -324,13 +328,15 @@ class LLM:
         running: dict[str, _Row] = {}
         try:
             while waiting or running:
-                # No more at once than the engine's queue takes: any number of prompts may come.
-                while waiting and len(running) < engine.info.max_queued_requests:
+                while waiting:
                     row = waiting.pop()
                     try:
                         engine.add_request(row.request)
                         running[row.request.request_id] = row
                     except LoramuxError as error:
+                        if isinstance(error, Overloaded) and running:
+                            waiting.append(row)  # the queue is full; steps will make room
+                            break
                         row.fail(error)
                 for output in engine.step():
                     taker = running.get(output.request_id)
@@ -443,18 +449,6 @@ def _check_options(stop: Sequence[str], ignore_eos: bool, sampling: Mapping[str,
     check_options(sampling, SamplingParams.__dataclass_fields__)
 
 
-def _shared_side(named: Mapping[str, _Named]) -> TextSide | None:
-    """The text that a prompt's adapters share; None is the base's. Raises InvalidRequest."""
-    sides = {one.side.key if one.side else "": one.side for one in named.values()}
-    if len(sides) > 1:
-        raise InvalidRequest(
-            f"{', '.join(map(repr, named))} bring different text: tokens, chat templates or end "
-            "tokens; compose adapters of one text",
-            field="adapter",
-        )
-    return next(iter(sides.values()), None)
-
-
 def _awaited(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, also where this thread runs an event loop, as a notebook does."""
     with ThreadPoolExecutor(1) as thread:
@@ -476,11 +470,4 @@ def _config(settings: Mapping[str, object], whole: EngineConfig | None) -> Engin
     if "model" in given:
         given["model"] = str(given["model"])
     base = checked(given, BaseConfig)
-    limits = device_defaults(base.device)
-    return EngineConfig(
-        base=base,
-        scheduler=SchedulerConfig(
-            max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
-        ),
-        adapters=AdapterConfig(pool_bytes=limits.pool_bytes),
-    )
+    return checked({"base": base, **device_defaults(base.device).by_part()}, EngineConfig)

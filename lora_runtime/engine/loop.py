@@ -101,7 +101,10 @@ class InThreadEngine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
-        self._check_place(request.client)
+        stats, client = self.stats(), request.client
+        limit = self._engine.info.max_queued_requests
+        # Refused at once, where the engine would refuse it after its step.
+        check_place(limit, stats.num_waiting, stats.waiting_by_client.get(client, 0))
         stream = (asyncio.get_running_loop(), Outputs())
         is_over = False
         try:
@@ -157,13 +160,6 @@ class InThreadEngine:
         limit = time.monotonic() + CLOSE_S
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(POLL_S)
-
-    def _check_place(self, client: str) -> None:
-        """Refuse at once what the engine would refuse after its step."""
-        stats, arriving = self._stats, self._arriving
-        num_own = stats.waiting_by_client.get(client, 0) + arriving[client]
-        num_waiting = stats.num_waiting + arriving.total()
-        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
 
     def _post(self, action: Callable[[], Result], *, is_long: bool = False) -> Future[Result]:
         """Queue `action` for the engine thread; fails at once when the engine is gone. Behind one

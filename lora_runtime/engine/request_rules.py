@@ -7,10 +7,12 @@ affair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from lora_runtime.adapters.facts import AdapterFacts
-from lora_runtime.core import AdapterChoice, AdapterUse, activation_start
+from lora_runtime.core import AdapterChoice, AdapterUse, SamplingParams, activation_start
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.text_side import TextSide
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 100.0
@@ -76,6 +78,35 @@ def uses(digests: Iterable[str], choices: Sequence[AdapterChoice]) -> tuple[Adap
     for digest, choice in zip(digests, choices, strict=True):
         weights[digest] = weights.get(digest, 0.0) + choice.weight
     return tuple(AdapterUse(digest=digest, weight=w) for digest, w in sorted(weights.items()))
+
+
+def shared_side(
+    sides: Mapping[str, TextSide | None], *, field: str, advice: str = ""
+) -> TextSide | None:
+    """Return the text side that the adapters of a request share; None is the base's.
+
+    `sides`: name → the adapter's own; `advice`: what else than other adapters helps. Raises
+    InvalidRequest naming `field` where they differ: a prompt has one tokenizer, one template and
+    one set of end tokens, and which is the caller's to say.
+    """
+    names = {side.key if side else "": name for name, side in sides.items()}
+    if len(names) > 1:
+        raise InvalidRequest(
+            f"{', '.join(map(repr, sorted(names.values())))} bring different text: tokens, chat "
+            f"templates or end tokens; {advice}compose adapters of one text",
+            field=field,
+        )
+    return next(iter(sides.values()), None)
+
+
+def with_ends(
+    sampling: SamplingParams, end_token_ids: Iterable[int], vocab_size: int
+) -> SamplingParams:
+    """Return parameters by which end tokens stop the output too; a base cannot give those that lie
+    beyond its vocabulary.
+    """
+    ends = {token for token in end_token_ids if token < vocab_size}
+    return replace(sampling, stop_token_ids=frozenset(sampling.stop_token_ids) | ends)
 
 
 def request_notes(facts: Mapping[str, AdapterFacts], token_ids: Sequence[int]) -> Iterator[str]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.terminal import Terminal
-from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
+from server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
+from server.config import load_config
 from server.versions import PACKAGES, installed_versions
 
 
@@ -29,7 +30,7 @@ def doctor(
     """
     from lora_runtime.kernels.gpu_needs import gpu_needs
 
-    chosen = engine_settings(config, flags).base
+    chosen = load_config(config, flags).base
     needs = list(gpu_needs())
     table = Table("what", "found", title="loramux doctor")
     for what, found in (*_versions(), *_machine(), *_runtime(chosen)):

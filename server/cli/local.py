@@ -18,7 +18,8 @@ from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.terminal import Terminal, echo
-from server.cli.settings import BASE_FLAGS, ConfigFile, engine_settings, with_flags
+from server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
+from server.config import load_config
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.merge import Merge
@@ -56,7 +57,7 @@ def verify(
         if refusal:
             raise refusal
         return
-    settings = engine_settings(config, flags)
+    settings = load_config(config, flags)
     try:
         load = load_on_base(path, settings)
     except AdapterRefused as error:
@@ -87,7 +88,7 @@ def convert(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    load = load_on_base(path, engine_settings(config, {**flags, "dtype": "float32"}))
+    load = load_on_base(path, load_config(config, {**flags, "dtype": "float32"}))
     form, record = load.form, load.record
     files = plain_files(form, load.base.spec, load.base.weights, load.metadata)
     files.write(out)
@@ -124,7 +125,7 @@ def merge(
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not", field="out")
-    load = load_on_base(path, engine_settings(config, {**flags, "dtype": "float32"}))
+    load = load_on_base(path, load_config(config, {**flags, "dtype": "float32"}))
     loaded, form = load.base, load.form
     merging = Merge(form, loaded.spec, getattr(torch, dtype))
     side, _ = own_text(form, loaded)

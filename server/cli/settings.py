@@ -11,11 +11,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import ByteSize
 
-from lora_runtime.config import EngineConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.settings import Bytes, Entry, FilePath, canonical_names, entries, parse_yaml
 from lora_runtime.training.config import TrainConfig, UnitConfig
-from server.config import PREFIX, SETTINGS, load_config
+from server.config import PREFIX, SETTINGS
+
+
+def flag_of(name: str) -> str:
+    """The flag that a setting's name stands for: `learning_rate` → `--learning-rate`."""
+    return f"--{name.replace('_', '-')}"
+
 
 RUN_SETTINGS = entries(TrainConfig)
 TRAIN_SETTINGS = {k: v for k, v in {**entries(UnitConfig), **RUN_SETTINGS}.items() if k != "units"}
@@ -23,14 +28,14 @@ TRAIN_SETTINGS = {k: v for k, v in {**entries(UnitConfig), **RUN_SETTINGS}.items
 VARIABLES = {name.upper() for name in canonical_names(TRAIN_SETTINGS)}
 """Names of the environment's variables that stand for flags of `train`, without LORAMUX_."""
 OTHER_FLAGS = {
-    f"--{name.replace('_', '-')}": f"--{key.replace('_', '-')}"
+    flag_of(name): flag_of(key)
     for found in (SETTINGS, TRAIN_SETTINGS)
     for name, key in canonical_names(found).items()
 }
 """Every name of a flag → the flag, so that --lr is --learning-rate."""
 
 NAMED_FLAGS = {
-    f"--{name.replace('_', '-')}": (name, entry)
+    flag_of(name): (name, entry)
     for entry in (*SETTINGS.values(), *TRAIN_SETTINGS.values())
     for name in entry.meanings
 }
@@ -70,15 +75,8 @@ def with_flags(settings: Iterable[Entry]) -> Callable[[Callable[..., None]], Cal
 BASE_FLAGS = [SETTINGS[key] for key in ("base", "quantization", "device", "dtype")]
 
 
-def engine_settings(config: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
-    """The settings a server would take from the file, the environment and these flags, None for
-    those not given. Raises ConfigError.
-    """
-    return load_config(config, flags)
-
-
 def _flag(entry: Entry) -> Any:
-    name = f"--{entry.key.replace('_', '-')}"
+    name = flag_of(entry.key)
     kind = _kind(entry)
     names = f"{name}/--no{name[1:]}" if kind is bool and entry.default else name
     metavar = "SIZE" if _is(entry, Bytes) else "PATH" if _is_path(entry) else entry.metavar
@@ -170,7 +168,7 @@ def _mapping(entry: Entry, texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, separator, value = text.partition("=")
         key = key.strip()
-        flag = f"--{entry.key.replace('_', '-')}"
+        flag = flag_of(entry.key)
         if not separator:
             form = entry.metavar or "KEY=VALUE"
             raise typer.BadParameter(f"{flag} {text} has no value; write {flag} {form}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
-from lora_runtime.terminal import Terminal
+from lora_runtime.terminal import Terminal, has_room
 
 
 def show_table(
@@ -25,13 +24,10 @@ def show_table(
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    needed = Measurement.get(console, console.options.update(max_width=1 << 16), table).maximum
-    if needed > console.width and console.is_terminal and len(columns) > 2:
+    if not has_room(console, table) and len(columns) > 2:
         for row in rows:
             show_facts(zip(columns[1:], row[1:], strict=True), title=row[0], console=console)
         return
-    if not console.is_terminal:
-        console.width = max(console.width, needed)
     _unbroken(table)
     console.print(table)
 

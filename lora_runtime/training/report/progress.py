@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_runtime.terminal import has_room
 from lora_runtime.training.data import Dataset
 from lora_runtime.training.report.losses import last_of, mean
 from lora_runtime.training.units import Unit
@@ -66,15 +66,12 @@ def show_data(console: Console, data: Sequence[tuple[str, Dataset, Dataset | Non
         table.add_column(heading, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*map(escape, row))
-    options = console.options.update(max_width=1 << 16)
-    needed = Measurement.get(console, options, table).maximum
-    if console.is_terminal and needed > console.width:
+    if has_room(console, table):
+        console.print(table)
+    else:
         for name, *cells in rows:
             facts = zip(DATA_HEADINGS[1:], cells, strict=True)
             say(console, f"{name}: {', '.join(f'{what} {cell}' for what, cell in facts if cell)}")
-    else:
-        console.width = max(console.width, needed)
-        console.print(table)
     for note in notes:
         say(console, note)
 

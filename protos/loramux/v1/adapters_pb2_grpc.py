@@ -90,8 +90,7 @@ class AdapterServiceServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """Send an adapter's files and load it. The server keeps them by content in a store of its own;
-        an upload that fails or is cancelled leaves nothing there. Initial metadata with
-        `loramux-upload: taken` says that `start` was accepted; who waits for it sends nothing in vain.
+        an upload that fails or is cancelled leaves nothing there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,7 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
+from lora_runtime.config import (
+    AdapterConfig,
+    BaseConfig,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+)
 from lora_runtime.core import FinishReason
 from lora_runtime.engine.llm import LLM
 from lora_runtime.errors import (
@@ -133,6 +139,17 @@ def test_two_sources_of_one_setting_are_refused(folder):
 def test_prompts_may_come_one_by_one(llm):
     options = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True}
     assert llm.generate(iter(PROMPTS), **options) == llm.generate(PROMPTS, **options)
+
+
+def test_any_number_of_prompts_may_come_at_once(folder):
+    """More than the queue has places, of which one caller may hold three quarters."""
+    config = EngineConfig(
+        base=BaseConfig(model=str(folder / "base"), quantization="none"),
+        scheduler=SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_queued_requests=4),
+    )
+    with LLM(config=config) as few:
+        answers = few.generate(["abc"] * 13, max_tokens=3, temperature=0.0)
+    assert len({answer.token_ids for answer in answers}) == 1 and len(answers) == 13
 
 
 def test_names_may_be_looked_at_while_another_thread_loads_one(llm, folder):
