@@ -41,16 +41,25 @@ from server.calls import (
     UploadFile,
 )
 
-UNSERVED_SAMPLING: dict[str, float] = {
+UNSERVED_SAMPLING: dict[str, float | None] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "n": 1,
+    "prompt_logprobs": None,
 }
 """Sampling scalars that are refused unless they hold this default."""
+UNSERVED_CHAT = ("tools", "tool_choice", "template_variables")
+"""Fields of a conversation that are refused if they are there."""
+UNSERVED_TURN = ("tool_calls", "tool_call_id", "name")
+"""Fields of a turn that are refused if they are there."""
 REFUSED_FEATURES = (
     *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
     "sampling.logit_bias",
+    "sampling.structured_output",
+    *(f"messages.{name}" for name in UNSERVED_CHAT),
+    *(f"messages[].{name}" for name in UNSERVED_TURN),
+    "LoadAdapter.pin",
 )
 FEATURES = (
     "text",
@@ -134,6 +143,7 @@ def decode_prompt(
             return TextPrompt(request.text)
         case "messages":
             turns = request.messages.messages
+            _refuse_unserved_chat(request.messages)
             _check_tokens(len(turns), "messages", limits)
             _check_bytes(request.messages.ByteSize(), "messages", limits)
             return ChatPrompt(tuple({"role": turn.role, "content": turn.content} for turn in turns))
@@ -171,6 +181,12 @@ def adapter_name(name: str, field: str = "name") -> str:
             field=field,
         )
     return name
+
+
+def refuse_pin(request: adapters_pb2.LoadAdapterRequest) -> None:
+    """Raise UnsupportedFeature for what LoadAdapter does not serve yet."""
+    if request.pin:
+        raise _unserved("pin", "is true; leave it out")
 
 
 def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
@@ -340,6 +356,15 @@ def _refuse_unserved(sampling: types_pb2.SamplingParams) -> None:
             raise _unserved(f"sampling.{name}", f"is {value!r}; leave it at {default!r}")
 
 
+def _refuse_unserved_chat(chat: types_pb2.ChatMessages) -> None:
+    given = {f"messages.{field.name}" for field, _ in chat.ListFields()}
+    for turn in chat.messages:
+        given |= {f"messages[].{field.name}" for field, _ in turn.ListFields()}
+    for name in REFUSED_FEATURES:
+        if name in given:
+            raise _unserved(name, "is set; leave it out")
+
+
 def _unserved(field: str, why: str) -> UnsupportedFeature:
     return UnsupportedFeature(f"{field} {why}: it is not served yet", field=field)
 
@@ -361,6 +386,8 @@ def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
     _refuse_unserved(sampling)
     if sampling.logit_bias:
         raise _unserved("sampling.logit_bias", "is set; leave it empty")
+    if sampling.HasField("structured_output"):
+        raise _unserved("sampling.structured_output", "is set; leave it out")
     scalars = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     given = {name: getattr(sampling, name) for name in scalars if sampling.HasField(name)}
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:  # before a set is made of them

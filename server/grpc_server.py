@@ -224,6 +224,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
         """Load a folder under a name."""
+        codec.refuse_pin(request)
         record, already_loaded = await self._service.load_adapter(
             codec.adapter_name(request.name), request.source, replace=request.replace
         )

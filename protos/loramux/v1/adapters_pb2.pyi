@@ -25,7 +25,7 @@ ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_FAILED: AdapterState
 
 class AdapterInfo(_message.Message):
-    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error", "notes", "invocation_tokens", "has_chat_template", "num_layers", "former_digest")
+    __slots__ = ("name", "digest", "state", "variant", "ranks", "target_modules", "num_parameters", "num_bytes", "honoured", "inert", "source", "loaded_at_s", "num_in_flight", "error", "notes", "invocation_tokens", "has_chat_template", "num_layers", "former_digest", "is_pinned", "is_resident", "num_downloaded_bytes", "num_bytes_to_download")
     class HonouredEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,10 @@ class AdapterInfo(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     FORMER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IS_PINNED_FIELD_NUMBER: _ClassVar[int]
+    IS_RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_DOWNLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_TO_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     state: AdapterState
@@ -78,17 +82,23 @@ class AdapterInfo(_message.Message):
     has_chat_template: bool
     num_layers: int
     former_digest: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., num_layers: _Optional[int] = ..., former_digest: _Optional[str] = ...) -> None: ...
+    is_pinned: bool
+    is_resident: bool
+    num_downloaded_bytes: int
+    num_bytes_to_download: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., variant: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., num_bytes: _Optional[int] = ..., honoured: _Optional[_Mapping[str, str]] = ..., inert: _Optional[_Mapping[str, str]] = ..., source: _Optional[str] = ..., loaded_at_s: _Optional[float] = ..., num_in_flight: _Optional[int] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., num_layers: _Optional[int] = ..., former_digest: _Optional[str] = ..., is_pinned: _Optional[bool] = ..., is_resident: _Optional[bool] = ..., num_downloaded_bytes: _Optional[int] = ..., num_bytes_to_download: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "source", "replace")
+    __slots__ = ("name", "source", "replace", "pin")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    pin: bool
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., replace: _Optional[bool] = ..., pin: _Optional[bool] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter", "already_loaded")
