@@ -143,9 +143,9 @@ def decode_prompt(
             return TextPrompt(request.text)
         case "messages":
             turns = request.messages.messages
-            _refuse_unserved_chat(request.messages)
             _check_tokens(len(turns), "messages", limits)
             _check_bytes(request.messages.ByteSize(), "messages", limits)
+            _refuse_unserved_chat(request.messages)
             return ChatPrompt(tuple({"role": turn.role, "content": turn.content} for turn in turns))
         case "token_ids":
             _check_tokens(len(request.token_ids.ids), "token_ids", limits)
