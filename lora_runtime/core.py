@@ -28,6 +28,25 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class StructureKind(StrEnum):
+    """How the form of an output is written down."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that an output must have; tokens that would break it are never drawn."""
+
+    kind: StructureKind
+    definition: str
+    """The schema, expression or grammar; of CHOICE a JSON list of texts, of JSON_OBJECT empty."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn. Checked on construction; raises InvalidRequest naming the field."""
@@ -45,6 +64,17 @@ class SamplingParams:
     """Ends the output; the base's own end tokens are added by the caller unless ignored."""
     num_logprobs: int | None = None
     """None: no logprobs; n ≥ 0: the sampled token's and the n most likely."""
+    num_prompt_logprobs: int | None = None
+    """As `num_logprobs`, of each token of the prompt after the first."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the output holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time the output holds the token."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens of prompt and output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit), each id once, ascending."""
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lora_runtime.core import (
     AdapterChoice,
@@ -34,11 +35,36 @@ class TextPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """What the assistant may call."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    """JSON schema of an object; None: any object."""
+
+
+class ToolMode(StrEnum):
+    """Whether tools are called."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation for a chat template: mappings with `role` and `content`."""
+    """A conversation for a chat template: mappings with `role` and `content`, and where they apply
+    `name`, `tool_call_id` and `tool_calls` in the shape of OpenAI's API.
+    """
 
     field: ClassVar[str] = "messages"
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolMode | str = ToolMode.AUTO
+    """A ToolMode, or the name of the tool that is to be called."""
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the template sees beside messages and tools, such as `enable_thinking`."""
 
     @property
     def is_empty(self) -> bool:
@@ -81,6 +107,8 @@ class GenerateCall:
     uses_base_text: bool = False
     """Tokens, template and end tokens are the base's, whatever the adapters bring."""
     sampling: SamplingParams
+    num_outputs: int = 1
+    """Independent outputs for the one prompt; `index` in the events says which."""
     has_max_tokens: bool = True
     """False: `sampling.max_tokens` is only the default, to be cut to what fits."""
     stop: tuple[str, ...] = ()
@@ -106,26 +134,49 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log probabilities of the prompt's tokens, one for each after the first."""
+
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of one call of a tool: its first part has the id and the name."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """More of the text of a JSON object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """More of the output; `text` may lag behind `token_ids`."""
+    """More of an output; `text` may lag behind `token_ids`."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    """What `text` leaves out, because it is part of a call."""
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The output is complete. `timing` is None where the service cut it at a stop string."""
+    """An output is complete. `timing` is None where the service cut it at a stop string."""
 
+    index: int = 0
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_output_tokens: int
     timing: RequestTiming | None
 
 
-Event = Started | Delta | Finished
-"""An accepted request is one Started, some Deltas and one Finished, or an error in its place."""
+Event = Started | PromptLogprobs | Delta | Finished
+"""An accepted request is one Started, one PromptLogprobs if asked for, some Deltas and one Finished
+for each output, or one error in the place of what is missing."""
 
 
 @dataclass(frozen=True, slots=True)

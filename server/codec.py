@@ -32,6 +32,7 @@ from server.calls import (
     GenerateCall,
     Prompt,
     PromptLimits,
+    PromptLogprobs,
     ServerInfo,
     Started,
     StoredAdapter,
@@ -218,6 +219,9 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
             request_id=event.request_id, prompt_tokens=event.num_prompt_tokens, notes=event.notes
         )
         return generation_pb2.GenerateResponse(started=started)
+    if isinstance(event, PromptLogprobs):
+        prompt = generation_pb2.PromptLogprobs(logprobs=map(_logprob, event.logprobs))
+        return generation_pb2.GenerateResponse(prompt_logprobs=prompt)
     if isinstance(event, Delta):
         logprobs = [_logprob(logprob) for logprob in event.logprobs]
         delta = generation_pb2.Delta(text=event.text, token_ids=event.token_ids, logprobs=logprobs)

@@ -141,7 +141,7 @@ def _prompt(values: Mapping[str, Any]) -> Sample | None:
 
 
 def _last_content(messages: Messages) -> str:
-    return messages[-1]["content"]
+    return str(messages[-1]["content"])
 
 
 def deployments(

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from lora_runtime.errors import InvalidRequest, check_options
 from protos.loramux.v1 import generation_pb2, types_pb2
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class Sampling(TypedDict, total=False):
