@@ -20,7 +20,6 @@ from typing import Protocol
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
 
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
@@ -38,6 +37,7 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.observability.http_calls import ObservedHttp
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -206,7 +206,7 @@ class StopSignal:
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: ObservedHttp) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -237,7 +237,7 @@ async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[
     app = build_http_app(
         metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
     )
-    server = HttpServer(app)
+    server = HttpServer(ObservedHttp(app, lambda: condition.metrics))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])
@@ -335,6 +335,7 @@ async def _run(
         max_calls=config.max_concurrent_calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,
+        observer=condition.metrics,
     )
     condition.service, condition.is_open = service, True
     await grpc_server.show_health()

@@ -30,6 +30,8 @@ from protos.loramux.v1 import (
 from server import codec
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
+from server.observability.calls import CallObserver
+from server.observability.grpc_calls import ObservedGrpc
 from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -67,18 +69,21 @@ async def start_grpc(
     max_calls: int = MAX_CALLS,
     max_connection_age_s: float = MAX_CONNECTION_AGE_S,
     is_serving: Callable[[], bool] | None = None,
+    observer: CallObserver | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
     Health follows `is_serving`, or whether the engine is alive. One call more than `max_calls` is
     refused as Overloaded. A connection of `max_connection_age_s` takes no new calls, so that its
     client connects anew, perhaps to another server behind the same name; running calls go on.
+    `observer` hears of every call.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
     calls = Calls(max_calls)
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[boundary], options=options)
+    observing = [] if observer is None else [ObservedGrpc(observer)]
+    server = grpc.aio.server(interceptors=[*observing, boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)

@@ -33,6 +33,7 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 
 GRPC_DOORS = [
     "server.grpc_server", "server.app", "server.errors", "server.client", "server.client.channel",
+    "server.observability.grpc_calls",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
