@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,9 @@ from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
 from server.observability.http_calls import ObservedHttp
+from server.observability.records import RequestWatcher
+from server.observability.request_log import RequestLog
+from server.observability.tracing import Tracing, span_exporter
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -118,10 +121,10 @@ async def serve(
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition()
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
-        async with _http(condition, listener) as http:
+        async with _watchers(config) as watchers, _http(condition, listener) as http:
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
-            await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
+            await _serve_engine(config, engine, stop, condition, http, watchers, on_ready, guard)
     logger.info("stopped")
 
 
@@ -252,6 +255,7 @@ async def _serve_engine(
     stop: StopSignal,
     condition: Condition,
     http: RunningHttp,
+    watchers: Sequence[RequestWatcher],
     on_ready: Callable[[Ports], None] | None,
     guard: ExitGuard,
 ) -> None:
@@ -276,16 +280,12 @@ async def _serve_engine(
             store=store,
             observer=metrics,
             base_name=base_name,
+            watchers=watchers,
         )
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
-        if config.wait_for_adapters:
-            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-        else:
-            loading.add_done_callback(_log_failure)
+        await _until_loaded(config, loading, parts)
         await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
@@ -296,6 +296,21 @@ async def _serve_engine(
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
+
+
+@contextlib.asynccontextmanager
+async def _watchers(config: ServerConfig) -> AsyncIterator[Sequence[RequestWatcher]]:
+    """Who is told of requests that end. Traces come first: the log's lines name them."""
+    exporter = span_exporter(config.otlp_endpoint)
+    log = [RequestLog()] if config.log_requests else []
+    if exporter is None:
+        yield log
+        return
+    tracing = Tracing(exporter)
+    try:
+        yield [tracing, *log]
+    finally:
+        await tracing.close()
 
 
 def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
@@ -316,6 +331,18 @@ async def _load_adapters(config: ServerConfig, service: Service) -> None:
     await service.restore_adapters(config.adapter)
     for name, path in config.adapter.items():
         await service.preload(name, path)
+
+
+async def _until_loaded(
+    config: ServerConfig, loading: asyncio.Task[None], parts: list[asyncio.Task[None]]
+) -> None:
+    """Wait for the adapters of the start if that is wanted, as long as no part has ended."""
+    if not config.wait_for_adapters:
+        loading.add_done_callback(_log_failure)
+        return
+    await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
 
 
 async def _run(

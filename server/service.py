@@ -10,7 +10,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +52,7 @@ from server.calls import (
     UploadCall,
 )
 from server.composition import depth, text_side
+from server.observability.records import RequestWatcher, watched
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -96,6 +97,7 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
+        watchers: Sequence[RequestWatcher] = (),
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -104,6 +106,7 @@ class Service:
         self._sources = sources
         self._store = store
         self._observer = observer
+        self._watchers = watchers
         self._base_name = base_name
         self._versions = installed_versions()
         self._tokenisers = WorkerPool(
@@ -121,12 +124,18 @@ class Service:
         self._preparing: Counter[str] = Counter()
         """Calls whose prompts are being made, by client."""
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
+        events = self._generate(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         with self._place(call.client):
             prompt, records, side = await self._prepare(call)

@@ -47,6 +47,7 @@ DOORS = {
     "grpc_status": GRPC_DOORS,
     "huggingface_hub": ["lora_runtime.base.catalog"],
     "jinja2": ["lora_runtime.text.template_check"],
+    "opentelemetry": ["server.observability.tracing"],
     "matplotlib": ["lora_runtime.training.report.files"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
@@ -80,6 +81,7 @@ DISTRIBUTIONS = {
     "grpc_reflection": "grpcio-reflection",
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
+    "opentelemetry": "opentelemetry-sdk",
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
 }

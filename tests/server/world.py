@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import grpc
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
+from server.observability.records import RequestWatcher
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -70,7 +71,9 @@ class World:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
+async def serving(
+    folder: Path, watchers: Sequence[RequestWatcher] = (), **engine_options: Any
+) -> AsyncIterator[World]:
     """Run a server whose adapter root lies in `folder`."""
     root = folder / "allowed" / "adapters"
     root.mkdir(parents=True, exist_ok=True)
@@ -86,8 +89,9 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
         store=store,
         observer=observer,
         base_name="tiny",
+        watchers=watchers,
     )
-    server = await start_grpc(service, "127.0.0.1:0")
+    server = await start_grpc(service, "127.0.0.1:0", observer=RecordingObserver())
     try:
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
             yield World(engine, service, registry, observer, server, client, root)
