@@ -29,6 +29,7 @@ from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.http_gate import HttpGate
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
@@ -240,7 +241,7 @@ async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[
     app = build_http_app(
         metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
     )
-    server = HttpServer(ObservedHttp(app, lambda: condition.metrics))
+    server = HttpServer(ObservedHttp(HttpGate(app), lambda: condition.metrics))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])

@@ -46,7 +46,7 @@ class RequestRecord:
     @property
     def tenant(self) -> str:
         """The tenant's name, or the address that stands for it."""
-        return self.call.client.removeprefix("tenant:")
+        return self.call.caller.tenant or self.call.client.removeprefix("tenant:")
 
     @property
     def adapters(self) -> tuple[str, ...]:

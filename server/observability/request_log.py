@@ -31,6 +31,8 @@ def _facts(record: RequestRecord) -> dict[str, Any]:
         "reasons": list(record.reasons),
         "seconds": round(record.seconds, 4),
     }
+    if record.call.caller.key_id:
+        facts["key"] = record.call.caller.key_id
     if record.first_token_s is not None:
         facts["first_token_seconds"] = round(record.first_token_s, 4)
     if record.is_failed:
