@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli.command import Command
-from server.cli.tables import show_table
+from server.cli.tables import show_json, show_table
 from server.client import DEFAULT_TARGET, Client
 from server.client.requests import Options
 
@@ -38,6 +38,7 @@ Weighted = Annotated[
         help="A loaded adapter; repeat it to add up several. Default: the base.",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -84,7 +85,7 @@ def generate(
         "tenant": tenant,
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
-    chosen = _weights(adapter or [])
+    chosen = weights(adapter or [])
     with Client(address) as client:
         if chat is None:
             chat = _is_chat(client, chosen, system, bool(base_text))
@@ -110,7 +111,7 @@ def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_t
     return False
 
 
-def _weights(adapters: Iterable[str]) -> dict[str, float]:
+def weights(adapters: Iterable[str]) -> dict[str, float]:
     """Read `name` and `name=weight`; a name given twice would lose its first weight."""
     weights: dict[str, float] = {}
     for text in adapters:
@@ -221,10 +222,12 @@ def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
 
 
 @adapters.command("stored", cls=Command)
-def stored(address: Address = DEFAULT_TARGET) -> None:
+def stored(as_json: AsJson = False, address: Address = DEFAULT_TARGET) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
     with Client(address) as client:
         found = client.list_stored_adapters()
+    if as_json:
+        return show_json(found)
     rows = [
         (
             entry.source,
@@ -276,17 +279,22 @@ def send_folder(
 
 
 @adapters.command("list", cls=Command)
-def list_adapters(address: Address = DEFAULT_TARGET) -> None:
+def list_adapters(as_json: AsJson = False, address: Address = DEFAULT_TARGET) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
     with Client(address) as client:
-        show_adapters(client.list_adapters())
+        infos = client.list_adapters()
+    if as_json:
+        return show_json(infos)
+    show_adapters(infos)
 
 
 @adapters.command("show", cls=Command)
-def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
+def show(name: Name, as_json: AsJson = False, address: Address = DEFAULT_TARGET) -> None:
     """Show everything the server knows of one adapter."""
     with Client(address) as client:
         info = client.get_adapter(name)
+    if as_json:
+        return show_json(info)
     facts = [
         *_facts(info).items(),
         *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),
