@@ -131,6 +131,7 @@ async def test_on_a_terminal_ctrl_c_ends_an_answer_and_then_the_talk(serve, monk
                     "turn 1", "ppp", "turn 2", "ppppp",
                 ]  # fmt: skip
 
+        capsys.readouterr()
         await asyncio.to_thread(body)
     assert prompts == ["pirate> "] * 3
     assert capsys.readouterr().out == "ppp\nppppp\n\n"
