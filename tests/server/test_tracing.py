@@ -123,6 +123,18 @@ async def test_a_callers_trace_goes_on_and_a_broken_header_begins_another(serve)
     assert len({span.context.trace_id for span in (continued, *others)}) == 3
 
 
+async def test_several_outputs_are_one_span_with_the_phases_of_each(serve):
+    watched = Watched()
+    async with serve([watched.tracing]) as world:
+        await generate(world.client, n=2, max_tokens=4)
+    (root,), phases = await watched.spans()
+    assert root.attributes["gen_ai.request.choice.count"] == 2
+    assert root.attributes["gen_ai.usage.output_tokens"] == 8
+    assert root.attributes["gen_ai.response.finish_reasons"] == ("length", "length")
+    found = sorted((span.attributes["loramux.output.index"], span.name) for span in phases)
+    assert found == [(i, name) for i in (0, 1) for name in ("decode", "prefill", "queue")]
+
+
 async def test_a_caller_that_does_not_sample_gets_no_spans(serve):
     watched = Watched()
     request = generation_pb2.GenerateRequest(text="ab")
