@@ -21,11 +21,12 @@ from typing import Protocol
 import structlog
 import uvicorn
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.errors import AdapterSourceRefused, BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
@@ -116,8 +117,8 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    for name in config.adapter:
-        adapter_name(name, "adapter")
+    for name, folder in config.adapter.items():
+        _check_named(name, folder)
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition()
@@ -127,6 +128,17 @@ async def serve(
             stop.is_graceful = True
             await _serve_engine(config, engine, stop, condition, http, watchers, on_ready, guard)
     logger.info("stopped")
+
+
+def _check_named(name: str, folder: Path) -> None:
+    """Find what cannot be an adapter's folder before the base is loaded, which may take minutes."""
+    adapter_name(name, "adapter")
+    for file in REQUIRED_FILES:
+        if not (folder / file).is_file():
+            raise AdapterSourceRefused(
+                f"adapter.{name}: {folder} has no file {file}; name the folder of a PEFT adapter",
+                field=f"adapter.{name}",
+            )
 
 
 @contextlib.contextmanager
