@@ -31,13 +31,13 @@ class Role(StrEnum):
 class Limits:
     """What a tenant may take of a server. None: no bound of its own."""
 
-    max_requests: Int | None = setting(default=None, gt=0)
+    max_requests: Int | None = setting(default=None, gt=0, le=1_000_000)
     """Requests that wait or run at once."""
-    tokens_per_s: Float | None = setting(default=None, gt=0)
+    tokens_per_s: Float | None = setting(default=None, gt=0, le=1e9)
     """Prompt and output tokens, on average."""
-    burst_tokens: Float | None = setting(default=None, gt=0)
+    burst_tokens: Float | None = setting(default=None, gt=0, le=1e12)
     """Tokens that may be taken at once after a rest. None: those of ten seconds."""
-    max_adapters: Int | None = setting(default=None, ge=0)
+    max_adapters: Int | None = setting(default=None, ge=0, le=1_000_000)
     """Names that its operators may hold, of those that they may see."""
     weight: Float = setting(default=1.0, ge=0.01, le=100)
     """Its share of a busy server, against the other tenants'."""

@@ -13,9 +13,10 @@ from server.access.gate import Gate
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
-"""The files of the status page, which hold nothing of this server."""
-USER_FOLDERS = ("/v1/",)
-USER_PATHS = frozenset({"/tokenize", "/detokenize", "/openapi.json", "/version"})
+OPEN_SUFFIXES = (".css", ".js", ".svg")
+"""Probes, and the files of the status page, which hold nothing of this server."""
+USER_PATHS = frozenset({"/page/status.json", "/tokenize", "/detokenize", "/openapi.json"})
+USER_FOLDERS = ("/v1/", "/api/")
 """What every key is for; all the rest, as /metrics, takes an operator's for all adapters. What
 changes something there asks the caller's role once more, in the service.
 """
@@ -40,7 +41,7 @@ class HttpGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request run as its caller, or answer that it may not; its body is not read then."""
         path = scope["path"]
-        if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+        if not is_open(path):
             try:
                 scope.setdefault("state", {})["caller"] = self._caller(scope)
             except (Unauthenticated, PermissionDenied) as error:
@@ -65,6 +66,11 @@ class HttpGate:
             log_refusal(caller, action, error)
             raise
         return caller
+
+
+def is_open(path: str) -> bool:
+    """Tell whether a path may be asked for without a key."""
+    return path in OPEN_PATHS or (path.startswith(OPEN_FOLDER) and path.endswith(OPEN_SUFFIXES))
 
 
 async def _refuse(error: LoramuxError, send: Send) -> None:

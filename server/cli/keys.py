@@ -78,7 +78,7 @@ def add_entry(file: Path, entry: dict[str, Any]) -> None:
         text = file.read_text(encoding="utf-8") if file.exists() else HEAD
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}", field="file") from None
-    if file.exists():
+    if text.strip() and file.exists():
         table_of(text.encode(), file)
     wanted = _values(text)
     wanted["tenants"].setdefault(entry["tenant"], {})
