@@ -54,6 +54,7 @@ class Client:
         """`target` is host:port. `api_key` goes with every call. Without `credentials`, which
         `tls_credentials` makes of files, the connection is not encrypted.
         """
+        self.target = target
         self._metadata = authorization(api_key)
         self._channel = dial(grpc, target, credentials)
         self._stubs = Stubs(self._channel)
@@ -187,6 +188,7 @@ class AsyncClient:
         """`target` is host:port. `api_key` goes with every call. Without `credentials`, which
         `tls_credentials` makes of files, the connection is not encrypted.
         """
+        self.target = target
         self._metadata = authorization(api_key)
         self._channel = dial(grpc.aio, target, credentials)
         self._upload_channel = dial(grpc, target, credentials)
