@@ -1,0 +1,103 @@
+// The status page: asks the server every two seconds while somebody looks, and shows the answer.
+
+import { Adapters } from "./adapters.js";
+import { ask, offerKey } from "./api.js";
+import { Charts } from "./charts.js";
+import { byId, make, write } from "./dom.js";
+import { bytes, count, duration, share } from "./format.js";
+import { Prompt } from "./prompt.js";
+
+const POLL_MS = 2000;
+const MAX_POLL_MS = 15000;
+const STATES = {
+  ready: ["ready", "good"],
+  loading: ["loading", "wait"],
+  "not ready": ["not taking requests", "bad"],
+  dead: ["engine has died", "bad"],
+};
+
+const charts = new Charts(byId("charts"));
+const prompt = new Prompt();
+const adapters = new Adapters({ compareWith: (name) => prompt.add(name), changed: () => refresh() });
+
+let seen = { startedAt: 0, numTaken: 0 };
+let timer = null;
+let wait = POLL_MS;
+let asking = null;
+
+/** Ask once, now; who asks meanwhile gets the same answer. */
+function refresh() {
+  asking ??= poll().finally(() => {
+    asking = null;
+  });
+  return asking;
+}
+
+async function poll() {
+  clearTimeout(timer);
+  try {
+    show(await ask(`page/status.json?since=${seen.numTaken}`));
+    byId("trouble").hidden = true;
+    wait = POLL_MS;
+  } catch (error) {
+    const isSilent = error instanceof TypeError;
+    showState(isSilent ? "no answer" : "not shown", "bad");
+    byId("trouble").hidden = false;
+    write(byId("trouble"), isSilent ? "The server does not answer; asking again." : error.message);
+    wait = Math.min(MAX_POLL_MS, wait * 2);
+  }
+  if (!document.hidden) {
+    timer = setTimeout(refresh, wait);
+  }
+}
+
+function show(status) {
+  showState(...(STATES[status.state] ?? [status.state, "wait"]));
+  if (!status.server) {
+    return;
+  }
+  const { server, history } = status;
+  showServer(server);
+  const isNew = server.started_at_s !== seen.startedAt;
+  charts.add(history.columns, isNew);
+  seen = { startedAt: server.started_at_s, numTaken: history.num_taken };
+  prompt.show(server, status.adapters);
+  adapters.show(status.adapters, status.traffic.base);
+}
+
+function showState(text, tone) {
+  byId("state").dataset.tone = tone;
+  write(byId("state"), text);
+}
+
+function showServer(server) {
+  document.title = `${server.base} · loramux`;
+  write(byId("base"), server.base);
+  const hits = server.num_prefix_queries ? server.num_prefix_hits / server.num_prefix_queries : 0;
+  const facts = [
+    ["Quantization", server.quantization],
+    ["Type", server.dtype],
+    ["Device", server.device],
+    ["Kernels", server.kernel_backend],
+    ["Context", `${count(server.max_model_len)} tokens`],
+    ["On the device", `${count(server.num_resident_adapters)} of ${count(server.max_slots)} slots`],
+    ["Adapter pool", `${bytes(server.pool_bytes_used)} of ${bytes(server.pool_bytes_total)}`],
+    ["Prefix cache hits", share(hits)],
+    ["Preemptions", count(server.num_preemptions)],
+    ["Up", duration(Date.now() / 1000 - server.started_at_s)],
+    ["Version", server.version],
+  ];
+  const list = byId("facts");
+  if (list.children.length !== facts.length) {
+    list.replaceChildren(...facts.map(([name]) => make("div", {}, make("dt", {}, name), make("dd"))));
+  }
+  facts.forEach(([, value], index) => write(list.children[index].lastChild, String(value)));
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) {
+    refresh();
+  }
+});
+offerKey(refresh);
+refresh();
