@@ -26,7 +26,8 @@ def build_http_app(
     is_ready: Callable[[], bool],
     routes: Sequence[Route] = (),
 ) -> Starlette:
-    """Build the routes, with further `routes` beside them. A probe answers 200 or 503: restart a dead server, spare a busy one.
+    """Build the routes, and `routes` beside them. A probe answers 200 or 503: restart a dead
+    server, spare a busy one.
 
     While the engine is loading neither is 200; give a probe that restarts time for that.
     """

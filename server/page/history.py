@@ -38,7 +38,7 @@ class Durations:
         for bucket, count in sorted(self._counts.items()):
             wanted -= count
             if wanted <= 0:
-                return STEP ** (bucket + 0.5)
+                return math.pow(STEP, bucket + 0.5)
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -78,6 +79,7 @@ def _server(service: Service, history: History) -> dict[str, Any]:
     engine, base, stats = info.engine, info.engine.base, history.stats()
     return {
         "started_at_s": history.started_at_s,
+        "uptime_s": round(time.time() - history.started_at_s, 1),
         "version": info.versions.get("loramux", ""),
         "base": info.base_name,
         "quantization": base.quantization,

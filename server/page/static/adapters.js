@@ -5,7 +5,10 @@ import { ask } from "./api.js";
 import { byId, make, say, write } from "./dom.js";
 import { bytes, count, moment, NONE, rate } from "./format.js";
 
-const PAGE_ROWS = 25;
+const NARROW = window.matchMedia("(max-width: 52rem)"); // as in page.css
+const pageRows = () => (NARROW.matches ? 10 : 25);
+const MAX_SOURCE = 36;
+const MEASURE_S = 1.5; // the least time that speeds are measured over
 const TONES = { loaded: "good", failed: "bad", draining: "wait" };
 const ranks = (adapter) =>
   adapter.ranks.length > 1 ? `${adapter.ranks[0]}–${adapter.ranks.at(-1)}` : `${adapter.ranks[0] ?? NONE}`;
@@ -36,12 +39,13 @@ export class Adapters {
     this.rows = new Map();
     this.page = 0;
     this.sorted = { column: COLUMNS[0], descending: false };
-    this.tokensAt = new Map();
+    this.measured = { at: 0, tokens: new Map(), speeds: new Map() };
     this.drawHeads();
     byId("filter").addEventListener("input", () => this.turnTo(0));
     byId("filter-state").addEventListener("change", () => this.turnTo(0));
     byId("page-back").addEventListener("click", () => this.turnTo(this.page - 1));
     byId("page-on").addEventListener("click", () => this.turnTo(this.page + 1));
+    NARROW.addEventListener("change", () => this.drawRows());
     byId("load-form").addEventListener("submit", (event) => this.load(event));
   }
 
@@ -56,14 +60,16 @@ export class Adapters {
   }
 
   withSpeeds(adapters) {
-    const now = performance.now() / 1000;
-    const before = this.tokensAt;
-    this.tokensAt = new Map(adapters.map((a) => [keyOf(a), { tokens: a.num_output_tokens, now }]));
-    return adapters.map((adapter) => {
-      const last = before.get(keyOf(adapter));
-      const tokens = last ? Math.max(0, adapter.num_output_tokens - last.tokens) : 0;
-      return { ...adapter, tokens_per_s: last ? tokens / Math.max(now - last.now, 0.1) : 0 };
-    });
+    const at = performance.now() / 1000;
+    const before = this.measured;
+    const spent = at - before.at;
+    if (spent >= MEASURE_S) {
+      const tokens = new Map(adapters.map((a) => [keyOf(a), a.num_output_tokens]));
+      const speed = ([key, num]) => [key, Math.max(0, num - (before.tokens.get(key) ?? num)) / spent];
+      this.measured = { at, tokens, speeds: new Map([...tokens].map(speed)) };
+    }
+    const { speeds } = this.measured;
+    return adapters.map((a) => ({ ...a, tokens_per_s: speeds.get(keyOf(a)) ?? 0 }));
   }
 
   drawHeads() {
@@ -134,10 +140,11 @@ export class Adapters {
 
   drawRows() {
     const found = this.found();
-    const numPages = Math.max(1, Math.ceil(found.length / PAGE_ROWS));
+    const numRows = pageRows();
+    const numPages = Math.max(1, Math.ceil(found.length / numRows));
     this.page = Math.min(Math.max(0, this.page), numPages - 1);
-    const first = this.page * PAGE_ROWS;
-    const shown = found.slice(first, first + PAGE_ROWS);
+    const first = this.page * numRows;
+    const shown = found.slice(first, first + numRows);
     const rows = new Map();
     for (const adapter of shown) {
       const row = this.rows.get(keyOf(adapter)) ?? new Row(this);
@@ -215,15 +222,15 @@ export class Adapters {
   }
 }
 
-let numRows = 0;
+let numMade = 0;
 
 /** One adapter's row, and below it, once opened, what else is known of it. */
 class Row {
   constructor(panel) {
     this.panel = panel;
     this.isOpen = false;
-    numRows += 1;
-    const id = `about-${numRows}`;
+    numMade += 1;
+    const id = `about-${numMade}`;
     this.opener = make("button", { type: "button", class: "opener", "aria-expanded": "false", "aria-controls": id });
     this.source = make("span", { class: "source" });
     this.error = make("span", { class: "error" });
@@ -256,7 +263,8 @@ class Row {
     this.tryIt = action("Try", ({ name }) => this.panel.compareWith(name));
     this.back = action("Roll back", (adapter) => this.panel.rollBack(adapter));
     this.unload = action("Unload", (adapter, button) => this.panel.unload(adapter, button));
-    return make("td", { role: "cell", class: "actions" }, this.tryIt, this.back, this.unload);
+    const buttons = make("div", {}, this.tryIt, this.back, this.unload);
+    return make("td", { role: "cell", class: "actions" }, buttons);
   }
 
   elements() {
@@ -267,7 +275,7 @@ class Row {
     this.adapter = adapter;
     write(this.opener, adapter.name);
     this.opener.title = adapter.name;
-    write(this.source, adapter.source);
+    write(this.source, tail(adapter.source));
     this.source.title = adapter.source;
     write(this.error, adapter.error);
     const progress = adapter.progress === undefined || adapter.progress === null ? "" : ` ${Math.floor(100 * adapter.progress)} %`;
@@ -325,6 +333,11 @@ class Row {
 
 function fact(name, value) {
   return [make("dt", {}, name), make("dd", {}, String(value))];
+}
+
+/** The end of a long source, which tells it from others. */
+function tail(source) {
+  return source.length <= MAX_SOURCE ? source : `…${source.slice(1 - MAX_SOURCE)}`;
 }
 
 /** A name may stand twice: its former content may still drain. */

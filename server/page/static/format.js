@@ -15,15 +15,13 @@ export function rate(value) {
   return value > 0 && value < 10 ? value.toFixed(1) : count(value);
 }
 
-/** Seconds as µs, ms or s; null as a dash. */
+/** Seconds as ms or s, to two digits; null as a dash. */
 export function seconds(value) {
   if (value === null || value === undefined) {
     return NONE;
   }
-  if (value === 0 || value >= 1) {
-    return `${digits(value)}${THIN}s`;
-  }
-  return value >= 1e-3 ? `${digits(value * 1e3)}${THIN}ms` : `${digits(value * 1e6)}${THIN}µs`;
+  const [scaled, unit] = value >= 1 ? [value, "s"] : [value * 1e3, "ms"];
+  return `${scaled > 0 && scaled < 9.95 ? scaled.toFixed(1) : count(scaled)}${THIN}${unit}`;
 }
 
 /** 0.256 → "25.6 %". */

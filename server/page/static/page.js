@@ -76,15 +76,15 @@ function showServer(server) {
   const hits = server.num_prefix_queries ? server.num_prefix_hits / server.num_prefix_queries : 0;
   const facts = [
     ["Quantization", server.quantization],
-    ["Type", server.dtype],
+    ["Compute type", server.dtype],
     ["Device", server.device],
     ["Kernels", server.kernel_backend],
     ["Context", `${count(server.max_model_len)} tokens`],
-    ["On the device", `${count(server.num_resident_adapters)} of ${count(server.max_slots)} slots`],
+    ["Adapters on the device", `${count(server.num_resident_adapters)} of ${count(server.max_slots)} slots`],
     ["Adapter pool", `${bytes(server.pool_bytes_used)} of ${bytes(server.pool_bytes_total)}`],
     ["Prefix cache hits", share(hits)],
     ["Preemptions", count(server.num_preemptions)],
-    ["Up", duration(Date.now() / 1000 - server.started_at_s)],
+    ["Up", duration(server.uptime_s)],
     ["Version", server.version],
   ];
   const list = byId("facts");

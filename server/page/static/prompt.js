@@ -4,7 +4,7 @@ import { stream } from "./api.js";
 import { byId, make, say, write } from "./dom.js";
 import { count, NONE, rate, seconds } from "./format.js";
 
-const MAX_TARGETS = 6;
+const MAX_TARGETS = 5; // browsers open six connections to a server; one is for the rest of the page
 
 /** The panel of a prompt. */
 export class Prompt {
