@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 
@@ -17,6 +18,12 @@ from lora_runtime.errors import InvalidRequest, LoramuxError
 
 MAX_STOP_TOKEN_IDS = 1024
 """Stop tokens of one request, the base's own end tokens included."""
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+"""Enough to ban a token or to make it certain."""
+MAX_REPETITION_PENALTY = 100.0
+"""The least is one over it. Far beyond any use, and small enough that logits stay finite."""
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class FinishReason(StrEnum):
@@ -89,12 +96,14 @@ class SamplingParams:
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("seed", seed, seed is None or 0 <= seed < 2**63, "between 0 and 2^63 - 1"),
             ("logprobs", top, top is None or 0 <= top <= 20, "between 0 and 20"),
+            *self._penalty_checks(),
         ]
         for name, value, is_valid, rule in checks:
             if not is_valid:
                 raise InvalidRequest(
                     f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
                 )
+        self._check_biases()
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
                 f"sampling.stop_token_ids has {len(self.stop_token_ids)} ids, the end tokens "
@@ -102,12 +111,48 @@ class SamplingParams:
                 field="sampling.stop_token_ids",
             )
 
+    def _penalty_checks(self) -> list[tuple[str, object, bool, str]]:
+        """Name, value, whether it is valid, and the rule; so written, NaN is refused too."""
+        repetition, top = self.repetition_penalty, self.num_prompt_logprobs
+        least, most = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        checks: list[tuple[str, object, bool, str]] = [
+            (
+                "repetition_penalty",
+                repetition,
+                least <= repetition <= most,
+                f"between {least:g} and {most:g}",
+            ),
+            ("prompt_logprobs", top, top is None or 0 <= top <= 20, "between 0 and 20"),
+        ]
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            checks.append((name, value, -2.0 <= value <= 2.0, "between -2 and 2"))
+        return checks
+
+    def _check_biases(self) -> None:
+        """`_check_types` has seen that they are pairs of a whole number and a number."""
+        rule = ""
+        biases = self.logit_bias
+        if len(biases) > MAX_BIASES:
+            rule = f"has {len(biases)} tokens; at most {MAX_BIASES} are allowed"
+        elif any(low >= high for (low, _), (high, _) in pairwise(biases)):
+            rule = "must name each token once, ids ascending"
+        for token_id, bias in biases:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                rule = f"of token {token_id} is {bias!r}; it must be between -100 and 100"
+        if rule:
+            raise InvalidRequest(f"sampling.logit_bias {rule}", field="sampling.logit_bias")
+
     def _check_types(self) -> None:
         """Python compares True and 2.5 with whole numbers, so that bounds alone let them pass."""
         for names, kinds, rule in (
             (("max_tokens", "min_tokens", "top_k"), (int,), "a whole number"),
-            (("seed", "num_logprobs"), (int, NoneType), "a whole number or None"),
-            (("temperature", "top_p", "min_p"), (int, float), "a number"),
+            (
+                ("seed", "num_logprobs", "num_prompt_logprobs"),
+                (int, NoneType),
+                "a whole number or None",
+            ),
+            (("temperature", "top_p", "min_p", *PENALTIES), (int, float), "a number"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -120,11 +165,24 @@ class SamplingParams:
                 f"sampling.stop_token_ids is {ids!r:.200}; it must be token ids",
                 field="sampling.stop_token_ids",
             )
+        biases = self.logit_bias
+        if not isinstance(biases, tuple) or not all(map(_is_bias, biases)):
+            raise InvalidRequest(
+                f"sampling.logit_bias is {biases!r:.200}; it must be pairs of a token id and a "
+                "number",
+                field="sampling.logit_bias",
+            )
 
 
 def is_whole(value: object) -> bool:
     """Tell whether a value is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_bias(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return is_whole(value[0]) and (is_whole(value[1]) or isinstance(value[1], float))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +230,7 @@ class RowStatus(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Row:
     """A request's state in the engine.
 

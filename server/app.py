@@ -20,7 +20,6 @@ from typing import Protocol
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
 
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
@@ -30,6 +29,7 @@ from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.http_gate import HttpGate
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
@@ -210,7 +210,7 @@ class StopSignal:
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: HttpGate) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -244,7 +244,7 @@ async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[
         is_ready=condition.is_ready,
         routes=page_routes(condition),
     )
-    server = HttpServer(app)
+    server = HttpServer(HttpGate(app))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])

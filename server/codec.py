@@ -23,6 +23,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
+from server.access.caller import Caller
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -107,6 +108,7 @@ def decode_generate(
     request: generation_pb2.GenerateRequest,
     timeout_s: float | None,
     limits: PromptLimits,
+    caller: Caller,
     peer: str = "",
 ) -> GenerateCall:
     """Translate a request; `timeout_s` is what is left of its deadline, `peer` whence it comes.
@@ -116,6 +118,7 @@ def decode_generate(
     sampling = request.sampling
     check_stops(sampling.stop)
     return GenerateCall(
+        caller=caller,
         prompt=decode_prompt(request, limits),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
@@ -124,7 +127,7 @@ def decode_generate(
         stop=tuple(sampling.stop),
         ignore_eos=sampling.ignore_eos,
         request_id=_request_id(request),
-        client=_client(request.tenant, peer),
+        client=caller.client(_printable(request.tenant, "tenant"), client_address(peer)),
         priority=request.priority,
         cache_salt=_printable(request.cache_salt, "cache_salt"),
         timeout_s=timeout_s,
@@ -325,16 +328,14 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
     )
 
 
-def _client(tenant: str, peer: str) -> str:
-    """The name under which the engine counts a caller: its tenant's, or its address.
+def client_address(peer: str) -> str:
+    """The address by which the engine counts a caller that has no tenant.
 
     gRPC's peers are `ipv4:1.2.3.4:567`, `ipv6:[::1]:567` (percent-encoded) and `unix:path`. The
     port is left out, so that more connections are not more shares, and of IPv6 the half that a host
     chooses for itself, as often as it likes; those from this machine keep theirs, where many
     programs and a proxy's clients have one address.
     """
-    if tenant:
-        return f"tenant:{_printable(tenant, 'tenant')}"
     host, _, port = unquote(peer).rpartition(":")
     is_remote = host.startswith(("ipv4:", "ipv6:")) and port.isdecimal()
     return _network(host) if is_remote and not host.startswith(LOOPBACK) else peer

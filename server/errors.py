@@ -6,6 +6,7 @@ of errors that are the server's own fault are logged and withheld.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -23,7 +24,8 @@ from lora_runtime import errors
 
 DOMAIN = "loramux"
 ADAPTER_RESOURCE = "loramux.v1.Adapter"
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1.0
+"""Where nothing better is known."""
 MAX_ERROR_BYTES = 1024
 """Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
 MAX_FIELD_LENGTH = 200
@@ -60,6 +62,8 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, "PARITY_FAILED"),
         errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_TOO_LARGE"),
         errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_FAILED"),
+        errors.Unauthenticated: WireError(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+        errors.PermissionDenied: WireError(_Code.PERMISSION_DENIED, "PERMISSION_DENIED"),
         errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED"),
         errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
         errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE"),
@@ -97,7 +101,8 @@ def rich_status(error: BaseException) -> status_pb2.Status:
     wire, message = wire_error(error), public_message(error)
     field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
     status = status_pb2.Status(code=wire.code.value[0], message=message)
-    for detail in _details(wire, message, field):
+    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S
+    for detail in _details(wire, message, field, retry_after_s):
         status.details.add().Pack(detail)
     return status
 
@@ -133,7 +138,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
 
 
-def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
+def _details(wire: WireError, message: str, field: str, retry_after_s: float) -> Iterator[Message]:
     metadata = {"field": field} if field else {}
     yield error_details_pb2.ErrorInfo(reason=wire.reason, domain=DOMAIN, metadata=metadata)
     if field and wire.code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED):
@@ -143,5 +148,5 @@ def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
         yield error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, description=message)
     if wire.code in (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(RETRY_AFTER_S)
+        retry.retry_delay.FromMilliseconds(math.ceil(1000 * retry_after_s))
         yield retry

@@ -35,6 +35,7 @@ from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
+from server.access.caller import Caller
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -136,7 +137,7 @@ class Service:
             prompt_token_ids=tuple(prompt),
             sampling=self._sampling(call, len(prompt), depth(records), side),
             adapters=uses([record.digest for record in records], call.adapters),
-            cache_salt=call.cache_salt,
+            cache_salt=call.caller.cache_salt(call.cache_salt),
             client=call.client,
             priority=call.priority,
             deadline=deadline,
@@ -189,21 +190,29 @@ class Service:
         return await pool.run(function, prompt)
 
     async def load_adapter(
-        self, name: str, source: str, *, replace: bool = False
+        self, caller: Caller, name: str, source: str, *, replace: bool = False
     ) -> tuple[AdapterRecord, bool]:
-        """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
+        """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`.
+
+        Raises PermissionDenied, as all that changes something does.
+        """
+        caller.check_manages(name)
+        caller.check_source(source)
         with _refusals_logged(name, source):
             folder, rules = await self._resolve(source)
             with self._store.in_use(rules.sha256):
                 return await self._load(name, folder, source, replace, rules)
 
-    async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
+    async def upload_adapter(
+        self, caller: Caller, call: UploadCall, data: AsyncIterator[bytes]
+    ) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
 
         Its source is then the store's name of the content, which `load_adapter` takes again. What
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
+        caller.check_manages(call.name, field="start.name")
         with _refusals_logged(call.name, "an upload"):
             self._registry.check_name(call.name)
             async with self._store.receive(call, data) as upload:
@@ -235,14 +244,16 @@ class Service:
 
         await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
-    async def rollback_adapter(self, name: str) -> AdapterRecord:
+    async def rollback_adapter(self, caller: Caller, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
+        caller.check_manages(name)
         return await self._registry.rollback(name)
 
     async def unload_adapter(
-        self, name: str, *, cancel: bool = False, wait: bool = False
+        self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
         """Take a name away; see `Registry.unload`."""
+        caller.check_manages(name)
         return await self._registry.unload(name, cancel=cancel, wait=wait)
 
     @property
@@ -250,16 +261,24 @@ class Service:
         """The most bytes that the store of uploaded adapters may hold."""
         return self._store.max_bytes
 
-    async def list_stored_adapters(self) -> list[StoredAdapter]:
-        """Return what uploads have left in the store, and which names hold it."""
-        found, holders = await self._store.stored(), self._registry.holders()
-        return [replace(stored, adapters=holders.get(stored.source, ())) for stored in found]
+    async def list_stored_adapters(self, caller: Caller) -> list[StoredAdapter]:
+        """Return what uploads have left in the store, and which names hold it: to an operator of
+        some adapters what their names hold.
+        """
+        caller.check_manages()
+        held, shown = self._registry.holders(), []
+        for stored in await self._store.stored():
+            names = tuple(filter(caller.sees, held.get(stored.source, ())))
+            if names or caller.is_over_all:
+                shown.append(replace(stored, adapters=names))
+        return shown
 
-    async def delete_stored_adapter(self, source: str) -> StoredAdapter:
-        """Delete a content from the store; return what it was.
+    async def delete_stored_adapter(self, caller: Caller, source: str) -> StoredAdapter:
+        """Delete a content from the store; return what it was. An operator of all adapters may.
 
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
+        caller.check_over_all()
         stored = await self._store.find(source)
         if holders := self._registry.holders().get(stored.source):
             raise AdapterInUse(
@@ -270,17 +289,17 @@ class Service:
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
 
-    def list_adapters(self) -> list[AdapterRecord]:
-        """Return every adapter by name."""
-        return self._registry.records()
+    def list_adapters(self, caller: Caller) -> list[AdapterRecord]:
+        """Return every adapter that the caller may see, by name."""
+        return [record for record in self._registry.records() if caller.sees(record.name)]
 
-    def get_adapter(self, name: str) -> AdapterRecord:
-        """Return one adapter. Raises AdapterNotFound."""
-        return self._registry.get(name)
+    def get_adapter(self, caller: Caller, name: str) -> AdapterRecord:
+        """Return one adapter. Raises AdapterNotFound, also for one that the caller may not see."""
+        return self._registry.get(name, sees=caller.sees)
 
-    def server_info(self) -> ServerInfo:
-        """Return facts about this server."""
-        records = self._registry.records()
+    def server_info(self, caller: Caller) -> ServerInfo:
+        """Return facts about this server, of adapters as far as the caller may see them."""
+        records = self.list_adapters(caller)
         return ServerInfo(
             versions=self._versions,
             base_name=self._base_name,
@@ -366,7 +385,9 @@ class Service:
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         return [
-            self._registry.resolve(choice.name, field=f"adapters[{index}].name")
+            self._registry.resolve(
+                choice.name, field=f"adapters[{index}].name", sees=call.caller.sees
+            )
             for index, choice in enumerate(call.adapters)
         ]
 

@@ -32,7 +32,8 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 """All that the client imports of ours: nothing of the service side."""
 
 GRPC_DOORS = [
-    "server.grpc_server", "server.app", "server.errors", "server.client", "server.client.channel",
+    "server.access.grpc_gate", "server.access.tls", "server.grpc_server", "server.app",
+    "server.errors", "server.client", "server.client.channel",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],

@@ -370,6 +370,8 @@ class Engine:
             )
         self._check_token_ids(request.prompt_token_ids, "prompt")
         self._check_token_ids(request.sampling.stop_token_ids, "sampling.stop_token_ids")
+        biased = [token_id for token_id, _ in request.sampling.logit_bias]
+        self._check_token_ids(biased, "sampling.logit_bias")
         for index, use in enumerate(request.adapters):
             self._check_use(use, f"adapters[{index}]")
 

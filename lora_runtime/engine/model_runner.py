@@ -110,7 +110,7 @@ class ModelRunner:
         """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
         logits = self.logits(plan)
         due = [scheduled.row for scheduled in plan.rows if scheduled.samples]
-        found = draw(logits, due, self._best)
+        found = draw(logits, due, self._best, self._drawn)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
 

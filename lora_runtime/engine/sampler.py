@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.core import Row, SampledToken, SamplingParams, TokenLogprob
+from lora_runtime.engine.logits_rules import modified
 from lora_runtime.kernels import draw_cut, invert, to_device
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -50,16 +51,21 @@ class Draw:
         ]
 
 
-def draw(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Draw:
+def draw(
+    logits: Tensor,
+    rows: Sequence[Row],
+    best: Tensor | None = None,
+    drawn: Tensor | None = None,
+) -> Draw:
     """Draw one token a row: logits (n, vocab), row i for rows[i]. `best`: `greedy` of the
-    logits, if it is known.
+    logits, if it is known. `drawn`: what the step before drew; see `modified`.
 
-    temperature 0 takes the most likely token; else one is drawn by inversion from
-    softmax(logits / temperature) cut to top_k, top_p and min_p. Stop tokens are excluded before
-    min_tokens. Log probabilities are of the unmodified logits, in float32.
+    What `logits_rules` makes of the logits is drawn from: temperature 0 takes the most likely
+    token; else one is drawn by inversion from softmax(logits / temperature) cut to top_k, top_p and
+    min_p. Log probabilities are of the unmodified logits, in float32.
     """
     params = [row.request.sampling for row in rows]
-    chosen = choose(logits, rows, best)
+    chosen = choose(logits, rows, best, drawn)
     logprobs = _logprobs(logits, chosen[:, 0], params)
     on_host = chosen.to("cpu", non_blocking=True)
     logprobs_on_host = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
@@ -69,20 +75,25 @@ def draw(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Dra
     return Draw(chosen[:, 0], on_host, logprobs_on_host, params, copied)
 
 
-def choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor,
+    rows: Sequence[Row],
+    best: Tensor | None = None,
+    drawn: Tensor | None = None,
+) -> Tensor:
     """What `draw` draws, still on the device: (n, 2) int64 as in `greedy`.
 
-    One copy goes there, of all parameters, if any row draws (one more before min_tokens).
+    One copy goes there, of all parameters, if any row draws, beside those of `logits_rules`.
     """
-    allowed = _without_early_stops(logits, rows)
-    chosen = greedy(allowed) if best is None or allowed is not logits else best.clone()
-    drawn = [index for index, s in enumerate(rows) if s.request.sampling.temperature > 0]
-    if drawn:
-        drawn.sort(key=lambda index: not _is_cut(rows[index].request.sampling))
-        table = _parameters(rows, drawn, logits.device)
-        num_cut = sum(_is_cut(rows[index].request.sampling) for index in drawn)
+    scores = modified(logits, rows, drawn)
+    chosen = greedy(scores) if best is None or scores is not logits else best.clone()
+    random_rows = [index for index, s in enumerate(rows) if s.request.sampling.temperature > 0]
+    if random_rows:
+        random_rows.sort(key=lambda index: not _is_cut(rows[index].request.sampling))
+        table = _parameters(rows, random_rows, logits.device)
+        num_cut = sum(_is_cut(rows[index].request.sampling) for index in random_rows)
         indices = table[:, 0].long()
-        token_ids = _draw(allowed.index_select(0, indices).float(), table[:, 1:], num_cut)
+        token_ids = _draw(scores.index_select(0, indices).float(), table[:, 1:], num_cut)
         chosen[:, 0].index_copy_(0, indices, token_ids)
     return chosen
 
@@ -115,20 +126,6 @@ def _parameters(rows: Sequence[Row], indices: list[int], device: torch.device) -
         cuts = (top_k, max(sampling.top_p, SMALLEST), sampling.min_p)
         values.append((index, sampling.temperature, uniform(rows[index]), *cuts))
     return _on_device(values, device)
-
-
-def _without_early_stops(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits with the lowest finite value in place of excluded ones; NaN and infinity stay."""
-    places = []
-    for index, row in enumerate(rows):
-        sampling = row.request.sampling
-        if row.num_output_tokens < sampling.min_tokens:
-            places += [(index, token_id) for token_id in sorted(sampling.stop_token_ids)]
-    if not places:
-        return logits
-    where = tuple(_on_device(places, logits.device).long().T)
-    excluded = 0 * logits[where] + torch.finfo(logits.dtype).min
-    return logits.index_put(where, excluded)
 
 
 def _draw(logits: Tensor, parameters: Tensor, num_cut: int) -> Tensor:
