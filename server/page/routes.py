@@ -81,7 +81,7 @@ def routes(condition: Condition) -> list[Route]:
     page = Page(condition)
     return [
         Route("/", page.show_file),
-        Route("/page/status.json", page.show_status),
+        Route("/api/status", page.show_status),
         Route("/page/{file}", page.show_file),
         Route("/api/adapters/{name:path}/rollback", page.roll_back, methods=["POST"]),
         Route("/api/adapters/{name:path}", page.show_adapter),
@@ -111,13 +111,16 @@ class Page:
         if not (since.isascii() and since.isdecimal() and len(since) <= 15):
             error = InvalidRequest(f"since is {since[:40]!r}; it must be a count", field="since")
             return _failed(error)
-        return JSONResponse(snapshot(self._condition, int(since)), headers=DATA_HEADERS)
+        return JSONResponse(
+            snapshot(self._condition, request.state.caller, int(since)), headers=DATA_HEADERS
+        )
 
     async def show_adapter(self, request: Request) -> Response:
         """Answer with all that is known of one adapter."""
         try:
             service, history = self._parts()
-            record = service.get_adapter(adapter_name(request.path_params["name"]))
+            name = adapter_name(request.path_params["name"])
+            record = service.get_adapter(request.state.caller, name)
         except LoramuxError as error:
             return _failed(error)
         return JSONResponse(adapter(record, history), headers=DATA_HEADERS)
@@ -133,7 +136,8 @@ class Page:
             return _failed(error, status=415)
         try:
             service, history = self._parts()
-            record = await service.rollback_adapter(adapter_name(request.path_params["name"]))
+            name = adapter_name(request.path_params["name"])
+            record = await service.rollback_adapter(request.state.caller, name)
         except Exception as error:
             return _failed(error)
         return JSONResponse(adapter(record, history), headers=DATA_HEADERS)
@@ -145,7 +149,7 @@ class Page:
         return service, history
 
 
-STATUSES = {"NOT_FOUND": 404, "INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}
+STATUSES = {"NOT_FOUND": 404, "PERMISSION_DENIED": 403, "INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}
 
 
 def _failed(error: Exception, status: int | None = None) -> JSONResponse:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from server.calls import AdapterRecord, AdapterState
+from server.access.caller import Caller
+from server.calls import AdapterRecord, AdapterState, ServerInfo
 from server.page.history import COLUMNS, History
 from server.service import Service
 
@@ -33,8 +33,10 @@ class Condition(Protocol):
         ...
 
 
-def snapshot(condition: Condition, since: int) -> dict[str, Any]:
-    """Return all that the page shows, and the samples after the first `since`.
+def snapshot(condition: Condition, caller: Caller, since: int) -> dict[str, Any]:
+    """Return what the page shows a caller: the adapters that it may see; and, if it is an operator
+    of the whole server, under `load` what all tenants together make of it, with the samples after
+    the first `since`.
 
     `state` is `loading` (then it comes alone), `ready`, `not ready` or `dead`.
     """
@@ -42,13 +44,12 @@ def snapshot(condition: Condition, since: int) -> dict[str, Any]:
     if service is None or history is None:
         return {"state": "loading"}
     state = "ready" if condition.is_ready() else "not ready" if condition.is_alive() else "dead"
-    records, resident = service.list_adapters(), history.resident()
+    resident = history.resident()
     return {
         "state": state,
-        "server": _server(service, history),
-        "traffic": {"base": asdict(history.traffic())},
-        "history": _history(history, since),
-        "adapters": _adapters(records, history, resident),
+        "server": _server(service.server_info(caller), history),
+        "load": _load(history, since) if caller.is_over_all else None,
+        "adapters": [_listed(r, history, resident) for r in service.list_adapters(caller)],
     }
 
 
@@ -59,7 +60,6 @@ def adapter(record: AdapterRecord, history: History) -> dict[str, Any]:
         "error": record.error,
         "loaded_at_s": record.loaded_at_s,
         "notes": list(record.notes),
-        "has_own_template": bool(record.text and record.text.is_own_template),
         "former_digest": record.former.digest if record.former else "",
     }
     if (loaded := record.loaded) is not None:
@@ -74,9 +74,8 @@ def adapter(record: AdapterRecord, history: History) -> dict[str, Any]:
     return listed
 
 
-def _server(service: Service, history: History) -> dict[str, Any]:
-    info = service.server_info()
-    engine, base, stats = info.engine, info.engine.base, history.stats()
+def _server(info: ServerInfo, history: History) -> dict[str, Any]:
+    engine, base = info.engine, info.engine.base
     return {
         "started_at_s": history.started_at_s,
         "uptime_s": round(time.time() - history.started_at_s, 1),
@@ -91,29 +90,26 @@ def _server(service: Service, history: History) -> dict[str, Any]:
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "max_queued_requests": engine.max_queued_requests,
+        "max_slots": engine.max_slots,
+    }
+
+
+def _load(history: History, since: int) -> dict[str, Any]:
+    """The samples stand in columns: their names would be most of the bytes of 300 samples."""
+    stats, (number, samples) = history.stats(), history.since(since)
+    return {
         "kv_blocks_used": stats.kv_blocks_used,
         "kv_blocks_total": stats.kv_blocks_total,
         "pool_bytes_used": stats.pool_bytes_used,
         "pool_bytes_total": stats.pool_bytes_total,
         "num_resident_adapters": len(stats.resident_adapters),
-        "max_slots": engine.max_slots,
         "num_preemptions": stats.num_preemptions,
         "num_prefix_queries": stats.num_prefix_queries,
         "num_prefix_hits": stats.num_prefix_hits,
+        "base": asdict(history.traffic()),
+        "num_samples_taken": number,
+        "samples": {name: [getattr(sample, name) for sample in samples] for name in COLUMNS},
     }
-
-
-def _history(history: History, since: int) -> dict[str, Any]:
-    """By column: the names of the fields would be most of the bytes of 300 samples."""
-    number, samples = history.since(since)
-    columns = {name: [getattr(sample, name) for sample in samples] for name in COLUMNS}
-    return {"num_taken": number, "columns": columns}
-
-
-def _adapters(
-    records: Iterable[AdapterRecord], history: History, resident: frozenset[str]
-) -> list[dict[str, Any]]:
-    return [_listed(record, history, resident) for record in records]
 
 
 def _listed(record: AdapterRecord, history: History, resident: frozenset[str]) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def _listed(record: AdapterRecord, history: History, resident: frozenset[str]) -
         # What drains shares its name, and the name's traffic, with its successor.
         "num_requests": 0 if is_draining else traffic.num_requests,
         "num_output_tokens": 0 if is_draining else traffic.num_output_tokens,
-        "num_notes": len(record.notes),
+        "has_own_template": bool(record.text and record.text.is_own_template),
         "error": record.error[:MAX_LISTED_ERROR],
         "has_former": record.former is not None,
     }

@@ -53,8 +53,9 @@ export class Adapters {
   show(adapters, base) {
     this.adapters = this.withSpeeds(adapters);
     const loaded = adapters.filter((adapter) => adapter.state === "loaded").length;
-    const alone = `base alone: ${count(base.num_requests)} requests, ${count(base.num_output_tokens)} tokens`;
-    write(byId("adapters-summary"), `${count(loaded)} of ${count(adapters.length)} loaded · ${alone}`);
+    const alone = base && `base alone: ${count(base.num_requests)} requests, ${count(base.num_output_tokens)} tokens`;
+    const summary = [`${count(loaded)} of ${count(adapters.length)} loaded`, alone];
+    write(byId("adapters-summary"), summary.filter(Boolean).join(" · "));
     this.offerStates();
     this.drawRows();
   }
@@ -340,9 +341,9 @@ function tail(source) {
   return source.length <= MAX_SOURCE ? source : `…${source.slice(1 - MAX_SOURCE)}`;
 }
 
-/** A name may stand twice: its former content may still drain. */
+/** A name may stand more than once: its former contents may still drain. */
 function keyOf(adapter) {
-  return JSON.stringify([adapter.name, adapter.state === "draining" ? adapter.digest : ""]);
+  return JSON.stringify(adapter.state === "draining" ? [adapter.name, adapter.digest] : [adapter.name]);
 }
 
 /** Put children in order; those in place stay untouched, and so does the focus. */

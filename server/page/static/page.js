@@ -36,7 +36,7 @@ function refresh() {
 async function poll() {
   clearTimeout(timer);
   try {
-    show(await ask(`page/status.json?since=${seen.numTaken}`));
+    show(await ask(`api/status?since=${seen.numTaken}`));
     byId("trouble").hidden = true;
     wait = POLL_MS;
   } catch (error) {
@@ -56,13 +56,16 @@ function show(status) {
   if (!status.server) {
     return;
   }
-  const { server, history } = status;
-  showServer(server);
-  const isNew = server.started_at_s !== seen.startedAt;
-  charts.add(history.columns, isNew);
-  seen = { startedAt: server.started_at_s, numTaken: history.num_taken };
+  const { server, load } = status;
+  showServer(server, load);
+  byId("no-load").hidden = load !== null;
+  byId("charts").hidden = load === null;
+  if (load !== null) {
+    charts.add(load.samples, server.started_at_s !== seen.startedAt);
+    seen = { startedAt: server.started_at_s, numTaken: load.num_samples_taken };
+  }
   prompt.show(server, status.adapters);
-  adapters.show(status.adapters, status.traffic.base);
+  adapters.show(status.adapters, load?.base);
 }
 
 function showState(text, tone) {
@@ -70,20 +73,16 @@ function showState(text, tone) {
   write(byId("state"), text);
 }
 
-function showServer(server) {
+function showServer(server, load) {
   document.title = `${server.base} · loramux`;
   write(byId("base"), server.base);
-  const hits = server.num_prefix_queries ? server.num_prefix_hits / server.num_prefix_queries : 0;
   const facts = [
     ["Quantization", server.quantization],
     ["Compute type", server.dtype],
     ["Device", server.device],
     ["Kernels", server.kernel_backend],
     ["Context", `${count(server.max_model_len)} tokens`],
-    ["Adapters on the device", `${count(server.num_resident_adapters)} of ${count(server.max_slots)} slots`],
-    ["Adapter pool", `${bytes(server.pool_bytes_used)} of ${bytes(server.pool_bytes_total)}`],
-    ["Prefix cache hits", share(hits)],
-    ["Preemptions", count(server.num_preemptions)],
+    ...(load === null ? [] : loadFacts(server, load)),
     ["Up", duration(server.uptime_s)],
     ["Version", server.version],
   ];
@@ -92,6 +91,16 @@ function showServer(server) {
     list.replaceChildren(...facts.map(([name]) => make("div", {}, make("dt", {}, name), make("dd"))));
   }
   facts.forEach(([, value], index) => write(list.children[index].lastChild, String(value)));
+}
+
+function loadFacts(server, load) {
+  const hits = load.num_prefix_queries ? load.num_prefix_hits / load.num_prefix_queries : 0;
+  return [
+    ["Adapters on the device", `${count(load.num_resident_adapters)} of ${count(server.max_slots)} slots`],
+    ["Adapter pool", `${bytes(load.pool_bytes_used)} of ${bytes(load.pool_bytes_total)}`],
+    ["Prefix cache hits", share(hits)],
+    ["Preemptions", count(load.num_preemptions)],
+  ];
 }
 
 document.addEventListener("visibilitychange", () => {
