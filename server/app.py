@@ -263,8 +263,7 @@ async def _serve_engine(
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
-    metrics = Metrics(engine)
-    condition.metrics = metrics
+    condition.metrics = metrics = Metrics(engine)
     condition.history = history = History(engine)
     observer = Observers(metrics, history)
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
@@ -290,12 +289,7 @@ async def _serve_engine(
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
-        if config.wait_for_adapters:
-            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-        else:
-            loading.add_done_callback(_log_failure)
+        await _wait_for_adapters(config, loading, parts)
         await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
@@ -326,6 +320,18 @@ async def _load_adapters(config: ServerConfig, service: Service) -> None:
     await service.restore_adapters(config.adapter)
     for name, path in config.adapter.items():
         await service.preload(name, path)
+
+
+async def _wait_for_adapters(
+    config: ServerConfig, loading: asyncio.Task[None], parts: list[asyncio.Task[None]]
+) -> None:
+    """Return when they are loaded or one part ends, or at once if nobody is to wait for them."""
+    if not config.wait_for_adapters:
+        loading.add_done_callback(_log_failure)
+        return
+    await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
 
 
 async def _run(
