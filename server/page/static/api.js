@@ -152,8 +152,9 @@ function showKeyDialog(message) {
   });
 }
 
-/** Let the button in the header change the key; `changed` is called then. */
+/** Let the button in the header change the key, where one was asked for; `changed` is called then. */
 export function offerKey(changed) {
+  byId("key-button").hidden = sessionStorage.getItem(KEY) === null;
   byId("key-button").addEventListener("click", async () => {
     isDeclined = false;
     await keyGiven("The server asks for a key.");

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.server.tiny_server import write_folder
 
@@ -30,8 +31,10 @@ SIZES = {"wide": (1600, 1000), "middle": (1024, 900), "narrow": (360, 740)}
 EXPECTED = {
     "net::ERR_ABORTED",  # a stream that Stop ended
     "Failed to load resource: the server responded with a status of 400 (Bad Request)",
+    "Failed to load resource: the server responded with a status of 401 (Unauthorized)",
 }
-"""What Chromium says of a refused load, which `look` asks for, and of an ended stream."""
+"""What Chromium says of a refused load, which `look` asks for, of a call without a key and of an
+ended stream."""
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -48,6 +51,7 @@ def main() -> None:
                 executable_path=options.chromium, args=["--no-sandbox"]
             )
             use(browser, url)
+            give_key(browser, url)
             for name in SIZES:
                 for scheme in ("light", "dark"):
                     look(browser, url, name, scheme, options.out)
@@ -85,10 +89,14 @@ def until_ready(process: subprocess.Popen, url: str) -> None:
 
 
 @contextmanager
-def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
-    """The page; in the end the browser must have had nothing to complain of."""
+def opened(browser: Browser, url: str, key: str = "", **options) -> Iterator[Page]:
+    """The page; in the end the browser must have had nothing to complain of. With a `key` all but
+    the page's files is refused without it.
+    """
     context = browser.new_context(**options)
     page = context.new_page()
+    if key:
+        page.route(re.compile("/(api|v1)/"), lambda route: let_in(route, key))
     complaints: list[str] = []
     page.on("console", lambda m: m.text in EXPECTED or complaints.append(m.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -96,10 +104,19 @@ def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
     page.on("requestfailed", lambda r: r.failure in EXPECTED or complaints.append(r.failure))
     page.on("request", lambda r: r.url.startswith(url) or complaints.append(f"foreign: {r.url}"))
     page.goto(url)
-    expect(page.locator("#state")).to_have_text("ready")
+    if not key:
+        expect(page.locator("#state")).to_have_text("ready")
     yield page
     context.close()
     assert not complaints, complaints
+
+
+def let_in(route: Route, key: str) -> None:
+    if route.request.headers.get("authorization") == f"Bearer {key}":
+        route.continue_()
+    else:
+        message = {"error": {"message": "send your key as Authorization: Bearer KEY"}}
+        route.fulfill(status=401, json=message)
 
 
 def check_access(page: Page) -> None:
@@ -124,6 +141,27 @@ def use(browser: Browser, url: str) -> None:
         replace_and_roll_back(page)
         unload_by_keyboard(page)
         check_access(page)
+
+
+def give_key(browser: Browser, url: str) -> None:
+    """A key that the server wants is asked for, sent, kept for the tab, and can be forgotten."""
+    with opened(browser, url, key="secret") as page:
+        dialog, field = page.locator("#key-dialog"), page.get_by_label("Key", exact=True)
+        for key in ("wrong", "secret"):
+            expect(dialog).to_contain_text("send your key")
+            expect(field).to_be_focused()
+            check_access(page)
+            field.fill(key)
+            field.press("Enter")
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(dialog).to_be_hidden()
+        page.reload()
+        expect(page.locator("#state")).to_have_text("ready")
+        page.get_by_role("button", name="API key").click()
+        page.get_by_role("button", name="Forget").click()
+        expect(page.locator("#trouble")).to_contain_text("send your key")
+        assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+        assert page.context.cookies() == []
 
 
 def load(page: Page, name: str, source: str, *, replace: bool = False) -> None:
