@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -14,31 +14,36 @@ from lora_runtime.engine.client import EngineClient, EngineStats
 
 INTERVAL_S = 1.0
 NUM_SAMPLES = 300
-STEP = 1.05
-"""Each bucket of durations ends this many times later than the one before: a percentile is right
-within 2.5 %."""
+PER_LOG = 20.0
+"""Buckets for each factor e of a duration: neighbours lie 5 % apart."""
+UNIT_S = 1e-6
+NUM_BUCKETS = 500
+"""The last begins at 20 hours."""
 
 
 class Durations:
-    """Counts durations in geometric buckets; bounded memory, whatever comes."""
+    """Counts durations in buckets: d seconds in number ⌊PER_LOG · ln(1 + d / UNIT_S)⌋, so that a
+    percentile is right within 2.6 % of d + UNIT_S. Bounded memory, whatever comes.
+    """
 
     def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+        self._counts = [0] * NUM_BUCKETS
 
     def add(self, seconds: float, count: int = 1) -> None:
-        """Count a duration; what is below a microsecond counts as one."""
-        self._counts[math.floor(math.log(max(seconds, 1e-6), STEP))] += count
+        """Count a duration; called for every token."""
+        bucket = int(PER_LOG * math.log1p(seconds / UNIT_S))
+        self._counts[bucket if bucket < NUM_BUCKETS else -1] += count
 
     def percentile(self, share: float) -> float | None:
         """Return the duration in seconds that `share` (0 to 1) of all do not exceed.
 
-        It is the geometric middle of its bucket; None where nothing was counted.
+        It is the middle of its bucket; None where nothing was counted.
         """
-        wanted = share * self._counts.total()
-        for bucket, count in sorted(self._counts.items()):
+        wanted = share * sum(self._counts)
+        for bucket, count in enumerate(self._counts):
             wanted -= count
-            if wanted <= 0:
-                return math.pow(STEP, bucket + 0.5)
+            if count and wanted <= 0:
+                return UNIT_S * math.expm1((bucket + 0.5) / PER_LOG)
         return None
 
 

@@ -28,11 +28,15 @@ def test_percentiles_are_numpys_within_a_bucket(seed):
         durations.add(value)
     for share in (0.5, 0.95):
         exact = np.quantile(seconds, share, method="inverted_cdf")
-        assert durations.percentile(share) == pytest.approx(max(exact, 1e-6), rel=0.025)
+        assert abs(durations.percentile(share) - exact) <= 0.026 * (exact + 1e-6)
 
 
 def test_nothing_has_no_percentile():
-    assert Durations().percentile(0.5) is None
+    durations = Durations()
+    assert durations.percentile(0.5) is None
+    durations.add(1e9)
+    durations.add(0.0, 2)
+    assert durations.percentile(0.5) < 1e-6 and durations.percentile(0.95) > 50_000
 
 
 def test_samples_say_what_their_interval_brought_and_the_oldest_go():
@@ -46,8 +50,8 @@ def test_samples_say_what_their_interval_brought_and_the_oldest_go():
     history.sample()
     number, (sample,) = history.since(0)
     assert number == 1 and sample.output_tokens_per_s == 3.5 and sample.num_waiting == 9
-    assert sample.ttft_p50_s == sample.ttft_p95_s == pytest.approx(0.25, rel=0.025)
-    assert sample.inter_token_p50_s == pytest.approx(0.1, rel=0.025)
+    assert sample.ttft_p50_s == sample.ttft_p95_s == pytest.approx(0.25, rel=0.026)
+    assert sample.inter_token_p50_s == pytest.approx(0.1, rel=0.026)
     for _ in range(NUM_SAMPLES + 5):
         clock.now += 1
         history.sample()
