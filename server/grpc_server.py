@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,6 +30,7 @@ from protos.loramux.v1 import (
 )
 from server import codec
 from server.access.caller import CURRENT
+from server.access.gate import OPEN_GATE, Gate
 from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
@@ -66,6 +68,7 @@ async def start_grpc(
     service: Service,
     address: str,
     *,
+    gate: Gate = OPEN_GATE,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_calls: int = MAX_CALLS,
@@ -75,17 +78,18 @@ async def start_grpc(
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
-    Health follows `is_serving`, or whether the engine is alive. One call more than `max_calls` is
-    refused as Overloaded. A connection of `max_connection_age_s` takes no new calls, so that its
-    client connects anew, perhaps to another server behind the same name; running calls go on.
+    `gate` says who callers are; health is open to all. Health follows `is_serving`, or whether the
+    engine is alive. One call more than `max_calls` is refused as Overloaded. A connection of
+    `max_connection_age_s` takes no new calls, so that its client connects anew, perhaps to another
+    server behind the same name; running calls go on.
     `observer` hears of every call.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
     calls = Calls(max_calls)
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    observing = [] if observer is None else [ObservedGrpc(observer)]
-    server = grpc.aio.server(interceptors=[*observing, GrpcGate(), boundary], options=options)
+    observing = [] if observer is None else [ObservedGrpc(observer, _methods())]
+    server = grpc.aio.server(interceptors=[*observing, GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -412,6 +416,16 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
             "at a time"
         )
     return data
+
+
+def _methods() -> set[str]:
+    """All methods of the server, as `/service/method`."""
+    pool = descriptor_pool.Default()
+    return {
+        f"/{name}/{method.name}"
+        for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        for method in pool.FindServiceByName(name).methods
+    }
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

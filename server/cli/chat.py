@@ -11,8 +11,9 @@ import typer
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import echo, shown, write
-from server.cli.remote import Address, Weighted, weights
-from server.client import DEFAULT_TARGET, Client
+from server.cli.connection import connected
+from server.cli.remote import Weighted, weights
+from server.client import Client
 from server.client.requests import Options
 
 HELP = """\
@@ -90,14 +91,15 @@ class Conversation:
             self.adapters = chosen
 
 
+@connected
 def chat(
+    client: Client,
     adapter: Weighted = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Talk with the base or with adapters. /help shows what changes them, /quit ends.
 
@@ -106,13 +108,12 @@ def chat(
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     options: Options = {}
     options.update({k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
-    with Client(address) as client:
-        conversation = Conversation(client, options, weights(adapter or []), system)
-        for name in conversation.adapters:
-            client.get_adapter(name)
-        if not conversation.adapters:
-            client.server_info()
-        converse(conversation)
+    conversation = Conversation(client, options, weights(adapter or []), system)
+    for name in conversation.adapters:
+        client.get_adapter(name)
+    if not conversation.adapters:
+        client.server_info()
+    converse(conversation)
 
 
 def converse(conversation: Conversation) -> None:

@@ -32,7 +32,7 @@ class CallObserver(Protocol):
     """Told how calls fare; for metrics."""
 
     def on_rpc_started(self, rpc: Rpc) -> None:
-        """A gRPC call of a method that exists has come in."""
+        """A gRPC call has come in."""
 
     def on_rpc_handled(self, rpc: Rpc, code: str, seconds: float) -> None:
         """It has ended with the status of that name."""

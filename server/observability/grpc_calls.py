@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -25,23 +25,31 @@ _KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Any]]] = {
 """Whether request and response are streams → the kind, and grpc's names for its handlers."""
 
 
-class ObservedGrpc(grpc.aio.ServerInterceptor):
-    """Tells an observer of every call of a method that exists."""
+UNKNOWN = "unknown"
+"""The service and method of a call for none that there is: clients make up any name."""
 
-    def __init__(self, observer: CallObserver) -> None:
+
+class ObservedGrpc(grpc.aio.ServerInterceptor):
+    """Tells an observer of every call, also of those that other interceptors answer."""
+
+    def __init__(self, observer: CallObserver, methods: Collection[str]) -> None:
+        """`methods`: those that there are, as `/service/method`."""
         self._observer = observer
+        self._methods = methods
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Wrap a handler; an unknown method has none."""
+        """Wrap a handler; an unknown method has one where an interceptor answers for it."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
         kind, attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
-        _, service, method = handler_call_details.method.split("/")
+        path = handler_call_details.method
+        is_known = path in self._methods
+        _, service, method = path.split("/") if is_known else ("", UNKNOWN, UNKNOWN)
         watch = _Watch(self._observer, Rpc(kind, service, method))
         return make(
             _observed(getattr(handler, attribute), watch),

@@ -14,7 +14,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 
-from lora_runtime.errors import AdapterNotFound
+from lora_runtime.errors import AdapterNotFound, Unauthenticated
+from server.access.gate import Gate
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
 from server.observability.calls import Rpc, trace_headers
@@ -77,7 +78,7 @@ async def test_a_caller_that_leaves_is_cancelled(serve):
         assert handled(observer) == [(GENERATE, "CANCELLED")]
 
 
-async def test_health_and_reflection_are_counted_and_unknown_methods_make_no_series(serve):
+async def test_health_and_reflection_are_counted_and_unknown_methods_share_a_name(serve):
     async with serve() as world, observed(world) as (server, _, observer):
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -85,11 +86,24 @@ async def test_health_and_reflection_are_counted_and_unknown_methods_make_no_ser
             ask = reflection_pb2.ServerReflectionRequest(list_services="")
             answers = [answer async for answer in stub.ServerReflectionInfo(iter([ask]))]
             assert len(answers[0].list_services_response.service) == 5
-            for number in range(3):
+            for path in ("/made.up/M1", "/made.up/M2", "/loramux.v1.ServerService/No", "/a/b/c"):
                 with pytest.raises(grpc.aio.AioRpcError):
-                    await channel.unary_unary(f"/made.up/M{number}")(b"")
-        await until(lambda: len(handled(observer)) == 2)
-        assert handled(observer) == [(CHECK, "OK"), (REFLECT, "OK")]
+                    await channel.unary_unary(path)(b"")
+        await until(lambda: len(handled(observer)) == 6)
+        assert handled(observer)[:2] == [(CHECK, "OK"), (REFLECT, "OK")]
+        unknown = {(rpc.service, rpc.method, code) for rpc, code in handled(observer)[2:]}
+        assert unknown == {("unknown", "unknown", "UNIMPLEMENTED")}
+
+
+async def test_calls_that_the_gate_refuses_are_counted_as_what_they_are(serve):
+    gate, observer = Gate(needs_certificate=True), RecordingObserver()
+    async with serve() as world:
+        server = await start_grpc(world.service, "127.0.0.1:0", gate=gate, observer=observer)
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            with pytest.raises(Unauthenticated):
+                await client.get_adapter("x")
+        await server.stop(0)
+    assert handled(observer) == [(GET, "UNAUTHENTICATED")]
 
 
 def http_app(seen: list) -> Starlette:
