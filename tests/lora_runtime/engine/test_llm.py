@@ -104,7 +104,17 @@ def test_what_a_server_refuses_is_refused_here_too(llm):
         ("sampling.stop[0]", {"stop": ["x" * 257]}),
         ("sampling.stop", {"stop": ["x"] * 17}),
         ("ignore_eos", {"ignore_eos": "no"}),
-        ("presence_penalty", {"presence_penalty": 0.0}),
+        ("sampling.presence_penalty", {"presence_penalty": 3.0}),
+        ("sampling.repetition_penalty", {"repetition_penalty": "much"}),
+        ("sampling.logit_bias", {"logit_bias": [5]}),
+        ("sampling.logit_bias", {"logit_bias": {"5": 1.0}}),
+        ("sampling.logit_bias", {"logit_bias": {5: "1"}}),
+        ("sampling.logit_bias", {"logit_bias": {10**9: 1.0}}),
+        ("sampling.prompt_logprobs", {"num_prompt_logprobs": 21}),
+        ("sampling.n", {"n": 0}),
+        ("sampling.n", {"n": 129}),
+        ("sampling.n", {"n": True}),
+        ("sampling.n", {"n": "2"}),
         ("logprobs", {"logprobs": 2}),
         ("sampling.max_tokens", {"max_tokens": 2.5}),
         ("sampling.max_tokens", {"max_tokens": True}),
@@ -134,6 +144,33 @@ def test_two_sources_of_one_setting_are_refused(folder):
         assert refusal.value.field == name
     with pytest.raises(ConfigError, match="device is 'gpu'; it must be auto, cpu"):
         LLM(folder / "base", device="gpu")
+
+
+def test_the_first_of_several_outputs_is_that_of_one(llm):
+    """And the others are repeated by the seed, and differ."""
+    options = dict(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    one, several, again = (
+        llm.generate(PROMPTS, adapter=NAMES, n=n, **options) for n in (1, 16, 16)
+    )
+    assert several == again
+    for alone, first in zip(one, several, strict=True):
+        assert first.token_ids == alone.token_ids and alone.others == ()
+        everyone = {first.token_ids, *(other.token_ids for other in first.others)}
+        assert len(first.others) == 15 and len(everyone) == 16
+        assert all(len(other.text) > 0 and other.error is None for other in first.others)
+    assert llm._engine.is_idle
+
+
+def test_penalties_biases_and_prompt_logprobs_come_through(llm):
+    options = dict(max_tokens=8, temperature=0.0, ignore_eos=True)
+    (banned,) = llm.generate(PROMPTS[:1], logit_bias={9: 100}, num_prompt_logprobs=1, **options)
+    assert banned.token_ids == (9,) * 8
+    num_tokens = len(llm._tokenizer.encode(PROMPTS[0]))
+    assert [len(entry.top) for entry in banned.prompt_logprobs] == [1] * (num_tokens - 1)
+    (varied,) = llm.generate(
+        PROMPTS[:1], logit_bias={9: 2}, repetition_penalty=100.0, presence_penalty=2.0, **options
+    )
+    assert len(set(varied.token_ids)) > 4
 
 
 def test_prompts_may_come_one_by_one(llm):
