@@ -74,6 +74,53 @@ async def test_over_the_wire_and_back(serve) -> None:
         assert is_clean(world)
 
 
+@pytest.mark.parametrize("num_outputs", [1, 5])
+async def test_the_prompts_log_probabilities_come_once_before_every_delta(
+    serve, num_outputs, monkeypatch
+) -> None:
+    async with serve() as world:
+        generate = world.engine.generate
+
+        async def late(request):
+            """The output that brings them begins after the others."""
+            if request.sampling.num_prompt_logprobs is not None:
+                for _ in range(20):
+                    await asyncio.sleep(0)
+            async for output in generate(request):
+                yield output
+
+        monkeypatch.setattr(world.engine, "generate", late)
+        stream = world.client.generate("abc", n=num_outputs, max_tokens=3, prompt_logprobs=2)
+        events = [event async for event in stream]
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds[:2] == ["started", "prompt_logprobs"]
+        assert kinds.count("prompt_logprobs") == 1 and kinds.count("finished") == num_outputs
+        entries = events[1].prompt_logprobs.logprobs
+        assert [entry.logprob for entry in entries] == [-98, -99]
+        assert [[top.token_id for top in entry.top] for entry in entries] == [[98] * 2, [99] * 2]
+        (one,) = [e async for e in world.client.generate("a", max_tokens=1, prompt_logprobs=0)
+                  if e.HasField("prompt_logprobs")]  # fmt: skip
+        assert len(one.prompt_logprobs.logprobs) == 0
+
+
+async def test_an_output_that_ends_before_its_prompt_is_scored_holds_back_nothing(
+    serve, monkeypatch
+) -> None:
+    async with serve() as world:
+        step = world.engine._step
+
+        def cancelled(request, index):
+            if request.sampling.num_prompt_logprobs is None:
+                return step(request, index)
+            reason = FinishReason.CANCELLED
+            return StepOutput(request_id=request.request_id, finish_reason=reason)
+
+        monkeypatch.setattr(world.engine, "_step", cancelled)
+        events = await events_of(world.service, several(3, max_tokens=2, num_prompt_logprobs=1))
+        assert texts(events) == {1: "ab", 2: "ab"}
+        assert sum(isinstance(event, Finished) for event in events) == 3 and is_clean(world)
+
+
 @pytest.mark.parametrize("num_outputs", [0, 129, 2**31])
 async def test_a_number_of_outputs_out_of_range_is_refused(serve, num_outputs) -> None:
     async with serve() as world:
