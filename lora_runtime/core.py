@@ -218,6 +218,8 @@ class Request:
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
     """Who asks; clients share the engine fairly."""
+    weight: float = 1.0
+    """The client's share of a busy engine, against the other clients'."""
     priority: int = 0
     """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None

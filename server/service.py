@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ from lora_runtime.engine.request_rules import (
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
+    AdapterNotFound,
     AdapterSourceRefused,
     InvalidRequest,
     LoramuxError,
@@ -41,11 +42,14 @@ from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
+from server.access.audit import audited, log_missing
 from server.access.caller import Caller
+from server.access.quotas import Quotas
 from server.calls import (
     AdapterRecord,
     AdapterState,
     ChatPrompt,
+    Delta,
     Event,
     Finished,
     GenerateCall,
@@ -106,6 +110,7 @@ class Service:
         observer: RequestObserver,
         base_name: str,
     ) -> None:
+        self._quotas = Quotas()
         self._engine = engine
         self._tokenizer = tokenizer
         self._own_text = own_text
@@ -136,6 +141,16 @@ class Service:
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
+        with self._quotas.request(call.caller) as spend:
+            async with aclosing(self._generate(call)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        spend(len(event.token_ids))
+                    elif isinstance(event, Started):
+                        spend(event.num_prompt_tokens)
+                    yield event
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         check_num_outputs(call.num_outputs)
         with self._place(call.client, call.num_outputs):
@@ -149,6 +164,7 @@ class Service:
             adapters=uses([record.digest for record in records], call.adapters),
             cache_salt=call.caller.cache_salt(call.cache_salt),
             client=call.client,
+            weight=call.caller.limits.weight,
             priority=call.priority,
             deadline=deadline,
         )
@@ -210,11 +226,11 @@ class Service:
 
         Raises PermissionDenied, as all that changes something does.
         """
-        caller.check_manages(name)
-        caller.check_source(source)
-        with _refusals_logged(name, source):
+        with audited(caller, "load", adapter=name, source=source), _refusals_logged(name, source):
+            caller.check_manages(name)
+            caller.check_source(source)
             folder, rules = await self._resolve(source)
-            with self._store.in_use(rules.sha256):
+            with self._store.in_use(rules.sha256), self._counted(caller, name):
                 return await self._load(name, folder, source, replace, rules)
 
     async def upload_adapter(
@@ -226,15 +242,18 @@ class Service:
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
-        caller.check_manages(call.name, field="start.name")
-        with _refusals_logged(call.name, "an upload"):
+        logged = _refusals_logged(call.name, "an upload")
+        with audited(caller, "upload", adapter=call.name), logged:
+            caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            async with self._store.receive(call, data) as upload:
-                num_bytes = sum(file.num_bytes for file in call.files)
-                logger.info(
-                    "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
-                )
-                return await to_the_end(self._load_upload(call, upload))
+            counted = self._counted(caller, call.name)
+            with counted:
+                async with self._store.receive(call, data) as upload:
+                    num_bytes = sum(file.num_bytes for file in call.files)
+                    logger.info(
+                        "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
+                    )
+                    return await to_the_end(self._load_upload(call, upload))
 
     async def preload(self, name: str, folder: Path) -> None:
         """Load a folder that the operator named, wherever it lies, in place of what the name held.
@@ -260,15 +279,17 @@ class Service:
 
     async def rollback_adapter(self, caller: Caller, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
-        caller.check_manages(name)
-        return await self._registry.rollback(name)
+        with audited(caller, "rollback", adapter=name):
+            caller.check_manages(name)
+            return await self._registry.rollback(name)
 
     async def unload_adapter(
         self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
         """Take a name away; see `Registry.unload`."""
-        caller.check_manages(name)
-        return await self._registry.unload(name, cancel=cancel, wait=wait)
+        with audited(caller, "unload", adapter=name):
+            caller.check_manages(name)
+            return await self._registry.unload(name, cancel=cancel, wait=wait)
 
     @property
     def max_store_bytes(self) -> int:
@@ -292,14 +313,15 @@ class Service:
 
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
-        caller.check_over_all()
-        stored = await self._store.find(source)
-        if holders := self._registry.holders().get(stored.source):
-            raise AdapterInUse(
-                f"{source} is held by {', '.join(holders)[:200]}; unload that first",
-                field="source",
-            )
-        await self._store.delete(stored)
+        with audited(caller, "delete", source=source):
+            caller.check_over_all()
+            stored = await self._store.find(source)
+            if holders := self._registry.holders().get(stored.source):
+                raise AdapterInUse(
+                    f"{source} is held by {', '.join(holders)[:200]}; unload that first",
+                    field="source",
+                )
+            await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
 
@@ -309,7 +331,8 @@ class Service:
 
     def get_adapter(self, caller: Caller, name: str) -> AdapterRecord:
         """Return one adapter. Raises AdapterNotFound, also for one that the caller may not see."""
-        return self._registry.get(name, sees=caller.sees)
+        with _missing_logged(caller, name):
+            return self._registry.get(name, sees=caller.sees)
 
     def server_info(self, caller: Caller) -> ServerInfo:
         """Return facts about this server, of adapters as far as the caller may see them."""
@@ -366,6 +389,11 @@ class Service:
             settle=settle,
         )
 
+    def _counted(self, caller: Caller, name: str) -> AbstractContextManager[None]:
+        """Count a name that is about to be loaded among its tenant's adapters."""
+        held = [r.name for r in self.list_adapters(caller) if r.state is not AdapterState.FAILED]
+        return self._quotas.adapter(caller, name, held)
+
     @contextmanager
     def _place(self, client: str, num_outputs: int) -> Iterator[None]:
         """Count the outputs of a call that wait, or will, for the engine. Raises Overloaded where
@@ -399,12 +427,12 @@ class Service:
                 return prompt, records, side
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
-        return [
-            self._registry.resolve(
-                choice.name, field=f"adapters[{index}].name", sees=call.caller.sees
-            )
-            for index, choice in enumerate(call.adapters)
-        ]
+        found = []
+        for index, choice in enumerate(call.adapters):
+            with _missing_logged(call.caller, choice.name):
+                field, sees = f"adapters[{index}].name", call.caller.sees
+                found.append(self._registry.resolve(choice.name, field=field, sees=sees))
+        return found
 
     async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
         """Read an adapter's own text files. Raises AdapterRefused."""
@@ -496,6 +524,15 @@ def _requests(first: Request, num_outputs: int) -> list[Request]:
         first if index == 0 else replace(first, request_id=uuid.uuid4().hex, sampling=sampling)
         for index, sampling in enumerate(params_of_outputs(first.sampling, num_outputs))
     ]
+
+
+@contextmanager
+def _missing_logged(caller: Caller, name: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterNotFound as error:
+        log_missing(caller, name, error)
+        raise
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class Scheduler:
         assert not any(row.block_table for row in self.waiting)
         assert self._next_in_pool is None or self._next_in_pool in list(self.waiting)
 
-    def _turns(self) -> list[tuple[int, int, int, str]]:
+    def _turns(self) -> list[tuple[float, int, int, str]]:
         """A heap of the clients that have prompts, running or waiting, by whose turn is next."""
         clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
         num_rows = _num_by_client(self.running)
@@ -184,7 +184,7 @@ class Scheduler:
         heapq.heapify(turns)
         return turns
 
-    def _turn(self, client: str, num_rows: int) -> tuple[int, int, int, str]:
+    def _turn(self, client: str, num_rows: int) -> tuple[float, int, int, str]:
         """A client's place in the heap: by what it was served, then its rows, then its arrival."""
         ticket = self.waiting.first_ticket(client)
         return self._shares.counter(client), num_rows, ticket, client
