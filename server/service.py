@@ -141,7 +141,8 @@ class Service:
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
-        with self._quotas.request(call.caller) as spend:
+        check_num_outputs(call.num_outputs)
+        with self._quotas.request(call.caller, call.num_outputs) as spend:
             async with aclosing(self._generate(call)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
@@ -152,7 +153,6 @@ class Service:
 
     async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        check_num_outputs(call.num_outputs)
         with self._place(call.client, call.num_outputs):
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.

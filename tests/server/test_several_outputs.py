@@ -13,6 +13,7 @@ import pytest
 from lora_runtime.core import AdapterChoice, FinishReason, StepOutput
 from lora_runtime.errors import AdapterFailed, InvalidRequest, Overloaded
 from protos.loramux.v1 import types_pb2
+from server.access.caller import ANONYMOUS, Limits
 from server.calls import Delta, Finished, Started
 from tests.server.test_service import call, events_of
 from tests.server.world import stubs_of, until
@@ -144,6 +145,24 @@ async def test_each_output_takes_a_place(serve) -> None:
         assert len(world.engine.seen) == 15 and is_clean(world)
 
 
+async def test_each_output_counts_as_a_request_of_its_tenant(serve) -> None:
+    caller = replace(ANONYMOUS, limits=Limits(max_requests=6))
+    async with serve() as world:
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, replace(several(7), caller=caller))
+        assert caught.value.field == "sampling.n"
+        world.engine.gate.clear()
+        four = replace(several(4, max_tokens=1), caller=caller)
+        running = asyncio.create_task(events_of(world.service, four))
+        await until(lambda: len(world.engine.running) == 4)
+        with pytest.raises(Overloaded, match="may have 6"):
+            await events_of(world.service, replace(four, num_outputs=3))
+        world.engine.gate.set()
+        await running
+        await events_of(world.service, replace(four, num_outputs=6))
+        assert is_clean(world)
+
+
 @pytest.mark.parametrize("num_events", [1, 2, 20])
 async def test_who_leaves_ends_all_outputs(serve, num_events) -> None:
     async with serve() as world:
@@ -207,7 +226,9 @@ async def test_an_unload_waits_for_all_outputs_or_ends_them(serve, cancel) -> No
         await until(lambda: len(world.engine.running) == 16)
         (record,) = world.registry.records()
         assert record.num_in_flight == 1
-        unload = asyncio.create_task(world.service.unload_adapter("x", cancel=cancel, wait=True))
+        unload = asyncio.create_task(
+            world.service.unload_adapter(ANONYMOUS, "x", cancel=cancel, wait=True)
+        )
         await asyncio.sleep(0.01)
         assert not unload.done()
         world.engine.gate.set()
@@ -230,7 +251,7 @@ async def test_a_swap_at_any_moment_leaves_a_call_wholly_old_or_wholly_new(serve
                 await asyncio.sleep(0)
             letter = "ba"[round_ % 2]
             source = world.write_adapter(letter, letter)
-            swap = world.service.load_adapter("x", source, replace=True)
+            swap = world.service.load_adapter(ANONYMOUS, "x", source, replace=True)
             (_, events) = await asyncio.gather(swap, running)
             assert set(texts(events).values()) in ({"aaa"}, {"bbb"})
         assert is_clean(world)
@@ -249,4 +270,4 @@ async def test_nothing_leaks_from_calls_that_end_in_every_way(serve) -> None:
 
         await asyncio.gather(*(one() for _ in range(60)))
         assert is_clean(world)
-        await asyncio.wait_for(world.service.unload_adapter("x", wait=True), 5)
+        await asyncio.wait_for(world.service.unload_adapter(ANONYMOUS, "x", wait=True), 5)
