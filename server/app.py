@@ -41,6 +41,9 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.observers import Observers
+from server.page.history import History
+from server.page.routes import routes as page_routes
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -150,6 +153,7 @@ class Condition:
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
+    history: History | None = None
     is_open: bool = False
     """Requests are taken."""
 
@@ -253,7 +257,10 @@ async def _http(
 ) -> AsyncIterator[RunningHttp]:
     """Answer probes and scrapes while the context lasts, before there is an engine too."""
     app = build_http_app(
-        metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
+        metrics=condition,
+        is_alive=condition.is_alive,
+        is_ready=condition.is_ready,
+        routes=page_routes(condition),
     )
     server = HttpServer(HttpGate(app, doors.gate), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -275,17 +282,19 @@ async def _serve_engine(
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
-    metrics = Metrics(engine)
-    condition.metrics = metrics
+    condition.metrics = metrics = Metrics(engine)
+    condition.history = history = History(engine)
+    observer = Observers(metrics, history)
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
+    sampling = asyncio.create_task(history.run())
     registry = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
-        registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
+        registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
@@ -293,7 +302,7 @@ async def _serve_engine(
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
-            observer=metrics,
+            observer=observer,
             base_name=base_name,
         )
         stopping = asyncio.create_task(stop.wait())
@@ -304,7 +313,7 @@ async def _serve_engine(
         await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        for task in (watching, stopping, loading):
+        for task in (watching, sampling, stopping, loading):
             if task is not None:
                 task.cancel()
         own_text.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from starlette.applications import Starlette
@@ -20,9 +20,14 @@ class MetricsPage(Protocol):
 
 
 def build_http_app(
-    *, metrics: MetricsPage, is_alive: Callable[[], bool], is_ready: Callable[[], bool]
+    *,
+    metrics: MetricsPage,
+    is_alive: Callable[[], bool],
+    is_ready: Callable[[], bool],
+    routes: Sequence[Route] = (),
 ) -> Starlette:
-    """Build the routes. A probe answers 200 or 503: restart a dead server, spare a busy one.
+    """Build the routes, and `routes` beside them. A probe answers 200 or 503: restart a dead
+    server, spare a busy one.
 
     While the engine is loading neither is 200; give a probe that restarts time for that.
     """
@@ -42,6 +47,7 @@ def build_http_app(
             Route("/metrics", show_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            *routes,
         ]
     )
 

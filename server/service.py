@@ -55,6 +55,7 @@ from server.calls import (
     GenerateCall,
     Prompt,
     PromptLimits,
+    PromptLogprobs,
     ServerInfo,
     Started,
     StoredAdapter,
@@ -495,6 +496,8 @@ class Service:
                     if not is_started:
                         is_started = True
                         yield started
+                    if output.prompt_logprobs is not None:
+                        yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
                     if delta := delta_of(text, output, index):
                         yield delta

@@ -58,7 +58,7 @@ DOORS = {
              "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
-    "starlette": ["server.http_gateway", "server.app"],
+    "starlette": ["server.http_gateway", "server.app", "server.page.routes"],
     "structlog": ["server.*"],
     "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
     "transformers": ["lora_runtime.base.*", "lora_runtime.text.*",
