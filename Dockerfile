@@ -2,7 +2,9 @@
 # No model inside: the base is fetched or mounted at start and kept in the volume /cache.
 # For a GPU, with what Triton needs to compile its launchers where it runs:
 #   docker build --target cuda -t loramux:cuda .
-#   docker run --gpus all -p 50051:50051 loramux:cuda
+#   docker run --gpus all -p 127.0.0.1:50051:50051 loramux:cuda serve --insecure
+# It listens on all of the container's addresses, and so wants --keys FILE, or --insecure where only
+# this machine reaches the published ports.
 # For a CPU, with torch's smaller build:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu -t loramux .
 
