@@ -21,6 +21,9 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 """Enough to ban a token or to make it certain."""
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Numbers of one prompt: of each token its own and those most likely. On the wire they take less
+than the 4 MiB that clients accept."""
 MAX_REPETITION_PENALTY = 100.0
 """The least is one over it. Far beyond any use, and small enough that logits stay finite."""
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -215,6 +218,8 @@ class Request:
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
     """Who asks; clients share the engine fairly."""
+    weight: float = 1.0
+    """The client's share of a busy engine, against the other clients'."""
     priority: int = 0
     """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None
@@ -263,6 +268,9 @@ class Row:
     num_steps_passed_over: int = 0
     """Steps in which its adapters found no room in the pool."""
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Those of the prompt's tokens after the first, as far as they are known; None where none are
+    wanted, or they have been given out."""
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -272,7 +280,16 @@ class Row:
     ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
         tokens = list(request.prompt_token_ids)
-        return cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        row = cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        if request.sampling.num_prompt_logprobs is not None:
+            row.prompt_logprobs = []
+        return row
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True while logits of the prompt's own positions are needed."""
+        found = self.prompt_logprobs
+        return found is not None and len(found) < self.num_prompt_tokens - 1
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -301,6 +318,13 @@ class ScheduledRow:
     def end(self) -> int:
         """Position after the tokens of this step: that of the new token, if the row samples."""
         return self.start + self.num_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Leading tokens of this step behind which a token of the prompt is to be scored."""
+        if not self.row.lacks_prompt_logprobs:
+            return 0
+        return max(0, min(self.end, self.row.num_prompt_tokens - 1) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,11 +364,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probabilities of one sampled position."""
+    """Natural-log probabilities of one position of output or prompt."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Log probabilities of `row`'s tokens after position `start`, one for each."""
+
+    row: Row
+    start: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,6 +396,8 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first token, where they were asked for: of each token of the prompt but the first"""
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     """Set if and only if `finish_reason` is ERROR."""

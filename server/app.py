@@ -20,6 +20,7 @@ from typing import Protocol
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
@@ -29,7 +30,9 @@ from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.http_gate import HttpGate
+from server.access.doors import Doors, open_doors
+from server.access.http_gate import CERTIFICATE, HttpGate
+from server.access.tls import Tls, certificate_names
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
@@ -119,12 +122,12 @@ async def serve(
         adapter_name(name, "adapter")
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
-    condition = Condition()
+    condition, doors = Condition(), open_doors(config)
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
-        async with _http(condition, listener) as http:
+        async with doors.kept_current(), _http(condition, listener, doors) as http:
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
-            await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
+            await _serve_engine(config, engine, stop, condition, doors, http, on_ready, guard)
     logger.info("stopped")
 
 
@@ -207,19 +210,32 @@ class StopSignal:
         self._requested.set()
 
 
+class CertifiedProtocol(H11Protocol):
+    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the names in the state that each request of the connection begins with."""
+        super().connection_made(transport)
+        names = certificate_names(transport.get_extra_info("peercert"))
+        self.app_state = {**self.app_state, CERTIFICATE: names}
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: HttpGate) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=1,
-            )
+    def __init__(self, app: HttpGate, tls: Tls | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=CertifiedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
         )
+        config.load()  # else it would make its own ssl of the files that it knows
+        config.ssl = tls.http_context() if tls else None
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -236,7 +252,9 @@ class RunningHttp:
 
 
 @contextlib.asynccontextmanager
-async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[RunningHttp]:
+async def _http(
+    condition: Condition, listener: socket.socket, doors: Doors
+) -> AsyncIterator[RunningHttp]:
     """Answer probes and scrapes while the context lasts, before there is an engine too."""
     app = build_http_app(
         metrics=condition,
@@ -244,7 +262,7 @@ async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[
         is_ready=condition.is_ready,
         routes=page_routes(condition),
     )
-    server = HttpServer(HttpGate(app))
+    server = HttpServer(HttpGate(app, doors.gate), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])
@@ -258,6 +276,7 @@ async def _serve_engine(
     engine: LocalEngine,
     stop: StopSignal,
     condition: Condition,
+    doors: Doors,
     http: RunningHttp,
     on_ready: Callable[[Ports], None] | None,
     guard: ExitGuard,
@@ -290,7 +309,8 @@ async def _serve_engine(
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
         await _wait_for_adapters(config, loading, parts)
-        await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
+        announce = Announcement(http.port, on_ready)
+        await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
         for task in (watching, sampling, stopping, loading):
@@ -338,6 +358,7 @@ async def _run(
     config: ServerConfig,
     service: Service,
     condition: Condition,
+    doors: Doors,
     parts: list[asyncio.Task[None]],
     stop: StopSignal,
     announce: Announcement,
@@ -348,6 +369,8 @@ async def _run(
     grpc_server = await start_grpc(
         service,
         config.grpc_address,
+        gate=doors.gate,
+        credentials=doors.tls.grpc_credentials() if doors.tls else None,
         max_calls=config.max_concurrent_calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,

@@ -29,6 +29,7 @@ from protos.loramux.v1 import (
 )
 from server import codec
 from server.access.caller import CURRENT
+from server.access.gate import OPEN_GATE, Gate
 from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
@@ -64,6 +65,7 @@ async def start_grpc(
     service: Service,
     address: str,
     *,
+    gate: Gate = OPEN_GATE,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_calls: int = MAX_CALLS,
@@ -72,15 +74,16 @@ async def start_grpc(
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
-    Health follows `is_serving`, or whether the engine is alive. One call more than `max_calls` is
-    refused as Overloaded. A connection of `max_connection_age_s` takes no new calls, so that its
-    client connects anew, perhaps to another server behind the same name; running calls go on.
+    `gate` says who callers are; health is open to all. Health follows `is_serving`, or whether the
+    engine is alive. One call more than `max_calls` is refused as Overloaded. A connection of
+    `max_connection_age_s` takes no new calls, so that its client connects anew, perhaps to another
+    server behind the same name; running calls go on.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
     calls = Calls(max_calls)
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[GrpcGate(), boundary], options=options)
+    server = grpc.aio.server(interceptors=[GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)

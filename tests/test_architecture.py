@@ -52,7 +52,7 @@ DOORS = {
     "protos": ["server.*"],
     "pyarrow": ["lora_runtime.training.rows"],
     "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
-                 "server.config", "server.cli.settings"],
+                 "server.access.keys", "server.config", "server.cli.settings"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.report.progress",
              "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
@@ -66,7 +66,7 @@ DOORS = {
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.cli.serve", "lora_runtime.settings"],
+    "yaml": ["server.cli.keys", "server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}

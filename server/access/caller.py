@@ -10,6 +10,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from lora_runtime.errors import InvalidRequest, PermissionDenied
+from lora_runtime.settings import Float, Int, setting, settings
 
 ALL = "*"
 """The pattern of all adapters and sources."""
@@ -26,19 +27,19 @@ class Role(StrEnum):
     """Loads, replaces and unloads them too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Limits:
     """What a tenant may take of a server. None: no bound of its own."""
 
-    max_requests: int | None = None
+    max_requests: Int | None = setting(default=None, gt=0, le=1_000_000)
     """Requests that wait or run at once."""
-    tokens_per_s: float | None = None
+    tokens_per_s: Float | None = setting(default=None, gt=0, le=1e9)
     """Prompt and output tokens, on average."""
-    burst_tokens: float | None = None
+    burst_tokens: Float | None = setting(default=None, gt=0, le=1e12)
     """Tokens that may be taken at once after a rest. None: those of ten seconds."""
-    max_adapters: int | None = None
+    max_adapters: Int | None = setting(default=None, ge=0, le=1_000_000)
     """Names that its operators may hold, of those that they may see."""
-    weight: float = 1.0
+    weight: Float = setting(default=1.0, ge=0.01, le=100)
     """Its share of a busy server, against the other tenants'."""
 
 
@@ -55,6 +56,8 @@ class Caller:
     sources: tuple[str, ...] = ()
     """What an operator may load beside uploads, as it writes it."""
     limits: Limits = Limits()
+    peer: str = ""
+    """Whence it asks; for the log."""
 
     @property
     def is_over_all(self) -> bool:
