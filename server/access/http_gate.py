@@ -15,7 +15,7 @@ OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
 OPEN_SUFFIXES = (".css", ".js", ".svg")
 """Probes, and the files of the status page, which hold nothing of this server."""
-USER_PATHS = frozenset({"/page/status.json", "/tokenize", "/detokenize", "/openapi.json"})
+USER_PATHS = frozenset({"/tokenize", "/detokenize", "/openapi.json"})
 USER_FOLDERS = ("/v1/", "/api/")
 """What every key is for; all the rest, as /metrics, takes an operator's for all adapters. What
 changes something there asks the caller's role once more, in the service.
