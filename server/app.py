@@ -38,7 +38,10 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.openai.boundary import Backend
+from server.openai.routes import routes as openai_routes
 from server.registry import Registry
+from server.running_calls import Calls
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
@@ -116,7 +119,7 @@ async def serve(
         adapter_name(name, "adapter")
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
-    condition = Condition()
+    condition = Condition(Calls(config.max_concurrent_calls))
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
         async with _http(condition, listener) as http:
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
@@ -144,11 +147,17 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
 class Condition:
     """What probes and scrapes ask. Its parts are None while the engine is loading."""
 
+    calls: Calls
+    """The calls that run, over gRPC and HTTP."""
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
     is_open: bool = False
     """Requests are taken."""
+
+    def open_service(self) -> Service | None:
+        """Return the service, or None while requests are not taken."""
+        return self.service if self.is_open else None
 
     def is_alive(self) -> bool:
         """Tell whether there is a live engine."""
@@ -235,7 +244,10 @@ class RunningHttp:
 async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[RunningHttp]:
     """Answer probes and scrapes while the context lasts, before there is an engine too."""
     app = build_http_app(
-        metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
+        metrics=condition,
+        is_alive=condition.is_alive,
+        is_ready=condition.is_ready,
+        routes=openai_routes(Backend(condition.open_service, condition.calls)),
     )
     server = HttpServer(app)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -332,7 +344,7 @@ async def _run(
     grpc_server = await start_grpc(
         service,
         config.grpc_address,
-        max_calls=config.max_concurrent_calls,
+        calls=condition.calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,
     )

@@ -34,6 +34,7 @@ from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.token_bytes import TokenBytes
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.calls import (
     AdapterRecord,
@@ -145,6 +146,8 @@ class Service:
         started = Started(
             request_id=call.request_id or request.request_id,
             num_prompt_tokens=len(prompt),
+            prompt_token_ids=request.prompt_token_ids,
+            side=side,
             notes=tuple(request_notes(facts, prompt)),
         )
         names = tuple(choice.name for choice in call.adapters)
@@ -244,6 +247,29 @@ class Service:
     ) -> AdapterRecord:
         """Take a name away; see `Registry.unload`."""
         return await self._registry.unload(name, cancel=cancel, wait=wait)
+
+    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+        """Return the text of token ids, as an adapter's own text side has them or as the base.
+
+        Raises InvalidRequest (field `token_ids`).
+        """
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        return decoder.decode(self._checked(token_ids))
+
+    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+        """Return what gives each token's bytes, as an adapter's own text side has them."""
+        return self._tokenizer.token_bytes(side.added if side else None)
+
+    def side_of(self, name: str) -> TextSide | None:
+        """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
+        `model`), or Unavailable while it is loaded again after a restart.
+        """
+        return self._registry.resolve(name, field="model").text
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, which no adapter may have."""
+        return self._base_name
 
     @property
     def max_store_bytes(self) -> int:
