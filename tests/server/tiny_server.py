@@ -59,9 +59,9 @@ async def serving_grpc(service: Service):
 
 
 @asynccontextmanager
-async def running_service(folder: Path):
+async def running_service(folder: Path, **base_options):
     """A service over `folder` and its engine, which must end with everything freed."""
-    base = BaseConfig(model=str(folder / "base"), dtype="float32", device="cpu")
+    base = BaseConfig(model=str(folder / "base"), dtype="float32", device="cpu", **base_options)
     config = EngineConfig(
         base=base, cache=CONFIG.cache, scheduler=CONFIG.scheduler, adapters=CONFIG.adapters
     )
