@@ -287,6 +287,7 @@ _RULES = {
     "path_not_directory": "a folder that exists", "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}", "less_than": "below {lt}",
     "less_than_equal": "at most {le}", "literal_error": "one of {expected}",
+    "enum": "{expected}",
     "too_short": "a list of at least {min_length}", "string_too_short": "text, not empty",
     "value_error": "{error}",
 }  # fmt: skip

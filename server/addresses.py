@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from ipaddress import ip_address
 
 from lora_runtime.errors import ConfigError
 from server.config import split_address
@@ -37,6 +38,12 @@ def listen(address: str, setting: str) -> socket.socket:
 def check_free(address: str, setting: str) -> None:
     """Raise ConfigError naming the setting if `listen` would."""
     listen(address, setting).close()
+
+
+def is_own(address: str, setting: str) -> bool:
+    """Tell whether only this machine reaches an address. Raises ConfigError naming the setting."""
+    found = _resolved(address, setting)
+    return all(ip_address(host.partition("%")[0]).is_loopback for _, host, _ in found)
 
 
 def bracketed(address: str) -> str:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
@@ -30,6 +30,9 @@ from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.doors import Doors, open_doors
+from server.access.http_gate import CERTIFICATE, HttpGate
+from server.access.tls import Tls, certificate_names
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
@@ -38,8 +41,11 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.observers import Observers
 from server.openai.boundary import Backend
 from server.openai.routes import routes as openai_routes
+from server.page.history import History
+from server.page.routes import routes as page_routes
 from server.registry import Registry
 from server.running_calls import Calls
 from server.service import Service
@@ -120,11 +126,12 @@ async def serve(
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition(Calls(config.max_concurrent_calls))
+    doors = open_doors(config)
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
-        async with _http(condition, listener) as http:
+        async with doors.kept_current(), _http(condition, listener, doors) as http:
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
-            await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
+            await _serve_engine(config, engine, stop, condition, doors, http, on_ready, guard)
     logger.info("stopped")
 
 
@@ -152,6 +159,7 @@ class Condition:
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
+    history: History | None = None
     is_open: bool = False
     """Requests are taken."""
 
@@ -212,19 +220,32 @@ class StopSignal:
         self._requested.set()
 
 
+class CertifiedProtocol(H11Protocol):
+    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the names in the state that each request of the connection begins with."""
+        super().connection_made(transport)
+        names = certificate_names(transport.get_extra_info("peercert"))
+        self.app_state = {**self.app_state, CERTIFICATE: names}
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=1,
-            )
+    def __init__(self, app: HttpGate, tls: Tls | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=CertifiedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
         )
+        config.load()  # else it would make its own ssl of the files that it knows
+        config.ssl = tls.http_context() if tls else None
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -241,15 +262,20 @@ class RunningHttp:
 
 
 @contextlib.asynccontextmanager
-async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[RunningHttp]:
+async def _http(
+    condition: Condition, listener: socket.socket, doors: Doors
+) -> AsyncIterator[RunningHttp]:
     """Answer probes and scrapes while the context lasts, before there is an engine too."""
     app = build_http_app(
         metrics=condition,
         is_alive=condition.is_alive,
         is_ready=condition.is_ready,
-        routes=openai_routes(Backend(condition.open_service, condition.calls)),
+        routes=[
+            *page_routes(condition),
+            *openai_routes(Backend(condition.open_service, condition.calls)),
+        ],
     )
-    server = HttpServer(app)
+    server = HttpServer(HttpGate(app, doors.gate), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])
@@ -263,22 +289,25 @@ async def _serve_engine(
     engine: LocalEngine,
     stop: StopSignal,
     condition: Condition,
+    doors: Doors,
     http: RunningHttp,
     on_ready: Callable[[Ports], None] | None,
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
-    metrics = Metrics(engine)
-    condition.metrics = metrics
+    condition.metrics = metrics = Metrics(engine)
+    condition.history = history = History(engine)
+    observer = Observers(metrics, history)
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
+    sampling = asyncio.create_task(history.run())
     registry = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
-        registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
+        registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
@@ -286,22 +315,18 @@ async def _serve_engine(
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
-            observer=metrics,
+            observer=observer,
             base_name=base_name,
         )
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
-        if config.wait_for_adapters:
-            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-        else:
-            loading.add_done_callback(_log_failure)
-        await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
+        await _wait_for_adapters(config, loading, parts)
+        announce = Announcement(http.port, on_ready)
+        await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        for task in (watching, stopping, loading):
+        for task in (watching, sampling, stopping, loading):
             if task is not None:
                 task.cancel()
         own_text.close()
@@ -330,10 +355,23 @@ async def _load_adapters(config: ServerConfig, service: Service) -> None:
         await service.preload(name, path)
 
 
+async def _wait_for_adapters(
+    config: ServerConfig, loading: asyncio.Task[None], parts: list[asyncio.Task[None]]
+) -> None:
+    """Return when they are loaded or one part ends, or at once if nobody is to wait for them."""
+    if not config.wait_for_adapters:
+        loading.add_done_callback(_log_failure)
+        return
+    await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
+
+
 async def _run(
     config: ServerConfig,
     service: Service,
     condition: Condition,
+    doors: Doors,
     parts: list[asyncio.Task[None]],
     stop: StopSignal,
     announce: Announcement,
@@ -344,6 +382,8 @@ async def _run(
     grpc_server = await start_grpc(
         service,
         config.grpc_address,
+        gate=doors.gate,
+        credentials=doors.tls.grpc_credentials() if doors.tls else None,
         calls=condition.calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,

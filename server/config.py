@@ -63,8 +63,10 @@ def _split_adapters(value: object) -> object:
 
 
 PREFIX = "LORAMUX_"
-OTHER_VARIABLES = ("ADDRESS", "CACHE", "CONFIG")
-"""Variables of no setting: a client's server, the folder of bases, the file of settings."""
+OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
+"""Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
+of settings.
+"""
 SERVICE_LINK = re.compile(
     r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -79,7 +81,8 @@ Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
 NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
 
-NETWORK, ADAPTERS, PROCESS = "Network", "Adapters", "Logs and shutdown"
+NETWORK, ACCESS, ADAPTERS = "Network", "Access", "Adapters"
+PROCESS = "Logs and shutdown"
 
 
 @settings
@@ -95,6 +98,18 @@ class ServerConfig(EngineConfig):
     max_connection_age_s: Float = setting(default=3600.0, gt=0, le=1_000_000, group=NETWORK)
     """Seconds after which a connection takes no new calls and its client connects anew; running
     calls go on."""
+
+    keys: FilePath | None = setting(default=None, group=ACCESS)
+    """File of API keys, tenants and what each may do (docs/access.md); it is read again when it
+    changes. None: everybody may do everything, so both addresses must be this machine's own."""
+    insecure: bool = setting(default=False, group=ACCESS)
+    """Listen on addresses that others reach without keys: everybody who does may do everything."""
+    tls_cert: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the server's certificate, for both ports; read again when it changes."""
+    tls_key: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the certificate's key."""
+    tls_client_ca: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the roots of clients' certificates, which everybody but probes must have then."""
 
     adapter_roots: Paths = setting(
         default=(), group=ADAPTERS, also=("adapter_root",), metavar="FOLDER"

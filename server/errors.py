@@ -7,6 +7,7 @@ of errors that are the server's own fault are logged and withheld.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -25,7 +26,8 @@ from lora_runtime import errors
 
 DOMAIN = "loramux"
 ADAPTER_RESOURCE = "loramux.v1.Adapter"
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1.0
+"""Where nothing better is known."""
 MAX_ERROR_BYTES = 1024
 """Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
 MAX_FIELD_LENGTH = 200
@@ -65,6 +67,8 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, "PARITY_FAILED", 400),
         errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_TOO_LARGE", 400),
         errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_FAILED", 422),
+        errors.Unauthenticated: WireError(_Code.UNAUTHENTICATED, "UNAUTHENTICATED", 401),
+        errors.PermissionDenied: WireError(_Code.PERMISSION_DENIED, "PERMISSION_DENIED", 403),
         errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED", 500),
         errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED", 429),
         errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE", 503),
@@ -102,7 +106,8 @@ def rich_status(error: BaseException) -> status_pb2.Status:
     wire, message = wire_error(error), public_message(error)
     field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
     status = status_pb2.Status(code=wire.code.value[0], message=message)
-    for detail in _details(wire, message, field):
+    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S
+    for detail in _details(wire, message, field, retry_after_s):
         status.details.add().Pack(detail)
     return status
 
@@ -127,8 +132,8 @@ def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 _HTTP_FIELDS = {"token_ids": "prompt", "text": "prompt", "name": "lora_name", "source": "lora_path"}
-_HTTP_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_HTTP_CODES = {"ADAPTER_NOT_FOUND": "model_not_found"}
+_HTTP_TYPES = {429: "rate_limit_error"}
+_HTTP_CODES = {"ADAPTER_NOT_FOUND": "model_not_found", "UNAUTHENTICATED": "invalid_api_key"}
 
 
 def grpc_status(error: BaseException) -> grpc.Status:
@@ -162,7 +167,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
 
 
-def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
+def _details(wire: WireError, message: str, field: str, retry_after_s: float) -> Iterator[Message]:
     metadata = {"field": field} if field else {}
     yield error_details_pb2.ErrorInfo(reason=wire.reason, domain=DOMAIN, metadata=metadata)
     if field and wire.code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED):
@@ -172,5 +177,5 @@ def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
         yield error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, description=message)
     if wire.code in (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(RETRY_AFTER_S)
+        retry.retry_delay.FromMilliseconds(math.ceil(1000 * retry_after_s))
         yield retry

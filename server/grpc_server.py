@@ -27,6 +27,9 @@ from protos.loramux.v1 import (
     server_pb2_grpc,
 )
 from server import codec
+from server.access.caller import CURRENT
+from server.access.gate import OPEN_GATE, Gate
+from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
 from server.running_calls import Calls
@@ -59,6 +62,7 @@ async def start_grpc(
     service: Service,
     address: str,
     *,
+    gate: Gate = OPEN_GATE,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     calls: Calls | None = None,
@@ -67,16 +71,16 @@ async def start_grpc(
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
-    Health follows `is_serving`, or whether the engine is alive. `calls` counts them, together with
-    those of HTTP; the server drains and cuts both when it stops. A connection of
-    `max_connection_age_s` takes no new calls, so that its client connects anew, perhaps to another
-    server behind the same name; running calls go on. Raises ConfigError (field `grpc_address`) when
-    the address cannot be bound.
+    `gate` says who callers are; health is open to all. Health follows `is_serving`, or whether the
+    engine is alive. `calls` counts them, together with those of HTTP; the server drains and cuts
+    both when it stops. A connection of `max_connection_age_s` takes no new calls, so that its
+    client connects anew, perhaps to another server behind the same name; running calls go on.
+    Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
     calls = calls or Calls()
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[boundary], options=options)
+    server = grpc.aio.server(interceptors=[GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -161,7 +165,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
         call = codec.decode_generate(
-            request, context.time_remaining(), self._service.prompt_limits, context.peer()
+            request,
+            context.time_remaining(),
+            self._service.prompt_limits,
+            CURRENT.get(),
+            context.peer(),
         )
         async with aclosing(self._service.generate(call)) as events:
             async for event in events:
@@ -188,7 +196,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Load a folder under a name."""
         codec.refuse_pin(request)
         record, already_loaded = await self._service.load_adapter(
-            codec.adapter_name(request.name), request.source, replace=request.replace
+            CURRENT.get(),
+            codec.adapter_name(request.name),
+            request.source,
+            replace=request.replace,
         )
         return adapters_pb2.LoadAdapterResponse(
             adapter=codec.encode_adapter(record), already_loaded=already_loaded
@@ -199,7 +210,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Take a name away."""
         record = await self._service.unload_adapter(
-            codec.adapter_name(request.name), cancel=request.cancel, wait=request.wait
+            CURRENT.get(),
+            codec.adapter_name(request.name),
+            cancel=request.cancel,
+            wait=request.wait,
         )
         return adapters_pb2.UnloadAdapterResponse(adapter=codec.encode_adapter(record))
 
@@ -207,13 +221,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """List every adapter."""
-        return codec.encode_adapters(self._service.list_adapters())
+        return codec.encode_adapters(self._service.list_adapters(CURRENT.get()))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
     ) -> adapters_pb2.GetAdapterResponse:
         """Show one adapter."""
-        record = self._service.get_adapter(codec.adapter_name(request.name))
+        name = codec.adapter_name(request.name)
+        record = self._service.get_adapter(CURRENT.get(), name)
         return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def UploadAdapter(
@@ -227,21 +242,22 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequest("an upload begins with start; send it first", field="start")
         data = (codec.upload_data(part) async for part in request_iterator)
         call = codec.decode_upload(first.start)
-        record = await self._service.upload_adapter(call, data)
+        record = await self._service.upload_adapter(CURRENT.get(), call, data)
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: Context
     ) -> adapters_pb2.RollbackAdapterResponse:
         """Give a name its former content back."""
-        record = await self._service.rollback_adapter(codec.adapter_name(request.name))
+        name = codec.adapter_name(request.name)
+        record = await self._service.rollback_adapter(CURRENT.get(), name)
         return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def ListStoredAdapters(
         self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
     ) -> adapters_pb2.ListStoredAdaptersResponse:
         """List the content of the upload store."""
-        found = await self._service.list_stored_adapters()
+        found = await self._service.list_stored_adapters(CURRENT.get())
         return adapters_pb2.ListStoredAdaptersResponse(
             stored=[codec.encode_stored(stored) for stored in found],
             num_bytes=sum(stored.num_bytes for stored in found),
@@ -252,7 +268,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteStoredAdapterResponse:
         """Delete one content of the upload store."""
-        stored = await self._service.delete_stored_adapter(request.source)
+        stored = await self._service.delete_stored_adapter(CURRENT.get(), request.source)
         return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
 
 
@@ -266,7 +282,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
         """Show what this server is."""
-        return codec.encode_server_info(self._service.server_info())
+        return codec.encode_server_info(self._service.server_info(CURRENT.get()))
 
 
 class Boundary(grpc.aio.ServerInterceptor):

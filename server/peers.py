@@ -8,16 +8,14 @@ from urllib.parse import unquote
 LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
 
 
-def client_of(tenant: str, peer: str) -> str:
-    """Return the name under which the engine counts a caller: its tenant's, or its address.
+def client_address(peer: str) -> str:
+    """Return the address by which the engine counts a caller that has no tenant.
 
     gRPC's peers are `ipv4:1.2.3.4:567`, `ipv6:[::1]:567` (percent-encoded) and `unix:path`. The
     port is left out, so that more connections are not more shares, and of IPv6 the half that a host
     chooses for itself, as often as it likes; those from this machine keep theirs, where many
     programs and a proxy's clients have one address.
     """
-    if tenant:
-        return f"tenant:{tenant}"
     host, _, port = unquote(peer).rpartition(":")
     is_remote = host.startswith(("ipv4:", "ipv6:")) and port.isdecimal()
     return _network(host) if is_remote and not host.startswith(LOOPBACK) else peer

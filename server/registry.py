@@ -47,8 +47,18 @@ Settle: TypeAlias = Callable[[], Awaitable[None]]
 Resolve: TypeAlias = Callable[[str, str], Awaitable[tuple[Path, FolderRules]]]
 """From a name and its source to the folder and what must hold of it."""
 
+Sees: TypeAlias = Callable[[str], bool]
+"""Tells whether a name may exist for a caller. What does not is looked up as what is not there: the
+same work and the same error.
+"""
+
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+def sees_all(name: str) -> bool:
+    """Hide nothing."""
+    return True
 
 
 async def no_review(loaded: LoadedAdapter) -> Reviewed:
@@ -94,12 +104,12 @@ class Registry:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def resolve(self, name: str, *, field: str = "name") -> AdapterRecord:
+    def resolve(self, name: str, *, field: str = "name", sees: Sees = sees_all) -> AdapterRecord:
         """Return the loaded adapter of that name.
 
         Raises AdapterNotFound naming `field`, or Unavailable while it is loaded after a restart.
         """
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is not None and record.state is AdapterState.LOADED:
             return record
         if record is None or name not in self._kept:
@@ -121,9 +131,9 @@ class Registry:
             for record in records:
                 record.num_in_flight -= 1
 
-    def get(self, name: str) -> AdapterRecord:
+    def get(self, name: str, *, sees: Sees = sees_all) -> AdapterRecord:
         """Return the record of a name, failed or loading too. Raises AdapterNotFound."""
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is None:
             raise AdapterNotFound(f"adapter {name!r} is not known", field="name")
         return record
@@ -492,6 +502,10 @@ class Registry:
             raise
         finally:
             self._draining.discard(record)
+
+    def _find(self, name: str, sees: Sees) -> AdapterRecord | None:
+        is_seen, record = sees(name), self._records.get(name)
+        return record if is_seen else None
 
     def _held(self, name: str) -> AdapterRecord | None:
         record = self._records.get(name)

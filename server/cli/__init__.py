@@ -9,7 +9,7 @@ import typer
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo
-from server.cli import doctor, local, remote, serve, train
+from server.cli import doctor, keys, local, remote, serve, train
 from server.cli.command import Command
 
 
@@ -77,6 +77,7 @@ app.add_typer(remote.adapters, name="adapters")
 remote.adapters.command(cls=Command)(local.verify)
 remote.adapters.command(cls=Command)(local.convert)
 app.command(cls=Command)(local.merge)
+app.add_typer(keys.keys, name="keys")
 app.command(cls=Command)(doctor.doctor)
 
 

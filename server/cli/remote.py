@@ -15,13 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli.command import Command
+from server.cli.connection import connected
 from server.cli.tables import show_table
-from server.client import DEFAULT_TARGET, Client
+from server.client import Client
 from server.client.requests import Options
 
-Address = Annotated[
-    str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
-]
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[
     bool | None,
@@ -44,7 +42,9 @@ adapters = typer.Typer(
 )
 
 
+@connected
 def generate(
+    client: Client,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Weighted = None,
     chat: ChatOrText = None,
@@ -66,7 +66,6 @@ def generate(
         int | None, typer.Option(help="Per tenant, lower values run first.")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
@@ -85,14 +84,13 @@ def generate(
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
-    with Client(address) as client:
-        if chat is None:
-            chat = _is_chat(client, chosen, system, bool(base_text))
-        if chat:
-            messages = [*_turn("system", system), *_turn("user", content)]
-            _show_stream(client.generate(messages=messages, adapters=chosen, **given))
-        else:
-            _show_stream(client.generate(content, adapters=chosen, **given))
+    if chat is None:
+        chat = _is_chat(client, chosen, system, bool(base_text))
+    if chat:
+        messages = [*_turn("system", system), *_turn("user", content)]
+        _show_stream(client.generate(messages=messages, adapters=chosen, **given))
+    else:
+        _show_stream(client.generate(content, adapters=chosen, **given))
 
 
 def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_text: bool) -> bool:
@@ -152,7 +150,9 @@ def _summary(finished: generation_pb2.Finished) -> str:
 
 
 @adapters.command("load", cls=Command)
+@connected
 def load(
+    client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
         str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
@@ -160,11 +160,9 @@ def load(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Load an adapter while the server runs."""
-    with Client(address) as client:
-        response = client.load_adapter(name, source, replace=replace)
+    response = client.load_adapter(name, source, replace=replace)
     if response.already_loaded:
         echo(f"{name} was loaded already, with the same content")
     show_loaded(response.adapter)
@@ -178,7 +176,9 @@ def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
 
 
 @adapters.command("unload", cls=Command)
+@connected
 def unload(
+    client: Client,
     name: Name,
     cancel: Annotated[
         bool,
@@ -189,42 +189,40 @@ def unload(
     wait: Annotated[
         bool, typer.Option("--wait", help="Return only when the adapter's memory is free.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Unload an adapter and forget its name; new requests for it fail at once."""
-    with Client(address) as client:
-        client.unload_adapter(name, cancel=cancel, wait=wait)
+    client.unload_adapter(name, cancel=cancel, wait=wait)
     echo(f"{name} is unloaded")
 
 
 @adapters.command("upload", cls=Command)
+@connected
 def upload(
+    client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     folder: Annotated[Path, typer.Argument(help="The adapter's folder on this machine.")],
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Send an adapter's files to a running server and load them there."""
-    with Client(address) as client:
-        info = send_folder(client, name, folder, replace=replace)
+    info = send_folder(client, name, folder, replace=replace)
     show_loaded(info)
 
 
 @adapters.command("rollback", cls=Command)
-def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
+@connected
+def rollback(client: Client, name: Name) -> None:
     """Go back to what a name held before its last replacement; a second rollback undoes that."""
-    with Client(address) as client:
-        info = client.rollback_adapter(name)
+    info = client.rollback_adapter(name)
     show_loaded(info)
 
 
 @adapters.command("stored", cls=Command)
-def stored(address: Address = DEFAULT_TARGET) -> None:
+@connected
+def stored(client: Client) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
-    with Client(address) as client:
-        found = client.list_stored_adapters()
+    found = client.list_stored_adapters()
     rows = [
         (
             entry.source,
@@ -239,15 +237,15 @@ def stored(address: Address = DEFAULT_TARGET) -> None:
 
 
 @adapters.command("delete", cls=Command)
+@connected
 def delete(
+    client: Client,
     source: Annotated[
         str, typer.Argument(help="The content's source, as `adapters stored` shows it.")
     ],
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Delete content from the server's store that no adapter holds."""
-    with Client(address) as client:
-        entry = client.delete_stored_adapter(source)
+    entry = client.delete_stored_adapter(source)
     echo(f"{entry.source} is deleted: {decimal(entry.num_bytes)}")
 
 
@@ -276,17 +274,17 @@ def send_folder(
 
 
 @adapters.command("list", cls=Command)
-def list_adapters(address: Address = DEFAULT_TARGET) -> None:
+@connected
+def list_adapters(client: Client) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
-    with Client(address) as client:
-        show_adapters(client.list_adapters())
+    show_adapters(client.list_adapters())
 
 
 @adapters.command("show", cls=Command)
-def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
+@connected
+def show(client: Client, name: Name) -> None:
     """Show everything the server knows of one adapter."""
-    with Client(address) as client:
-        info = client.get_adapter(name)
+    info = client.get_adapter(name)
     facts = [
         *_facts(info).items(),
         *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,9 +17,10 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from lora_runtime.errors import Unavailable
+from server.access.caller import Caller
 from server.errors import RETRY_AFTER_S, http_error
 from server.openai.body import Bodies, CallerGone, Refusal
-from server.peers import client_of, peer_of
+from server.peers import client_address, peer_of
 from server.running_calls import Calls
 from server.service import Service
 
@@ -91,7 +93,8 @@ class Answer:
             await self._write(_data(body))
             await self.end_events()
         else:
-            await self.json(body, status, RETRY_AFTER_S if status in _RETRYABLE else None)
+            wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S
+            await self.json(body, status, math.ceil(wait_s) if status in _RETRYABLE else None)
 
     async def _whole(
         self, body: bytes, content_type: bytes, status: int, retry_after_s: int | None
@@ -121,6 +124,7 @@ class Exchange:
 
     service: Service
     request_id: str
+    caller: Caller
     client: str
     """Who asks; see `Request.client`."""
     path: Mapping[str, str]
@@ -165,10 +169,12 @@ class Endpoint:
         calls = self._backend.calls
         try:
             with calls.running():
+                caller: Caller = scope["state"]["caller"]  # the gate lets nobody in without
                 exchange = Exchange(
                     service=self._backend.service(),
                     request_id=answer._request_id,
-                    client=_client(scope),
+                    caller=caller,
+                    client=caller.client("", _address(scope)),
                     path=scope.get("path_params", {}),
                     body=body,
                     answer=answer,
@@ -199,6 +205,6 @@ def _request_id(scope: Scope) -> str:
     return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
 
 
-def _client(scope: Scope) -> str:
+def _address(scope: Scope) -> str:
     host, port = scope.get("client") or ("", 0)
-    return client_of("", peer_of(host, port))
+    return client_address(peer_of(host, port))

@@ -14,7 +14,7 @@ from lora_runtime.core import (
     StructureKind,
     is_whole,
 )
-from lora_runtime.engine.request_rules import check_choices, check_count, check_stops
+from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from server.calls import (
     ChatPrompt,
@@ -133,6 +133,7 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
         structured_output=_from_format(request.text.format if request.text else None),
     )
     return GenerateCall(
+        caller=exchange.caller,
         prompt=chat_prompt(messages, exchange.service.prompt_limits, field="input"),
         adapters=adapters(request.model, request.adapters, exchange),
         uses_base_text=request.base_text,
@@ -243,6 +244,7 @@ def _call(
     )
     request_id = exchange.request_id if index == 0 else f"{exchange.request_id[:120]}-{index}"
     return GenerateCall(
+        caller=exchange.caller,
         prompt=prompt,
         adapters=adapters(request.model, request.adapters, exchange),
         uses_base_text=request.base_text,
@@ -381,10 +383,10 @@ def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
             raise InvalidRequest(
                 f"logit_bias has the key {name[:80]!r}; keys are token ids", field="logit_bias"
             )
-    found = {int(name): float(bias) for name, bias in given.items()}
+    found = {int(name): bias for name, bias in given.items()}
     if len(found) < len(given):
         raise InvalidRequest("logit_bias names a token twice", field="logit_bias")
-    return tuple(sorted(found.items()))
+    return logit_bias(found)
 
 
 def _most(*numbers: int | None) -> int | None:

@@ -31,8 +31,8 @@ STARTED_AT = int(time.time())
 async def list_models(exchange: Exchange) -> None:
     """GET /v1/models: the base and every loaded adapter."""
     service = exchange.service
-    records = [r for r in service.list_adapters() if r.state is AdapterState.LOADED]
-    data = [_base(service), *(_adapter(service, record) for record in records)]
+    records = [r for r in service.list_adapters(exchange.caller) if r.state is AdapterState.LOADED]
+    data = [_base(exchange), *(_adapter(service, record) for record in records)]
     await exchange.answer.json({"object": "list", "data": data})
 
 
@@ -40,16 +40,18 @@ async def show_model(exchange: Exchange) -> None:
     """GET /v1/models/{model}."""
     service, name = exchange.service, exchange.path["model"]
     if name == service.base_name:
-        return await exchange.answer.json(_base(service))
-    service.side_of(name)  # refuses what is not loaded
-    await exchange.answer.json(_adapter(service, service.get_adapter(name)))
+        return await exchange.answer.json(_base(exchange))
+    service.side_of(exchange.caller, name)  # refuses what is not loaded
+    await exchange.answer.json(_adapter(service, service.get_adapter(exchange.caller, name)))
 
 
 async def load_adapter(exchange: Exchange) -> None:
     """POST /v1/load_lora_adapter: content that the name holds already is success."""
     request = parse_request(LoadAdapterRequest, exchange.body)
     name = adapter_name(request.lora_name, "lora_name")
-    await exchange.service.load_adapter(name, request.lora_path, replace=request.load_inplace)
+    await exchange.service.load_adapter(
+        exchange.caller, name, request.lora_path, replace=request.load_inplace
+    )
     await exchange.answer.text(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -57,7 +59,7 @@ async def unload_adapter(exchange: Exchange) -> None:
     """POST /v1/unload_lora_adapter."""
     request = parse_request(UnloadAdapterRequest, exchange.body)
     name = adapter_name(request.lora_name, "lora_name")
-    await exchange.service.unload_adapter(name)
+    await exchange.service.unload_adapter(exchange.caller, name)
     await exchange.answer.text(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -65,11 +67,11 @@ async def tokenize(exchange: Exchange) -> None:
     """POST /tokenize."""
     request = parse_request(TokenizeRequest, exchange.body)
     service = exchange.service
-    side = _known(service, request.model)
+    side = _known(exchange, request.model)
     found = await service.tokenize(_tokenized(request, service), side)
     body: dict[str, Any] = {
         "count": len(found),
-        "max_model_len": service.server_info().engine.max_model_len,
+        "max_model_len": service.server_info(exchange.caller).engine.max_model_len,
         "tokens": found,
         "token_strs": None,
     }
@@ -83,14 +85,14 @@ async def detokenize(exchange: Exchange) -> None:
     """POST /detokenize."""
     request = parse_request(DetokenizeRequest, exchange.body)
     service = exchange.service
-    side = _known(service, request.model)
+    side = _known(exchange, request.model)
     prompt = token_ids(request.tokens, "tokens", service.prompt_limits)
     await exchange.answer.json({"prompt": service.detokenize(prompt.token_ids, side)})
 
 
 async def show_version(exchange: Exchange) -> None:
     """GET /version."""
-    versions = exchange.service.server_info().versions
+    versions = exchange.service.server_info(exchange.caller).versions
     await exchange.answer.json({"version": versions["loramux"], "versions": dict(versions)})
 
 
@@ -99,8 +101,9 @@ async def refuse_embeddings(exchange: Exchange) -> None:
     raise UnsupportedFeature("embeddings are not served: this server generates text", field=None)
 
 
-def _base(service: Service) -> dict[str, Any]:
-    name, info = service.base_name, service.server_info().engine
+def _base(exchange: Exchange) -> dict[str, Any]:
+    service = exchange.service
+    name, info = service.base_name, service.server_info(exchange.caller).engine
     return _model(name, STARTED_AT, name, None) | {"max_model_len": info.max_model_len}
 
 
@@ -120,8 +123,10 @@ def _model(name: str, created: int, root: str, parent: str | None) -> dict[str, 
     }
 
 
-def _known(service: Service, model: str | None) -> TextSide | None:
-    return None if model in (None, service.base_name) else service.side_of(model or "")
+def _known(exchange: Exchange, model: str | None) -> TextSide | None:
+    if model is None or model == exchange.service.base_name:
+        return None
+    return exchange.service.side_of(exchange.caller, model)
 
 
 def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:

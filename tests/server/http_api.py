@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import httpx
 from openai import AsyncOpenAI
 
+from server.access.gate import OPEN_GATE, Gate
+from server.access.http_gate import HttpGate
 from server.app import HttpServer
 from server.http_gateway import build_http_app
 from server.openai.boundary import Backend
@@ -49,7 +51,9 @@ class Api:
 
 
 @asynccontextmanager
-async def serving_http(service: Service | None, max_calls: int = 100) -> AsyncIterator[Api]:
+async def serving_http(
+    service: Service | None, max_calls: int = 100, gate: Gate = OPEN_GATE
+) -> AsyncIterator[Api]:
     calls = Calls(max_calls)
     api: Api
     backend = Backend(lambda: api.service, calls)
@@ -59,7 +63,7 @@ async def serving_http(service: Service | None, max_calls: int = 100) -> AsyncIt
         is_ready=lambda: True,
         routes=routes(backend),
     )
-    server = HttpServer(app)
+    server = HttpServer(HttpGate(app, gate))
     server.config.port = 0
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -20,6 +20,7 @@ from lora_runtime.errors import (
     Overloaded,
 )
 from protos.loramux.v1 import adapters_pb2
+from server.access.caller import ANONYMOUS
 from server.calls import StoredAdapter
 from server.cli import app
 from server.client import AsyncClient
@@ -94,11 +95,11 @@ async def test_the_store_is_listed_in_one_go_however_much_it_holds(serve, monkey
 
         monkeypatch.setattr(world.service._store, "stored", stored)
         begun = time.process_time()
-        found = await world.service.list_stored_adapters()
+        found = await world.service.list_stored_adapters(ANONYMOUS)
         assert time.process_time() - begun < 1
         assert [stored.adapters for stored in found] == [(f"n{i}",) for i in range(4000)]
         with pytest.raises(AdapterInUse, match="n7;"):
-            await world.service.delete_stored_adapter(digests[7])
+            await world.service.delete_stored_adapter(ANONYMOUS, digests[7])
 
 
 async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:

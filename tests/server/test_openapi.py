@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -60,7 +61,8 @@ def served(body: object) -> object:
     """
     if not isinstance(body, dict) or "model" not in body:
         return body
-    few = [*{"prompt", "messages", "input", "tokens"} & body.keys(), *sorted(body)[-2:]]
+    needed = {"prompt", "messages", "input", "tokens"} & body.keys()
+    few = {*needed, *Random(len(str(body))).sample(sorted(body), 2)}
     return {name: body[name] for name in few} | {"model": "tiny"}
 
 
@@ -90,4 +92,4 @@ def test_every_route_is_described_and_nothing_ends_in_a_servers_fault(tmp_path) 
             attack()
         paths = {f"{o.method} {o.path.replace(':path', '')}" for o in OPERATIONS}
         assert set(seen) == paths
-        assert statuses[200] > 10 and statuses[400] > 10
+        assert statuses[200] >= 8 and statuses[400] >= 8

@@ -11,6 +11,7 @@ from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.gate import OPEN_GATE, Gate
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
 from server.registry import Registry
@@ -41,18 +42,21 @@ def write_folder(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def running(folder: Path):
+async def running(folder: Path, gate: Gate = OPEN_GATE, api_key: str | None = None):
     """A server over `folder` and a client of it; the engine must end with everything freed."""
-    async with running_service(folder) as (service, engine), serving_grpc(service) as client:
+    async with (
+        running_service(folder) as (service, engine),
+        serving_grpc(service, gate, api_key) as client,
+    ):
         yield client, engine
 
 
 @asynccontextmanager
-async def serving_grpc(service: Service):
+async def serving_grpc(service: Service, gate: Gate = OPEN_GATE, api_key: str | None = None):
     """A client of a server of gRPC over a service."""
-    server = await start_grpc(service, "127.0.0.1:0")
+    server = await start_grpc(service, "127.0.0.1:0", gate=gate)
     try:
-        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
             yield client
     finally:
         await server.stop(1.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from server.access.gate import OPEN_GATE, Gate
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
@@ -70,8 +71,10 @@ class World:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
-    """Run a server whose adapter root lies in `folder`."""
+async def serving(
+    folder: Path, *, gate: Gate = OPEN_GATE, api_key: str | None = None, **engine_options: Any
+) -> AsyncIterator[World]:
+    """Run a server whose adapter root lies in `folder`; `api_key` is the client's."""
     root = folder / "allowed" / "adapters"
     root.mkdir(parents=True, exist_ok=True)
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
@@ -87,9 +90,9 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
         observer=observer,
         base_name="tiny",
     )
-    server = await start_grpc(service, "127.0.0.1:0")
+    server = await start_grpc(service, "127.0.0.1:0", gate=gate)
     try:
-        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
             yield World(engine, service, registry, observer, server, client, root)
     finally:
         await server.stop(0)
