@@ -41,6 +41,7 @@ from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.token_bytes import TokenBytes
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
@@ -172,6 +173,8 @@ class Service:
         started = Started(
             request_id=call.request_id or first.request_id,
             num_prompt_tokens=len(prompt),
+            prompt_token_ids=first.prompt_token_ids,
+            side=side,
             notes=tuple(request_notes(facts, prompt)),
         )
         outputs = [
@@ -290,6 +293,30 @@ class Service:
         with audited(caller, "unload", adapter=name):
             caller.check_manages(name)
             return await self._registry.unload(name, cancel=cancel, wait=wait)
+
+    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+        """Return the text of token ids, as an adapter's own text side has them or as the base.
+
+        Raises InvalidRequest (field `token_ids`).
+        """
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        return decoder.decode(self._checked(token_ids))
+
+    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+        """Return what gives each token's bytes, as an adapter's own text side has them."""
+        return self._tokenizer.token_bytes(side.added if side else None)
+
+    def side_of(self, caller: Caller, name: str) -> TextSide | None:
+        """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
+        `model`), or Unavailable while it is loaded again after a restart.
+        """
+        with _missing_logged(caller, name):
+            return self._registry.resolve(name, field="model", sees=caller.sees).text
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, which no adapter may have."""
+        return self._base_name
 
     @property
     def max_store_bytes(self) -> int:
