@@ -44,6 +44,12 @@ def _checked_address(address: str) -> str:
     return address
 
 
+def _checked_url(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
+        raise ValueError("a URL, http://host:port or https://host:port")
+    return url
+
+
 def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
@@ -76,6 +82,7 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
@@ -139,6 +146,11 @@ class ServerConfig(EngineConfig):
     """Least severe messages to log."""
     log_format: LogFormat = setting(default="auto", group=PROCESS)
     """`auto`: console on a terminal, JSON elsewhere."""
+    log_requests: bool = setting(default=True, group=PROCESS)
+    """Log a line for every generation that ends: ids, tokens, reason and seconds; no text."""
+    otlp_endpoint: Url = setting(default="", group=PROCESS, metavar="URL")
+    """Collector of OpenTelemetry traces, as http://localhost:4318 (OTLP over HTTP); it needs the
+    extra `tracing`. Empty: as OTEL_EXPORTER_OTLP_ENDPOINT says, else no traces."""
 
 
 SETTINGS = entries(ServerConfig)

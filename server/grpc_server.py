@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -32,6 +33,8 @@ from server.access.gate import OPEN_GATE, Gate
 from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
+from server.observability.calls import CallObserver
+from server.observability.grpc_calls import ObservedGrpc
 from server.running_calls import Calls
 from server.service import Service
 
@@ -68,6 +71,7 @@ async def start_grpc(
     calls: Calls | None = None,
     max_connection_age_s: float = MAX_CONNECTION_AGE_S,
     is_serving: Callable[[], bool] | None = None,
+    observer: CallObserver | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
@@ -75,12 +79,14 @@ async def start_grpc(
     engine is alive. `calls` counts them, together with those of HTTP; the server drains and cuts
     both when it stops. A connection of `max_connection_age_s` takes no new calls, so that its
     client connects anew, perhaps to another server behind the same name; running calls go on.
+    `observer` hears of every call.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
     calls = calls or Calls()
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[GrpcGate(gate), boundary], options=options)
+    observing = [] if observer is None else [ObservedGrpc(observer, _methods())]
+    server = grpc.aio.server(interceptors=[*observing, GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -371,6 +377,16 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
             "at a time"
         )
     return data
+
+
+def _methods() -> set[str]:
+    """All methods of the server, as `/service/method`."""
+    pool = descriptor_pool.Default()
+    return {
+        f"/{name}/{method.name}"
+        for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        for method in pool.FindServiceByName(name).methods
+    }
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,7 @@ from server.calls import (
 )
 from server.composition import depth, text_side
 from server.merging import merged
+from server.observability.records import RequestWatcher, watched
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -110,6 +111,7 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
+        watchers: Sequence[RequestWatcher] = (),
     ) -> None:
         self._quotas = Quotas()
         self._engine = engine
@@ -119,6 +121,7 @@ class Service:
         self._sources = sources
         self._store = store
         self._observer = observer
+        self._watchers = watchers
         self._base_name = base_name
         self._versions = installed_versions()
         self._tokenisers = WorkerPool(
@@ -136,12 +139,18 @@ class Service:
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
+        events = self._within_quotas(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         check_num_outputs(call.num_outputs)
         with self._quotas.request(call.caller, call.num_outputs) as spend:
             async with aclosing(self._generate(call)) as events:

@@ -34,6 +34,7 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 GRPC_DOORS = [
     "server.access.grpc_gate", "server.access.tls", "server.grpc_server", "server.app",
     "server.errors", "server.client", "server.client.channel",
+    "server.observability.grpc_calls",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
@@ -47,6 +48,7 @@ DOORS = {
     "grpc_status": GRPC_DOORS,
     "huggingface_hub": ["lora_runtime.base.catalog"],
     "jinja2": ["lora_runtime.text.template_check"],
+    "opentelemetry": ["server.observability.tracing"],
     "matplotlib": ["lora_runtime.training.report.files"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
@@ -82,6 +84,7 @@ DISTRIBUTIONS = {
     "grpc_reflection": "grpcio-reflection",
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
+    "opentelemetry": "opentelemetry-sdk",
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
 }

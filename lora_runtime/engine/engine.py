@@ -332,6 +332,8 @@ class Engine:
             running_adapters=digests(self.scheduler.running),
             waiting_adapters=digests(list(self.scheduler.waiting)),
             resident_adapters=self.slots.resident,
+            num_adapter_loads=self.slots.num_loads,
+            num_adapter_evictions=self.slots.num_evictions,
         )
 
     def check_integrity(self) -> None:
