@@ -17,13 +17,11 @@ import pydantic.dataclasses
 import yaml
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lora_runtime.errors import ConfigError, nearest
+from lora_runtime.errors import ConfigError, nearest, written
 
 T = TypeVar("T")
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-MAX_WRITTEN = 200
-"""Characters of a value in a message."""
 _BYTES: TypeAdapter[int] = TypeAdapter(ByteSize)
 _SIZE = re.compile(r"\s*(\d+\s*B?|(\d+|\d*\.\d+)\s*[KMGTPE](i?B)?)\s*", re.ASCII | re.IGNORECASE)
 
@@ -320,15 +318,6 @@ def _rule(error: Any) -> str:
     if error["type"] == "greater_than" and facts["gt"] == 0:
         return "positive"
     return str(_RULES.get(error["type"], error["msg"])).format(**facts)
-
-
-def written(value: object) -> str:
-    """A value as a person would write it, cut where it is long."""
-    try:
-        text = repr(str(value)) if isinstance(value, Path) else repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= MAX_WRITTEN else f"{text[:MAX_WRITTEN]}…"
 
 
 def _path(place: tuple[int | str, ...], kind: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath
 
 from lora_runtime.config import CPU_DEFAULTS, LIMITS, MAX_BYTES, DeviceDefaults, EngineConfig
-from lora_runtime.errors import ConfigError
+from lora_runtime.errors import ConfigError, written
 from lora_runtime.settings import (
     Bytes,
     Entry,
@@ -28,7 +28,6 @@ from lora_runtime.settings import (
     read_yaml,
     setting,
     settings,
-    written,
 )
 
 

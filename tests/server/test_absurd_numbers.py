@@ -21,11 +21,11 @@ from lora_runtime.training.sweep import expand
 from server.config import SETTINGS, ServerConfig, load_config
 
 HUGE_HEX = parse_yaml(f"0x{'f' * 5000}")
-"""Python writes no decimal of more than 4,300 digits: an error that shows the value fails itself."""
+"""Python writes no decimal of over 4,300 digits: an error that shows such a value fails itself."""
 ABSURD = [10**30, 2**63, -1, 1e308, math.nan, math.inf, "1e30", HUGE_HEX]
 ACCEPTED = {
     **{("seed", value): "any 64 bits, as torch takes them" for value in (-1, 2**63)},
-    **{("learning_rate", value): "a run that diverges says so" for value in (10**30, 2**63, "1e30")},
+    **{("learning_rate", value): "divergence is said" for value in (10**30, 2**63, "1e30")},
 }  # fmt: skip
 """(setting, value) → why it is taken."""
 
