@@ -324,7 +324,8 @@ class LLM:
         wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
         if wrong is not None:
             raise InvalidRequest(
-                f"a prompt holds token id {written(wrong)}; ids must be between 0 and {vocab_size - 1}",
+                f"a prompt holds token id {written(wrong)}; ids must be between 0 and "
+                f"{vocab_size - 1}",
                 field="prompts",
             )
         return token_ids

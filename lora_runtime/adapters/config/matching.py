@@ -142,7 +142,8 @@ def select_modules(
     ]
     if not selected:
         raise AdapterRefused(
-            "target_modules, exclude_modules and layers_to_transform together select no module",
+            "target_modules, exclude_modules, layers_to_transform and layers_pattern together "
+            "select no module",
             field="target_modules",
         )
     return frozenset(selected)
