@@ -126,6 +126,14 @@ class CacheConfig:
     prefix_cache: bool = setting(default=True, group=MEMORY)
     """Keep the KV blocks of ended requests for requests that begin with the same tokens."""
 
+    def __post_init__(self) -> None:
+        if self.num_blocks is not None and self.kv_bytes is not None:
+            raise ConfigError(
+                f"num_blocks is {self.num_blocks} and kv_bytes is {self.kv_bytes}; each says how "
+                "large the KV cache is: remove one",
+                field="num_blocks",
+            )
+
 
 @settings
 class SchedulerConfig:

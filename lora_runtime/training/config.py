@@ -47,6 +47,7 @@ Column = Literal[
 
 SweepValue = bool | int | str | float
 
+DEFAULT_WARMUP = 0.03
 MAX_EXAMPLES_PER_STEP = 1 << 20
 """An update holds the list of its examples."""
 SEEDS = range(-(1 << 63), 1 << 64)
@@ -160,7 +161,7 @@ class UnitConfig:
     schedule: Schedule = setting(default="cosine", group=UPDATE, also=("lr_scheduler_type",))
     """How the learning rate changes after the warmup."""
     warmup: Float = setting(
-        default=0.03,
+        default=DEFAULT_WARMUP,
         ge=0,
         le=MAX_COUNT,
         group=UPDATE,
@@ -177,7 +178,7 @@ class UnitConfig:
     micro_batch_size: Int = setting(
         default=4,
         ge=1,
-        le=MAX_EXAMPLES_PER_STEP,
+        le=MAX_COUNT,
         group=UPDATE,
         also=("per_device_train_batch_size",),
     )
@@ -189,7 +190,7 @@ class UnitConfig:
     gradient_accumulation: Int = setting(
         default=1,
         ge=1,
-        le=MAX_EXAMPLES_PER_STEP,
+        le=MAX_COUNT,
         group=UPDATE,
         also=("gradient_accumulation_steps",),
     )
@@ -232,6 +233,17 @@ class UnitConfig:
                 "keys of a format, each with the file's own name for it: "
                 f"{', '.join(get_args(Column))}",
             ),
+            (
+                "warmup",
+                self.schedule != "constant" or self.warmup in (0, DEFAULT_WARMUP),
+                "0 with the schedule constant, which has none; constant_with_warmup has one",
+            ),
+            (
+                "ensure_weight_tying",
+                not self.ensure_weight_tying or self._names_vocabulary(),
+                "false where target_modules, modules_to_save and trainable_token_indices name "
+                "neither embedding nor output layer: there is nothing to tie",
+            ),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             (
                 "gradient_accumulation",
@@ -242,6 +254,12 @@ class UnitConfig:
             ("dropout", self.dropout == 0, "0; adapters are trained as they are served"),
         ]
         _check(self, checks, f"unit {self.name!r}: ")
+
+    def _names_vocabulary(self) -> bool:
+        targets = () if self.target_modules == "all-linear" else self.target_modules
+        named = [*self.modules_to_save, *targets]
+        ends = {name.rpartition(".")[2] for name in named}
+        return bool(self.trainable_token_indices or ends & {"embed_tokens", "lm_head"})
 
     @property
     def start(self) -> str:

@@ -71,7 +71,9 @@ def test_the_cache_gets_what_is_left(total, utilization, in_use, activations, gr
 
 def test_settings_come_before_measuring(base):
     block_bytes = base.kv_bytes_per_token() * 4
-    assert num_kv_blocks(base, settings(num_blocks=7, kv_bytes=1)) == 7
+    assert num_kv_blocks(base, settings(num_blocks=7)) == 7
+    with pytest.raises(ConfigError, match="remove one"):
+        settings(num_blocks=7, kv_bytes=1)
     assert num_kv_blocks(base, settings(kv_bytes=10 * block_bytes - 1)) == 9
     assert num_kv_blocks(base, settings()) == GIB // block_bytes
     with pytest.raises(ConfigError) as caught:
