@@ -122,6 +122,8 @@ class Entry:
     meanings: Mapping[str, Any]
     metavar: str | None
     is_fixed: bool
+    most: float | None
+    """The largest value of a number; None for what is none."""
 
 
 def entries(kind: Any) -> dict[str, Entry]:
@@ -155,6 +157,7 @@ def _entries(kind: Any, part: str | None = None) -> Iterator[Entry]:
             meanings=about.get("meanings", {}),
             metavar=about.get("metavar"),
             is_fixed=about.get("is_fixed", False),
+            most=next((b.le for b in info.metadata if hasattr(b, "le")), None),
         )
 
 
