@@ -47,9 +47,12 @@ from server.observability.records import RequestWatcher
 from server.observability.request_log import RequestLog
 from server.observability.tracing import Tracing, span_exporter
 from server.observers import Observers
+from server.openai.boundary import Backend
+from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
 from server.registry import Registry
+from server.running_calls import Calls
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
@@ -127,7 +130,8 @@ async def serve(
         _check_named(name, folder)
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
-    condition, doors = Condition(), open_doors(config)
+    condition = Condition(Calls(config.max_concurrent_calls))
+    doors = open_doors(config)
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
         async with (
             doors.kept_current(),
@@ -173,12 +177,18 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
 class Condition:
     """What probes and scrapes ask. Its parts are None while the engine is loading."""
 
+    calls: Calls
+    """The calls that run, over gRPC and HTTP."""
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
     history: History | None = None
     is_open: bool = False
     """Requests are taken."""
+
+    def open_service(self) -> Service | None:
+        """Return the service, or None while requests are not taken."""
+        return self.service if self.is_open else None
 
     def is_alive(self) -> bool:
         """Tell whether there is a live engine."""
@@ -283,7 +293,10 @@ async def _http(
         metrics=condition,
         is_alive=condition.is_alive,
         is_ready=condition.is_ready,
-        routes=page_routes(condition),
+        routes=[
+            *page_routes(condition),
+            *openai_routes(Backend(condition.open_service, condition.calls)),
+        ],
     )
     gated = HttpGate(app, doors.gate)
     server = HttpServer(ObservedHttp(gated, lambda: condition.metrics), doors.tls)
@@ -411,7 +424,7 @@ async def _run(
         config.grpc_address,
         gate=doors.gate,
         credentials=doors.tls.grpc_credentials() if doors.tls else None,
-        max_calls=config.max_concurrent_calls,
+        calls=condition.calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,
         observer=condition.metrics,

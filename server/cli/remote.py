@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +57,23 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken off tokens that the output has.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Taken off each time that it has them.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: fewer tokens of prompt and output.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN=NUMBER", help="Added to a token id's logit; repeat it."),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to the one prompt.")] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(help="Show the prompt's log probabilities, and this many others.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
@@ -77,6 +95,12 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": _biases(logit_bias or []) or None,
+        "n": n,
+        "prompt_logprobs": prompt_logprobs,
         "stop": stop,
         "ignore_eos": ignore_eos,
         "base_text": base_text or None,
@@ -125,20 +149,58 @@ def weights(adapters: Iterable[str]) -> dict[str, float]:
     return weights
 
 
+def _biases(texts: Iterable[str]) -> dict[int, float]:
+    """Read `token=number`."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        token_id, _, bias = text.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
+            ) from None
+    return biases
+
+
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:
     return [] if content is None else [{"role": role, "content": content}]
 
 
 def _show_stream(responses: Iterable[generation_pb2.GenerateResponse]) -> None:
+    """The first output as it comes; the others, which come beside it, in their order at the end."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    ends: dict[int, generation_pb2.Finished] = {}
     for response in responses:
-        if response.HasField("started"):
-            for note in response.started.notes:
-                echo(f"note: {note}", is_error=True)
-        elif response.HasField("delta"):
-            write(response.delta.text)
-        else:
-            echo("")
-            echo(_summary(response.finished), is_error=True)
+        delta, finished = response.delta, response.finished
+        match response.WhichOneof("event"):
+            case "started":
+                for note in response.started.notes:
+                    echo(f"note: {note}", is_error=True)
+            case "prompt_logprobs":
+                _show_logprobs(response.prompt_logprobs.logprobs)
+            case "delta" if delta.index == 0:
+                write(delta.text)
+            case "delta":
+                texts[delta.index] += delta.text
+            case "finished":
+                ends[finished.index] = finished
+                if finished.index == 0:
+                    _show_end("", finished)
+    for index in sorted(ends.keys() - {0}):
+        _show_end(texts[index], ends[index])
+
+
+def _show_end(text: str, finished: generation_pb2.Finished) -> None:
+    echo(text)
+    echo(_summary(finished), is_error=True)
+
+
+def _show_logprobs(logprobs: Iterable[types_pb2.TokenLogprob]) -> None:
+    """One line a token of the prompt after the first: its place, its own, and the likeliest."""
+    for place, entry in enumerate(logprobs, 1):
+        top = "".join(f"  {each.token_id}: {each.logprob:.4f}" for each in entry.top)
+        echo(f"prompt token {place}: {entry.logprob:.4f}{top}", is_error=True)
 
 
 def _summary(finished: generation_pb2.Finished) -> str:
