@@ -232,18 +232,25 @@ async def test_a_server_sends_its_spans_before_it_ends_and_counts_its_calls(tmp_
         handler.end_headers()
 
     write_tokenizer(tmp_path)
+    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2}
     with collector(answer) as url:
         async with running(LocalEngine(tmp_path), otlp_endpoint=url) as server:
             await (await server.start_stream(3))
+            for body in (asked, {**asked, "stream": True, "n": 2}):
+                headers = {"traceparent": TRACEPARENT}
+                answered = await server.http.post("/v1/completions", json=body, headers=headers)
+                assert answered.status_code == 200, answered.text
             page = (await server.http.get("/metrics")).text
             os.kill(os.getpid(), signal.SIGTERM)
             await server.task
-    names = [
-        s.name for r in received for t in r.resource_spans for c in t.scope_spans for s in c.spans
-    ]
-    assert names == ["queue", "prefill", "decode", "text_completion tiny"]
-    handled = 'grpc_server_handled_total{grpc_code="OK",grpc_method="Generate"'
-    assert handled in page
+    spans = [s for r in received for t in r.resource_spans for c in t.scope_spans for s in c.spans]
+    phases = ["queue", "prefill", "decode"]
+    names = [span.name for span in spans]
+    assert sorted(names) == sorted(["text_completion tiny"] * 3 + phases * 4)
+    traces = {span.trace_id.hex() for span in spans}
+    assert len(traces) == 2 and TRACEPARENT.split("-")[1] in traces
+    assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="Generate"' in page
+    assert '{handler="/v1/completions",method="POST",status="200"} 2.0' in page
 
 
 def refusing(handler, body):
