@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,9 @@ class ByteTokenizer:
 
     def with_added(self, added: object) -> ByteTokenizer:
         return self
+
+    def token_bytes(self, added: object = None) -> Callable[[int], bytes]:
+        return lambda i: b"<end>" if i == EOS_ID else bytes([i])
 
     def encode_rendered(self, text: str) -> list[int]:
         return self.encode(text)

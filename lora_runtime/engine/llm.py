@@ -58,6 +58,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
     check_options,
+    written,
 )
 from lora_runtime.settings import checked
 from lora_runtime.text.detokenizer import Detokenizer
@@ -155,10 +156,16 @@ class LLM:
         """Load an adapter's folder under a name.
 
         Raises AdapterRefused and its kinds, AdapterExists for a name in use, AdapterTooLarge,
-        Overloaded where host memory has no room for it, and InvalidRequest for what is no name.
+        Overloaded where host memory has no room for it, and InvalidRequest for what is no name or
+        no path.
         """
         if not isinstance(name, str) or not name:
-            raise InvalidRequest(f"name is {name!r}; it must be a text", field="name")
+            raise InvalidRequest(f"name is {written(name)}; it must be a text", field="name")
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise InvalidRequest(
+                f"folder is {written(folder)}; it must be the path of the adapter's folder",
+                field="folder",
+            )
         with self._lock:
             engine = self._running()
             if name in self._adapters:
@@ -332,7 +339,7 @@ class LLM:
         messages = [message for message in members if isinstance(message, Mapping)]
         if len(messages) < len(members):
             raise InvalidRequest(
-                f"a prompt is {prompt!r:.100}; it must be a text, token ids, or messages of role "
+                f"a prompt is {written(prompt)}; it must be a text, token ids, or messages of role "
                 "and content",
                 field="prompts",
             )
@@ -347,7 +354,8 @@ class LLM:
         wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
         if wrong is not None:
             raise InvalidRequest(
-                f"a prompt holds token id {wrong}; ids must be between 0 and {vocab_size - 1}",
+                f"a prompt holds token id {written(wrong)}; ids must be between 0 and "
+                f"{vocab_size - 1}",
                 field="prompts",
             )
         return token_ids
@@ -441,7 +449,7 @@ def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> S
         return [adapter] * len(prompts)
     if not isinstance(adapter, Sequence):
         raise InvalidRequest(
-            f"adapter is {adapter!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+            f"adapter is {written(adapter)}; it must be {CHOICE_RULE}", field="adapter"
         )
     if len(adapter) != len(prompts):
         raise InvalidRequest(
@@ -456,7 +464,7 @@ def _chosen(choice: Choice) -> tuple[AdapterChoice, ...]:
     """The adapters of one prompt. Raises InvalidRequest."""
     if choice is not None and not isinstance(choice, str | Mapping):
         raise InvalidRequest(
-            f"adapter is {choice!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+            f"adapter is {written(choice)}; it must be {CHOICE_RULE}", field="adapter"
         )
     weights = {choice: 1.0} if isinstance(choice, str) else choice or {}
     chosen = tuple(AdapterChoice(name, weight) for name, weight in weights.items())
@@ -468,7 +476,8 @@ def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts of a call. Raises InvalidRequest for what is one prompt, or none."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InvalidRequest(
-            f"prompts is {prompts!r:.100}; it must be a list of prompts, [prompt] for one of them",
+            f"prompts is {written(prompts)}; it must be a list of prompts, [prompt] for one of "
+            "them",
             field="prompts",
         )
     return list(prompts)
@@ -477,11 +486,11 @@ def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
 def _check_options(stop: Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]) -> None:
     """Refuse what holds for no prompt. Raises InvalidRequest."""
     if isinstance(stop, str) or not isinstance(stop, Sequence):
-        raise InvalidRequest(f"stop is {stop!r:.100}; it must be a list of texts", field="stop")
+        raise InvalidRequest(f"stop is {written(stop)}; it must be a list of texts", field="stop")
     check_stops(stop)
     if not isinstance(ignore_eos, bool):
         raise InvalidRequest(
-            f"ignore_eos is {ignore_eos!r:.100}; it must be True or False", field="ignore_eos"
+            f"ignore_eos is {written(ignore_eos)}; it must be True or False", field="ignore_eos"
         )
     check_options(sampling, SamplingParams.__dataclass_fields__)
 

@@ -18,7 +18,7 @@ from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli import sampling
 from server.cli.command import Command
 from server.cli.connection import connected
-from server.cli.tables import show_table
+from server.cli.tables import show_json, show_table
 from server.client import Client
 
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
@@ -37,6 +37,7 @@ Weighted = Annotated[
         help="A loaded adapter; repeat it to add up several. Default: the base.",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -72,7 +73,7 @@ def generate(
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
     options = sampling.given(context.params)
-    chosen = _weights(adapter or [])
+    chosen = weights(adapter or [])
     if chat is None:
         chat = _is_chat(client, chosen, system, bool(base_text))
     if chat:
@@ -97,7 +98,7 @@ def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_t
     return False
 
 
-def _weights(adapters: Iterable[str]) -> dict[str, float]:
+def weights(adapters: Iterable[str]) -> dict[str, float]:
     """Read `name` and `name=weight`; a name given twice would lose its first weight."""
     weights: dict[str, float] = {}
     for text in adapters:
@@ -233,9 +234,11 @@ def rollback(client: Client, name: Name) -> None:
 
 @adapters.command("stored", cls=Command)
 @connected
-def stored(client: Client) -> None:
+def stored(client: Client, as_json: AsJson = False) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
     found = client.list_stored_adapters()
+    if as_json:
+        return show_json(found)
     rows = [
         (
             entry.source,
@@ -288,16 +291,21 @@ def send_folder(
 
 @adapters.command("list", cls=Command)
 @connected
-def list_adapters(client: Client) -> None:
+def list_adapters(client: Client, as_json: AsJson = False) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
-    show_adapters(client.list_adapters())
+    infos = client.list_adapters()
+    if as_json:
+        return show_json(infos)
+    show_adapters(infos)
 
 
 @adapters.command("show", cls=Command)
 @connected
-def show(client: Client, name: Name) -> None:
+def show(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Show everything the server knows of one adapter."""
     info = client.get_adapter(name)
+    if as_json:
+        return show_json(info)
     facts = [
         *_facts(info).items(),
         *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),

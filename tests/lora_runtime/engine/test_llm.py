@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from lora_runtime.config import (
     EngineConfig,
     SchedulerConfig,
 )
-from lora_runtime.core import FinishReason
+from lora_runtime.core import FinishReason, SamplingParams
 from lora_runtime.engine.llm import LLM
 from lora_runtime.errors import (
     AdapterExists,
@@ -307,3 +308,40 @@ def test_an_option_that_is_none_is_named_with_the_nearest(llm):
 def test_adapters_without_names_are_refused_before_the_base_is_loaded(folder):
     with pytest.raises(ConfigError, match="mapping of names to folders"):
         LLM("no such base", adapters=[folder / "a"])
+
+
+ABSURD = [10**30, 2**63, -1, 1e308, math.nan, "4", None, True, [1], 1 << 20_000]
+SERVED = [
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs",
+    "num_prompt_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "stop_token_ids", "structured_output",
+]  # fmt: skip
+
+
+def test_absurd_values_of_a_request_are_refused_by_name_or_answered(llm):
+    assert set(SERVED) == set(SamplingParams.__dataclass_fields__)
+    for name in SERVED:
+        for value in ABSURD:
+            given = {"max_tokens": 2} | {name: value}
+            try:
+                (answer,) = llm.generate(["x"], **given)
+            except InvalidRequest as error:
+                assert error.field and name.removeprefix("num_") in error.field, (name, value)
+                assert len(str(error)) < 500
+            else:
+                assert len(answer.token_ids) <= 512
+    for weight in ABSURD:
+        try:
+            llm.generate(["x"], adapter={"a": weight}, max_tokens=1)
+        except InvalidRequest as error:
+            assert "weight" in error.field
+    for token_ids in [[10**30], [2**63], [-1], [1 << 20_000]]:
+        with pytest.raises(InvalidRequest):
+            llm.generate([token_ids], max_tokens=1)
+
+
+@pytest.mark.parametrize("path", [None, 3, "", b"a", ["a"]])
+def test_what_is_no_path_is_named(llm, path):
+    with pytest.raises(InvalidRequest, match="path of the adapter's folder") as caught:
+        llm.load("new", path)
+    assert caught.value.field == "folder" and "new" not in llm.adapters

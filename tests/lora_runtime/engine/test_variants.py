@@ -132,8 +132,8 @@ def test_cached_prefixes_change_no_token(world, alone):
 
 
 def test_prompts_are_scored_under_every_variant(world):
-    """In chunks of one mixed batch; logits may differ by 2e-4, so their logarithms by twice that. An
-    activated LoRA is left out: its oracle wants the whole prompt first.
+    """In chunks of one mixed batch. Logits may differ by 2e-4, so log probabilities by twice that.
+    An activated LoRA is left out: its oracle wants the whole prompt first.
     """
     requests = [
         replace(r, sampling=replace(r.sampling, num_prompt_logprobs=0))
