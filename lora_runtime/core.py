@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 
-from lora_runtime.errors import InvalidRequest, LoramuxError
+from lora_runtime.errors import InvalidRequest, LoramuxError, written
 
 MAX_STOP_TOKEN_IDS = 1024
 """Stop tokens of one request, the base's own end tokens included."""
@@ -91,7 +91,7 @@ class SamplingParams:
         min_tokens, max_tokens, seed = self.min_tokens, self.max_tokens, self.seed
         top, temperature = self.num_logprobs, self.temperature
         checks: list[tuple[str, object, bool, str]] = [
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("max_tokens", max_tokens, 1 <= max_tokens < 2**31, "between 1 and 2^31 - 1"),
             ("min_tokens", min_tokens, 0 <= min_tokens <= max_tokens, "between 0 and max_tokens"),
             ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 and 100"),
             ("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 (off) and 2^31 - 1"),
@@ -104,7 +104,8 @@ class SamplingParams:
         for name, value, is_valid, rule in checks:
             if not is_valid:
                 raise InvalidRequest(
-                    f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
+                    f"sampling.{name} is {written(value)}; it must be {rule}",
+                    field=f"sampling.{name}",
                 )
         self._check_biases()
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -161,11 +162,13 @@ class SamplingParams:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, kinds):
                     field = f"sampling.{name.removeprefix('num_')}"
-                    raise InvalidRequest(f"{field} is {value!r}; it must be {rule}", field=field)
+                    raise InvalidRequest(
+                        f"{field} is {written(value)}; it must be {rule}", field=field
+                    )
         ids = self.stop_token_ids
         if not isinstance(ids, Collection) or not all(map(is_whole, ids)):
             raise InvalidRequest(
-                f"sampling.stop_token_ids is {ids!r:.200}; it must be token ids",
+                f"sampling.stop_token_ids is {written(ids)}; it must be token ids",
                 field="sampling.stop_token_ids",
             )
         biases = self.logit_bias

@@ -27,6 +27,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
+
+MAX_WRITTEN = 200
+"""Characters of a value in a message."""
 
 
 class LoramuxError(Exception):
@@ -144,3 +148,12 @@ def nearest(name: str, valid: Collection[str]) -> str:
     """A sentence that proposes the most similar valid name, or lists them all."""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(set(valid)))}"
+
+
+def written(value: object) -> str:
+    """A value as a person would write it, cut where it is long."""
+    try:
+        text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_WRITTEN else f"{text[:MAX_WRITTEN]}…"

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,11 +22,12 @@ import structlog
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.errors import AdapterSourceRefused, BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
@@ -41,10 +42,17 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.observability.http_calls import ObservedHttp
+from server.observability.records import RequestWatcher
+from server.observability.request_log import RequestLog
+from server.observability.tracing import Tracing, span_exporter
 from server.observers import Observers
+from server.openai.boundary import Backend
+from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
 from server.registry import Registry
+from server.running_calls import Calls
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
@@ -118,17 +126,36 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    for name in config.adapter:
-        adapter_name(name, "adapter")
+    for name, folder in config.adapter.items():
+        _check_named(name, folder)
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
-    condition, doors = Condition(), open_doors(config)
+    condition = Condition(Calls(config.max_concurrent_calls))
+    doors = open_doors(config)
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
-        async with doors.kept_current(), _http(condition, listener, doors) as http:
+        async with (
+            doors.kept_current(),
+            _watchers(config) as watchers,
+            _http(condition, listener, doors) as http,
+        ):
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
-            await _serve_engine(config, engine, stop, condition, doors, http, on_ready, guard)
+            announce = Announcement(http.port, on_ready)
+            await _serve_engine(
+                config, engine, stop, condition, doors, http, watchers, announce, guard
+            )
     logger.info("stopped")
+
+
+def _check_named(name: str, folder: Path) -> None:
+    """Find what cannot be an adapter's folder before the base is loaded, which may take minutes."""
+    adapter_name(name, "adapter")
+    for file in REQUIRED_FILES:
+        if not (folder / file).is_file():
+            raise AdapterSourceRefused(
+                f"adapter.{name}: {folder} has no file {file}; name the folder of a PEFT adapter",
+                field=f"adapter.{name}",
+            )
 
 
 @contextlib.contextmanager
@@ -150,12 +177,18 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
 class Condition:
     """What probes and scrapes ask. Its parts are None while the engine is loading."""
 
+    calls: Calls
+    """The calls that run, over gRPC and HTTP."""
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
     history: History | None = None
     is_open: bool = False
     """Requests are taken."""
+
+    def open_service(self) -> Service | None:
+        """Return the service, or None while requests are not taken."""
+        return self.service if self.is_open else None
 
     def is_alive(self) -> bool:
         """Tell whether there is a live engine."""
@@ -223,7 +256,7 @@ class CertifiedProtocol(H11Protocol):
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: HttpGate, tls: Tls | None = None) -> None:
+    def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
         config = uvicorn.Config(
             app,
             http=CertifiedProtocol,
@@ -260,9 +293,13 @@ async def _http(
         metrics=condition,
         is_alive=condition.is_alive,
         is_ready=condition.is_ready,
-        routes=page_routes(condition),
+        routes=[
+            *page_routes(condition),
+            *openai_routes(Backend(condition.open_service, condition.calls)),
+        ],
     )
-    server = HttpServer(HttpGate(app, doors.gate), doors.tls)
+    gated = HttpGate(app, doors.gate)
+    server = HttpServer(ObservedHttp(gated, lambda: condition.metrics), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])
@@ -278,7 +315,8 @@ async def _serve_engine(
     condition: Condition,
     doors: Doors,
     http: RunningHttp,
-    on_ready: Callable[[Ports], None] | None,
+    watchers: Sequence[RequestWatcher],
+    announce: Announcement,
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
@@ -304,12 +342,12 @@ async def _serve_engine(
             store=store,
             observer=observer,
             base_name=base_name,
+            watchers=watchers,
         )
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
         await _wait_for_adapters(config, loading, parts)
-        announce = Announcement(http.port, on_ready)
         await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
@@ -320,6 +358,21 @@ async def _serve_engine(
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
+
+
+@contextlib.asynccontextmanager
+async def _watchers(config: ServerConfig) -> AsyncIterator[Sequence[RequestWatcher]]:
+    """Who is told of requests that end. Traces come first: the log's lines name them."""
+    exporter = span_exporter(config.otlp_endpoint)
+    log = [RequestLog()] if config.log_requests else []
+    if exporter is None:
+        yield log
+        return
+    tracing = Tracing(exporter)
+    try:
+        yield [tracing, *log]
+    finally:
+        await tracing.close()
 
 
 def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
@@ -371,9 +424,10 @@ async def _run(
         config.grpc_address,
         gate=doors.gate,
         credentials=doors.tls.grpc_credentials() if doors.tls else None,
-        max_calls=config.max_concurrent_calls,
+        calls=condition.calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,
+        observer=condition.metrics,
     )
     condition.service, condition.is_open = service, True
     await grpc_server.show_health()

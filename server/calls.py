@@ -132,6 +132,9 @@ class Started:
 
     request_id: str
     num_prompt_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
+    side: TextSide | None = None
+    """What the tokens mean; None: what the base says."""
     notes: tuple[str, ...] = ()
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath
 
-from lora_runtime.config import CPU_DEFAULTS, LIMITS, DeviceDefaults, EngineConfig
-from lora_runtime.errors import ConfigError
+from lora_runtime.config import CPU_DEFAULTS, LIMITS, MAX_BYTES, DeviceDefaults, EngineConfig
+from lora_runtime.errors import ConfigError, written
 from lora_runtime.settings import (
     Bytes,
     Entry,
@@ -42,6 +42,12 @@ def split_address(address: str) -> tuple[str, int]:
 def _checked_address(address: str) -> str:
     split_address(address)
     return address
+
+
+def _checked_url(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
+        raise ValueError("a URL, http://host:port or https://host:port")
+    return url
 
 
 def _split_paths(value: object) -> object:
@@ -76,10 +82,14 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
 NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
+
+MAX_SECONDS = 1_000_000
+"""Eleven days: longer waits mean that something else is wanted."""
 
 NETWORK, ACCESS, ADAPTERS = "Network", "Access", "Adapters"
 PROCESS = "Logs and shutdown"
@@ -93,9 +103,9 @@ class ServerConfig(EngineConfig):
     """host:port of the gRPC services."""
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
     """host:port of /metrics, /healthz and /readyz."""
-    max_concurrent_calls: Int = setting(default=4096, gt=0, group=NETWORK)
+    max_concurrent_calls: Int = setting(default=4096, gt=0, le=1_000_000, group=NETWORK)
     """Calls of any kind that may run or wait at once; a further one is refused."""
-    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=1_000_000, group=NETWORK)
+    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=MAX_SECONDS, group=NETWORK)
     """Seconds after which a connection takes no new calls and its client connects anew; running
     calls go on."""
 
@@ -124,21 +134,26 @@ class ServerConfig(EngineConfig):
     adapter_store: FilePath | None = setting(default=None, group=ADAPTERS)
     """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
     server at a time. None: `uploads` in the cache folder."""
-    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, group=LIMITS)
+    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all files of one uploaded adapter."""
-    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, group=LIMITS)
+    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
     are deleted."""
 
-    engine_timeout_s: Float = setting(default=10.0, gt=0, group=PROCESS)
+    engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the
     process end. Probes fail earlier, after 4 seconds at most."""
-    drain_s: Float = setting(default=30.0, ge=0, group=PROCESS)
+    drain_s: Float = setting(default=30.0, ge=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = setting(default="info", group=PROCESS)
     """Least severe messages to log."""
     log_format: LogFormat = setting(default="auto", group=PROCESS)
     """`auto`: console on a terminal, JSON elsewhere."""
+    log_requests: bool = setting(default=True, group=PROCESS)
+    """Log a line for every generation that ends: ids, tokens, reason and seconds; no text."""
+    otlp_endpoint: Url = setting(default="", group=PROCESS, metavar="URL")
+    """Collector of OpenTelemetry traces, as http://localhost:4318 (OTLP over HTTP); it needs the
+    extra `tracing`. Empty: as OTEL_EXPORTER_OTLP_ENDPOINT says, else no traces."""
 
 
 SETTINGS = entries(ServerConfig)
@@ -223,7 +238,8 @@ def _device_defaults(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whole(value: object) -> int | None:
     """A positive number of a setting that is not checked yet; what is none is named later."""
-    return int(str(value)) or None if str(value).isdecimal() else None
+    text = written(value).strip("'")
+    return int(text) or None if text.isdecimal() else None
 
 
 def _defaults_of(device: str) -> DeviceDefaults:

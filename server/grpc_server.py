@@ -7,18 +7,18 @@ is not UTF-8 with UNKNOWN, and turns every exception into a typed status.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
+from lora_runtime.errors import ConfigError, InvalidRequest, Unavailable
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -33,10 +33,12 @@ from server.access.gate import OPEN_GATE, Gate
 from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
+from server.observability.calls import CallObserver
+from server.observability.grpc_calls import ObservedGrpc
+from server.running_calls import Calls
 from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
-MAX_CALLS = 4096
 MAX_CONNECTION_AGE_S = 3600.0
 RECEIVED_AT_MOST = 2
 """Times the largest message: what grpc itself refuses has none of our details, so that messages up
@@ -44,8 +46,6 @@ to this size are received and refused here.
 """
 HEALTH_PERIOD_S = 0.25
 """How often health asks whether the engine is alive."""
-CALLS_PERIOD_S = 0.02
-"""How often a stopping server looks whether its calls have ended."""
 CUT_S = 1.0
 """Seconds that calls have to answer when the drain is over."""
 PACKAGE_PREFIX = "/loramux."
@@ -68,22 +68,25 @@ async def start_grpc(
     gate: Gate = OPEN_GATE,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
-    max_calls: int = MAX_CALLS,
+    calls: Calls | None = None,
     max_connection_age_s: float = MAX_CONNECTION_AGE_S,
     is_serving: Callable[[], bool] | None = None,
+    observer: CallObserver | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
     `gate` says who callers are; health is open to all. Health follows `is_serving`, or whether the
-    engine is alive. One call more than `max_calls` is refused as Overloaded. A connection of
-    `max_connection_age_s` takes no new calls, so that its client connects anew, perhaps to another
-    server behind the same name; running calls go on.
+    engine is alive. `calls` counts them, together with those of HTTP; the server drains and cuts
+    both when it stops. A connection of `max_connection_age_s` takes no new calls, so that its
+    client connects anew, perhaps to another server behind the same name; running calls go on.
+    `observer` hears of every call.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
-    calls = Calls(max_calls)
+    calls = calls or Calls()
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[GrpcGate(gate), boundary], options=options)
+    observing = [] if observer is None else [ObservedGrpc(observer, _methods())]
+    server = grpc.aio.server(interceptors=[*observing, GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -103,42 +106,6 @@ async def start_grpc(
     running = GrpcServer(server, health_servicer, calls, is_serving or service.is_alive, port)
     await running.start()
     return running
-
-
-class Calls:
-    """The calls of our own services that run now. Health and reflection are not counted: their
-    streams stay open as long as a client likes.
-    """
-
-    def __init__(self, max_running: int) -> None:
-        self._max_running = max_running
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.is_cut = False
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the call that the current task runs. Raises Overloaded for one too many."""
-        if len(self._tasks) >= self._max_running:
-            raise Overloaded(f"{len(self._tasks)} calls are running already; try again later")
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            yield
-        finally:
-            self._tasks.discard(task)
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return when none runs any more, or after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while self._tasks and time.monotonic() < deadline:
-            await asyncio.sleep(CALLS_PERIOD_S)
-
-    def cut(self) -> None:
-        """Have each answer at once that the server is shutting down."""
-        self.is_cut = True
-        for task in self._tasks:
-            task.cancel()
 
 
 class GrpcServer:
@@ -410,6 +377,16 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
             "at a time"
         )
     return data
+
+
+def _methods() -> set[str]:
+    """All methods of the server, as `/service/method`."""
+    pool = descriptor_pool.Default()
+    return {
+        f"/{name}/{method.name}"
+        for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        for method in pool.FindServiceByName(name).methods
+    }
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

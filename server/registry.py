@@ -27,6 +27,7 @@ from lora_runtime.errors import (
     AdapterRefused,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
     Unavailable,
 )
 from lora_runtime.text.text_side import TextSide
@@ -36,6 +37,10 @@ from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
+MAX_NAMES = 16_384
+"""Names that point to something or are being loaded. Contents are bounded by memory, names of one
+content are not: each is a record, a row on the disk and a label of the metrics.
+"""
 MAX_WAITING_WRITES = 1024
 NUM_RESTORED_AT_ONCE = 4
 
@@ -160,8 +165,8 @@ class Registry:
         leaves when its last request ends. The same content from another source is read from there
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
         `review` adds to its notes, and `settle` is awaited before the name points to it. Raises
-        AdapterExists, InvalidRequest (the base's name) and whatever the engine and those two
-        raise; nothing has changed then.
+        AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and whatever
+        the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
         return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
@@ -198,9 +203,17 @@ class Registry:
         return {digest: tuple(sorted(names)) for digest, names in found.items()}
 
     def check_name(self, name: str) -> None:
-        """Raise InvalidRequest (field `name`) for the base's name."""
+        """Raise InvalidRequest (field `name`) for the base's name, Overloaded for a further name
+        beside MAX_NAMES.
+        """
         if name == self._base_name:
             raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
+        if name not in self._records and len(self._records) >= MAX_NAMES:
+            raise Overloaded(
+                f"{len(self._records)} names of adapters are known, and no more are allowed; "
+                "unload some first",
+                field="name",
+            )
 
     async def rollback(self, name: str) -> AdapterRecord:
         """Swap a name's content and its former one, at once; running requests end on theirs.

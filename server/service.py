@@ -10,7 +10,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.token_bytes import TokenBytes
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
@@ -65,6 +66,7 @@ from server.calls import (
 )
 from server.composition import depth, text_side
 from server.merging import merged
+from server.observability.records import RequestWatcher, watched
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -109,6 +111,7 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
+        watchers: Sequence[RequestWatcher] = (),
     ) -> None:
         self._quotas = Quotas()
         self._engine = engine
@@ -118,6 +121,7 @@ class Service:
         self._sources = sources
         self._store = store
         self._observer = observer
+        self._watchers = watchers
         self._base_name = base_name
         self._versions = installed_versions()
         self._tokenisers = WorkerPool(
@@ -135,13 +139,20 @@ class Service:
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
-        with self._quotas.request(call.caller) as spend:
+        events = self._within_quotas(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        check_num_outputs(call.num_outputs)
+        with self._quotas.request(call.caller, call.num_outputs) as spend:
             async with aclosing(self._generate(call)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
@@ -152,7 +163,6 @@ class Service:
 
     async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        check_num_outputs(call.num_outputs)
         with self._place(call.client, call.num_outputs):
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
@@ -172,6 +182,8 @@ class Service:
         started = Started(
             request_id=call.request_id or first.request_id,
             num_prompt_tokens=len(prompt),
+            prompt_token_ids=first.prompt_token_ids,
+            side=side,
             notes=tuple(request_notes(facts, prompt)),
         )
         outputs = [
@@ -290,6 +302,30 @@ class Service:
         with audited(caller, "unload", adapter=name):
             caller.check_manages(name)
             return await self._registry.unload(name, cancel=cancel, wait=wait)
+
+    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+        """Return the text of token ids, as an adapter's own text side has them or as the base.
+
+        Raises InvalidRequest (field `token_ids`).
+        """
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        return decoder.decode(self._checked(token_ids))
+
+    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+        """Return what gives each token's bytes, as an adapter's own text side has them."""
+        return self._tokenizer.token_bytes(side.added if side else None)
+
+    def side_of(self, caller: Caller, name: str) -> TextSide | None:
+        """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
+        `model`), or Unavailable while it is loaded again after a restart.
+        """
+        with _missing_logged(caller, name):
+            return self._registry.resolve(name, field="model", sees=caller.sees).text
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, which no adapter may have."""
+        return self._base_name
 
     @property
     def max_store_bytes(self) -> int:

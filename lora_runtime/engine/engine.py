@@ -19,6 +19,7 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, p
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
+from lora_runtime.base.device import check_memory
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
@@ -79,6 +80,7 @@ class Engine:
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
         has_graphs = config.cuda_graphs and base.device.type == "cuda"
+        check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,
             config.adapters.pool_bytes,
@@ -332,6 +334,8 @@ class Engine:
             running_adapters=digests(self.scheduler.running),
             waiting_adapters=digests(list(self.scheduler.waiting)),
             resident_adapters=self.slots.resident,
+            num_adapter_loads=self.slots.num_loads,
+            num_adapter_evictions=self.slots.num_evictions,
         )
 
     def check_integrity(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
@@ -15,7 +16,7 @@ OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
 OPEN_SUFFIXES = (".css", ".js", ".svg")
 """Probes, and the files of the status page, which hold nothing of this server."""
-USER_PATHS = frozenset({"/tokenize", "/detokenize", "/openapi.json"})
+USER_PATHS = frozenset({"/tokenize", "/detokenize", "/version", "/openapi.json"})
 USER_FOLDERS = ("/v1/", "/api/")
 """What every key is for; all the rest, as /metrics, takes an operator's for all adapters. What
 changes something there asks the caller's role once more, in the service.
@@ -28,7 +29,11 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_STATUS = {Unauthenticated: 401, PermissionDenied: 403}
+_REFUSALS: Mapping[type[LoramuxError], tuple[HTTPStatus, str, str]] = {
+    Unauthenticated: (HTTPStatus.UNAUTHORIZED, "authentication_error", "invalid_api_key"),
+    PermissionDenied: (HTTPStatus.FORBIDDEN, "permission_error", "permission_denied"),
+}
+"""Status, type and code of an error."""
 
 
 class HttpGate:
@@ -75,15 +80,10 @@ def is_open(path: str) -> bool:
 
 async def _refuse(error: LoramuxError, send: Send) -> None:
     """Answer in the shape in which OpenAI's API refuses."""
-    about = {
-        "message": error.message,
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "invalid_api_key" if isinstance(error, Unauthenticated) else "permission_denied",
-    }
+    status, kind, code = _REFUSALS[type(error)]
+    about = {"message": error.message, "type": kind, "param": None, "code": code}
     headers = [(b"content-type", b"application/json")]
-    if isinstance(error, Unauthenticated):
+    if status == HTTPStatus.UNAUTHORIZED:
         headers.append((b"www-authenticate", b"Bearer"))
-    status = _STATUS[type(error)]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"error": about}).encode()})

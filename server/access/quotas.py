@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lora_runtime.errors import Overloaded
+from lora_runtime.errors import InvalidRequest, Overloaded
 from server.access.caller import Caller, Limits
 
 BURST_S = 10.0
@@ -42,16 +42,16 @@ class Quotas:
         self._taken: defaultdict[str, _Taken] = defaultdict(_Taken)
 
     @contextmanager
-    def request(self, caller: Caller) -> Iterator[Spend]:
-        """Count a request while it waits and runs. Raises Overloaded."""
+    def request(self, caller: Caller, num_outputs: int = 1) -> Iterator[Spend]:
+        """Count a request while it waits and runs, once for each of its outputs.
+
+        Raises Overloaded, and InvalidRequest (field `sampling.n`) for more outputs than the tenant
+        may ever have.
+        """
         limits, taken = caller.limits, self._taken[caller.tenant]
-        if limits.max_requests is not None and taken.num_requests >= limits.max_requests:
-            raise Overloaded(
-                f"{taken.num_requests} requests of tenant {caller.tenant!r} wait or run already, "
-                "as many as it may have; try again later"
-            )
+        _check_outputs(caller, limits, taken.num_requests, num_outputs)
         self._check_tokens(caller, limits, taken)
-        taken.num_requests += 1
+        taken.num_requests += num_outputs
 
         def spend(num_tokens: int) -> None:
             if limits.tokens_per_s is not None:
@@ -60,7 +60,7 @@ class Quotas:
         try:
             yield spend
         finally:
-            taken.num_requests -= 1
+            taken.num_requests -= num_outputs
 
     @contextmanager
     def adapter(self, caller: Caller, name: str, held: Iterable[str]) -> Iterator[None]:
@@ -103,3 +103,19 @@ class Quotas:
         taken.tokens = min(most, before + rate * (now - taken.counted_at))
         taken.counted_at = now
         return taken.tokens
+
+
+def _check_outputs(caller: Caller, limits: Limits, num_running: int, num_outputs: int) -> None:
+    most = limits.max_requests
+    if most is None or num_running + num_outputs <= most:
+        return
+    if num_outputs > max(1, most):
+        raise InvalidRequest(
+            f"sampling.n is {num_outputs}; each output counts as a request, and tenant "
+            f"{caller.tenant!r} may have {most}",
+            field="sampling.n",
+        )
+    raise Overloaded(
+        f"{num_running} requests of tenant {caller.tenant!r} wait or run already, and it may have "
+        f"{most}; try again later"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli.command import Command
 from server.cli.connection import connected
-from server.cli.tables import show_table
+from server.cli.tables import show_json, show_table
 from server.client import Client
 from server.client.requests import Options
 
@@ -36,6 +37,7 @@ Weighted = Annotated[
         help="A loaded adapter; repeat it to add up several. Default: the base.",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -55,6 +57,23 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken off tokens that the output has.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Taken off each time that it has them.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: fewer tokens of prompt and output.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN=NUMBER", help="Added to a token id's logit; repeat it."),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to the one prompt.")] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(help="Show the prompt's log probabilities, and this many others.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
@@ -76,6 +95,12 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": _biases(logit_bias or []) or None,
+        "n": n,
+        "prompt_logprobs": prompt_logprobs,
         "stop": stop,
         "ignore_eos": ignore_eos,
         "base_text": base_text or None,
@@ -83,7 +108,7 @@ def generate(
         "tenant": tenant,
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
-    chosen = _weights(adapter or [])
+    chosen = weights(adapter or [])
     if chat is None:
         chat = _is_chat(client, chosen, system, bool(base_text))
     if chat:
@@ -108,7 +133,7 @@ def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_t
     return False
 
 
-def _weights(adapters: Iterable[str]) -> dict[str, float]:
+def weights(adapters: Iterable[str]) -> dict[str, float]:
     """Read `name` and `name=weight`; a name given twice would lose its first weight."""
     weights: dict[str, float] = {}
     for text in adapters:
@@ -124,20 +149,58 @@ def _weights(adapters: Iterable[str]) -> dict[str, float]:
     return weights
 
 
+def _biases(texts: Iterable[str]) -> dict[int, float]:
+    """Read `token=number`."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        token_id, _, bias = text.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
+            ) from None
+    return biases
+
+
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:
     return [] if content is None else [{"role": role, "content": content}]
 
 
 def _show_stream(responses: Iterable[generation_pb2.GenerateResponse]) -> None:
+    """The first output as it comes; the others, which come beside it, in their order at the end."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    ends: dict[int, generation_pb2.Finished] = {}
     for response in responses:
-        if response.HasField("started"):
-            for note in response.started.notes:
-                echo(f"note: {note}", is_error=True)
-        elif response.HasField("delta"):
-            write(response.delta.text)
-        else:
-            echo("")
-            echo(_summary(response.finished), is_error=True)
+        delta, finished = response.delta, response.finished
+        match response.WhichOneof("event"):
+            case "started":
+                for note in response.started.notes:
+                    echo(f"note: {note}", is_error=True)
+            case "prompt_logprobs":
+                _show_logprobs(response.prompt_logprobs.logprobs)
+            case "delta" if delta.index == 0:
+                write(delta.text)
+            case "delta":
+                texts[delta.index] += delta.text
+            case "finished":
+                ends[finished.index] = finished
+                if finished.index == 0:
+                    _show_end("", finished)
+    for index in sorted(ends.keys() - {0}):
+        _show_end(texts[index], ends[index])
+
+
+def _show_end(text: str, finished: generation_pb2.Finished) -> None:
+    echo(text)
+    echo(_summary(finished), is_error=True)
+
+
+def _show_logprobs(logprobs: Iterable[types_pb2.TokenLogprob]) -> None:
+    """One line a token of the prompt after the first: its place, its own, and the likeliest."""
+    for place, entry in enumerate(logprobs, 1):
+        top = "".join(f"  {each.token_id}: {each.logprob:.4f}" for each in entry.top)
+        echo(f"prompt token {place}: {entry.logprob:.4f}{top}", is_error=True)
 
 
 def _summary(finished: generation_pb2.Finished) -> str:
@@ -220,9 +283,11 @@ def rollback(client: Client, name: Name) -> None:
 
 @adapters.command("stored", cls=Command)
 @connected
-def stored(client: Client) -> None:
+def stored(client: Client, as_json: AsJson = False) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
     found = client.list_stored_adapters()
+    if as_json:
+        return show_json(found)
     rows = [
         (
             entry.source,
@@ -275,16 +340,21 @@ def send_folder(
 
 @adapters.command("list", cls=Command)
 @connected
-def list_adapters(client: Client) -> None:
+def list_adapters(client: Client, as_json: AsJson = False) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
-    show_adapters(client.list_adapters())
+    infos = client.list_adapters()
+    if as_json:
+        return show_json(infos)
+    show_adapters(infos)
 
 
 @adapters.command("show", cls=Command)
 @connected
-def show(client: Client, name: Name) -> None:
+def show(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Show everything the server knows of one adapter."""
     info = client.get_adapter(name)
+    if as_json:
+        return show_json(info)
     facts = [
         *_facts(info).items(),
         *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),

@@ -124,7 +124,7 @@ def authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def tls_credentials(
-    ca: Path | None = None, cert: Path | None = None, key: Path | None = None
+    ca: Path | str | None = None, cert: Path | str | None = None, key: Path | str | None = None
 ) -> grpc.ChannelCredentials:
     """Make credentials of PEM files: the roots of the server's certificate, by default those that
     gRPC brings, and the client's own certificate and its key, for a server that wants one. Raises
@@ -135,9 +135,9 @@ def tls_credentials(
     return grpc.ssl_channel_credentials(*(_pem(file) for file in (ca, key, cert)))
 
 
-def _pem(file: Path | None) -> bytes | None:
+def _pem(file: Path | str | None) -> bytes | None:
     try:
-        return None if file is None else file.read_bytes()
+        return None if file is None else Path(file).read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from None
 

@@ -213,13 +213,34 @@ def test_what_is_served_now_is_listed_so() -> None:
     assert not any(name.startswith(("adapters", "cache_salt")) for name in REFUSED_FEATURES)
 
 
-@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128])
+@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128, "org/name@v1.2", "a/b/c"])
 def test_good_adapter_names(name: str) -> None:
     assert adapter_name(name) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".a", "-a", "a/b", "a b", "a\n", "\N{DIGIT ONE}\u0661", "x" * 129]
+    "name",
+    [
+        "",
+        ".a",
+        "-a",
+        "a b",
+        "a\n",
+        "\N{DIGIT ONE}\u0661",
+        "x" * 129,
+        "x/" * 64 + "x",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        "a..b",
+        "@a",
+        "a/@b",
+        "a/.b",
+        "a:b",
+        "a=b",
+        "a\\b",
+    ],
 )
 def test_bad_adapter_names(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

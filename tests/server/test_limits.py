@@ -27,6 +27,7 @@ from server.client import AsyncClient
 from server.client.channel import typed_errors
 from server.client.requests import generate_request
 from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
+from server.running_calls import Calls
 from tests.server.uploading import CONFIG, WEIGHTS, chunk, left_behind, local_adapter, send, start
 from tests.server.world import World, stubs_of, until
 
@@ -110,7 +111,7 @@ async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:
 
 
 async def test_one_call_too_many_is_refused_at_once_and_health_is_not_a_call(serve) -> None:
-    async with serve() as world, limited(world, max_calls=3) as client:
+    async with serve() as world, limited(world, calls=Calls(3)) as client:
         world.engine.gate.clear()
         running = [
             asyncio.create_task(client.generate("hi", max_tokens=2).text()) for _ in range(3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from server.access.gate import OPEN_GATE, Gate
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
+from server.observability.records import RequestWatcher
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -72,7 +73,12 @@ class World:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, gate: Gate = OPEN_GATE, api_key: str | None = None, **engine_options: Any
+    folder: Path,
+    watchers: Sequence[RequestWatcher] = (),
+    *,
+    gate: Gate = OPEN_GATE,
+    api_key: str | None = None,
+    **engine_options: Any,
 ) -> AsyncIterator[World]:
     """Run a server whose adapter root lies in `folder`; `api_key` is the client's."""
     root = folder / "allowed" / "adapters"
@@ -89,8 +95,9 @@ async def serving(
         store=store,
         observer=observer,
         base_name="tiny",
+        watchers=watchers,
     )
-    server = await start_grpc(service, "127.0.0.1:0", gate=gate)
+    server = await start_grpc(service, "127.0.0.1:0", gate=gate, observer=RecordingObserver())
     try:
         async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
             yield World(engine, service, registry, observer, server, client, root)
