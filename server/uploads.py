@@ -55,7 +55,7 @@ class AdapterStore:
         self._incoming = folder / "incoming"
         remove_abandoned(self._incoming)
         self.max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self.max_upload_bytes = max_upload_bytes
         self._num_running = 0
         self._num_announced = 0
         """Bytes of the uploads that are running."""
@@ -65,8 +65,11 @@ class AdapterStore:
         )
 
     @asynccontextmanager
-    async def receive(self, call: UploadCall, data: AsyncIterator[bytes]) -> AsyncIterator[Upload]:
-        """Yield a complete upload whose `folder` exists until the context ends.
+    async def receive(
+        self, call: UploadCall, data: AsyncIterator[bytes], *, may_idle: bool = False
+    ) -> AsyncIterator[Upload]:
+        """Yield a complete upload whose `folder` exists until the context ends. Parts may be
+        IDLE_S apart, unless it `may_idle`, having a limit of its own.
 
         Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
         named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
@@ -80,7 +83,7 @@ class AdapterStore:
         self._num_announced += num_bytes
         try:
             await self._check_room()
-            async with self._received_in_folder(call, data) as upload:
+            async with self._received_in_folder(call, data, may_idle) as upload:
                 yield upload
         finally:
             self._num_running -= 1
@@ -88,12 +91,12 @@ class AdapterStore:
 
     @asynccontextmanager
     async def _received_in_folder(
-        self, call: UploadCall, data: AsyncIterator[bytes]
+        self, call: UploadCall, data: AsyncIterator[bytes], may_idle: bool
     ) -> AsyncIterator[Upload]:
         opened = ExitStack()
         try:
             folder = await self._in_thread(self._new_folder, opened)
-            yield await self._received(call, data, folder)
+            yield await self._received(call, data, folder, may_idle)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -104,6 +107,10 @@ class AdapterStore:
     def digest_of(self, folder: Path) -> str:
         """Return the digest that a stored folder's files must have, "" for any other folder."""
         return folder.name if folder.parent == self.root.resolve() else ""
+
+    async def has(self, digest: str) -> bool:
+        """Tell whether the store holds a content."""
+        return await self._in_thread((self.root / digest).is_dir)
 
     @contextmanager
     def in_use(self, digest: str) -> Iterator[None]:
@@ -165,9 +172,11 @@ class AdapterStore:
         """
         await self._in_thread(self._move, upload)
 
-    async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
+    async def _received(
+        self, call: UploadCall, data: AsyncIterator[bytes], folder: Path, may_idle: bool
+    ) -> Upload:
         upload = Upload(call.files, folder)
-        while (part := await _next_part(data)) is not None:
+        while (part := await _next_part(data, None if may_idle else IDLE_S)) is not None:
             await self._in_thread(upload.write, part)
         await self._in_thread(upload.finish)
         return upload
@@ -190,9 +199,9 @@ class AdapterStore:
             if name not in names:
                 raise InvalidRequest(f"{name} is not announced; send it too", field="start.files")
         num_bytes = sum(file.num_bytes for file in call.files)
-        if num_bytes > self._max_upload_bytes:
+        if num_bytes > self.max_upload_bytes:
             raise InvalidRequest(
-                f"the files have {num_bytes} bytes; this server takes {self._max_upload_bytes} at "
+                f"the files have {num_bytes} bytes; this server takes {self.max_upload_bytes} at "
                 "most",
                 field="start.files",
             )
@@ -224,12 +233,13 @@ class Upload:
         self._index = 0
         self._num_written = 0
         self._hash = hashlib.sha256()
-        self._hashes: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of each file that is whole."""
 
     @property
     def digest(self) -> str:
         """See `content_digest`."""
-        return content_digest(self._hashes)
+        return content_digest(self.hashes)
 
     def write(self, data: bytes) -> None:
         """Append to the current file. Raises InvalidRequest where it was announced shorter."""
@@ -278,19 +288,19 @@ class Upload:
             )
         with self._open(file) as stream:
             os.fsync(stream.fileno())
-        self._hashes[file.name] = found
+        self.hashes[file.name] = found
 
     def _open(self, file: UploadFile) -> BinaryIO:
         return (self.folder / file.name).open("ab")
 
 
-async def _next_part(data: AsyncIterator[bytes]) -> bytes | None:
+async def _next_part(data: AsyncIterator[bytes], idle_s: float | None) -> bytes | None:
     try:
-        async with asyncio.timeout(IDLE_S):
+        async with asyncio.timeout(idle_s):
             return await anext(data, None)
     except TimeoutError:
         raise InvalidRequest(
-            f"nothing came for {IDLE_S:.0f} s; send the whole adapter again", field="chunk.data"
+            f"nothing came for {idle_s:.0f} s; send the whole adapter again", field="chunk.data"
         ) from None
 
 
