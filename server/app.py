@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,7 @@ from server.names import NameStore, claimed
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
+from server.sources.remote import FetchLimits, RemoteSources
 from server.uploads import AdapterStore
 from server.watchdog import Watchdog
 
@@ -263,20 +265,12 @@ async def _serve_engine(
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
-    registry = stopping = loading = None
+    registry = service = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
         registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
-        service = Service(
-            engine=engine,
-            tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
-            own_text=own_text,
-            registry=registry,
-            sources=Sources((*config.adapter_roots, store.root)),
-            store=store,
-            observer=metrics,
-            base_name=base_name,
-        )
+        tokenizer = await asyncio.to_thread(Tokenizer.load, engine.base_folder)
+        service = _service(config, engine, tokenizer, own_text, registry, store, metrics)
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
@@ -292,10 +286,47 @@ async def _serve_engine(
         for task in (watching, stopping, loading):
             if task is not None:
                 task.cancel()
+        if service is not None:
+            await service.close()
         own_text.close()
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
+
+
+def _service(
+    config: ServerConfig,
+    engine: LocalEngine,
+    tokenizer: Tokenizer,
+    own_text: TextWorkers,
+    registry: Registry,
+    store: AdapterStore,
+    metrics: Metrics,
+) -> Service:
+    return Service(
+        engine=engine,
+        tokenizer=tokenizer,
+        own_text=own_text,
+        registry=registry,
+        sources=Sources((*config.adapter_roots, store.root)),
+        store=store,
+        observer=metrics,
+        base_name=engine.info.base.name,
+        remote=_remote_sources(config, store),
+        on_demand=config.adapter_on_demand,
+    )
+
+
+def _remote_sources(config: ServerConfig, store: AdapterStore) -> RemoteSources:
+    return RemoteSources(
+        store,
+        config.adapter_sources,
+        named=map(str, (*config.adapter.values(), *config.adapter_on_demand.values())),
+        networks=map(ip_network, config.adapter_source_networks),
+        limits=FetchLimits(
+            idle_s=config.adapter_fetch_idle_s, total_s=config.adapter_fetch_timeout_s
+        ),
+    )
 
 
 def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
@@ -314,8 +345,8 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
 async def _load_adapters(config: ServerConfig, service: Service) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
     await service.restore_adapters(config.adapter)
-    for name, path in config.adapter.items():
-        await service.preload(name, path)
+    for name, source in config.adapter.items():
+        await service.preload(name, source)
 
 
 async def _run(

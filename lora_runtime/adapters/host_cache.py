@@ -7,7 +7,6 @@ import os
 from lora_runtime.adapters.packed_adapter import PackedAdapter
 from lora_runtime.errors import Overloaded
 
-
 HOST_BYTES = "adapters.host_bytes"
 """The setting whose limit an adapter that finds no room has met; the error's field."""
 

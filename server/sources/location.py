@@ -29,6 +29,10 @@ FORMS = {
 """Scheme → the sources it has, and how they are written."""
 SHORTEST = {"hf": "hf:", "s3": "s3://", "gs": "gs://", "https": "https://host/"}
 """Scheme → the shortest prefix that an operator may allow."""
+REMOTE = rf"^({'|'.join(FORMS)}):"
+"""How a source that lies elsewhere begins."""
+PLACE = "{name}"
+"""Where an adapter's name goes in an operator's source for many of them."""
 _PIN = re.compile(r"#sha256=([0-9a-f]{64})$", re.ASCII)
 
 
@@ -50,7 +54,7 @@ class Location:
 
 def is_remote(source: str) -> bool:
     """Tell whether a source is written like one that lies elsewhere."""
-    return source.partition(":")[0] in FORMS and ":" in source
+    return re.match(REMOTE, source) is not None
 
 
 def pinned(source: str, digest: str) -> str:

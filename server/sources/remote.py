@@ -78,16 +78,19 @@ class RemoteSources:
         store: AdapterStore,
         prefixes: Iterable[str] = (),
         *,
+        named: Iterable[str] = (),
         networks: Iterable[Network] = (),
         limits: FetchLimits | None = None,
         places: Places | None = None,
     ) -> None:
-        """`prefixes`: of the sources that clients may name. `networks`: that `https` may reach
-        although they are not public. `places`: for tests.
+        """`prefixes`: of the sources that clients may name; `named`: sources that the operator
+        names beside them. `networks`: that `https` may reach although they are not public.
+        `places`: for tests.
         """
         self._store, self._prefixes = store, tuple(prefixes)
         self._limits = limits or FetchLimits()
-        self._places = places or _places(self._limits.idle_s, tuple(networks), self._prefixes)
+        addresses = named_addresses((*self._prefixes, *named))
+        self._places = places or _places(self._limits.idle_s, tuple(networks), addresses)
         self._threads = WorkerPool(
             "adapter sources",
             num_threads=2 * MAX_FETCHES,  # a hung read of an ended fetch keeps its thread a while
@@ -261,6 +264,6 @@ def _check_pin(location: Location, digest: str) -> None:
         )
 
 
-def _places(idle_s: float, networks: tuple[Network, ...], prefixes: tuple[str, ...]) -> Places:
-    web = WebServers(idle_s, networks, named_addresses(prefixes))
+def _places(idle_s: float, networks: tuple[Network, ...], addresses: frozenset[str]) -> Places:
+    web = WebServers(idle_s, networks, addresses)
     return {"hf": Hub(idle_s, web), "s3": Buckets(idle_s), "gs": Buckets(idle_s), "https": web}
