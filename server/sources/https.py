@@ -10,9 +10,9 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from lora_runtime.errors import AdapterSourceRefused
@@ -20,8 +20,6 @@ from server.sources.folders import refused
 from server.sources.location import Location, split_host
 from server.sources.transfer import CONNECT_S, Network, RemoteFile, TransferFailed
 
-GATHER_S = 0.25
-"""How long a read gathers what comes in small pieces."""
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may be others the next time."""
 ABSENT = (404, 410)
@@ -43,48 +41,43 @@ class WebServers:
     def list_folder(self, location: Location, names: Sequence[str]) -> WebFolder:
         """Ask for the headers of each file; see `Place`."""
         found, version = [], []
-        for name in names:
-            connection, response = self.request("HEAD", location, name)
-            connection.close()
-            if response is None:
-                continue
-            length = response.headers.get("Content-Length", "")
-            if not length.isdecimal():
-                raise refused(location.text, f"does not say how large its {name} is")
-            found.append(RemoteFile(name, int(length)))
-            version.append(response.headers.get("ETag") or response.headers.get("Last-Modified"))
+        with closing(self._connect(location)) as connection:
+            for name in names:
+                response = _ask(connection, "HEAD", location, name)
+                if response is None:
+                    continue
+                length = response.headers.get("Content-Length", "")
+                if not length.isdecimal():
+                    raise refused(location.text, f"does not say how large its {name} is")
+                found.append(RemoteFile(name, int(length)))
+                state = response.headers.get("ETag") or response.headers.get("Last-Modified")
+                version.append(state)
         is_known = all(version) and bool(version)
-        state = f"{location.text} {found} {version}" if is_known else ""
-        return WebFolder(self, location, tuple(found), state)
+        text = f"{location.text} {found} {version}" if is_known else ""
+        return WebFolder(self, location, tuple(found), text)
 
-    def request(
-        self, method: str, location: Location, name: str
-    ) -> tuple[Connection, http.client.HTTPResponse | None]:
-        """Return a connection and the answer's head, None where there is no such file.
-
-        Raises as `list_folder`.
-        """
-        host, port = split_host(location.host)
-        connection = Connection(self.addresses(location, host, port), host, port, self._idle_s)
+    def open(self, location: Location, file: RemoteFile) -> WebReader:
+        """Begin to read a file. Raises as `list_folder`."""
+        connection = self._connect(location)
         try:
-            headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": "*/*"}
-            connection.request(method, f"/{location.path}/{name}", headers=headers)
-            response = connection.getresponse()
-        except ssl.SSLCertVerificationError:
+            response = _ask(connection, "GET", location, file.name)
+            if response is None:
+                raise TransferFailed(f"its {file.name} has just gone")
+            if response.headers.get("Content-Length", str(file.num_bytes)) != str(file.num_bytes):
+                raise TransferFailed(f"its {file.name} has another size than a moment ago")
+        except BaseException:
             connection.close()
-            raise refused(location.text, "has a certificate that is not trusted here") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            connection.close()
-            raise TransferFailed(f"its server does not answer ({type(error).__name__})") from None
-        if response.status in ABSENT:
-            return connection, None
-        if response.status != http.HTTPStatus.OK:
-            connection.close()
-            raise failure(location, response.status)
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            connection.close()
-            raise refused(location.text, f"sends its {name} encoded, though it was asked not to")
-        return connection, response
+            raise
+        return WebReader(connection, response)
+
+    def _connect(self, location: Location) -> Connection:
+        host, port = split_host(location.host)
+        addresses = self.addresses(location, host, port)
+        return Connection(addresses, host, port, self._idle_s, self._tls)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # it reads hundreds of certificates
 
     def addresses(self, location: Location, host: str, port: int) -> list[str]:
         """Resolve a host. Raises AdapterSourceRefused where any of its addresses is not allowed."""
@@ -112,10 +105,16 @@ class WebServers:
 class Connection(http.client.HTTPSConnection):
     """Goes to one of the given addresses, whatever the name resolves to by now."""
 
-    def __init__(self, addresses: Sequence[str], host: str, port: int, idle_s: float) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        host: str,
+        port: int,
+        idle_s: float,
+        tls: ssl.SSLContext,
+    ) -> None:
         super().__init__(host, port, timeout=idle_s)
-        self._addresses = addresses
-        self._tls = ssl.create_default_context()
+        self._addresses, self._tls = addresses, tls
 
     def connect(self) -> None:
         """Try the addresses in their order. Raises OSError."""
@@ -143,14 +142,7 @@ class WebFolder:
 
     def open(self, file: RemoteFile) -> WebReader:
         """See `RemoteFolder`."""
-        connection, response = self._servers.request("GET", self._location, file.name)
-        if response is None:
-            raise TransferFailed(f"its {file.name} has just gone")
-        length = response.headers.get("Content-Length")
-        if length is not None and length != str(file.num_bytes):
-            connection.close()
-            raise TransferFailed(f"its {file.name} has another size than a moment ago")
-        return WebReader(connection, response)
+        return self._servers.open(self._location, file)
 
 
 class WebReader:
@@ -162,18 +154,10 @@ class WebReader:
 
     def read(self, num_bytes: int) -> bytes:
         """See `Reader`."""
-        parts: list[bytes] = []
-        until = time.monotonic() + GATHER_S
         try:
-            while num_bytes and time.monotonic() < until:
-                part = self._response.read1(num_bytes)
-                if not part:
-                    break
-                parts.append(part)
-                num_bytes -= len(part)
+            return self._response.read1(num_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise TransferFailed(f"its server breaks off ({type(error).__name__})") from None
-        return b"".join(parts)
 
     def close(self) -> None:
         """See `Reader`."""
@@ -181,6 +165,29 @@ class WebReader:
             if self._socket is not None:
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         self._connection.close()
+
+
+def _ask(
+    connection: Connection, method: str, location: Location, name: str
+) -> http.client.HTTPResponse | None:
+    """The answer's head; None where there is no such file. Raises as `list_folder`."""
+    try:
+        headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": "*/*"}
+        connection.request(method, f"/{location.path}/{name}", headers=headers)
+        response = connection.getresponse()
+        if method == "HEAD" or response.status in ABSENT:
+            response.read()
+    except ssl.SSLCertVerificationError:
+        raise refused(location.text, "has a certificate that is not trusted here") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise TransferFailed(f"its server does not answer ({type(error).__name__})") from None
+    if response.status in ABSENT:
+        return None
+    if response.status != http.HTTPStatus.OK:
+        raise failure(location, response.status)
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise refused(location.text, f"sends its {name} encoded, though it was asked not to")
+    return response
 
 
 def failure(location: Location, status: int) -> AdapterSourceRefused | TransferFailed:

@@ -19,11 +19,15 @@ from server.sources.folders import MAX_SOURCE_LENGTH, refused
 
 _SEGMENT = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._+=~-]+"
 _FOLDER = rf"{_SEGMENT}(?:/{_SEGMENT})*"
+_DEEP = rf"{_SEGMENT}/{_FOLDER}"
 _HOST = r"(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?"
 FORMS = {
-    "hf": (rf"hf:(?P<path>[^/]+/{_FOLDER})(?:@(?P<revision>{_FOLDER}))?", "hf:org/name@revision"),
-    "s3": (rf"s3://(?P<path>[^/]+/{_FOLDER})/?", "s3://bucket/folder"),
-    "gs": (rf"gs://(?P<path>[^/]+/{_FOLDER})/?", "gs://bucket/folder"),
+    "hf": (
+        rf"hf:(?P<path>{_DEEP})(?:@(?P<revision>{_FOLDER}))?",
+        "hf:org/name@revision",
+    ),
+    "s3": (rf"s3://(?P<path>{_DEEP})/?", "s3://bucket/folder"),
+    "gs": (rf"gs://(?P<path>{_DEEP})/?", "gs://bucket/folder"),
     "https": (rf"https://(?P<host>{_HOST})/(?P<path>{_FOLDER})/?", "https://host/folder"),
 }
 """Scheme → the sources it has, and how they are written."""

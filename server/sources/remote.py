@@ -172,8 +172,7 @@ class RemoteSources:
 
     @asynccontextmanager
     async def _attempt(self, location: Location, on_progress: OnProgress) -> AsyncIterator[Fetched]:
-        place = self._places[location.scheme]
-        folder = await self._step(place.list_folder, location, NAMES)
+        folder = await self._list(location)
         self._check(location, folder.files)
         known = self._known.get(folder.version, "")
         if known and await self._store.has(known):
@@ -190,7 +189,7 @@ class RemoteSources:
             for file in folder.files:
                 if file.sha256 and upload.hashes[file.name] != file.sha256:
                     raise TransferFailed(f"its {file.name} came with another SHA-256 than it has")
-            again = await self._step(place.list_folder, location, NAMES)
+            again = await self._list(location)
             if (again.files, again.version) != (folder.files, folder.version):
                 raise TransferFailed("it changed while it was fetched")
             _check_pin(location, upload.digest)
@@ -225,11 +224,12 @@ class RemoteSources:
     async def _parts_of(
         self, folder: RemoteFolder, file: RemoteFile
     ) -> AsyncGenerator[bytes, None]:
-        reader: Reader = await self._step(folder.open, file)
+        idle_s, opened = self._limits.idle_s, _Opened()
         try:
+            reader = await self._step(idle_s, opened.open, folder, file)
             num_left = file.num_bytes
             while num_left:
-                part = await self._step(reader.read, min(num_left, MAX_PART_BYTES))
+                part = await self._step(idle_s, reader.read, min(num_left, MAX_PART_BYTES))
                 if not part:
                     raise TransferFailed(
                         f"its {file.name} ended after {file.num_bytes - num_left} of "
@@ -238,16 +238,21 @@ class RemoteSources:
                 num_left -= len(part)
                 yield part
         finally:
-            reader.close()
+            opened.close()
 
-    async def _step(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _list(self, location: Location) -> RemoteFolder:
+        place, idle_s = self._places[location.scheme], self._limits.idle_s
+        return await self._step(len(NAMES) * idle_s, place.list_folder, location, NAMES)
+
+    async def _step(
+        self, idle_s: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """One blocking call of a place. Raises TransferFailed when it takes too long."""
-        idle_s = self._limits.idle_s
         try:
             async with asyncio.timeout(idle_s):
                 return await self._threads.run(function, *args, **kwargs)
         except TimeoutError:
-            raise TransferFailed(f"nothing came for {idle_s:.0f} s") from None
+            raise TransferFailed(f"nothing came for {idle_s:g} s") from None
 
     def _remember(self, version: str, digest: str) -> None:
         if version:
@@ -255,6 +260,27 @@ class RemoteSources:
             self._known.move_to_end(version)
             while len(self._known) > MAX_KNOWN_VERSIONS:
                 self._known.popitem(last=False)
+
+
+class _Opened:
+    """A reader that is closed even when its opening ends later than who wanted it."""
+
+    def __init__(self) -> None:
+        self._reader: Reader | None = None
+        self._is_over = False
+
+    def open(self, folder: RemoteFolder, file: RemoteFile) -> Reader:
+        """Open a file, on a thread of its own."""
+        self._reader = folder.open(file)
+        if self._is_over:
+            self._reader.close()
+        return self._reader
+
+    def close(self) -> None:
+        """Close what is open, or is going to be."""
+        self._is_over = True
+        if self._reader is not None:
+            self._reader.close()
 
 
 def _check_pin(location: Location, digest: str) -> None:
