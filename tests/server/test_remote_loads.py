@@ -141,9 +141,7 @@ async def test_an_unload_ends_a_download(host, web):
     web.bent[("GET", f"/x/{WEIGHTS}")] = [web.hang(40)]
     async with host.serving(adapter_sources=[f"{web.url}/"]) as client:
         loading = asyncio.create_task(client.load_adapter("x", source))
-        await until(
-            lambda: web.seen[-1:] and web.seen[-1][0] == "GET" and WEIGHTS in web.seen[-1][1]
-        )
+        await until(lambda: ("GET", f"/x/{WEIGHTS}") in [seen[:2] for seen in web.seen])
         assert (await client.unload_adapter("x")).state == DOWNLOADING
         with pytest.raises(AdapterNotFound, match="unloaded while it was being fetched"):
             await loading
