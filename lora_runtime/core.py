@@ -10,13 +10,23 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 
-from lora_runtime.errors import InvalidRequest, LoramuxError
+from lora_runtime.errors import InvalidRequest, LoramuxError, written
 
 MAX_STOP_TOKEN_IDS = 1024
 """Stop tokens of one request, the base's own end tokens included."""
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+"""Enough to ban a token or to make it certain."""
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Numbers of one prompt: of each token its own and those most likely. On the wire they take less
+than the 4 MiB that clients accept."""
+MAX_REPETITION_PENALTY = 100.0
+"""The least is one over it. Far beyond any use, and small enough that logits stay finite."""
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class FinishReason(StrEnum):
@@ -81,7 +91,7 @@ class SamplingParams:
         min_tokens, max_tokens, seed = self.min_tokens, self.max_tokens, self.seed
         top, temperature = self.num_logprobs, self.temperature
         checks: list[tuple[str, object, bool, str]] = [
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("max_tokens", max_tokens, 1 <= max_tokens < 2**31, "between 1 and 2^31 - 1"),
             ("min_tokens", min_tokens, 0 <= min_tokens <= max_tokens, "between 0 and max_tokens"),
             ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 and 100"),
             ("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 (off) and 2^31 - 1"),
@@ -89,12 +99,15 @@ class SamplingParams:
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("seed", seed, seed is None or 0 <= seed < 2**63, "between 0 and 2^63 - 1"),
             ("logprobs", top, top is None or 0 <= top <= 20, "between 0 and 20"),
+            *self._penalty_checks(),
         ]
         for name, value, is_valid, rule in checks:
             if not is_valid:
                 raise InvalidRequest(
-                    f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
+                    f"sampling.{name} is {written(value)}; it must be {rule}",
+                    field=f"sampling.{name}",
                 )
+        self._check_biases()
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
                 f"sampling.stop_token_ids has {len(self.stop_token_ids)} ids, the end tokens "
@@ -102,29 +115,80 @@ class SamplingParams:
                 field="sampling.stop_token_ids",
             )
 
+    def _penalty_checks(self) -> list[tuple[str, object, bool, str]]:
+        """Name, value, whether it is valid, and the rule; so written, NaN is refused too."""
+        repetition, top = self.repetition_penalty, self.num_prompt_logprobs
+        least, most = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        checks: list[tuple[str, object, bool, str]] = [
+            (
+                "repetition_penalty",
+                repetition,
+                least <= repetition <= most,
+                f"between {least:g} and {most:g}",
+            ),
+            ("prompt_logprobs", top, top is None or 0 <= top <= 20, "between 0 and 20"),
+        ]
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            checks.append((name, value, -2.0 <= value <= 2.0, "between -2 and 2"))
+        return checks
+
+    def _check_biases(self) -> None:
+        """`_check_types` has seen that they are pairs of a whole number and a number."""
+        rule = ""
+        biases = self.logit_bias
+        if len(biases) > MAX_BIASES:
+            rule = f"has {len(biases)} tokens; at most {MAX_BIASES} are allowed"
+        elif any(low >= high for (low, _), (high, _) in pairwise(biases)):
+            rule = "must name each token once, ids ascending"
+        for token_id, bias in biases:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                rule = f"of token {token_id} is {bias!r}; it must be between -100 and 100"
+        if rule:
+            raise InvalidRequest(f"sampling.logit_bias {rule}", field="sampling.logit_bias")
+
     def _check_types(self) -> None:
         """Python compares True and 2.5 with whole numbers, so that bounds alone let them pass."""
         for names, kinds, rule in (
             (("max_tokens", "min_tokens", "top_k"), (int,), "a whole number"),
-            (("seed", "num_logprobs"), (int, NoneType), "a whole number or None"),
-            (("temperature", "top_p", "min_p"), (int, float), "a number"),
+            (
+                ("seed", "num_logprobs", "num_prompt_logprobs"),
+                (int, NoneType),
+                "a whole number or None",
+            ),
+            (("temperature", "top_p", "min_p", *PENALTIES), (int, float), "a number"),
         ):
             for name in names:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, kinds):
                     field = f"sampling.{name.removeprefix('num_')}"
-                    raise InvalidRequest(f"{field} is {value!r}; it must be {rule}", field=field)
+                    raise InvalidRequest(
+                        f"{field} is {written(value)}; it must be {rule}", field=field
+                    )
         ids = self.stop_token_ids
         if not isinstance(ids, Collection) or not all(map(is_whole, ids)):
             raise InvalidRequest(
-                f"sampling.stop_token_ids is {ids!r:.200}; it must be token ids",
+                f"sampling.stop_token_ids is {written(ids)}; it must be token ids",
                 field="sampling.stop_token_ids",
+            )
+        biases = self.logit_bias
+        if not isinstance(biases, tuple) or not all(map(_is_bias, biases)):
+            raise InvalidRequest(
+                f"sampling.logit_bias is {biases!r:.200}; it must be pairs of a token id and a "
+                "number",
+                field="sampling.logit_bias",
             )
 
 
 def is_whole(value: object) -> bool:
     """Tell whether a value is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_bias(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return is_whole(value[0]) and (is_whole(value[1]) or isinstance(value[1], float))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +221,8 @@ class Request:
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
     """Who asks; clients share the engine fairly."""
+    weight: float = 1.0
+    """The client's share of a busy engine, against the other clients'."""
     priority: int = 0
     """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None
@@ -172,7 +238,7 @@ class RowStatus(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Row:
     """A request's state in the engine.
 
@@ -205,6 +271,9 @@ class Row:
     num_steps_passed_over: int = 0
     """Steps in which its adapters found no room in the pool."""
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Those of the prompt's tokens after the first, as far as they are known; None where none are
+    wanted, or they have been given out."""
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -214,7 +283,16 @@ class Row:
     ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
         tokens = list(request.prompt_token_ids)
-        return cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        row = cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        if request.sampling.num_prompt_logprobs is not None:
+            row.prompt_logprobs = []
+        return row
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True while logits of the prompt's own positions are needed."""
+        found = self.prompt_logprobs
+        return found is not None and len(found) < self.num_prompt_tokens - 1
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -243,6 +321,13 @@ class ScheduledRow:
     def end(self) -> int:
         """Position after the tokens of this step: that of the new token, if the row samples."""
         return self.start + self.num_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Leading tokens of this step behind which a token of the prompt is to be scored."""
+        if not self.row.lacks_prompt_logprobs:
+            return 0
+        return max(0, min(self.end, self.row.num_prompt_tokens - 1) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,11 +367,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probabilities of one sampled position."""
+    """Natural-log probabilities of one position of output or prompt."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Log probabilities of `row`'s tokens after position `start`, one for each."""
+
+    row: Row
+    start: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +399,8 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first token, where they were asked for: of each token of the prompt but the first"""
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     """Set if and only if `finish_reason` is ERROR."""

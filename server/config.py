@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath, StringConstraints
 
-from lora_runtime.config import CPU_DEFAULTS, LIMITS, DeviceDefaults, EngineConfig
-from lora_runtime.errors import AdapterSourceRefused, ConfigError
+from lora_runtime.config import CPU_DEFAULTS, LIMITS, MAX_BYTES, DeviceDefaults, EngineConfig
+from lora_runtime.errors import AdapterSourceRefused, ConfigError, written
 from lora_runtime.settings import (
     Bytes,
     Entry,
@@ -44,6 +44,12 @@ def split_address(address: str) -> tuple[str, int]:
 def _checked_address(address: str) -> str:
     split_address(address)
     return address
+
+
+def _checked_url(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
+        raise ValueError("a URL, http://host:port or https://host:port")
+    return url
 
 
 def _split_paths(value: object) -> object:
@@ -105,8 +111,10 @@ def _checked_network(value: str) -> str:
 
 NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._-]*=)")
 PREFIX = "LORAMUX_"
-OTHER_VARIABLES = ("ADDRESS", "CACHE", "CONFIG")
-"""Variables of no setting: a client's server, the folder of bases, the file of settings."""
+OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
+"""Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
+of settings.
+"""
 SERVICE_LINK = re.compile(
     r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -116,6 +124,7 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
@@ -131,7 +140,11 @@ Templates = Annotated[
     dict[str, Annotated[str, AfterValidator(_checked_template)]], BeforeValidator(_split_on_demand)
 ]
 
-NETWORK, ADAPTERS, PROCESS = "Network", "Adapters", "Logs and shutdown"
+MAX_SECONDS = 1_000_000
+"""Eleven days: longer waits mean that something else is wanted."""
+
+NETWORK, ACCESS, ADAPTERS = "Network", "Access", "Adapters"
+PROCESS = "Logs and shutdown"
 
 
 @settings
@@ -142,11 +155,23 @@ class ServerConfig(EngineConfig):
     """host:port of the gRPC services."""
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
     """host:port of /metrics, /healthz and /readyz."""
-    max_concurrent_calls: Int = setting(default=4096, gt=0, group=NETWORK)
+    max_concurrent_calls: Int = setting(default=4096, gt=0, le=1_000_000, group=NETWORK)
     """Calls of any kind that may run or wait at once; a further one is refused."""
-    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=1_000_000, group=NETWORK)
+    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=MAX_SECONDS, group=NETWORK)
     """Seconds after which a connection takes no new calls and its client connects anew; running
     calls go on."""
+
+    keys: FilePath | None = setting(default=None, group=ACCESS)
+    """File of API keys, tenants and what each may do (docs/access.md); it is read again when it
+    changes. None: everybody may do everything, so both addresses must be this machine's own."""
+    insecure: bool = setting(default=False, group=ACCESS)
+    """Listen on addresses that others reach without keys: everybody who does may do everything."""
+    tls_cert: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the server's certificate, for both ports; read again when it changes."""
+    tls_key: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the certificate's key."""
+    tls_client_ca: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the roots of clients' certificates, which everybody but probes must have then."""
 
     adapter_roots: Paths = setting(
         default=(), group=ADAPTERS, also=("adapter_root",), metavar="FOLDER"
@@ -176,21 +201,26 @@ class ServerConfig(EngineConfig):
     adapter_store: FilePath | None = setting(default=None, group=ADAPTERS)
     """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
     server at a time. None: `uploads` in the cache folder."""
-    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, group=LIMITS)
+    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all files of one uploaded adapter."""
-    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, group=LIMITS)
+    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
     are deleted."""
 
-    engine_timeout_s: Float = setting(default=10.0, gt=0, group=PROCESS)
+    engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the
     process end. Probes fail earlier, after 4 seconds at most."""
-    drain_s: Float = setting(default=30.0, ge=0, group=PROCESS)
+    drain_s: Float = setting(default=30.0, ge=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = setting(default="info", group=PROCESS)
     """Least severe messages to log."""
     log_format: LogFormat = setting(default="auto", group=PROCESS)
     """`auto`: console on a terminal, JSON elsewhere."""
+    log_requests: bool = setting(default=True, group=PROCESS)
+    """Log a line for every generation that ends: ids, tokens, reason and seconds; no text."""
+    otlp_endpoint: Url = setting(default="", group=PROCESS, metavar="URL")
+    """Collector of OpenTelemetry traces, as http://localhost:4318 (OTLP over HTTP); it needs the
+    extra `tracing`. Empty: as OTEL_EXPORTER_OTLP_ENDPOINT says, else no traces."""
 
 
 SETTINGS = entries(ServerConfig)
@@ -275,7 +305,8 @@ def _device_defaults(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whole(value: object) -> int | None:
     """A positive number of a setting that is not checked yet; what is none is named later."""
-    return int(str(value)) or None if str(value).isdecimal() else None
+    text = written(value).strip("'")
+    return int(text) or None if text.isdecimal() else None
 
 
 def _defaults_of(device: str) -> DeviceDefaults:

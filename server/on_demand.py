@@ -24,7 +24,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.registry import Registry
+from server.registry import Registry, Sees
 from server.sources.location import PLACE
 
 REMEMBERED_S = 10.0
@@ -48,15 +48,15 @@ class OnDemand:
         self._failed: OrderedDict[str, tuple[float, LoramuxError]] = OrderedDict()
         """Name → until when it is not tried again, and why."""
 
-    async def ensure(self, names: Sequence[str], deadline: float | None) -> None:
+    async def ensure(self, names: Sequence[str], sees: Sees, deadline: float | None) -> None:
         """Load what is not known yet and may be; what may not is left to who asks next.
 
-        `deadline`, by time.monotonic, ends the waiting and not the load. Raises what the load
-        raises, Unavailable after the deadline, and AdapterNotFound where its source has nothing;
-        the field names the request's adapter.
+        `sees`: which names there may be for who asks. `deadline`, by time.monotonic, ends the
+        waiting and not the load. Raises what the load raises, Unavailable after the deadline, and
+        AdapterNotFound where its source has nothing; the field names the request's adapter.
         """
         for index, name in enumerate(names):
-            if self._sources and not self._registry.is_known(name):
+            if self._sources and sees(name) and not self._registry.is_known(name):
                 source = self._source(name)
                 if source is not None:
                     await self._loaded(name, source, deadline, f"adapters[{index}].name")

@@ -38,6 +38,7 @@ from lora_runtime.errors import (
     AdapterRefused,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
     Unavailable,
 )
 from lora_runtime.text.text_side import TextSide
@@ -48,6 +49,10 @@ from server.sources.location import stored_digest
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
+MAX_NAMES = 16_384
+"""Names that point to something or are being loaded. Contents are bounded by memory, names of one
+content are not: each is a record, a row on the disk and a label of the metrics.
+"""
 MAX_WAITING_WRITES = 1024
 NUM_RESTORED_AT_ONCE = 4
 
@@ -58,6 +63,11 @@ Settle: TypeAlias = Callable[[], Awaitable[None]]
 """Puts new content where its source says that it is, before the name is kept."""
 Resolve: TypeAlias = Callable[[str, str], Awaitable[tuple[Path, FolderRules]]]
 """From a name and its source to the folder and what must hold of it."""
+
+Sees: TypeAlias = Callable[[str], bool]
+"""Tells whether a name may exist for a caller. What does not is looked up as what is not there: the
+same work and the same error.
+"""
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
@@ -74,6 +84,11 @@ class _New:
     settle: Settle | None
     pin: bool | None
     is_on_demand: bool
+
+
+def sees_all(name: str) -> bool:
+    """Hide nothing."""
+    return True
 
 
 async def no_review(loaded: LoadedAdapter) -> Reviewed:
@@ -123,12 +138,12 @@ class Registry:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def resolve(self, name: str, *, field: str = "name") -> AdapterRecord:
+    def resolve(self, name: str, *, field: str = "name", sees: Sees = sees_all) -> AdapterRecord:
         """Return the loaded adapter of that name.
 
         Raises AdapterNotFound naming `field`, or Unavailable while it is loaded after a restart.
         """
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is not None and record.state is AdapterState.LOADED:
             return record
         if record is None or name not in self._kept:
@@ -161,9 +176,9 @@ class Registry:
         finally:
             self._wanted -= names  # and forget who is not wanted
 
-    def get(self, name: str) -> AdapterRecord:
+    def get(self, name: str, *, sees: Sees = sees_all) -> AdapterRecord:
         """Return the record of a name, failed or loading too. Raises AdapterNotFound."""
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is None:
             raise AdapterNotFound(f"adapter {name!r} is not known", field="name")
         return self._seen([record])[0]
@@ -257,8 +272,8 @@ class Registry:
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
         `review` adds to its notes, and `settle` is awaited before the name points to it. `pin`: it
         keeps its place in the device pool, or no longer; None: as it is, and not where it is new.
-        Raises AdapterExists, InvalidRequest (the base's name) and whatever the engine and those two
-        raise; nothing has changed then.
+        Raises AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and
+        whatever the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
         new = _New(source, replace, review, rules, settle, pin, is_on_demand)
@@ -296,9 +311,17 @@ class Registry:
         return {digest: tuple(sorted(names)) for digest, names in found.items()}
 
     def check_name(self, name: str) -> None:
-        """Raise InvalidRequest (field `name`) for the base's name."""
+        """Raise InvalidRequest (field `name`) for the base's name, Overloaded for a further name
+        beside MAX_NAMES.
+        """
         if name == self._base_name:
             raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
+        if name not in self._records and len(self._records) >= MAX_NAMES:
+            raise Overloaded(
+                f"{len(self._records)} names of adapters are known, and no more are allowed; "
+                "unload some first",
+                field="name",
+            )
 
     async def rollback(self, name: str) -> AdapterRecord:
         """Swap a name's content and its former one, at once; running requests end on theirs. A pin
@@ -648,6 +671,10 @@ class Registry:
     def _holds(self, name: str, loaded: LoadedAdapter) -> bool:
         held = self._held(name)
         return held is not None and held.loaded == loaded
+
+    def _find(self, name: str, sees: Sees) -> AdapterRecord | None:
+        is_seen, record = sees(name), self._records.get(name)
+        return record if is_seen else None
 
     def _held(self, name: str) -> AdapterRecord | None:
         record = self._records.get(name)

@@ -10,8 +10,8 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -22,10 +22,17 @@ from lora_runtime.adapters.host_cache import HOST_BYTES
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
-from lora_runtime.engine.request_rules import request_notes, uses, with_ends
+from lora_runtime.engine.request_rules import (
+    check_num_outputs,
+    params_of_outputs,
+    request_notes,
+    uses,
+    with_ends,
+)
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
+    AdapterNotFound,
     AdapterSourceRefused,
     InvalidRequest,
     LoramuxError,
@@ -36,16 +43,22 @@ from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.token_bytes import TokenBytes
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
+from server.access.audit import audited, log_missing
+from server.access.caller import Caller
+from server.access.quotas import Quotas
 from server.calls import (
     AdapterRecord,
     AdapterState,
     ChatPrompt,
+    Delta,
     Event,
     Finished,
     GenerateCall,
     Prompt,
     PromptLimits,
+    PromptLogprobs,
     ServerInfo,
     Started,
     StoredAdapter,
@@ -54,6 +67,8 @@ from server.calls import (
     UploadCall,
 )
 from server.composition import depth, text_side
+from server.merging import merged
+from server.observability.records import RequestWatcher, watched
 from server.on_demand import OnDemand
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
@@ -102,10 +117,12 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
+        watchers: Sequence[RequestWatcher] = (),
         remote: RemoteSources | None = None,
         on_demand: Mapping[str, str] | None = None,
     ) -> None:
         """Without `remote` every source elsewhere is refused; `on_demand` as in `OnDemand`."""
+        self._quotas = Quotas()
         self._engine = engine
         self._tokenizer = tokenizer
         self._own_text = own_text
@@ -116,6 +133,7 @@ class Service:
         self._remote_loads = RemoteLoads(self._remote, registry)
         self._on_demand = OnDemand(on_demand or {}, registry, self._load_on_demand)
         self._observer = observer
+        self._watchers = watchers
         self._base_name = base_name
         self._versions = installed_versions()
         self._tokenisers = WorkerPool(
@@ -131,39 +149,66 @@ class Service:
         longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._preparing: Counter[str] = Counter()
-        """Calls whose prompts are being made, by client."""
+        """Outputs whose prompts are being made, by client."""
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
+        events = self._within_quotas(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        check_num_outputs(call.num_outputs)
+        with self._quotas.request(call.caller, call.num_outputs) as spend:
+            async with aclosing(self._generate(call)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        spend(len(event.token_ids))
+                    elif isinstance(event, Started):
+                        spend(event.num_prompt_tokens)
+                    yield event
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        names = tuple(choice.name for choice in call.adapters)
-        with self._place(call.client), self._registry.wanted(names):
-            await self._on_demand.ensure(names, deadline)
+        names = [choice.name for choice in call.adapters]
+        place = self._place(call.client, call.num_outputs)
+        with place, self._registry.wanted(names):
+            await self._on_demand.ensure(names, call.caller.sees, deadline)
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
-        request = Request(
+        sampling = self._sampling(call, len(prompt), depth(records), side)
+        first = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
-            sampling=self._sampling(call, len(prompt), depth(records), side),
+            sampling=sampling,
             adapters=uses([record.digest for record in records], call.adapters),
-            cache_salt=call.cache_salt,
+            cache_salt=call.caller.cache_salt(call.cache_salt),
             client=call.client,
+            weight=call.caller.limits.weight,
             priority=call.priority,
             deadline=deadline,
         )
         facts = {record.name: record.loaded.facts for record in records if record.loaded}
         started = Started(
-            request_id=call.request_id or request.request_id,
+            request_id=call.request_id or first.request_id,
             num_prompt_tokens=len(prompt),
+            prompt_token_ids=first.prompt_token_ids,
+            side=side,
             notes=tuple(request_notes(facts, prompt)),
         )
-        meter = RequestMeter(self._observer, names, len(prompt))
-        with self._registry.in_flight(records), meter:
-            async with aclosing(self._run(request, call, started, meter, side)) as events:
+        outputs = [
+            self._run(request, index, call, started, side)
+            for index, request in enumerate(_requests(first, call.num_outputs))
+        ]
+        has_prompt = sampling.num_prompt_logprobs is not None
+        with self._registry.in_flight(records):
+            events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
+            async with aclosing(events):
                 async for event in events:
                     yield event
 
@@ -202,33 +247,50 @@ class Service:
         return await pool.run(function, prompt)
 
     async def load_adapter(
-        self, name: str, source: str, *, replace: bool = False, pin: bool = False
+        self,
+        caller: Caller,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pin: bool = False,
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given source under a name; see `Sources.resolve`, `RemoteSources.fetch` and
         `Registry.load`. What lies elsewhere is fetched anew if it has changed there.
-        """
-        with _refusals_logged(name, source):
-            self._on_demand.forget(name)
-            if is_remote(source):
-                location = self._remote.check(source)
-                return await self._load_remote(name, location, replace=replace, pin=pin)
-            return await self._load_folder(name, source, replace=replace, pin=pin)
 
-    async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
+        Raises PermissionDenied, as all that changes something does.
+        """
+        with audited(caller, "load", adapter=name, source=source), _refusals_logged(name, source):
+            caller.check_manages(name)
+            caller.check_source(source)
+            self._on_demand.forget(name)
+            location = self._remote.check(source) if is_remote(source) else None
+            with self._counted(caller, name):
+                if location is not None:
+                    return await self._load_remote(name, location, replace=replace, pin=pin)
+                return await self._load_folder(name, source, replace=replace, pin=pin)
+
+    async def upload_adapter(
+        self, caller: Caller, call: UploadCall, data: AsyncIterator[bytes]
+    ) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
 
         Its source is then the store's name of the content, which `load_adapter` takes again. What
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
-        with _refusals_logged(call.name, "an upload"):
+        logged = _refusals_logged(call.name, "an upload")
+        with audited(caller, "upload", adapter=call.name), logged:
+            caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            async with self._store.receive(call, data) as upload:
-                num_bytes = sum(file.num_bytes for file in call.files)
-                logger.info(
-                    "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
-                )
-                return await to_the_end(self._load_upload(call, upload))
+            counted = self._counted(caller, call.name)
+            with counted:
+                async with self._store.receive(call, data) as upload:
+                    num_bytes = sum(file.num_bytes for file in call.files)
+                    logger.info(
+                        "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
+                    )
+                    return await to_the_end(self._load_upload(call, upload))
 
     async def preload(self, name: str, source: Path | str) -> None:
         """Load a source that the operator named, wherever it lies, in place of what the name held.
@@ -265,40 +327,77 @@ class Service:
 
         await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
-    async def rollback_adapter(self, name: str) -> AdapterRecord:
+    async def rollback_adapter(self, caller: Caller, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
-        return await self._registry.rollback(name)
+        with audited(caller, "rollback", adapter=name):
+            caller.check_manages(name)
+            return await self._registry.rollback(name)
 
     async def unload_adapter(
-        self, name: str, *, cancel: bool = False, wait: bool = False
+        self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
         """Take a name away, and end the fetch of what it was to hold; see `Registry.unload`."""
-        if self._remote_loads.end(name) and not self._registry.is_known(name):
-            return self._registry.get(name)
-        return await self._registry.unload(name, cancel=cancel, wait=wait)
+        with audited(caller, "unload", adapter=name):
+            caller.check_manages(name)
+            if self._remote_loads.end(name) and not self._registry.is_known(name):
+                return self._registry.get(name)
+            return await self._registry.unload(name, cancel=cancel, wait=wait)
+
+    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+        """Return the text of token ids, as an adapter's own text side has them or as the base.
+
+        Raises InvalidRequest (field `token_ids`).
+        """
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        return decoder.decode(self._checked(token_ids))
+
+    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+        """Return what gives each token's bytes, as an adapter's own text side has them."""
+        return self._tokenizer.token_bytes(side.added if side else None)
+
+    def side_of(self, caller: Caller, name: str) -> TextSide | None:
+        """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
+        `model`), or Unavailable while it is loaded again after a restart.
+        """
+        with _missing_logged(caller, name):
+            return self._registry.resolve(name, field="model", sees=caller.sees).text
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, which no adapter may have."""
+        return self._base_name
 
     @property
     def max_store_bytes(self) -> int:
         """The most bytes that the store of uploaded adapters may hold."""
         return self._store.max_bytes
 
-    async def list_stored_adapters(self) -> list[StoredAdapter]:
-        """Return what uploads have left in the store, and which names hold it."""
-        found, holders = await self._store.stored(), self._registry.holders()
-        return [replace(stored, adapters=holders.get(stored.source, ())) for stored in found]
+    async def list_stored_adapters(self, caller: Caller) -> list[StoredAdapter]:
+        """Return what uploads have left in the store, and which names hold it: to an operator of
+        some adapters what their names hold.
+        """
+        caller.check_manages()
+        held, shown = self._registry.holders(), []
+        for stored in await self._store.stored():
+            names = tuple(filter(caller.sees, held.get(stored.source, ())))
+            if names or caller.is_over_all:
+                shown.append(replace(stored, adapters=names))
+        return shown
 
-    async def delete_stored_adapter(self, source: str) -> StoredAdapter:
-        """Delete a content from the store; return what it was.
+    async def delete_stored_adapter(self, caller: Caller, source: str) -> StoredAdapter:
+        """Delete a content from the store; return what it was. An operator of all adapters may.
 
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
-        stored = await self._store.find(source)
-        if holders := self._registry.holders().get(stored.source):
-            raise AdapterInUse(
-                f"{source} is held by {', '.join(holders)[:200]}; unload that first",
-                field="source",
-            )
-        await self._store.delete(stored)
+        with audited(caller, "delete", source=source):
+            caller.check_over_all()
+            stored = await self._store.find(source)
+            if holders := self._registry.holders().get(stored.source):
+                raise AdapterInUse(
+                    f"{source} is held by {', '.join(holders)[:200]}; unload that first",
+                    field="source",
+                )
+            await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
 
@@ -306,17 +405,18 @@ class Service:
         """End the loads that nobody waits for."""
         await self._on_demand.close()
 
-    def list_adapters(self) -> list[AdapterRecord]:
-        """Return every adapter by name."""
-        return self._registry.records()
+    def list_adapters(self, caller: Caller) -> list[AdapterRecord]:
+        """Return every adapter that the caller may see, by name."""
+        return [record for record in self._registry.records() if caller.sees(record.name)]
 
-    def get_adapter(self, name: str) -> AdapterRecord:
-        """Return one adapter. Raises AdapterNotFound."""
-        return self._registry.get(name)
+    def get_adapter(self, caller: Caller, name: str) -> AdapterRecord:
+        """Return one adapter. Raises AdapterNotFound, also for one that the caller may not see."""
+        with _missing_logged(caller, name):
+            return self._registry.get(name, sees=caller.sees)
 
-    def server_info(self) -> ServerInfo:
-        """Return facts about this server."""
-        records = self._registry.records()
+    def server_info(self, caller: Caller) -> ServerInfo:
+        """Return facts about this server, of adapters as far as the caller may see them."""
+        records = self.list_adapters(caller)
         return ServerInfo(
             versions=self._versions,
             base_name=self._base_name,
@@ -438,20 +538,26 @@ class Service:
                 if not (is_full and await self._registry.unload_unused()):
                     raise
 
+    def _counted(self, caller: Caller, name: str) -> AbstractContextManager[None]:
+        """Count a name that is about to be loaded among its tenant's adapters."""
+        held = [r.name for r in self.list_adapters(caller) if r.state is not AdapterState.FAILED]
+        return self._quotas.adapter(caller, name, held)
+
     @contextmanager
-    def _place(self, client: str) -> Iterator[None]:
-        """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
-        queue, or the client's part of it, is taken: before anything is done for the call.
+    def _place(self, client: str, num_outputs: int) -> Iterator[None]:
+        """Count the outputs of a call that wait, or will, for the engine. Raises Overloaded where
+        the engine's queue, or the client's part of it, is taken: before anything is done for the
+        call.
         """
         stats, preparing = self._engine.stats(), self._preparing
         num_own = stats.waiting_by_client.get(client, 0) + preparing[client]
         num_waiting = stats.num_waiting + preparing.total()
-        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
-        preparing[client] += 1
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own, num_outputs)
+        preparing[client] += num_outputs
         try:
             yield
         finally:
-            self._preparing -= Counter([client])  # and forget who has none
+            self._preparing -= Counter({client: num_outputs})  # and forget who has none
 
     async def _prepare(
         self, call: GenerateCall
@@ -470,10 +576,12 @@ class Service:
                 return prompt, records, side
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
-        return [
-            self._registry.resolve(choice.name, field=f"adapters[{index}].name")
-            for index, choice in enumerate(call.adapters)
-        ]
+        found = []
+        for index, choice in enumerate(call.adapters):
+            with _missing_logged(call.caller, choice.name):
+                field, sees = f"adapters[{index}].name", call.caller.sees
+                found.append(self._registry.resolve(choice.name, field=field, sees=sees))
+        return found
 
     async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
         """Read an adapter's own text files. Raises AdapterRefused."""
@@ -520,38 +628,60 @@ class Service:
     async def _run(
         self,
         request: Request,
+        index: int,
         call: GenerateCall,
         started: Started,
-        meter: RequestMeter,
         side: TextSide | None,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
         decoder = self._tokenizer.with_added(side.added if side else None)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
-        reason, timing, is_started = None, None, False
-        async with aclosing(self._engine.generate(request)) as outputs:
-            async for output in outputs:
-                if not is_started:
-                    is_started = True
-                    yield started
-                meter.tokens(len(output.token_ids))
-                if delta := delta_of(text, output):
-                    yield delta
-                if output.error is not None:
-                    raise output.error
-                reason, timing = text.finish_reason(output), output.timing
-                if reason is not None:
-                    break
-        if reason is None:
-            raise Unavailable("the engine ended the request without a result")
-        meter.finish(reason, timing)
-        yield Finished(
-            finish_reason=reason,
-            num_prompt_tokens=started.num_prompt_tokens,
-            num_output_tokens=meter.num_output_tokens,
-            timing=timing,
-        )
+        names = tuple(choice.name for choice in call.adapters)
+        with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
+            reason, timing, is_started = None, None, False
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if not is_started:
+                        is_started = True
+                        yield started
+                    if output.prompt_logprobs is not None:
+                        yield PromptLogprobs(logprobs=output.prompt_logprobs)
+                    meter.tokens(len(output.token_ids))
+                    if delta := delta_of(text, output, index):
+                        yield delta
+                    if output.error is not None:
+                        raise output.error
+                    reason, timing = text.finish_reason(output), output.timing
+                    if reason is not None:
+                        break
+            if reason is None:
+                raise Unavailable("the engine ended the request without a result")
+            meter.finish(reason, timing)
+            yield Finished(
+                index=index,
+                finish_reason=reason,
+                num_prompt_tokens=started.num_prompt_tokens,
+                num_output_tokens=meter.num_output_tokens,
+                timing=timing,
+            )
+
+
+def _requests(first: Request, num_outputs: int) -> list[Request]:
+    """The requests of a call: one for each output."""
+    return [
+        first if index == 0 else replace(first, request_id=uuid.uuid4().hex, sampling=sampling)
+        for index, sampling in enumerate(params_of_outputs(first.sampling, num_outputs))
+    ]
+
+
+@contextmanager
+def _missing_logged(caller: Caller, name: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterNotFound as error:
+        log_missing(caller, name, error)
+        raise
 
 
 @contextmanager

@@ -92,6 +92,10 @@ class SlotTable:
         """Resident whether or not a request pins them. They never move, so what can ever fit is
         known when a request, an adapter or one more to keep is taken."""
         self._vacated: set[int] = set()
+        self.num_loads = 0
+        """Times that an adapter was given a place."""
+        self.num_evictions = 0
+        """Times that one lost its place to make room for another."""
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -182,7 +186,7 @@ class SlotTable:
                     "pin: adapters of running requests fill the adapter pool; try again later",
                     field="pin",
                 )
-            self.evict(victim)
+            self._make_room(victim)
         return load
 
     def _could_fit(self, digests: Collection[str]) -> bool:
@@ -206,8 +210,9 @@ class SlotTable:
         if acquired is None and not self._pins:
             for resident in list(self._resident):
                 if resident not in self._kept:
-                    self.evict(resident)
+                    self._make_room(resident)
             acquired = self._acquire_each(digests)
+        self.num_loads += sum(got.load is not None for got in acquired or ())
         return acquired
 
     def has_room(self, digests: Sequence[str]) -> bool:
@@ -249,7 +254,7 @@ class SlotTable:
                 victim = self._victim()
                 if victim is None:
                     return None
-                self.evict(victim)
+                self._make_room(victim)
         self._resident.move_to_end(digest)  # the order of `_resident` is that of last use
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
@@ -290,6 +295,10 @@ class SlotTable:
         self._vacated.discard(placement.slot)
         self._resident[digest] = placement
         return placement
+
+    def _make_room(self, victim: str) -> None:
+        self.evict(victim)
+        self.num_evictions += 1
 
     def evict(self, digest: str) -> None:
         """Take an adapter that no request pins out of its slot; it stays known."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
+from lora_runtime.text.heard_messages import check_heard
+from lora_runtime.text.token_bytes import TokenBytes
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 """Roles a message may have; the base's template may accept fewer."""
@@ -75,6 +77,10 @@ class Tokenizer:
         """A decoder with other added tokens, each (id, text, whether special); None: the base's."""
         return self if added is None else TokenDecoder(self._inner, added)
 
+    def token_bytes(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenBytes:
+        """The bytes of each token; `added` as for `with_added`."""
+        return TokenBytes(self._inner.backend_tokenizer, added)
+
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a conversation that a template has rendered, special tokens included."""
         return self._encode(text, add_special_tokens=False)
@@ -87,9 +93,11 @@ class Tokenizer:
         The base's template runs in this process: the operator has chosen it with the base.
 
         Raises InvalidRequest (field `messages`): there is no template or it does not compile, a
-        role or key is unknown, or the template itself refuses the messages.
+        role or key is unknown, or the template itself refuses the messages or leaves one out.
         """
-        return self.encode_rendered(self._render(messages, add_generation_prompt))
+        rendered = self._render(messages, add_generation_prompt)
+        check_heard(messages, lambda marked: self._render(marked, add_generation_prompt))
+        return self.encode_rendered(rendered)
 
     def split_chat(
         self, messages: Sequence[Message], learned: Sequence[bool] | None = None
@@ -196,8 +204,8 @@ class Tokenizer:
                     "fill it, remove it, or give it the weight 0",
                     field="messages",
                 )
-            prompt = self.apply_chat_template(messages[:index])
-            turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
+            prompt = self.encode_rendered(self._render(messages[:index], True))
+            turn = self.encode_rendered(self._render(messages[: index + 1], False))
             if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
                 raise DataError(
                     f"messages[{index}]: the base's template renders this turn differently in "

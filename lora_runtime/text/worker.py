@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, InvalidRequest
+from lora_runtime.text.heard_messages import check_heard
 
 LENGTH_BYTES = 4
 MAX_SIDES = 32
@@ -62,6 +63,8 @@ class Worker:
             return self._handlers[request["op"]](request)
         except AdapterRefused as error:
             return {"refused": error.message, "field": error.field}
+        except InvalidRequest as error:
+            return {"refused": error.message}
         except MemoryError:
             return {"refused": "more memory than a template may take", "is_over": True}
         except UnicodeError:
@@ -82,16 +85,21 @@ class Worker:
         if side is None:
             return {"is_unknown": True}
         self._sides.move_to_end(request["key"])
-        rendered = render_jinja_template(
-            conversations=[request["messages"]],
-            chat_template=side.template,
-            add_generation_prompt=True,
-            **side.variables,
-        )
-        text: str = rendered[0][0]
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=side.template,
+                add_generation_prompt=True,
+                **side.variables,
+            )
+            return str(rendered[0][0])
+
+        text = render(request["messages"])
         if len(text) > MAX_RENDERED:
             return {"refused": f"it writes {len(text)} characters; at most {MAX_RENDERED} are read"}
         text.encode()
+        check_heard(request["messages"], render)
         if side.tokenizer is None:
             return {"text": text}
         return {"ids": side.tokenizer.encode(text, add_special_tokens=False).ids}

@@ -12,6 +12,7 @@ from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
+from server.access.caller import ANONYMOUS
 from server.calls import (
     AdapterState,
     ChatPrompt,
@@ -33,7 +34,7 @@ LIMITS = PromptLimits(num_tokens=100, num_bytes=3200)
 
 
 def decode(**fields: object):
-    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), None, LIMITS)
+    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), None, LIMITS, ANONYMOUS)
 
 
 def selections(**weights: float) -> list[AdapterSelection]:
@@ -48,20 +49,26 @@ def test_an_empty_request_has_the_documented_defaults() -> None:
     sampling = call.sampling
     assert (sampling.max_tokens, call.has_max_tokens, sampling.min_tokens) == (256, False, 0)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
-    assert (sampling.seed, sampling.num_logprobs) == (None, None)
+    assert (sampling.seed, sampling.num_logprobs, sampling.num_prompt_logprobs) == (None,) * 3
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0, 0)
+    assert (sampling.repetition_penalty, sampling.logit_bias, call.num_outputs) == (1, (), 1)
 
 
 def test_every_served_field_arrives() -> None:
     sampling = SamplingParams(
         max_tokens=7, min_tokens=2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=3,
-        stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0,
+        stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0, n=4,
+        presence_penalty=0.5, frequency_penalty=-2, repetition_penalty=1.5, prompt_logprobs=0,
+        logit_bias={7: 2, 3: -100},
     )  # fmt: skip
     adapters = [AdapterSelection(name="a.b-c_1"), AdapterSelection(name="d", weight=-0.5)]
     call = decode(sampling=sampling, adapters=adapters, request_id="id 1", cache_salt="s ~")
     got = call.sampling
     assert (got.max_tokens, got.min_tokens, got.temperature, got.top_k) == (7, 2, 0.7, 5)
     assert (got.top_p, got.min_p, got.seed, got.num_logprobs) == (0.9, 0.1, 3, 0)
-    assert got.stop_token_ids == {8, 9}
+    assert got.stop_token_ids == {8, 9} and got.logit_bias == ((3, -100), (7, 2))
+    assert (got.presence_penalty, got.frequency_penalty) == (0.5, -2)
+    assert (got.repetition_penalty, got.num_prompt_logprobs, call.num_outputs) == (1.5, 0, 4)
     assert (call.stop, call.ignore_eos, call.has_max_tokens) == (("\n", "end"), True, True)
     assert call.adapters == (AdapterChoice("a.b-c_1", 1.0), AdapterChoice("d", -0.5))
     assert (call.request_id, call.cache_salt) == ("id 1", "s ~")
@@ -71,12 +78,12 @@ def test_the_three_kinds_of_input() -> None:
     chat = GenerateRequest()
     chat.messages.messages.add(role="user", content="hi")
     tokens = GenerateRequest(token_ids={"ids": [1, 2]})
-    assert decode_generate(chat, None, LIMITS).prompt == ChatPrompt(
+    assert decode_generate(chat, None, LIMITS, ANONYMOUS).prompt == ChatPrompt(
         ({"role": "user", "content": "hi"},)
     )
-    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1, 2))
+    assert decode_generate(tokens, None, LIMITS, ANONYMOUS).prompt == TokenPrompt((1, 2))
     with pytest.raises(InvalidRequest) as caught:
-        decode_generate(GenerateRequest(), None, LIMITS)
+        decode_generate(GenerateRequest(), None, LIMITS, ANONYMOUS)
     assert caught.value.field == "input"
 
 
@@ -91,12 +98,7 @@ def test_every_sampling_field_is_either_served_or_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"sampling": SamplingParams(presence_penalty=0.5)}, "sampling.presence_penalty"),
-        ({"sampling": SamplingParams(frequency_penalty=-0.5)}, "sampling.frequency_penalty"),
-        ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
-        ({"sampling": SamplingParams(n=2)}, "sampling.n"),
-        ({"sampling": SamplingParams(n=0)}, "sampling.n"),
-        ({"sampling": SamplingParams(logit_bias={1: 2.0})}, "sampling.logit_bias"),
+        ({"sampling": {"structured_output": {"json_object": True}}}, "sampling.structured_output"),
     ],
 )
 def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
@@ -111,7 +113,7 @@ def test_unserved_fields_may_hold_their_default() -> None:
     neutral = SamplingParams(
         presence_penalty=0, frequency_penalty=0, repetition_penalty=1, n=1, logit_bias={}
     )
-    decode(sampling=neutral)
+    assert decode(sampling=neutral).sampling == decode().sampling
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,16 @@ def test_unserved_fields_may_hold_their_default() -> None:
         ({"sampling": SamplingParams(min_p=1.5)}, "sampling.min_p"),
         ({"sampling": SamplingParams(seed=-1)}, "sampling.seed"),
         ({"sampling": SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
+        ({"sampling": SamplingParams(presence_penalty=2.5)}, "sampling.presence_penalty"),
+        ({"sampling": SamplingParams(frequency_penalty=-2.5)}, "sampling.frequency_penalty"),
+        ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
+        ({"sampling": SamplingParams(logit_bias={1: 101})}, "sampling.logit_bias"),
+        ({"sampling": SamplingParams(logit_bias={1: float("nan")})}, "sampling.logit_bias"),
+        (
+            {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1))},
+            "sampling.logit_bias",
+        ),
         ({"sampling": SamplingParams(stop=["ok", ""])}, "sampling.stop[1]"),
         ({"sampling": SamplingParams(stop=["x" * 257])}, "sampling.stop[0]"),
         ({"sampling": SamplingParams(stop=["x"] * 17)}, "sampling.stop"),
@@ -182,10 +194,11 @@ def test_the_edges_of_what_adapters_and_salts_may_be() -> None:
 def test_a_client_is_its_tenant_or_else_its_address(peers: list[str], num_clients: int) -> None:
     request = GenerateRequest(text="Hello")
     assert (
-        len({decode_generate(request, None, LIMITS, peer).client for peer in peers}) == num_clients
+        len({decode_generate(request, None, LIMITS, ANONYMOUS, peer).client for peer in peers})
+        == num_clients
     )
     request.tenant = peers[0]
-    assert {decode_generate(request, None, LIMITS, peer).client for peer in peers} == {
+    assert {decode_generate(request, None, LIMITS, ANONYMOUS, peer).client for peer in peers} == {
         f"tenant:{peers[0]}"
     }
 
@@ -200,13 +213,34 @@ def test_what_is_served_now_is_listed_so() -> None:
     assert not any(name.startswith(("adapters", "cache_salt")) for name in REFUSED_FEATURES)
 
 
-@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128])
+@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128, "org/name@v1.2", "a/b/c"])
 def test_good_adapter_names(name: str) -> None:
     assert adapter_name(name) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".a", "-a", "a/b", "a b", "a\n", "\N{DIGIT ONE}\u0661", "x" * 129]
+    "name",
+    [
+        "",
+        ".a",
+        "-a",
+        "a b",
+        "a\n",
+        "\N{DIGIT ONE}\u0661",
+        "x" * 129,
+        "x/" * 64 + "x",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        "a..b",
+        "@a",
+        "a/@b",
+        "a/.b",
+        "a:b",
+        "a=b",
+        "a\\b",
+    ],
 )
 def test_bad_adapter_names(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -243,7 +277,7 @@ TOO_MUCH = {
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_copied(case) -> None:
     fields, field = TOO_MUCH[case]
     with pytest.raises(InvalidRequest, match="at most") as caught:
-        decode_generate(GenerateRequest(**fields), None, LIMITS)
+        decode_generate(GenerateRequest(**fields), None, LIMITS, ANONYMOUS)
     assert caught.value.field == field
     if field != "token_ids":
         with pytest.raises(InvalidRequest, match="at most"):
@@ -253,7 +287,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_copied(case) -> None:
 def test_what_just_fits_is_decoded() -> None:
     assert decode(text="é" * 1600).prompt == TextPrompt("é" * 1600)
     tokens = GenerateRequest(token_ids={"ids": [1] * 100})
-    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1,) * 100)
+    assert decode_generate(tokens, None, LIMITS, ANONYMOUS).prompt == TokenPrompt((1,) * 100)
 
 
 HUGE = {
@@ -277,7 +311,7 @@ def test_a_huge_request_costs_little_more_than_its_bytes(case) -> None:
     try:
         begun = time.process_time()
         with pytest.raises(InvalidRequest) as caught:
-            decode_generate(request, None, LIMITS)
+            decode_generate(request, None, LIMITS, ANONYMOUS)
         seconds, peak = time.process_time() - begun, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
