@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli import sampling
 from server.cli.command import Command
 from server.cli.connection import connected
 from server.cli.tables import show_json, show_table
-from server.client import Client
+from server.client import UPLOAD_TIMEOUT_S, Client
 
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[
@@ -38,6 +41,9 @@ Weighted = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
+
+PERIOD_S = 0.3
+"""Between two questions about a download."""
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -169,17 +175,53 @@ def load(
     client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
-        str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
+        str,
+        typer.Argument(
+            help="The adapter's folder on the server, within its adapter roots, or where the "
+            "server may fetch it from: hf:org/name@revision, s3://…, gs://…, https://…"
+        ),
     ],
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep it in the device pool; default: no longer.")
+    ] = False,
 ) -> None:
     """Load an adapter while the server runs."""
-    response = client.load_adapter(name, source, replace=replace)
+    with _download_shown(client, name):
+        response = client.load_adapter(
+            name, source, replace=replace, pin=pin, timeout_s=UPLOAD_TIMEOUT_S
+        )
     if response.already_loaded:
         echo(f"{name} was loaded already, with the same content")
     show_loaded(response.adapter)
+
+
+@contextmanager
+def _download_shown(client: Client, name: str) -> Iterator[None]:
+    """Draw what the server says of a download while the context lasts; on terminals only."""
+    bar, is_over = _transfer_bar(), Event()
+
+    def follow() -> None:
+        task = bar.add_task(f"fetching {name}", total=None, visible=False)
+        while not is_over.wait(PERIOD_S):
+            with suppress(LoramuxError, TimeoutError):  # it has no name yet, or the call failed
+                info = client.get_adapter(name)
+                is_shown = info.state == adapters_pb2.ADAPTER_STATE_DOWNLOADING
+                total = info.num_bytes_to_download or None
+                bar.update(task, completed=info.num_downloaded_bytes, total=total, visible=is_shown)
+
+    follower = Thread(target=follow, daemon=True)
+    with bar:
+        if not bar.disable:
+            follower.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            if not bar.disable:
+                follower.join()
 
 
 def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
@@ -269,16 +311,7 @@ def send_folder(
     client: Client, name: str, folder: Path, *, replace: bool
 ) -> adapters_pb2.AdapterInfo:
     """Upload with a bar on stderr; it is shown on terminals only."""
-    console = Terminal(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = _transfer_bar()
     with bar:
         task = bar.add_task(f"sending {name}", total=None)
         return client.upload_adapter(
@@ -287,6 +320,19 @@ def send_folder(
             replace=replace,
             on_progress=lambda num_sent, total: bar.update(task, completed=num_sent, total=total),
         )
+
+
+def _transfer_bar() -> Progress:
+    console = Terminal(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 @adapters.command("list", cls=Command)
@@ -338,5 +384,17 @@ def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:
         "parameters": f"{info.num_parameters:,}",
         "size": decimal(info.num_bytes),
         "in flight": str(info.num_in_flight),
+        "tier": _tier(info),
+        "downloaded": f"{decimal(info.num_downloaded_bytes)} of "
+        f"{decimal(info.num_bytes_to_download)}"
+        if info.state == adapters_pb2.ADAPTER_STATE_DOWNLOADING
+        else "",
         "error": info.error,
     }
+
+
+def _tier(info: adapters_pb2.AdapterInfo) -> str:
+    """Where its weights are."""
+    if info.is_pinned:
+        return "device, pinned"
+    return "device" if info.is_resident else "host" if info.digest else ""

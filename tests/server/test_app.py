@@ -17,6 +17,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.errors import (
     AdapterRefused,
     AdapterSourceRefused,
@@ -31,7 +32,6 @@ from server.app import Ports
 from server.client import AsyncClient
 from server.config import load_config
 from server.errors import from_rpc_error
-from server.sources import REQUIRED_FILES
 from tests.fakes import ScriptedEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer
