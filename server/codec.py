@@ -72,7 +72,6 @@ REFUSED_FEATURES = (
     "sampling.structured_output",
     *(f"messages.{name}" for name in UNSERVED_CHAT),
     *(f"messages[].{name}" for name in UNSERVED_TURN),
-    "LoadAdapter.pin",
 )
 FEATURES = (
     "text",
@@ -85,6 +84,7 @@ FEATURES = (
     "priority",
     "tenant",
     "base_text",
+    "LoadAdapter.pin",
     "UploadAdapter",
     "RollbackAdapter",
     "ListStoredAdapters",
@@ -204,12 +204,6 @@ def adapter_name(name: str, field: str = "name") -> str:
     return name
 
 
-def refuse_pin(request: adapters_pb2.LoadAdapterRequest) -> None:
-    """Raise UnsupportedFeature for what LoadAdapter does not serve yet."""
-    if request.pin:
-        raise _unserved("pin", "is true; leave it out")
-
-
 def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
     """Translate what an upload announces. Raises InvalidRequest naming the field."""
     if len(start.files) > MAX_FILES:
@@ -284,7 +278,12 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         num_in_flight=record.num_in_flight,
         error=record.error,
         notes=record.notes,
+        is_pinned=record.is_pinned,
+        is_resident=record.is_resident,
     )
+    if record.state is AdapterState.DOWNLOADING:
+        info.num_downloaded_bytes = record.num_downloaded_bytes
+        info.num_bytes_to_download = record.num_bytes_to_download
     if record.loaded is not None:
         facts = record.loaded.facts
         info.digest = facts.digest
