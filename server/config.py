@@ -154,7 +154,7 @@ class ServerConfig(EngineConfig):
     grpc_address: Address = setting(default="127.0.0.1:50051", group=NETWORK)
     """host:port of the gRPC services."""
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
-    """host:port of /metrics, /healthz and /readyz."""
+    """host:port of OpenAI's API, the status page, /metrics, /healthz and /readyz."""
     max_concurrent_calls: Int = setting(default=4096, gt=0, le=1_000_000, group=NETWORK)
     """Calls of any kind that may run or wait at once; a further one is refused."""
     max_connection_age_s: Float = setting(default=3600.0, gt=0, le=MAX_SECONDS, group=NETWORK)

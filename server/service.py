@@ -43,7 +43,7 @@ from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
-from lora_runtime.text.token_bytes import TokenBytes
+from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
@@ -351,9 +351,9 @@ class Service:
         decoder = self._tokenizer.with_added(side.added if side else None)
         return decoder.decode(self._checked(token_ids))
 
-    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+    def token_reader(self, side: TextSide | None) -> TokenReader:
         """Return what gives each token's bytes, as an adapter's own text side has them."""
-        return self._tokenizer.token_bytes(side.added if side else None)
+        return self._tokenizer.token_reader(side.added if side else None)
 
     def side_of(self, caller: Caller, name: str) -> TextSide | None:
         """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field

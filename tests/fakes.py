@@ -57,7 +57,7 @@ class ByteTokenizer:
     def with_added(self, added: object) -> ByteTokenizer:
         return self
 
-    def token_bytes(self, added: object = None) -> Callable[[int], bytes]:
+    def token_reader(self, added: object = None) -> Callable[[int], bytes]:
         return lambda i: b"<end>" if i == EOS_ID else bytes([i])
 
     def encode_rendered(self, text: str) -> list[int]:

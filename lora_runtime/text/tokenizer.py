@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
 from lora_runtime.text.heard_messages import check_heard
-from lora_runtime.text.token_bytes import TokenBytes
+from lora_runtime.text.token_reader import TokenReader
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 """Roles a message may have; the base's template may accept fewer."""
@@ -77,9 +77,9 @@ class Tokenizer:
         """A decoder with other added tokens, each (id, text, whether special); None: the base's."""
         return self if added is None else TokenDecoder(self._inner, added)
 
-    def token_bytes(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenBytes:
-        """The bytes of each token; `added` as for `with_added`."""
-        return TokenBytes(self._inner.backend_tokenizer, added)
+    def token_reader(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenReader:
+        """What gives the bytes of each token; `added` as for `with_added`."""
+        return TokenReader(self._inner.backend_tokenizer, added)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a conversation that a template has rendered, special tokens included."""

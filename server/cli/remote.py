@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.filesize import decimal
@@ -18,11 +18,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
+from server.cli import sampling
 from server.cli.command import Command
 from server.cli.connection import connected
 from server.cli.tables import show_json, show_table
 from server.client import UPLOAD_TIMEOUT_S, Client
-from server.client.requests import Options
 
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[
@@ -53,75 +53,40 @@ adapters = typer.Typer(
 @connected
 def generate(
     client: Client,
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Weighted = None,
     chat: ChatOrText = None,
     system: Annotated[str | None, typer.Option(help="System message, before a user's.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Taken off tokens that the output has.")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(help="Taken off each time that it has them.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: fewer tokens of prompt and output.")
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TOKEN=NUMBER", help="Added to a token id's logit; repeat it."),
-    ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Answers to the one prompt.")] = None,
-    prompt_logprobs: Annotated[
-        int | None, typer.Option(help="Show the prompt's log probabilities, and this many others.")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
-    ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
-    ] = None,
-    base_text: Annotated[
-        bool, typer.Option("--base-text", help="Use the base's template.")
-    ] = False,
-    priority: Annotated[
-        int | None, typer.Option(help="Per tenant, lower values run first.")
-    ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
+    max_tokens: sampling.MaxTokens = None,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    seed: sampling.Seed = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    n: sampling.NumOutputs = None,
+    prompt_logprobs: sampling.PromptLogprobs = None,
+    stop: sampling.Stop = None,
+    ignore_eos: sampling.IgnoreEos = None,
+    base_text: sampling.BaseText = None,
+    priority: sampling.Priority = None,
+    tenant: sampling.Tenant = None,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
-    sampling = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "logit_bias": _biases(logit_bias or []) or None,
-        "n": n,
-        "prompt_logprobs": prompt_logprobs,
-        "stop": stop,
-        "ignore_eos": ignore_eos,
-        "base_text": base_text or None,
-        "priority": priority,
-        "tenant": tenant,
-    }
-    given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
+    options = sampling.given(context.params)
     chosen = weights(adapter or [])
     if chat is None:
         chat = _is_chat(client, chosen, system, bool(base_text))
     if chat:
         messages = [*_turn("system", system), *_turn("user", content)]
-        _show_stream(client.generate(messages=messages, adapters=chosen, **given))
+        _show_stream(client.generate(messages=messages, adapters=chosen, **options))
     else:
-        _show_stream(client.generate(content, adapters=chosen, **given))
+        _show_stream(client.generate(content, adapters=chosen, **options))
 
 
 def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_text: bool) -> bool:
@@ -153,20 +118,6 @@ def weights(adapters: Iterable[str]) -> dict[str, float]:
                 f"{text!r}: the weight must be a number", param_hint="--adapter"
             ) from None
     return weights
-
-
-def _biases(texts: Iterable[str]) -> dict[int, float]:
-    """Read `token=number`."""
-    biases: dict[int, float] = {}
-    for text in texts:
-        token_id, _, bias = text.partition("=")
-        try:
-            biases[int(token_id)] = float(bias)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
-            ) from None
-    return biases
 
 
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:

@@ -72,7 +72,7 @@ class _Completion:
         self.request = request
         self.exchange = exchange
         self.usage = encode.Usage()
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"cmpl-{exchange.request_id}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -92,6 +92,7 @@ class _Completion:
             case Started():
                 self.usage.num_prompt_tokens += event.num_prompt_tokens
                 self._begin(prompt, event)
+                self._note(event)
                 if self.request.echo and not wants_logprobs:
                     return self._echoes(prompt, first, None)
             case PromptLogprobs():
@@ -136,9 +137,13 @@ class _Completion:
         service, request = self.exchange.service, self.request
         prompt.token_ids = event.prompt_token_ids
         if request.logprobs is not None or request.prompt_logprobs is not None:
-            prompt.read = service.token_bytes(event.side)
+            prompt.read = service.token_reader(event.side)
         if request.echo and prompt.text is None:
             prompt.text = service.detokenize(event.prompt_token_ids)
+
+    def _note(self, event: Started) -> None:
+        if event.notes:
+            self.head.setdefault("notes", []).extend(event.notes)
 
     def _echoes(
         self, prompt: _Prompt, first: int, event: PromptLogprobs | None

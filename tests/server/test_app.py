@@ -157,6 +157,23 @@ async def test_a_signal_drains_and_then_the_server_ends(engine, number):
         assert engine.num_closed == 1
 
 
+async def test_calls_over_http_drain_as_those_over_grpc(engine):
+    async with running(engine) as server:
+        engine.gate.clear()
+        body = {"model": "tiny", "prompt": "hi", "max_tokens": 20, "ignore_eos": True}
+        answer = asyncio.create_task(server.http.post("/v1/completions", json=body))
+        await until(lambda: bool(engine.running))
+        send(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            while (late := await server.http.post("/v1/completions", json=body)).status_code != 503:
+                await asyncio.sleep(0.01)
+        assert late.json()["error"]["code"] == "unavailable"
+        assert not server.task.done()
+        engine.gate.set()
+        assert (await answer).json()["usage"]["completion_tokens"] == 20
+        await asyncio.wait_for(server.task, 10)
+
+
 async def test_what_has_not_ended_when_the_drain_ends_is_cut(engine):
     async with running(engine, drain_s=0.2) as server:
         engine.gate.clear()

@@ -13,7 +13,7 @@ _SPACE = "\u2581"
 """What stands for a space in vocabularies without byte-level text."""
 
 
-class TokenBytes:
+class TokenReader:
     """Token id → the bytes that the token adds to a text; special tokens as they are written.
 
     Byte-level vocabularies write each byte as one printable character; the others write a space as
