@@ -88,7 +88,7 @@ def _looked_up(host: str, port: int) -> list[Any]:
 
 
 def _listener(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    """Connections inherit TCP_NODELAY, which asyncio sets on sockets of its own only: the body of an
+    """Connections inherit TCP_NODELAY, which asyncio sets on its own sockets only: the body of an
     answer would wait for the client to acknowledge the head, which clients put off by 40 ms.
     """
     listener = socket.create_server((host, port), family=family)
