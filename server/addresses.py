@@ -89,7 +89,7 @@ def _looked_up(host: str, port: int) -> list[Any]:
 
 def _listener(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     """Connections inherit TCP_NODELAY: the body of an answer would wait for the client to
-    acknowledge the head, which clients put off by 40 ms. asyncio sets it on sockets of its own only.
+    acknowledge the head, which clients put off by 40 ms. asyncio sets it on its own sockets only.
     """
     listener = socket.create_server((host, port), family=family)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
