@@ -26,9 +26,10 @@ async def chat(exchange: Exchange) -> None:
                 await _stream(turn, events)
             else:
                 async for _, event in events:
-                    for part in turn.parts(event):
+                    for part in await _parts(turn, event):
                         turn.keep(part)
-                await exchange.answer.json(turn.whole())
+                is_long = request.prompt_logprobs is not None
+                await exchange.answer.json(turn.whole(), is_long=is_long)
 
 
 async def _stream(turn: _Turn, events: AsyncIterator[Numbered]) -> None:
@@ -38,7 +39,7 @@ async def _stream(turn: _Turn, events: AsyncIterator[Numbered]) -> None:
         if not is_begun:
             await answer.begin_events()
             is_begun = True
-        for part in turn.parts(event):
+        for part in await _parts(turn, event):
             body = turn.head | {"choices": [part]}
             if turn.prompt_logprobs is not None and part["finish_reason"]:
                 body["prompt_logprobs"] = turn.prompt_logprobs
@@ -46,10 +47,17 @@ async def _stream(turn: _Turn, events: AsyncIterator[Numbered]) -> None:
                 body["usage"] = turn.usage.body()
             elif options and options.include_usage:
                 body["usage"] = None
-            await answer.event(body)
+            await answer.event(body, is_long="prompt_logprobs" in body)
     if options and options.include_usage:
         await answer.event(turn.head | {"choices": [], "usage": turn.usage.body()})
     await answer.end_events("[DONE]")
+
+
+async def _parts(turn: _Turn, event: Event) -> list[dict[str, Any]]:
+    """Those of a prompt's log probabilities, which may be many, off the event loop."""
+    if isinstance(event, PromptLogprobs):
+        return await turn.exchange.long_work.run(turn.parts, event)
+    return turn.parts(event)
 
 
 class _Turn:

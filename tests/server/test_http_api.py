@@ -10,12 +10,15 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
 from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
+from server.openai.json_text import encoded, encoded_in_parts
 from tests.server.access.keyring import ACME, OPERATOR, gate_of
 from tests.server.http_api import Api, serving_http
 from tests.server.world import until
@@ -606,3 +609,17 @@ async def test_a_key_sees_its_own_adapters_and_changes_none(serve, tmp_path) -> 
         with pytest.raises(openai.AuthenticationError):
             await api.client.models.list()
         assert len(world.engine.seen) == 1
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)  # fmt: skip
+
+
+@given(JSON_VALUES, st.integers(0, 200))
+def test_a_long_value_is_written_as_a_short_one_is(value, count) -> None:
+    for each in (value, [value] * count, {"a": [value] * count, "b": value}):
+        assert encoded_in_parts(each) == encoded(each)
+        assert json.loads(encoded(each)) == each
