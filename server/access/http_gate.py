@@ -12,7 +12,7 @@ from server.access.audit import log_refusal, log_stranger
 from server.access.caller import Caller
 from server.access.gate import Gate
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
 OPEN_SUFFIXES = (".css", ".js", ".svg")
 """Probes, and the files of the status page, which hold nothing of this server."""

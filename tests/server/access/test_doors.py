@@ -32,7 +32,7 @@ from tests.server.test_app import LocalEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer
 
-PROBES = ("/healthz", "/readyz")
+PROBES = ("/health", "/healthz", "/readyz")
 
 
 @pytest.fixture(autouse=True)
