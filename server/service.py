@@ -283,8 +283,7 @@ class Service:
         with audited(caller, "upload", adapter=call.name), logged:
             caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            counted = self._counted(caller, call.name)
-            with counted:
+            with self._counted(caller, call.name):
                 async with self._store.receive(call, data) as upload:
                     num_bytes = sum(file.num_bytes for file in call.files)
                     logger.info(
