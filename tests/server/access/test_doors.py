@@ -108,7 +108,7 @@ def built(monkeypatch):
     return apps
 
 
-OPEN = {"/healthz", "/readyz", "/"}
+OPEN = {"/health", "/healthz", "/readyz", "/"}
 STRANGE_PATHS = (
     "/nothing", "/healthz/", "//healthz", "/healthz/../metrics", "/page/status.json", "/page/x",
     "/page/../metrics", "/page/..%2fmetrics", "/v1", "/METRICS", "/metrics?x=.css", "/.css",
