@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
+from typing import Protocol
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 
@@ -52,6 +53,32 @@ class StructuredOutput:
     kind: StructureKind
     definition: str
     """The schema, expression or grammar; of CHOICE a JSON list of texts, of JSON_OBJECT empty."""
+
+
+class OutputMatcher(Protocol):
+    """Where one output stands in the form that it must have."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True once nothing may follow."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why no token can be given: what the request's failure says. Empty: nothing is wrong."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """Go on by the output's next token."""
+        ...
+
+
+class CompiledStructure(Protocol):
+    """A form that is ready to be followed; see `text/structured_output.py`."""
+
+    def start(self) -> OutputMatcher:
+        """Return a matcher of its own for one output, before the first token."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +238,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterUse, ...] = ()
+    structure: CompiledStructure | None = None
+    """What `sampling.structured_output` was compiled to; None if and only if that is None."""
     cache_salt: str = ""
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
@@ -256,6 +285,9 @@ class Row:
     """Leading token blocks that were found in the prefix cache or offered to it."""
     slots: tuple[int, ...] = ()
     """Device slot of each of the request's adapters, while running."""
+    matcher: OutputMatcher | None = None
+    """Where the output stands in the form that was asked for: it has taken every token of the
+    output that is known, so that a row that is computed again keeps it."""
     ticket: int = 0
     """The row's number in the order of arrival."""
     num_priced_tokens: int = 0
@@ -271,8 +303,13 @@ class Row:
         cls, request: Request, layer_map: tuple[int, ...] | None = None, num_planes: int = 1
     ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
-        tokens = list(request.prompt_token_ids)
-        return cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        return cls(
+            request,
+            list(request.prompt_token_ids),
+            layer_map=layer_map,
+            num_planes=num_planes,
+            matcher=None if request.structure is None else request.structure.start(),
+        )
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -148,6 +148,8 @@ class Scheduler:
     def _record(self, scheduled: ScheduledRow, result: SampledToken | None) -> StepOutput | None:
         if result is not None and not result.is_finite:
             return self._fail_non_finite(scheduled.row)
+        if result is not None and (error := _structure_error(scheduled.row)) is not None:
+            return self.end(scheduled.row, FinishReason.ERROR, error)
         if scheduled.row.status is RowStatus.RUNNING:
             self._blocks.publish(scheduled.row, scheduled.end)
         return None if result is None else self._accept(scheduled.row, scheduled.end, result)
@@ -350,6 +352,8 @@ class Scheduler:
     def _accept(self, row: Row, position: int, result: SampledToken) -> StepOutput:
         row.token_ids[position] = result.token_id
         row.first_token = row.first_token or time.monotonic()
+        if row.matcher is not None and result.token_id not in row.request.sampling.stop_token_ids:
+            row.matcher.take(result.token_id)
         reason = _finish_reason(row, position)
         logprobs = () if result.logprob is None else (result.logprob,)
         if reason is None:
@@ -393,9 +397,18 @@ def _has_all_tokens(row: Row) -> bool:
     return row.num_output_tokens >= row.request.sampling.max_tokens
 
 
+def _structure_error(row: Row) -> LoramuxError | None:
+    """Why no token could be drawn that keeps the form of structured output."""
+    if row.matcher is None or not row.matcher.error:
+        return None
+    return RequestFailed(f"sampling.structured_output cannot be kept: {row.matcher.error}")
+
+
 def _finish_reason(row: Row, position: int) -> FinishReason | None:
     sampling = row.request.sampling
     if row.token_ids[position] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    if row.matcher is not None and row.matcher.is_complete:
         return FinishReason.STOP
     num_output_tokens = position + 1 - row.num_prompt_tokens
     return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None
