@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.core import (
+    MAX_BIASES,
     MAX_STOP_TOKEN_IDS,
     AdapterChoice,
     FinishReason,
@@ -20,7 +21,12 @@ from lora_runtime.core import (
     SamplingParams,
     TokenLogprob,
 )
-from lora_runtime.engine.request_rules import check_choices, check_count, check_stops
+from lora_runtime.engine.request_rules import (
+    check_choices,
+    check_count,
+    check_stops,
+    logit_bias,
+)
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.calls import (
@@ -42,21 +48,27 @@ from server.calls import (
     UploadFile,
 )
 
-UNSERVED_SAMPLING: dict[str, float | None] = {
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "n": 1,
-    "prompt_logprobs": None,
-}
-"""Sampling scalars that are refused unless they hold this default."""
+SAMPLING_SCALARS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "prompt_logprobs",
+)
+SAMPLING_NAMES = {"logprobs": "num_logprobs", "prompt_logprobs": "num_prompt_logprobs"}
+"""Where the engine's name for a scalar differs."""
 UNSERVED_CHAT = ("tools", "tool_choice", "template_variables")
 """Fields of a conversation that are refused if they are there."""
 UNSERVED_TURN = ("tool_calls", "tool_call_id", "name")
 """Fields of a turn that are refused if they are there."""
 REFUSED_FEATURES = (
-    *(f"sampling.{name}" for name in UNSERVED_SAMPLING),
-    "sampling.logit_bias",
     "sampling.structured_output",
     *(f"messages.{name}" for name in UNSERVED_CHAT),
     *(f"messages[].{name}" for name in UNSERVED_TURN),
@@ -119,6 +131,7 @@ def decode_generate(
         prompt=decode_prompt(request, limits),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
+        num_outputs=sampling.n if sampling.HasField("n") else 1,
         uses_base_text=request.base_text,
         has_max_tokens=sampling.HasField("max_tokens"),
         stop=tuple(sampling.stop),
@@ -224,12 +237,15 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
         return generation_pb2.GenerateResponse(prompt_logprobs=prompt)
     if isinstance(event, Delta):
         logprobs = [_logprob(logprob) for logprob in event.logprobs]
-        delta = generation_pb2.Delta(text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+        delta = generation_pb2.Delta(
+            index=event.index, text=event.text, token_ids=event.token_ids, logprobs=logprobs
+        )
         return generation_pb2.GenerateResponse(delta=delta)
     usage = types_pb2.Usage(
         prompt_tokens=event.num_prompt_tokens, output_tokens=event.num_output_tokens
     )
     finished = generation_pb2.Finished(
+        index=event.index,
         finish_reason=_FINISH_REASONS[event.finish_reason],
         usage=usage,
         timing=_timing(event.timing),
@@ -353,13 +369,6 @@ def _network(host: str) -> str:
     return f"ipv6:{ip_network((int(address), 64), strict=False)}"
 
 
-def _refuse_unserved(sampling: types_pb2.SamplingParams) -> None:
-    for name, default in UNSERVED_SAMPLING.items():
-        value = getattr(sampling, name)
-        if sampling.HasField(name) and value != default:
-            raise _unserved(f"sampling.{name}", f"is {value!r}; leave it at {default!r}")
-
-
 def _refuse_unserved_chat(chat: types_pb2.ChatMessages) -> None:
     given = {f"messages.{field.name}" for field, _ in chat.ListFields()}
     for turn in chat.messages:
@@ -387,24 +396,28 @@ def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, .
 
 
 def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
-    _refuse_unserved(sampling)
-    if sampling.logit_bias:
-        raise _unserved("sampling.logit_bias", "is set; leave it empty")
     if sampling.HasField("structured_output"):
         raise _unserved("sampling.structured_output", "is set; leave it out")
-    scalars = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-    given = {name: getattr(sampling, name) for name in scalars if sampling.HasField(name)}
-    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:  # before a set is made of them
-        raise InvalidRequest(
-            f"sampling.stop_token_ids has {len(sampling.stop_token_ids)} ids; at most "
-            f"{MAX_STOP_TOKEN_IDS} are allowed, the end tokens included",
-            field="sampling.stop_token_ids",
-        )
+    given = {
+        SAMPLING_NAMES.get(field.name, field.name): value
+        for field, value in sampling.ListFields()
+        if field.name in SAMPLING_SCALARS
+    }
+    # Before anything is made of them: a message has room for a million.
+    _check_length(len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "sampling.stop_token_ids")
+    _check_length(len(sampling.logit_bias), MAX_BIASES, "sampling.logit_bias")
     return SamplingParams(
         **given,
         stop_token_ids=frozenset(sampling.stop_token_ids),
-        num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logit_bias=logit_bias(sampling.logit_bias),
     )
+
+
+def _check_length(length: int, most: int, field: str) -> None:
+    if length > most:
+        raise InvalidRequest(
+            f"{field} has {length} entries; at most {most} are allowed", field=field
+        )
 
 
 def _request_id(request: generation_pb2.GenerateRequest) -> str | None:

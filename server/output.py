@@ -96,12 +96,12 @@ class RequestMeter:
         )
 
 
-def delta_of(text: OutputText, output: StepOutput) -> Delta | None:
+def delta_of(text: OutputText, output: StepOutput, index: int) -> Delta | None:
     """Return what an output adds for the caller, or None when it adds nothing."""
     added = text.push(output)
     if not added and not output.token_ids:
         return None
-    return Delta(text=added, token_ids=output.token_ids, logprobs=output.logprobs)
+    return Delta(text=added, token_ids=output.token_ids, logprobs=output.logprobs, index=index)
 
 
 def _reason_of(error: BaseException | None) -> FinishReason:

@@ -21,7 +21,13 @@ import structlog
 from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
-from lora_runtime.engine.request_rules import request_notes, uses, with_ends
+from lora_runtime.engine.request_rules import (
+    check_num_outputs,
+    params_of_outputs,
+    request_notes,
+    uses,
+    with_ends,
+)
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
@@ -52,6 +58,7 @@ from server.calls import (
     UploadCall,
 )
 from server.composition import depth, text_side
+from server.merging import merged
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -119,7 +126,7 @@ class Service:
         longest = max(tokenizer.longest_token, MIN_BYTES_PER_TOKEN)
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._preparing: Counter[str] = Counter()
-        """Calls whose prompts are being made, by client."""
+        """Outputs whose prompts are being made, by client."""
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -128,13 +135,15 @@ class Service:
         failures are raised in place of `Finished`.
         """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        with self._place(call.client):
+        check_num_outputs(call.num_outputs)
+        with self._place(call.client, call.num_outputs):
             prompt, records, side = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
-        request = Request(
+        sampling = self._sampling(call, len(prompt), depth(records), side)
+        first = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
-            sampling=self._sampling(call, len(prompt), depth(records), side),
+            sampling=sampling,
             adapters=uses([record.digest for record in records], call.adapters),
             cache_salt=call.cache_salt,
             client=call.client,
@@ -143,14 +152,18 @@ class Service:
         )
         facts = {record.name: record.loaded.facts for record in records if record.loaded}
         started = Started(
-            request_id=call.request_id or request.request_id,
+            request_id=call.request_id or first.request_id,
             num_prompt_tokens=len(prompt),
             notes=tuple(request_notes(facts, prompt)),
         )
-        names = tuple(choice.name for choice in call.adapters)
-        meter = RequestMeter(self._observer, names, len(prompt))
-        with self._registry.in_flight(records), meter:
-            async with aclosing(self._run(request, call, started, meter, side)) as events:
+        outputs = [
+            self._run(request, index, call, started, side)
+            for index, request in enumerate(_requests(first, call.num_outputs))
+        ]
+        has_prompt = sampling.num_prompt_logprobs is not None
+        with self._registry.in_flight(records):
+            events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
+            async with aclosing(events):
                 async for event in events:
                     yield event
 
@@ -334,19 +347,20 @@ class Service:
         )
 
     @contextmanager
-    def _place(self, client: str) -> Iterator[None]:
-        """Count a call that waits, or will, for the engine. Raises Overloaded where the engine's
-        queue, or the client's part of it, is taken: before anything is done for the call.
+    def _place(self, client: str, num_outputs: int) -> Iterator[None]:
+        """Count the outputs of a call that wait, or will, for the engine. Raises Overloaded where
+        the engine's queue, or the client's part of it, is taken: before anything is done for the
+        call.
         """
         stats, preparing = self._engine.stats(), self._preparing
         num_own = stats.waiting_by_client.get(client, 0) + preparing[client]
         num_waiting = stats.num_waiting + preparing.total()
-        check_place(self._engine.info.max_queued_requests, num_waiting, num_own)
-        preparing[client] += 1
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own, num_outputs)
+        preparing[client] += num_outputs
         try:
             yield
         finally:
-            self._preparing -= Counter([client])  # and forget who has none
+            self._preparing -= Counter({client: num_outputs})  # and forget who has none
 
     async def _prepare(
         self, call: GenerateCall
@@ -415,38 +429,49 @@ class Service:
     async def _run(
         self,
         request: Request,
+        index: int,
         call: GenerateCall,
         started: Started,
-        meter: RequestMeter,
         side: TextSide | None,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
         decoder = self._tokenizer.with_added(side.added if side else None)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
-        reason, timing, is_started = None, None, False
-        async with aclosing(self._engine.generate(request)) as outputs:
-            async for output in outputs:
-                if not is_started:
-                    is_started = True
-                    yield started
-                meter.tokens(len(output.token_ids))
-                if delta := delta_of(text, output):
-                    yield delta
-                if output.error is not None:
-                    raise output.error
-                reason, timing = text.finish_reason(output), output.timing
-                if reason is not None:
-                    break
-        if reason is None:
-            raise Unavailable("the engine ended the request without a result")
-        meter.finish(reason, timing)
-        yield Finished(
-            finish_reason=reason,
-            num_prompt_tokens=started.num_prompt_tokens,
-            num_output_tokens=meter.num_output_tokens,
-            timing=timing,
-        )
+        names = tuple(choice.name for choice in call.adapters)
+        with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
+            reason, timing, is_started = None, None, False
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if not is_started:
+                        is_started = True
+                        yield started
+                    meter.tokens(len(output.token_ids))
+                    if delta := delta_of(text, output, index):
+                        yield delta
+                    if output.error is not None:
+                        raise output.error
+                    reason, timing = text.finish_reason(output), output.timing
+                    if reason is not None:
+                        break
+            if reason is None:
+                raise Unavailable("the engine ended the request without a result")
+            meter.finish(reason, timing)
+            yield Finished(
+                index=index,
+                finish_reason=reason,
+                num_prompt_tokens=started.num_prompt_tokens,
+                num_output_tokens=meter.num_output_tokens,
+                timing=timing,
+            )
+
+
+def _requests(first: Request, num_outputs: int) -> list[Request]:
+    """The requests of a call: one for each output."""
+    return [
+        first if index == 0 else replace(first, request_id=uuid.uuid4().hex, sampling=sampling)
+        for index, sampling in enumerate(params_of_outputs(first.sampling, num_outputs))
+    ]
 
 
 @contextmanager

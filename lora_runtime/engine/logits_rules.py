@@ -27,7 +27,7 @@ from lora_runtime.engine.structure_masks import exclude_unstructured, is_structu
 from lora_runtime.kernels import to_device
 
 MAX_ROWS_AT_ONCE = 32
-"""Rows that are penalised at a time: each takes a few numbers for every token of the vocabulary."""
+"""Rows whose tokens are counted at a time: each takes a number for every token there is."""
 
 Ruled = tuple[int, Row]
 """A row, and its place among the logits."""
@@ -82,38 +82,33 @@ def _add_biases(logits: Tensor, biased: Sequence[Ruled]) -> None:
 
 
 def _penalise(logits: Tensor, penalised: Sequence[Ruled], drawn: Tensor | None) -> None:
-    """Count each row's tokens on the device, where the newest may be known alone, and act on all
-    its logits.
+    """Count each row's tokens on the device, where alone the newest may be known. A token that a
+    row holds several times gets its one new score as often.
     """
-    num_rows, vocab_size = len(penalised), logits.shape[1]
-    indices, numbers = _numbers(penalised, logits.device)
-    repetition, frequency, presence = numbers
     places, token_ids, is_output = _history(penalised, logits.device)
     if drawn is not None:
         token_ids = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
-    where = places * vocab_size + token_ids
-    seen = torch.zeros(num_rows * vocab_size, dtype=torch.bool, device=logits.device)
-    seen.index_fill_(0, where, True)
-    counts = torch.zeros(num_rows * vocab_size, device=logits.device)
-    counts.index_add_(0, where, is_output.float())  # whole numbers: in any order the same sum
-    scores, counts = logits.index_select(0, indices), counts.view(num_rows, vocab_size)
-    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores = torch.where(seen.view(num_rows, vocab_size), repeated, scores)
-    scores.sub_(frequency * counts).sub_(presence * (counts > 0))
-    logits.index_copy_(0, indices, scores)
+    indices, repetition, frequency, presence = _numbers(penalised, logits.device)[:, places]
+    where = indices.long() * logits.shape[1] + token_ids
+    scores = logits.view(-1).index_select(0, where)
+    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
+    if any(_counts_output(row) for _, row in penalised):
+        counts = torch.zeros(len(penalised) * logits.shape[1], device=logits.device)
+        at = places * logits.shape[1] + token_ids
+        counts.index_add_(0, at, is_output.float())  # whole numbers: in any order the same sum
+        num_times = counts.index_select(0, at)
+        scores = scores - frequency * num_times - presence * (num_times > 0)
+    logits.view(-1).index_copy_(0, where, scores)
 
 
-def _numbers(penalised: Sequence[Ruled], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(k,) int64 places among the logits; (3, k, 1) float32 penalties: repetition, frequency,
-    presence.
-    """
+def _numbers(penalised: Sequence[Ruled], device: torch.device) -> Tensor:
+    """(4, k) float32: place among the logits, repetition, frequency and presence penalty."""
     values = []
     for index, row in penalised:
         sampling = row.request.sampling
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty)
         values.append((index, *penalties, sampling.presence_penalty))
-    table = to_device(torch.tensor(values, dtype=torch.float64), device).T
-    return table[0].long(), table[1:, :, None].float()
+    return to_device(torch.tensor(values, dtype=torch.float32), device).T
 
 
 def _history(penalised: Sequence[Ruled], device: torch.device) -> Tensor:

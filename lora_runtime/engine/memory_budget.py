@@ -182,7 +182,9 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
 
 
 def _request(request_id: str, num_tokens: int) -> Request:
-    sampling = SamplingParams(max_tokens=1, num_logprobs=20)  # a cut row takes less on a GPU
+    sampling = SamplingParams(  # a cut row takes less on a GPU
+        max_tokens=1, num_logprobs=20, presence_penalty=1.0, repetition_penalty=2.0
+    )
     return Request(
         request_id=request_id,
         prompt_token_ids=(0,) * num_tokens,

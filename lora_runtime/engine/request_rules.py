@@ -6,17 +6,25 @@ affair.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_runtime.adapters.facts import AdapterFacts
-from lora_runtime.core import AdapterChoice, AdapterUse, SamplingParams, activation_start
+from lora_runtime.core import (
+    AdapterChoice,
+    AdapterUse,
+    SamplingParams,
+    activation_start,
+    is_whole,
+)
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.text.text_side import TextSide
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 100.0
 """Far beyond any useful strength, and small enough that products stay finite."""
+MAX_OUTPUTS = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 
@@ -66,6 +74,48 @@ def check_stops(stops: Sequence[str]) -> None:
                 f"{field} has {len(stop)} characters; it must have 1 to {MAX_STOP_LENGTH}",
                 field=field,
             )
+
+
+def check_num_outputs(num_outputs: int) -> None:
+    """Raise InvalidRequest (field `sampling.n`) for what is no number of outputs."""
+    if not is_whole(num_outputs) or not 1 <= num_outputs <= MAX_OUTPUTS:
+        raise InvalidRequest(
+            f"sampling.n is {num_outputs!r}; it must be a whole number from 1 to {MAX_OUTPUTS}",
+            field="sampling.n",
+        )
+
+
+def logit_bias(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    """Return a mapping of token ids to biases as SamplingParams has it. Raises InvalidRequest
+    (field `sampling.logit_bias`) for what cannot be one; the rest is checked there.
+    """
+    if not isinstance(biases, Mapping) or not all(map(is_whole, biases)):
+        raise InvalidRequest(
+            f"sampling.logit_bias is {biases!r:.200}; it must map token ids to numbers",
+            field="sampling.logit_bias",
+        )
+    return tuple(sorted(biases.items()))
+
+
+def params_of_outputs(sampling: SamplingParams, num_outputs: int) -> list[SamplingParams]:
+    """Return the parameters of each output of one prompt.
+
+    The first has those that were given, so that it is what a request for one output gets; the
+    others draw by seeds made from its seed and their index, and leave the prompt's log
+    probabilities to it.
+    """
+    others = [
+        replace(sampling, seed=_seed_of(sampling.seed, index), num_prompt_logprobs=None)
+        for index in range(1, num_outputs)
+    ]
+    return [sampling, *others]
+
+
+def _seed_of(seed: int | None, index: int) -> int | None:
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1  # below 2^63, as seeds are
 
 
 def uses(digests: Iterable[str], choices: Sequence[AdapterChoice]) -> tuple[AdapterUse, ...]:

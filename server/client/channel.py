@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -44,8 +44,12 @@ class Generation:
                 self._call.cancel()  # leaving early frees the row; no effect at the end
 
     def text(self) -> str:
-        """Return the whole output; waits for its end."""
-        return "".join(event.delta.text for event in self)
+        """Return the whole output, with `n` the first one; waits for the end of all."""
+        return self.texts()[0]
+
+    def texts(self) -> list[str]:
+        """Return all outputs; waits for their ends."""
+        return _texts(list(self))
 
     def cancel(self) -> None:
         """End it now; whoever iterates it gets concurrent.futures.CancelledError."""
@@ -67,12 +71,26 @@ class AsyncGeneration:
                 self._call.cancel()
 
     async def text(self) -> str:
-        """Return the whole output; waits for its end."""
-        return "".join([event.delta.text async for event in self])
+        """Return the whole output, with `n` the first one; waits for the end of all."""
+        return (await self.texts())[0]
+
+    async def texts(self) -> list[str]:
+        """Return all outputs; waits for their ends."""
+        return _texts([event async for event in self])
 
     def cancel(self) -> None:
         """End it now; whoever iterates it gets asyncio.CancelledError."""
         self._call.cancel()
+
+
+def _texts(events: Sequence[generation_pb2.GenerateResponse]) -> list[str]:
+    """The text of each output, by index."""
+    num_outputs = sum(event.HasField("finished") for event in events)
+    parts: list[list[str]] = [[] for _ in range(num_outputs)]
+    for event in events:
+        if event.HasField("delta"):
+            parts[event.delta.index].append(event.delta.text)
+    return ["".join(own) for own in parts]
 
 
 def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None) -> Any:

@@ -48,20 +48,26 @@ def test_an_empty_request_has_the_documented_defaults() -> None:
     sampling = call.sampling
     assert (sampling.max_tokens, call.has_max_tokens, sampling.min_tokens) == (256, False, 0)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
-    assert (sampling.seed, sampling.num_logprobs) == (None, None)
+    assert (sampling.seed, sampling.num_logprobs, sampling.num_prompt_logprobs) == (None,) * 3
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0, 0)
+    assert (sampling.repetition_penalty, sampling.logit_bias, call.num_outputs) == (1, (), 1)
 
 
 def test_every_served_field_arrives() -> None:
     sampling = SamplingParams(
         max_tokens=7, min_tokens=2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=3,
-        stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0,
+        stop=["\n", "end"], stop_token_ids=[9, 8], ignore_eos=True, logprobs=0, n=4,
+        presence_penalty=0.5, frequency_penalty=-2, repetition_penalty=1.5, prompt_logprobs=0,
+        logit_bias={7: 2, 3: -100},
     )  # fmt: skip
     adapters = [AdapterSelection(name="a.b-c_1"), AdapterSelection(name="d", weight=-0.5)]
     call = decode(sampling=sampling, adapters=adapters, request_id="id 1", cache_salt="s ~")
     got = call.sampling
     assert (got.max_tokens, got.min_tokens, got.temperature, got.top_k) == (7, 2, 0.7, 5)
     assert (got.top_p, got.min_p, got.seed, got.num_logprobs) == (0.9, 0.1, 3, 0)
-    assert got.stop_token_ids == {8, 9}
+    assert got.stop_token_ids == {8, 9} and got.logit_bias == ((3, -100), (7, 2))
+    assert (got.presence_penalty, got.frequency_penalty) == (0.5, -2)
+    assert (got.repetition_penalty, got.num_prompt_logprobs, call.num_outputs) == (1.5, 0, 4)
     assert (call.stop, call.ignore_eos, call.has_max_tokens) == (("\n", "end"), True, True)
     assert call.adapters == (AdapterChoice("a.b-c_1", 1.0), AdapterChoice("d", -0.5))
     assert (call.request_id, call.cache_salt) == ("id 1", "s ~")
@@ -91,12 +97,7 @@ def test_every_sampling_field_is_either_served_or_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"sampling": SamplingParams(presence_penalty=0.5)}, "sampling.presence_penalty"),
-        ({"sampling": SamplingParams(frequency_penalty=-0.5)}, "sampling.frequency_penalty"),
-        ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
-        ({"sampling": SamplingParams(n=2)}, "sampling.n"),
-        ({"sampling": SamplingParams(n=0)}, "sampling.n"),
-        ({"sampling": SamplingParams(logit_bias={1: 2.0})}, "sampling.logit_bias"),
+        ({"sampling": {"structured_output": {"json_object": True}}}, "sampling.structured_output"),
     ],
 )
 def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
@@ -111,7 +112,7 @@ def test_unserved_fields_may_hold_their_default() -> None:
     neutral = SamplingParams(
         presence_penalty=0, frequency_penalty=0, repetition_penalty=1, n=1, logit_bias={}
     )
-    decode(sampling=neutral)
+    assert decode(sampling=neutral).sampling == decode().sampling
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,16 @@ def test_unserved_fields_may_hold_their_default() -> None:
         ({"sampling": SamplingParams(min_p=1.5)}, "sampling.min_p"),
         ({"sampling": SamplingParams(seed=-1)}, "sampling.seed"),
         ({"sampling": SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
+        ({"sampling": SamplingParams(presence_penalty=2.5)}, "sampling.presence_penalty"),
+        ({"sampling": SamplingParams(frequency_penalty=-2.5)}, "sampling.frequency_penalty"),
+        ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
+        ({"sampling": SamplingParams(logit_bias={1: 101})}, "sampling.logit_bias"),
+        ({"sampling": SamplingParams(logit_bias={1: float("nan")})}, "sampling.logit_bias"),
+        (
+            {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1))},
+            "sampling.logit_bias",
+        ),
         ({"sampling": SamplingParams(stop=["ok", ""])}, "sampling.stop[1]"),
         ({"sampling": SamplingParams(stop=["x" * 257])}, "sampling.stop[0]"),
         ({"sampling": SamplingParams(stop=["x"] * 17)}, "sampling.stop"),

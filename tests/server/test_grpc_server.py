@@ -71,8 +71,8 @@ BAD_REQUESTS = {
     "temperature < 0": (sampling(temperature=-1), Code.INVALID_ARGUMENT, "sampling.temperature"),
     "max_tokens 0": (sampling(max_tokens=0), Code.INVALID_ARGUMENT, "sampling.max_tokens"),
     "max_tokens big": (sampling(max_tokens=999), Code.INVALID_ARGUMENT, "sampling.max_tokens"),
-    "penalty": (sampling(presence_penalty=1), Code.UNIMPLEMENTED, "sampling.presence_penalty"),
-    "n": (sampling(n=2), Code.UNIMPLEMENTED, "sampling.n"),
+    "penalty": (sampling(presence_penalty=3), Code.INVALID_ARGUMENT, "sampling.presence_penalty"),
+    "n": (sampling(n=129), Code.INVALID_ARGUMENT, "sampling.n"),
 }
 
 
@@ -387,7 +387,8 @@ async def test_adapter_info_and_server_info(serve) -> None:
         assert limits == (info.max_adapter_layers, info.max_queued_requests) and all(limits)
         assert server.num_loaded_adapters == 1
         assert "sampling.temperature" in server.features
-        assert "sampling.n" in server.refused_features
+        assert {"sampling.n", "sampling.logit_bias"} <= set(server.features)
+        assert not set(server.features) & set(server.refused_features)
         assert server.versions["grpcio"] == grpc.__version__
 
 

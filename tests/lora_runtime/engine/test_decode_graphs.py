@@ -7,7 +7,7 @@ insists on what a graph could not know better: the pool's layout at its capture.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -72,7 +72,9 @@ def replaying_engine(base, **options):
 
 
 def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_path):
-    """A base row, an adapter and a composition that arrives late, against plain torch."""
+    """A base row, an adapter and a composition that arrives late, against plain torch. Penalties of
+    one row act on what the graphs leave behind.
+    """
     base = base_of("llama")
     folders = four_adapters(dense_twin(base, "llama"), tmp_path)
     forms = [load_adapter(folders[i], base.spec, base.weights) for i in (1, 3)]
@@ -84,6 +86,8 @@ def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_pat
         greedy(str(i), prompt, max_tokens=2, adapters=uses_of(owner))
         for i, (prompt, owner) in enumerate(zip(PROMPTS, owners, strict=True))
     ]
+    rules = dict(repetition_penalty=3.0, presence_penalty=2.0, logit_bias=((7, 1.0),))
+    requests[1] = replace(requests[1], sampling=replace(requests[1].sampling, **rules))
     traces = []
     for engine, devices in ((plain, set()), (replaying, {DEVICE})):
         monkeypatch.setattr(gpu, "DEVICES", devices)

@@ -45,6 +45,15 @@ SAMPLING_EXTREMES = {
         frozenset([VOCAB_SIZE]), frozenset([10**6]), frozenset([HUGE]), frozenset(range(5000)),
     ],
     "num_logprobs": [None, 0, 1, 20, 21, -1, HUGE],
+    "num_prompt_logprobs": [None, 0, 1, 20, 21, -1, HUGE],
+    "presence_penalty": [0.0, 2.0, -2.0, 5e-324, 2.1, math.nan, math.inf],
+    "frequency_penalty": [0.0, 2, -2.0, 5e-324, -2.1, math.nan, HUGE],
+    "repetition_penalty": [1.0, 100.0, 0.01, 1 + 1e-9, 0.0, 5e-324, -1.0, math.nan, math.inf, HUGE],
+    "logit_bias": [
+        (), ((0, 100.0),), ((VOCAB_SIZE - 1, -100.0),), tuple((i, -100) for i in range(VOCAB_SIZE)),
+        ((-1, 1.0),), ((VOCAB_SIZE, 1.0),), ((HUGE, 1.0),), ((3, math.nan),), ((3, math.inf),),
+        ((3, HUGE),), ((3, 1.0), (3, 2.0)), tuple((i, 1.0) for i in range(5000)), None, ((1,),),
+    ],
 }  # fmt: skip
 WEIGHTS = [1.0, 0.0, -0.0, 5e-324, 1e-30, -100.0, 1e30, sys.float_info.max, math.inf, math.nan]
 
@@ -63,7 +72,7 @@ def hostile(rng: random.Random, request_id: str, digests: list[str]) -> Request:
         )
         for digest in rng.sample(digests, rng.choice([0, 0, 1, 2, len(digests)]))
     )
-    sampling = {"max_tokens": 4, **some(SAMPLING_EXTREMES, 0.25)}
+    sampling = {"max_tokens": 4, **some(SAMPLING_EXTREMES, 0.15)}
     fields = {"prompt_token_ids": tuple(prompt(rng.randint(1, 40))), **some(EXTREMES, 0.25)}
     return Request(
         request_id=request_id, sampling=SamplingParams(**sampling), adapters=uses, **fields
