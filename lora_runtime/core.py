@@ -6,8 +6,9 @@ one step) → StepOutput (what the step gave one request).
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -32,6 +33,8 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """As STOP, of an output that has called tools; the engine knows no tools."""
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -53,6 +56,36 @@ class StructuredOutput:
     kind: StructureKind
     definition: str
     """The schema, expression or grammar; of CHOICE a JSON list of texts, of JSON_OBJECT empty."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, object]) -> StructuredOutput:
+        """From a mapping of one entry, as `{"regex": "[0-9]+"}`: json_schema (its text, or the
+        mapping), json_object (True), regex, grammar, or choice (texts). Raises InvalidRequest.
+        """
+        field = "sampling.structured_output"
+        if len(given) != 1 or (kind := next(iter(given))) not in list(StructureKind):
+            raise InvalidRequest(
+                f"{field} has {', '.join(map(str, given)) or 'nothing'}; it must have one of "
+                f"{', '.join(StructureKind)}",
+                field=field,
+            )
+        value = given[kind]
+        if kind == StructureKind.JSON_OBJECT:
+            if value is not True:
+                raise InvalidRequest(
+                    f"{field}.{kind} is {value!r:.100}; it must be True", field=field
+                )
+            return cls(StructureKind.JSON_OBJECT, "")
+        if kind in (StructureKind.JSON_SCHEMA, StructureKind.CHOICE) and not isinstance(value, str):
+            try:
+                value = json.dumps(value, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InvalidRequest(f"{field}.{kind} is no JSON: {error}", field=field) from None
+        if not isinstance(value, str):
+            raise InvalidRequest(
+                f"{field}.{kind} is {value!r:.100}; it must be a text", field=field
+            )
+        return cls(StructureKind(kind), value)
 
 
 class OutputMatcher(Protocol):

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
+from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.addresses import check_free, listen
@@ -261,21 +263,28 @@ async def _serve_engine(
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
-    own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
+    vocab_size = engine.info.base.vocab_size
+    own_text = TextWorkers(engine.base_folder, vocab_size)
+    structures: StructureCompiler | None = None
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
     registry = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
         registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, engine.base_folder)
+        structures = StructureCompiler(partial(tokenizer.vocabulary, vocab_size))
+        await asyncio.to_thread(structures.prepare)
         service = Service(
             engine=engine,
-            tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
+            tokenizer=tokenizer,
             own_text=own_text,
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
             observer=metrics,
             base_name=base_name,
+            structures=structures,
+            tool_call_parser=config.tool_call_parser,
         )
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
@@ -293,6 +302,8 @@ async def _serve_engine(
             if task is not None:
                 task.cancel()
         own_text.close()
+        if structures is not None:
+            structures.close()
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()

@@ -73,13 +73,16 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 """
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+ToolCallParser = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named"
+]
 LogFormat = Literal["auto", "json", "console"]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
 NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
 
-NETWORK, ADAPTERS, PROCESS = "Network", "Adapters", "Logs and shutdown"
+NETWORK, ADAPTERS, TEXT, PROCESS = "Network", "Adapters", "Text", "Logs and shutdown"
 
 
 @settings
@@ -114,6 +117,10 @@ class ServerConfig(EngineConfig):
     max_store_bytes: Bytes = setting(default=100 << 30, gt=0, group=LIMITS)
     """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
     are deleted."""
+
+    tool_call_parser: ToolCallParser = setting(default="auto", group=TEXT)
+    """Format in which the models' calls of tools are read from their text. `auto`: the one that the
+    chat template shows. `none`: calls stay in the text."""
 
     engine_timeout_s: Float = setting(default=10.0, gt=0, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -33,6 +34,7 @@ from lora_runtime.core import (
     Request,
     SamplingParams,
     StepOutput,
+    StructuredOutput,
     TokenLogprob,
     is_whole,
 )
@@ -58,10 +60,12 @@ from lora_runtime.errors import (
 )
 from lora_runtime.settings import checked
 from lora_runtime.text.detokenizer import Detokenizer
+from lora_runtime.text.messages import Message
 from lora_runtime.text.output_text import OutputText
+from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
-from lora_runtime.text.tokenizer import Message, Tokenizer, check_messages
+from lora_runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation: messages of `role` and `content`."""
@@ -127,6 +131,9 @@ class LLM:
         loaded = self._engine.base
         self._tokenizer = Tokenizer.load(loaded.folder)
         self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
+        self._structures = StructureCompiler(
+            partial(self._tokenizer.vocabulary, loaded.spec.vocab_size)
+        )
         try:
             for name, folder in named.items():
                 self.load(name, folder)
@@ -180,6 +187,7 @@ class LLM:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         return_errors: bool = False,
+        structured_output: StructuredOutput | Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
@@ -188,15 +196,19 @@ class LLM:
         template writes out; or a text or token ids, continued as they stand. An adapter that was
         trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
-        and are not part of it. `sampling`: fields of SamplingParams, as `temperature=0.0`; without
-        `max_tokens` an output has 256 tokens at most, or as many as fit. What a request may say is
-        what a server takes: `engine/request_rules.py`.
+        and are not part of it. `structured_output`: the form that every output must have, as
+        StructuredOutput or as `StructuredOutput.of` reads it. `sampling`: fields of SamplingParams,
+        as `temperature=0.0`; without `max_tokens` an output has 256 tokens at most, or as many as
+        fit. What a request may say is what a server takes: `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered. A
         mistake in what holds for all prompts is raised.
         """
         prompts = _listed(prompts)
         _check_options(stop, ignore_eos, sampling)
+        if isinstance(structured_output, Mapping):
+            structured_output = StructuredOutput.of(structured_output)
+        sampling["structured_output"] = structured_output
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
@@ -223,6 +235,7 @@ class LLM:
             self._engine = None
             self._adapters.clear()
             self._own_text.close()
+            self._structures.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -277,10 +290,12 @@ class LLM:
         )
         ends = () if ignore_eos else (side or self._tokenizer).eos_token_ids
         params = with_ends(params, ends, self.info.base.vocab_size)
+        form = params.structured_output
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
             sampling=params,
+            structure=None if form is None else _awaited(self._structures.compile(form, side)),
             adapters=uses([named[one.name].loaded.digest for one in chosen], chosen),
         )
         facts = {name: one.loaded.facts for name, one in named.items()}
@@ -308,7 +323,6 @@ class LLM:
             )
         if side is None or not side.renders_chats:
             return self._tokenizer.apply_chat_template(messages)
-        check_messages(messages)
         rendered = _awaited(self._own_text.render(side, messages))
         return rendered if isinstance(rendered, list) else self._tokenizer.encode_rendered(rendered)
 

@@ -9,6 +9,7 @@ wait for it, so that one adapter never keeps the processes, or the server, from 
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
 import weakref
@@ -19,7 +20,9 @@ from typing import Any, Protocol, TypeAlias
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
+from lora_runtime.text.messages import Message, as_templates_want, check_variables
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.tokenizer import NO_VARIABLES
 from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_LOADING = 2
@@ -60,10 +63,15 @@ class OwnText(Protocol):
         ...
 
     async def render(
-        self, side: TextSide, messages: Sequence[Mapping[str, str]]
+        self,
+        side: TextSide,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str | list[int]:
         """Render a conversation; token ids where the side has a tokenizer of its own, else text.
 
+        tools, variables: as `Tokenizer.apply_chat_template` has them.
         Raises InvalidRequest (field `messages`) for what the template refuses or takes too long
         or too much memory for, and Overloaded.
         """
@@ -132,7 +140,11 @@ class TextWorkers:
         return None if side is None else (side, notes)
 
     async def render(
-        self, side: TextSide, messages: Sequence[Mapping[str, str]]
+        self,
+        side: TextSide,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str | list[int]:
         if side.template is None:
             raise InvalidRequest(
@@ -140,8 +152,19 @@ class TextWorkers:
                 "instead",
                 field="messages",
             )
-        request = {"op": "render", "key": side.key, "messages": [dict(m) for m in messages]}
-        size = sum(CHARACTERS_PER_MESSAGE + sum(map(len, m.values())) for m in messages)
+        check_variables(variables, side.variables)
+        request = {
+            "op": "render",
+            "key": side.key,
+            "messages": as_templates_want(messages),
+            "tools": list(tools),
+            "variables": dict(variables),
+        }
+        size = CHARACTERS_PER_MESSAGE * len(messages) + sum(
+            len(value) if isinstance(value, str) else len(json.dumps(value))
+            for part in (*messages, *tools, variables)
+            for value in part.values()
+        )
         reply = await self._run(side, request, "messages", "chat template", size)
         return self._checked(reply["ids"], "messages") if "ids" in reply else str(reply["text"])
 

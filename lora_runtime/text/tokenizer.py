@@ -10,17 +10,22 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
+from lora_runtime.text.messages import (
+    Message,
+    as_templates_want,
+    check_plain_messages,
+    check_variables,
+)
 from lora_runtime.text.structured_output import Vocabulary
 from lora_runtime.text.token_bytes import token_bytes
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-"""Roles a message may have; the base's template may accept fewer."""
-
-Message = Mapping[str, str]
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer:
@@ -88,17 +93,39 @@ class Tokenizer:
         """Token ids of a conversation that a template has rendered, special tokens included."""
         return self._encode(text, add_special_tokens=False)
 
+    def chat_template(self, *, has_tools: bool = False) -> str | None:
+        """The base's chat template; of several the one for tools where there are some."""
+        template: str | dict[str, str] | None = self._inner.chat_template
+        if not isinstance(template, dict):
+            return template
+        return template.get("tool_use" if has_tools and "tool_use" in template else "default")
+
+    @property
+    def added_tokens(self) -> tuple[tuple[int, str, bool], ...]:
+        """(id, text, whether it is special) of each added token."""
+        added = self._inner.backend_tokenizer.get_added_tokens_decoder()
+        return tuple((index, token.content, token.special) for index, token in added.items())
+
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> list[int]:
         """Token ids of a conversation in the base's own template.
 
+        tools: in the shape of OpenAI's API; variables: what the template sees beside them.
         The base's template runs in this process: the operator has chosen it with the base.
 
         Raises InvalidRequest (field `messages`): there is no template or it does not compile, a
         role or key is unknown, or the template itself refuses the messages.
         """
-        return self.encode_rendered(self._render(messages, add_generation_prompt))
+        check_variables(variables, self._inner.special_tokens_map)
+        given = {**variables, "tools": list(tools) or None}
+        rendered = self._render(as_templates_want(messages), add_generation_prompt, given)
+        return self.encode_rendered(rendered)
 
     def split_chat(
         self, messages: Sequence[Message], learned: Sequence[bool] | None = None
@@ -115,6 +142,7 @@ class Tokenizer:
         """
         messages = [self._without_end(message) for message in messages]
         try:
+            check_plain_messages(messages)
             token_ids = self.apply_chat_template(messages, add_generation_prompt=False)
             mask = [False] * len(token_ids)
             for start, end in self._assistant_spans(messages, learned, token_ids):
@@ -176,16 +204,21 @@ class Tokenizer:
         except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
             raise InvalidRequest("the text is not valid Unicode", field="text") from None
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
         if not self.has_chat_template:
             raise _refused("the base has no chat template; send text or token ids instead")
-        check_messages(messages)
         try:
             return str(
                 self._inner.apply_chat_template(
-                    [dict(message) for message in messages],
+                    messages,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
+                    **variables,
                 )
             )
         except Exception as error:  # a template is foreign code and may raise anything
@@ -241,21 +274,6 @@ class TokenDecoder:
 
 def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
     return whole[: len(prefix)] == prefix
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise InvalidRequest (field `messages`) for messages that are given to no template."""
-    if not messages:
-        raise _refused("messages is empty; send at least one")
-    for index, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
-            found = ", ".join(sorted(map(str, message))) or "nothing"
-            raise _refused(f"messages[{index}] has {found}; it must have exactly role and content")
-        if not all(isinstance(value, str) for value in message.values()):
-            raise _refused(f"messages[{index}]: role and content must be strings")
-        if message["role"] not in ROLES:
-            known = ", ".join(sorted(ROLES))
-            raise _refused(f"messages[{index}].role is {message['role']!r}; known are {known}")
 
 
 def _refused(message: str) -> InvalidRequest:

@@ -1,4 +1,4 @@
-"""Calls of tools in the text of an output: how families of models write them, and read as they come.
+"""Calls of tools in the text of an output: how families of models write them, read as they come.
 
 What is no call stays text. A call's name is given once its arguments begin; from then on the
 arguments are given as they come. How an output is cut into pieces makes no difference.
@@ -28,9 +28,10 @@ Schemas = Mapping[str, Mapping[str, Any] | None]
 
 
 class CallPart(NamedTuple):
-    """More of the index-th call of an output; a call's first part has its name."""
+    """More of one call of an output; a call's first part has its name."""
 
-    index: int
+    number: int
+    """Which call, from 0."""
     name: str
     arguments: str
 

@@ -80,9 +80,10 @@ class Worker:
         self._sides.move_to_end(request["key"])
         rendered = render_jinja_template(
             conversations=[request["messages"]],
+            tools=request["tools"] or None,
             chat_template=side.template,
             add_generation_prompt=True,
-            **side.variables,
+            **{**request["variables"], **side.variables},
         )
         text: str = rendered[0][0]
         if len(text) > MAX_RENDERED:

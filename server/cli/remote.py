@@ -66,6 +66,16 @@ def generate(
         int | None, typer.Option(help="Per tenant, lower values run first.")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The answer is JSON that this schema allows."),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The answer matches this expression as a whole.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The answer is this text, or another choice.")
+    ] = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
@@ -82,6 +92,7 @@ def generate(
         "base_text": base_text or None,
         "priority": priority,
         "tenant": tenant,
+        "structured_output": _structured_output(json_schema, regex, choice),
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
     chosen = _weights(adapter or [])
@@ -93,6 +104,23 @@ def generate(
             _show_stream(client.generate(messages=messages, adapters=chosen, **given))
         else:
             _show_stream(client.generate(content, adapters=chosen, **given))
+
+
+def _structured_output(
+    json_schema: Path | None, regex: str | None, choice: list[str] | None
+) -> dict[str, object] | None:
+    """The one form that the answer must have, or None."""
+    given: dict[str, object] = {}
+    if json_schema is not None:
+        try:
+            given["json_schema"] = json_schema.read_text()
+        except (OSError, UnicodeError) as error:
+            raise typer.BadParameter(str(error), param_hint="--json-schema") from None
+    given |= {} if regex is None else {"regex": regex}
+    given |= {"choice": choice} if choice else {}
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
+    return given or None
 
 
 def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_text: bool) -> bool:

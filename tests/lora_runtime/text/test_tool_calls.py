@@ -8,7 +8,7 @@ import random
 import pytest
 
 from lora_runtime.text.tool_calls import FORMATS, CallReader, format_of, shows_tools
-from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN25, QWEN3_CODER
+from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN3_CODER, QWEN25
 
 WEATHER = {
     "type": "object",
@@ -24,7 +24,12 @@ XML = (
     "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
 )
 CASES = {
-    "text": ("hermes", "No <tool> is <tool_call needed.\n", "No <tool> is <tool_call needed.\n", []),
+    "text": (
+        "hermes",
+        "No <tool> is <tool_call needed.\n",
+        "No <tool> is <tool_call needed.\n",
+        [],
+    ),
     "one": ("hermes", f"<tool_call>\n{BODY}\n</tool_call>", "", [("weather", ARGUMENTS)]),
     "two with text": (
         "hermes",
@@ -57,7 +62,12 @@ CASES = {
         "",
         [("weather", ARGUMENTS), ("clock", {})],
     ),
-    "llama answers JSON": ("llama3_json", '{"name": "Ada", "age": 36}', '{"name": "Ada", "age": 36}', []),
+    "llama answers JSON": (
+        "llama3_json",
+        '{"name": "Ada", "age": 36}',
+        '{"name": "Ada", "age": 36}',
+        [],
+    ),
     "llama text": ("llama3_json", "It is {late}.", "It is {late}.", []),
     "mistral": (
         "mistral",
@@ -71,8 +81,13 @@ CASES = {
         "Well:",
         [("weather", ARGUMENTS), ("clock", {})],
     ),
-    "qwen3 coder": ("qwen3_coder", f"Sure.\n{XML}\n", "Sure.", [("weather", {"city": "12", "days": 3})]),
-}  # fmt: skip
+    "qwen3 coder": (
+        "qwen3_coder",
+        f"Sure.\n{XML}\n",
+        "Sure.",
+        [("weather", {"city": "12", "days": 3})],
+    ),
+}
 
 
 def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list]:
@@ -80,12 +95,12 @@ def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]
     parsed = [reader.push(piece) for piece in pieces] + [reader.flush()]
     calls: list[list[str]] = []
     for part in (part for one in parsed for part in one.calls):
-        if part.index == len(calls):
+        if part.number == len(calls):
             assert part.name
             calls.append([part.name, ""])
         else:
-            assert part.index == len(calls) - 1 and not part.name
-        calls[part.index][1] += part.arguments
+            assert part.number == len(calls) - 1 and not part.name
+        calls[part.number][1] += part.arguments
     assert reader.num_calls == len(calls)
     return "".join(one.text for one in parsed), [tuple(call) for call in calls], parsed
 
