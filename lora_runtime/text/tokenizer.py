@@ -103,8 +103,11 @@ class Tokenizer:
     @property
     def added_tokens(self) -> tuple[tuple[int, str, bool], ...]:
         """(id, text, whether it is special) of each added token."""
-        added = self._inner.backend_tokenizer.get_added_tokens_decoder()
-        return tuple((index, token.content, token.special) for index, token in added.items())
+        backend = self._inner.backend_tokenizer
+        added = backend.get_added_tokens_decoder()
+        return tuple(
+            (index, backend.id_to_token(index), token.special) for index, token in added.items()
+        )
 
     def apply_chat_template(
         self,
