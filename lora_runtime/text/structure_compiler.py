@@ -8,10 +8,12 @@ was refused takes no process again.
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any
 
 from llguidance import LLMatcher
@@ -29,6 +31,8 @@ from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_PROCESSES = 2
+PENALTY_S = 60.0
+"""How long a definition that took too much is refused: a busy machine may have been the cause."""
 COMPILING_S = 1.5
 """Wall-clock time in the process."""
 MAX_REMEMBERED = 256
@@ -48,6 +52,8 @@ class StructureCompiler:
         self._processes = ProcessPool("structured output", MODULE, NUM_PROCESSES, self._opening)
         self._known: OrderedDict[tuple[str, str], LLMatcher | str] = OrderedDict()
         """By kind and definition: the first matcher, or why there is none."""
+        self._refused_until: dict[tuple[str, str], float] = {}
+        """Until when what is known of a definition that took too much holds."""
         self._locks: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
@@ -76,12 +82,13 @@ class StructureCompiler:
             )
         key = (str(form.kind), form.definition)
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if key not in self._known:
-                self._known[key] = await self._compiled(grammar, vocabulary)
+            if key not in self._known or time.monotonic() > self._refused_until.get(key, inf):
+                self._known[key] = await self._compiled(key, grammar, vocabulary)
             self._known.move_to_end(key)
             found = self._known[key]
         while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+            oldest, _ = self._known.popitem(last=False)
+            self._refused_until.pop(oldest, None)
         if isinstance(found, str):
             field = field_of(form)
             raise InvalidRequest(f"{field} cannot be served: {found}", field=field)
@@ -92,10 +99,14 @@ class StructureCompiler:
         """End the processes."""
         self._processes.close()
 
-    async def _compiled(self, grammar: str, vocabulary: Vocabulary) -> LLMatcher | str:
+    async def _compiled(
+        self, key: tuple[str, str], grammar: str, vocabulary: Vocabulary
+    ) -> LLMatcher | str:
+        self._refused_until.pop(key, None)
         try:
             reply = await self._processes.run(partial(_tried, grammar))
         except LimitExceeded:
+            self._refused_until[key] = time.monotonic() + PENALTY_S
             return f"it takes more time or memory than the {COMPILING_S:g} s and 256 MiB it may"
         if "refused" in reply:
             return str(reply["refused"])[:MAX_SAID]
