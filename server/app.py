@@ -15,9 +15,8 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import uvicorn
@@ -29,7 +28,6 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
-from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.addresses import check_free, listen
@@ -258,34 +256,28 @@ async def _serve_engine(
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
-    metrics = Metrics(engine)
-    condition.metrics = metrics
+    metrics = condition.metrics = Metrics(engine)
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
-    vocab_size = engine.info.base.vocab_size
-    own_text = TextWorkers(engine.base_folder, vocab_size)
-    structures: StructureCompiler | None = None
+    own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
-    registry = stopping = loading = None
+    registry = service = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
         registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
-        tokenizer = await asyncio.to_thread(Tokenizer.load, engine.base_folder)
-        structures = StructureCompiler(partial(tokenizer.vocabulary, vocab_size))
-        await asyncio.to_thread(structures.prepare)
         service = Service(
             engine=engine,
-            tokenizer=tokenizer,
+            tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
             own_text=own_text,
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
             observer=metrics,
             base_name=base_name,
-            structures=structures,
             tool_call_parser=config.tool_call_parser,
         )
+        await asyncio.to_thread(service.prepare)
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
@@ -298,15 +290,19 @@ async def _serve_engine(
         await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        for task in (watching, stopping, loading):
-            if task is not None:
-                task.cancel()
+        _cancel(watching, stopping, loading)
         own_text.close()
-        if structures is not None:
-            structures.close()
+        if service is not None:
+            service.close()
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
+
+
+def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
+    for task in tasks:
+        if task is not None:
+            task.cancel()
 
 
 def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:

@@ -42,7 +42,6 @@ from lora_runtime.errors import (
     InvalidRequest,
     LoramuxError,
     Unavailable,
-    UnsupportedFeature,
 )
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
@@ -122,14 +121,13 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
-        structures: StructureCompiler | None = None,
         tool_call_parser: str = "auto",
     ) -> None:
-        """structures: None where structured output is not served. tool_call_parser: see
-        `tools.tool_use`.
-        """
+        """tool_call_parser: see `tools.tool_use`."""
         self._engine = engine
-        self._structures = structures
+        self._structures = StructureCompiler(
+            lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
+        )
         self._tool_call_parser = tool_call_parser
         self._tokenizer = tokenizer
         self._own_text = own_text
@@ -153,6 +151,16 @@ class Service:
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
+
+    def prepare(self) -> None:
+        """Do what the first request of its kind would hold all others up for; see
+        `StructureCompiler.prepare`.
+        """
+        self._structures.prepare()
+
+    def close(self) -> None:
+        """End the processes that try definitions of structured output."""
+        self._structures.close()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -417,10 +425,6 @@ class Service:
         form = self._form(call, side)
         if form is None:
             return None
-        if self._structures is None:
-            raise UnsupportedFeature(
-                "sampling.structured_output is not served here", field="sampling.structured_output"
-            )
         return await self._structures.compile(form, side)
 
     def _form(self, call: GenerateCall, side: TextSide | None) -> StructuredOutput | None:

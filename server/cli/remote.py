@@ -38,6 +38,16 @@ Weighted = Annotated[
         help="A loaded adapter; repeat it to add up several. Default: the base.",
     ),
 ]
+IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")]
+JsonSchema = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The answer is JSON that this schema allows.")
+]
+Regex = Annotated[
+    str | None, typer.Option(help="The answer is text that this expression matches as a whole.")
+]
+Choices = Annotated[
+    list[str] | None, typer.Option(help="The answer is this text; repeat it for others.")
+]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -56,9 +66,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
-    ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")
-    ] = None,
+    ignore_eos: IgnoreEos = None,
     base_text: Annotated[
         bool, typer.Option("--base-text", help="Use the base's template.")
     ] = False,
@@ -66,16 +74,9 @@ def generate(
         int | None, typer.Option(help="Per tenant, lower values run first.")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
-    json_schema: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The answer is JSON that this schema allows."),
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option(help="The answer matches this expression as a whole.")
-    ] = None,
-    choice: Annotated[
-        list[str] | None, typer.Option(help="The answer is this text, or another choice.")
-    ] = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choices = None,
     address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 from lora_runtime.config import AdapterConfig, BaseConfig, CacheConfig, EngineConfig
 from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.client import AsyncClient
@@ -53,18 +51,15 @@ async def running(folder: Path):
     observer = RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
     own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
-    tokenizer = Tokenizer.load(folder / "base")
-    structures = StructureCompiler(partial(tokenizer.vocabulary, engine.info.base.vocab_size))
     service = Service(
         engine=engine,
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.load(folder / "base"),
         own_text=own_text,
         registry=registry,
         sources=Sources([folder / "adapters"]),
         store=AdapterStore(folder / "store", 8 << 20),
         observer=observer,
         base_name="tiny",
-        structures=structures,
     )
     server = await start_grpc(service, "127.0.0.1:0")
     try:
@@ -76,6 +71,6 @@ async def running(folder: Path):
     finally:
         await server.stop(1.0)
         own_text.close()
-        structures.close()
+        service.close()
         await engine.close(drain_s=5)
         await registry.close()
