@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from lora_runtime.core import AdapterChoice, FinishReason, StructuredOutput, StructureKind
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
