@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
-from lora_runtime.settings import Entry, entries
+from pydantic import ByteSize
+
+from lora_runtime.settings import Bytes, Entry, entries
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from server.config import ServerConfig
 
@@ -41,8 +43,16 @@ def page() -> Iterator[str]:
 
 def _row(entry: Entry) -> str:
     others = f" ({', '.join(f'`{name}`' for name in entry.also)})" if entry.also else ""
-    text = entry.help.replace("|", "\\|")
+    text = entry.help.replace("|", "\\|") + _bound(entry)
     return f"| `{entry.key}`{others} | {_default(entry.default)} | {text} |"
+
+
+def _bound(entry: Entry) -> str:
+    if entry.most is None:
+        return ""
+    is_bytes = Bytes in (entry.hint, *get_args(entry.hint))
+    most = ByteSize(entry.most).human_readable() if is_bytes else f"{entry.most:,}"
+    return f" At most {most if entry.most < 1e12 or is_bytes else f'{entry.most:g}'}."
 
 
 def _default(value: Any) -> str:

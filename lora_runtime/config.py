@@ -47,6 +47,15 @@ CPU_DEFAULTS = DeviceDefaults(max_num_seqs=64, max_num_batched_tokens=512, pool_
 """Also what settings have that are made in code, without a device in mind."""
 LARGE_DEVICE_BYTES = 40_000_000_000
 """Memory from which on a GPU counts as a data centre's."""
+MAX_BYTES = 1 << 50
+"""1 PiB. What a machine has is smaller, and is asked of it when memory is taken."""
+MAX_TOKENS = 1 << 24
+"""Longest sequence that a setting may ask for; bases end long before."""
+MAX_DEPTH = 1024
+"""Layers of a replicated model."""
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1e12
+"""Of an adapter, trained or served."""
 MAX_REPLICATION = 4
 """Times the base's layers that an adapter may make of them where no setting says otherwise."""
 POOL_SHARE = 8
@@ -106,32 +115,40 @@ class BaseConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: Int = setting(default=16, gt=0, group=MEMORY)
+    block_size: Int = setting(default=16, gt=0, le=65_536, group=MEMORY)
     """Tokens in one KV block."""
-    num_blocks: Int | None = setting(default=None, gt=0, group=MEMORY)
+    num_blocks: Int | None = setting(default=None, gt=0, le=1 << 22, group=MEMORY)
     """Blocks in the KV cache; none: as many as `kv_bytes` holds."""
-    kv_bytes: Bytes | None = setting(default=None, gt=0, group=MEMORY)
+    kv_bytes: Bytes | None = setting(default=None, gt=0, le=MAX_BYTES, group=MEMORY)
     """Bytes of the KV cache; none: on CUDA what `gpu_memory_utilization` leaves, else 1 GiB."""
     gpu_memory_utilization: Float = setting(default=0.9, gt=0, le=1, group=MEMORY)
     """CUDA only: share of the device's memory for base, adapters, steps and KV cache together."""
     prefix_cache: bool = setting(default=True, group=MEMORY)
     """Keep the KV blocks of ended requests for requests that begin with the same tokens."""
 
+    def __post_init__(self) -> None:
+        if self.num_blocks is not None and self.kv_bytes is not None:
+            raise ConfigError(
+                f"num_blocks is {self.num_blocks} and kv_bytes is {self.kv_bytes}; each says how "
+                "large the KV cache is: remove one",
+                field="num_blocks",
+            )
+
 
 @settings
 class SchedulerConfig:
     """Limits of one engine step and of the queue."""
 
-    max_num_seqs: Int = setting(default=CPU_DEFAULTS.max_num_seqs, gt=0, group=LIMITS)
+    max_num_seqs: Int = setting(default=CPU_DEFAULTS.max_num_seqs, gt=0, le=65_536, group=LIMITS)
     """Requests that run at once. On CUDA 128, or 256 from 40 GB of memory on."""
     max_num_batched_tokens: Int = setting(
-        default=CPU_DEFAULTS.max_num_batched_tokens, gt=0, group=LIMITS
+        default=CPU_DEFAULTS.max_num_batched_tokens, gt=0, le=1 << 20, group=LIMITS
     )
     """Tokens in one engine step, decode rows and prefill chunks together. On CUDA 2048, or 4096
     from 40 GB of memory on."""
-    max_model_len: Int | None = setting(default=None, ge=2, group=LIMITS)
+    max_model_len: Int | None = setting(default=None, ge=2, le=MAX_TOKENS, group=LIMITS)
     """Longest prompt + output; none: the base's own limit."""
-    max_queued_requests: Int = setting(default=1024, gt=0, group=LIMITS)
+    max_queued_requests: Int = setting(default=1024, gt=0, le=1_000_000, group=LIMITS)
     """Requests that may wait, of which one client may have three quarters; a further one is
     refused as overloaded."""
 
@@ -149,16 +166,24 @@ class AdapterConfig:
     """The device pool that holds adapters, and its bookkeeping."""
 
     pool_bytes: Bytes = setting(
-        default=CPU_DEFAULTS.pool_bytes, gt=0, group=MEMORY, key="adapter_pool_bytes"
+        default=CPU_DEFAULTS.pool_bytes,
+        gt=0,
+        le=MAX_BYTES,
+        group=MEMORY,
+        key="adapter_pool_bytes",
     )
     """Bytes of device memory for adapters; an adapter takes as many as its own tensors have. On
     CUDA an eighth of the device's."""
-    max_slots: Int = setting(default=256, gt=0, group=LIMITS, key="max_adapter_slots")
+    max_slots: Int = setting(default=256, gt=0, le=16_384, group=LIMITS, key="max_adapter_slots")
     """Adapters resident on the device at once."""
-    max_layers: Int | None = setting(default=None, gt=0, group=LIMITS, key="max_adapter_layers")
+    max_layers: Int | None = setting(
+        default=None, gt=0, le=MAX_DEPTH, group=LIMITS, key="max_adapter_layers"
+    )
     """The most layers that an adapter may have by replicating the base's; all requests of a step
     take as long as the deepest. None: four times the base's."""
-    host_bytes: Bytes | None = setting(default=None, gt=0, group=MEMORY, key="host_adapter_bytes")
+    host_bytes: Bytes | None = setting(
+        default=None, gt=0, le=MAX_BYTES, group=MEMORY, key="host_adapter_bytes"
+    )
     """Bytes of host memory for loaded adapters and their former contents; a further adapter is
     refused. None: half of the machine's memory."""
 

@@ -16,13 +16,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Protocol
 
-from lora_runtime.errors import InvalidRequest, LoramuxError
+from lora_runtime.errors import InvalidRequest, LoramuxError, written
 
 MAX_STOP_TOKEN_IDS = 1024
 """Stop tokens of one request, the base's own end tokens included."""
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 """Enough to ban a token or to make it certain."""
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Numbers of one prompt: of each token its own and those most likely. On the wire they take less
+than the 4 MiB that clients accept."""
 MAX_REPETITION_PENALTY = 100.0
 """The least is one over it. Far beyond any use, and small enough that logits stay finite."""
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -148,7 +151,7 @@ class SamplingParams:
         min_tokens, max_tokens, seed = self.min_tokens, self.max_tokens, self.seed
         top, temperature = self.num_logprobs, self.temperature
         checks: list[tuple[str, object, bool, str]] = [
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("max_tokens", max_tokens, 1 <= max_tokens < 2**31, "between 1 and 2^31 - 1"),
             ("min_tokens", min_tokens, 0 <= min_tokens <= max_tokens, "between 0 and max_tokens"),
             ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 and 100"),
             ("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 (off) and 2^31 - 1"),
@@ -161,7 +164,8 @@ class SamplingParams:
         for name, value, is_valid, rule in checks:
             if not is_valid:
                 raise InvalidRequest(
-                    f"sampling.{name} is {value!r}; it must be {rule}", field=f"sampling.{name}"
+                    f"sampling.{name} is {written(value)}; it must be {rule}",
+                    field=f"sampling.{name}",
                 )
         self._check_biases()
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -218,11 +222,13 @@ class SamplingParams:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, kinds):
                     field = f"sampling.{name.removeprefix('num_')}"
-                    raise InvalidRequest(f"{field} is {value!r}; it must be {rule}", field=field)
+                    raise InvalidRequest(
+                        f"{field} is {written(value)}; it must be {rule}", field=field
+                    )
         ids = self.stop_token_ids
         if not isinstance(ids, Collection) or not all(map(is_whole, ids)):
             raise InvalidRequest(
-                f"sampling.stop_token_ids is {ids!r:.200}; it must be token ids",
+                f"sampling.stop_token_ids is {written(ids)}; it must be token ids",
                 field="sampling.stop_token_ids",
             )
         biases = self.logit_bias
@@ -277,6 +283,8 @@ class Request:
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
     """Who asks; clients share the engine fairly."""
+    weight: float = 1.0
+    """The client's share of a busy engine, against the other clients'."""
     priority: int = 0
     """Of the requests of one client those of the lowest value run first."""
     deadline: float | None = None
@@ -328,6 +336,9 @@ class Row:
     num_steps_passed_over: int = 0
     """Steps in which its adapters found no room in the pool."""
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Those of the prompt's tokens after the first, as far as they are known; None where none are
+    wanted, or they have been given out."""
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -336,13 +347,20 @@ class Row:
         cls, request: Request, layer_map: tuple[int, ...] | None = None, num_planes: int = 1
     ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
-        return cls(
-            request,
-            list(request.prompt_token_ids),
-            layer_map=layer_map,
-            num_planes=num_planes,
-            matcher=None if request.structure is None else request.structure.start(),
+        row = cls(
+            request, list(request.prompt_token_ids), layer_map=layer_map, num_planes=num_planes
         )
+        if request.structure is not None:
+            row.matcher = request.structure.start()
+        if request.sampling.num_prompt_logprobs is not None:
+            row.prompt_logprobs = []
+        return row
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True while logits of the prompt's own positions are needed."""
+        found = self.prompt_logprobs
+        return found is not None and len(found) < self.num_prompt_tokens - 1
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -371,6 +389,13 @@ class ScheduledRow:
     def end(self) -> int:
         """Position after the tokens of this step: that of the new token, if the row samples."""
         return self.start + self.num_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Leading tokens of this step behind which a token of the prompt is to be scored."""
+        if not self.row.lacks_prompt_logprobs:
+            return 0
+        return max(0, min(self.end, self.row.num_prompt_tokens - 1) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,11 +435,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probabilities of one sampled position."""
+    """Natural-log probabilities of one position of output or prompt."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Log probabilities of `row`'s tokens after position `start`, one for each."""
+
+    row: Row
+    start: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,6 +467,8 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first token, where they were asked for: of each token of the prompt but the first"""
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     """Set if and only if `finish_reason` is ERROR."""

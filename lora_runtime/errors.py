@@ -16,6 +16,8 @@ LoramuxError
 │   ├── AdapterTooLarge         it can never fit the adapter pool
 │   └── AdapterFailed           it produced non-finite values while serving
 ├── DataError                   a training example cannot be used
+├── Unauthenticated             no key or certificate that the server knows
+├── PermissionDenied            the caller's key is not for this
 ├── RequestFailed               something unforeseen ended one request
 ├── Overloaded                  a queue or a pool is full; try again later
 └── Unavailable                 the engine is stopping or has died, or an adapter is not there yet
@@ -25,6 +27,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
+
+MAX_WRITTEN = 200
+"""Characters of a value in a message."""
 
 
 class LoramuxError(Exception):
@@ -104,8 +110,25 @@ class RequestFailed(LoramuxError):
     """Something unforeseen ended this request, and no other; the log has the cause."""
 
 
+class Unauthenticated(LoramuxError):
+    """The server has keys, and the call has none that it knows."""
+
+
+class PermissionDenied(LoramuxError):
+    """The caller is known, and its key is not for this."""
+
+
 class Overloaded(LoramuxError):
-    """A queue or pool is full for now; the same call may succeed later."""
+    """A queue or pool is full, or a quota used, for now; the same call may succeed later.
+
+    `retry_after_s`: seconds until it may, where they are known.
+    """
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(LoramuxError):
@@ -125,3 +148,12 @@ def nearest(name: str, valid: Collection[str]) -> str:
     """A sentence that proposes the most similar valid name, or lists them all."""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(set(valid)))}"
+
+
+def written(value: object) -> str:
+    """A value as a person would write it, cut where it is long."""
+    try:
+        text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_WRITTEN else f"{text[:MAX_WRITTEN]}…"

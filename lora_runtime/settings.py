@@ -17,7 +17,7 @@ import pydantic.dataclasses
 import yaml
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lora_runtime.errors import ConfigError, nearest
+from lora_runtime.errors import ConfigError, nearest, written
 
 T = TypeVar("T")
 
@@ -122,6 +122,8 @@ class Entry:
     meanings: Mapping[str, Any]
     metavar: str | None
     is_fixed: bool
+    most: float | None
+    """The largest value of a number; None for what is none."""
 
 
 def entries(kind: Any) -> dict[str, Entry]:
@@ -155,6 +157,7 @@ def _entries(kind: Any, part: str | None = None) -> Iterator[Entry]:
             meanings=about.get("meanings", {}),
             metavar=about.get("metavar"),
             is_fixed=about.get("is_fixed", False),
+            most=next((b.le for b in info.metadata if hasattr(b, "le")), None),
         )
 
 
@@ -287,6 +290,7 @@ _RULES = {
     "path_not_directory": "a folder that exists", "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}", "less_than": "below {lt}",
     "less_than_equal": "at most {le}", "literal_error": "one of {expected}",
+    "enum": "{expected}",
     "too_short": "a list of at least {min_length}", "string_too_short": "text, not empty",
     "value_error": "{error}",
 }  # fmt: skip
@@ -318,11 +322,6 @@ def _rule(error: Any) -> str:
     if error["type"] == "greater_than" and facts["gt"] == 0:
         return "positive"
     return str(_RULES.get(error["type"], error["msg"])).format(**facts)
-
-
-def written(value: object) -> str:
-    """A value as a person would write it."""
-    return repr(str(value)) if isinstance(value, Path) else repr(value)
 
 
 def _path(place: tuple[int | str, ...], kind: Any) -> str:

@@ -6,20 +6,29 @@ import json
 import math
 from typing import Any
 
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, LoramuxError
 
 
-def parse_object(content: bytes, source: str, *, is_finite: bool = True) -> dict[str, Any]:
-    """Parse a JSON object with no key twice, no broken Unicode and, if it `is_finite`, no NaN or
-    infinity.
+def parse_object(
+    content: bytes,
+    source: str,
+    *,
+    is_finite: bool = True,
+    max_keys: int | None = None,
+    refusal: type[LoramuxError] = AdapterRefused,
+) -> dict[str, Any]:
+    """Parse a JSON object with no key twice, no broken Unicode, no object of more than `max_keys`
+    keys and, if it `is_finite`, no NaN or infinity.
 
-    Raises AdapterRefused naming `source`, the file that the content came from.
+    Raises `refusal` naming `source`, which the content came from.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         parsed = dict(pairs)
         if len(parsed) != len(pairs):
             raise ValueError("a key appears twice")
+        if max_keys is not None and len(parsed) > max_keys:
+            raise ValueError(f"an object has {len(parsed)} keys, over {max_keys}")
         return parsed
 
     def finite(text: str) -> float:
@@ -36,7 +45,7 @@ def parse_object(content: bytes, source: str, *, is_finite: bool = True) -> dict
         )
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise AdapterRefused(f"{source} is not usable JSON: {error}", field=source) from None
+        raise refusal(f"{source} is not usable JSON: {error}", field=source) from None
     if not isinstance(parsed, dict):
-        raise AdapterRefused(f"{source} must hold a JSON object", field=source)
+        raise refusal(f"{source} must hold a JSON object", field=source)
     return parsed

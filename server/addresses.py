@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
+from concurrent.futures import Future
+from ipaddress import ip_address
+from threading import Thread
+from typing import Any
 
 from lora_runtime.errors import ConfigError
 from server.config import split_address
 
+MAX_LOOK_UP_S = 10.0
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """A name may stand for addresses that this machine does not have, like `localhost` for IPv6's."""
 
@@ -39,6 +44,12 @@ def check_free(address: str, setting: str) -> None:
     listen(address, setting).close()
 
 
+def is_own(address: str, setting: str) -> bool:
+    """Tell whether only this machine reaches an address. Raises ConfigError naming the setting."""
+    found = _resolved(address, setting)
+    return all(ip_address(host.partition("%")[0]).is_loopback for _, host, _ in found)
+
+
 def bracketed(address: str) -> str:
     """Return host:port as gRPC reads it: an IPv6 host in brackets, which a setting may lack."""
     host, port = split_address(address)
@@ -49,11 +60,31 @@ def _resolved(address: str, setting: str) -> list[tuple[socket.AddressFamily, st
     """IPv4 first: with port 0 each address would get another port, and most clients try that."""
     host, port = split_address(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = _looked_up(host, port)
     except (OSError, UnicodeError) as error:
         raise _refused(address, setting, error) from None
     ordered = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
     return [(family, str(target[0]), port) for family, *_, target in ordered]
+
+
+def _looked_up(host: str, port: int) -> list[Any]:
+    """What a host stands for. A name server that does not answer has no limit in the system's own
+    call, so it is made on a thread that may be left behind. Raises OSError and UnicodeError.
+    """
+    found: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        try:
+            kind, flags = socket.SOCK_STREAM, socket.AI_PASSIVE
+            found.set_result(socket.getaddrinfo(host, port, type=kind, flags=flags))
+        except (OSError, UnicodeError) as error:
+            found.set_exception(error)
+
+    Thread(target=look_up, name="look-up", daemon=True).start()
+    try:
+        return found.result(MAX_LOOK_UP_S)
+    except TimeoutError:
+        raise OSError(f"no name server said in {MAX_LOOK_UP_S:g} s what {host} is") from None
 
 
 def _close(listeners: list[socket.socket]) -> None:

@@ -13,23 +13,27 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
 from lora_runtime.config import EngineConfig
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from lora_runtime.errors import BaseRefused, ConfigError
+from lora_runtime.errors import AdapterSourceRefused, BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.doors import Doors, open_doors
+from server.access.http_gate import CERTIFICATE, HttpGate
+from server.access.tls import Tls, certificate_names
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
@@ -38,7 +42,17 @@ from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
+from server.observability.http_calls import ObservedHttp
+from server.observability.records import RequestWatcher
+from server.observability.request_log import RequestLog
+from server.observability.tracing import Tracing, span_exporter
+from server.observers import Observers
+from server.openai.boundary import Backend
+from server.openai.routes import routes as openai_routes
+from server.page.history import History
+from server.page.routes import routes as page_routes
 from server.registry import Registry
+from server.running_calls import Calls
 from server.service import Service
 from server.sources import Sources
 from server.uploads import AdapterStore
@@ -112,17 +126,36 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    for name in config.adapter:
-        adapter_name(name, "adapter")
+    for name, folder in config.adapter.items():
+        _check_named(name, folder)
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
-    condition = Condition()
+    condition = Condition(Calls(config.max_concurrent_calls))
+    doors = open_doors(config)
     with _claimed(config) as listener, stop.installed(asyncio.get_running_loop()):
-        async with _http(condition, listener) as http:
+        async with (
+            doors.kept_current(),
+            _watchers(config) as watchers,
+            _http(condition, listener, doors) as http,
+        ):
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
-            await _serve_engine(config, engine, stop, condition, http, on_ready, guard)
+            announce = Announcement(http.port, on_ready)
+            await _serve_engine(
+                config, engine, stop, condition, doors, http, watchers, announce, guard
+            )
     logger.info("stopped")
+
+
+def _check_named(name: str, folder: Path) -> None:
+    """Find what cannot be an adapter's folder before the base is loaded, which may take minutes."""
+    adapter_name(name, "adapter")
+    for file in REQUIRED_FILES:
+        if not (folder / file).is_file():
+            raise AdapterSourceRefused(
+                f"adapter.{name}: {folder} has no file {file}; name the folder of a PEFT adapter",
+                field=f"adapter.{name}",
+            )
 
 
 @contextlib.contextmanager
@@ -144,11 +177,18 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
 class Condition:
     """What probes and scrapes ask. Its parts are None while the engine is loading."""
 
+    calls: Calls
+    """The calls that run, over gRPC and HTTP."""
     watchdog: Watchdog | None = None
     metrics: Metrics | None = None
     service: Service | None = None
+    history: History | None = None
     is_open: bool = False
     """Requests are taken."""
+
+    def open_service(self) -> Service | None:
+        """Return the service, or None while requests are not taken."""
+        return self.service if self.is_open else None
 
     def is_alive(self) -> bool:
         """Tell whether there is a live engine."""
@@ -203,19 +243,32 @@ class StopSignal:
         self._requested.set()
 
 
+class CertifiedProtocol(H11Protocol):
+    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the names in the state that each request of the connection begins with."""
+        super().connection_made(transport)
+        names = certificate_names(transport.get_extra_info("peercert"))
+        self.app_state = {**self.app_state, CERTIFICATE: names}
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=1,
-            )
+    def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=CertifiedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
         )
+        config.load()  # else it would make its own ssl of the files that it knows
+        config.ssl = tls.http_context() if tls else None
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -232,12 +285,21 @@ class RunningHttp:
 
 
 @contextlib.asynccontextmanager
-async def _http(condition: Condition, listener: socket.socket) -> AsyncIterator[RunningHttp]:
+async def _http(
+    condition: Condition, listener: socket.socket, doors: Doors
+) -> AsyncIterator[RunningHttp]:
     """Answer probes and scrapes while the context lasts, before there is an engine too."""
     app = build_http_app(
-        metrics=condition, is_alive=condition.is_alive, is_ready=condition.is_ready
+        metrics=condition,
+        is_alive=condition.is_alive,
+        is_ready=condition.is_ready,
+        routes=[
+            *page_routes(condition),
+            *openai_routes(Backend(condition.open_service, condition.calls)),
+        ],
     )
-    server = HttpServer(app)
+    gated = HttpGate(app, doors.gate)
+    server = HttpServer(ObservedHttp(gated, lambda: condition.metrics), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield RunningHttp(task, listener.getsockname()[1])
@@ -251,21 +313,26 @@ async def _serve_engine(
     engine: LocalEngine,
     stop: StopSignal,
     condition: Condition,
+    doors: Doors,
     http: RunningHttp,
-    on_ready: Callable[[Ports], None] | None,
+    watchers: Sequence[RequestWatcher],
+    announce: Announcement,
     guard: ExitGuard,
 ) -> None:
     base_name = engine.info.base.name
-    metrics = condition.metrics = Metrics(engine)
+    condition.metrics = metrics = Metrics(engine)
+    condition.history = history = History(engine)
+    observer = Observers(metrics, history)
     condition.watchdog = Watchdog(engine, hang_s=config.engine_timeout_s)
     folder = config.adapter_store or cache_folder() / "uploads"
     store = AdapterStore(folder, config.max_upload_bytes, config.max_store_bytes)
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
+    sampling = asyncio.create_task(history.run())
     registry = service = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
-        registry = Registry(engine=engine, observer=metrics, base_name=base_name, names=names)
+        registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
         service = Service(
             engine=engine,
             tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
@@ -273,36 +340,51 @@ async def _serve_engine(
             registry=registry,
             sources=Sources((*config.adapter_roots, store.root)),
             store=store,
-            observer=metrics,
+            observer=observer,
             base_name=base_name,
             tool_call_parser=config.tool_call_parser,
+            watchers=watchers,
         )
         await asyncio.to_thread(service.prepare)
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
-        if config.wait_for_adapters:
-            await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-        else:
-            loading.add_done_callback(_log_failure)
-        await _run(config, service, condition, parts, stop, Announcement(http.port, on_ready))
+        await _wait_for_adapters(config, loading, parts)
+        await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        _cancel(watching, stopping, loading)
-        own_text.close()
-        if service is not None:
-            service.close()
+        _end((watching, sampling, stopping, loading), (own_text, service))
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
 
 
-def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
+def _end(
+    tasks: Iterable[asyncio.Task[Any] | None],
+    with_processes: Iterable[TextWorkers | Service | None],
+) -> None:
+    """Cancel the tasks, and end the processes of what has some; None has not been made yet."""
     for task in tasks:
         if task is not None:
             task.cancel()
+    for owner in with_processes:
+        if owner is not None:
+            owner.close()
+
+
+@contextlib.asynccontextmanager
+async def _watchers(config: ServerConfig) -> AsyncIterator[Sequence[RequestWatcher]]:
+    """Who is told of requests that end. Traces come first: the log's lines name them."""
+    exporter = span_exporter(config.otlp_endpoint)
+    log = [RequestLog()] if config.log_requests else []
+    if exporter is None:
+        yield log
+        return
+    tracing = Tracing(exporter)
+    try:
+        yield [tracing, *log]
+    finally:
+        await tracing.close()
 
 
 def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> NameStore | None:
@@ -325,10 +407,23 @@ async def _load_adapters(config: ServerConfig, service: Service) -> None:
         await service.preload(name, path)
 
 
+async def _wait_for_adapters(
+    config: ServerConfig, loading: asyncio.Task[None], parts: list[asyncio.Task[None]]
+) -> None:
+    """Return when they are loaded or one part ends, or at once if nobody is to wait for them."""
+    if not config.wait_for_adapters:
+        loading.add_done_callback(_log_failure)
+        return
+    await asyncio.wait([loading, *parts], return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
+
+
 async def _run(
     config: ServerConfig,
     service: Service,
     condition: Condition,
+    doors: Doors,
     parts: list[asyncio.Task[None]],
     stop: StopSignal,
     announce: Announcement,
@@ -339,9 +434,12 @@ async def _run(
     grpc_server = await start_grpc(
         service,
         config.grpc_address,
-        max_calls=config.max_concurrent_calls,
+        gate=doors.gate,
+        credentials=doors.tls.grpc_credentials() if doors.tls else None,
+        calls=condition.calls,
         max_connection_age_s=config.max_connection_age_s,
         is_serving=condition.is_ready,
+        observer=condition.metrics,
     )
     condition.service, condition.is_open = service, True
     await grpc_server.show_health()

@@ -20,6 +20,7 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.text.text_side import TextSide
+from server.access.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class PromptLimits:
 class GenerateCall:
     """One request for text."""
 
+    caller: Caller
     prompt: Prompt
     adapters: tuple[AdapterChoice, ...] = ()
     """Their effects add up; none is the base."""
@@ -130,6 +132,9 @@ class Started:
 
     request_id: str
     num_prompt_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
+    side: TextSide | None = None
+    """What the tokens mean; None: what the base says."""
     notes: tuple[str, ...] = ()
 
 

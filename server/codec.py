@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
-from urllib.parse import unquote
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.core import (
@@ -33,6 +31,7 @@ from lora_runtime.engine.request_rules import (
 )
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
+from server.access.caller import Caller
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -53,6 +52,7 @@ from server.calls import (
     UploadCall,
     UploadFile,
 )
+from server.peers import client_address
 
 SAMPLING_SCALARS = (
     "max_tokens",
@@ -94,14 +94,15 @@ FEATURES = (
         if (name := f"sampling.{field.name}") not in REFUSED_FEATURES
     ),
 )
-LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.")
 MAX_LIST_BYTES = 4 << 20
 """The largest message that gRPC clients accept by default, in bytes."""
 MAX_ABRIDGED_ERROR = 200
 MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 """Files of an upload: as many as an adapter has at most."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_NAME = re.compile(
+    r"(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*", re.ASCII
+)
 _PRINTABLE = re.compile(r"[ -~]{0,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _FINISH_REASONS = {
@@ -125,6 +126,7 @@ def decode_generate(
     request: generation_pb2.GenerateRequest,
     timeout_s: float | None,
     limits: PromptLimits,
+    caller: Caller,
     peer: str = "",
 ) -> GenerateCall:
     """Translate a request; `timeout_s` is what is left of its deadline, `peer` whence it comes.
@@ -134,6 +136,7 @@ def decode_generate(
     sampling = request.sampling
     check_stops(sampling.stop)
     return GenerateCall(
+        caller=caller,
         prompt=decode_prompt(request, limits),
         adapters=_adapters(request),
         sampling=_sampling(sampling),
@@ -143,9 +146,9 @@ def decode_generate(
         stop=tuple(sampling.stop),
         ignore_eos=sampling.ignore_eos,
         request_id=_request_id(request),
-        client=_client(request.tenant, peer),
+        client=caller.client(printable(request.tenant, "tenant"), client_address(peer)),
         priority=request.priority,
-        cache_salt=_printable(request.cache_salt, "cache_salt"),
+        cache_salt=printable(request.cache_salt, "cache_salt"),
         timeout_s=timeout_s,
     )
 
@@ -159,20 +162,21 @@ def decode_prompt(
     """
     match request.WhichOneof("input"):
         case "text":
-            _check_bytes(len(request.text.encode()), "text", limits)
+            check_bytes(len(request.text.encode()), "text", limits)
             return TextPrompt(request.text)
         case "messages":
             turns = request.messages.messages
-            _check_tokens(len(turns), "messages", limits)
-            _check_bytes(request.messages.ByteSize(), "messages", limits)
+            check_tokens(len(turns), "messages", limits)
+            check_bytes(request.messages.ByteSize(), "messages", limits)
             return _chat(request.messages)
         case "token_ids":
-            _check_tokens(len(request.token_ids.ids), "token_ids", limits)
+            check_tokens(len(request.token_ids.ids), "token_ids", limits)
             return TokenPrompt(tuple(request.token_ids.ids))
     raise InvalidRequest("the request has no input; send text or messages", field="input")
 
 
-def _check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
+def check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
+    """Raise InvalidRequest for a prompt of more tokens or turns than can fit."""
     if num_given > limits.num_tokens:
         what = "turns" if field == "messages" else "tokens"
         raise InvalidRequest(
@@ -180,7 +184,8 @@ def _check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
         )
 
 
-def _check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
+def check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
+    """Raise InvalidRequest for a prompt of more bytes than can be the tokens that fit."""
     if num_bytes > limits.num_bytes:
         raise InvalidRequest(
             f"{field} has {num_bytes} bytes; at most {limits.num_bytes} can be the "
@@ -190,13 +195,15 @@ def _check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
 
 
 def adapter_name(name: str, field: str = "name") -> str:
-    """Return a well-formed adapter name. Raises InvalidRequest naming `field`."""
+    """Return a well-formed adapter name, such as `polite` or `org/polite@v2`; as a path it would
+    lead nowhere else. Raises InvalidRequest naming `field`.
+    """
     if not name:
         raise InvalidRequest(f"{field} is empty; name an adapter", field=field)
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
-            f"{field} is {name[:128]!r}; use up to 128 letters, digits, '.', '_' and '-', "
-            "a letter or digit first",
+            f"{field} is {name[:128]!r}; use up to 128 letters, digits, '.', '_', '-' and '@', "
+            "in parts between single '/', each with a letter or digit first, and no '..'",
             field=field,
         )
     return name
@@ -355,34 +362,6 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
     )
 
 
-def _client(tenant: str, peer: str) -> str:
-    """The name under which the engine counts a caller: its tenant's, or its address.
-
-    gRPC's peers are `ipv4:1.2.3.4:567`, `ipv6:[::1]:567` (percent-encoded) and `unix:path`. The
-    port is left out, so that more connections are not more shares, and of IPv6 the half that a host
-    chooses for itself, as often as it likes; those from this machine keep theirs, where many
-    programs and a proxy's clients have one address.
-    """
-    if tenant:
-        return f"tenant:{_printable(tenant, 'tenant')}"
-    host, _, port = unquote(peer).rpartition(":")
-    is_remote = host.startswith(("ipv4:", "ipv6:")) and port.isdecimal()
-    return _network(host) if is_remote and not host.startswith(LOOPBACK) else peer
-
-
-def _network(host: str) -> str:
-    """From `ipv6:[2001:db8::1]` to `ipv6:2001:db8::/64`; IPv4 in IPv6, and a link's own, stay."""
-    try:
-        address = ip_address(host.removeprefix("ipv6:").strip("[]"))
-    except ValueError:
-        return host
-    if not isinstance(address, IPv6Address) or address.is_link_local:
-        return host
-    if address.ipv4_mapped is not None:
-        return f"ipv4:{address.ipv4_mapped}"
-    return f"ipv6:{ip_network((int(address), 64), strict=False)}"
-
-
 def _chat(chat: types_pb2.ChatMessages) -> ChatPrompt:
     return ChatPrompt(
         messages=tuple(map(_turn, chat.messages)),
@@ -508,10 +487,11 @@ def _request_id(request: generation_pb2.GenerateRequest) -> str | None:
         return None
     if not request.request_id:
         raise InvalidRequest("request_id is empty; leave it out", field="request_id")
-    return _printable(request.request_id, "request_id")
+    return printable(request.request_id, "request_id")
 
 
-def _printable(text: str, field: str) -> str:
+def printable(text: str, field: str) -> str:
+    """Return a short text for logs and headers. Raises InvalidRequest naming `field`."""
     if not _PRINTABLE.fullmatch(text):
         raise InvalidRequest(f"{field} must be at most 128 printable ASCII characters", field=field)
     return text

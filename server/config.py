@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath
 
-from lora_runtime.config import CPU_DEFAULTS, LIMITS, DeviceDefaults, EngineConfig
-from lora_runtime.errors import ConfigError
+from lora_runtime.config import CPU_DEFAULTS, LIMITS, MAX_BYTES, DeviceDefaults, EngineConfig
+from lora_runtime.errors import ConfigError, written
 from lora_runtime.settings import (
     Bytes,
     Entry,
@@ -44,6 +44,12 @@ def _checked_address(address: str) -> str:
     return address
 
 
+def _checked_url(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
+        raise ValueError("a URL, http://host:port or https://host:port")
+    return url
+
+
 def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
@@ -63,8 +69,10 @@ def _split_adapters(value: object) -> object:
 
 
 PREFIX = "LORAMUX_"
-OTHER_VARIABLES = ("ADDRESS", "CACHE", "CONFIG")
-"""Variables of no setting: a client's server, the folder of bases, the file of settings."""
+OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
+"""Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
+of settings.
+"""
 SERVICE_LINK = re.compile(
     r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -77,12 +85,17 @@ ToolCallParser = Literal[
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named"
 ]
 LogFormat = Literal["auto", "json", "console"]
+Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
 NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
 
-NETWORK, ADAPTERS, TEXT, PROCESS = "Network", "Adapters", "Text", "Logs and shutdown"
+MAX_SECONDS = 1_000_000
+"""Eleven days: longer waits mean that something else is wanted."""
+
+NETWORK, ACCESS, ADAPTERS, TEXT = "Network", "Access", "Adapters", "Text"
+PROCESS = "Logs and shutdown"
 
 
 @settings
@@ -93,11 +106,23 @@ class ServerConfig(EngineConfig):
     """host:port of the gRPC services."""
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
     """host:port of /metrics, /healthz and /readyz."""
-    max_concurrent_calls: Int = setting(default=4096, gt=0, group=NETWORK)
+    max_concurrent_calls: Int = setting(default=4096, gt=0, le=1_000_000, group=NETWORK)
     """Calls of any kind that may run or wait at once; a further one is refused."""
-    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=1_000_000, group=NETWORK)
+    max_connection_age_s: Float = setting(default=3600.0, gt=0, le=MAX_SECONDS, group=NETWORK)
     """Seconds after which a connection takes no new calls and its client connects anew; running
     calls go on."""
+
+    keys: FilePath | None = setting(default=None, group=ACCESS)
+    """File of API keys, tenants and what each may do (docs/access.md); it is read again when it
+    changes. None: everybody may do everything, so both addresses must be this machine's own."""
+    insecure: bool = setting(default=False, group=ACCESS)
+    """Listen on addresses that others reach without keys: everybody who does may do everything."""
+    tls_cert: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the server's certificate, for both ports; read again when it changes."""
+    tls_key: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the certificate's key."""
+    tls_client_ca: FilePath | None = setting(default=None, group=ACCESS)
+    """PEM file of the roots of clients' certificates, which everybody but probes must have then."""
 
     adapter_roots: Paths = setting(
         default=(), group=ADAPTERS, also=("adapter_root",), metavar="FOLDER"
@@ -112,9 +137,9 @@ class ServerConfig(EngineConfig):
     adapter_store: FilePath | None = setting(default=None, group=ADAPTERS)
     """Folder that keeps the adapters' names over a restart, and uploaded adapters by content; one
     server at a time. None: `uploads` in the cache folder."""
-    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, group=LIMITS)
+    max_upload_bytes: Bytes = setting(default=2 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all files of one uploaded adapter."""
-    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, group=LIMITS)
+    max_store_bytes: Bytes = setting(default=100 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
     are deleted."""
 
@@ -122,15 +147,20 @@ class ServerConfig(EngineConfig):
     """Format in which the models' calls of tools are read from their text. `auto`: the one that the
     chat template shows. `none`: calls stay in the text."""
 
-    engine_timeout_s: Float = setting(default=10.0, gt=0, group=PROCESS)
+    engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the
     process end. Probes fail earlier, after 4 seconds at most."""
-    drain_s: Float = setting(default=30.0, ge=0, group=PROCESS)
+    drain_s: Float = setting(default=30.0, ge=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: LogLevel = setting(default="info", group=PROCESS)
     """Least severe messages to log."""
     log_format: LogFormat = setting(default="auto", group=PROCESS)
     """`auto`: console on a terminal, JSON elsewhere."""
+    log_requests: bool = setting(default=True, group=PROCESS)
+    """Log a line for every generation that ends: ids, tokens, reason and seconds; no text."""
+    otlp_endpoint: Url = setting(default="", group=PROCESS, metavar="URL")
+    """Collector of OpenTelemetry traces, as http://localhost:4318 (OTLP over HTTP); it needs the
+    extra `tracing`. Empty: as OTEL_EXPORTER_OTLP_ENDPOINT says, else no traces."""
 
 
 SETTINGS = entries(ServerConfig)
@@ -215,7 +245,8 @@ def _device_defaults(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whole(value: object) -> int | None:
     """A positive number of a setting that is not checked yet; what is none is named later."""
-    return int(str(value)) or None if str(value).isdecimal() else None
+    text = written(value).strip("'")
+    return int(text) or None if text.isdecimal() else None
 
 
 def _defaults_of(device: str) -> DeviceDefaults:

@@ -1,4 +1,5 @@
-"""Errors on the wire and back: one table from exception class to gRPC code and reason.
+"""Errors on the wire and back: one table from exception class to gRPC code and reason, and to the
+HTTP status, type and code of OpenAI's API.
 
 A reason belongs to exactly one class, so a client gets back the class that was raised. Messages
 of errors that are the server's own fault are logged and withheld.
@@ -6,11 +7,13 @@ of errors that are the server's own fault are logged and withheld.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -23,7 +26,8 @@ from lora_runtime import errors
 
 DOMAIN = "loramux"
 ADAPTER_RESOURCE = "loramux.v1.Adapter"
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1.0
+"""Where nothing better is known."""
 MAX_ERROR_BYTES = 1024
 """Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
 MAX_FIELD_LENGTH = 200
@@ -38,31 +42,36 @@ class WireError:
 
     code: grpc.StatusCode
     reason: str
+    http_status: int
 
 
 _Code = grpc.StatusCode
 
 WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
     {
-        errors.LoramuxError: WireError(_Code.INTERNAL, "INTERNAL"),
-        errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
-        errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, "UNSUPPORTED_FEATURE"),
-        errors.ConfigError: WireError(_Code.INTERNAL, "CONFIG_ERROR"),
-        errors.BaseRefused: WireError(_Code.INTERNAL, "BASE_REFUSED"),
-        errors.DataError: WireError(_Code.INTERNAL, "DATA_ERROR"),
-        errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_ERROR"),
-        errors.AdapterNotFound: WireError(_Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
-        errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, "ADAPTER_EXISTS"),
-        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_IN_USE"),
-        errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, "ADAPTER_REFUSED"),
-        errors.AdapterSourceRefused: WireError(_Code.INVALID_ARGUMENT, "ADAPTER_SOURCE_REFUSED"),
-        errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, "BASE_MISMATCH"),
-        errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, "PARITY_FAILED"),
-        errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_TOO_LARGE"),
-        errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_FAILED"),
-        errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED"),
-        errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
-        errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE"),
+        errors.LoramuxError: WireError(_Code.INTERNAL, "INTERNAL", 500),
+        errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, "INVALID_REQUEST", 400),
+        errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, "UNSUPPORTED_FEATURE", 400),
+        errors.ConfigError: WireError(_Code.INTERNAL, "CONFIG_ERROR", 500),
+        errors.BaseRefused: WireError(_Code.INTERNAL, "BASE_REFUSED", 500),
+        errors.DataError: WireError(_Code.INTERNAL, "DATA_ERROR", 500),
+        errors.AdapterError: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_ERROR", 409),
+        errors.AdapterNotFound: WireError(_Code.NOT_FOUND, "ADAPTER_NOT_FOUND", 404),
+        errors.AdapterExists: WireError(_Code.ALREADY_EXISTS, "ADAPTER_EXISTS", 409),
+        errors.AdapterInUse: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_IN_USE", 409),
+        errors.AdapterRefused: WireError(_Code.INVALID_ARGUMENT, "ADAPTER_REFUSED", 400),
+        errors.AdapterSourceRefused: WireError(
+            _Code.INVALID_ARGUMENT, "ADAPTER_SOURCE_REFUSED", 400
+        ),
+        errors.BaseMismatch: WireError(_Code.FAILED_PRECONDITION, "BASE_MISMATCH", 400),
+        errors.ParityFailed: WireError(_Code.FAILED_PRECONDITION, "PARITY_FAILED", 400),
+        errors.AdapterTooLarge: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_TOO_LARGE", 400),
+        errors.AdapterFailed: WireError(_Code.FAILED_PRECONDITION, "ADAPTER_FAILED", 422),
+        errors.Unauthenticated: WireError(_Code.UNAUTHENTICATED, "UNAUTHENTICATED", 401),
+        errors.PermissionDenied: WireError(_Code.PERMISSION_DENIED, "PERMISSION_DENIED", 403),
+        errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED", 500),
+        errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED", 429),
+        errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE", 503),
     }
 )
 
@@ -97,9 +106,34 @@ def rich_status(error: BaseException) -> status_pb2.Status:
     wire, message = wire_error(error), public_message(error)
     field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
     status = status_pb2.Status(code=wire.code.value[0], message=message)
-    for detail in _details(wire, message, field):
+    retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S
+    for detail in _details(wire, message, field, retry_after_s):
         status.details.add().Pack(detail)
     return status
+
+
+def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Return the HTTP status of an error and the body that OpenAI's API has for it.
+
+    A field of our own calls is named as HTTP has it: `max_tokens` for `sampling.max_tokens`.
+    """
+    wire, message = wire_error(error), public_message(error)
+    field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
+    param = _HTTP_FIELDS.get(field) or field.removeprefix("sampling.")
+    if field != param and message.startswith(field):
+        message = param + message[len(field) :]
+    is_servers = wire.http_status >= 500
+    kind = _HTTP_TYPES.get(
+        wire.http_status, "server_error" if is_servers else "invalid_request_error"
+    )
+    code = _HTTP_CODES.get(wire.reason, wire.reason.lower())
+    body = {"message": message, "type": kind, "param": param or None, "code": code}
+    return wire.http_status, {"error": body}
+
+
+_HTTP_FIELDS = {"token_ids": "prompt", "text": "prompt", "name": "lora_name", "source": "lora_path"}
+_HTTP_TYPES = {429: "rate_limit_error"}
+_HTTP_CODES = {"ADAPTER_NOT_FOUND": "model_not_found", "UNAUTHENTICATED": "invalid_api_key"}
 
 
 def grpc_status(error: BaseException) -> grpc.Status:
@@ -133,7 +167,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
 
 
-def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
+def _details(wire: WireError, message: str, field: str, retry_after_s: float) -> Iterator[Message]:
     metadata = {"field": field} if field else {}
     yield error_details_pb2.ErrorInfo(reason=wire.reason, domain=DOMAIN, metadata=metadata)
     if field and wire.code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED):
@@ -143,5 +177,5 @@ def _details(wire: WireError, message: str, field: str) -> Iterator[Message]:
         yield error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, description=message)
     if wire.code in (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(RETRY_AFTER_S)
+        retry.retry_delay.FromMilliseconds(math.ceil(1000 * retry_after_s))
         yield retry

@@ -7,18 +7,18 @@ is not UTF-8 with UNKNOWN, and turns every exception into a typed status.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
+from lora_runtime.errors import ConfigError, InvalidRequest, Unavailable
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -28,12 +28,17 @@ from protos.loramux.v1 import (
     server_pb2_grpc,
 )
 from server import codec
+from server.access.caller import CURRENT
+from server.access.gate import OPEN_GATE, Gate
+from server.access.grpc_gate import GrpcGate
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
+from server.observability.calls import CallObserver
+from server.observability.grpc_calls import ObservedGrpc
+from server.running_calls import Calls
 from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
-MAX_CALLS = 4096
 MAX_CONNECTION_AGE_S = 3600.0
 RECEIVED_AT_MOST = 2
 """Times the largest message: what grpc itself refuses has none of our details, so that messages up
@@ -41,8 +46,6 @@ to this size are received and refused here.
 """
 HEALTH_PERIOD_S = 0.25
 """How often health asks whether the engine is alive."""
-CALLS_PERIOD_S = 0.02
-"""How often a stopping server looks whether its calls have ended."""
 CUT_S = 1.0
 """Seconds that calls have to answer when the drain is over."""
 PACKAGE_PREFIX = "/loramux."
@@ -62,23 +65,28 @@ async def start_grpc(
     service: Service,
     address: str,
     *,
+    gate: Gate = OPEN_GATE,
     credentials: grpc.ServerCredentials | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
-    max_calls: int = MAX_CALLS,
+    calls: Calls | None = None,
     max_connection_age_s: float = MAX_CONNECTION_AGE_S,
     is_serving: Callable[[], bool] | None = None,
+    observer: CallObserver | None = None,
 ) -> GrpcServer:
     """Serve on `host:port` and return the running server; port 0 takes any free one.
 
-    Health follows `is_serving`, or whether the engine is alive. One call more than `max_calls` is
-    refused as Overloaded. A connection of `max_connection_age_s` takes no new calls, so that its
+    `gate` says who callers are; health is open to all. Health follows `is_serving`, or whether the
+    engine is alive. `calls` counts them, together with those of HTTP; the server drains and cuts
+    both when it stops. A connection of `max_connection_age_s` takes no new calls, so that its
     client connects anew, perhaps to another server behind the same name; running calls go on.
+    `observer` hears of every call.
     Raises ConfigError (field `grpc_address`) when the address cannot be bound.
     """
-    calls = Calls(max_calls)
+    calls = calls or Calls()
     boundary = Boundary(calls, max_message_bytes)
     options = _options(max_message_bytes, max_connection_age_s)
-    server = grpc.aio.server(interceptors=[boundary], options=options)
+    observing = [] if observer is None else [ObservedGrpc(observer, _methods())]
+    server = grpc.aio.server(interceptors=[*observing, GrpcGate(gate), boundary], options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
@@ -98,42 +106,6 @@ async def start_grpc(
     running = GrpcServer(server, health_servicer, calls, is_serving or service.is_alive, port)
     await running.start()
     return running
-
-
-class Calls:
-    """The calls of our own services that run now. Health and reflection are not counted: their
-    streams stay open as long as a client likes.
-    """
-
-    def __init__(self, max_running: int) -> None:
-        self._max_running = max_running
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.is_cut = False
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the call that the current task runs. Raises Overloaded for one too many."""
-        if len(self._tasks) >= self._max_running:
-            raise Overloaded(f"{len(self._tasks)} calls are running already; try again later")
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            yield
-        finally:
-            self._tasks.discard(task)
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return when none runs any more, or after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while self._tasks and time.monotonic() < deadline:
-            await asyncio.sleep(CALLS_PERIOD_S)
-
-    def cut(self) -> None:
-        """Have each answer at once that the server is shutting down."""
-        self.is_cut = True
-        for task in self._tasks:
-            task.cancel()
 
 
 class GrpcServer:
@@ -199,7 +171,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
         call = codec.decode_generate(
-            request, context.time_remaining(), self._service.prompt_limits, context.peer()
+            request,
+            context.time_remaining(),
+            self._service.prompt_limits,
+            CURRENT.get(),
+            context.peer(),
         )
         async with aclosing(self._service.generate(call)) as events:
             async for event in events:
@@ -226,7 +202,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Load a folder under a name."""
         codec.refuse_pin(request)
         record, already_loaded = await self._service.load_adapter(
-            codec.adapter_name(request.name), request.source, replace=request.replace
+            CURRENT.get(),
+            codec.adapter_name(request.name),
+            request.source,
+            replace=request.replace,
         )
         return adapters_pb2.LoadAdapterResponse(
             adapter=codec.encode_adapter(record), already_loaded=already_loaded
@@ -237,7 +216,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Take a name away."""
         record = await self._service.unload_adapter(
-            codec.adapter_name(request.name), cancel=request.cancel, wait=request.wait
+            CURRENT.get(),
+            codec.adapter_name(request.name),
+            cancel=request.cancel,
+            wait=request.wait,
         )
         return adapters_pb2.UnloadAdapterResponse(adapter=codec.encode_adapter(record))
 
@@ -245,13 +227,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """List every adapter."""
-        return codec.encode_adapters(self._service.list_adapters())
+        return codec.encode_adapters(self._service.list_adapters(CURRENT.get()))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
     ) -> adapters_pb2.GetAdapterResponse:
         """Show one adapter."""
-        record = self._service.get_adapter(codec.adapter_name(request.name))
+        name = codec.adapter_name(request.name)
+        record = self._service.get_adapter(CURRENT.get(), name)
         return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def UploadAdapter(
@@ -265,21 +248,22 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequest("an upload begins with start; send it first", field="start")
         data = (codec.upload_data(part) async for part in request_iterator)
         call = codec.decode_upload(first.start)
-        record = await self._service.upload_adapter(call, data)
+        record = await self._service.upload_adapter(CURRENT.get(), call, data)
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: Context
     ) -> adapters_pb2.RollbackAdapterResponse:
         """Give a name its former content back."""
-        record = await self._service.rollback_adapter(codec.adapter_name(request.name))
+        name = codec.adapter_name(request.name)
+        record = await self._service.rollback_adapter(CURRENT.get(), name)
         return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def ListStoredAdapters(
         self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
     ) -> adapters_pb2.ListStoredAdaptersResponse:
         """List the content of the upload store."""
-        found = await self._service.list_stored_adapters()
+        found = await self._service.list_stored_adapters(CURRENT.get())
         return adapters_pb2.ListStoredAdaptersResponse(
             stored=[codec.encode_stored(stored) for stored in found],
             num_bytes=sum(stored.num_bytes for stored in found),
@@ -290,7 +274,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteStoredAdapterResponse:
         """Delete one content of the upload store."""
-        stored = await self._service.delete_stored_adapter(request.source)
+        stored = await self._service.delete_stored_adapter(CURRENT.get(), request.source)
         return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
 
 
@@ -304,7 +288,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
         """Show what this server is."""
-        return codec.encode_server_info(self._service.server_info())
+        return codec.encode_server_info(self._service.server_info(CURRENT.get()))
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -393,6 +377,16 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
             "at a time"
         )
     return data
+
+
+def _methods() -> set[str]:
+    """All methods of the server, as `/service/method`."""
+    pool = descriptor_pool.Default()
+    return {
+        f"/{name}/{method.name}"
+        for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        for method in pool.FindServiceByName(name).methods
+    }
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

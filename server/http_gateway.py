@@ -1,14 +1,17 @@
-"""The plain HTTP port: /metrics for Prometheus, /healthz and /readyz for probes."""
+"""The HTTP port: /metrics for Prometheus, /healthz and /readyz for probes, and the routes that it
+is given. What no route takes is answered in the form of OpenAI's errors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 
 
 class MetricsPage(Protocol):
@@ -20,10 +23,15 @@ class MetricsPage(Protocol):
 
 
 def build_http_app(
-    *, metrics: MetricsPage, is_alive: Callable[[], bool], is_ready: Callable[[], bool]
+    *,
+    metrics: MetricsPage,
+    is_alive: Callable[[], bool],
+    is_ready: Callable[[], bool],
+    routes: Iterable[BaseRoute] = (),
 ) -> Starlette:
-    """Build the routes. A probe answers 200 or 503: restart a dead server, spare a busy one.
+    """Build the application: its own routes and the given ones.
 
+    A probe answers 200 or 503: restart a dead server, spare a busy one.
     While the engine is loading neither is 200; give a probe that restarts time for that.
     """
 
@@ -42,8 +50,18 @@ def build_http_app(
             Route("/metrics", show_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
-        ]
+            *routes,
+        ],
+        exception_handlers={HTTPException: _no_route},
     )
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """404 and 405."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
 def _probe(is_good: bool, problem: str) -> Response:

@@ -69,3 +69,6 @@ async def _in_order(events: Events, has_prompt_logprobs: bool) -> Events:
             held.append(event)
         else:
             yield event
+    if is_holding:  # the output that was to bring them ended before its first token
+        for each in held:
+            yield each

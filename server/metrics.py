@@ -1,22 +1,34 @@
 """Every Prometheus series of the server; the only user of prometheus_client.
 
-Counts what the service reports and reads the engine's numbers when it is scraped. Names with
-`vllm:` mean what vLLM's mean, so its dashboards and routers work; `loramux:` ones are ours.
+Counts what the service and the wires report and reads the engine's numbers when it is scraped.
+Names with `vllm:` mean what vLLM's mean, so its dashboards and routers work; `loramux:` ones are
+ours, `grpc_server_` and `http_` ones those of the usual Prometheus middlewares.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    Summary,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from lora_runtime.core import FinishReason, RequestTiming
 from lora_runtime.engine.client import EngineClient, EngineStats
+from server.observability.calls import Rpc
 
 MAX_ADAPTER_LABELS = 200
 """Adapters with series of their own; the rest are counted under `OTHER`."""
@@ -40,6 +52,13 @@ REQUEST_BUCKETS = (
     0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
     120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods with a label of their own; a client may send any word."""
+
+# No second series for each counter, which no dashboard reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+Encode = Callable[..., bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,13 +89,19 @@ class Metrics:
         self._base, self._other, self._composition = Label(BASE), Label(OTHER), Label(COMPOSITION)
         self._totals = _Totals(self._registry, engine.info.base.name)
         self._adapters = _AdapterSeries(self._registry)
-        self._registry.register(_EngineCollector(engine, self._digests))
+        self._calls = _CallSeries(self._registry)
+        self._registry.register(_EngineCollector(engine, self._digests, self._labelled))
         ProcessCollector(registry=self._registry)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Return the exposition and its content type, in the format an Accept header asks for."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        """Return the exposition and its content type, in the format an Accept header asks for.
+
+        Names stay as they are under every scheme of escaping but `dots`, which is not offered: a
+        colon is legal in all of them. prometheus-client's OpenMetrics would write `vllm_` under
+        `underscores`, which is what Prometheus 2 gets.
+        """
+        encode, content_type = choose_encoder(accept.replace("escaping=dots", ""))
+        return cast("Encode", encode)(self._registry, escaping=ALLOWUTF8), content_type
 
     def on_started(self, adapters: tuple[str, ...]) -> Label:
         """Count a request that goes to the engine; the other methods want its label."""
@@ -88,6 +113,7 @@ class Metrics:
     def on_first_token(self, label: Label, seconds: float) -> None:
         """Observe the time to a request's first token."""
         self._totals.first_token.observe(seconds)
+        self._adapters.first_token.labels(label.name).observe(seconds)
 
     def on_tokens(self, label: Label, num_tokens: int, seconds_since_last: float | None) -> None:
         """Count new tokens; `seconds_since_last` is None for a request's first ones."""
@@ -110,6 +136,8 @@ class Metrics:
         label.num_in_flight -= 1
         self._adapters.finished.labels(label.name, reason).inc()
         self._adapters.prompt_tokens.labels(label.name).inc(num_prompt_tokens)
+        if timing is not None:
+            self._adapters.queue.labels(label.name).observe(timing.queue_s)
         self._totals.finish(reason, num_prompt_tokens, e2e_s, timing)
 
     def on_adapter_loaded(self, name: str, digest: str, nbytes: int, seconds: float) -> None:
@@ -125,10 +153,27 @@ class Metrics:
         """Delete the adapter's series; its running requests, starts too, become `OTHER`."""
         self._digests.pop(name, None)
         self._adapters.forget(name)
+        self._totals.adapter_unloads.inc()
         label = self._labelled.pop(name, None)
         if label is not None and label.num_in_flight:
             self._adapters.started.labels(OTHER).inc(label.num_in_flight)
             label.name = OTHER
+
+    def on_rpc_started(self, rpc: Rpc) -> None:
+        """Count a gRPC call that has come in."""
+        self._calls.rpc_started.labels(rpc.kind, rpc.service, rpc.method).inc()
+
+    def on_rpc_handled(self, rpc: Rpc, code: str, seconds: float) -> None:
+        """Count a gRPC call that has ended; `code` is its status's name."""
+        labels = rpc.kind, rpc.service, rpc.method
+        self._calls.rpc_handled.labels(*labels, code).inc()
+        self._calls.rpc_seconds.labels(*labels).observe(seconds)
+
+    def on_http_handled(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count an answered HTTP request; `route` is the pattern that its path matched."""
+        method = method if method in HTTP_METHODS else OTHER
+        self._calls.http_handled.labels(method, route, str(status)).inc()
+        self._calls.http_seconds.labels(method, route).observe(seconds)
 
     def _label(self, adapters: tuple[str, ...]) -> Label:
         match adapters:
@@ -151,6 +196,7 @@ class _Totals:
             return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
 
         self._model_name = model_name
+        self.adapter_unloads = counter("loramux:adapter_unloads", "Names taken away.")
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of ended requests.")
         self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.success = Counter(
@@ -159,6 +205,8 @@ class _Totals:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        for reason in FinishReason:  # so that the first of its kind is seen as an increase
+            self.success.labels(model_name, VLLM_REASONS.get(reason, reason))
         self.first_token = histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
         )
@@ -202,6 +250,19 @@ class _AdapterSeries:
         self.finished = counter("requests", "Ended requests by reason.", "finished_reason")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
         self.output_tokens = counter("generation_tokens", "Tokens generated.")
+        # Sums and counts alone: buckets for every adapter would be most of the page.
+        self.first_token = Summary(
+            "loramux:time_to_first_token_seconds",
+            "Arrival to first token.",
+            ["adapter"],
+            registry=registry,
+        )
+        self.queue = Summary(
+            "loramux:request_queue_seconds",
+            "Arrival to first step.",
+            ["adapter"],
+            registry=registry,
+        )
         self.nbytes = Gauge(
             "loramux:adapter_bytes",
             "Bytes a loaded adapter takes on the device.",
@@ -214,13 +275,48 @@ class _AdapterSeries:
             metric.remove_by_labels({"adapter": name})
 
 
+class _CallSeries:
+    """Series over the calls of both wires, named and labelled as the usual middlewares do."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        rpc = ["grpc_type", "grpc_service", "grpc_method"]
+        self.rpc_started = Counter(
+            "grpc_server_started", "gRPC calls that came in.", rpc, registry=registry
+        )
+        self.rpc_handled = Counter(
+            "grpc_server_handled", "gRPC calls by status.", [*rpc, "grpc_code"], registry=registry
+        )
+        self.rpc_seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Start to end of a gRPC call.",
+            rpc,
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.http_handled = Counter(
+            "http_requests",
+            "HTTP requests by route and status.",
+            ["method", "handler", "status"],
+            registry=registry,
+        )
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Start to end of an HTTP request.",
+            ["method", "handler"],
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+
+
 class _EngineCollector(Collector):
     """Reads the engine's own numbers at the moment of a scrape."""
 
-    def __init__(self, engine: EngineClient, digests: dict[str, str]) -> None:
+    def __init__(
+        self, engine: EngineClient, digests: Mapping[str, str], labelled: Mapping[str, Label]
+    ) -> None:
         self._engine = engine
-        self._digests = digests
-        """Adapter name → digest, kept by `Metrics`."""
+        self._digests, self._labelled = digests, labelled
+        """Adapter name → digest, and → label, kept by `Metrics`."""
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
@@ -234,6 +330,7 @@ class _EngineCollector(Collector):
             counter.add_metric([model_name], count)
             yield counter
         yield self._cache_config()
+        yield self._adapter_tiers(stats)
         yield self._lora_requests(stats)
 
     def _cache_config(self) -> Metric:
@@ -244,6 +341,18 @@ class _EngineCollector(Collector):
             labels=["block_size", "num_gpu_blocks"],
         )
         family.add_metric([str(info.block_size), str(info.num_blocks)], 1)
+        return family
+
+    def _adapter_tiers(self, stats: EngineStats) -> Metric:
+        family = GaugeMetricFamily(
+            "loramux:adapter_loaded",
+            "1 for a loaded adapter; `tier` is device where it is in the pool, else host.",
+            labels=["adapter", "tier"],
+        )
+        resident = set(stats.resident_adapters)
+        for name in self._labelled:
+            tier = "device" if self._digests[name] in resident else "host"
+            family.add_metric([name, tier], 1)
         return family
 
     def _lora_requests(self, stats: EngineStats) -> Metric:
@@ -282,4 +391,14 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("vllm:prefix_cache_queries", "Tokens looked up in the cache.", stats.num_prefix_queries),
         ("vllm:prefix_cache_hits", "Tokens found in the cache.", stats.num_prefix_hits),
         ("loramux:engine_steps", "Steps the engine has run.", stats.num_steps),
+        (
+            "loramux:adapter_pool_loads",
+            "Adapters copied into the device pool.",
+            stats.num_adapter_loads,
+        ),
+        (
+            "loramux:adapter_pool_evictions",
+            "Adapters that lost their place in it to others.",
+            stats.num_adapter_evictions,
+        ),
     ]

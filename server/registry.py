@@ -27,6 +27,7 @@ from lora_runtime.errors import (
     AdapterRefused,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
     Unavailable,
 )
 from lora_runtime.text.text_side import TextSide
@@ -36,6 +37,10 @@ from server.sources import without_path
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
+MAX_NAMES = 16_384
+"""Names that point to something or are being loaded. Contents are bounded by memory, names of one
+content are not: each is a record, a row on the disk and a label of the metrics.
+"""
 MAX_WAITING_WRITES = 1024
 NUM_RESTORED_AT_ONCE = 4
 
@@ -47,8 +52,18 @@ Settle: TypeAlias = Callable[[], Awaitable[None]]
 Resolve: TypeAlias = Callable[[str, str], Awaitable[tuple[Path, FolderRules]]]
 """From a name and its source to the folder and what must hold of it."""
 
+Sees: TypeAlias = Callable[[str], bool]
+"""Tells whether a name may exist for a caller. What does not is looked up as what is not there: the
+same work and the same error.
+"""
+
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+def sees_all(name: str) -> bool:
+    """Hide nothing."""
+    return True
 
 
 async def no_review(loaded: LoadedAdapter) -> Reviewed:
@@ -94,12 +109,12 @@ class Registry:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def resolve(self, name: str, *, field: str = "name") -> AdapterRecord:
+    def resolve(self, name: str, *, field: str = "name", sees: Sees = sees_all) -> AdapterRecord:
         """Return the loaded adapter of that name.
 
         Raises AdapterNotFound naming `field`, or Unavailable while it is loaded after a restart.
         """
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is not None and record.state is AdapterState.LOADED:
             return record
         if record is None or name not in self._kept:
@@ -121,9 +136,9 @@ class Registry:
             for record in records:
                 record.num_in_flight -= 1
 
-    def get(self, name: str) -> AdapterRecord:
+    def get(self, name: str, *, sees: Sees = sees_all) -> AdapterRecord:
         """Return the record of a name, failed or loading too. Raises AdapterNotFound."""
-        record = self._records.get(name)
+        record = self._find(name, sees)
         if record is None:
             raise AdapterNotFound(f"adapter {name!r} is not known", field="name")
         return record
@@ -150,8 +165,8 @@ class Registry:
         leaves when its last request ends. The same content from another source is read from there
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
         `review` adds to its notes, and `settle` is awaited before the name points to it. Raises
-        AdapterExists, InvalidRequest (the base's name) and whatever the engine and those two
-        raise; nothing has changed then.
+        AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and whatever
+        the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
         return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
@@ -188,9 +203,17 @@ class Registry:
         return {digest: tuple(sorted(names)) for digest, names in found.items()}
 
     def check_name(self, name: str) -> None:
-        """Raise InvalidRequest (field `name`) for the base's name."""
+        """Raise InvalidRequest (field `name`) for the base's name, Overloaded for a further name
+        beside MAX_NAMES.
+        """
         if name == self._base_name:
             raise InvalidRequest(f"{name!r} is the name of the base; choose another", field="name")
+        if name not in self._records and len(self._records) >= MAX_NAMES:
+            raise Overloaded(
+                f"{len(self._records)} names of adapters are known, and no more are allowed; "
+                "unload some first",
+                field="name",
+            )
 
     async def rollback(self, name: str) -> AdapterRecord:
         """Swap a name's content and its former one, at once; running requests end on theirs.
@@ -492,6 +515,10 @@ class Registry:
             raise
         finally:
             self._draining.discard(record)
+
+    def _find(self, name: str, sees: Sees) -> AdapterRecord | None:
+        is_seen, record = sees(name), self._records.get(name)
+        return record if is_seen else None
 
     def _held(self, name: str) -> AdapterRecord | None:
         record = self._records.get(name)

@@ -10,8 +10,8 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from lora_runtime.engine.request_rules import (
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
     AdapterInUse,
+    AdapterNotFound,
     AdapterSourceRefused,
     InvalidRequest,
     LoramuxError,
@@ -49,16 +50,22 @@ from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
+from lora_runtime.text.token_bytes import TokenBytes
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.audit import audited, log_missing
+from server.access.caller import Caller
+from server.access.quotas import Quotas
 from server.calls import (
     AdapterRecord,
     AdapterState,
     ChatPrompt,
+    Delta,
     Event,
     Finished,
     GenerateCall,
     Prompt,
     PromptLimits,
+    PromptLogprobs,
     ServerInfo,
     Started,
     StoredAdapter,
@@ -68,6 +75,7 @@ from server.calls import (
 )
 from server.composition import depth, text_side
 from server.merging import merged
+from server.observability.records import RequestWatcher, watched
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
 from server.sources import Sources
@@ -122,8 +130,10 @@ class Service:
         observer: RequestObserver,
         base_name: str,
         tool_call_parser: str = "auto",
+        watchers: Sequence[RequestWatcher] = (),
     ) -> None:
         """tool_call_parser: see `tools.tool_use`."""
+        self._quotas = Quotas()
         self._engine = engine
         self._structures = StructureCompiler(
             lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
@@ -135,6 +145,7 @@ class Service:
         self._sources = sources
         self._store = store
         self._observer = observer
+        self._watchers = watchers
         self._base_name = base_name
         self._versions = installed_versions()
         self._tokenisers = WorkerPool(
@@ -162,14 +173,30 @@ class Service:
         """End the processes that try definitions of structured output."""
         self._structures.close()
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
         Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
         failures are raised in place of `Finished`.
         """
-        deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+        events = self._within_quotas(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         check_num_outputs(call.num_outputs)
+        with self._quotas.request(call.caller, call.num_outputs) as spend:
+            async with aclosing(self._generate(call)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        spend(len(event.token_ids))
+                    elif isinstance(event, Started):
+                        spend(event.num_prompt_tokens)
+                    yield event
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         with self._place(call.client, call.num_outputs):
             prompt, records, side, structure = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
@@ -181,8 +208,9 @@ class Service:
             sampling=sampling,
             adapters=uses([record.digest for record in records], call.adapters),
             structure=structure,
-            cache_salt=call.cache_salt,
+            cache_salt=call.caller.cache_salt(call.cache_salt),
             client=call.client,
+            weight=call.caller.limits.weight,
             priority=call.priority,
             deadline=deadline,
         )
@@ -190,6 +218,8 @@ class Service:
         started = Started(
             request_id=call.request_id or first.request_id,
             num_prompt_tokens=len(prompt),
+            prompt_token_ids=first.prompt_token_ids,
+            side=side,
             notes=(*request_notes(facts, prompt), *self._tool_notes(call, tools)),
         )
         outputs = [
@@ -242,29 +272,40 @@ class Service:
         return await pool.run(function, prompt)
 
     async def load_adapter(
-        self, name: str, source: str, *, replace: bool = False
+        self, caller: Caller, name: str, source: str, *, replace: bool = False
     ) -> tuple[AdapterRecord, bool]:
-        """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`."""
-        with _refusals_logged(name, source):
+        """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`.
+
+        Raises PermissionDenied, as all that changes something does.
+        """
+        with audited(caller, "load", adapter=name, source=source), _refusals_logged(name, source):
+            caller.check_manages(name)
+            caller.check_source(source)
             folder, rules = await self._resolve(source)
-            with self._store.in_use(rules.sha256):
+            with self._store.in_use(rules.sha256), self._counted(caller, name):
                 return await self._load(name, folder, source, replace, rules)
 
-    async def upload_adapter(self, call: UploadCall, data: AsyncIterator[bytes]) -> AdapterRecord:
+    async def upload_adapter(
+        self, caller: Caller, call: UploadCall, data: AsyncIterator[bytes]
+    ) -> AdapterRecord:
         """Receive an adapter's files, load them like a folder, and keep them in the store.
 
         Its source is then the store's name of the content, which `load_adapter` takes again. What
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
         `Registry.load` for what is raised.
         """
-        with _refusals_logged(call.name, "an upload"):
+        logged = _refusals_logged(call.name, "an upload")
+        with audited(caller, "upload", adapter=call.name), logged:
+            caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            async with self._store.receive(call, data) as upload:
-                num_bytes = sum(file.num_bytes for file in call.files)
-                logger.info(
-                    "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
-                )
-                return await to_the_end(self._load_upload(call, upload))
+            counted = self._counted(caller, call.name)
+            with counted:
+                async with self._store.receive(call, data) as upload:
+                    num_bytes = sum(file.num_bytes for file in call.files)
+                    logger.info(
+                        "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
+                    )
+                    return await to_the_end(self._load_upload(call, upload))
 
     async def preload(self, name: str, folder: Path) -> None:
         """Load a folder that the operator named, wherever it lies, in place of what the name held.
@@ -288,52 +329,90 @@ class Service:
 
         await self._registry.restore(resolve, self._review, coming=preloaded.keys())
 
-    async def rollback_adapter(self, name: str) -> AdapterRecord:
+    async def rollback_adapter(self, caller: Caller, name: str) -> AdapterRecord:
         """Give a name its former content back; see `Registry.rollback`."""
-        return await self._registry.rollback(name)
+        with audited(caller, "rollback", adapter=name):
+            caller.check_manages(name)
+            return await self._registry.rollback(name)
 
     async def unload_adapter(
-        self, name: str, *, cancel: bool = False, wait: bool = False
+        self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
         """Take a name away; see `Registry.unload`."""
-        return await self._registry.unload(name, cancel=cancel, wait=wait)
+        with audited(caller, "unload", adapter=name):
+            caller.check_manages(name)
+            return await self._registry.unload(name, cancel=cancel, wait=wait)
+
+    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+        """Return the text of token ids, as an adapter's own text side has them or as the base.
+
+        Raises InvalidRequest (field `token_ids`).
+        """
+        decoder = self._tokenizer.with_added(side.added if side else None)
+        return decoder.decode(self._checked(token_ids))
+
+    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+        """Return what gives each token's bytes, as an adapter's own text side has them."""
+        return self._tokenizer.token_bytes(side.added if side else None)
+
+    def side_of(self, caller: Caller, name: str) -> TextSide | None:
+        """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
+        `model`), or Unavailable while it is loaded again after a restart.
+        """
+        with _missing_logged(caller, name):
+            return self._registry.resolve(name, field="model", sees=caller.sees).text
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, which no adapter may have."""
+        return self._base_name
 
     @property
     def max_store_bytes(self) -> int:
         """The most bytes that the store of uploaded adapters may hold."""
         return self._store.max_bytes
 
-    async def list_stored_adapters(self) -> list[StoredAdapter]:
-        """Return what uploads have left in the store, and which names hold it."""
-        found, holders = await self._store.stored(), self._registry.holders()
-        return [replace(stored, adapters=holders.get(stored.source, ())) for stored in found]
+    async def list_stored_adapters(self, caller: Caller) -> list[StoredAdapter]:
+        """Return what uploads have left in the store, and which names hold it: to an operator of
+        some adapters what their names hold.
+        """
+        caller.check_manages()
+        held, shown = self._registry.holders(), []
+        for stored in await self._store.stored():
+            names = tuple(filter(caller.sees, held.get(stored.source, ())))
+            if names or caller.is_over_all:
+                shown.append(replace(stored, adapters=names))
+        return shown
 
-    async def delete_stored_adapter(self, source: str) -> StoredAdapter:
-        """Delete a content from the store; return what it was.
+    async def delete_stored_adapter(self, caller: Caller, source: str) -> StoredAdapter:
+        """Delete a content from the store; return what it was. An operator of all adapters may.
 
         Raises AdapterNotFound, or AdapterInUse while a name holds it or would go back to it.
         """
-        stored = await self._store.find(source)
-        if holders := self._registry.holders().get(stored.source):
-            raise AdapterInUse(
-                f"{source} is held by {', '.join(holders)[:200]}; unload that first",
-                field="source",
-            )
-        await self._store.delete(stored)
+        with audited(caller, "delete", source=source):
+            caller.check_over_all()
+            stored = await self._store.find(source)
+            if holders := self._registry.holders().get(stored.source):
+                raise AdapterInUse(
+                    f"{source} is held by {', '.join(holders)[:200]}; unload that first",
+                    field="source",
+                )
+            await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
 
-    def list_adapters(self) -> list[AdapterRecord]:
-        """Return every adapter by name."""
-        return self._registry.records()
+    def list_adapters(self, caller: Caller) -> list[AdapterRecord]:
+        """Return every adapter that the caller may see, by name."""
+        return [record for record in self._registry.records() if caller.sees(record.name)]
 
-    def get_adapter(self, name: str) -> AdapterRecord:
-        """Return one adapter. Raises AdapterNotFound."""
-        return self._registry.get(name)
+    def get_adapter(self, caller: Caller, name: str) -> AdapterRecord:
+        """Return one adapter. Raises AdapterNotFound, also for one that the caller may not see."""
+        with _missing_logged(caller, name):
+            return self._registry.get(name, sees=caller.sees)
 
-    def server_info(self) -> ServerInfo:
-        """Return facts about this server."""
-        records = self._registry.records()
+    def server_info(self, caller: Caller) -> ServerInfo:
+        """Return facts about this server, of adapters as far as the caller may see them."""
+        records = self.list_adapters(caller)
         return ServerInfo(
             versions=self._versions,
             base_name=self._base_name,
@@ -385,6 +464,11 @@ class Service:
             rules=rules,
             settle=settle,
         )
+
+    def _counted(self, caller: Caller, name: str) -> AbstractContextManager[None]:
+        """Count a name that is about to be loaded among its tenant's adapters."""
+        held = [r.name for r in self.list_adapters(caller) if r.state is not AdapterState.FAILED]
+        return self._quotas.adapter(caller, name, held)
 
     @contextmanager
     def _place(self, client: str, num_outputs: int) -> Iterator[None]:
@@ -448,10 +532,12 @@ class Service:
             yield UNKNOWN_FORMAT
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
-        return [
-            self._registry.resolve(choice.name, field=f"adapters[{index}].name")
-            for index, choice in enumerate(call.adapters)
-        ]
+        found = []
+        for index, choice in enumerate(call.adapters):
+            with _missing_logged(call.caller, choice.name):
+                field, sees = f"adapters[{index}].name", call.caller.sees
+                found.append(self._registry.resolve(choice.name, field=field, sees=sees))
+        return found
 
     async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
         """Read an adapter's own text files. Raises AdapterRefused."""
@@ -522,6 +608,8 @@ class Service:
                     if not is_started:
                         is_started = True
                         yield started
+                    if output.prompt_logprobs is not None:
+                        yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
                     delta = delta_of(text, output, index)
                     reason, timing = text.finish_reason(output), output.timing
@@ -551,6 +639,15 @@ def _requests(first: Request, num_outputs: int) -> list[Request]:
         first if index == 0 else replace(first, request_id=uuid.uuid4().hex, sampling=sampling)
         for index, sampling in enumerate(params_of_outputs(first.sampling, num_outputs))
     ]
+
+
+@contextmanager
+def _missing_logged(caller: Caller, name: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterNotFound as error:
+        log_missing(caller, name, error)
+        raise
 
 
 @contextmanager

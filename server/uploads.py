@@ -10,6 +10,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -31,6 +32,8 @@ MAX_RUNNING_UPLOADS = 16
 MAX_STORE_BYTES = 100 << 30
 IDLE_S = 30.0
 """An upload that sends nothing for so long is ended: it holds one of the places above."""
+MIN_BYTES_PER_S = 16 << 10
+"""One that sends less, a byte now and then or empty chunks, is ended too, IDLE_S later."""
 NUM_DISK_THREADS = 4
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -167,7 +170,8 @@ class AdapterStore:
 
     async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
         upload = Upload(call.files, folder)
-        while (part := await _next_part(data)) is not None:
+        pace = _Pace()
+        while (part := await _next_part(data, pace)) is not None:
             await self._in_thread(upload.write, part)
         await self._in_thread(upload.finish)
         return upload
@@ -284,14 +288,35 @@ class Upload:
         return (self.folder / file.name).open("ab")
 
 
-async def _next_part(data: AsyncIterator[bytes]) -> bytes | None:
+async def _next_part(data: AsyncIterator[bytes], pace: _Pace) -> bytes | None:
     try:
-        async with asyncio.timeout(IDLE_S):
-            return await anext(data, None)
+        async with asyncio.timeout(pace.left_s()):
+            part = await anext(data, None)
     except TimeoutError:
         raise InvalidRequest(
-            f"nothing came for {IDLE_S:.0f} s; send the whole adapter again", field="chunk.data"
+            f"nothing came for {IDLE_S:.0f} s, or less than {MIN_BYTES_PER_S} bytes a second; send "
+            "the whole adapter again",
+            field="chunk.data",
         ) from None
+    pace.num_bytes += len(part or b"")
+    return part
+
+
+class _Pace:
+    """How fast the bytes of one upload come."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self.num_bytes = 0
+
+    def left_s(self) -> float:
+        """Seconds that the next part may take. Raises TimeoutError when there are none: parts that
+        are there already come without a wait, which no timeout sees.
+        """
+        end = self._begun + IDLE_S + self.num_bytes / MIN_BYTES_PER_S
+        if (left := end - time.monotonic()) <= 0:
+            raise TimeoutError
+        return min(left, IDLE_S)
 
 
 def _digest_on_disk(folder: Path) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_runtime.base.loader import Base
 from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
-from lora_runtime.core import AdapterUse, FinishReason, Request, SamplingParams
+from lora_runtime.core import AdapterUse, FinishReason, Request, SamplingParams, TokenLogprob
 from lora_runtime.engine.engine import Engine
 from lora_runtime.errors import LoramuxError
 
@@ -23,6 +23,8 @@ class Trace:
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     num_terminals: int = 0
+    prompt_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    """Every time that they were given."""
 
 
 def tiny_engine(
@@ -92,6 +94,8 @@ def run(engine: Engine, requests: list[Request], *, arrivals: dict[str, int] | N
         for output in engine.step():
             trace = traces[output.request_id]
             trace.token_ids += output.token_ids
+            if output.prompt_logprobs is not None:
+                trace.prompt_logprobs.append(output.prompt_logprobs)
             if output.finish_reason is not None:
                 trace.finish_reason, trace.error = output.finish_reason, output.error
                 trace.num_terminals += 1

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,9 @@ class ByteTokenizer:
 
     def with_added(self, added: object) -> ByteTokenizer:
         return self
+
+    def token_bytes(self, added: object = None) -> Callable[[int], bytes]:
+        return lambda i: b"<end>" if i == EOS_ID else bytes([i])
 
     def encode_rendered(self, text: str) -> list[int]:
         return self.encode(text)
@@ -268,10 +271,18 @@ class ScriptedEngine:
             reason = FinishReason.ERROR
         num_logprobs = request.sampling.num_logprobs
         top = () if not num_logprobs else ((token, -0.5),) * num_logprobs
+        num_prompt = request.sampling.num_prompt_logprobs
+        prompt_logprobs = None
+        if index == 0 and num_prompt is not None:
+            prompt_logprobs = tuple(
+                TokenLogprob(-float(token_id), ((token_id, -0.25),) * num_prompt)
+                for token_id in request.prompt_token_ids[1:]
+            )
         return StepOutput(
             request_id=request.request_id,
             token_ids=(token,),
             logprobs=() if num_logprobs is None else (TokenLogprob(-0.5, top),),
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             error=error,
             timing=RequestTiming(queue_s=0.1, prefill_s=0.2, decode_s=0.3) if reason else None,

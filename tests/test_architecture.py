@@ -32,7 +32,9 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 """All that the client imports of ours: nothing of the service side."""
 
 GRPC_DOORS = [
-    "server.grpc_server", "server.app", "server.errors", "server.client", "server.client.channel",
+    "server.access.grpc_gate", "server.access.tls", "server.grpc_server", "server.app",
+    "server.errors", "server.client", "server.client.channel",
+    "server.observability.grpc_calls",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
@@ -47,18 +49,21 @@ DOORS = {
     "huggingface_hub": ["lora_runtime.base.catalog"],
     "jinja2": ["lora_runtime.text.template_check"],
     "llguidance": ["lora_runtime.text.structured_output", "lora_runtime.text.structure_compiler"],
+    "opentelemetry": ["server.observability.tracing"],
     "matplotlib": ["lora_runtime.training.report.files"],
     "prometheus_client": ["server.metrics"],
     "protos": ["server.*"],
     "pyarrow": ["lora_runtime.training.rows"],
     "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
-                 "server.config", "server.cli.settings"],
+                 "server.access.keys", "server.config", "server.cli.settings",
+                 "server.openai.schema"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.report.progress",
              "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
-    "starlette": ["server.http_gateway", "server.app"],
+    "starlette": ["server.http_gateway", "server.app", "server.openai.*",
+                  "server.page.routes"],
     "structlog": ["server.*"],
     "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
     "transformers": ["lora_runtime.base.*", "lora_runtime.text.*",
@@ -66,7 +71,7 @@ DOORS = {
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
     "uvicorn": ["server.app"],
-    "yaml": ["server.cli.serve", "lora_runtime.settings"],
+    "yaml": ["server.cli.keys", "server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}
@@ -80,6 +85,7 @@ DISTRIBUTIONS = {
     "grpc_reflection": "grpcio-reflection",
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
+    "opentelemetry": "opentelemetry-sdk",
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import torch
 
 from lora_runtime.adapters.packed_adapter import PackedAdapter
+from lora_runtime.base.device import memory_bytes
 from lora_runtime.errors import Overloaded
+
+CPU = torch.device("cpu")
 
 
 class HostCache:
@@ -13,7 +16,7 @@ class HostCache:
 
     def __init__(self, max_bytes: int | None = None) -> None:
         """`max_bytes`: what all adapters together may take; None: half of the machine's memory."""
-        self._max_bytes = max_bytes or _machine_bytes() // 2
+        self._max_bytes = max_bytes or memory_bytes(CPU) // 2
         self._adapters: dict[str, PackedAdapter] = {}
         self._references: dict[str, int] = {}
 
@@ -57,7 +60,3 @@ class HostCache:
         """Forget an adapter without references."""
         assert not self.is_referenced(digest)
         del self._adapters[digest], self._references[digest]
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

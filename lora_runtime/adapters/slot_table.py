@@ -81,6 +81,10 @@ class SlotTable:
         self._resident: OrderedDict[str, AdapterPlacement] = OrderedDict()
         self._pins: dict[str, int] = {}
         self._vacated: set[int] = set()
+        self.num_loads = 0
+        """Times that an adapter was given a place."""
+        self.num_evictions = 0
+        """Times that one lost its place to make room for another."""
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -124,8 +128,9 @@ class SlotTable:
         # Enough bytes may be free and no hole large enough: an empty pool has one hole.
         if acquired is None and not self._pins:
             for resident in list(self._resident):
-                self.evict(resident)
+                self._make_room(resident)
             acquired = self._acquire_each(digests)
+        self.num_loads += sum(got.load is not None for got in acquired or ())
         return acquired
 
     def has_room(self, digests: Sequence[str]) -> bool:
@@ -168,7 +173,7 @@ class SlotTable:
                 victim = next((other for other in self._resident if other not in self._pins), None)
                 if victim is None:
                     return None
-                self.evict(victim)
+                self._make_room(victim)
         self._resident.move_to_end(digest)  # the order of `_resident` is that of last use
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
@@ -204,6 +209,10 @@ class SlotTable:
         self._vacated.discard(placement.slot)
         self._resident[digest] = placement
         return placement
+
+    def _make_room(self, victim: str) -> None:
+        self.evict(victim)
+        self.num_evictions += 1
 
     def evict(self, digest: str) -> None:
         """Take an adapter that no request pins out of its slot; it stays known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lora_runtime.config import CPU_DEFAULTS, DeviceDefaults, cuda_defaults
@@ -39,7 +41,26 @@ def device_defaults(name: str) -> DeviceDefaults:
     device = resolve_device(name)
     if device.type != "cuda":
         return CPU_DEFAULTS
-    return cuda_defaults(torch.cuda.get_device_properties(device).total_memory)
+    return cuda_defaults(memory_bytes(device))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has in all; for the CPU those of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(device: torch.device, num_bytes: int, field: str) -> None:
+    """Raise ConfigError naming the setting `field` where it asks for more memory than there is.
+
+    A CPU would be given it, and the process would end when it is written to.
+    """
+    if num_bytes > (total := memory_bytes(device)):
+        raise ConfigError(
+            f"{field} takes {num_bytes} bytes of memory, and {device} has {total} in all; lower it",
+            field=field,
+        )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -45,4 +45,4 @@ def _canonical_bytes(name: str, tensor: Tensor) -> memoryview:
     if tensor.is_floating_point() and not name.endswith(QUANTIZER_STATE):
         tensor = tensor.to(torch.bfloat16)
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)

@@ -7,11 +7,12 @@ the tokenizer is corrected here from the file's own metadata.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
 from tokenizers import decoders, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lora_runtime.errors import BaseRefused
@@ -47,7 +48,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _correct(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader) -> None:
+def _correct(tokenizer: Any, reader: GGUFReader) -> None:
     """Set the special tokens, the decoder and the splitting of digits as the file has them."""
     for name, attribute in SPECIAL_TOKENS.items():
         if (field := reader.get_field(f"tokenizer.ggml.{name}_token_id")) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,9 @@ class Base:
         attention: Attention | LayerSteps,
     ) -> Tensor:
         """The first part of `forward`: what the output layer is given of each token, (T, H)."""
-        is_reordered = isinstance(attention, LayerSteps)
-        model: Any = self.reordered(attention.layers) if is_reordered else self.model
+        model: Any = self.model
+        if isinstance(attention, LayerSteps):
+            model = self.reordered(attention.layers)
         out = model.get_decoder()(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
@@ -189,7 +190,7 @@ def prepare_base(
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_linears(linears.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
-    if can_run_on_gpu(model.get_input_embeddings().weight):
+    if can_run_on_gpu(cast(Tensor, model.get_input_embeddings().weight)):
         stack_linears(model)
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, name_or_path, linears)
@@ -218,7 +219,8 @@ def _spec(
     linears: Mapping[str, AdaptedLinear],
 ) -> BaseSpec:
     """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     return BaseSpec(
         name=name,
@@ -241,7 +243,8 @@ def _spec(
 
 def _adapt_vocabulary(model: PreTrainedModel, spec: BaseSpec, context: StepContext) -> None:
     """Let adapters act on the embedding and the output layer too."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     model.set_input_embeddings(AdaptedEmbedding(spec.embedding, embedding, context))
     model.set_output_embeddings(AdaptedHead(spec.head, head, context))
 
@@ -288,13 +291,14 @@ def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, 
 
 def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
     """What makes a frozen layer of a dense weight and a bias."""
-    return {
+    makers: dict[str, Callable[..., FrozenLinear]] = {
         "none": DenseLinear,
         "nf4": QuantLinear,
         "nf4-double": partial(QuantLinear, is_nested=True),
         "fp4": partial(QuantLinear, quant_type="fp4"),
         "int8": Int8Linear,
-    }[quantization]
+    }
+    return makers[quantization]
 
 
 def _freeze_linears(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,10 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lora_runtime.base.model.quant_linear import DenseLinear
 from lora_runtime.errors import BaseRefused
-
-Linear = nn.Linear | DenseLinear
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -39,13 +37,14 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
     stored = _half_dtype(folder) if dtype == torch.float32 else None
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=stored or dtype,
         local_files_only=True,
         attn_implementation="eager",
         output_loading_info=True,
     )
+    model, found = loaded
     _check_complete(found)
     return model if stored is None else _in_float32(model)
 
@@ -86,15 +85,17 @@ def place(model: PreTrainedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def visiting(linears: Iterable[Linear], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def visiting(
+    linears: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
     """While inside, each of `linears` has its weight on `device` in `dtype` when it runs."""
     stored: dict[nn.Module, Tensor] = {}
 
-    def arrive(linear: Linear, _args: object) -> None:
+    def arrive(linear: Any, _args: object) -> None:
         stored[linear] = linear.weight.data
         linear.weight.data = linear.weight.data.to(device, dtype)
 
-    def leave(linear: Linear, _args: object, _output: object) -> None:
+    def leave(linear: Any, _args: object, _output: object) -> None:
         linear.weight.data = stored.pop(linear)
 
     hooks = []
@@ -124,7 +125,7 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
     Built anew, because a model computes some of its buffers in the dtype it is built in.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             stored.config, dtype=torch.float32, attn_implementation="eager"
         )
     model.load_state_dict(stored.state_dict(), assign=True)

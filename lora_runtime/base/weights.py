@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,7 +90,8 @@ class BaseWeights:
 
     def vocabulary_rows(self, path: str, rows: slice) -> Tensor:
         """Rows of the embedding's or head's weight, (n, hidden) in the compute dtype."""
-        weight = self._embedding if path == self._spec.embedding else self._module(path).weight
+        is_embedding = path == self._spec.embedding
+        weight: Any = self._embedding if is_embedding else self._module(path).weight
         return weight.detach()[rows].to(self.dtype).cpu()
 
     def original(self, path: str) -> Tensor:
@@ -111,10 +113,11 @@ class BaseWeights:
 
     @property
     def _embedding(self) -> Tensor:
-        return self._model.get_submodule(self._spec.embedding).weight.detach()
+        embedding: Any = self._model.get_submodule(self._spec.embedding)
+        return embedding.weight.detach()
 
     def _module(self, path: str) -> FrozenLinear:
-        module = self._model.get_submodule(path)
+        module: Any = self._model.get_submodule(path)
         frozen: FrozenLinear = getattr(module, "linear", module)
         return frozen
 

@@ -13,6 +13,25 @@ from lora_runtime.kernels import AttentionMeta, SlotUse, Span, StepMeta, spans_o
 
 Rows = tuple[ScheduledRow, ...]
 
+MAX_SCORED = 128
+"""Prompt tokens that are scored at a time: each takes logits of the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Up to MAX_SCORED tokens g of a step after which the prompt's own next token is scored.
+
+    rows: the parts of rows that they are. positions (g,) int64: where they lie in the step;
+    next_tokens (g,) int64: the tokens to score; num_top: how many most likely ones beside each;
+    head_adapters: on these g tokens.
+    """
+
+    rows: Rows
+    positions: Tensor
+    next_tokens: Tensor
+    num_top: int
+    head_adapters: StepMeta | None
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -29,6 +48,8 @@ class ForwardBatch:
     adapters: StepMeta | None
     logits_at: Tensor
     head_adapters: StepMeta | None
+    scored: tuple[ScoredTokens, ...] = ()
+    """The tokens behind which prompts are scored, in groups."""
 
 
 def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -52,6 +73,39 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
         adapters=StepMeta.build(spans(rows), device),
         logits_at=to_device(torch.tensor(ends, dtype=torch.int64), device),
         head_adapters=StepMeta.build(spans(sampled_tokens(rows)), device),
+        scored=tuple(_scored(group, device) for group in _groups(rows)),
+    )
+
+
+def _groups(rows: Rows) -> list[list[tuple[ScheduledRow, int]]]:
+    """Parts of rows to be scored, and where each begins in the step: in groups of up to MAX_SCORED
+    tokens.
+    """
+    groups: list[list[tuple[ScheduledRow, int]]] = []
+    room = 0
+    for scheduled, first in zip(rows, first_tokens(rows)[:-1], strict=True):
+        done = 0
+        while done < scheduled.num_scored:
+            if room == 0:
+                groups.append([])
+                room = MAX_SCORED
+            size = min(room, scheduled.num_scored - done)
+            part = ScheduledRow(scheduled.row, scheduled.start + done, size)
+            groups[-1].append((part, first + done))
+            done, room = done + size, room - size
+    return groups
+
+
+def _scored(group: list[tuple[ScheduledRow, int]], device: torch.device) -> ScoredTokens:
+    rows = tuple(part for part, _ in group)
+    positions = [p for part, first in group for p in range(first, first + part.num_tokens)]
+    next_tokens = [t for part in rows for t in part.row.token_ids[part.start + 1 : part.end + 1]]
+    return ScoredTokens(
+        rows=rows,
+        positions=to_device(torch.tensor(positions), device),
+        next_tokens=to_device(torch.tensor(next_tokens), device),
+        num_top=max(part.row.request.sampling.num_prompt_logprobs or 0 for part in rows),
+        head_adapters=StepMeta.build(spans(rows), device),
     )
 
 

@@ -51,9 +51,10 @@ class BlockManager:
     def find(self, row: Row) -> list[int]:
         """The cached blocks that hold a new row's leading tokens, in block table order.
 
-        Whole blocks with all their planes, and never the last token: its logits are needed.
+        Whole blocks with all their planes, and never the last token: its logits are needed. None
+        for a row that needs those of its prompt.
         """
-        if not self._is_caching:
+        if not self._is_caching or row.lacks_prompt_logprobs:
             return []
         num_whole = (len(row.token_ids) - 1) // self.block_size
         self._extend_keys(row, num_whole)

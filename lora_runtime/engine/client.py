@@ -94,6 +94,10 @@ class EngineStats:
     """Client → its requests among `num_waiting`; clients without any are left out."""
     num_failed_in_a_row: int = 0
     """Requests that ended by an unforeseen error since a request last got a token."""
+    num_adapter_loads: int = 0
+    """Times that an adapter was copied into the device pool."""
+    num_adapter_evictions: int = 0
+    """Times that one lost its place there to another."""
 
 
 class EngineClient(Protocol):

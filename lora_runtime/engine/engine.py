@@ -19,10 +19,12 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, p
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
+from lora_runtime.base.device import check_memory
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
     ANY_FOLDER,
+    MAX_PROMPT_LOGPROBS,
     AdapterUse,
     FinishReason,
     FolderRules,
@@ -78,6 +80,7 @@ class Engine:
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
         has_graphs = config.cuda_graphs and base.device.type == "cuda"
+        check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,
             config.adapters.pool_bytes,
@@ -280,12 +283,12 @@ class Engine:
         while len(self._started) > num_steps_ahead:
             plan, drawn = self._started.popleft()
             try:
-                sampled = drawn.result()
+                sampled, prompts = drawn.result(), drawn.prompt_chunks()
             except Exception as cause:  # nothing tells which of the rows it was
                 self._outputs += [self.scheduler.fail(row, cause) for row in _live(plan)]
                 self.runner.check()
             else:
-                self._outputs += self.scheduler.commit(plan, sampled)
+                self._outputs += self.scheduler.commit(plan, sampled, prompts)
 
     def _run_each(self, plan: ScheduledBatch) -> None:
         """Run the rows of a failed step one by one, with no step in flight; those that fail end.
@@ -299,13 +302,14 @@ class Engine:
             num_run += 1
             alone = ScheduledBatch((scheduled,))
             try:
-                sampled = self.runner.start(alone).result()
+                drawn = self.runner.start(alone)
+                sampled, prompts = drawn.result(), drawn.prompt_chunks()
             except Exception as cause:
                 num_failed += 1
                 self._outputs.append(self.scheduler.fail(scheduled.row, cause))
             else:
                 self.scheduler.advance(alone)
-                self._outputs += self.scheduler.commit(alone, sampled)
+                self._outputs += self.scheduler.commit(alone, sampled, prompts)
         if num_failed == num_run:
             self.runner.check()
 
@@ -331,6 +335,8 @@ class Engine:
             running_adapters=digests(self.scheduler.running),
             waiting_adapters=digests(list(self.scheduler.waiting)),
             resident_adapters=self.slots.resident,
+            num_adapter_loads=self.slots.num_loads,
+            num_adapter_evictions=self.slots.num_evictions,
         )
 
     def check_integrity(self) -> None:
@@ -373,6 +379,7 @@ class Engine:
         self._check_token_ids(request.sampling.stop_token_ids, "sampling.stop_token_ids")
         biased = [token_id for token_id, _ in request.sampling.logit_bias]
         self._check_token_ids(biased, "sampling.logit_bias")
+        _check_prompt_logprobs(num_prompt, request.sampling.num_prompt_logprobs)
         if (request.structure is None) != (request.sampling.structured_output is None):
             raise InvalidRequest(
                 "sampling.structured_output has not been compiled for this request",
@@ -403,6 +410,15 @@ class Engine:
                 f"{field}.start_position is {use.start_position}; it must not be negative",
                 field=f"{field}.start_position",
             )
+
+
+def _check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None) -> None:
+    if num_top is not None and num_prompt_tokens * (1 + num_top) > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"sampling.prompt_logprobs is {num_top}; with {num_prompt_tokens} tokens at most "
+            f"{MAX_PROMPT_LOGPROBS // num_prompt_tokens - 1} are given",
+            field="sampling.prompt_logprobs",
+        )
 
 
 def _live(plan: ScheduledBatch) -> list[Row]:

@@ -2,6 +2,8 @@
 
 A row costs its client, times the depth of its layers over the base's, rounded up:
     price = num_planes · (PROMPT_PRICE · new prompt tokens + OUTPUT_PRICE · new output tokens)
+divided by the client's weight: of two clients that always want more, one of weight 2 gets twice as
+much as one of weight 1.
 Tokens that the prefix cache held, and those computed again after a preemption, cost nothing: the
 counter measures what a client asked for and got, not what the engine did twice.
 A client that comes (back) is lifted to the least counter of those that have requests, so that
@@ -25,7 +27,7 @@ class FairShares:
     """Counters of the clients that have requests, and of those that owe more than these."""
 
     def __init__(self) -> None:
-        self._counters: dict[str, int] = {}
+        self._counters: dict[str, float] = {}
         self._num_requests: Counter[str] = Counter()
 
     def enter(self, client: str) -> None:
@@ -40,7 +42,7 @@ class FairShares:
         if not self._num_requests[client]:
             del self._num_requests[client]
 
-    def counter(self, client: str) -> int:
+    def counter(self, client: str) -> float:
         """Virtual tokens of a client that has requests."""
         return self._counters[client]
 
@@ -51,7 +53,7 @@ class FairShares:
         num_new = max(0, stop - max(scheduled.start, row.num_priced_tokens))
         row.num_priced_tokens = max(stop, row.num_priced_tokens)
         price = PROMPT_PRICE * num_new + OUTPUT_PRICE * scheduled.samples
-        self._counters[row.request.client] += price * row.num_planes
+        self._counters[row.request.client] += price * row.num_planes / row.request.weight
 
     def check_integrity(self, num_requests: Counter[str]) -> None:
         """Assert that exactly `num_requests` of each client are counted."""

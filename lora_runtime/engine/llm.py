@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,10 @@ from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.engine.request_rules import (
     check_choices,
+    check_num_outputs,
     check_stops,
+    logit_bias,
+    params_of_outputs,
     request_notes,
     shared_side,
     uses,
@@ -57,6 +60,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
     check_options,
+    written,
 )
 from lora_runtime.settings import checked
 from lora_runtime.text.detokenizer import Detokenizer
@@ -86,6 +90,10 @@ class Completion:
     finish_reason: FinishReason = FinishReason.ERROR
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token of the prompt after the first, where they were asked for."""
+    others: tuple[Completion, ...] = ()
+    """The further answers to the prompt, where `n` asks for several."""
     notes: tuple[str, ...] = ()
     """What the caller should know: adapters that were not invoked."""
     error: LoramuxError | None = None
@@ -155,10 +163,16 @@ class LLM:
         """Load an adapter's folder under a name.
 
         Raises AdapterRefused and its kinds, AdapterExists for a name in use, AdapterTooLarge,
-        Overloaded where host memory has no room for it, and InvalidRequest for what is no name.
+        Overloaded where host memory has no room for it, and InvalidRequest for what is no name or
+        no path.
         """
         if not isinstance(name, str) or not name:
-            raise InvalidRequest(f"name is {name!r}; it must be a text", field="name")
+            raise InvalidRequest(f"name is {written(name)}; it must be a text", field="name")
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise InvalidRequest(
+                f"folder is {written(folder)}; it must be the path of the adapter's folder",
+                field="folder",
+            )
         with self._lock:
             engine = self._running()
             if name in self._adapters:
@@ -186,6 +200,7 @@ class LLM:
         adapter: Choice | Sequence[Choice] = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        n: int = 1,
         return_errors: bool = False,
         structured_output: StructuredOutput | Mapping[str, Any] | None = None,
         **sampling: Any,
@@ -196,35 +211,42 @@ class LLM:
         template writes out; or a text or token ids, continued as they stand. An adapter that was
         trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
-        and are not part of it. `structured_output`: the form that every output must have, as
+        and are not part of it. `n`: independent outputs for each prompt; those after the first are
+        its Completion's `others`. `structured_output`: the form that every output must have, as
         StructuredOutput or as `StructuredOutput.of` reads it. `sampling`: fields of SamplingParams,
-        as `temperature=0.0`; without `max_tokens` an output has 256 tokens at most, or as many as
-        fit. What a request may say is what a server takes: `engine/request_rules.py`.
+        as `temperature=0.0`, with `logit_bias` as a mapping of token ids to numbers; without
+        `max_tokens` an output has 256 tokens at most, or as many as fit. What a request may say is
+        what a server takes: `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered. A
         mistake in what holds for all prompts is raised.
         """
         prompts = _listed(prompts)
         _check_options(stop, ignore_eos, sampling)
+        check_num_outputs(n)
+        if "logit_bias" in sampling:
+            sampling["logit_bias"] = logit_bias(sampling["logit_bias"])
         if isinstance(structured_output, Mapping):
             structured_output = StructuredOutput.of(structured_output)
         sampling["structured_output"] = structured_output
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
-            rows: list[_Row | LoramuxError] = []
+            outputs: list[list[_Row] | LoramuxError] = []
             for index, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
                 try:
-                    rows.append(self._row(prompt, choice, tuple(stop), ignore_eos, sampling))
+                    first = self._row(prompt, choice, tuple(stop), ignore_eos, sampling)
+                    outputs.append([first, *self._others(first, n)])
                 except LoramuxError as error:
                     if not return_errors:
                         error.add_note(f"prompts[{index}]")
                         raise
-                    rows.append(error)
+                    outputs.append(error)
             with current_device(device):
-                self._run([row for row in rows if isinstance(row, _Row)])
-        found = [_completion(row) for row in rows]
-        failed = next((one.error for one in found if one.error is not None), None)
+                self._run([row for rows in outputs if isinstance(rows, list) for row in rows])
+        found = [_completion(rows) for rows in outputs]
+        everyone = [each for one in found for each in (one, *one.others)]
+        failed = next((each.error for each in everyone if each.error is not None), None)
         if failed is not None and not return_errors:
             raise failed
         return found
@@ -300,9 +322,24 @@ class LLM:
         )
         facts = {name: one.loaded.facts for name, one in named.items()}
         decoder = self._tokenizer.with_added(side.added if side else None)
-        detokenizer = Detokenizer(decoder, request.prompt_token_ids, stop)
-        text = OutputText(detokenizer, params.stop_token_ids)
-        return _Row(request, text, notes=tuple(request_notes(facts, token_ids)))
+
+        def text() -> OutputText:
+            detokenizer = Detokenizer(decoder, request.prompt_token_ids, stop)
+            return OutputText(detokenizer, params.stop_token_ids)
+
+        return _Row(request, text(), text, notes=tuple(request_notes(facts, token_ids)))
+
+    def _others(self, first: _Row, num_outputs: int) -> list[_Row]:
+        """Further outputs of the prompt of `first`."""
+        params = params_of_outputs(first.request.sampling, num_outputs)[1:]
+        requests = [
+            replace(first.request, request_id=uuid.uuid4().hex, sampling=sampling)
+            for sampling in params
+        ]
+        return [
+            _Row(request, first.new_text(), first.new_text, notes=first.notes)
+            for request in requests
+        ]
 
     def _encode(self, prompt: Prompt, side: TextSide | None) -> Sequence[int]:
         """A prompt's tokens, as an adapter's own text side makes them or as the base does."""
@@ -317,7 +354,7 @@ class LLM:
         messages = [message for message in members if isinstance(message, Mapping)]
         if len(messages) < len(members):
             raise InvalidRequest(
-                f"a prompt is {prompt!r:.100}; it must be a text, token ids, or messages of role "
+                f"a prompt is {written(prompt)}; it must be a text, token ids, or messages of role "
                 "and content",
                 field="prompts",
             )
@@ -331,7 +368,8 @@ class LLM:
         wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
         if wrong is not None:
             raise InvalidRequest(
-                f"a prompt holds token id {wrong}; ids must be between 0 and {vocab_size - 1}",
+                f"a prompt holds token id {written(wrong)}; ids must be between 0 and "
+                f"{vocab_size - 1}",
                 field="prompts",
             )
         return token_ids
@@ -380,10 +418,13 @@ class _Row:
 
     request: Request
     text: OutputText
+    new_text: Callable[[], OutputText]
+    """What makes text of another output of the prompt."""
     notes: tuple[str, ...] = ()
     parts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     reason: FinishReason | None = None
     error: LoramuxError | None = None
 
@@ -392,6 +433,7 @@ class _Row:
         self.parts.append(self.text.push(output))
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.reason, self.error = self.text.finish_reason(output), output.error
 
     def fail(self, error: LoramuxError) -> None:
@@ -399,14 +441,17 @@ class _Row:
         self.reason, self.error = FinishReason.ERROR, error
 
 
-def _completion(row: _Row | LoramuxError) -> Completion:
-    if isinstance(row, LoramuxError):
-        return Completion(error=row)
+def _completion(rows: list[_Row] | LoramuxError) -> Completion:
+    if isinstance(rows, LoramuxError):
+        return Completion(error=rows)
+    row, *others = rows
     return Completion(
         text="".join(row.parts),
         token_ids=tuple(row.token_ids),
         finish_reason=row.reason or FinishReason.ERROR,
         logprobs=tuple(row.logprobs),
+        prompt_logprobs=row.prompt_logprobs,
+        others=tuple(_completion([other]) for other in others),
         notes=row.notes,
         error=row.error,
     )
@@ -418,7 +463,7 @@ def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> S
         return [adapter] * len(prompts)
     if not isinstance(adapter, Sequence):
         raise InvalidRequest(
-            f"adapter is {adapter!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+            f"adapter is {written(adapter)}; it must be {CHOICE_RULE}", field="adapter"
         )
     if len(adapter) != len(prompts):
         raise InvalidRequest(
@@ -433,7 +478,7 @@ def _chosen(choice: Choice) -> tuple[AdapterChoice, ...]:
     """The adapters of one prompt. Raises InvalidRequest."""
     if choice is not None and not isinstance(choice, str | Mapping):
         raise InvalidRequest(
-            f"adapter is {choice!r:.100}; it must be {CHOICE_RULE}", field="adapter"
+            f"adapter is {written(choice)}; it must be {CHOICE_RULE}", field="adapter"
         )
     weights = {choice: 1.0} if isinstance(choice, str) else choice or {}
     chosen = tuple(AdapterChoice(name, weight) for name, weight in weights.items())
@@ -445,7 +490,8 @@ def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts of a call. Raises InvalidRequest for what is one prompt, or none."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InvalidRequest(
-            f"prompts is {prompts!r:.100}; it must be a list of prompts, [prompt] for one of them",
+            f"prompts is {written(prompts)}; it must be a list of prompts, [prompt] for one of "
+            "them",
             field="prompts",
         )
     return list(prompts)
@@ -454,11 +500,11 @@ def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
 def _check_options(stop: Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]) -> None:
     """Refuse what holds for no prompt. Raises InvalidRequest."""
     if isinstance(stop, str) or not isinstance(stop, Sequence):
-        raise InvalidRequest(f"stop is {stop!r:.100}; it must be a list of texts", field="stop")
+        raise InvalidRequest(f"stop is {written(stop)}; it must be a list of texts", field="stop")
     check_stops(stop)
     if not isinstance(ignore_eos, bool):
         raise InvalidRequest(
-            f"ignore_eos is {ignore_eos!r:.100}; it must be True or False", field="ignore_eos"
+            f"ignore_eos is {written(ignore_eos)}; it must be True or False", field="ignore_eos"
         )
     check_options(sampling, SamplingParams.__dataclass_fields__)
 

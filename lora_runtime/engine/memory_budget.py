@@ -24,6 +24,7 @@ from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
+from lora_runtime.base.device import check_memory
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
@@ -62,11 +63,13 @@ class DeviceMemory:
 def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     """Blocks of the cache; call it when base, adapter pool and all else that stays are there.
 
-    Raises ConfigError naming `kv_bytes` or `gpu_memory_utilization` when they leave too little.
+    Raises ConfigError naming `kv_bytes` or `gpu_memory_utilization` when they leave too little,
+    `kv_bytes` or `num_blocks` when they ask for more than there is.
     """
     cache = config.cache
     block_bytes = base.kv_bytes_per_token() * cache.block_size
     if cache.num_blocks is not None:
+        check_memory(base.device, cache.num_blocks * block_bytes, "num_blocks")
         return cache.num_blocks
     if cache.kv_bytes is None and base.device.type == "cuda":
         return blocks_that_fit(measure(base, config), block_bytes, config)
@@ -75,6 +78,7 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
         raise ConfigError(
             f"kv_bytes is {kv_bytes}; one block takes {block_bytes}", field="kv_bytes"
         )
+    check_memory(base.device, kv_bytes, "kv_bytes")
     return kv_bytes // block_bytes
 
 
@@ -183,7 +187,11 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
 
 def _request(request_id: str, num_tokens: int) -> Request:
     sampling = SamplingParams(  # a cut row takes less on a GPU
-        max_tokens=1, num_logprobs=20, presence_penalty=1.0, repetition_penalty=2.0
+        max_tokens=1,
+        num_logprobs=20,
+        num_prompt_logprobs=20,
+        presence_penalty=1.0,
+        repetition_penalty=2.0,
     )
     return Request(
         request_id=request_id,

@@ -27,7 +27,7 @@ from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.reordered_batch import reordered_batch
-from lora_runtime.engine.sampler import Draw, draw, greedy
+from lora_runtime.engine.sampler import Draw, PromptScores, draw, greedy
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu
 
@@ -57,6 +57,8 @@ class ModelRunner:
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
         """`greedy` of the last logits, if a graph has computed it along with them."""
+        self._prompts: list[PromptScores] = []
+        """What the last forward says of prompts' own tokens."""
 
     @torch.inference_mode()
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
@@ -114,11 +116,11 @@ class ModelRunner:
         depends on it. The device goes on meanwhile.
         """
         logits = self.logits(plan)
-        best = self._best
+        best, prompts = self._best, self._prompts
         due = [scheduled.row for scheduled in plan.rows if scheduled.samples]
         if any(row.matcher is not None and row.token_ids[-1] < 0 for row in due):
             settle()
-        found = draw(logits, due, best, self._drawn)
+        found = draw(logits, due, best, self._drawn, prompts)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
 
@@ -134,7 +136,7 @@ class ModelRunner:
 
     def logits(self, plan: ScheduledBatch) -> Tensor:
         """Logits (n, vocab) of the rows of a plan that sample; writes the cache."""
-        self._best = None
+        self._best, self._prompts = None, []
         if self.graphs is not None:
             replayed = self.graphs.run(plan, self.pool.layout)
             if replayed is not None:
@@ -153,21 +155,26 @@ class ModelRunner:
         layer_steps: LayerSteps | None = None,
         bindings: Mapping[str, PooledBinding] | None = None,
     ) -> Tensor:
-        """Logits (n, vocab) of the rows that sample; writes the cache.
+        """Logits (n, vocab) of the rows that sample; writes the cache. The tokens of prompts are
+        scored where that is wanted.
 
         A token −1 − r is what the step before gave row r of those that sampled. `bindings`: the
         pool's own, if not given.
         """
         drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
+        token_ids = torch.where(batch.token_ids < 0, drawn, batch.token_ids)
         attention = layer_steps or PagedAttention(self.cache, batch.attention)
         bound = self.pool.bindings if bindings is None else bindings
         with self.base.context.adapters(batch.adapters, bound, batch.head_adapters):
-            return self.base.forward(
-                torch.where(batch.token_ids < 0, drawn, batch.token_ids),
-                batch.positions,
-                attention,
-                batch.logits_at,
-            )
+            if not batch.scored:
+                return self.base.forward(token_ids, batch.positions, attention, batch.logits_at)
+            states = self.base.hidden_states(token_ids, batch.positions, attention)
+            logits = self.base.logits(states[batch.logits_at])
+        for scored in batch.scored:
+            with self.base.context.adapters(None, bound, scored.head_adapters):
+                own = self.base.logits(states[scored.positions])
+            self._prompts.append(PromptScores.of(own, scored))
+        return logits
 
 
 def _warm_plan(num_tokens: int, slots: tuple[int, ...], block_size: int) -> ScheduledBatch:

@@ -18,7 +18,7 @@ from lora_runtime.core import (
     activation_start,
     is_whole,
 )
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.text_side import TextSide
 
 MAX_ADAPTERS = 8
@@ -68,7 +68,7 @@ def check_stops(stops: Sequence[str]) -> None:
     for index, stop in enumerate(stops):
         field = f"sampling.stop[{index}]"
         if not isinstance(stop, str):
-            raise InvalidRequest(f"{field} is {stop!r}; it must be a text", field=field)
+            raise InvalidRequest(f"{field} is {written(stop)}; it must be a text", field=field)
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise InvalidRequest(
                 f"{field} has {len(stop)} characters; it must have 1 to {MAX_STOP_LENGTH}",
@@ -175,6 +175,6 @@ def _check_weight(weight: float, field: str) -> None:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not (is_number and -MAX_WEIGHT <= weight <= MAX_WEIGHT):  # so written, NaN is refused too
         raise InvalidRequest(
-            f"{field} is {weight!r}; it must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
+            f"{field} is {written(weight)}; it must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
             field=field,
         )

@@ -7,13 +7,15 @@ Nothing waits for the device but `Draw.result`, which the next steps may be star
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from lora_runtime.core import Row, SampledToken, SamplingParams, TokenLogprob
+from lora_runtime.core import PromptChunk, Row, SampledToken, SamplingParams, TokenLogprob
+from lora_runtime.engine.batch import Rows, ScoredTokens
 from lora_runtime.engine.logits_rules import modified
 from lora_runtime.kernels import draw_cut, invert, to_device
 
@@ -30,6 +32,29 @@ def uniform(row: Row) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log probabilities of prompts' tokens, on their way to the host."""
+
+    _rows: Rows
+    _values: Tensor
+    """As `token_logprobs` gives them, of all tokens of the rows."""
+
+    @classmethod
+    def of(cls, logits: Tensor, scored: ScoredTokens) -> PromptScores:
+        """logits (g, vocab): those of the scored tokens."""
+        values = token_logprobs(logits, scored.next_tokens, scored.num_top)
+        return cls(scored.rows, values.to("cpu", non_blocking=True))
+
+    def chunks(self) -> Iterator[PromptChunk]:
+        """Yield each row's own part."""
+        values = iter(self._values.tolist())
+        for part in self._rows:
+            num_top = part.row.request.sampling.num_prompt_logprobs
+            own = tuple(_read(each, num_top) for each in islice(values, part.num_tokens))
+            yield PromptChunk(part.row, part.start, own)
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One token a row, on its way to the host."""
 
@@ -38,6 +63,7 @@ class Draw:
     _chosen: Tensor
     _logprobs: Tensor | None
     _params: list[SamplingParams]
+    _prompts: Sequence[PromptScores]
     _is_copied: torch.cuda.Event | None
 
     def result(self) -> list[SampledToken]:
@@ -50,15 +76,21 @@ class Draw:
             for (token_id, is_finite), logprob in zip(self._chosen.tolist(), logprobs, strict=True)
         ]
 
+    def prompt_chunks(self) -> list[PromptChunk]:
+        """What the step says of prompts. Only after `result`, which waits for it."""
+        return [chunk for scores in self._prompts for chunk in scores.chunks()]
+
 
 def draw(
     logits: Tensor,
     rows: Sequence[Row],
     best: Tensor | None = None,
     drawn: Tensor | None = None,
+    prompts: Sequence[PromptScores] = (),
 ) -> Draw:
     """Draw one token a row: logits (n, vocab), row i for rows[i]. `best`: `greedy` of the
-    logits, if it is known. `drawn`: what the step before drew; see `modified`.
+    logits, if it is known. `drawn`: what the step before drew; see `modified`. `prompts`: what is
+    copied to the host beside the tokens.
 
     What `logits_rules` makes of the logits is drawn from: temperature 0 takes the most likely
     token; else one is drawn by inversion from softmax(logits / temperature) cut to top_k, top_p and
@@ -72,7 +104,7 @@ def draw(
     copied = None
     if logits.is_cuda:
         copied = torch.cuda.current_stream(logits.device).record_event()
-    return Draw(chosen[:, 0], on_host, logprobs_on_host, params, copied)
+    return Draw(chosen[:, 0], on_host, logprobs_on_host, params, prompts, copied)
 
 
 def choose(
@@ -155,11 +187,19 @@ def _logprobs(logits: Tensor, token_ids: Tensor, params: list[SamplingParams]) -
     if not wanted:
         return None
     indices = _on_device(wanted, logits.device).long()
-    logprobs = torch.log_softmax(logits.index_select(0, indices).float(), dim=1)
-    sampled = logprobs.gather(1, token_ids.index_select(0, indices)[:, None])
     num_top = max(params[index].num_logprobs or 0 for index in wanted)
+    wanted_ids = token_ids.index_select(0, indices)
+    return token_logprobs(logits.index_select(0, indices), wanted_ids, num_top)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
+    """(n, 1 + 2k) float64: the log probability of token_ids (n,) under logits (n, vocab), the k
+    largest, and their ids; k is num_top or the vocabulary's size.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=1)
+    own = logprobs.gather(1, token_ids[:, None])
     values, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
-    return torch.cat([sampled, values, ids.double()], dim=1)
+    return torch.cat([own, values, ids.double()], dim=1)
 
 
 def _wanting_logprobs(params: list[SamplingParams]) -> list[int]:
@@ -171,10 +211,14 @@ def _read_logprobs(
 ) -> list[TokenLogprob | None]:
     found: list[TokenLogprob | None] = [None] * len(params)
     if logprobs is not None:
-        for index, (logprob, *rest) in zip(
-            _wanting_logprobs(params), logprobs.tolist(), strict=True
-        ):
-            num_top = len(rest) // 2
-            pairs = zip(map(int, rest[num_top:]), rest[:num_top], strict=True)
-            found[index] = TokenLogprob(logprob, tuple(pairs)[: params[index].num_logprobs])
+        for index, values in zip(_wanting_logprobs(params), logprobs.tolist(), strict=True):
+            found[index] = _read(values, params[index].num_logprobs)
     return found
+
+
+def _read(values: list[float], num_top: int | None) -> TokenLogprob:
+    """A row of `token_logprobs`, which may have more most likely tokens than are wanted."""
+    own, *rest = values
+    middle = len(rest) // 2
+    pairs = zip(map(int, rest[middle:]), rest[:middle], strict=True)
+    return TokenLogprob(own, tuple(islice(pairs, num_top)))

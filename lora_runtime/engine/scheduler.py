@@ -26,15 +26,18 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 from lora_runtime.adapters.slot_table import SlotTable
 from lora_runtime.config import SchedulerConfig
 from lora_runtime.core import (
     FinishReason,
+    PromptChunk,
     RequestTiming,
     Row,
     RowStatus,
@@ -42,7 +45,6 @@ from lora_runtime.core import (
     ScheduledBatch,
     ScheduledRow,
     StepOutput,
-    TokenLogprob,
 )
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.fair_shares import FairShares
@@ -125,10 +127,16 @@ class Scheduler:
                 scheduled.row.token_ids.append(-1 - num_sampled)  # see `Row`
                 num_sampled += 1
 
-    def commit(self, batch: ScheduledBatch, sampled: Sequence[SampledToken]) -> list[StepOutput]:
+    def commit(
+        self,
+        batch: ScheduledBatch,
+        sampled: Sequence[SampledToken],
+        prompts: Sequence[PromptChunk] = (),
+    ) -> list[StepOutput]:
         """Record the results of a plan that was advanced, before those of any later one.
 
-        `sampled` has one entry per row that samples, in order. Rows that have finished
+        `sampled` has one entry per row that samples, in order; `prompts` is what the step says of
+        prompts' own tokens. Rows that have finished
         since are passed over. A preempted row gets its token but publishes no blocks. Where
         a result cannot be recorded, that row alone fails.
         """
@@ -137,19 +145,25 @@ class Scheduler:
             result = next(results) if scheduled.samples else None
             if scheduled.row.status is RowStatus.FINISHED:
                 continue
+            chunks = [chunk for chunk in prompts if chunk.row is scheduled.row]
             try:
-                output = self._record(scheduled, result)
+                output = self._record(scheduled, result, chunks)
             except Exception as cause:
                 output = self.fail(scheduled.row, cause)
             if output is not None:
                 outputs.append(output)
         return outputs
 
-    def _record(self, scheduled: ScheduledRow, result: SampledToken | None) -> StepOutput | None:
-        if result is not None and not result.is_finite:
+    def _record(
+        self, scheduled: ScheduledRow, result: SampledToken | None, chunks: Sequence[PromptChunk]
+    ) -> StepOutput | None:
+        is_finite = result is None or result.is_finite
+        if not is_finite or not all(map(_is_finite, chunks)):
             return self._fail_non_finite(scheduled.row)
         if result is not None and (error := _structure_error(scheduled.row)) is not None:
             return self.end(scheduled.row, FinishReason.ERROR, error)
+        for chunk in chunks:
+            _keep(chunk)
         if scheduled.row.status is RowStatus.RUNNING:
             self._blocks.publish(scheduled.row, scheduled.end)
         return None if result is None else self._accept(scheduled.row, scheduled.end, result)
@@ -163,7 +177,7 @@ class Scheduler:
         assert not any(row.block_table for row in self.waiting)
         assert self._next_in_pool is None or self._next_in_pool in list(self.waiting)
 
-    def _turns(self) -> list[tuple[int, int, int, str]]:
+    def _turns(self) -> list[tuple[float, int, int, str]]:
         """A heap of the clients that have prompts, running or waiting, by whose turn is next."""
         clients = {row.request.client for row in self.running if row.num_uncomputed_tokens > 1}
         num_rows = _num_by_client(self.running)
@@ -172,7 +186,7 @@ class Scheduler:
         heapq.heapify(turns)
         return turns
 
-    def _turn(self, client: str, num_rows: int) -> tuple[int, int, int, str]:
+    def _turn(self, client: str, num_rows: int) -> tuple[float, int, int, str]:
         """A client's place in the heap: by what it was served, then its rows, then its arrival."""
         ticket = self.waiting.first_ticket(client)
         return self._shares.counter(client), num_rows, ticket, client
@@ -355,15 +369,17 @@ class Scheduler:
         if row.matcher is not None and result.token_id not in row.request.sampling.stop_token_ids:
             row.matcher.take(result.token_id)
         reason = _finish_reason(row, position)
-        logprobs = () if result.logprob is None else (result.logprob,)
+        output = StepOutput(
+            request_id=row.request.request_id,
+            token_ids=(result.token_id,),
+            logprobs=() if result.logprob is None else (result.logprob,),
+            prompt_logprobs=None if row.prompt_logprobs is None else tuple(row.prompt_logprobs),
+        )
+        row.prompt_logprobs = None
         if reason is None:
-            return StepOutput(
-                request_id=row.request.request_id,
-                token_ids=(result.token_id,),
-                logprobs=logprobs,
-            )
+            return output
         self._remove(row)
-        return terminal_output(row, reason, None, (result.token_id,), logprobs)
+        return replace(output, finish_reason=reason, timing=_timing(row))
 
     def _remove(self, row: Row) -> None:
         if row.status is RowStatus.RUNNING:
@@ -414,25 +430,30 @@ def _finish_reason(row: Row, position: int) -> FinishReason | None:
     return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None
 
 
-def terminal_output(
-    row: Row,
-    reason: FinishReason,
-    error: LoramuxError | None,
-    token_ids: tuple[int, ...] = (),
-    logprobs: tuple[TokenLogprob, ...] = (),
-) -> StepOutput:
-    """The last output of a request, with how long each of its phases took."""
+def _is_finite(chunk: PromptChunk) -> bool:
+    return all(math.isfinite(each.logprob) for each in chunk.logprobs)
+
+
+def _keep(chunk: PromptChunk) -> None:
+    """Add what a row does not have yet: one that was preempted is computed, and scored, again."""
+    found = chunk.row.prompt_logprobs
+    if found is not None:
+        assert chunk.start <= len(found), "a part of the prompt was not scored"
+        found += chunk.logprobs[len(found) - chunk.start :]
+
+
+def terminal_output(row: Row, reason: FinishReason, error: LoramuxError | None) -> StepOutput:
+    """The last output of a request that a step does not give."""
+    return StepOutput(
+        request_id=row.request.request_id, finish_reason=reason, error=error, timing=_timing(row)
+    )
+
+
+def _timing(row: Row) -> RequestTiming:
+    """How long each of its phases took."""
     now, arrival = time.monotonic(), row.request.arrival
     scheduled = row.first_scheduled or now
     first_token = row.first_token or now
-    timing = RequestTiming(
+    return RequestTiming(
         queue_s=scheduled - arrival, prefill_s=first_token - scheduled, decode_s=now - first_token
-    )
-    return StepOutput(
-        request_id=row.request.request_id,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason=reason,
-        error=error,
-        timing=timing,
     )

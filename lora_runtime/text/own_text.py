@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, written
 from lora_runtime.strict_json import parse_object
 from lora_runtime.text.template_check import check_template
 from lora_runtime.text.text_files import (
@@ -378,8 +378,8 @@ def _eos_ids(
     for index in wanted:
         if type(index) is not int or not 0 <= index < vocab_size:
             raise _refused(
-                f"{GENERATION_FILE}: eos_token_id has {str(index)[:40]}; the base has "
-                f"{vocab_size} tokens",
+                f"{GENERATION_FILE}: eos_token_id has {written(index)}; it must be a whole number, "
+                f"the id of one of the base's {vocab_size} tokens",
                 GENERATION_FILE,
             )
     ends = set(wanted) if named is not None else set(configured_eos_ids(base_folder))

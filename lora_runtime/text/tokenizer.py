@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
+from lora_runtime.text.heard_messages import check_heard
 from lora_runtime.text.messages import (
     Message,
     as_templates_want,
@@ -23,7 +24,7 @@ from lora_runtime.text.messages import (
     check_variables,
 )
 from lora_runtime.text.structured_output import Vocabulary
-from lora_runtime.text.token_bytes import token_bytes
+from lora_runtime.text.token_bytes import TokenBytes, vocabulary_bytes
 
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
@@ -66,7 +67,7 @@ class Tokenizer:
         """The texts of a base's `vocab_size` tokens, for structured output; None where they are no
         bytes of their own. Takes some tenths of a second.
         """
-        found = token_bytes(self._inner.backend_tokenizer, vocab_size)
+        found = vocabulary_bytes(self._inner.backend_tokenizer, vocab_size)
         return None if found is None else Vocabulary(*found, encode=self.encode_rendered)
 
     @property
@@ -88,6 +89,10 @@ class Tokenizer:
     def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
         """A decoder with other added tokens, each (id, text, whether special); None: the base's."""
         return self if added is None else TokenDecoder(self._inner, added)
+
+    def token_bytes(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenBytes:
+        """The bytes of each token; `added` as for `with_added`."""
+        return TokenBytes(self._inner.backend_tokenizer, added)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a conversation that a template has rendered, special tokens included."""
@@ -123,11 +128,13 @@ class Tokenizer:
         The base's template runs in this process: the operator has chosen it with the base.
 
         Raises InvalidRequest (field `messages`): there is no template or it does not compile, a
-        role or key is unknown, or the template itself refuses the messages.
+        role or key is unknown, or the template itself refuses the messages or leaves one out.
         """
         check_variables(variables, self._inner.special_tokens_map)
         given = {**variables, "tools": list(tools) or None}
-        rendered = self._render(as_templates_want(messages), add_generation_prompt, given)
+        turns = as_templates_want(messages)
+        rendered = self._render(turns, add_generation_prompt, given)
+        check_heard(turns, lambda marked: self._render(marked, add_generation_prompt, given))
         return self.encode_rendered(rendered)
 
     def split_chat(
@@ -241,8 +248,9 @@ class Tokenizer:
                     "fill it, remove it, or give it the weight 0",
                     field="messages",
                 )
-            prompt = self.apply_chat_template(messages[:index])
-            turn = self.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
+            turns = [dict(other) for other in messages[: index + 1]]
+            prompt = self.encode_rendered(self._render(turns[:-1], True, NO_VARIABLES))
+            turn = self.encode_rendered(self._render(turns, False, NO_VARIABLES))
             if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
                 raise DataError(
                     f"messages[{index}]: the base's template renders this turn differently in "

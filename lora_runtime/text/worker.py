@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, InvalidRequest
+from lora_runtime.text.heard_messages import check_heard
 from lora_runtime.text.worker_frames import answer_frames, limit_process
 
 MAX_SIDES = 32
@@ -58,6 +59,8 @@ class Worker:
             return self._handlers[request["op"]](request)
         except AdapterRefused as error:
             return {"refused": error.message, "field": error.field}
+        except InvalidRequest as error:
+            return {"refused": error.message}
         except MemoryError:
             return {"refused": "more memory than a template may take", "is_over": True}
         except UnicodeError:
@@ -78,17 +81,22 @@ class Worker:
         if side is None:
             return {"is_unknown": True}
         self._sides.move_to_end(request["key"])
-        rendered = render_jinja_template(
-            conversations=[request["messages"]],
-            tools=request["tools"] or None,
-            chat_template=side.template,
-            add_generation_prompt=True,
-            **{**request["variables"], **side.variables},
-        )
-        text: str = rendered[0][0]
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                tools=request["tools"] or None,
+                chat_template=side.template,
+                add_generation_prompt=True,
+                **{**request["variables"], **side.variables},
+            )
+            return str(rendered[0][0])
+
+        text = render(request["messages"])
         if len(text) > MAX_RENDERED:
             return {"refused": f"it writes {len(text)} characters; at most {MAX_RENDERED} are read"}
         text.encode()
+        check_heard(request["messages"], render)
         if side.tokenizer is None:
             return {"text": text}
         return {"ids": side.tokenizer.encode(text, add_special_tokens=False).ids}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from lora_runtime.config import BaseConfig
+from lora_runtime.config import MAX_ALPHA, MAX_DEPTH, MAX_RANK, MAX_TOKENS, BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.settings import (
     FilePath,
@@ -47,6 +47,7 @@ Column = Literal[
 
 SweepValue = bool | int | str | float
 
+DEFAULT_WARMUP = 0.03
 MAX_EXAMPLES_PER_STEP = 1 << 20
 """An update holds the list of its examples."""
 SEEDS = range(-(1 << 63), 1 << 64)
@@ -67,8 +68,12 @@ def _checked_seed(seed: int) -> int:
 
 
 Seed = Annotated[Int, AfterValidator(_checked_seed)]
-Rank = Annotated[Int, Field(ge=1)]
-Alpha = Annotated[Float, Field(gt=0)]
+MAX_COUNT = 1_000_000_000
+"""Updates, evaluations and the like: more than any run does."""
+Rank = Annotated[Int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[Float, Field(gt=0, le=MAX_ALPHA)]
+Layer = Annotated[Int, Field(ge=0, le=MAX_DEPTH)]
+TokenId = Annotated[Int, Field(ge=0, lt=1 << 31)]
 Share = Annotated[Float, Field(lt=1)]
 
 
@@ -107,9 +112,9 @@ class UnitConfig:
     faster, about the same) and `olora` start from factors of the weight, `loftq` from what
     quantisation lost, `qera` from the part of that loss that matters most for the inputs of the
     unit's own data."""
-    rank: Int = setting(default=16, ge=1, group=ADAPTER, also=("r",))
+    rank: Int = setting(default=16, ge=1, le=MAX_RANK, group=ADAPTER, also=("r",))
     """Rank r of the update BA."""
-    alpha: Float = setting(default=32.0, gt=0, group=ADAPTER, also=("lora_alpha",))
+    alpha: Float = setting(default=32.0, gt=0, le=MAX_ALPHA, group=ADAPTER, also=("lora_alpha",))
     """Scale of the update: ΔW = alpha / rank · BA, or as `variant` says."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = setting(
         default="all-linear", group=ADAPTER, is_fixed=True
@@ -118,15 +123,15 @@ class UnitConfig:
     inner linear layer."""
     modules_to_save: tuple[str, ...] = setting(default=(), group=ADAPTER)
     """Modules whose whole weight is trained: `embed_tokens`, `lm_head`."""
-    trainable_token_indices: tuple[Int, ...] = setting(default=(), group=ADAPTER)
+    trainable_token_indices: tuple[TokenId, ...] = setting(default=(), group=ADAPTER)
     """Token ids whose embedding rows are trained; with tied weights the same rows of the output
     layer are trained with them."""
     ensure_weight_tying: bool = setting(default=False, group=ADAPTER)
     """With tied weights: whatever is trained of the embedding or the output layer is shared by
     both."""
-    layers_to_transform: tuple[Int, ...] = setting(default=(), group=ADAPTER)
+    layers_to_transform: tuple[Layer, ...] = setting(default=(), group=ADAPTER)
     """Layers that `target_modules` is limited to; empty: all."""
-    layer_replication: tuple[tuple[Int, ...], ...] = setting(
+    layer_replication: tuple[tuple[Layer, ...], ...] = setting(
         default=(), group=ADAPTER, metavar="[START,END],…"
     )
     """Ranges [start, end) of base layers that run one after the other; a layer that runs twice has
@@ -139,54 +144,69 @@ class UnitConfig:
         default_factory=dict, group=ADAPTER, metavar="REGEX=ALPHA"
     )
     """Regular expression of the end of a module's path → its own alpha; the first match decides."""
-    dpo_beta: Float = setting(default=0.1, gt=0, group=OBJECTIVE, also=("beta",), is_fixed=True)
+    dpo_beta: Float = setting(
+        default=0.1, gt=0, le=1e6, group=OBJECTIVE, also=("beta",), is_fixed=True
+    )
     """Preferences: β of DPO, the strength of the KL penalty that holds the adapter to the base."""
     label_smoothing: Float = setting(default=0.0, ge=0, lt=0.5, group=OBJECTIVE, is_fixed=True)
     """Preferences: label noise rate ε, the share of pairs assumed to be labelled wrongly."""
-    dpo_sft_weight: Float = setting(default=0.0, ge=0, group=OBJECTIVE, is_fixed=True)
+    dpo_sft_weight: Float = setting(default=0.0, ge=0, le=1e6, group=OBJECTIVE, is_fixed=True)
     """Preferences: weight of the SFT term, the chosen answer's own loss per token."""
-    learning_rate: Float = setting(default=2e-4, gt=0, group=UPDATE, also=("lr",))
+    learning_rate: Float = setting(default=2e-4, gt=0, le=1e300, group=UPDATE, also=("lr",))
     """Learning rate at its peak, after the warmup."""
-    loraplus_ratio: Float = setting(default=1.0, gt=0, group=UPDATE, also=("loraplus_lr_ratio",))
+    loraplus_ratio: Float = setting(
+        default=1.0, gt=0, le=1e6, group=UPDATE, also=("loraplus_lr_ratio",)
+    )
     """LoRA+: B's learning rate is this many times `learning_rate`."""
     schedule: Schedule = setting(default="cosine", group=UPDATE, also=("lr_scheduler_type",))
     """How the learning rate changes after the warmup."""
     warmup: Float = setting(
-        default=0.03,
+        default=DEFAULT_WARMUP,
         ge=0,
+        le=MAX_COUNT,
         group=UPDATE,
         also=("warmup_ratio", "warmup_steps"),
         meanings={"warmup_ratio": Share},
     )
     """Updates in which the learning rate rises: below 1 a share of all, from 1 on a number."""
-    num_epochs: Int = setting(default=1, ge=1, group=UPDATE, also=("num_train_epochs",))
+    num_epochs: Int = setting(
+        default=1, ge=1, le=1_000_000, group=UPDATE, also=("num_train_epochs",)
+    )
     """Passes over the data."""
-    max_steps: Int | None = setting(default=None, ge=1, group=UPDATE)
+    max_steps: Int | None = setting(default=None, ge=1, le=MAX_COUNT, group=UPDATE)
     """Number of updates; overrides `num_epochs`."""
     micro_batch_size: Int = setting(
-        default=4, ge=1, group=UPDATE, also=("per_device_train_batch_size",)
+        default=4,
+        ge=1,
+        le=MAX_COUNT,
+        group=UPDATE,
+        also=("per_device_train_batch_size",),
     )
     """Examples in one forward; with preferences, pairs."""
-    max_tokens_per_batch: Int | None = setting(default=None, ge=1, group=UPDATE)
+    max_tokens_per_batch: Int | None = setting(default=None, ge=1, le=MAX_TOKENS, group=UPDATE)
     """Tokens in one forward at most: it then takes as many of the update's examples as fit, end to
     end, not `micro_batch_size`. An update still takes `micro_batch_size` · `gradient_accumulation`
     examples. On a GPU, which dequantises every layer once a forward, 8,192 or more is fastest."""
     gradient_accumulation: Int = setting(
-        default=1, ge=1, group=UPDATE, also=("gradient_accumulation_steps",)
+        default=1,
+        ge=1,
+        le=MAX_COUNT,
+        group=UPDATE,
+        also=("gradient_accumulation_steps",),
     )
     """Forwards in one update."""
     optimizer: OptimizerName = setting(default="adamw", group=UPDATE)
     """`8bit` keeps Adam's moments in 8 bits, for tensors of at least 4,096 elements; `paged` keeps
     them in memory that CUDA moves to the host when it must."""
-    weight_decay: Float = setting(default=0.0, ge=0, group=UPDATE)
+    weight_decay: Float = setting(default=0.0, ge=0, le=1e6, group=UPDATE)
     """AdamW's weight decay, for everything that is trained."""
-    max_grad_norm: Float | None = setting(default=1.0, gt=0, group=UPDATE)
+    max_grad_norm: Float | None = setting(default=1.0, gt=0, le=1e12, group=UPDATE)
     """Gradients longer than this are scaled down to it; None leaves them."""
     seed: Seed | None = setting(default=None, group=RUN)
     """Seed of the order of the data and of the starting weights; None takes the run's seed."""
-    eval_interval: Int = setting(default=50, ge=1, group=RUN, also=("eval_steps",))
+    eval_interval: Int = setting(default=50, ge=1, le=MAX_COUNT, group=RUN, also=("eval_steps",))
     """Updates between two evaluations on held-out data; there is one after the last update too."""
-    patience: Int | None = setting(default=None, ge=1, group=RUN)
+    patience: Int | None = setting(default=None, ge=1, le=MAX_COUNT, group=RUN)
     """Evaluations without a lower loss after which the unit stops; None never stops it."""
     export: Literal["best", "last"] = setting(default="best", group=RUN, is_fixed=True)
     """Weights to save: those of the lowest held-out loss, if there is one, or the last ones."""
@@ -197,7 +217,7 @@ class UnitConfig:
     )
     """Settings of the unit and the values to try: all are trained at once, the worse half stops
     early, and again, and the best gets the name. Needs held-out data."""
-    dropout: Float = setting(default=0.0, group=ADAPTER, also=("lora_dropout",))
+    dropout: Float = setting(default=0.0, ge=0, le=1, group=ADAPTER, also=("lora_dropout",))
     """Must be 0: an adapter is trained as it is served."""
 
     def __post_init__(self) -> None:
@@ -213,6 +233,17 @@ class UnitConfig:
                 "keys of a format, each with the file's own name for it: "
                 f"{', '.join(get_args(Column))}",
             ),
+            (
+                "warmup",
+                self.schedule != "constant" or self.warmup in (0, DEFAULT_WARMUP),
+                "0 with the schedule constant, which has none; constant_with_warmup has one",
+            ),
+            (
+                "ensure_weight_tying",
+                not self.ensure_weight_tying or self._names_vocabulary(),
+                "false where target_modules, modules_to_save and trainable_token_indices name "
+                "neither embedding nor output layer: there is nothing to tie",
+            ),
             ("eval_fraction", not (self.eval_fraction and self.eval_data), "0 beside eval_data"),
             (
                 "gradient_accumulation",
@@ -223,6 +254,12 @@ class UnitConfig:
             ("dropout", self.dropout == 0, "0; adapters are trained as they are served"),
         ]
         _check(self, checks, f"unit {self.name!r}: ")
+
+    def _names_vocabulary(self) -> bool:
+        targets = () if self.target_modules == "all-linear" else self.target_modules
+        named = [*self.modules_to_save, *targets]
+        ends = {name.rpartition(".")[2] for name in named}
+        return bool(self.trainable_token_indices or ends & {"embed_tokens", "lm_head"})
 
     @property
     def start(self) -> str:
@@ -272,12 +309,12 @@ class TrainConfig:
     seed: Seed = setting(default=0, group=RUN)
     """Seed of the order of the data and of the starting weights."""
     max_seq_len: Int = setting(
-        default=1024, ge=2, group=DATA, also=("max_length", "max_seq_length")
+        default=1024, ge=2, le=MAX_TOKENS, group=DATA, also=("max_length", "max_seq_length")
     )
     """Longer examples are cut as the unit's `truncation` says, counted and reported."""
-    log_interval: Int = setting(default=10, ge=1, group=RUN, also=("logging_steps",))
+    log_interval: Int = setting(default=10, ge=1, le=MAX_COUNT, group=RUN, also=("logging_steps",))
     """Updates of a unit between two progress lines, where there is no terminal."""
-    checkpoint_interval: Int = setting(default=200, ge=1, group=RUN)
+    checkpoint_interval: Int = setting(default=200, ge=1, le=MAX_COUNT, group=RUN)
     """Forwards between two checkpoints."""
     activation_checkpointing: bool = setting(
         default=False, group=RUN, also=("gradient_checkpointing",)

@@ -69,8 +69,8 @@ def pair_sums(policy: Tensor, reference: Tensor, counts: Tensor, config: UnitCon
 
 
 def check_settings(config: UnitConfig, dataset: Dataset) -> None:
-    """Raise ConfigError for settings of preferences beside other data, and for a pair that cannot
-    be read in one forward.
+    """Raise ConfigError for settings of one format's data beside other data, and for a pair that
+    cannot be read in one forward.
     """
     where = f"unit {config.name!r}: "
     found = [e for e in entries(UnitConfig).values() if e.group == OBJECTIVE]
@@ -80,6 +80,12 @@ def check_settings(config: UnitConfig, dataset: Dataset) -> None:
             f"{where}{changed[0]} is {getattr(config, changed[0])!r}, which is for data with "
             f"prompt, chosen and rejected; {dataset.path} is {dataset.format}: leave it out",
             field=changed[0],
+        )
+    if config.instructions != "chat" and dataset.format != "instruction":
+        raise ConfigError(
+            f"{where}instructions is {config.instructions!r}, which is for data with instruction "
+            f"and output; {dataset.path} is {dataset.format}: leave it out",
+            field="instructions",
         )
     longest = max(map(num_tokens, dataset.pairs), default=0)
     if longest > (config.max_tokens_per_batch or longest):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.matching import PatternMatcher
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec, parse_config
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
@@ -53,6 +54,7 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
         spec = parse_config(adapter_config(config, base), base)
     except AdapterRefused as error:
         raise ConfigError(f"unit {config.name!r}: {error}", field=error.field) from error
+    _check_patterns(config, spec)
     if config.start == "loftq" and any(site.path not in base.linears for site in spec.targets):
         raise ConfigError(
             f"unit {config.name!r}: init is 'loftq', which starts at what quantisation lost, and "
@@ -60,6 +62,22 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
             field="init",
         )
     return spec
+
+
+def _check_patterns(config: UnitConfig, spec: AdapterSpec) -> None:
+    """Raise ConfigError for a pattern that none of the adapted modules matches. PEFT passes over
+    it, and the module that was meant would get the rank or alpha of all others.
+    """
+    names, matcher = [site.name for site in spec.targets], PatternMatcher()
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(config, field).items():
+            is_meant = matcher.first_match({pattern: value}, field)
+            if all(is_meant(name) is None for name in names):
+                raise ConfigError(
+                    f"unit {config.name!r}: {field} has {pattern!r}, which no adapted module's "
+                    f"path ends with; they are like {names[0]}",
+                    field=field,
+                )
 
 
 def start_modules(

@@ -55,7 +55,13 @@ def held_out_of(unit: Unit, dataset: Dataset | None, sweep: str | None) -> HeldO
 
     Raises ConfigError when something of the unit needs held-out data and there is none.
     """
-    needs = "sweep" if sweep else "patience" if unit.config.patience else None
+    default = entries(UnitConfig)["eval_interval"].default
+    is_set = {
+        "sweep": sweep,
+        "patience": unit.config.patience,
+        "eval_interval": unit.config.eval_interval != default,
+    }
+    needs = next((name for name, value in is_set.items() if value), None)
     if dataset is None and needs:
         raise ConfigError(
             f"unit {sweep or unit.name!r}: {needs} needs held-out data; give eval_data "

@@ -9,7 +9,7 @@ import typer
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo
-from server.cli import doctor, local, remote, serve, train
+from server.cli import chat, doctor, keys, local, remote, serve, train
 from server.cli.command import Command
 
 
@@ -73,10 +73,12 @@ def _root(
 app.command(cls=Command)(serve.serve)
 app.command(cls=Command)(train.train)
 app.command(cls=Command)(remote.generate)
+app.command(cls=Command)(chat.chat)
 app.add_typer(remote.adapters, name="adapters")
 remote.adapters.command(cls=Command)(local.verify)
 remote.adapters.command(cls=Command)(local.convert)
 app.command(cls=Command)(local.merge)
+app.add_typer(keys.keys, name="keys")
 app.command(cls=Command)(doctor.doctor)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 from lora_runtime.terminal import Terminal
+from server.cli.connection import connect_to
 from server.cli.remote import send_folder
 from server.client import Client
 from server.client.requests import Messages
@@ -61,7 +62,7 @@ def check_server(address: str, name: str | None, num_units: int) -> None:
             f"--deploy-name names one adapter, and the run trains {num_units}; leave it out: "
             "each is deployed under its own name"
         )
-    with Client(address) as client:
+    with connect_to(address) as client:
         client.server_info()
 
 
@@ -70,7 +71,7 @@ def deploy(address: str, deployments: Sequence[Deployment], sample: str | None) 
     `sample`, or the first prompt of its data. Returns whether all of them are loaded.
     """
     console, outcomes = Terminal(soft_wrap=True), []
-    with Client(address) as client:
+    with connect_to(address) as client:
         for deployment in deployments:
             try:
                 _deploy_one(client, deployment, sample, console)

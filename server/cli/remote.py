@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -15,13 +16,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.cli.command import Command
-from server.cli.tables import show_table
-from server.client import DEFAULT_TARGET, Client
+from server.cli.connection import connected
+from server.cli.tables import show_json, show_table
+from server.client import Client
 from server.client.requests import Options
 
-Address = Annotated[
-    str, typer.Option(envvar="LORAMUX_ADDRESS", help="host:port of the server's gRPC port.")
-]
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[
     bool | None,
@@ -48,13 +47,34 @@ Regex = Annotated[
 Choices = Annotated[
     list[str] | None, typer.Option(help="The answer is this text; repeat it for others.")
 ]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Taken off tokens that the output has.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Taken off each time that it has them.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: fewer tokens of prompt and output.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOKEN=NUMBER", help="Added to a token id's logit; repeat it."),
+]
+PromptLogprobs = Annotated[
+    int | None, typer.Option(help="Show the prompt's log probabilities, and this many others.")
+]
+BaseText = Annotated[bool, typer.Option("--base-text", help="Use the base's template.")]
+Priority = Annotated[int | None, typer.Option(help="Per tenant, lower values run first.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
 )
 
 
+@connected
 def generate(
+    client: Client,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Weighted = None,
     chat: ChatOrText = None,
@@ -65,19 +85,20 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    repetition_penalty: RepetitionPenalty = None,
+    logit_bias: LogitBias = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to the one prompt.")] = None,
+    prompt_logprobs: PromptLogprobs = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
     ignore_eos: IgnoreEos = None,
-    base_text: Annotated[
-        bool, typer.Option("--base-text", help="Use the base's template.")
-    ] = False,
-    priority: Annotated[
-        int | None, typer.Option(help="Per tenant, lower values run first.")
-    ] = None,
+    base_text: BaseText = False,
+    priority: Priority = None,
     tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     choice: Choices = None,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
@@ -88,6 +109,12 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": _biases(logit_bias or []) or None,
+        "n": n,
+        "prompt_logprobs": prompt_logprobs,
         "stop": stop,
         "ignore_eos": ignore_eos,
         "base_text": base_text or None,
@@ -96,15 +123,25 @@ def generate(
         "structured_output": _structured_output(json_schema, regex, choice),
     }
     given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
-    chosen = _weights(adapter or [])
-    with Client(address) as client:
-        if chat is None:
-            chat = _is_chat(client, chosen, system, bool(base_text))
-        if chat:
-            messages = [*_turn("system", system), *_turn("user", content)]
-            _show_stream(client.generate(messages=messages, adapters=chosen, **given))
-        else:
-            _show_stream(client.generate(content, adapters=chosen, **given))
+    _answer(client, content, system, chat, weights(adapter or []), given)
+
+
+def _answer(
+    client: Client,
+    content: str,
+    system: str | None,
+    chat: bool | None,
+    chosen: dict[str, float],
+    given: Options,
+) -> None:
+    """Show the answer to a user's message, or how a text goes on."""
+    if chat is None:
+        chat = _is_chat(client, chosen, system, "base_text" in given)
+    if chat:
+        messages = [*_turn("system", system), *_turn("user", content)]
+        _show_stream(client.generate(messages=messages, adapters=chosen, **given))
+    else:
+        _show_stream(client.generate(content, adapters=chosen, **given))
 
 
 def _structured_output(
@@ -139,7 +176,7 @@ def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_t
     return False
 
 
-def _weights(adapters: Iterable[str]) -> dict[str, float]:
+def weights(adapters: Iterable[str]) -> dict[str, float]:
     """Read `name` and `name=weight`; a name given twice would lose its first weight."""
     weights: dict[str, float] = {}
     for text in adapters:
@@ -155,20 +192,58 @@ def _weights(adapters: Iterable[str]) -> dict[str, float]:
     return weights
 
 
+def _biases(texts: Iterable[str]) -> dict[int, float]:
+    """Read `token=number`."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        token_id, _, bias = text.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
+            ) from None
+    return biases
+
+
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:
     return [] if content is None else [{"role": role, "content": content}]
 
 
 def _show_stream(responses: Iterable[generation_pb2.GenerateResponse]) -> None:
+    """The first output as it comes; the others, which come beside it, in their order at the end."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    ends: dict[int, generation_pb2.Finished] = {}
     for response in responses:
-        if response.HasField("started"):
-            for note in response.started.notes:
-                echo(f"note: {note}", is_error=True)
-        elif response.HasField("delta"):
-            write(response.delta.text)
-        else:
-            echo("")
-            echo(_summary(response.finished), is_error=True)
+        delta, finished = response.delta, response.finished
+        match response.WhichOneof("event"):
+            case "started":
+                for note in response.started.notes:
+                    echo(f"note: {note}", is_error=True)
+            case "prompt_logprobs":
+                _show_logprobs(response.prompt_logprobs.logprobs)
+            case "delta" if delta.index == 0:
+                write(delta.text)
+            case "delta":
+                texts[delta.index] += delta.text
+            case "finished":
+                ends[finished.index] = finished
+                if finished.index == 0:
+                    _show_end("", finished)
+    for index in sorted(ends.keys() - {0}):
+        _show_end(texts[index], ends[index])
+
+
+def _show_end(text: str, finished: generation_pb2.Finished) -> None:
+    echo(text)
+    echo(_summary(finished), is_error=True)
+
+
+def _show_logprobs(logprobs: Iterable[types_pb2.TokenLogprob]) -> None:
+    """One line a token of the prompt after the first: its place, its own, and the likeliest."""
+    for place, entry in enumerate(logprobs, 1):
+        top = "".join(f"  {each.token_id}: {each.logprob:.4f}" for each in entry.top)
+        echo(f"prompt token {place}: {entry.logprob:.4f}{top}", is_error=True)
 
 
 def _summary(finished: generation_pb2.Finished) -> str:
@@ -181,7 +256,9 @@ def _summary(finished: generation_pb2.Finished) -> str:
 
 
 @adapters.command("load", cls=Command)
+@connected
 def load(
+    client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
         str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
@@ -189,11 +266,9 @@ def load(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Load an adapter while the server runs."""
-    with Client(address) as client:
-        response = client.load_adapter(name, source, replace=replace)
+    response = client.load_adapter(name, source, replace=replace)
     if response.already_loaded:
         echo(f"{name} was loaded already, with the same content")
     show_loaded(response.adapter)
@@ -207,7 +282,9 @@ def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
 
 
 @adapters.command("unload", cls=Command)
+@connected
 def unload(
+    client: Client,
     name: Name,
     cancel: Annotated[
         bool,
@@ -218,42 +295,42 @@ def unload(
     wait: Annotated[
         bool, typer.Option("--wait", help="Return only when the adapter's memory is free.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Unload an adapter and forget its name; new requests for it fail at once."""
-    with Client(address) as client:
-        client.unload_adapter(name, cancel=cancel, wait=wait)
+    client.unload_adapter(name, cancel=cancel, wait=wait)
     echo(f"{name} is unloaded")
 
 
 @adapters.command("upload", cls=Command)
+@connected
 def upload(
+    client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     folder: Annotated[Path, typer.Argument(help="The adapter's folder on this machine.")],
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Send an adapter's files to a running server and load them there."""
-    with Client(address) as client:
-        info = send_folder(client, name, folder, replace=replace)
+    info = send_folder(client, name, folder, replace=replace)
     show_loaded(info)
 
 
 @adapters.command("rollback", cls=Command)
-def rollback(name: Name, address: Address = DEFAULT_TARGET) -> None:
+@connected
+def rollback(client: Client, name: Name) -> None:
     """Go back to what a name held before its last replacement; a second rollback undoes that."""
-    with Client(address) as client:
-        info = client.rollback_adapter(name)
+    info = client.rollback_adapter(name)
     show_loaded(info)
 
 
 @adapters.command("stored", cls=Command)
-def stored(address: Address = DEFAULT_TARGET) -> None:
+@connected
+def stored(client: Client, as_json: AsJson = False) -> None:
     """Show what uploads have left in the server's store, and which adapters hold it."""
-    with Client(address) as client:
-        found = client.list_stored_adapters()
+    found = client.list_stored_adapters()
+    if as_json:
+        return show_json(found)
     rows = [
         (
             entry.source,
@@ -268,15 +345,15 @@ def stored(address: Address = DEFAULT_TARGET) -> None:
 
 
 @adapters.command("delete", cls=Command)
+@connected
 def delete(
+    client: Client,
     source: Annotated[
         str, typer.Argument(help="The content's source, as `adapters stored` shows it.")
     ],
-    address: Address = DEFAULT_TARGET,
 ) -> None:
     """Delete content from the server's store that no adapter holds."""
-    with Client(address) as client:
-        entry = client.delete_stored_adapter(source)
+    entry = client.delete_stored_adapter(source)
     echo(f"{entry.source} is deleted: {decimal(entry.num_bytes)}")
 
 
@@ -305,17 +382,22 @@ def send_folder(
 
 
 @adapters.command("list", cls=Command)
-def list_adapters(address: Address = DEFAULT_TARGET) -> None:
+@connected
+def list_adapters(client: Client, as_json: AsJson = False) -> None:
     """Show every adapter: loaded, loading, draining and failed ones."""
-    with Client(address) as client:
-        show_adapters(client.list_adapters())
+    infos = client.list_adapters()
+    if as_json:
+        return show_json(infos)
+    show_adapters(infos)
 
 
 @adapters.command("show", cls=Command)
-def show(name: Name, address: Address = DEFAULT_TARGET) -> None:
+@connected
+def show(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Show everything the server knows of one adapter."""
-    with Client(address) as client:
-        info = client.get_adapter(name)
+    info = client.get_adapter(name)
+    if as_json:
+        return show_json(info)
     facts = [
         *_facts(info).items(),
         *((f"honoured {key}", value) for key, value in sorted(info.honoured.items())),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from lora_runtime.terminal import Terminal, has_room
+from lora_runtime.terminal import Terminal, has_room, write
+
+_LONG = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 
 
 def show_table(
@@ -42,6 +49,34 @@ def show_facts(
         table.add_row(name, value)
     _unbroken(table)
     console.print(table)
+
+
+def show_json(messages: Message | Iterable[Message]) -> None:
+    """Print one message as a JSON object, or several as a list, with the fields' own names."""
+    if isinstance(messages, Message):
+        value: object = _plain(messages)
+    else:
+        value = [_plain(message) for message in messages]
+    write(json.dumps(value, indent=2) + "\n")
+
+
+def _plain(message: Message) -> object:
+    found = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return _with_numbers(found, message)
+
+
+def _with_numbers(found: dict[str, Any], message: Message) -> dict[str, Any]:
+    """Protobuf's JSON has 64-bit numbers as texts, for languages without such numbers."""
+    for field in message.DESCRIPTOR.fields:
+        value = found.get(field.name)
+        if isinstance(value, str) and field.cpp_type in _LONG:
+            found[field.name] = int(value)
+        elif isinstance(value, list) and field.message_type is not None:
+            each = zip(value, getattr(message, field.name), strict=True)
+            found[field.name] = [_with_numbers(part, of) for part, of in each]
+    return found
 
 
 def _unbroken(table: Table) -> None:

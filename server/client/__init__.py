@@ -23,11 +23,15 @@ from server.client.channel import (
     Generation,
     Stubs,
     answered,
+    authorization,
     dial,
+    tls_credentials,
     typed_errors,
 )
 from server.client.requests import Messages, Options, choose, generate_request, tokenize_request
 from server.client.uploads import Outgoing, Progress, no_progress
+
+__all__ = ["AsyncClient", "Client", "tls_credentials"]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TIMEOUT_S = 60.0
@@ -41,9 +45,17 @@ class Client:
     """A blocking client; use it as a context manager, or `close` it."""
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, credentials: grpc.ChannelCredentials | None = None
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        """`target` is host:port. `api_key` goes with every call. Without `credentials`, which
+        `tls_credentials` makes of files, the connection is not encrypted.
+        """
+        self.target = target
+        self._metadata = authorization(api_key)
         self._channel = dial(grpc, target, credentials)
         self._stubs = Stubs(self._channel)
 
@@ -70,7 +82,9 @@ class Client:
     ) -> Generation:
         """Continue a prompt with an adapter, several (name to weight) or, without any, the base."""
         request = generate_request(text, messages, token_ids, choose(adapter, adapters), options)
-        return Generation(self._stubs.generation.Generate(request, timeout=timeout_s))
+        return Generation(
+            self._stubs.generation.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        )
 
     def tokenize(self, text: str | None = None, *, messages: Messages | None = None) -> list[int]:
         """Return the token ids of a text or a conversation."""
@@ -158,16 +172,24 @@ class Client:
         self, method: Callable[..., Any], request: object, timeout_s: float = TIMEOUT_S
     ) -> Any:
         with typed_errors():
-            return method(request, timeout=timeout_s)
+            return method(request, timeout=timeout_s, metadata=self._metadata)
 
 
 class AsyncClient:
     """The asyncio twin of Client; make and use it in one event loop."""
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, credentials: grpc.ChannelCredentials | None = None
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        """`target` is host:port. `api_key` goes with every call. Without `credentials`, which
+        `tls_credentials` makes of files, the connection is not encrypted.
+        """
+        self.target = target
+        self._metadata = authorization(api_key)
         self._channel = dial(grpc.aio, target, credentials)
         self._upload_channel = dial(grpc, target, credentials)
         """Connects when it is used. What a server says while grpc.aio writes is lost."""
@@ -197,7 +219,9 @@ class AsyncClient:
     ) -> AsyncGeneration:
         """Continue a prompt with an adapter, several (name to weight) or, without any, the base."""
         request = generate_request(text, messages, token_ids, choose(adapter, adapters), options)
-        return AsyncGeneration(self._stubs.generation.Generate(request, timeout=timeout_s))
+        return AsyncGeneration(
+            self._stubs.generation.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        )
 
     async def tokenize(
         self, text: str | None = None, *, messages: Messages | None = None
@@ -229,7 +253,8 @@ class AsyncClient:
         """
         outgoing = await asyncio.to_thread(Outgoing, name, Path(folder), replace)
         upload = Stubs(self._upload_channel).adapters.UploadAdapter
-        call = upload.future(outgoing.parts(on_progress), timeout=timeout_s)
+        parts = outgoing.parts(on_progress)
+        call = upload.future(parts, timeout=timeout_s, metadata=self._metadata)
         return (await answered(call)).adapter
 
     async def rollback_adapter(self, name: str) -> adapters_pb2.AdapterInfo:
@@ -289,4 +314,4 @@ class AsyncClient:
         self, method: Callable[..., Any], request: object, timeout_s: float = TIMEOUT_S
     ) -> Any:
         with typed_errors():
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=self._metadata)

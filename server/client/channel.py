@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from server.errors import from_rpc_error
 HEALTH_REQUEST = health_pb2.HealthCheckRequest()
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
+_KEY = re.compile(r"[!-~]+")
 _PORT = re.compile(r":\d+$")
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 8 << 20),
@@ -106,6 +108,38 @@ def dial(grpc_api: Any, target: str, credentials: grpc.ChannelCredentials | None
     if credentials is None:
         return grpc_api.insecure_channel(target, options=_CHANNEL_OPTIONS)
     return grpc_api.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+
+
+def authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Return what goes with each call. Raises InvalidRequest for a key that no header can hold."""
+    if api_key is None:
+        return ()
+    if not _KEY.fullmatch(api_key):
+        raise InvalidRequest(
+            "the API key is empty, or has spaces or other than ASCII characters in it; copy it "
+            "again",
+            field="api_key",
+        )
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def tls_credentials(
+    ca: Path | str | None = None, cert: Path | str | None = None, key: Path | str | None = None
+) -> grpc.ChannelCredentials:
+    """Make credentials of PEM files: the roots of the server's certificate, by default those that
+    gRPC brings, and the client's own certificate and its key, for a server that wants one. Raises
+    InvalidRequest for a file that cannot be read.
+    """
+    if (cert is None) != (key is None):
+        raise InvalidRequest("a client's certificate takes its key, and a key its certificate")
+    return grpc.ssl_channel_credentials(*(_pem(file) for file in (ca, key, cert)))
+
+
+def _pem(file: Path | str | None) -> bytes | None:
+    try:
+        return None if file is None else Path(file).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 class Stubs:

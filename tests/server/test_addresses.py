@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import threading
+import time
 from contextlib import suppress
 
 import grpc
 import pytest
 
 from lora_runtime.errors import ConfigError
-from server import app
+from server import addresses, app
 from server.addresses import bracketed, check_free, listen
 from server.config import load_config
 from server.grpc_server import start_grpc
@@ -123,3 +125,14 @@ def test_a_host_of_two_addresses_is_taken_when_one_of_them_is(monkeypatch):
 def test_grpc_is_given_brackets_around_ipv6():
     assert bracketed("::1:5") == bracketed("[::1]:5") == "[::1]:5"
     assert bracketed("localhost:5") == "localhost:5"
+
+
+def test_a_name_that_nobody_resolves_ends_with_a_sentence(monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(30))
+    monkeypatch.setattr(addresses, "MAX_LOOK_UP_S", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="no name server said in 0.2 s what far.example is"):
+        listen("far.example:1", "grpc_address")
+    assert time.monotonic() - begun < 5
+    answered.set()

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lora_runtime.errors import (
     AdapterRefused,
+    AdapterSourceRefused,
     BaseRefused,
     ConfigError,
     LoramuxError,
@@ -119,6 +120,20 @@ async def test_both_ports_answer_and_metrics_follow_requests(engine):
         page = (await server.http.get("/metrics")).text
         assert 'loramux:generation_tokens_total{adapter=""} 7.0' in page
         assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0' in page
+
+
+@pytest.mark.parametrize("missing", REQUIRED_FILES)
+async def test_a_folder_that_is_no_adapter_is_found_before_the_base_is_loaded(engine, missing):
+    folder = engine.base_folder / "no-adapter"
+    folder.mkdir()
+    for file in set(REQUIRED_FILES) - {missing}:
+        (folder / file).write_text("x")
+    with pytest.raises(
+        AdapterSourceRefused, match=f"adapter.pirate: .*no-adapter has no file {missing}"
+    ):
+        async with running(engine, adapter=[f"pirate={folder}"]):
+            pass
+    assert engine.num_started == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

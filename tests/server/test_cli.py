@@ -152,6 +152,26 @@ def test_text_goes_to_stdout_and_counts_to_stderr(ask):
     assert piped.stdout == result.stdout
 
 
+def test_several_answers_penalties_and_the_prompts_log_probabilities(ask):
+    flags = ("--text", "--max-tokens", "3", "--ignore-eos", "--seed", "1")
+    one = ask("generate", SECRET, *flags)
+    result = ask("generate", SECRET, *flags, "--n", "3", "--prompt-logprobs", "1")
+    assert result.exit_code == 0 and result.stdout.startswith(one.stdout)
+    assert len(re.findall(r"^\d+ prompt \+ 3 output tokens, length$", result.stderr, re.M)) == 3
+    num_prompt = int(one.stderr.split()[0])
+    assert len(re.findall(r"^prompt token \d+: -.*", result.stderr, re.M)) == num_prompt - 1
+    penalties = ("--presence-penalty", "2", "--frequency-penalty", "2", "--repetition-penalty", "2")
+    assert ask("generate", SECRET, *flags, *penalties, "--logit-bias", "5=-100").exit_code == 0
+    refused = ask("generate", SECRET, "--logit-bias", "5=200")
+    assert refused.exit_code == 1 and "sampling.logit_bias" in refused.stderr
+
+
+@pytest.mark.parametrize("given", ["5", "x=1", "5=much", "="])
+def test_a_bias_that_cannot_be_read_is_a_usage_error(invoke, given):
+    result = invoke("generate", "Ahoy", "--logit-bias", given)
+    assert result.exit_code == 2 and "--logit-bias" in result.stderr
+
+
 def test_chat_goes_through_the_template(ask):
     tokens = {
         mode: int(ask("generate", "Ahoy", mode, "--max-tokens", "1").stderr.split()[0])

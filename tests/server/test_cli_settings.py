@@ -18,9 +18,14 @@ from server.cli.settings import VARIABLES
 from server.config import SETTINGS, check_environment, load_config
 
 ROOT = typer.main.get_command(app)
+GROUPS = {name: group for name, group in ROOT.commands.items() if hasattr(group, "commands")}
 COMMANDS = {
-    **{name: command for name, command in ROOT.commands.items() if name != "adapters"},
-    **{f"adapters {name}": each for name, each in ROOT.commands["adapters"].commands.items()},
+    **{name: command for name, command in ROOT.commands.items() if name not in GROUPS},
+    **{
+        f"{group} {name}": each
+        for group, found in GROUPS.items()
+        for name, each in found.commands.items()
+    },
 }
 ACTIONS = {"dry_run", "deploy", "deploy_name", "sample", "unit", "print_config", "help"}
 
@@ -148,6 +153,7 @@ REQUIRED = {
     "generate": ["hi"], "merge": ["a", "b"], "adapters load": ["a", "b"],
     "adapters upload": ["a", "b"], "adapters rollback": ["a"], 
     "adapters delete": ["a"], "adapters stored": [], "adapters unload": ["a"],
+    "keys new": ["--file", "f", "--tenant", "t", "--adapter", "*"],
     "adapters show": ["a"], "adapters verify": ["a"], "adapters convert": ["a", "b"],
     "train": ["--data", "d", "--output", "o"],
 }  # fmt: skip

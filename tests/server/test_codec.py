@@ -12,6 +12,7 @@ from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
+from server.access.caller import ANONYMOUS
 from server.calls import (
     AdapterState,
     ChatPrompt,
@@ -33,7 +34,7 @@ LIMITS = PromptLimits(num_tokens=100, num_bytes=3200)
 
 
 def decode(**fields: object):
-    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), None, LIMITS)
+    return decode_generate(GenerateRequest(**{"text": "hi", **fields}), None, LIMITS, ANONYMOUS)
 
 
 def selections(**weights: float) -> list[AdapterSelection]:
@@ -77,12 +78,12 @@ def test_the_three_kinds_of_input() -> None:
     chat = GenerateRequest()
     chat.messages.messages.add(role="user", content="hi")
     tokens = GenerateRequest(token_ids={"ids": [1, 2]})
-    assert decode_generate(chat, None, LIMITS).prompt == ChatPrompt(
+    assert decode_generate(chat, None, LIMITS, ANONYMOUS).prompt == ChatPrompt(
         ({"role": "user", "content": "hi"},)
     )
-    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1, 2))
+    assert decode_generate(tokens, None, LIMITS, ANONYMOUS).prompt == TokenPrompt((1, 2))
     with pytest.raises(InvalidRequest) as caught:
-        decode_generate(GenerateRequest(), None, LIMITS)
+        decode_generate(GenerateRequest(), None, LIMITS, ANONYMOUS)
     assert caught.value.field == "input"
 
 
@@ -199,10 +200,11 @@ def test_the_edges_of_what_adapters_and_salts_may_be() -> None:
 def test_a_client_is_its_tenant_or_else_its_address(peers: list[str], num_clients: int) -> None:
     request = GenerateRequest(text="Hello")
     assert (
-        len({decode_generate(request, None, LIMITS, peer).client for peer in peers}) == num_clients
+        len({decode_generate(request, None, LIMITS, ANONYMOUS, peer).client for peer in peers})
+        == num_clients
     )
     request.tenant = peers[0]
-    assert {decode_generate(request, None, LIMITS, peer).client for peer in peers} == {
+    assert {decode_generate(request, None, LIMITS, ANONYMOUS, peer).client for peer in peers} == {
         f"tenant:{peers[0]}"
     }
 
@@ -217,13 +219,34 @@ def test_what_is_served_now_is_listed_so() -> None:
     assert not any(name.startswith(("adapters", "cache_salt")) for name in REFUSED_FEATURES)
 
 
-@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128])
+@pytest.mark.parametrize("name", ["a", "A.b_c-1", "0" * 128, "org/name@v1.2", "a/b/c"])
 def test_good_adapter_names(name: str) -> None:
     assert adapter_name(name) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".a", "-a", "a/b", "a b", "a\n", "\N{DIGIT ONE}\u0661", "x" * 129]
+    "name",
+    [
+        "",
+        ".a",
+        "-a",
+        "a b",
+        "a\n",
+        "\N{DIGIT ONE}\u0661",
+        "x" * 129,
+        "x/" * 64 + "x",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        "a..b",
+        "@a",
+        "a/@b",
+        "a/.b",
+        "a:b",
+        "a=b",
+        "a\\b",
+    ],
 )
 def test_bad_adapter_names(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -260,7 +283,7 @@ TOO_MUCH = {
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_copied(case) -> None:
     fields, field = TOO_MUCH[case]
     with pytest.raises(InvalidRequest, match="at most") as caught:
-        decode_generate(GenerateRequest(**fields), None, LIMITS)
+        decode_generate(GenerateRequest(**fields), None, LIMITS, ANONYMOUS)
     assert caught.value.field == field
     if field != "token_ids":
         with pytest.raises(InvalidRequest, match="at most"):
@@ -270,7 +293,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_copied(case) -> None:
 def test_what_just_fits_is_decoded() -> None:
     assert decode(text="é" * 1600).prompt == TextPrompt("é" * 1600)
     tokens = GenerateRequest(token_ids={"ids": [1] * 100})
-    assert decode_generate(tokens, None, LIMITS).prompt == TokenPrompt((1,) * 100)
+    assert decode_generate(tokens, None, LIMITS, ANONYMOUS).prompt == TokenPrompt((1,) * 100)
 
 
 HUGE = {
@@ -294,7 +317,7 @@ def test_a_huge_request_costs_little_more_than_its_bytes(case) -> None:
     try:
         begun = time.process_time()
         with pytest.raises(InvalidRequest) as caught:
-            decode_generate(request, None, LIMITS)
+            decode_generate(request, None, LIMITS, ANONYMOUS)
         seconds, peak = time.process_time() - begun, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

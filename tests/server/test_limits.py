@@ -20,12 +20,14 @@ from lora_runtime.errors import (
     Overloaded,
 )
 from protos.loramux.v1 import adapters_pb2
+from server.access.caller import ANONYMOUS
 from server.calls import StoredAdapter
 from server.cli import app
 from server.client import AsyncClient
 from server.client.channel import typed_errors
 from server.client.requests import generate_request
 from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
+from server.running_calls import Calls
 from tests.server.uploading import CONFIG, WEIGHTS, chunk, left_behind, local_adapter, send, start
 from tests.server.world import World, stubs_of, until
 
@@ -93,11 +95,11 @@ async def test_the_store_is_listed_in_one_go_however_much_it_holds(serve, monkey
 
         monkeypatch.setattr(world.service._store, "stored", stored)
         begun = time.process_time()
-        found = await world.service.list_stored_adapters()
+        found = await world.service.list_stored_adapters(ANONYMOUS)
         assert time.process_time() - begun < 1
         assert [stored.adapters for stored in found] == [(f"n{i}",) for i in range(4000)]
         with pytest.raises(AdapterInUse, match="n7;"):
-            await world.service.delete_stored_adapter(digests[7])
+            await world.service.delete_stored_adapter(ANONYMOUS, digests[7])
 
 
 async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:
@@ -109,7 +111,7 @@ async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:
 
 
 async def test_one_call_too_many_is_refused_at_once_and_health_is_not_a_call(serve) -> None:
-    async with serve() as world, limited(world, max_calls=3) as client:
+    async with serve() as world, limited(world, calls=Calls(3)) as client:
         world.engine.gate.clear()
         running = [
             asyncio.create_task(client.generate("hi", max_tokens=2).text()) for _ in range(3)

@@ -6,11 +6,15 @@ import time
 from collections import Counter
 
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from lora_runtime.core import BaseSpec, RequestTiming
 from lora_runtime.engine.client import EngineInfo, EngineStats
 from server.metrics import Metrics
+from server.observability.calls import Rpc
 
 SPEC = BaseSpec(
     name="tiny",
@@ -263,6 +267,114 @@ def test_a_replaced_adapter_keeps_its_series_under_its_new_content(metrics):
     assert value(metrics, "loramux:requests_started_total", adapter="pirate") == 1
     assert value(metrics, "loramux:adapter_bytes", adapter="pirate") == 700
     assert labels_of(metrics, "vllm:lora_requests_info", "running_lora_adapters") == {""}
+
+
+ACCEPT = {
+    "Prometheus 2.42": "application/openmetrics-text;version=1.0.0,"
+    "application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "Prometheus 3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+    "application/openmetrics-text;version=0.0.1;q=0.4,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+    "Prometheus 3 told to escape": "application/openmetrics-text;version=1.0.0;"
+    "escaping=underscores;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+    "text by values": "text/plain;version=1.0.0;escaping=values",
+    "text by dots": "text/plain;version=1.0.0;escaping=dots",
+    "a browser": "text/html,*/*;q=0.8",
+    "nobody": "",
+}
+"""What scrapers send, by who they are: as Prometheus 2.42 does, and 3.x by its source."""
+CONTENT_TYPES = {
+    "Prometheus 2.42": "application/openmetrics-text; version=1.0.0; charset=utf-8; "
+    "escaping=underscores",
+    "Prometheus 3": "application/openmetrics-text; version=1.0.0; charset=utf-8; "
+    "escaping=allow-utf-8",
+}
+
+
+@pytest.mark.parametrize("scraper", ACCEPT)
+def test_names_keep_their_colons_whoever_scrapes(metrics, scraper):
+    metrics.on_adapter_loaded("pirate", "d1", 500, 0.1)
+    body, content_type = metrics.render(ACCEPT[scraper])
+    parse = openmetrics if "openmetrics" in content_type else text_string_to_metric_families
+    families = list(parse(body.decode()))
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    assert samples["vllm:num_requests_running"] == 3
+    assert samples["loramux:adapter_bytes"] == 500
+    assert samples["vllm:num_preemptions_total"] == 7
+    assert "vllm:e2e_request_latency_seconds_bucket" in samples
+    assert not [name for name in samples if name.startswith(("vllm_", "loramux_"))]
+    assert not [name for name in samples if name.endswith("_created")]
+    assert "escaping=dots" not in content_type
+    assert content_type == CONTENT_TYPES.get(scraper, content_type)
+
+
+def snapshot(metrics: Metrics) -> set[tuple[str, frozenset]]:
+    return set(scrape(metrics)) - {key for key in scrape(metrics) if "lora_requests_info" in key[0]}
+
+
+def test_series_return_to_their_start_after_a_thousand_adapters(metrics, engine):
+    def live(number: int) -> None:
+        name = f"a{number}"
+        metrics.on_adapter_loaded(name, f"d{number}", 1, 0.1)
+        engine.now = dataclasses.replace(STATS, resident_adapters=(f"d{number}",))
+        request = metrics.on_started((name,))
+        metrics.on_first_token(request, 0.1)
+        metrics.on_tokens(request, 2, 0.1)
+        timing = RequestTiming(queue_s=1.0, prefill_s=2.0, decode_s=4.0)
+        metrics.on_finished(request, "stop", 1, 2, 1.0, timing)
+
+    before = snapshot(metrics)
+    for number in range(1000):
+        live(number)
+        if number % 2:
+            metrics.on_adapter_unloaded(f"a{number}")
+    kept = {labels for name, labels in snapshot(metrics) if name == "loramux:adapter_loaded"}
+    assert len(kept) == 200
+    for number in range(0, 1000, 2):
+        metrics.on_adapter_unloaded(f"a{number}")
+    new = snapshot(metrics) - before
+    assert {dict(labels).get("adapter") for _, labels in new} <= {"_other"}
+    for number in range(1000, 1100):
+        live(number)
+        metrics.on_adapter_unloaded(f"a{number}")
+    assert snapshot(metrics) - before == new
+    assert value(metrics, "loramux:adapter_unloads_total", **TINY) == 1100
+
+
+def test_an_adapter_shows_its_tier_and_its_waits(metrics, engine):
+    for name, digest in (("hot", "d1"), ("cold", "d9")):
+        metrics.on_adapter_loaded(name, digest, 1, 0.1)
+    assert value(metrics, "loramux:adapter_loaded", adapter="hot", tier="device") == 1
+    assert value(metrics, "loramux:adapter_loaded", adapter="cold", tier="host") == 1
+    engine.now = dataclasses.replace(STATS, resident_adapters=("d9",), num_adapter_evictions=3)
+    assert value(metrics, "loramux:adapter_loaded", adapter="hot", tier="device") is None
+    assert value(metrics, "loramux:adapter_loaded", adapter="cold", tier="device") == 1
+    assert value(metrics, "loramux:adapter_pool_evictions_total", **TINY) == 3
+    request = metrics.on_started(("hot",))
+    metrics.on_first_token(request, 0.25)
+    timing = RequestTiming(queue_s=1.5, prefill_s=2.0, decode_s=4.0)
+    metrics.on_finished(request, "stop", 1, 2, 1.0, timing)
+    assert value(metrics, "loramux:request_queue_seconds_sum", adapter="hot") == 1.5
+    assert value(metrics, "loramux:time_to_first_token_seconds_sum", adapter="hot") == 0.25
+
+
+def test_calls_have_the_labels_of_the_usual_middlewares(metrics):
+    rpc = Rpc("unary", "loramux.v1.AdapterService", "ListAdapters")
+    labels = {
+        "grpc_type": "unary",
+        "grpc_service": "loramux.v1.AdapterService",
+        "grpc_method": "ListAdapters",
+    }
+    metrics.on_rpc_started(rpc)
+    metrics.on_rpc_handled(rpc, "NOT_FOUND", 0.5)
+    assert value(metrics, "grpc_server_started_total", **labels) == 1
+    assert value(metrics, "grpc_server_handled_total", **labels, grpc_code="NOT_FOUND") == 1
+    assert value(metrics, "grpc_server_handling_seconds_sum", **labels) == 0.5
+    for number in range(9):
+        metrics.on_http_handled(f"MADE{number}", "/v1/models", 405, 0.25)
+    made_up = {"method": "_other", "handler": "/v1/models"}
+    assert value(metrics, "http_requests_total", **made_up, status="405") == 9
+    assert value(metrics, "http_request_duration_seconds_sum", **made_up) == 2.25
 
 
 def test_openmetrics_is_given_when_asked_for(metrics):

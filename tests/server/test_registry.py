@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_runtime.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidRequest
+from lora_runtime.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidRequest,
+    Overloaded,
+)
 from server.calls import AdapterState
 from server.registry import MAX_FAILED_RECORDS, Registry
 from tests.fakes import ScriptedEngine
@@ -265,3 +271,19 @@ async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_pa
         await registry.rollback("x")
     assert [e.value.field for e in (unknown, first, after)] == ["name"] * 3
     assert registry.resolve("x").digest[0] == "b"
+
+
+async def test_names_are_bounded_also_where_all_hold_one_content(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("server.registry.MAX_NAMES", 5)
+    engine = ScriptedEngine()
+    registry = make(engine)
+    path = folder(tmp_path, "a")
+    for index in range(5):
+        await load(registry, f"n{index}", path)
+    with pytest.raises(Overloaded, match="5 names of adapters are known") as caught:
+        await load(registry, "n5", path)
+    assert caught.value.field == "name" and sum(engine.references.values()) == 5
+    await load(registry, "n0", path)
+    await load(registry, "n1", folder(tmp_path, "b"), replace=True)
+    await registry.unload("n2")
+    await load(registry, "n5", path)

@@ -18,6 +18,7 @@ from lora_runtime.errors import (
     LoramuxError,
     Unavailable,
 )
+from server.access.caller import ANONYMOUS
 from server.calls import (
     AdapterState,
     ChatPrompt,
@@ -33,6 +34,7 @@ from tests.fakes import EOS_ID
 
 def call(text: str = "abc", *, stop: tuple[str, ...] = (), **sampling: object) -> GenerateCall:
     return GenerateCall(
+        caller=ANONYMOUS,
         prompt=TextPrompt(text),
         sampling=SamplingParams(**sampling),
         has_max_tokens="max_tokens" in sampling,
@@ -82,7 +84,9 @@ async def test_end_tokens_end_unless_ignored_and_stop_tokens_are_not_shown(
 ) -> None:
     prompt = TokenPrompt((*b"ab", EOS_ID, *b"cd!"))
     sampling = SamplingParams(stop_token_ids=frozenset(b"!"))
-    request = GenerateCall(prompt=prompt, sampling=sampling, ignore_eos=ignore_eos)
+    request = GenerateCall(
+        caller=ANONYMOUS, prompt=prompt, sampling=sampling, ignore_eos=ignore_eos
+    )
     async with serve() as world:
         events = await events_of(world.service, replace(request, has_max_tokens=False))
     assert text_of(events) == ("abcd" if ignore_eos else "ab")
@@ -305,7 +309,7 @@ async def test_what_a_review_raises_leaves_nothing_behind(serve, error, replaces
                 AdapterRefused if isinstance(error, AdapterRefused) else LoramuxError
             ):
                 await world.load("x", content, replace=True, chat_template="t")
-        states = [record.state for record in world.service.list_adapters()]
+        states = [record.state for record in world.service.list_adapters(ANONYMOUS)]
         assert states == [AdapterState.LOADED if replaces else AdapterState.FAILED]
         assert sum(world.engine.references.values()) == replaces
         world.service._own_text.error = None
@@ -413,4 +417,4 @@ async def test_an_engines_refusal_of_a_composition_comes_before_anything_else(se
         with pytest.raises(InvalidRequest) as caught:
             await events_of(world.service, replace(call(), adapters=choices))
         assert caught.value.field == "adapters"
-        assert [record.num_in_flight for record in world.service.list_adapters()] == [0, 0]
+        assert [record.num_in_flight for record in world.service.list_adapters(ANONYMOUS)] == [0, 0]

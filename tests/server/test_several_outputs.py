@@ -13,6 +13,7 @@ import pytest
 from lora_runtime.core import AdapterChoice, FinishReason, StepOutput
 from lora_runtime.errors import AdapterFailed, InvalidRequest, Overloaded
 from protos.loramux.v1 import types_pb2
+from server.access.caller import ANONYMOUS, Limits
 from server.calls import Delta, Finished, Started
 from tests.server.test_service import call, events_of
 from tests.server.world import stubs_of, until
@@ -74,6 +75,53 @@ async def test_over_the_wire_and_back(serve) -> None:
         assert is_clean(world)
 
 
+@pytest.mark.parametrize("num_outputs", [1, 5])
+async def test_the_prompts_log_probabilities_come_once_before_every_delta(
+    serve, num_outputs, monkeypatch
+) -> None:
+    async with serve() as world:
+        generate = world.engine.generate
+
+        async def late(request):
+            """The output that brings them begins after the others."""
+            if request.sampling.num_prompt_logprobs is not None:
+                for _ in range(20):
+                    await asyncio.sleep(0)
+            async for output in generate(request):
+                yield output
+
+        monkeypatch.setattr(world.engine, "generate", late)
+        stream = world.client.generate("abc", n=num_outputs, max_tokens=3, prompt_logprobs=2)
+        events = [event async for event in stream]
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds[:2] == ["started", "prompt_logprobs"]
+        assert kinds.count("prompt_logprobs") == 1 and kinds.count("finished") == num_outputs
+        entries = events[1].prompt_logprobs.logprobs
+        assert [entry.logprob for entry in entries] == [-98, -99]
+        assert [[top.token_id for top in entry.top] for entry in entries] == [[98] * 2, [99] * 2]
+        (one,) = [e async for e in world.client.generate("a", max_tokens=1, prompt_logprobs=0)
+                  if e.HasField("prompt_logprobs")]  # fmt: skip
+        assert len(one.prompt_logprobs.logprobs) == 0
+
+
+async def test_an_output_that_ends_before_its_prompt_is_scored_holds_back_nothing(
+    serve, monkeypatch
+) -> None:
+    async with serve() as world:
+        step = world.engine._step
+
+        def cancelled(request, index):
+            if request.sampling.num_prompt_logprobs is None:
+                return step(request, index)
+            reason = FinishReason.CANCELLED
+            return StepOutput(request_id=request.request_id, finish_reason=reason)
+
+        monkeypatch.setattr(world.engine, "_step", cancelled)
+        events = await events_of(world.service, several(3, max_tokens=2, num_prompt_logprobs=1))
+        assert texts(events) == {1: "ab", 2: "ab"}
+        assert sum(isinstance(event, Finished) for event in events) == 3 and is_clean(world)
+
+
 @pytest.mark.parametrize("num_outputs", [0, 129, 2**31])
 async def test_a_number_of_outputs_out_of_range_is_refused(serve, num_outputs) -> None:
     async with serve() as world:
@@ -95,6 +143,24 @@ async def test_each_output_takes_a_place(serve) -> None:
         world.engine.num_waiting = 5
         await events_of(world.service, several(15, max_tokens=1))
         assert len(world.engine.seen) == 15 and is_clean(world)
+
+
+async def test_each_output_counts_as_a_request_of_its_tenant(serve) -> None:
+    caller = replace(ANONYMOUS, limits=Limits(max_requests=6))
+    async with serve() as world:
+        with pytest.raises(InvalidRequest) as caught:
+            await events_of(world.service, replace(several(7), caller=caller))
+        assert caught.value.field == "sampling.n"
+        world.engine.gate.clear()
+        four = replace(several(4, max_tokens=1), caller=caller)
+        running = asyncio.create_task(events_of(world.service, four))
+        await until(lambda: len(world.engine.running) == 4)
+        with pytest.raises(Overloaded, match="may have 6"):
+            await events_of(world.service, replace(four, num_outputs=3))
+        world.engine.gate.set()
+        await running
+        await events_of(world.service, replace(four, num_outputs=6))
+        assert is_clean(world)
 
 
 @pytest.mark.parametrize("num_events", [1, 2, 20])
@@ -160,7 +226,9 @@ async def test_an_unload_waits_for_all_outputs_or_ends_them(serve, cancel) -> No
         await until(lambda: len(world.engine.running) == 16)
         (record,) = world.registry.records()
         assert record.num_in_flight == 1
-        unload = asyncio.create_task(world.service.unload_adapter("x", cancel=cancel, wait=True))
+        unload = asyncio.create_task(
+            world.service.unload_adapter(ANONYMOUS, "x", cancel=cancel, wait=True)
+        )
         await asyncio.sleep(0.01)
         assert not unload.done()
         world.engine.gate.set()
@@ -183,7 +251,7 @@ async def test_a_swap_at_any_moment_leaves_a_call_wholly_old_or_wholly_new(serve
                 await asyncio.sleep(0)
             letter = "ba"[round_ % 2]
             source = world.write_adapter(letter, letter)
-            swap = world.service.load_adapter("x", source, replace=True)
+            swap = world.service.load_adapter(ANONYMOUS, "x", source, replace=True)
             (_, events) = await asyncio.gather(swap, running)
             assert set(texts(events).values()) in ({"aaa"}, {"bbb"})
         assert is_clean(world)
@@ -202,4 +270,4 @@ async def test_nothing_leaks_from_calls_that_end_in_every_way(serve) -> None:
 
         await asyncio.gather(*(one() for _ in range(60)))
         assert is_clean(world)
-        await asyncio.wait_for(world.service.unload_adapter("x", wait=True), 5)
+        await asyncio.wait_for(world.service.unload_adapter(ANONYMOUS, "x", wait=True), 5)

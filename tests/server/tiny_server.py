@@ -11,6 +11,7 @@ from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from server.access.gate import OPEN_GATE, Gate
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
 from server.registry import Registry
@@ -41,9 +42,30 @@ def write_folder(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def running(folder: Path):
+async def running(folder: Path, gate: Gate = OPEN_GATE, api_key: str | None = None):
     """A server over `folder` and a client of it; the engine must end with everything freed."""
-    base = BaseConfig(model=str(folder / "base"), dtype="float32", device="cpu")
+    async with (
+        running_service(folder) as (service, engine),
+        serving_grpc(service, gate, api_key) as client,
+    ):
+        yield client, engine
+
+
+@asynccontextmanager
+async def serving_grpc(service: Service, gate: Gate = OPEN_GATE, api_key: str | None = None):
+    """A client of a server of gRPC over a service."""
+    server = await start_grpc(service, "127.0.0.1:0", gate=gate)
+    try:
+        async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
+            yield client
+    finally:
+        await server.stop(1.0)
+
+
+@asynccontextmanager
+async def running_service(folder: Path, **base_options):
+    """A service over `folder` and its engine, which must end with everything freed."""
+    base = BaseConfig(model=str(folder / "base"), dtype="float32", device="cpu", **base_options)
     config = EngineConfig(
         base=base, cache=CONFIG.cache, scheduler=CONFIG.scheduler, adapters=CONFIG.adapters
     )
@@ -61,15 +83,12 @@ async def running(folder: Path):
         observer=observer,
         base_name="tiny",
     )
-    server = await start_grpc(service, "127.0.0.1:0")
     try:
-        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-            yield client, engine
+        yield service, engine
         stats = engine.stats()
         assert stats.is_alive and stats.num_running == stats.num_waiting == 0
         assert stats.kv_blocks_used == 0
     finally:
-        await server.stop(1.0)
         own_text.close()
         service.close()
         await engine.close(drain_s=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 
 import grpc
 
+from server.access.gate import OPEN_GATE, Gate
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
+from server.observability.records import RequestWatcher
 from server.registry import Registry
 from server.service import Service
 from server.sources import Sources
@@ -70,8 +72,15 @@ class World:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
-    """Run a server whose adapter root lies in `folder`."""
+async def serving(
+    folder: Path,
+    watchers: Sequence[RequestWatcher] = (),
+    *,
+    gate: Gate = OPEN_GATE,
+    api_key: str | None = None,
+    **engine_options: Any,
+) -> AsyncIterator[World]:
+    """Run a server whose adapter root lies in `folder`; `api_key` is the client's."""
     root = folder / "allowed" / "adapters"
     root.mkdir(parents=True, exist_ok=True)
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
@@ -86,10 +95,11 @@ async def serving(folder: Path, **engine_options: Any) -> AsyncIterator[World]:
         store=store,
         observer=observer,
         base_name="tiny",
+        watchers=watchers,
     )
-    server = await start_grpc(service, "127.0.0.1:0")
+    server = await start_grpc(service, "127.0.0.1:0", gate=gate, observer=RecordingObserver())
     try:
-        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
             yield World(engine, service, registry, observer, server, client, root)
     finally:
         await server.stop(0)

@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lora_runtime.config import MAX_DEPTH
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
-
-MAX_DEPTH = 1024
-"""Layers of a replicated model."""
 
 
 class Site(NamedTuple):

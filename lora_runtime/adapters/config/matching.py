@@ -20,7 +20,11 @@ from lora_runtime.errors import AdapterRefused
 MAX_PATTERN_LENGTH = 8192
 MAX_MATCH_S = 0.1
 """One match takes microseconds; a tenth of a second means catastrophic backtracking."""
-MAX_TOTAL_S = 10.0
+MAX_TOTAL_S = 5.0
+"""Of the reading thread's own time, so that a busy machine refuses nothing."""
+MAX_PATTERNS = 2048
+"""In one config. Every pattern is tried on every module; PEFT writes one for each module at most,
+and the largest bases have about a thousand."""
 
 _READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{(?!\d+(,\d*)?\}|,\d+\})|--|&&|~~|\|\||[^\x00-\x7f]")
 """Nested sets, POSIX classes, braces that are no plain count ({e}, {1<=e<=2}: fuzzy matches) and,
@@ -42,14 +46,15 @@ class Selection:
 
 
 class PatternMatcher:
-    """Compiles and matches one config's regular expressions within one time budget.
+    """Compiles and matches one config's regular expressions within one time budget, on one thread.
 
     Every method raises AdapterRefused, naming `field`, for a pattern that is too long, invalid,
-    ambiguous between regex engines, or too slow.
+    one too many, ambiguous between regex engines, or too slow.
     """
 
     def __init__(self) -> None:
-        self._deadline = time.monotonic() + MAX_TOTAL_S
+        self._deadline = time.thread_time() + MAX_TOTAL_S
+        self._num_patterns = 0
 
     def compile(
         self, pattern: str, field: str, template: str = "{}", *, is_whole: bool = False
@@ -91,6 +96,13 @@ class PatternMatcher:
 
     def _check(self, pattern: str, field: str) -> None:
         self._check_time(field)
+        self._num_patterns += 1
+        if self._num_patterns > MAX_PATTERNS:
+            raise AdapterRefused(
+                f"{field} holds too many patterns: at most {MAX_PATTERNS} are accepted in one "
+                "config; write one for several modules",
+                field=field,
+            )
         if len(pattern) > MAX_PATTERN_LENGTH:
             raise AdapterRefused(
                 f"{field} holds a pattern of {len(pattern)} characters; "
@@ -105,7 +117,7 @@ class PatternMatcher:
             )
 
     def _check_time(self, field: str) -> None:
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise _too_slow(field)
 
 
@@ -130,7 +142,8 @@ def select_modules(
     ]
     if not selected:
         raise AdapterRefused(
-            "target_modules, exclude_modules and layers_to_transform together select no module",
+            "target_modules, exclude_modules, layers_to_transform and layers_pattern together "
+            "select no module",
             field="target_modules",
         )
     return frozenset(selected)

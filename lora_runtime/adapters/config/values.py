@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from lora_runtime.config import MAX_ALPHA, MAX_RANK
 from lora_runtime.errors import AdapterRefused
 
 Config = Mapping[str, object]
 Number = TypeVar("Number", int, float)
-
-MAX_RANK = 1 << 16
-MAX_ALPHA = 1e12
 
 
 def is_neutral(value: object) -> bool:

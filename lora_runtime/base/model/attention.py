@@ -6,9 +6,9 @@ and values are kept. Serving reads and writes the paged cache; training has whol
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from lora_runtime.kernels import (
@@ -45,7 +45,7 @@ class Attention(Protocol):
 
 
 def loramux_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -28,6 +28,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class _Norm(nn.Module):
+    weight: Tensor
     plus_one, epsilon = False, "variance_epsilon"
     relies_on = ("weight", "variance_epsilon")
 
@@ -60,6 +61,9 @@ def _add_norm(
 
 
 class _GatedMLP(nn.Module):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
     relies_on: tuple[str, ...] = ("config", "gate_proj", "up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ class _GatedMLP(nn.Module):
 
 
 class _JoinedGateMLP(nn.Module):
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
     relies_on: tuple[str, ...] = ("config", "gate_up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +94,15 @@ class _JoinedGateMLP(nn.Module):
 class _Attention(nn.Module):
     """Norms of heads, rotation and the write of keys and values are one launch."""
 
-    relies_on = ("config", "head_dim", "layer_idx", "scaling", "o_proj")
+    config: Any
+    head_dim: int
+    layer_idx: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    relies_on: tuple[str, ...] = ("config", "head_dim", "layer_idx", "scaling", "o_proj")
 
     def forward(
         self,
@@ -103,7 +117,7 @@ class _Attention(nn.Module):
             return super().forward(hidden_states, **given, **kwargs)
         q, k, v = self._heads(hidden_states)
         (cos,), (sin,) = position_embeddings
-        options = {
+        options: Any = {
             "layer": self.layer_idx,
             "scale": self.scaling,
             "window": self._window(),
@@ -122,10 +136,11 @@ class _Attention(nn.Module):
         return tuple(part[0].unflatten(1, (-1, self.head_dim)) for part in parts)
 
     def _norm(self) -> HeadNorm | None:
-        q, k = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
-        return (
-            None if q is None else HeadNorm(q.weight, k.weight, getattr(q, q.epsilon), q.plus_one)
-        )
+        q: Any = getattr(self, "q_norm", None)
+        k: Any = getattr(self, "k_norm", None)
+        if q is None:
+            return None
+        return HeadNorm(q.weight, k.weight, getattr(q, q.epsilon), q.plus_one)
 
     def _window(self) -> int | None:
         return getattr(self, "sliding_window", None)
@@ -140,6 +155,8 @@ class _AttentionOfConfigsWindow(_Attention):
 
 
 class _JoinedAttention(_AttentionOfConfigsWindow):
+    num_key_value_heads: int
+    qkv_proj: nn.Module
     relies_on = (*_Attention.relies_on, "qkv_proj", "num_key_value_heads")
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -149,6 +166,7 @@ class _JoinedAttention(_AttentionOfConfigsWindow):
 
 
 class _CappedAttention(_Attention):
+    attn_logit_softcapping: float | None
     relies_on = (*_Attention.relies_on, "attn_logit_softcapping")
 
     def _softcap(self) -> float | None:
@@ -163,7 +181,13 @@ class _Layer(nn.Module):
     is given the tensor finds the plain sum.
     """
 
-    relies_on = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+    relies_on: tuple[str, ...] = (
+        "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
+    )  # fmt: skip
     norm_behind: tuple[Any, ...] = ()
     """The norm behind the last sum, if it is one of ours; in a tuple it is no submodule."""
 
@@ -178,14 +202,17 @@ class _Layer(nn.Module):
         """residual + x, or what `branch_norm` makes of x, with what `norm_behind` makes of it."""
         if not self.norm_behind or not can_run_on_gpu(x):
             return residual + (x if branch_norm is None else branch_norm(x))
-        total, normed = _add_norm(x, residual, *self.norm_behind, branch_norm)
-        total.handed_on = (*self.norm_behind, normed)
+        (norm,) = self.norm_behind
+        total, normed = _add_norm(x, residual, norm, branch_norm)
+        vars(total)["handed_on"] = (norm, normed)
         return total
 
 
 class _LayerOfFourNorms(_Layer):
     """What attention and MLP give is normed too, before it is added (Gemma)."""
 
+    pre_feedforward_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
     relies_on = (*_Layer.relies_on, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -198,7 +225,7 @@ class _LayerOfFourNorms(_Layer):
         return self._sum(self.mlp(normed), total, self.post_feedforward_layernorm)
 
 
-TABLE: dict[type, tuple[str, ...]] = {
+TABLE: dict[type[Any], tuple[str, ...]] = {
     _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"),
     _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm"),
     _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"),
@@ -221,17 +248,19 @@ def fuse_modules(model: nn.Module) -> None:
     Raises BaseRefused where this version of transformers lacks what the fused forward reads.
     """
     for module in model.modules():
-        kind = KINDS.get(type(module).__name__)
+        original: Any = type(module)
+        kind: Any = KINDS.get(original.__name__)
         is_mlp = kind in (_GatedMLP, _JoinedGateMLP)
         if kind is not None and not (is_mlp and _activation(module) not in ACTIVATIONS):
             require_attributes(module, kind.relies_on, "its fused forward reads")
-            module.__class__ = _fused(kind, type(module))
+            module.__class__ = _fused(kind, original)
     for module in model.modules():
         _join_layers(getattr(module, "layers", None), getattr(module, "norm", None))
 
 
 def _join_layers(layers: Any, last_norm: Any) -> None:
     """Tell every layer of a decoder which norm comes behind it."""
+    layer: Any
     if isinstance(layers, nn.ModuleList) and all(isinstance(layer, _Layer) for layer in layers):
         norms = [*(layer.input_layernorm for layer in layers), last_norm][1:]
         for layer, norm in zip(layers, norms, strict=True):
@@ -239,7 +268,7 @@ def _join_layers(layers: Any, last_norm: Any) -> None:
 
 
 @cache
-def _fused(kind: type, original: type) -> type:
+def _fused(kind: type[Any], original: type[Any]) -> type[Any]:
     return type(f"Fused{original.__name__}", (kind, original), {})
 
 

@@ -30,6 +30,9 @@ class Int8Linear(FrozenLinear):
     float16 alone on a GPU.
     """
 
+    codes: Tensor
+    absmax: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_copies: bool = False) -> None:
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
 import torch
@@ -65,7 +65,8 @@ class FrozenLinear(nn.Module):
             if self._panels is None:
                 self._panels = pack_panels(self.weight_values())
             return panel_product(x, self._panels, self.out_features)
-        return _FrozenProduct.apply(x, self)
+        product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return product
 
     def product_and_shrink(
         self, x: Tensor, adapters: PooledAdapters
@@ -139,7 +140,7 @@ class FrozenLinear(nn.Module):
         private copies are made anew.
         """
         exact = {name: b for name, b in self.named_buffers(recurse=False) if name != "bias"}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         self._dense = self._panels = None
@@ -150,12 +151,12 @@ class _FrozenProduct(torch.autograd.Function):
     """W x whose backward takes W from the layer again instead of keeping a dense copy alive."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
         return layer.tracked_product(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.kept_values(), None
 
 
@@ -187,6 +188,13 @@ class QuantLinear(FrozenLinear):
     64,) uint8, under a second absmax of 256 codes each. The quantiser's input is the bfloat16
     checkpoint weight, whatever the compute dtype.
     """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+    nested_offsets: Tensor
 
     def __init__(
         self,
@@ -322,5 +330,5 @@ def _quantized(weight: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
             some.to(torch.bfloat16), blocksize=BLOCK_SIZE, quant_type=quant_type
         )
         parts.append((packed.flatten(), state.absmax))
-    packed, absmax = zip(*parts, strict=True)
-    return torch.cat(packed), torch.cat(absmax)
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)

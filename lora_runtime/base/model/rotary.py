@@ -6,6 +6,8 @@ batch at every forward. Here they are fixed from the longest length the base all
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -16,6 +18,7 @@ BATCH_GLOBAL_TYPES = ("longrope", "dynamic")
 
 def fix_rotary(model: nn.Module, max_model_len: int) -> None:
     """Give every batch-global rotary module of `model` constant frequencies, in place."""
+    module: Any
     for module in model.modules():
         rope_type = getattr(module, "rope_type", None)
         if isinstance(rope_type, str) and rope_type in BATCH_GLOBAL_TYPES:
@@ -28,7 +31,7 @@ def fix_rotary(model: nn.Module, max_model_len: int) -> None:
                     rope_type[layer_type] = "default"
 
 
-def _fix(module: nn.Module, kind: str, max_model_len: int, layer_type: str | None = None) -> None:
+def _fix(module: Any, kind: str, max_model_len: int, layer_type: str | None = None) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
     if kind not in ROPE_INIT_FUNCTIONS:

@@ -104,8 +104,9 @@ def stack_linears(model: nn.Module) -> None:
     """Let the members of every set of SHARING run as one, where their weights can be joined."""
     for module in model.modules():
         for names in SHARING:
-            members = [getattr(module, name, None) for name in names]
-            if all(isinstance(member, AdaptedLinear) for member in members):
+            found = [getattr(module, name, None) for name in names]
+            members = [member for member in found if isinstance(member, AdaptedLinear)]
+            if len(members) == len(names):
                 joined = join_layers([member.linear for member in members])
                 stack = None if joined is None else StackedLinears(members, joined)
                 for member in members:

@@ -29,6 +29,24 @@ def test_runs_never_overlap_and_all_come_back(lengths, random):
     assert space.allocate(40) == 0
 
 
+def test_loads_and_evictions_are_counted():
+    table = SlotTable(10, max_slots=3)
+    for name in "abc":
+        table.register(name, 5)
+    for name in "abab":
+        assert table.acquire([name]) is not None
+        table.release(name)
+    assert (table.num_loads, table.num_evictions) == (2, 0)
+    assert table.acquire(["c"]) is not None  # in the place of a
+    assert (table.num_loads, table.num_evictions) == (3, 1)
+    assert table.acquire(["b"]) is not None
+    assert table.acquire(["a"]) is None  # all are pinned
+    assert (table.num_loads, table.num_evictions) == (3, 1)
+    table.release("b")
+    table.forget("b")
+    assert (table.num_loads, table.num_evictions) == (3, 1)
+
+
 class Slots(RuleBasedStateMachine):
     """A model of residency: what is pinned must stay, what is acquired must be placed."""
 

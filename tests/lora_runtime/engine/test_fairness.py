@@ -107,6 +107,28 @@ def test_clients_that_always_wait_get_equal_service():
     assert max(served.values()) - min(served.values()) <= 2 * (60 + 2 * 40), served
 
 
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (0.5, 3.5, 1.0)])
+def test_clients_that_always_wait_get_service_by_their_weights(weights):
+    """Within the price of a request each, whatever their requests are like."""
+    driver = CacheDriver(num_blocks=400, budget=32, max_num_seqs=4)
+    names = {f"client {weight}": weight for weight in weights}
+    for number, (client, weight) in enumerate(names.items()):
+        for i in range(120):
+            size, max_tokens = (3, 6) if number % 2 else (20, 4)
+            tokens_ = [hash((client, i, k)) % 3 for k in range(size)]
+            request = ask(f"{client} {i}", tokens_, salt=f"{client}{i}", max_tokens=max_tokens)
+            driver.add(replace(request, client=client, weight=weight))
+    for _ in range(150):
+        driver.step()
+    assert all(name in {q.request.client for q in driver.scheduler.waiting} for name in names)
+    served = [
+        (driver.num_prompt_served(client) + 2 * driver.num_output(client)) / weight
+        for client, weight in names.items()
+    ]
+    assert max(served) - min(served) <= 2 * (20 + 2 * 6) / min(weights), served
+    assert min(served) > 200
+
+
 def test_a_client_that_comes_back_has_saved_nothing_up():
     driver = CacheDriver(budget=16, max_num_seqs=2)
     first = driver.add(replace(ask("seldom", [1], max_tokens=1), client="seldom"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from lora_runtime.config import (
     EngineConfig,
     SchedulerConfig,
 )
-from lora_runtime.core import FinishReason
+from lora_runtime.core import FinishReason, SamplingParams
 from lora_runtime.engine.llm import LLM
 from lora_runtime.errors import (
     AdapterExists,
@@ -104,7 +105,17 @@ def test_what_a_server_refuses_is_refused_here_too(llm):
         ("sampling.stop[0]", {"stop": ["x" * 257]}),
         ("sampling.stop", {"stop": ["x"] * 17}),
         ("ignore_eos", {"ignore_eos": "no"}),
-        ("presence_penalty", {"presence_penalty": 0.0}),
+        ("sampling.presence_penalty", {"presence_penalty": 3.0}),
+        ("sampling.repetition_penalty", {"repetition_penalty": "much"}),
+        ("sampling.logit_bias", {"logit_bias": [5]}),
+        ("sampling.logit_bias", {"logit_bias": {"5": 1.0}}),
+        ("sampling.logit_bias", {"logit_bias": {5: "1"}}),
+        ("sampling.logit_bias", {"logit_bias": {10**9: 1.0}}),
+        ("sampling.prompt_logprobs", {"num_prompt_logprobs": 21}),
+        ("sampling.n", {"n": 0}),
+        ("sampling.n", {"n": 129}),
+        ("sampling.n", {"n": True}),
+        ("sampling.n", {"n": "2"}),
         ("logprobs", {"logprobs": 2}),
         ("sampling.max_tokens", {"max_tokens": 2.5}),
         ("sampling.max_tokens", {"max_tokens": True}),
@@ -134,6 +145,33 @@ def test_two_sources_of_one_setting_are_refused(folder):
         assert refusal.value.field == name
     with pytest.raises(ConfigError, match="device is 'gpu'; it must be auto, cpu"):
         LLM(folder / "base", device="gpu")
+
+
+def test_the_first_of_several_outputs_is_that_of_one(llm):
+    """And the others are repeated by the seed, and differ."""
+    options = dict(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    one, several, again = (
+        llm.generate(PROMPTS, adapter=NAMES, n=n, **options) for n in (1, 16, 16)
+    )
+    assert several == again
+    for alone, first in zip(one, several, strict=True):
+        assert first.token_ids == alone.token_ids and alone.others == ()
+        everyone = {first.token_ids, *(other.token_ids for other in first.others)}
+        assert len(first.others) == 15 and len(everyone) == 16
+        assert all(len(other.text) > 0 and other.error is None for other in first.others)
+    assert llm._engine.is_idle
+
+
+def test_penalties_biases_and_prompt_logprobs_come_through(llm):
+    options = dict(max_tokens=8, temperature=0.0, ignore_eos=True)
+    (banned,) = llm.generate(PROMPTS[:1], logit_bias={9: 100}, num_prompt_logprobs=1, **options)
+    assert banned.token_ids == (9,) * 8
+    num_tokens = len(llm._tokenizer.encode(PROMPTS[0]))
+    assert [len(entry.top) for entry in banned.prompt_logprobs] == [1] * (num_tokens - 1)
+    (varied,) = llm.generate(
+        PROMPTS[:1], logit_bias={9: 2}, repetition_penalty=100.0, presence_penalty=2.0, **options
+    )
+    assert len(set(varied.token_ids)) > 4
 
 
 def test_prompts_may_come_one_by_one(llm):
@@ -270,3 +308,40 @@ def test_an_option_that_is_none_is_named_with_the_nearest(llm):
 def test_adapters_without_names_are_refused_before_the_base_is_loaded(folder):
     with pytest.raises(ConfigError, match="mapping of names to folders"):
         LLM("no such base", adapters=[folder / "a"])
+
+
+ABSURD = [10**30, 2**63, -1, 1e308, math.nan, "4", None, True, [1], 1 << 20_000]
+SERVED = [
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs",
+    "num_prompt_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "stop_token_ids", "structured_output",
+]  # fmt: skip
+
+
+def test_absurd_values_of_a_request_are_refused_by_name_or_answered(llm):
+    assert set(SERVED) == set(SamplingParams.__dataclass_fields__)
+    for name in SERVED:
+        for value in ABSURD:
+            given = {"max_tokens": 2} | {name: value}
+            try:
+                (answer,) = llm.generate(["x"], **given)
+            except InvalidRequest as error:
+                assert error.field and name.removeprefix("num_") in error.field, (name, value)
+                assert len(str(error)) < 500
+            else:
+                assert len(answer.token_ids) <= 512
+    for weight in ABSURD:
+        try:
+            llm.generate(["x"], adapter={"a": weight}, max_tokens=1)
+        except InvalidRequest as error:
+            assert "weight" in error.field
+    for token_ids in [[10**30], [2**63], [-1], [1 << 20_000]]:
+        with pytest.raises(InvalidRequest):
+            llm.generate([token_ids], max_tokens=1)
+
+
+@pytest.mark.parametrize("path", [None, 3, "", b"a", ["a"]])
+def test_what_is_no_path_is_named(llm, path):
+    with pytest.raises(InvalidRequest, match="path of the adapter's folder") as caught:
+        llm.load("new", path)
+    assert caught.value.field == "folder" and "new" not in llm.adapters

@@ -71,7 +71,9 @@ def test_the_cache_gets_what_is_left(total, utilization, in_use, activations, gr
 
 def test_settings_come_before_measuring(base):
     block_bytes = base.kv_bytes_per_token() * 4
-    assert num_kv_blocks(base, settings(num_blocks=7, kv_bytes=1)) == 7
+    assert num_kv_blocks(base, settings(num_blocks=7)) == 7
+    with pytest.raises(ConfigError, match="remove one"):
+        settings(num_blocks=7, kv_bytes=1)
     assert num_kv_blocks(base, settings(kv_bytes=10 * block_bytes - 1)) == 9
     assert num_kv_blocks(base, settings()) == GIB // block_bytes
     with pytest.raises(ConfigError) as caught:
@@ -183,3 +185,18 @@ def test_the_pool_is_there_before_the_cache_is_sized(base, monkeypatch):
     assert made == ["pool", "cache"]
     assert engine.info.num_blocks == engine.blocks.num_blocks == 40
     assert engine.runner.cache.num_cache_slots == 160
+
+
+@pytest.mark.parametrize(
+    ("field", "own", "pool"),
+    [
+        ("num_blocks", {"num_blocks": 1 << 22, "block_size": 65_536}, 1 << 20),
+        ("kv_bytes", {"kv_bytes": 1 << 50}, 1 << 20),
+        ("adapter_pool_bytes", {"num_blocks": 8}, 1 << 50),
+    ],
+)
+def test_more_memory_than_there_is_is_named_before_it_is_taken(base, field, own, pool):
+    config = replace(settings(**own), adapters=AdapterConfig(pool_bytes=pool))
+    with pytest.raises(ConfigError, match=f"{field} takes .* and cpu has .* in all") as caught:
+        Engine(base, config)
+    assert caught.value.field == field

@@ -27,7 +27,7 @@ from lora_runtime.text.structured_output import (
     token_masks,
 )
 from lora_runtime.text.text_side import TextSide
-from lora_runtime.text.token_bytes import token_bytes
+from lora_runtime.text.token_bytes import vocabulary_bytes
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
@@ -65,7 +65,7 @@ def test_bytes_are_what_the_tokenizer_decodes(kind: str, tiny: Path) -> None:
     is_level = kind == "byte level"
     backend = Backend.from_file(str(tiny / "tokenizer.json")) if is_level else byte_fallback()
     size = backend.get_vocab_size()
-    found = token_bytes(backend, size + 3)
+    found = vocabulary_bytes(backend, size + 3)
     assert found is not None
     tokens, special = found
     assert tokens[size:] == [b""] * 3
@@ -83,9 +83,9 @@ def test_bytes_are_what_the_tokenizer_decodes(kind: str, tiny: Path) -> None:
 
 def test_a_vocabulary_without_bytes_is_none() -> None:
     words = Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    assert token_bytes(words, 2) is None
+    assert vocabulary_bytes(words, 2) is None
     words.decoder = decoders.ByteLevel()
-    assert token_bytes(words, 2) is None
+    assert vocabulary_bytes(words, 2) is None
 
 
 def texts_of(vocabulary: Vocabulary, form: StructuredOutput, seed: int) -> str:

@@ -157,7 +157,9 @@ def test_others_are_served_while_templates_use_up_their_limits(
 
     async def check() -> None:
         good, _ = await workers.read({"chat_template.jinja": b"{{ messages[0].content }}!"})
-        several = [side_of("{{ 1 }}" + "x" * n) for n in range(4)]  # so that each process runs
+        several = [
+            side_of("{{ messages[0].content }}" + "x" * n) for n in range(4)
+        ]  # so that each process runs
         await asyncio.gather(*(workers.render(side, CHAT) for side in several))
         bad = side_of(LOOP)
         greedy = [asyncio.create_task(workers.render(bad, CHAT)) for _ in range(50)]

@@ -28,9 +28,10 @@ CONVERSATION = [
     {"role": "user", "content": "And then?"},
     {"role": "assistant", "content": "A storm."},
 ]
-FORGETS_EARLIER_TURNS = (
+REWRITES_EARLIER_TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}<|im_end|>\n{% endfor %}"
+    "{{ m['content'] }}{{ '' if loop.last or m['role'] == 'user' else '...' }}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -134,7 +135,7 @@ def test_turn_without_end_token_is_learned_to_its_end(tmp_path: Path) -> None:
 
 
 def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, FORGETS_EARLIER_TURNS)
+    tokenizer = tokenizer_with(tmp_path, REWRITES_EARLIER_TURNS)
     tokenizer.split_chat(CONVERSATION[1:3])
     with pytest.raises(DataError, match=r"messages\[2\]"):
         tokenizer.split_chat(CONVERSATION)

@@ -137,11 +137,30 @@ def test_patience_ends_a_unit_that_no_longer_improves(tmp_path, tokenizer, base)
     assert (results[1].folder / "adapter_model.safetensors").exists()
 
 
-def test_patience_needs_held_out_data(tmp_path, tokenizer, base):
-    unit = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4), patience=2)
-    with pytest.raises(ConfigError, match="patience needs held-out data") as caught:
+@pytest.mark.parametrize("field", ["patience", "eval_interval"])
+def test_what_is_for_held_out_data_needs_some(tmp_path, tokenizer, base, field):
+    unit = UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4), **{field: 2})
+    with pytest.raises(ConfigError, match=f"{field} needs held-out data") as caught:
         run(base, tokenizer, tmp_path / "out", [unit])
-    assert caught.value.field == "patience"
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rank_pattern", {"q_proj": 2, "nothing": 4}, "'nothing', which no adapted module"),
+        ("alpha_pattern", {r"layers\.9\..*": 4}, "which no adapted module"),
+        ("rank_pattern", {"o_proj": 4}, "they are like .*q_proj"),
+        ("instructions", "alpaca", "for data with instruction and output"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(tmp_path, tokenizer, base, field, value, message):
+    data = ragged_data(tmp_path / "d", 4)
+    targets = {"target_modules": ("q_proj",), "layers_to_transform": (0, 1)}
+    unit = UnitConfig(name="u", data=data, **targets, **{field: value})
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(base, tokenizer, tmp_path / "out", [unit])
+    assert caught.value.field == field
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer):

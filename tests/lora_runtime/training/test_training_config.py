@@ -195,3 +195,29 @@ def test_what_means_nothing_is_named(tmp_path, old, new, field):
     with pytest.raises(ConfigError) as refusal:
         read(tmp_path, GOOD.replace(old, new))
     assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("warmup", {"schedule": "constant", "warmup": 0.5}),
+        ("ensure_weight_tying", {"ensure_weight_tying": True}),
+        ("ensure_weight_tying", {"ensure_weight_tying": True, "target_modules": ("q_proj",)}),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(field, settings):
+    with pytest.raises(ConfigError, match=field) as caught:
+        UnitConfig(name="u", data="d.jsonl", **settings)
+    assert caught.value.field == field
+
+
+def test_a_setting_that_does_something_beside_others_is_taken():
+    for settings in (
+        {"schedule": "constant"},
+        {"schedule": "constant", "warmup": 0},
+        {"schedule": "constant_with_warmup", "warmup": 5},
+        {"ensure_weight_tying": True, "target_modules": ("model.embed_tokens", "q_proj")},
+        {"ensure_weight_tying": True, "trainable_token_indices": (5,)},
+        {"ensure_weight_tying": True, "modules_to_save": ("lm_head",)},
+    ):
+        UnitConfig(name="u", data="d.jsonl", **settings)

@@ -304,7 +304,8 @@ def test_rounding_an_export_to_bfloat16_keeps_the_change(exported, name):
 def test_ranks_above_half_the_layer_are_exported_too(tmp_path, tokenizer, base, rank):
     """Twice the rank of the first factors is more than such a layer has."""
     targets = ("gate_proj", "q_proj")
-    unit = unit_of(base, tokenizer, tmp_path, "pissa", rank=rank, target_modules=targets)
+    options = {"target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
+    unit = unit_of(base, tokenizer, tmp_path, "pissa", rank=rank, **options)
     randomise(unit, 0.01)
     files = adapter_files(unit.config, base.spec, unit.modules, {})
     config, tensors = files.config, files.tensors

@@ -150,3 +150,21 @@ def test_an_accepted_pattern_means_what_re_means(pattern: str, name: str) -> Non
     except AdapterRefused:
         return
     assert bool(match(name)) == bool(re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize("num_patterns", [2049, 9000])
+def test_a_config_of_too_many_patterns_is_refused_at_once(num_patterns: int) -> None:
+    patterns = {f"layers.{number}.self_attn.q_proj": 4 for number in range(num_patterns)}
+    started = time.thread_time()
+    with pytest.raises(AdapterRefused, match="at most 2048 are accepted") as refusal:
+        PatternMatcher().first_match(patterns, "rank_pattern")
+    assert refusal.value.field == "rank_pattern"
+    assert time.thread_time() - started < 3
+
+
+def test_as_many_patterns_as_a_large_base_has_modules_are_read() -> None:
+    names = [f"model.layers.{layer}.mlp.m{index}" for layer in range(126) for index in range(7)]
+    matcher = PatternMatcher()
+    for field in ("rank_pattern", "alpha_pattern"):
+        lookup = matcher.first_match({name: name for name in names}, field)
+        assert [lookup(name) for name in names] == names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import TargetSpec, parse_config
+from lora_runtime.config import MAX_ALPHA, MAX_RANK
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import AdapterRefused
 
@@ -372,3 +374,25 @@ def test_any_json_is_honoured_or_refused(fields: dict) -> None:
         assert refusal.field is not None
     else:
         assert spec.targets
+
+
+ABSURD = [10**30, -1, 1e308, "1e30", True]
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS))
+def test_absurd_numbers_in_a_field_are_refused_by_its_name_or_change_nothing(field: str) -> None:
+    """Alone, in a list, in a list of lists, and as values of an object."""
+    plain = parse()
+    for number in ABSURD:
+        for value in (number, [number], [[0, number]], [[number, 2]], {"q_proj": number}):
+            started = time.thread_time()
+            try:
+                spec = parse(**{field: value})
+            except AdapterRefused as error:
+                assert error.field == field, (field, value)
+                assert len(str(error)) < 500
+            else:
+                assert all(1 <= target.rank <= MAX_RANK for target in spec.targets.values())
+                assert all(abs(t.scaling) <= MAX_ALPHA for t in spec.targets.values())
+                assert field in {*spec.honoured, *spec.inert} or spec == plain
+            assert time.thread_time() - started < 1

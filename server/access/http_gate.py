@@ -1,0 +1,89 @@
+"""The gate of the HTTP port: no route is reached without a caller, but for the open paths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
+from server.access.audit import log_refusal, log_stranger
+from server.access.caller import Caller
+from server.access.gate import Gate
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+OPEN_FOLDER = "/page/"
+OPEN_SUFFIXES = (".css", ".js", ".svg")
+"""Probes, and the files of the status page, which hold nothing of this server."""
+USER_PATHS = frozenset({"/tokenize", "/detokenize", "/version", "/openapi.json"})
+USER_FOLDERS = ("/v1/", "/api/")
+"""What every key is for; all the rest, as /metrics, takes an operator's for all adapters. What
+changes something there asks the caller's role once more, in the service.
+"""
+CERTIFICATE = "certificate"
+"""Names in the client's certificate, in the state of a connection."""
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_REFUSALS: Mapping[type[LoramuxError], tuple[HTTPStatus, str, str]] = {
+    Unauthenticated: (HTTPStatus.UNAUTHORIZED, "authentication_error", "invalid_api_key"),
+    PermissionDenied: (HTTPStatus.FORBIDDEN, "permission_error", "permission_denied"),
+}
+"""Status, type and code of an error."""
+
+
+class HttpGate:
+    """ASGI middleware around the whole app. A route asks `request.state.caller` who calls."""
+
+    def __init__(self, app: App, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request run as its caller, or answer that it may not; its body is not read then."""
+        path = scope["path"]
+        if not is_open(path):
+            try:
+                scope.setdefault("state", {})["caller"] = self._caller(scope)
+            except (Unauthenticated, PermissionDenied) as error:
+                await _refuse(error, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller:
+        path, (host, port) = scope["path"], scope.get("client") or ("", 0)
+        action, peer = f"{scope['method']} {path}", f"{host}:{port}"
+        given = [v.decode("latin-1") for k, v in scope["headers"] if k == b"authorization"]
+        names = scope.get("state", {}).get(CERTIFICATE, ())
+        try:
+            caller = self._gate.caller(given, names, peer)
+        except Unauthenticated as error:
+            log_stranger(peer, action, error)
+            raise
+        try:
+            if path not in USER_PATHS and not path.startswith(USER_FOLDERS):
+                caller.check_over_all()
+        except PermissionDenied as error:
+            log_refusal(caller, action, error)
+            raise
+        return caller
+
+
+def is_open(path: str) -> bool:
+    """Tell whether a path may be asked for without a key."""
+    return path in OPEN_PATHS or (path.startswith(OPEN_FOLDER) and path.endswith(OPEN_SUFFIXES))
+
+
+async def _refuse(error: LoramuxError, send: Send) -> None:
+    """Answer in the shape in which OpenAI's API refuses."""
+    status, kind, code = _REFUSALS[type(error)]
+    about = {"message": error.message, "type": kind, "param": None, "code": code}
+    headers = [(b"content-type", b"application/json")]
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"error": about}).encode()})

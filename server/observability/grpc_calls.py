@@ -1,0 +1,110 @@
+"""The outermost interceptor of the gRPC server: counts every call, health and reflection too."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from server.observability.calls import CallObserver, Rpc, keep_trace_headers
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+_KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Any]]] = {
+    (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""Whether request and response are streams → the kind, and grpc's names for its handlers."""
+
+
+UNKNOWN = "unknown"
+"""The service and method of a call for none that there is: clients make up any name."""
+
+
+class ObservedGrpc(grpc.aio.ServerInterceptor):
+    """Tells an observer of every call, also of those that other interceptors answer."""
+
+    def __init__(self, observer: CallObserver, methods: Collection[str]) -> None:
+        """`methods`: those that there are, as `/service/method`."""
+        self._observer = observer
+        self._methods = methods
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap a handler; an unknown method has one where an interceptor answers for it."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind, attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
+        path = handler_call_details.method
+        is_known = path in self._methods
+        _, service, method = path.split("/") if is_known else ("", UNKNOWN, UNKNOWN)
+        watch = _Watch(self._observer, Rpc(kind, service, method))
+        return make(
+            _observed(getattr(handler, attribute), watch),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+class _Watch:
+    def __init__(self, observer: CallObserver, rpc: Rpc) -> None:
+        self._observer = observer
+        self._rpc = rpc
+
+    @contextmanager
+    def over(self, context: Context) -> Iterator[None]:
+        """Report one call, from entering to leaving; errors go on."""
+        keep_trace_headers(context.invocation_metadata() or ())
+        begun, error = time.monotonic(), None
+        self._observer.on_rpc_started(self._rpc)
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            code = _code(context, error)
+            self._observer.on_rpc_handled(self._rpc, code, time.monotonic() - begun)
+
+
+def _observed(behaviour: Callable[..., Any], watch: _Watch) -> Callable[..., Any]:
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            with watch.over(context):
+                async for response in behaviour(request, context):
+                    yield response
+
+        return stream
+
+    async def call(request: Any, context: Context) -> Any:
+        with watch.over(context):
+            return await behaviour(request, context)
+
+    return call
+
+
+def _code(context: Context, error: BaseException | None) -> str:
+    """The name of the status that the caller gets, or would get if it were still there."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        left_s = context.time_remaining()
+        is_late = left_s is not None and left_s <= 0
+        return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    if error is not None and not code:
+        return "UNKNOWN"
+    return _CODES[code or 0]

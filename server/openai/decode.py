@@ -1,0 +1,401 @@
+"""From a request's model to the service's words; pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lora_runtime.core import (
+    MAX_STOP_TOKEN_IDS,
+    AdapterChoice,
+    SamplingParams,
+    StructuredOutput,
+    StructureKind,
+    is_whole,
+)
+from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
+from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from server.calls import (
+    ChatPrompt,
+    GenerateCall,
+    Prompt,
+    PromptLimits,
+    TextPrompt,
+    TokenPrompt,
+    Tool,
+    ToolMode,
+)
+from server.codec import adapter_name, check_bytes, check_tokens, printable
+from server.openai.boundary import Exchange
+from server.openai.schema import (
+    MAX_CHOICES,
+    ChatRequest,
+    ChosenTool,
+    CompletionRequest,
+    InputItem,
+    Message,
+    ResponsesRequest,
+    SampledRequest,
+    SchemaFormat,
+    TextPart,
+    ToolDefinition,
+    WeightedAdapter,
+)
+
+COMPLETION_TOKENS = 16
+"""What a completion has at most where max_tokens is absent, as in OpenAI's API."""
+ALL_THAT_FITS = 2**31 - 1
+
+
+def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[GenerateCall]:
+    """Translate a completion: one call for each of its prompts."""
+    if request.best_of not in (None, request.n):
+        raise UnsupportedFeature(
+            f"best_of is {request.best_of} and n is {request.n}: choosing among more outputs is "
+            "not served; leave best_of out",
+            field="best_of",
+        )
+    prompts = _prompts(request.prompt, exchange.service.prompt_limits)
+    if len(prompts) * request.n > MAX_CHOICES:
+        raise InvalidRequest(
+            f"prompt and n ask for {len(prompts)} x {request.n} outputs; at most {MAX_CHOICES} "
+            "are made for one request",
+            field="prompt",
+        )
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("max_tokens is 0: ask for one or set echo", field="max_tokens")
+    given = {
+        "max_tokens": COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens or 1,
+        "num_logprobs": request.logprobs,
+        "num_prompt_logprobs": _most(
+            request.prompt_logprobs, request.logprobs if request.echo else None
+        ),
+    }
+    return [
+        _call(request, exchange, prompt, given, request.max_tokens is not None, index)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
+    """Translate a chat."""
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest(
+            f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true",
+            field="top_logprobs",
+        )
+    if not request.parallel_tool_calls and request.tools:
+        raise UnsupportedFeature(
+            "parallel_tool_calls is false: the model decides how many tools it calls; leave it out",
+            field="parallel_tool_calls",
+        )
+    wanted = request.max_completion_tokens
+    if wanted is not None and request.max_tokens not in (None, wanted):
+        raise InvalidRequest(
+            f"max_tokens is {request.max_tokens} and max_completion_tokens is {wanted}; give one",
+            field="max_tokens",
+        )
+    wanted = request.max_tokens if wanted is None else wanted
+    given = {
+        "max_tokens": ALL_THAT_FITS if wanted is None else wanted,
+        "num_logprobs": request.top_logprobs if request.logprobs else None,
+        "num_prompt_logprobs": request.prompt_logprobs,
+    }
+    prompt = chat_prompt(
+        request.messages,
+        exchange.service.prompt_limits,
+        request.tools or (),
+        _tool_choice(request),
+        request.chat_template_kwargs,
+    )
+    return _call(request, exchange, prompt, given, wanted is not None)
+
+
+def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCall:
+    """Translate a request of the Responses API into a chat."""
+    items: Sequence[InputItem] = (
+        [InputItem(role="user", content=request.input)]
+        if isinstance(request.input, str)
+        else request.input
+    )
+    messages = [Message(role=item.role, content=item.content) for item in items]
+    if request.instructions is not None:
+        messages.insert(0, Message(role="system", content=request.instructions))
+    wanted = request.max_output_tokens
+    sampling = SamplingParams(
+        max_tokens=ALL_THAT_FITS if wanted is None else wanted,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        seed=request.seed,
+        structured_output=_from_format(request.text.format if request.text else None),
+    )
+    return GenerateCall(
+        caller=exchange.caller,
+        prompt=chat_prompt(messages, exchange.service.prompt_limits, field="input"),
+        adapters=adapters(request.model, request.adapters, exchange),
+        uses_base_text=request.base_text,
+        sampling=sampling,
+        has_max_tokens=wanted is not None,
+        request_id=exchange.request_id,
+        client=exchange.client,
+        priority=_priority(request.priority),
+        cache_salt=printable(request.cache_salt, "cache_salt"),
+    )
+
+
+def chat_prompt(
+    messages: Sequence[Message],
+    limits: PromptLimits,
+    tools: Sequence[ToolDefinition] = (),
+    tool_choice: ToolMode | str = ToolMode.AUTO,
+    template_variables: dict[str, Any] | None = None,
+    *,
+    field: str = "messages",
+) -> ChatPrompt:
+    """Translate a conversation. Raises InvalidRequest where it is so large that it cannot fit."""
+    check_tokens(len(messages), field, limits)
+    turns = tuple(_turn(message, f"{field}[{i}]") for i, message in enumerate(messages))
+    check_bytes(sum(len(str(value).encode()) for t in turns for value in t.values()), field, limits)
+    return ChatPrompt(
+        messages=turns,
+        tools=tuple(
+            Tool(t.function.name, t.function.description or "", t.function.parameters)
+            for t in tools
+        ),
+        tool_choice=tool_choice,
+        template_variables=template_variables or {},
+    )
+
+
+def adapters(
+    model: str, added: Sequence[WeightedAdapter] | None, exchange: Exchange
+) -> tuple[AdapterChoice, ...]:
+    """Return the adapters that a request names, as its model or beside the base.
+
+    A name that is not the base's is an adapter's, or nobody's: the base never answers for it.
+    Raises InvalidRequest naming the field.
+    """
+    if model == exchange.service.base_name:
+        check_count(len(added or ()))
+        choices = tuple(
+            AdapterChoice(adapter_name(each.name, f"adapters[{index}].name"), each.weight)
+            for index, each in enumerate(added or ())
+        )
+        check_choices(choices)
+        return choices
+    if added:
+        raise InvalidRequest(
+            f"adapters is given beside model {model[:128]!r}; name the base "
+            f"{exchange.service.base_name!r} as model, and every adapter in adapters",
+            field="adapters",
+        )
+    return (AdapterChoice(model),)
+
+
+def token_ids(value: Any, field: str, limits: PromptLimits) -> TokenPrompt:
+    """Return a list of token ids as a prompt. Raises InvalidRequest naming `field`."""
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{field} must be a list of token ids", field=field)
+    check_tokens(len(value), field, limits)
+    for index, token_id in enumerate(value):
+        if not is_whole(token_id):
+            raise InvalidRequest(
+                f"{field}[{index}] is {token_id!r:.80}; it must be a token id", field=field
+            )
+    return TokenPrompt(tuple(value))
+
+
+def text_prompt(text: str, field: str, limits: PromptLimits) -> TextPrompt:
+    """Return a text as a prompt. Raises InvalidRequest where it cannot fit."""
+    check_bytes(len(text.encode()), field, limits)
+    return TextPrompt(text)
+
+
+def _call(
+    request: SampledRequest,
+    exchange: Exchange,
+    prompt: Prompt,
+    given: dict[str, Any],
+    has_max_tokens: bool,
+    index: int = 0,
+) -> GenerateCall:
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    check_stops(stop)
+    stop_token_ids = request.stop_token_ids or []
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:  # before a set is made of them
+        raise InvalidRequest(
+            f"stop_token_ids has {len(stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are "
+            "allowed, the end tokens included",
+            field="stop_token_ids",
+        )
+    names = (
+        "temperature", "top_p", "top_k", "min_p", "min_tokens", "seed",
+        "presence_penalty", "frequency_penalty", "repetition_penalty",
+    )  # fmt: skip
+    sampling = SamplingParams(
+        **{name: getattr(request, name) for name in names},
+        **given,
+        stop_token_ids=frozenset(stop_token_ids),
+        logit_bias=_logit_bias(request.logit_bias or {}),
+        structured_output=_structured_output(request),
+    )
+    request_id = exchange.request_id if index == 0 else f"{exchange.request_id[:120]}-{index}"
+    return GenerateCall(
+        caller=exchange.caller,
+        prompt=prompt,
+        adapters=adapters(request.model, request.adapters, exchange),
+        uses_base_text=request.base_text,
+        sampling=sampling,
+        num_outputs=request.n,
+        has_max_tokens=has_max_tokens,
+        stop=tuple(stop),
+        ignore_eos=request.ignore_eos,
+        request_id=request_id,
+        client=exchange.client,
+        priority=_priority(request.priority),
+        cache_salt=printable(request.cache_salt, "cache_salt"),
+    )
+
+
+def _prompts(value: Any, limits: PromptLimits) -> list[Prompt]:
+    """The prompts of a completion, in each of the four forms that OpenAI's API has."""
+    if isinstance(value, str):
+        return [text_prompt(value, "prompt", limits)]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(
+            "prompt must be a text, token ids, or a list of either, and not empty", field="prompt"
+        )
+    if is_whole(value[0]):
+        return [token_ids(value, "prompt", limits)]
+    if len(value) > MAX_CHOICES:
+        raise InvalidRequest(
+            f"prompt has {len(value)} prompts; at most {MAX_CHOICES} are taken at once",
+            field="prompt",
+        )
+    return [
+        text_prompt(each, f"prompt[{index}]", limits)
+        if isinstance(each, str)
+        else token_ids(each, f"prompt[{index}]", limits)
+        for index, each in enumerate(value)
+    ]
+
+
+def _turn(message: Message, field: str) -> dict[str, Any]:
+    """One turn in the shape that templates know: OpenAI's, with its content as one text."""
+    content = message.content
+    if content is None and not (message.role == "assistant" and message.tool_calls):
+        raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
+    turn: dict[str, Any] = {"role": message.role, "content": _text(content)}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _text(content: str | Iterable[TextPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content)
+
+
+def _tool_choice(request: ChatRequest) -> ToolMode | str:
+    choice = request.tool_choice
+    if isinstance(choice, ChosenTool):
+        return choice.function.name
+    if choice is None:
+        return ToolMode.AUTO
+    if choice == "required" and not request.tools:
+        raise InvalidRequest("tool_choice is 'required' without tools", field="tool_choice")
+    return ToolMode(choice)
+
+
+def _structured_output(request: SampledRequest) -> StructuredOutput | None:
+    """What an output must look like, from whichever of the fields says so; one may."""
+    given = request.structured_outputs
+    words: dict[str, Any] = {
+        "guided_json": request.guided_json,
+        "guided_regex": request.guided_regex,
+        "guided_choice": request.guided_choice,
+        "guided_grammar": request.guided_grammar,
+    }
+    if given is not None:
+        words["structured_outputs.json"] = given.json_
+        words["structured_outputs.regex"] = given.regex
+        words["structured_outputs.choice"] = given.choice
+        words["structured_outputs.grammar"] = given.grammar
+        words["structured_outputs.json_object"] = given.json_object or None
+    found = {name: _structure(name, value) for name, value in words.items() if value is not None}
+    if (form := _from_response_format(request)) is not None:
+        found["response_format"] = form
+    if len(found) > 1:
+        raise InvalidRequest(f"{' and '.join(found)} are given; give one", field=[*found][1])
+    return next(iter(found.values()), None)
+
+
+def _structure(name: str, value: Any) -> StructuredOutput:
+    match name.replace(".", "_").rpartition("_")[2]:
+        case "regex":
+            return StructuredOutput(StructureKind.REGEX, value)
+        case "grammar":
+            return StructuredOutput(StructureKind.GRAMMAR, value)
+        case "choice":
+            return StructuredOutput(StructureKind.CHOICE, json.dumps(value))
+        case "object":
+            return StructuredOutput(StructureKind.JSON_OBJECT, "")
+    schema = value if isinstance(value, str) else json.dumps(value)
+    return StructuredOutput(StructureKind.JSON_SCHEMA, schema)
+
+
+def _from_response_format(request: SampledRequest) -> StructuredOutput | None:
+    given = request.response_format
+    if given is None:
+        return None
+    if given.type == "json_schema" and given.json_schema is None:
+        raise InvalidRequest("response_format.json_schema is missing", field="response_format")
+    schema = given.json_schema.schema_ if given.json_schema else None
+    return _from_format(SchemaFormat(type=given.type, schema=schema))
+
+
+def _from_format(given: SchemaFormat | None) -> StructuredOutput | None:
+    if given is None or given.type == "text":
+        return None
+    if given.type == "json_object":
+        return StructuredOutput(StructureKind.JSON_OBJECT, "")
+    return StructuredOutput(StructureKind.JSON_SCHEMA, json.dumps(given.schema_ or {}))
+
+
+def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for name in given:
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise InvalidRequest(
+                f"logit_bias has the key {name[:80]!r}; keys are token ids", field="logit_bias"
+            )
+    found = {int(name): bias for name, bias in given.items()}
+    if len(found) < len(given):
+        raise InvalidRequest("logit_bias names a token twice", field="logit_bias")
+    return logit_bias(found)
+
+
+def _most(*numbers: int | None) -> int | None:
+    return max((number for number in numbers if number is not None), default=None)
+
+
+def _priority(priority: int) -> int:
+    if not -(2**31) <= priority < 2**31:
+        raise InvalidRequest(
+            f"priority is {priority}; it must be a number of 32 bits", field="priority"
+        )
+    return priority

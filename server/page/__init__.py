@@ -1,0 +1,1 @@
+"""The status page at `/`: files without a build step, and the JSON that they ask for."""

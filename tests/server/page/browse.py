@@ -1,0 +1,238 @@
+"""The status page in a real Chromium, by hand: see CONTRIBUTING.md.
+
+Starts a server over a tiny base, does by mouse and keyboard what the page is for, and fails at an
+error on the console, at a request to elsewhere and at a violation that axe-core finds. Leaves
+screenshots in a folder, to be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from tests.server.tiny_server import write_folder
+
+START_S = 120
+SIZES = {"wide": (1600, 1000), "middle": (1024, 900), "narrow": (360, 740)}
+EXPECTED = {
+    "net::ERR_ABORTED",  # a stream that Stop ended
+    "Failed to load resource: the server responded with a status of 400 (Bad Request)",
+    "Failed to load resource: the server responded with a status of 401 (Unauthorized)",
+}
+"""What Chromium says of a refused load, which `look` asks for, of a call without a key and of an
+ended stream."""
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the screenshots")
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--serve", nargs="+", default=["-m", "server"], help="arguments of python")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        with serving(write_folder(Path(folder)), options.serve) as url:
+            browser = playwright.chromium.launch(
+                executable_path=options.chromium, args=["--no-sandbox"]
+            )
+            use(browser, url)
+            give_key(browser, url)
+            for name in SIZES:
+                for scheme in ("light", "dark"):
+                    look(browser, url, name, scheme, options.out)
+            browser.close()
+    print("no error on the console, no request to elsewhere, no violation of axe-core")
+
+
+@contextmanager
+def serving(folder: Path, serve: list[str]) -> Iterator[str]:
+    """A server's URL; two of the folder's adapters are loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, *serve, "serve", "--base", str(folder / "base"), "--device", "cpu"]
+    command += ["--http-address", address, "--grpc-address", "127.0.0.1:0"]
+    command += ["--adapter-roots", str(folder / "adapters"), "--adapter-store", str(folder / "s")]
+    command += [f"--adapter=a{index}={folder / 'adapters' / f'a{index}'}" for index in (0, 1)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until_ready(process, f"http://{address}/readyz")
+        yield f"http://{address}/"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def until_ready(process: subprocess.Popen, url: str) -> None:
+    for _ in range(START_S * 5):
+        assert process.poll() is None, "the server has ended"
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+@contextmanager
+def opened(browser: Browser, url: str, key: str = "", **options) -> Iterator[Page]:
+    """The page; in the end the browser must have had nothing to complain of. With a `key` all but
+    the page's files is refused without it.
+    """
+    context = browser.new_context(**options)
+    page = context.new_page()
+    if key:
+        page.route(re.compile("/(api|v1)/"), lambda route: let_in(route, key))
+    complaints: list[str] = []
+    page.on("console", lambda m: m.text in EXPECTED or complaints.append(m.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+    page.on("requestfailed", lambda r: r.failure in EXPECTED or complaints.append(r.failure))
+    page.on("request", lambda r: r.url.startswith(url) or complaints.append(f"foreign: {r.url}"))
+    page.goto(url)
+    if not key:
+        expect(page.locator("#state")).to_have_text("ready")
+    yield page
+    context.close()
+    assert not complaints, complaints
+
+
+def let_in(route: Route, key: str) -> None:
+    if route.request.headers.get("authorization") == f"Bearer {key}":
+        route.continue_()
+    else:
+        message = {"error": {"message": "send your key as Authorization: Bearer KEY"}}
+        route.fulfill(status=401, json=message)
+
+
+def check_access(page: Page) -> None:
+    """axe-core finds no violation."""
+    found = Axe().run(page).response["violations"]
+    assert not found, json.dumps(found, indent=1)
+
+
+def row(page: Page, name: str):
+    return page.locator("#rows > tr:not(.details)").filter(
+        has=page.get_by_role("button", name=name, exact=True)
+    )
+
+
+def use(browser: Browser, url: str) -> None:
+    """Load an adapter, try a prompt on it and the base, replace, roll back and unload it."""
+    with opened(browser, url, viewport={"width": 1600, "height": 1000}) as page:
+        load(page, "guest", "a3")
+        expect(page.locator("#adapters-result")).to_have_text("guest is loaded.")
+        expect(row(page, "guest").locator(".badge")).to_have_text("loaded")
+        try_prompt(page)
+        replace_and_roll_back(page)
+        unload_by_keyboard(page)
+        check_access(page)
+
+
+def give_key(browser: Browser, url: str) -> None:
+    """A key that the server wants is asked for, sent, kept for the tab, and can be forgotten."""
+    with opened(browser, url, key="secret") as page:
+        dialog, field = page.locator("#key-dialog"), page.get_by_label("Key", exact=True)
+        for key in ("wrong", "secret"):
+            expect(dialog).to_contain_text("send your key")
+            expect(field).to_be_focused()
+            check_access(page)
+            field.fill(key)
+            field.press("Enter")
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(dialog).to_be_hidden()
+        page.reload()
+        expect(page.locator("#state")).to_have_text("ready")
+        page.get_by_role("button", name="API key").click()
+        page.get_by_role("button", name="Forget").click()
+        expect(page.locator("#trouble")).to_contain_text("send your key")
+        assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+        assert page.context.cookies() == []
+
+
+def load(page: Page, name: str, source: str, *, replace: bool = False) -> None:
+    page.get_by_label("Name", exact=True).fill(name)
+    page.get_by_label("Source", exact=True).fill(source)
+    page.get_by_label("Replace", exact=True).set_checked(replace)
+    page.get_by_role("button", name="Load", exact=True).click()
+
+
+def try_prompt(page: Page) -> None:
+    row(page, "guest").get_by_role("button", name="Try guest").click()
+    row(page, "a0").get_by_role("button", name="Try a0").click()
+    page.get_by_label("Prompt", exact=True).fill("The quick brown fox")
+    page.get_by_label("Max tokens").fill("48")
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    expect(page.locator("#stop")).to_be_enabled()
+    expect(page.locator("#try-result")).to_have_attribute("data-tone", "good", timeout=30_000)
+    answers = page.locator(".answer")
+    expect(answers).to_have_count(3)
+    texts = [answers.nth(index).locator(".output").inner_text() for index in range(3)]
+    assert all(texts) and len(set(texts)) == 3, texts
+    page.get_by_label("Max tokens").fill("400")
+    page.locator("#run").click()
+    page.locator("#stop").click()
+    expect(page.locator("#try-result")).to_contain_text("was stopped")
+
+
+def replace_and_roll_back(page: Page) -> None:
+    opener = row(page, "guest").get_by_role("button", name="guest", exact=True)
+    load(page, "guest", "a4", replace=True)
+    back = page.get_by_role("button", name="Roll back guest")
+    expect(back).to_be_visible()
+    expect(row(page, "guest").locator(".rank")).to_have_text("6")
+    back.click()
+    expect(page.locator("#adapters-result")).to_contain_text("former content")
+    expect(row(page, "guest").locator(".rank")).to_have_text("5")
+    opener.click()
+    expect(page.locator(".details:visible")).to_contain_text("q_proj")
+
+
+def unload_by_keyboard(page: Page) -> None:
+    page.get_by_role("button", name="Unload guest").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#unload-dialog")).to_be_visible()
+    check_access(page)
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Unload guest")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#adapters-result")).to_have_text("guest is unloaded.")
+    expect(row(page, "guest")).to_have_count(0)
+    expect(page.locator("#adapters-heading")).to_be_focused()
+
+
+def look(browser: Browser, url: str, name: str, scheme: str, out: Path) -> None:
+    """Screenshots in one size and scheme, with a refusal and an answer on them."""
+    width, height = SIZES[name]
+    options = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
+    with opened(browser, url, **options) as page:
+        load(page, "bad", HOSTILE)
+        expect(page.locator("#adapters-result")).to_have_attribute("data-tone", "bad")
+        row(page, "a1").get_by_role("button", name="Try a1").click()
+        page.get_by_label("Prompt", exact=True).fill("What is the name of the ship?")
+        page.locator("#run").click()
+        expect(page.locator("#try-result")).to_have_attribute("data-tone", "good", timeout=30_000)
+        check_access(page)
+        page.screenshot(path=out / f"{name}-{scheme}.png", full_page=True)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{wide} pixels wide in a window of {width}"
+
+
+if __name__ == "__main__":
+    main()
