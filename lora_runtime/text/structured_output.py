@@ -32,7 +32,7 @@ MAX_NESTING = 64
 """Brackets of a JSON schema that may be open at once."""
 MAX_CHOICES = 1000
 LIMITS = LLParserLimits(
-    max_items_in_row=1000,
+    max_items_in_row=2000,
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,  # about 7 ms
     step_max_items=20_000,  # about 1 ms
