@@ -76,7 +76,7 @@ class StructuredOutput:
         if kind == StructureKind.JSON_OBJECT:
             if value is not True:
                 raise InvalidRequest(
-                    f"{field}.{kind} is {value!r:.100}; it must be True", field=field
+                    f"{field}.{kind} is {written(value)}; it must be True", field=field
                 )
             return cls(StructureKind.JSON_OBJECT, "")
         if kind in (StructureKind.JSON_SCHEMA, StructureKind.CHOICE) and not isinstance(value, str):
@@ -86,7 +86,7 @@ class StructuredOutput:
                 raise InvalidRequest(f"{field}.{kind} is no JSON: {error}", field=field) from None
         if not isinstance(value, str):
             raise InvalidRequest(
-                f"{field}.{kind} is {value!r:.100}; it must be a text", field=field
+                f"{field}.{kind} is {written(value)}; it must be a text", field=field
             )
         return cls(StructureKind(kind), value)
 
@@ -217,6 +217,7 @@ class SamplingParams:
                 "a whole number or None",
             ),
             (("temperature", "top_p", "min_p", *PENALTIES), (int, float), "a number"),
+            (("structured_output",), (StructuredOutput, NoneType), "a StructuredOutput or None"),
         ):
             for name in names:
                 value = getattr(self, name)

@@ -24,16 +24,25 @@ def is_structured(row: Row) -> bool:
 def exclude_unstructured(logits: Tensor, structured: Sequence[tuple[int, Row]]) -> None:
     """Give tokens that may not follow the lowest finite number, in place.
 
-    logits (n, vocab) float32; structured: each row and its place among the logits. What is NaN or
-    infinite there becomes NaN. Where no token may follow, the row's matcher has an error, its
+    logits (n, vocab) float32; structured: each row and its place among the logits. A row that holds
+    NaN or infinity still does. Where no token may follow, the row's matcher has an error, its
     logits stay, and what is drawn is not used.
     """
     allowed = allowed_tokens([row for _, row in structured], logits.shape[1])
-    is_allowed = _on_device(allowed, logits.device)
+    is_excluded = ~_on_device(allowed, logits.device)
+    if len(structured) == len(logits):
+        _exclude(logits, is_excluded)
+        return
     places = to_device(torch.tensor([index for index, _ in structured]), logits.device)
     scores = logits.index_select(0, places)
-    excluded = 0 * scores + torch.finfo(torch.float32).min
-    logits.index_copy_(0, places, torch.where(is_allowed, scores, excluded))
+    _exclude(scores, is_excluded)
+    logits.index_copy_(0, places, scores)
+
+
+def _exclude(scores: Tensor, is_excluded: Tensor) -> None:
+    low, high = torch.aminmax(scores, dim=1)
+    scores.masked_fill_(is_excluded, torch.finfo(torch.float32).min)
+    scores[:, 0] += 0 * low + 0 * high  # NaN where the row held NaN or infinity
 
 
 def allowed_tokens(rows: Sequence[Row], vocab_size: int) -> NDArray[np.uint8]:

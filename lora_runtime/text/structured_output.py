@@ -24,7 +24,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 from numpy.typing import NDArray
 
 from lora_runtime.core import StructuredOutput, StructureKind
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, written
 
 MAX_BYTES = 128 << 10
 """Bytes of a definition in UTF-8."""
@@ -65,7 +65,7 @@ def grammar_of(form: StructuredOutput) -> str:
     """
     text, field = form.definition, field_of(form)
     if not isinstance(text, str):
-        raise InvalidRequest(f"{field} is {text!r:.100}; it must be a text", field=field)
+        raise InvalidRequest(f"{field} is {written(text)}; it must be a text", field=field)
     try:
         num_bytes = len(text.encode())
     except UnicodeError:

@@ -14,7 +14,8 @@ import jsonschema
 import pytest
 import torch
 
-from lora_runtime.core import FinishReason, Request, SamplingParams, StructuredOutput
+from lora_runtime.core import FinishReason, Request, Row, SamplingParams, StructuredOutput
+from lora_runtime.engine.sampler import draw
 from lora_runtime.engine.structure_masks import unpacked
 from lora_runtime.errors import InvalidRequest, RequestFailed
 from lora_runtime.text.structure_compiler import StructureCompiler
@@ -191,3 +192,20 @@ def test_bits_are_unpacked_as_they_were_packed():
     for row, token in allowed.nonzero().tolist():
         packed[row, token // 8] |= 128 >> token % 8
     assert torch.equal(unpacked(packed, (5, 301)), allowed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_row_that_is_not_finite_is_still_seen(structured, value, others):
+    """Wherever the value stands: among tokens that may follow or not."""
+    for place in (5, VOCAB_SIZE - 1):
+        row = Row.of(structured(greedy("0", [5]), "regex", "a", temperature=0))
+        rows = [Row.of(greedy(str(i), [5])) for i in range(others)] + [row]
+        logits = torch.randn(len(rows), VOCAB_SIZE)
+        logits[-1, place] = value
+        assert [found.is_finite for found in draw(logits, rows).result()] == [True] * others + [
+            False
+        ]
+        logits[-1, place] = 0.0
+        (*_, found) = draw(logits, rows).result()
+        assert found.is_finite and found.token_id not in range(3)
