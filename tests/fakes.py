@@ -33,6 +33,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from lora_runtime.text.structured_output import Vocabulary
 from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
 from lora_runtime.text.text_side import TextSide
 
@@ -64,6 +65,9 @@ class ByteTokenizer:
         return self.encode(text)
 
     added_tokens = ()
+
+    def vocabulary(self, vocab_size: int) -> Vocabulary:
+        return Vocabulary([*(bytes([i]) for i in range(EOS_ID)), b"<end of output>"], [EOS_ID])
 
     def chat_template(self, *, has_tools: bool = False) -> str:
         return "{% for tool in tools %}<tool_call>{% endfor %}"
