@@ -13,10 +13,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 import uvicorn
@@ -55,6 +56,7 @@ from server.registry import Registry
 from server.running_calls import Calls
 from server.service import Service
 from server.sources import Sources
+from server.sources.remote import FetchLimits, RemoteSources
 from server.uploads import AdapterStore
 from server.watchdog import Watchdog
 
@@ -126,8 +128,8 @@ async def serve(
 
     Raises ConfigError, BaseRefused, or Unavailable when the engine dies or hangs.
     """
-    for name, folder in config.adapter.items():
-        _check_named(name, folder)
+    for name, source in config.adapter.items():
+        _check_named(name, source)
     guard = guard or ExitGuard(is_on=False)
     stop = StopSignal(lambda: guard.limit(config.drain_s + EXIT_S))
     condition = Condition(Calls(config.max_concurrent_calls))
@@ -147,13 +149,15 @@ async def serve(
     logger.info("stopped")
 
 
-def _check_named(name: str, folder: Path) -> None:
+def _check_named(name: str, source: Path | str) -> None:
     """Find what cannot be an adapter's folder before the base is loaded, which may take minutes."""
     adapter_name(name, "adapter")
+    if not isinstance(source, Path):
+        return  # elsewhere, and its text was checked with the settings
     for file in REQUIRED_FILES:
-        if not (folder / file).is_file():
+        if not (source / file).is_file():
             raise AdapterSourceRefused(
-                f"adapter.{name}: {folder} has no file {file}; name the folder of a PEFT adapter",
+                f"adapter.{name}: {source} has no file {file}; name the folder of a PEFT adapter",
                 field=f"adapter.{name}",
             )
 
@@ -333,19 +337,7 @@ async def _serve_engine(
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
         registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
-        service = Service(
-            engine=engine,
-            tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
-            own_text=own_text,
-            registry=registry,
-            sources=Sources((*config.adapter_roots, store.root)),
-            store=store,
-            observer=observer,
-            base_name=base_name,
-            tool_call_parser=config.tool_call_parser,
-            watchers=watchers,
-        )
-        await asyncio.to_thread(service.prepare)
+        service = await _service(config, engine, own_text, registry, store, observer, watchers)
         stopping = asyncio.create_task(stop.wait())
         loading = asyncio.create_task(_load_adapters(config, service))
         parts = [http.task, watching, stopping]
@@ -353,23 +345,54 @@ async def _serve_engine(
         await _run(config, service, condition, doors, parts, stop, announce)
     finally:
         guard.limit(config.drain_s + EXIT_S if stop.is_requested else EXIT_S)
-        _end((watching, sampling, stopping, loading), (own_text, service))
+        for task in (watching, sampling, stopping, loading):
+            if task is not None:
+                task.cancel()
+        if service is not None:
+            await service.close()
+        own_text.close()
         await engine.close(drain_s=0)
         if registry is not None:
             await registry.close()
 
 
-def _end(
-    tasks: Iterable[asyncio.Task[Any] | None],
-    with_processes: Iterable[TextWorkers | Service | None],
-) -> None:
-    """Cancel the tasks, and end the processes of what has some; None has not been made yet."""
-    for task in tasks:
-        if task is not None:
-            task.cancel()
-    for owner in with_processes:
-        if owner is not None:
-            owner.close()
+async def _service(
+    config: ServerConfig,
+    engine: LocalEngine,
+    own_text: TextWorkers,
+    registry: Registry,
+    store: AdapterStore,
+    observer: Observers,
+    watchers: Sequence[RequestWatcher],
+) -> Service:
+    service = Service(
+        engine=engine,
+        tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
+        own_text=own_text,
+        registry=registry,
+        sources=Sources((*config.adapter_roots, store.root)),
+        store=store,
+        observer=observer,
+        base_name=engine.info.base.name,
+        tool_call_parser=config.tool_call_parser,
+        watchers=watchers,
+        remote=_remote_sources(config, store),
+        on_demand=config.adapter_on_demand,
+    )
+    await asyncio.to_thread(service.prepare)
+    return service
+
+
+def _remote_sources(config: ServerConfig, store: AdapterStore) -> RemoteSources:
+    return RemoteSources(
+        store,
+        config.adapter_sources,
+        named=map(str, (*config.adapter.values(), *config.adapter_on_demand.values())),
+        networks=map(ip_network, config.adapter_source_networks),
+        limits=FetchLimits(
+            idle_s=config.adapter_fetch_idle_s, total_s=config.adapter_fetch_timeout_s
+        ),
+    )
 
 
 @contextlib.asynccontextmanager
@@ -403,8 +426,8 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
 async def _load_adapters(config: ServerConfig, service: Service) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
     await service.restore_adapters(config.adapter)
-    for name, path in config.adapter.items():
-        await service.preload(name, path)
+    for name, source in config.adapter.items():
+        await service.preload(name, source)
 
 
 async def _wait_for_adapters(

@@ -232,7 +232,8 @@ class AdapterRecord:
 
     name: str
     source: str
-    """The source as the caller wrote it."""
+    """The source as the caller wrote it; once it was fetched from elsewhere, with the digest of its
+    files, by which the store has them."""
     state: AdapterState
     loaded: LoadedAdapter | None = None
     """What the engine read from its files; None until then."""
@@ -248,6 +249,19 @@ class AdapterRecord:
     """Notes for the adapter's users."""
     former: AdapterRecord | None = None
     """The record of what the name held before, kept in host memory for a rollback."""
+    is_pinned: bool = False
+    """It keeps its place in the device pool whether or not requests use it."""
+    is_resident: bool = False
+    """It was in the device pool when the registry was asked."""
+    is_on_demand: bool = False
+    """A request asked for it, not an operator: it makes room for others, and is not kept over a
+    restart."""
+    last_used_at_s: float = 0.0
+    """When a request began to use it, by time.monotonic; 0: never."""
+    num_downloaded_bytes: int = 0
+    """Fetched so far, while DOWNLOADING."""
+    num_bytes_to_download: int = 0
+    """To fetch in all, while DOWNLOADING; 0 until it is known."""
 
     @property
     def digest(self) -> str:

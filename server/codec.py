@@ -29,7 +29,7 @@ from lora_runtime.engine.request_rules import (
     check_stops,
     logit_bias,
 )
-from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.access.caller import Caller
 from server.calls import (
@@ -70,7 +70,7 @@ SAMPLING_SCALARS = (
 )
 SAMPLING_NAMES = {"logprobs": "num_logprobs", "prompt_logprobs": "num_prompt_logprobs"}
 """Where the engine's name for a scalar differs."""
-REFUSED_FEATURES = ("LoadAdapter.pin",)
+REFUSED_FEATURES: tuple[str, ...] = ()
 FEATURES = (
     "text",
     "messages",
@@ -84,6 +84,7 @@ FEATURES = (
     "priority",
     "tenant",
     "base_text",
+    "LoadAdapter.pin",
     "UploadAdapter",
     "RollbackAdapter",
     "ListStoredAdapters",
@@ -209,12 +210,6 @@ def adapter_name(name: str, field: str = "name") -> str:
     return name
 
 
-def refuse_pin(request: adapters_pb2.LoadAdapterRequest) -> None:
-    """Raise UnsupportedFeature for what LoadAdapter does not serve yet."""
-    if request.pin:
-        raise _unserved("pin", "is true; leave it out")
-
-
 def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
     """Translate what an upload announces. Raises InvalidRequest naming the field."""
     if len(start.files) > MAX_FILES:
@@ -298,7 +293,12 @@ def encode_adapter(record: AdapterRecord) -> adapters_pb2.AdapterInfo:
         num_in_flight=record.num_in_flight,
         error=record.error,
         notes=record.notes,
+        is_pinned=record.is_pinned,
+        is_resident=record.is_resident,
     )
+    if record.state is AdapterState.DOWNLOADING:
+        info.num_downloaded_bytes = record.num_downloaded_bytes
+        info.num_bytes_to_download = record.num_bytes_to_download
     if record.loaded is not None:
         facts = record.loaded.facts
         info.digest = facts.digest
@@ -420,10 +420,6 @@ def _json_object(text: str, field: str) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{field} must be a JSON object", field=field)
     return value
-
-
-def _unserved(field: str, why: str) -> UnsupportedFeature:
-    return UnsupportedFeature(f"{field} {why}: it is not served yet", field=field)
 
 
 def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, ...]:

@@ -6,13 +6,14 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, DirectoryPath
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, StringConstraints
 
 from lora_runtime.config import CPU_DEFAULTS, LIMITS, MAX_BYTES, DeviceDefaults, EngineConfig
-from lora_runtime.errors import ConfigError, written
+from lora_runtime.errors import AdapterSourceRefused, ConfigError, written
 from lora_runtime.settings import (
     Bytes,
     Entry,
@@ -29,6 +30,7 @@ from lora_runtime.settings import (
     setting,
     settings,
 )
+from server.sources.location import PLACE, REMOTE, check_prefix, is_remote, parse
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -54,20 +56,60 @@ def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _split_commas(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
 def _split_adapters(value: object) -> object:
-    """NAME=PATH, in a list (flags) or one text (environment), to a mapping."""
-    parts = _split_paths(value)
+    """NAME=SOURCE, in a list (flags) or one text (environment), to a mapping. In a text a colon
+    parts two of them only where a name and = follow, so that a source may have one."""
+    return _named(NEXT_NAME.split(value) if isinstance(value, str) else value, "NAME=SOURCE")
+
+
+def _split_on_demand(value: object) -> object:
+    return _named(_split_commas(value), "PATTERN=SOURCE")
+
+
+def _named(parts: object, form: str) -> object:
     if not isinstance(parts, list | tuple):
-        return value
-    pairs = [str(part).partition("=") for part in parts]
-    if not all(name and path for name, _, path in pairs):
-        raise ValueError("NAME=PATH")
-    named = {name: path for name, _, path in pairs}
+        return parts
+    pairs = [str(part).partition("=") for part in parts if part]
+    if not all(name and source for name, _, source in pairs):
+        raise ValueError(form)
+    named = {name: source for name, _, source in pairs}
     if len(named) < len(pairs):
-        raise ValueError("NAME=PATH with each name once")
+        raise ValueError(f"{form} with each {form.partition('=')[0].lower()} once")
     return named
 
 
+def _checked_source(value: object) -> object:
+    """A source elsewhere stays text, anything else becomes a path."""
+    if not isinstance(value, str) or not is_remote(value):
+        return path_text(value)
+    try:
+        parse(value)
+    except AdapterSourceRefused as error:
+        raise ValueError(f"a folder, or a source elsewhere: {error.message}") from None
+    return value
+
+
+def _checked_template(source: str) -> str:
+    if PLACE not in source:
+        raise ValueError(f"a source with {PLACE} in it")
+    if is_remote(source):
+        _checked_source(source.replace(PLACE, "name"))
+    return source
+
+
+def _checked_network(value: str) -> str:
+    try:
+        ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"a network as 10.0.0.0/8 ({error})") from None
+    return value
+
+
+NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._-]*=)")
 PREFIX = "LORAMUX_"
 OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
 """Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
@@ -89,7 +131,17 @@ Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
 Folder = Annotated[DirectoryPath, BeforeValidator(path_text)]
 Paths = Annotated[tuple[Folder, ...], BeforeValidator(_split_paths)]
-NamedPaths = Annotated[dict[str, Folder], BeforeValidator(_split_adapters)]
+RemoteSource = Annotated[str, BeforeValidator(_checked_source), StringConstraints(pattern=REMOTE)]
+NamedSources = Annotated[dict[str, RemoteSource | Folder], BeforeValidator(_split_adapters)]
+Prefixes = Annotated[
+    tuple[Annotated[str, AfterValidator(check_prefix)], ...], BeforeValidator(_split_commas)
+]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_checked_network)], ...], BeforeValidator(_split_commas)
+]
+Templates = Annotated[
+    dict[str, Annotated[str, AfterValidator(_checked_template)]], BeforeValidator(_split_on_demand)
+]
 
 MAX_SECONDS = 1_000_000
 """Eleven days: longer waits mean that something else is wanted."""
@@ -105,7 +157,7 @@ class ServerConfig(EngineConfig):
     grpc_address: Address = setting(default="127.0.0.1:50051", group=NETWORK)
     """host:port of the gRPC services."""
     http_address: Address = setting(default="127.0.0.1:8080", group=NETWORK)
-    """host:port of /metrics, /healthz and /readyz."""
+    """host:port of OpenAI's API, the status page, /metrics, /healthz and /readyz."""
     max_concurrent_calls: Int = setting(default=4096, gt=0, le=1_000_000, group=NETWORK)
     """Calls of any kind that may run or wait at once; a further one is refused."""
     max_connection_age_s: Float = setting(default=3600.0, gt=0, le=MAX_SECONDS, group=NETWORK)
@@ -128,9 +180,24 @@ class ServerConfig(EngineConfig):
         default=(), group=ADAPTERS, also=("adapter_root",), metavar="FOLDER"
     )
     """Folders that adapters may be loaded from, subfolders included; none: no loading by path."""
-    adapter: NamedPaths = setting(default_factory=dict, group=ADAPTERS, metavar="NAME=PATH")
-    """Adapters to load at the start, each as NAME=PATH, from any folder; it replaces what its name
-    held before."""
+    adapter: NamedSources = setting(default_factory=dict, group=ADAPTERS, metavar="NAME=SOURCE")
+    """Adapters to load at the start, each as NAME=SOURCE, from any folder or place; it replaces
+    what its name held before."""
+    adapter_sources: Prefixes = setting(default=(), group=ADAPTERS, also=("adapter_source",))
+    """Where clients may have adapters fetched from: prefixes of sources, as hf:acme/, s3://bucket/,
+    gs://bucket/adapters/ or https://host/; none: nothing is fetched that clients name."""
+    adapter_source_networks: Networks = setting(default=(), group=ADAPTERS)
+    """Networks, as 10.0.0.0/8, that https sources may be in although they are not public. An
+    address that a prefix itself names needs none."""
+    adapter_on_demand: Templates = setting(
+        default_factory=dict, group=ADAPTERS, metavar="PATTERN=SOURCE"
+    )
+    """Adapters to load when a request first names them, each as PATTERN=SOURCE with {name} in the
+    source, as team-*=hf:acme/{name} or *=folder/{name}; the first pattern that matches counts."""
+    adapter_fetch_timeout_s: Float = setting(default=1800.0, gt=0, le=1_000_000, group=LIMITS)
+    """Seconds that fetching one adapter may take, three attempts together."""
+    adapter_fetch_idle_s: Float = setting(default=30.0, gt=0, le=1_000_000, group=LIMITS)
+    """Seconds without a byte after which an attempt to fetch an adapter is given up."""
     wait_for_adapters: bool = setting(default=True, group=ADAPTERS)
     """Report ready only when the adapters of the last run and of `adapter` have been loaded or
     have failed. False: report ready at once; each adapter can be used when it has been loaded."""

@@ -119,7 +119,7 @@ def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
     """
     wire, message = wire_error(error), public_message(error)
     field = (getattr(error, "field", None) or "")[:MAX_FIELD_LENGTH]
-    param = _HTTP_FIELDS.get(field) or field.removeprefix("sampling.")
+    param = _HTTP_FIELDS.get(field) or field.removeprefix("sampling.").removeprefix("messages.")
     if field != param and message.startswith(field):
         message = param + message[len(field) :]
     is_servers = wire.http_status >= 500
@@ -131,7 +131,14 @@ def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
     return wire.http_status, {"error": body}
 
 
-_HTTP_FIELDS = {"token_ids": "prompt", "text": "prompt", "name": "lora_name", "source": "lora_path"}
+_HTTP_FIELDS = {
+    "token_ids": "prompt",
+    "text": "prompt",
+    "name": "lora_name",
+    "source": "lora_path",
+    "sampling.structured_output": "response_format",
+    "messages.template_variables": "chat_template_kwargs",
+}
 _HTTP_TYPES = {429: "rate_limit_error"}
 _HTTP_CODES = {"ADAPTER_NOT_FOUND": "model_not_found", "UNAUTHENTICATED": "invalid_api_key"}
 

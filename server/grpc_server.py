@@ -199,13 +199,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
-        """Load a folder under a name."""
-        codec.refuse_pin(request)
+        """Load a source under a name."""
         record, already_loaded = await self._service.load_adapter(
             CURRENT.get(),
             codec.adapter_name(request.name),
             request.source,
             replace=request.replace,
+            pin=request.pin,
         )
         return adapters_pb2.LoadAdapterResponse(
             adapter=codec.encode_adapter(record), already_loaded=already_loaded

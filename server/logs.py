@@ -14,6 +14,20 @@ from structlog.typing import EventDict, Processor
 
 from lora_runtime.terminal import shown
 
+TRANSFER_LIBRARIES = (
+    "aiobotocore",
+    "aiohttp",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "httpcore2",
+    "httpx2",
+    "s3fs",
+    "urllib3",
+)
+"""Their finer messages have signed URLs and tokens in them."""
+
 _SHARED: tuple[Processor, ...] = (
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
@@ -25,7 +39,8 @@ _SHARED: tuple[Processor, ...] = (
 def setup_logging(*, level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Log to `stream` (stderr) as JSON or for people; `auto` picks by whether it is a terminal.
 
-    Libraries are heard from `warning` on, or from `debug` on when `level` is debug.
+    Libraries are heard from `warning` on, or from `debug` on when `level` is debug, but for those
+    that fetch adapters: from `warning` on in any case.
     """
     stream = stream or sys.stderr
     is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
@@ -43,6 +58,8 @@ def setup_logging(*, level: str, log_format: str, stream: TextIO | None = None) 
         handlers=[handler], level="DEBUG" if level == "debug" else "WARNING", force=True
     )
     logging.getLogger("server").setLevel(level.upper())
+    for name in TRANSFER_LIBRARIES:
+        logging.getLogger(name).setLevel("WARNING")
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

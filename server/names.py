@@ -19,15 +19,17 @@ from pathlib import Path
 from lora_runtime.engine.client import LoadedAdapter
 from lora_runtime.errors import ConfigError, Overloaded
 
-VERSION = 1
-"""Version of the table; a database of another version is refused."""
+VERSION = 2
+"""Version of the table; one of version 1 gets what it lacks, one of another version is refused."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS names (
     name TEXT PRIMARY KEY,
     digest TEXT NOT NULL, text_sha256 TEXT NOT NULL, source TEXT NOT NULL,
-    former_digest TEXT, former_text_sha256 TEXT, former_source TEXT
+    former_digest TEXT, former_text_sha256 TEXT, former_source TEXT,
+    is_pinned INTEGER NOT NULL DEFAULT 0
 )
 """
+SINCE_VERSION_1 = "ALTER TABLE names ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class KeptName:
     name: str
     content: Content
     former: Content | None
+    is_pinned: bool = False
+    """What it holds keeps its place in the device pool."""
 
 
 @contextmanager
@@ -110,17 +114,17 @@ class NameStore:
         """Return every name."""
         rows = self._database.execute("SELECT * FROM names ORDER BY name")
         kept = []
-        for name, *content in rows:
+        for name, *content, is_pinned in rows:
             former = None if content[3] is None else Content(*content[3:])
-            kept.append(KeptName(name, Content(*content[:3]), former))
+            kept.append(KeptName(name, Content(*content[:3]), former, bool(is_pinned)))
         return kept
 
     def put(self, kept: KeptName) -> None:
         """Keep a name with what it holds now. Raises Overloaded when the disk is full."""
         former = (None, None, None) if kept.former is None else astuple(kept.former)
         self._write(
-            "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (kept.name, *astuple(kept.content), *former),
+            "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (kept.name, *astuple(kept.content), *former, kept.is_pinned),
         )
 
     def delete(self, name: str) -> None:
@@ -131,7 +135,7 @@ class NameStore:
         """Close the database; another server may open it now."""
         self._database.close()
 
-    def _write(self, statement: str, values: tuple[str | None, ...]) -> None:
+    def _write(self, statement: str, values: tuple[str | bool | None, ...]) -> None:
         try:
             self._database.execute(statement, values)
         except sqlite3.Error as error:
@@ -148,10 +152,10 @@ def _opened(path: Path) -> sqlite3.Connection:
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             database.execute(f"PRAGMA {pragma}").fetchall()
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):
+        if version not in (0, 1, VERSION):
             raise sqlite3.DatabaseError(f"version {version}, not {VERSION}")
         database.execute("BEGIN EXCLUSIVE")
-        database.execute(SCHEMA)
+        database.execute(SINCE_VERSION_1 if version == 1 else SCHEMA)
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
     except BaseException:

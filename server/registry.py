@@ -9,8 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -34,6 +45,7 @@ from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState
 from server.names import Content, KeptName, NameStore
 from server.sources import without_path
+from server.sources.location import stored_digest
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
@@ -59,6 +71,19 @@ same work and the same error.
 
 T = TypeVar("T")
 logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """What a name is to hold; see `Registry.load`."""
+
+    source: str
+    replace: bool
+    review: Review
+    rules: FolderRules
+    settle: Settle | None
+    pin: bool | None
+    is_on_demand: bool
 
 
 def sees_all(name: str) -> bool:
@@ -106,6 +131,10 @@ class Registry:
             for kept in self._kept.values()
         }
         self._draining: set[AdapterRecord] = set()
+        self._pins: Counter[str] = Counter()
+        """Names that pin each content, by digest."""
+        self._wanted: Counter[str] = Counter()
+        """Requests that are about to use a name."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -130,22 +159,97 @@ class Registry:
         """Count a request under each of its adapters while it runs."""
         for record in records:
             record.num_in_flight += 1
+            record.last_used_at_s = time.monotonic()
         try:
             yield
         finally:
             for record in records:
                 record.num_in_flight -= 1
 
+    @contextmanager
+    def wanted(self, names: Iterable[str]) -> Iterator[None]:
+        """Let no adapter of these names make room for others while the context lasts."""
+        names = Counter(names)
+        self._wanted += names
+        try:
+            yield
+        finally:
+            self._wanted -= names  # and forget who is not wanted
+
     def get(self, name: str, *, sees: Sees = sees_all) -> AdapterRecord:
         """Return the record of a name, failed or loading too. Raises AdapterNotFound."""
         record = self._find(name, sees)
         if record is None:
             raise AdapterNotFound(f"adapter {name!r} is not known", field="name")
-        return record
+        return self._seen([record])[0]
 
     def records(self) -> list[AdapterRecord]:
         """Return every record by name; a draining one may share its name with its successor."""
-        return sorted([*self._records.values(), *self._draining], key=lambda record: record.name)
+        found = self._seen([*self._records.values(), *self._draining])
+        return sorted(found, key=lambda record: record.name)
+
+    def _seen(self, records: list[AdapterRecord]) -> list[AdapterRecord]:
+        """Note in each record where its weights are now."""
+        resident = set(self._engine.stats().resident_adapters)
+        for record in records:
+            record.is_resident = record.is_pinned or record.digest in resident
+        return records
+
+    def holds_source(self, name: str, text: str) -> bool:
+        """Tell whether a name holds what came from a source elsewhere, without its digest."""
+        held = self._held(name)
+        return held is not None and held.source.partition("#")[0] == text
+
+    def is_known(self, name: str) -> bool:
+        """Tell whether a name holds an adapter, or held one before a restart."""
+        return self._held(name) is not None or name in self._kept
+
+    @contextmanager
+    def downloading(
+        self, name: str, source: str, *, shows_failure: bool = True
+    ) -> Iterator[Callable[[int, int], None]]:
+        """Show a name that holds nothing as DOWNLOADING while the context lasts; the callable notes
+        the bytes that have come, and those that are to come in all. What is raised is shown as
+        FAILED; a caller who goes away leaves the name as it was.
+        """
+        before = self._records.get(name)
+        record = AdapterRecord(name=name, source=source, state=AdapterState.DOWNLOADING)
+        if before is None or before.state is AdapterState.FAILED:
+            self._records[name] = record
+            record.former = before.former if before is not None else None
+
+        def note(num_bytes: int, total: int) -> None:
+            record.num_downloaded_bytes, record.num_bytes_to_download = num_bytes, total
+
+        try:
+            yield note
+        except BaseException as error:
+            if self._records.get(name) is record:
+                if shows_failure and isinstance(error, LoramuxError):
+                    self._fail(record, error.message)
+                elif before is not None:
+                    self._records[name] = before
+                else:
+                    del self._records[name]
+            raise
+
+    async def unload_unused(self) -> bool:
+        """Unload what a request once asked for and none has used for the longest time, if there is
+        such; True when its memory is free.
+        """
+        may_go = [
+            record
+            for record in self._records.values()
+            if record.is_on_demand and not record.is_pinned and record.num_in_flight == 0
+            if record.state is AdapterState.LOADED and not self._wanted[record.name]
+        ]
+        if not may_go:
+            return False
+        oldest = min(may_go, key=lambda record: record.last_used_at_s)
+        oldest.is_on_demand = False  # whoever else looks for one meanwhile finds another
+        with suppress(AdapterNotFound):  # it has just been unloaded
+            await self.unload(oldest.name, wait=True)
+        return True
 
     async def load(
         self,
@@ -157,6 +261,8 @@ class Registry:
         review: Review = no_review,
         rules: FolderRules = ANY_FOLDER,
         settle: Settle | None = None,
+        pin: bool | None = None,
+        is_on_demand: bool = False,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
@@ -164,12 +270,15 @@ class Registry:
         once and the old content stays for a rollback, in the place of the one kept before, which
         leaves when its last request ends. The same content from another source is read from there
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
-        `review` adds to its notes, and `settle` is awaited before the name points to it. Raises
-        AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and whatever
-        the engine and those two raise; nothing has changed then.
+        `review` adds to its notes, and `settle` is awaited before the name points to it. `pin`: it
+        keeps its place in the device pool, or no longer; None: as it is, and not where it is new.
+        Raises AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and
+        whatever the engine and those two raise; nothing has changed then.
         """
         self.check_name(name)
-        return await self._finish(self._load(name, folder, source, replace, review, rules, settle))
+        new = _New(source, replace, review, rules, settle, pin, is_on_demand)
+        record, is_same = await self._finish(self._load(name, folder, new))
+        return self._seen([record])[0], is_same
 
     async def restore(
         self, resolve: Resolve, review: Review = no_review, *, coming: Collection[str] = ()
@@ -198,8 +307,7 @@ class Registry:
             kept = self._kept.get(name)
             sources += [c.source for c in (kept.content, kept.former) if c] if kept else []
             for source in sources:
-                digest = Path(source).name if "/" in source else source
-                found.setdefault(digest, set()).add(name)
+                found.setdefault(stored_digest(source), set()).add(name)
         return {digest: tuple(sorted(names)) for digest, names in found.items()}
 
     def check_name(self, name: str) -> None:
@@ -216,13 +324,14 @@ class Registry:
             )
 
     async def rollback(self, name: str) -> AdapterRecord:
-        """Swap a name's content and its former one, at once; running requests end on theirs.
+        """Swap a name's content and its former one, at once; running requests end on theirs. A pin
+        ends.
 
         A name that could not be loaded again after a restart gets its former content too; what it
         held is kept as the former one, and may come back at the next restart. Raises
         AdapterNotFound (field `name`): not loaded, or without a former content.
         """
-        return await self._finish(self._rollback(name))
+        return self._seen([await self._finish(self._rollback(name))])[0]
 
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
         """Take a name away at once, its former content too; its memory is freed when its requests
@@ -241,16 +350,7 @@ class Registry:
         if self._names is not None:
             await self._writer.run(self._names.close)
 
-    async def _load(
-        self,
-        name: str,
-        folder: Path,
-        source: str,
-        replace: bool,
-        review: Review,
-        rules: FolderRules,
-        settle: Settle | None,
-    ) -> tuple[AdapterRecord, bool]:
+    async def _load(self, name: str, folder: Path, new: _New) -> tuple[AdapterRecord, bool]:
         """Read an adapter and let its name point to it; the record, and whether it held it already.
 
         The name is written to the disk before it changes here: what a caller was told survives a
@@ -258,32 +358,71 @@ class Registry:
         """
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, source, rules)
-            held, content = self._held(name), Content.of(loaded, source)
-            is_same = held is not None and held.loaded == loaded
+            loaded = await self._read(name, folder, new.source, new.rules)
+            held, is_same = self._held(name), self._holds(name, loaded)
+            is_pinned = bool(held and is_same and held.is_pinned) if new.pin is None else new.pin
             reviewed: Reviewed = None, ()
             try:
-                if not replace:
+                if not new.replace:
                     self._check_replaces_nothing(name, loaded)
                 if not is_same:
-                    reviewed = await self._reviewed(name, folder, source, loaded, review)
-                if settle is not None:
-                    await settle()
-                if not (is_same and rules == ANY_FOLDER):
-                    await self._keep(KeptName(name, content, self._former_of(name, loaded)))
+                    reviewed = await self._reviewed(name, folder, new.source, loaded, new.review)
+                if new.settle is not None:
+                    await new.settle()
+                async with self._pinned(loaded.digest, is_pinned):
+                    await self._keep_new(name, loaded, new, is_pinned)
             except BaseException as error:
                 await self._give_up(name, loaded, error)
                 raise
+            if held is not None and held.is_pinned:
+                await self._unpin(held)
             if held is not None and is_same:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
-                held.source = held.source if rules == ANY_FOLDER else source
+                held.source = held.source if new.rules == ANY_FOLDER else new.source
+                held.is_pinned, held.is_on_demand = (
+                    is_pinned,
+                    held.is_on_demand and new.is_on_demand,
+                )
                 return held, True
-            record = _record(name, source, loaded, reviewed)
+            record = _record(name, new.source, loaded, reviewed)
+            record.is_pinned, record.is_on_demand = is_pinned, new.is_on_demand
             self._point(name, record)
             seconds = time.monotonic() - begun
             self._observer.on_adapter_loaded(name, loaded.digest, loaded.nbytes, seconds)
             self._log("replaced" if held else "loaded", record, seconds=round(seconds, 3))
             return record, False
+
+    async def _keep_new(self, name: str, loaded: LoadedAdapter, new: _New, is_pinned: bool) -> None:
+        """Keep on the disk that a name holds new content, where it is to be kept."""
+        held = self._held(name)
+        is_kept = self._holds(name, loaded) and not (held and held.is_on_demand)
+        if not new.is_on_demand and not (is_kept and new.rules == ANY_FOLDER):
+            content = Content.of(loaded, new.source)
+            await self._keep(KeptName(name, content, self._former_of(name, loaded), is_pinned))
+
+    @asynccontextmanager
+    async def _pinned(self, digest: str, is_pinned: bool) -> AsyncIterator[None]:
+        """Pin a content for one name, if it is to be pinned; no longer where the context fails."""
+        if not is_pinned:
+            yield
+            return
+        self._pins[digest] += 1
+        try:
+            await self._engine.pin_adapter(digest)
+            yield
+        except BaseException:
+            await self._drop_pin(digest)
+            raise
+
+    async def _unpin(self, record: AdapterRecord) -> None:
+        record.is_pinned = False
+        await self._drop_pin(record.digest)
+
+    async def _drop_pin(self, digest: str) -> None:
+        self._pins[digest] -= 1
+        if not self._pins[digest]:
+            del self._pins[digest]
+            await self._engine.pin_adapter(digest, is_pinned=False)
 
     def _point(self, name: str, record: AdapterRecord) -> None:
         """Let a name point to new content, with what it held as the former one; where it held
@@ -369,6 +508,8 @@ class Registry:
             return
         restored.former, lost = await self._restore_former(kept, resolve, review)
         restored.notes += lost
+        if kept.is_pinned:
+            await self._pin_again(restored)
         self._records[kept.name] = restored
         seconds = time.monotonic() - begun
         assert restored.loaded is not None
@@ -376,6 +517,13 @@ class Registry:
             kept.name, restored.digest, restored.loaded.nbytes, seconds
         )
         self._log("restored", restored, seconds=round(seconds, 3))
+
+    async def _pin_again(self, record: AdapterRecord) -> None:
+        try:
+            async with self._pinned(record.digest, True):
+                record.is_pinned = True
+        except LoramuxError as error:
+            record.notes += (f"it is not pinned any more: {error.message}",)
 
     async def _restore_former(
         self, kept: KeptName, resolve: Resolve, review: Review
@@ -420,6 +568,8 @@ class Registry:
                 )
             given_up = self._content(held) or (kept.content if kept else None)
             await self._keep(KeptName(name, former, given_up))
+            if held.is_pinned:
+                await self._unpin(held)
             self._records[name], held.former = record, None
             record.former = held if held.loaded is not None else None
             record.loaded_at_s = time.time()
@@ -490,6 +640,8 @@ class Registry:
             if self._names is not None:
                 await self._writer.run(self._names.delete, name)
                 self._kept.pop(name, None)
+            if record.is_pinned:
+                await self._unpin(record)
             del self._records[name]
             self._log("unloaded", record)
             if record.loaded is not None:
@@ -515,6 +667,10 @@ class Registry:
             raise
         finally:
             self._draining.discard(record)
+
+    def _holds(self, name: str, loaded: LoadedAdapter) -> bool:
+        held = self._held(name)
+        return held is not None and held.loaded == loaded
 
     def _find(self, name: str, sees: Sees) -> AdapterRecord | None:
         is_seen, record = sees(name), self._records.get(name)

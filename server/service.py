@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import structlog
 
+from lora_runtime.adapters.host_cache import HOST_BYTES
 from lora_runtime.core import (
     ANY_FOLDER,
     FolderRules,
@@ -42,6 +43,7 @@ from lora_runtime.errors import (
     AdapterSourceRefused,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
     Unavailable,
 )
 from lora_runtime.text.detokenizer import Detokenizer
@@ -50,7 +52,7 @@ from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
-from lora_runtime.text.token_bytes import TokenBytes
+from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
@@ -76,9 +78,13 @@ from server.calls import (
 from server.composition import depth, text_side
 from server.merging import merged
 from server.observability.records import RequestWatcher, watched
+from server.on_demand import OnDemand
 from server.output import RequestMeter, RequestObserver, delta_of
 from server.registry import Registry, Settle
+from server.remote_loads import RemoteLoads
 from server.sources import Sources
+from server.sources.location import Location, is_remote, parse, pinned
+from server.sources.remote import Fetched, RemoteSources
 from server.tools import (
     UNKNOWN_FORMAT,
     CalledTools,
@@ -131,8 +137,12 @@ class Service:
         base_name: str,
         tool_call_parser: str = "auto",
         watchers: Sequence[RequestWatcher] = (),
+        remote: RemoteSources | None = None,
+        on_demand: Mapping[str, str] | None = None,
     ) -> None:
-        """tool_call_parser: see `tools.tool_use`."""
+        """tool_call_parser: see `tools.tool_use`. Without `remote` every source elsewhere is
+        refused; `on_demand` as in `OnDemand`.
+        """
         self._quotas = Quotas()
         self._engine = engine
         self._structures = StructureCompiler(
@@ -144,6 +154,9 @@ class Service:
         self._registry = registry
         self._sources = sources
         self._store = store
+        self._remote = remote or RemoteSources(store)
+        self._remote_loads = RemoteLoads(self._remote, registry)
+        self._on_demand = OnDemand(on_demand or {}, registry, self._load_on_demand)
         self._observer = observer
         self._watchers = watchers
         self._base_name = base_name
@@ -169,10 +182,6 @@ class Service:
         """
         self._structures.prepare()
 
-    def close(self) -> None:
-        """End the processes that try definitions of structured output."""
-        self._structures.close()
-
     def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
 
@@ -197,7 +206,10 @@ class Service:
 
     async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-        with self._place(call.client, call.num_outputs):
+        names = [choice.name for choice in call.adapters]
+        place = self._place(call.client, call.num_outputs)
+        with place, self._registry.wanted(names):
+            await self._on_demand.ensure(names, call.caller.sees, deadline)
             prompt, records, side, structure = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         sampling = self._sampling(call, len(prompt), depth(records), side)
@@ -272,18 +284,28 @@ class Service:
         return await pool.run(function, prompt)
 
     async def load_adapter(
-        self, caller: Caller, name: str, source: str, *, replace: bool = False
+        self,
+        caller: Caller,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pin: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        """Load a client-given folder under a name; see `Sources.resolve` and `Registry.load`.
+        """Load a client-given source under a name; see `Sources.resolve`, `RemoteSources.fetch` and
+        `Registry.load`. What lies elsewhere is fetched anew if it has changed there.
 
         Raises PermissionDenied, as all that changes something does.
         """
         with audited(caller, "load", adapter=name, source=source), _refusals_logged(name, source):
             caller.check_manages(name)
             caller.check_source(source)
-            folder, rules = await self._resolve(source)
-            with self._store.in_use(rules.sha256), self._counted(caller, name):
-                return await self._load(name, folder, source, replace, rules)
+            self._on_demand.forget(name)
+            location = self._remote.check(source) if is_remote(source) else None
+            with self._counted(caller, name):
+                if location is not None:
+                    return await self._load_remote(name, location, replace=replace, pin=pin)
+                return await self._load_folder(name, source, replace=replace, pin=pin)
 
     async def upload_adapter(
         self, caller: Caller, call: UploadCall, data: AsyncIterator[bytes]
@@ -298,8 +320,7 @@ class Service:
         with audited(caller, "upload", adapter=call.name), logged:
             caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            counted = self._counted(caller, call.name)
-            with counted:
+            with self._counted(caller, call.name):
                 async with self._store.receive(call, data) as upload:
                     num_bytes = sum(file.num_bytes for file in call.files)
                     logger.info(
@@ -307,21 +328,34 @@ class Service:
                     )
                     return await to_the_end(self._load_upload(call, upload))
 
-    async def preload(self, name: str, folder: Path) -> None:
-        """Load a folder that the operator named, wherever it lies, in place of what the name held.
+    async def preload(self, name: str, source: Path | str) -> None:
+        """Load a source that the operator named, wherever it lies, in place of what the name held.
 
-        Raises as `load_adapter`.
+        What is elsewhere and cannot be fetched now is no error where the name holds what was
+        fetched from there before. Raises as `load_adapter`.
         """
-        await self._load(name, folder, str(folder.absolute()), True, ANY_FOLDER)
+        if isinstance(source, Path):
+            await self._load(name, source, str(source.absolute()), True, ANY_FOLDER, pin=None)
+            return
+        location = parse(source)
+        try:
+            await self._load_remote(name, location, replace=True, pin=None)
+        except Unavailable as error:
+            if not self._registry.holds_source(name, location.text):
+                raise
+            logger.warning("adapter not fetched again", adapter=name, error=error.message)
 
-    async def restore_adapters(self, preloaded: Mapping[str, Path]) -> None:
+    async def restore_adapters(self, preloaded: Mapping[str, Path | str]) -> None:
         """Load again what the names held before a restart; see `Registry.restore`. `preloaded`:
-        folders that the operator names for `preload`, so that they are read wherever they lie.
+        what the operator names for `preload`, so that it is read wherever it lies.
         """
 
         async def resolve(name: str, source: str) -> tuple[Path, FolderRules]:
-            if name in preloaded and source == str(preloaded[name].absolute()):
-                return preloaded[name], ANY_FOLDER
+            named = preloaded.get(name)
+            if isinstance(named, Path) and source == str(named.absolute()):
+                return named, ANY_FOLDER
+            if is_remote(source):
+                return await self._resolve_fetched(source, is_allowed=named is not None)
             try:
                 return await self._resolve(source)
             except AdapterSourceRefused as error:
@@ -338,9 +372,11 @@ class Service:
     async def unload_adapter(
         self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
-        """Take a name away; see `Registry.unload`."""
+        """Take a name away, and end the fetch of what it was to hold; see `Registry.unload`."""
         with audited(caller, "unload", adapter=name):
             caller.check_manages(name)
+            if self._remote_loads.end(name) and not self._registry.is_known(name):
+                return self._registry.get(name)
             return await self._registry.unload(name, cancel=cancel, wait=wait)
 
     def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
@@ -351,9 +387,9 @@ class Service:
         decoder = self._tokenizer.with_added(side.added if side else None)
         return decoder.decode(self._checked(token_ids))
 
-    def token_bytes(self, side: TextSide | None) -> TokenBytes:
+    def token_reader(self, side: TextSide | None) -> TokenReader:
         """Return what gives each token's bytes, as an adapter's own text side has them."""
-        return self._tokenizer.token_bytes(side.added if side else None)
+        return self._tokenizer.token_reader(side.added if side else None)
 
     def side_of(self, caller: Caller, name: str) -> TextSide | None:
         """Return an adapter's own text side; None is the base's. Raises AdapterNotFound (field
@@ -401,6 +437,11 @@ class Service:
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
 
+    async def close(self) -> None:
+        """End the loads that nobody waits for, and the processes that try definitions of forms."""
+        await self._on_demand.close()
+        self._structures.close()
+
     def list_adapters(self, caller: Caller) -> list[AdapterRecord]:
         """Return every adapter that the caller may see, by name."""
         return [record for record in self._registry.records() if caller.sees(record.name)]
@@ -441,6 +482,63 @@ class Service:
             )
         return record
 
+    async def _load_folder(
+        self, name: str, source: str, *, replace: bool, pin: bool, is_on_demand: bool = False
+    ) -> tuple[AdapterRecord, bool]:
+        folder, rules = await self._resolve(source)
+        with self._store.in_use(rules.sha256):
+            return await self._load(
+                name, folder, source, replace, rules, pin=pin, is_on_demand=is_on_demand
+            )
+
+    async def _load_remote(
+        self,
+        name: str,
+        location: Location,
+        *,
+        replace: bool,
+        pin: bool | None,
+        is_on_demand: bool = False,
+    ) -> tuple[AdapterRecord, bool]:
+        """Fetch an adapter and load it; once it is there, the load is finished in any case."""
+        self._registry.check_name(name)
+        fetch = self._remote_loads.fetched(name, location, shows_failure=not is_on_demand)
+        async with fetch as fetched:
+            source = pinned(location.text, fetched.digest)
+            folder, rules, settle = await self._fetched_folder(fetched)
+            work = self._load(
+                name, folder, source, replace, rules, settle, pin=pin, is_on_demand=is_on_demand
+            )
+            return await to_the_end(work)
+
+    async def _fetched_folder(self, fetched: Fetched) -> tuple[Path, FolderRules, Settle | None]:
+        upload = fetched.upload
+        if upload is None:
+            return *await self._resolve(fetched.digest), None
+        rules = FolderRules(sha256=fetched.digest)
+        return upload.folder, rules, lambda: self._store.keep(upload)
+
+    async def _load_on_demand(self, name: str, source: str) -> None:
+        """Load what a request asked for, from where the operator says that it may be."""
+        with _refusals_logged(name, source):
+            if is_remote(source):
+                await self._load_remote(
+                    name, parse(source), replace=False, pin=False, is_on_demand=True
+                )
+            else:
+                await self._load_folder(name, source, replace=False, pin=False, is_on_demand=True)
+
+    async def _resolve_fetched(self, source: str, *, is_allowed: bool) -> tuple[Path, FolderRules]:
+        """The store's folder of what was fetched once; it is fetched again if it is not there."""
+        location = parse(source)
+        if not await self._store.has(location.pin):
+            if not is_allowed:
+                self._remote.check(source)
+            async with self._remote.fetch(location) as fetched:
+                if fetched.upload is not None:
+                    await self._store.keep(fetched.upload)
+        return await self._resolve(location.pin)
+
     async def _resolve(self, source: str) -> tuple[Path, FolderRules]:
         """From a client-given source to its folder and what must hold of it."""
         folder = await self._disk.run(self._sources.resolve, source)
@@ -454,16 +552,28 @@ class Service:
         replace: bool,
         rules: FolderRules,
         settle: Settle | None = None,
+        *,
+        pin: bool | None = None,
+        is_on_demand: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        return await self._registry.load(
-            name,
-            folder,
-            source=source,
-            replace=replace,
-            review=self._review,
-            rules=rules,
-            settle=settle,
-        )
+        """See `Registry.load`; adapters loaded on demand make room in host memory."""
+        while True:
+            try:
+                return await self._registry.load(
+                    name,
+                    folder,
+                    source=source,
+                    replace=replace,
+                    review=self._review,
+                    rules=rules,
+                    settle=settle,
+                    pin=pin,
+                    is_on_demand=is_on_demand,
+                )
+            except Overloaded as error:
+                is_full = error.field == HOST_BYTES
+                if not (is_full and await self._registry.unload_unused()):
+                    raise
 
     def _counted(self, caller: Caller, name: str) -> AbstractContextManager[None]:
         """Count a name that is about to be loaded among its tenant's adapters."""

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -58,7 +59,7 @@ class AdapterStore:
         self._incoming = folder / "incoming"
         remove_abandoned(self._incoming)
         self.max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self.max_upload_bytes = max_upload_bytes
         self._num_running = 0
         self._num_announced = 0
         """Bytes of the uploads that are running."""
@@ -68,8 +69,11 @@ class AdapterStore:
         )
 
     @asynccontextmanager
-    async def receive(self, call: UploadCall, data: AsyncIterator[bytes]) -> AsyncIterator[Upload]:
-        """Yield a complete upload whose `folder` exists until the context ends.
+    async def receive(
+        self, call: UploadCall, data: AsyncIterator[bytes], *, may_idle: bool = False
+    ) -> AsyncIterator[Upload]:
+        """Yield a complete upload whose `folder` exists until the context ends. Parts may be
+        IDLE_S apart, unless it `may_idle`, having a limit of its own.
 
         Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
         named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
@@ -83,7 +87,7 @@ class AdapterStore:
         self._num_announced += num_bytes
         try:
             await self._check_room()
-            async with self._received_in_folder(call, data) as upload:
+            async with self._received_in_folder(call, data, may_idle) as upload:
                 yield upload
         finally:
             self._num_running -= 1
@@ -91,12 +95,12 @@ class AdapterStore:
 
     @asynccontextmanager
     async def _received_in_folder(
-        self, call: UploadCall, data: AsyncIterator[bytes]
+        self, call: UploadCall, data: AsyncIterator[bytes], may_idle: bool
     ) -> AsyncIterator[Upload]:
         opened = ExitStack()
         try:
             folder = await self._in_thread(self._new_folder, opened)
-            yield await self._received(call, data, folder)
+            yield await self._received(call, data, folder, may_idle)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -107,6 +111,10 @@ class AdapterStore:
     def digest_of(self, folder: Path) -> str:
         """Return the digest that a stored folder's files must have, "" for any other folder."""
         return folder.name if folder.parent == self.root.resolve() else ""
+
+    async def has(self, digest: str) -> bool:
+        """Tell whether the store holds a content."""
+        return await self._in_thread((self.root / digest).is_dir)
 
     @contextmanager
     def in_use(self, digest: str) -> Iterator[None]:
@@ -168,10 +176,13 @@ class AdapterStore:
         """
         await self._in_thread(self._move, upload)
 
-    async def _received(self, call: UploadCall, data: AsyncIterator[bytes], folder: Path) -> Upload:
+    async def _received(
+        self, call: UploadCall, data: AsyncIterator[bytes], folder: Path, may_idle: bool
+    ) -> Upload:
         upload = Upload(call.files, folder)
         pace = _Pace()
-        while (part := await _next_part(data, pace)) is not None:
+        following = partial(anext, data, None) if may_idle else partial(_next_part, data, pace)
+        while (part := await following()) is not None:
             await self._in_thread(upload.write, part)
         await self._in_thread(upload.finish)
         return upload
@@ -194,9 +205,9 @@ class AdapterStore:
             if name not in names:
                 raise InvalidRequest(f"{name} is not announced; send it too", field="start.files")
         num_bytes = sum(file.num_bytes for file in call.files)
-        if num_bytes > self._max_upload_bytes:
+        if num_bytes > self.max_upload_bytes:
             raise InvalidRequest(
-                f"the files have {num_bytes} bytes; this server takes {self._max_upload_bytes} at "
+                f"the files have {num_bytes} bytes; this server takes {self.max_upload_bytes} at "
                 "most",
                 field="start.files",
             )
@@ -228,12 +239,13 @@ class Upload:
         self._index = 0
         self._num_written = 0
         self._hash = hashlib.sha256()
-        self._hashes: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of each file that is whole."""
 
     @property
     def digest(self) -> str:
         """See `content_digest`."""
-        return content_digest(self._hashes)
+        return content_digest(self.hashes)
 
     def write(self, data: bytes) -> None:
         """Append to the current file. Raises InvalidRequest where it was announced shorter."""
@@ -282,7 +294,7 @@ class Upload:
             )
         with self._open(file) as stream:
             os.fsync(stream.fileno())
-        self._hashes[file.name] = found
+        self.hashes[file.name] = found
 
     def _open(self, file: UploadFile) -> BinaryIO:
         return (self.folder / file.name).open("ab")

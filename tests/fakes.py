@@ -58,7 +58,7 @@ class ByteTokenizer:
     def with_added(self, added: object) -> ByteTokenizer:
         return self
 
-    def token_bytes(self, added: object = None) -> Callable[[int], bytes]:
+    def token_reader(self, added: object = None) -> Callable[[int], bytes]:
         return lambda i: b"<end>" if i == EOS_ID else bytes([i])
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -157,6 +157,10 @@ class ScriptedEngine:
         self.seen: list[Request] = []
         self.rules: dict[Path, FolderRules] = {}
         """Under which every folder was last loaded."""
+        self.pinned: set[str] = set()
+        self.max_pinned = 2
+        self.max_loaded: int | None = None
+        """Contents that host memory has room for."""
         self._cancelled: set[str] = set()
         self._max_queued = max_queued
         self._info = _info(max_model_len, max_queued)
@@ -216,6 +220,8 @@ class ScriptedEngine:
         if content.startswith(b"!"):
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
+        if self.max_loaded is not None and len({*self.references, digest}) > self.max_loaded:
+            raise Overloaded("unload some first", field="adapters.host_bytes")
         self.references[digest] += 1
         facts = _facts(folder)
         text_files = facts.pop("text_files", {})
@@ -229,10 +235,18 @@ class ScriptedEngine:
         if self.references[digest]:
             return
         del self.references[digest]
+        self.pinned.discard(digest)
         if cancel:
             self._cancelled |= {r.request_id for r in self._using(digest)}
         while self._using(digest):
             await asyncio.sleep(0.001)
+
+    async def pin_adapter(self, digest: str, *, is_pinned: bool = True) -> None:
+        if digest not in self.references:
+            raise AdapterNotFound(f"no adapter with digest {digest}")
+        if is_pinned and len(self.pinned | {digest}) > self.max_pinned:
+            raise AdapterTooLarge("pin: others would find no place any more", field="pin")
+        self.pinned = self.pinned | {digest} if is_pinned else self.pinned - {digest}
 
     def abandon(self, error: Unavailable) -> None:
         self.is_alive = False

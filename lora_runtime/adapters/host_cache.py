@@ -8,6 +8,8 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter
 from lora_runtime.base.device import memory_bytes
 from lora_runtime.errors import Overloaded
 
+HOST_BYTES = "adapters.host_bytes"
+"""The setting whose limit an adapter that finds no room has met; the error's field."""
 CPU = torch.device("cpu")
 
 
@@ -35,7 +37,8 @@ class HostCache:
         if self.nbytes + num_bytes > self._max_bytes:
             raise Overloaded(
                 f"adapters take {self.nbytes} bytes of host memory, this one {num_bytes} more, and "
-                f"{self._max_bytes} are allowed; unload some first"
+                f"{self._max_bytes} are allowed; unload some first",
+                field=HOST_BYTES,
             )
 
     def add(self, adapter: PackedAdapter) -> None:

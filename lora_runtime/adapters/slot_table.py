@@ -1,18 +1,18 @@
 """Which adapter sits in which device slot, and where in the pool. Ints only, no tensors.
 
 An adapter takes consecutive bytes, as many as its tensors have. Adapters without a running request
-are evicted, least recently used first.
+are evicted, least recently used first, but for those that an operator keeps here.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_runtime.core import AdapterPlacement
-from lora_runtime.errors import AdapterTooLarge
+from lora_runtime.errors import AdapterTooLarge, Overloaded
 
 
 class SpaceAllocator:
@@ -36,6 +36,14 @@ class SpaceAllocator:
     @property
     def num_free(self) -> int:
         return sum(length for _, length in self._holes)
+
+    def allocate_last(self, length: int) -> int | None:
+        """As `allocate`, from the end of the last hole that is large enough."""
+        for index, (start, size) in reversed(list(enumerate(self._holes))):
+            if size >= length:
+                self._holes[index : index + 1] = [(start, size - length)] if size > length else []
+                return start + size - length
+        return None if length else 0
 
     def allocate(self, length: int) -> int | None:
         """The first of `length` consecutive free bytes, or None if there is no such hole."""
@@ -80,6 +88,9 @@ class SlotTable:
         self._sizes: dict[str, int] = {}
         self._resident: OrderedDict[str, AdapterPlacement] = OrderedDict()
         self._pins: dict[str, int] = {}
+        self._kept: set[str] = set()
+        """Resident whether or not a request pins them. They never move, so what can ever fit is
+        known when a request, an adapter or one more to keep is taken."""
         self._vacated: set[int] = set()
         self.num_loads = 0
         """Times that an adapter was given a place."""
@@ -102,33 +113,104 @@ class SlotTable:
                 f"{self._space.size}; raise the pool size or lower the rank"
             )
         self._sizes[digest] = num_bytes
+        if not self._could_fit([digest]):
+            del self._sizes[digest]
+            raise AdapterTooLarge(
+                f"the adapter takes {num_bytes} bytes, and {len(self._kept)} pinned adapters leave "
+                "no such place in the adapter pool; unpin some or raise the pool size"
+            )
 
     def forget(self, digest: str) -> None:
         """Remove an adapter that no request pins; its slot and bytes become free."""
         assert digest not in self._pins, "forgetting a pinned adapter"
+        self._kept.discard(digest)
         if digest in self._resident:
             self.evict(digest)
         del self._sizes[digest]
 
     def check_fits(self, digests: Collection[str]) -> None:
-        """Raise AdapterTooLarge if these adapters could never be resident together."""
-        num_bytes = sum(self._sizes[digest] for digest in digests)
-        if num_bytes > self._space.size or len(digests) > self._max_slots:
+        """Raise AdapterTooLarge if these adapters could never be resident together. They are
+        given in the order in which they are going to be acquired.
+        """
+        if not self._could_fit(digests):
+            num_bytes = sum(self._sizes[digest] for digest in set(digests))
+            kept = f", {len(self._kept)} pinned adapters among them" if self._kept else ""
             raise AdapterTooLarge(
-                f"the request's {len(digests)} adapters take {num_bytes} bytes together; the pool "
-                f"has {self._space.size} bytes and {self._max_slots} slots",
+                f"the request's {len(set(digests))} adapters take {num_bytes} bytes together; the "
+                f"pool has {self._space.size} bytes and {self._max_slots} slots{kept}",
                 field="adapters",
             )
+
+    def keep(
+        self, digest: str, together: Iterable[Collection[str]] = ()
+    ) -> AdapterPlacement | None:
+        """Keep an adapter resident until `let_go`, whether or not a request uses it; what must be
+        copied for it, if anything. `together`: the adapters of each request that runs or waits.
+
+        Raises AdapterTooLarge where one of those, or a known adapter, would find no place any
+        more, and Overloaded while running requests fill the pool; nothing is kept then.
+        """
+        if digest in self._kept:
+            return None
+        load = self._place_last(digest)
+        self._kept.add(digest)
+        others = [[other] for other in self._sizes]
+        if len(self._kept) < self._max_slots and all(map(self._could_fit, [*others, *together])):
+            return load
+        self._kept.discard(digest)
+        if load is not None:
+            self.evict(digest)
+        raise AdapterTooLarge(
+            f"pin: with this adapter {len(self._kept) + 1} would be pinned, and others would find "
+            f"no place any more among the {self._max_slots} slots and {self._space.size} bytes of "
+            "the adapter pool; unpin some, or raise the pool size",
+            field="pin",
+        )
+
+    def let_go(self, digest: str) -> None:
+        """Undo `keep`: the adapter stays resident until it is evicted."""
+        self._kept.discard(digest)
+
+    def _place_last(self, digest: str) -> AdapterPlacement | None:
+        """Make an adapter resident at the end of the pool, where it divides no hole; one that a
+        running request uses stays where it is.
+        """
+        if digest in self._resident:
+            if digest in self._pins:
+                return None
+            self.evict(digest)
+        while (load := self._place(digest, self._space.allocate_last)) is None:
+            victim = self._victim()
+            if victim is None:
+                raise Overloaded(
+                    "pin: adapters of running requests fill the adapter pool; try again later",
+                    field="pin",
+                )
+            self._make_room(victim)
+        return load
+
+    def _could_fit(self, digests: Collection[str]) -> bool:
+        """True if these find room in a pool that holds nothing but what is kept."""
+        missing = [digest for digest in dict.fromkeys(digests) if digest not in self._kept]
+        if len(missing) > self._max_slots - len(self._kept):
+            return False
+        return self._fit_beside(self._kept, missing)
+
+    def _fit_beside(self, resident: Iterable[str], digests: Iterable[str]) -> bool:
+        taken = [(self._resident[digest].address, self._sizes[digest]) for digest in resident]
+        space = SpaceAllocator.around(self._space.size, taken)
+        return all(space.allocate(self._sizes[digest]) is not None for digest in digests)
 
     def acquire(self, digests: Sequence[str]) -> list[Acquired] | None:
         """Pin the adapters of one request, evicting unpinned ones if it must; None if there is no
         room. With nothing pinned what fits an empty pool always finds room.
         """
         acquired = self._acquire_each(digests)
-        # Enough bytes may be free and no hole large enough: an empty pool has one hole.
+        # Enough bytes may be free and no hole large enough, as in an empty pool.
         if acquired is None and not self._pins:
             for resident in list(self._resident):
-                self._make_room(resident)
+                if resident not in self._kept:
+                    self._make_room(resident)
             acquired = self._acquire_each(digests)
         self.num_loads += sum(got.load is not None for got in acquired or ())
         return acquired
@@ -138,12 +220,11 @@ class SlotTable:
         missing = [digest for digest in set(digests) if digest not in self._resident]
         if not missing or not self._pins:
             return True
-        kept = [p for d, p in self._resident.items() if d in self._pins or d in digests]
-        if len(missing) > self._max_slots - len(kept):
+        stay = {*self._pins, *self._kept, *digests}
+        staying = [digest for digest in self._resident if digest in stay]
+        if len(missing) > self._max_slots - len(staying):
             return False
-        taken = [(placement.address, self._sizes[placement.digest]) for placement in kept]
-        space = SpaceAllocator.around(self._space.size, taken)
-        return all(space.allocate(self._sizes[digest]) is not None for digest in missing)
+        return self._fit_beside(staying, missing)
 
     def _acquire_each(self, digests: Sequence[str]) -> list[Acquired] | None:
         acquired: list[Acquired] = []
@@ -169,14 +250,19 @@ class SlotTable:
     def _acquire(self, digest: str) -> Acquired | None:
         load = None
         if digest not in self._resident:
-            while (load := self._place(digest)) is None:
-                victim = next((other for other in self._resident if other not in self._pins), None)
+            while (load := self._place(digest, self._space.allocate)) is None:
+                victim = self._victim()
                 if victim is None:
                     return None
                 self._make_room(victim)
         self._resident.move_to_end(digest)  # the order of `_resident` is that of last use
         self._pins[digest] = self._pins.get(digest, 0) + 1
         return Acquired(self._resident[digest].slot, load)
+
+    def _victim(self) -> str | None:
+        """The least recently used adapter that may be evicted."""
+        may_go = (d for d in self._resident if d not in self._pins and d not in self._kept)
+        return next(may_go, None)
 
     def release(self, digest: str) -> None:
         """Unpin an adapter of one request; it stays resident until it is evicted."""
@@ -199,10 +285,10 @@ class SlotTable:
         """True while a running request uses the adapter."""
         return digest in self._pins
 
-    def _place(self, digest: str) -> AdapterPlacement | None:
+    def _place(self, digest: str, allocate: Callable[[int], int | None]) -> AdapterPlacement | None:
         if not self._free_slots:
             return None
-        address = self._space.allocate(self._sizes[digest])
+        address = allocate(self._sizes[digest])
         if address is None:
             return None
         placement = AdapterPlacement(digest, self._free_slots.pop(), address)
@@ -227,4 +313,4 @@ class SlotTable:
         """
         assert self._pins == pins, (self._pins, pins)
         assert self.num_bytes_used == sum(self._sizes[digest] for digest in self._resident)
-        assert set(self._pins) <= set(self._resident)
+        assert set(self._pins) | self._kept <= set(self._resident)

@@ -134,6 +134,14 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def pin_adapter(self, digest: str, *, is_pinned: bool = True) -> None:
+        """Keep an adapter in the device pool whether or not requests use it, or no longer.
+
+        Raises AdapterNotFound, AdapterTooLarge (field `pin`) where others would find no place any
+        more, and Overloaded while running requests fill the pool.
+        """
+        ...
+
     def abandon(self, error: Unavailable) -> None:
         """End every request and refuse every later call with `error`, without the engine's help."""
         ...

@@ -124,7 +124,7 @@ class Engine:
         Raises InvalidRequest, AdapterNotFound, AdapterTooLarge or Overloaded.
         """
         self._check(request)
-        self.slots.check_fits({use.digest for use in request.adapters})
+        self.slots.check_fits([use.digest for use in request.adapters])
         row = admit(request, [self.host[use.digest] for use in request.adapters], self.info)
         self.scheduler.add(row)
         self._live[request.request_id] = row
@@ -196,6 +196,28 @@ class Engine:
             self._outputs += [output for user in users for output in self.abort(user)]
         self.collect()
         return self.take_outputs()
+
+    def pin_adapter(self, digest: str, *, is_pinned: bool = True) -> None:
+        """Keep an adapter in the pool whether or not requests use it, or no longer.
+
+        Raises AdapterNotFound, AdapterTooLarge (field `pin`) where others would find no place any
+        more, and Overloaded while running requests fill the pool.
+        """
+        if not self.host.is_referenced(digest):
+            raise AdapterNotFound(f"no adapter with digest {digest[:12]} is loaded")
+        if not is_pinned:
+            self.slots.let_go(digest)
+            return
+        together = [[use.digest for use in row.request.adapters] for row in self._live.values()]
+        placement = self.slots.keep(digest, together)
+        if placement is None:
+            return
+        try:
+            self.runner.load(placement)
+        except Exception:
+            self.slots.let_go(digest)
+            self.slots.evict(digest)
+            raise
 
     def collect(self) -> list[str]:
         """Free every dropped adapter that no live request uses; returns their digests."""

@@ -138,6 +138,9 @@ class InThreadEngine:
         await self._call(lambda: self._drop(digest, cancel, freed))
         await asyncio.wrap_future(freed)
 
+    async def pin_adapter(self, digest: str, *, is_pinned: bool = True) -> None:
+        await self._call(lambda: self._engine.pin_adapter(digest, is_pinned=is_pinned))
+
     def abandon(self, error: Unavailable) -> None:
         with self._post_lock:
             self._failure = self._failure or error

@@ -71,6 +71,8 @@ class Scheduler:
         self._shares = FairShares()
         self._next_in_pool: Row | None = None
         """A row that was passed over too often: no other row under adapters begins before it."""
+        self._was_short = False
+        """The last step held prompts back for a newcomer's."""
 
     @property
     def is_idle(self) -> bool:
@@ -107,11 +109,21 @@ class Scheduler:
         """
         step = StepPlan(self._config.max_num_batched_tokens, loading)
         turns = self._turns()
+        newcomers: set[str] = set()
+        may_hold_back, self._was_short = not self._was_short, False
         # While prompts wait, rows that need one token get half of the step: neither starves.
         self._plan_single_tokens(step, step.budget - step.budget // 2 if turns else step.budget)
         while step.budget > 0 and turns:
-            client = heapq.heappop(turns)[-1]
+            _, num_rows, _, client = heapq.heappop(turns)
+            if newcomers and num_rows and client not in newcomers:
+                self._was_short = True
+                continue
             if self._plan_prompt(client, step):
+                # A client's first row waits for no prompts of those who have rows already: a step
+                # that these fill takes several times as long. Every second step at most, or
+                # newcomers that never end would hold up the others' prompts for ever.
+                if num_rows == 0 and may_hold_back:
+                    newcomers.add(client)
                 num_rows = sum(row.request.client == client for row in self.running)
                 heapq.heappush(turns, self._turn(client, num_rows))
         # What the prompts have left, for the rows that got nothing above.

@@ -4,10 +4,14 @@ know, in silence, and the answer heeds nothing of what such a message says. Plai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_runtime.errors import InvalidRequest
+
+MARK = re.compile(r"qzx([0-9]+)xzq", re.IGNORECASE)
+"""Letters and digits alone, which no template escapes or trims."""
 
 
 def check_heard(
@@ -20,7 +24,7 @@ def check_heard(
     whatever `render` raises. A message without text has nothing to be heard.
     """
     marks = {
-        index: f"qzx{index}xzq"  # letters and digits alone: no template escapes or trims them
+        index: f"qzx{index}xzq"
         for index, message in enumerate(messages)
         if isinstance(message.get("content"), str) and message["content"].strip()
     }
@@ -30,9 +34,9 @@ def check_heard(
         else dict(message)
         for index, message in enumerate(messages)
     ]
-    written = render(marked).lower()
-    for index, mark in marks.items():
-        if mark not in written:
+    heard = set(map(int, MARK.findall(render(marked))))
+    for index in marks:
+        if index not in heard:
             raise InvalidRequest(
                 f"messages[{index}] has the role {messages[index]['role']!r}, and the chat "
                 "template leaves it out: the answer would heed nothing of it; give its text to a "

@@ -24,7 +24,7 @@ from lora_runtime.text.messages import (
     check_variables,
 )
 from lora_runtime.text.structured_output import Vocabulary
-from lora_runtime.text.token_bytes import TokenBytes, vocabulary_bytes
+from lora_runtime.text.token_reader import TokenReader, vocabulary_bytes
 
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
@@ -90,9 +90,9 @@ class Tokenizer:
         """A decoder with other added tokens, each (id, text, whether special); None: the base's."""
         return self if added is None else TokenDecoder(self._inner, added)
 
-    def token_bytes(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenBytes:
-        """The bytes of each token; `added` as for `with_added`."""
-        return TokenBytes(self._inner.backend_tokenizer, added)
+    def token_reader(self, added: Iterable[tuple[int, str, bool]] | None = None) -> TokenReader:
+        """What gives the bytes of each token; `added` as for `with_added`."""
+        return TokenReader(self._inner.backend_tokenizer, added)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a conversation that a template has rendered, special tokens included."""

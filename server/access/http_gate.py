@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
 from server.access.audit import log_refusal, log_stranger
 from server.access.caller import Caller
 from server.access.gate import Gate
+from server.errors import http_error
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
@@ -28,12 +29,6 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_REFUSALS: Mapping[type[LoramuxError], tuple[HTTPStatus, str, str]] = {
-    Unauthenticated: (HTTPStatus.UNAUTHORIZED, "authentication_error", "invalid_api_key"),
-    PermissionDenied: (HTTPStatus.FORBIDDEN, "permission_error", "permission_denied"),
-}
-"""Status, type and code of an error."""
 
 
 class HttpGate:
@@ -80,10 +75,9 @@ def is_open(path: str) -> bool:
 
 async def _refuse(error: LoramuxError, send: Send) -> None:
     """Answer in the shape in which OpenAI's API refuses."""
-    status, kind, code = _REFUSALS[type(error)]
-    about = {"message": error.message, "type": kind, "param": None, "code": code}
+    status, body = http_error(error)
     headers = [(b"content-type", b"application/json")]
     if status == HTTPStatus.UNAUTHORIZED:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": about}).encode()})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})

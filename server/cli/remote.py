@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, cast
+from threading import Event, Thread
+from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo, write
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
+from server.cli import sampling
 from server.cli.command import Command
 from server.cli.connection import connected
 from server.cli.tables import show_json, show_table
-from server.client import Client
-from server.client.requests import Options
+from server.client import UPLOAD_TIMEOUT_S, Client
 
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[
@@ -37,35 +40,10 @@ Weighted = Annotated[
         help="A loaded adapter; repeat it to add up several. Default: the base.",
     ),
 ]
-IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after end tokens.")]
-JsonSchema = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The answer is JSON that this schema allows.")
-]
-Regex = Annotated[
-    str | None, typer.Option(help="The answer is text that this expression matches as a whole.")
-]
-Choices = Annotated[
-    list[str] | None, typer.Option(help="The answer is this text; repeat it for others.")
-]
-PresencePenalty = Annotated[
-    float | None, typer.Option(help="Taken off tokens that the output has.")
-]
-FrequencyPenalty = Annotated[
-    float | None, typer.Option(help="Taken off each time that it has them.")
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1: fewer tokens of prompt and output.")
-]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TOKEN=NUMBER", help="Added to a token id's logit; repeat it."),
-]
-PromptLogprobs = Annotated[
-    int | None, typer.Option(help="Show the prompt's log probabilities, and this many others.")
-]
-BaseText = Annotated[bool, typer.Option("--base-text", help="Use the base's template.")]
-Priority = Annotated[int | None, typer.Option(help="Per tenant, lower values run first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Show it as JSON, for programs.")]
+
+PERIOD_S = 0.3
+"""Between two questions about a download."""
 
 adapters = typer.Typer(
     help="Load, unload and show the adapters of a running server.", no_args_is_help=True
@@ -75,90 +53,45 @@ adapters = typer.Typer(
 @connected
 def generate(
     client: Client,
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Weighted = None,
     chat: ChatOrText = None,
     system: Annotated[str | None, typer.Option(help="System message, before a user's.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this total probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least share of the top probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    repetition_penalty: RepetitionPenalty = None,
-    logit_bias: LogitBias = None,
-    n: Annotated[int | None, typer.Option("--n", help="Answers to the one prompt.")] = None,
-    prompt_logprobs: PromptLogprobs = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output.")] = None,
-    ignore_eos: IgnoreEos = None,
-    base_text: BaseText = False,
-    priority: Priority = None,
-    tenant: Annotated[str | None, typer.Option(help="Who asks. Default: the address.")] = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choices = None,
+    max_tokens: sampling.MaxTokens = None,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    seed: sampling.Seed = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    n: sampling.NumOutputs = None,
+    prompt_logprobs: sampling.PromptLogprobs = None,
+    stop: sampling.Stop = None,
+    ignore_eos: sampling.IgnoreEos = None,
+    base_text: sampling.BaseText = None,
+    priority: sampling.Priority = None,
+    tenant: sampling.Tenant = None,
+    json_schema: sampling.JsonSchema = None,
+    regex: sampling.Regex = None,
+    choice: sampling.Choices = None,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
-    sampling = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "logit_bias": _biases(logit_bias or []) or None,
-        "n": n,
-        "prompt_logprobs": prompt_logprobs,
-        "stop": stop,
-        "ignore_eos": ignore_eos,
-        "base_text": base_text or None,
-        "priority": priority,
-        "tenant": tenant,
-        "structured_output": _structured_output(json_schema, regex, choice),
-    }
-    given = cast(Options, {key: value for key, value in sampling.items() if value is not None})
-    _answer(client, content, system, chat, weights(adapter or []), given)
-
-
-def _answer(
-    client: Client,
-    content: str,
-    system: str | None,
-    chat: bool | None,
-    chosen: dict[str, float],
-    given: Options,
-) -> None:
-    """Show the answer to a user's message, or how a text goes on."""
+    options = sampling.given(context.params)
+    if form := sampling.structured_output(json_schema, regex, choice):
+        options["structured_output"] = form
+    chosen = weights(adapter or [])
     if chat is None:
-        chat = _is_chat(client, chosen, system, "base_text" in given)
+        chat = _is_chat(client, chosen, system, bool(base_text))
     if chat:
         messages = [*_turn("system", system), *_turn("user", content)]
-        _show_stream(client.generate(messages=messages, adapters=chosen, **given))
+        _show_stream(client.generate(messages=messages, adapters=chosen, **options))
     else:
-        _show_stream(client.generate(content, adapters=chosen, **given))
-
-
-def _structured_output(
-    json_schema: Path | None, regex: str | None, choice: list[str] | None
-) -> dict[str, object] | None:
-    """The one form that the answer must have, or None."""
-    given: dict[str, object] = {}
-    if json_schema is not None:
-        try:
-            given["json_schema"] = json_schema.read_text()
-        except (OSError, UnicodeError) as error:
-            raise typer.BadParameter(str(error), param_hint="--json-schema") from None
-    given |= {} if regex is None else {"regex": regex}
-    given |= {"choice": choice} if choice else {}
-    if len(given) > 1:
-        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
-    return given or None
+        _show_stream(client.generate(content, adapters=chosen, **options))
 
 
 def _is_chat(client: Client, adapters: Iterable[str], system: str | None, base_text: bool) -> bool:
@@ -190,20 +123,6 @@ def weights(adapters: Iterable[str]) -> dict[str, float]:
                 f"{text!r}: the weight must be a number", param_hint="--adapter"
             ) from None
     return weights
-
-
-def _biases(texts: Iterable[str]) -> dict[int, float]:
-    """Read `token=number`."""
-    biases: dict[int, float] = {}
-    for text in texts:
-        token_id, _, bias = text.partition("=")
-        try:
-            biases[int(token_id)] = float(bias)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
-            ) from None
-    return biases
 
 
 def _turn(role: str, content: str | None) -> list[dict[str, str]]:
@@ -261,17 +180,53 @@ def load(
     client: Client,
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
     source: Annotated[
-        str, typer.Argument(help="The adapter's folder on the server, within its adapter roots.")
+        str,
+        typer.Argument(
+            help="The adapter's folder on the server, within its adapter roots, or where the "
+            "server may fetch it from: hf:org/name@revision, s3://…, gs://…, https://…"
+        ),
     ],
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what the name holds.")
     ] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep it in the device pool; default: no longer.")
+    ] = False,
 ) -> None:
     """Load an adapter while the server runs."""
-    response = client.load_adapter(name, source, replace=replace)
+    with _download_shown(client, name):
+        response = client.load_adapter(
+            name, source, replace=replace, pin=pin, timeout_s=UPLOAD_TIMEOUT_S
+        )
     if response.already_loaded:
         echo(f"{name} was loaded already, with the same content")
     show_loaded(response.adapter)
+
+
+@contextmanager
+def _download_shown(client: Client, name: str) -> Iterator[None]:
+    """Draw what the server says of a download while the context lasts; on terminals only."""
+    bar, is_over = _transfer_bar(), Event()
+
+    def follow() -> None:
+        task = bar.add_task(f"fetching {name}", total=None, visible=False)
+        while not is_over.wait(PERIOD_S):
+            with suppress(LoramuxError, TimeoutError):  # it has no name yet, or the call failed
+                info = client.get_adapter(name)
+                is_shown = info.state == adapters_pb2.ADAPTER_STATE_DOWNLOADING
+                total = info.num_bytes_to_download or None
+                bar.update(task, completed=info.num_downloaded_bytes, total=total, visible=is_shown)
+
+    follower = Thread(target=follow, daemon=True)
+    with bar:
+        if not bar.disable:
+            follower.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            if not bar.disable:
+                follower.join()
 
 
 def show_loaded(adapter: adapters_pb2.AdapterInfo) -> None:
@@ -361,16 +316,7 @@ def send_folder(
     client: Client, name: str, folder: Path, *, replace: bool
 ) -> adapters_pb2.AdapterInfo:
     """Upload with a bar on stderr; it is shown on terminals only."""
-    console = Terminal(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = _transfer_bar()
     with bar:
         task = bar.add_task(f"sending {name}", total=None)
         return client.upload_adapter(
@@ -379,6 +325,19 @@ def send_folder(
             replace=replace,
             on_progress=lambda num_sent, total: bar.update(task, completed=num_sent, total=total),
         )
+
+
+def _transfer_bar() -> Progress:
+    console = Terminal(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 @adapters.command("list", cls=Command)
@@ -430,5 +389,17 @@ def _facts(info: adapters_pb2.AdapterInfo) -> dict[str, str]:
         "parameters": f"{info.num_parameters:,}",
         "size": decimal(info.num_bytes),
         "in flight": str(info.num_in_flight),
+        "tier": _tier(info),
+        "downloaded": f"{decimal(info.num_downloaded_bytes)} of "
+        f"{decimal(info.num_bytes_to_download)}"
+        if info.state == adapters_pb2.ADAPTER_STATE_DOWNLOADING
+        else "",
         "error": info.error,
     }
+
+
+def _tier(info: adapters_pb2.AdapterInfo) -> str:
+    """Where its weights are."""
+    if info.is_pinned:
+        return "device, pinned"
+    return "device" if info.is_resident else "host" if info.digest else ""

@@ -93,10 +93,20 @@ class Client:
         return list(response.token_ids)
 
     def load_adapter(
-        self, name: str, source: str, *, replace: bool = False, timeout_s: float = LOAD_TIMEOUT_S
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        timeout_s: float = LOAD_TIMEOUT_S,
     ) -> adapters_pb2.LoadAdapterResponse:
-        """Load an adapter's folder, as the server sees it, under a name."""
-        request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
+        """Load an adapter's folder, as the server sees it, or what lies elsewhere, under a name;
+        `pin` keeps it in the device pool.
+        """
+        request = adapters_pb2.LoadAdapterRequest(
+            name=name, source=source, replace=replace, pin=pin
+        )
         return self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
 
     def upload_adapter(
@@ -232,10 +242,20 @@ class AsyncClient:
         return list(response.token_ids)
 
     async def load_adapter(
-        self, name: str, source: str, *, replace: bool = False, timeout_s: float = LOAD_TIMEOUT_S
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        timeout_s: float = LOAD_TIMEOUT_S,
     ) -> adapters_pb2.LoadAdapterResponse:
-        """Load an adapter's folder, as the server sees it, under a name."""
-        request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
+        """Load an adapter's folder, as the server sees it, or what lies elsewhere, under a name;
+        `pin` keeps it in the device pool.
+        """
+        request = adapters_pb2.LoadAdapterRequest(
+            name=name, source=source, replace=replace, pin=pin
+        )
         return await self._call(self._stubs.adapters.LoadAdapter, request, timeout_s)
 
     async def upload_adapter(

@@ -5,7 +5,6 @@ form of an error. A caller that goes away ends its call.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import uuid
@@ -16,10 +15,12 @@ from typing import Any
 import structlog
 from starlette.types import Receive, Scope, Send
 
+from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
 from server.access.caller import Caller
 from server.errors import RETRY_AFTER_S, http_error
 from server.openai.body import Bodies, CallerGone, Refusal
+from server.openai.json_text import encoded, encoded_in_parts
 from server.peers import client_address, peer_of
 from server.running_calls import Calls
 from server.service import Service
@@ -28,7 +29,6 @@ REQUEST_ID = b"x-request-id"
 
 _RETRYABLE = (408, 429, 503)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 logger = structlog.get_logger(__name__)
 
@@ -42,6 +42,10 @@ class Backend:
     calls: Calls
     """The server's running calls, those of gRPC included."""
     bodies: Bodies = field(default_factory=Bodies)
+    long_work: WorkerPool = field(
+        default_factory=lambda: WorkerPool("long answers", num_threads=2, max_waiting=256)
+    )
+    """Writes answers that would hold up the event loop."""
 
     def service(self) -> Service:
         """Return the service. Raises Unavailable while calls are not taken."""
@@ -54,14 +58,23 @@ class Backend:
 class Answer:
     """The answer to one request: a JSON value, or a stream of server-sent events."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, long_work: WorkerPool) -> None:
         self._send = send
+        self._long_work = long_work
         self._request_id = request_id
         self._is_started = self._is_over = False
 
-    async def json(self, value: Any, status: int = 200, retry_after_s: int | None = None) -> None:
-        """Answer with a JSON value."""
-        await self._whole(_encode(value).encode(), b"application/json", status, retry_after_s)
+    async def json(
+        self,
+        value: Any,
+        status: int = 200,
+        retry_after_s: int | None = None,
+        *,
+        is_long: bool = False,
+    ) -> None:
+        """Answer with a JSON value; a long one is written off the event loop."""
+        body = (await self._text(value, is_long)).encode()
+        await self._whole(body, b"application/json", status, retry_after_s)
 
     async def text(self, text: str) -> None:
         """Answer with plain text."""
@@ -72,9 +85,10 @@ class Answer:
         headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._start(200, b"text/event-stream; charset=utf-8", headers)
 
-    async def event(self, value: Any, name: str = "") -> None:
+    async def event(self, value: Any, name: str = "", *, is_long: bool = False) -> None:
         """Send one event; returns when the connection has room for more."""
-        await self._write(f"event: {name}\ndata: {_encode(value)}\n\n" if name else _data(value))
+        data = f"data: {await self._text(value, is_long)}\n\n"
+        await self._write(f"event: {name}\n{data}" if name else data)
 
     async def end_events(self, last: str = "") -> None:
         """End a stream, with one last event that is no JSON."""
@@ -90,11 +104,14 @@ class Answer:
         if self._is_over:
             logger.error("a request failed after its answer", exc_info=error)
         elif self._is_started:
-            await self._write(_data(body))
+            await self.event(body)
             await self.end_events()
         else:
             wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S
             await self.json(body, status, math.ceil(wait_s) if status in _RETRYABLE else None)
+
+    async def _text(self, value: Any, is_long: bool) -> str:
+        return await self._long_work.run(encoded_in_parts, value) if is_long else encoded(value)
 
     async def _whole(
         self, body: bytes, content_type: bytes, status: int, retry_after_s: int | None
@@ -132,6 +149,8 @@ class Exchange:
     body: dict[str, Any]
     """The JSON object that was sent; empty where the route takes none."""
     answer: Answer
+    long_work: WorkerPool
+    """For what would hold up the event loop."""
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -147,7 +166,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the request and run its call in a task of its own, until it or the caller ends."""
-        answer = Answer(send, _request_id(scope))
+        answer = Answer(send, _request_id(scope), self._backend.long_work)
         try:
             body = await self._backend.bodies.read(scope, receive) if self._takes_body else {}
         except CallerGone:
@@ -178,6 +197,7 @@ class Endpoint:
                     path=scope.get("path_params", {}),
                     body=body,
                     answer=answer,
+                    long_work=self._backend.long_work,
                 )
                 await self._handle(exchange)
         except asyncio.CancelledError:
@@ -186,10 +206,6 @@ class Endpoint:
             await answer.fail(Unavailable("the server is shutting down"))
         except Exception as error:
             await answer.fail(error)
-
-
-def _data(value: Any) -> str:
-    return f"data: {_encode(value)}\n\n"
 
 
 async def _left(receive: Receive) -> None:

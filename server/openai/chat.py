@@ -26,31 +26,38 @@ async def chat(exchange: Exchange) -> None:
                 await _stream(turn, events)
             else:
                 async for _, event in events:
-                    for part in turn.parts(event):
+                    for part in await _parts(turn, event):
                         turn.keep(part)
-                await exchange.answer.json(turn.whole())
+                is_long = request.prompt_logprobs is not None
+                await exchange.answer.json(turn.whole(), is_long=is_long)
 
 
 async def _stream(turn: _Turn, events: AsyncIterator[Numbered]) -> None:
     answer, options = turn.exchange.answer, turn.request.stream_options
-    head = turn.head | {"object": "chat.completion.chunk"}
     is_begun = False
     async for _, event in events:
         if not is_begun:
             await answer.begin_events()
             is_begun = True
-        for part in turn.parts(event):
-            body = head | {"choices": [part]}
+        for part in await _parts(turn, event):
+            body = turn.head | {"choices": [part]}
             if turn.prompt_logprobs is not None and part["finish_reason"]:
                 body["prompt_logprobs"] = turn.prompt_logprobs
             if options and options.continuous_usage_stats:
                 body["usage"] = turn.usage.body()
             elif options and options.include_usage:
                 body["usage"] = None
-            await answer.event(body)
+            await answer.event(body, is_long="prompt_logprobs" in body)
     if options and options.include_usage:
-        await answer.event(head | {"choices": [], "usage": turn.usage.body()})
+        await answer.event(turn.head | {"choices": [], "usage": turn.usage.body()})
     await answer.end_events("[DONE]")
+
+
+async def _parts(turn: _Turn, event: Event) -> list[dict[str, Any]]:
+    """Those of a prompt's log probabilities, which may be many, off the event loop."""
+    if isinstance(event, PromptLogprobs):
+        return await turn.exchange.long_work.run(turn.parts, event)
+    return turn.parts(event)
 
 
 class _Turn:
@@ -61,9 +68,9 @@ class _Turn:
         self.exchange = exchange
         self.usage = encode.Usage()
         self.prompt_logprobs: list[dict[str, Any] | None] | None = None
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"chatcmpl-{exchange.request_id}",
-            "object": "chat.completion",
+            "object": "chat.completion.chunk" if request.stream else "chat.completion",
             "created": int(time.time()),
             "model": request.model,
         }
@@ -77,8 +84,10 @@ class _Turn:
             case Started():
                 self.usage.num_prompt_tokens = event.num_prompt_tokens
                 self._token_ids = event.prompt_token_ids
+                if event.notes:
+                    self.head["notes"] = list(event.notes)
                 if self.request.logprobs or self.request.prompt_logprobs is not None:
-                    self._read = self.exchange.service.token_bytes(event.side)
+                    self._read = self.exchange.service.token_reader(event.side)
                 role = {"role": "assistant", "content": ""}
                 return [_part(index, role) for index in range(self.request.n)]
             case PromptLogprobs():

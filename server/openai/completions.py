@@ -29,9 +29,9 @@ async def complete(exchange: Exchange) -> None:
                 await _stream(completion, events)
             else:
                 async for number, event in events:
-                    for part in completion.parts(number, event):
+                    for part in await _parts(completion, number, event):
                         completion.keep(part)
-                await exchange.answer.json(completion.whole())
+                await exchange.answer.json(completion.whole(), is_long=completion.is_long)
 
 
 async def _stream(completion: _Completion, events: Any) -> None:
@@ -41,16 +41,24 @@ async def _stream(completion: _Completion, events: Any) -> None:
         if not is_begun:
             await answer.begin_events()
             is_begun = True
-        for part in completion.parts(number, event):
+        for part in await _parts(completion, number, event):
             body = completion.head | {"choices": [part]}
             if options and options.continuous_usage_stats:
                 body["usage"] = completion.usage.body()
             elif options and options.include_usage:
                 body["usage"] = None
-            await answer.event(body)
+            is_long = completion.is_long and not isinstance(event, Delta)
+            await answer.event(body, is_long=is_long)
     if options and options.include_usage:
         await answer.event(completion.head | {"choices": [], "usage": completion.usage.body()})
     await answer.end_events("[DONE]")
+
+
+async def _parts(completion: _Completion, number: int, event: Event) -> list[dict[str, Any]]:
+    """Those of a prompt's log probabilities, perhaps hundreds of thousands, off the event loop."""
+    if isinstance(event, PromptLogprobs):
+        return await completion.exchange.long_work.run(completion.parts, number, event)
+    return completion.parts(number, event)
 
 
 @dataclass(slots=True)
@@ -72,7 +80,11 @@ class _Completion:
         self.request = request
         self.exchange = exchange
         self.usage = encode.Usage()
-        self.head = {
+        self.is_long = request.prompt_logprobs is not None or (
+            request.echo and request.logprobs is not None
+        )
+        """The answer has log probabilities of prompts."""
+        self.head: dict[str, Any] = {
             "id": f"cmpl-{exchange.request_id}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -92,6 +104,7 @@ class _Completion:
             case Started():
                 self.usage.num_prompt_tokens += event.num_prompt_tokens
                 self._begin(prompt, event)
+                self._note(event)
                 if self.request.echo and not wants_logprobs:
                     return self._echoes(prompt, first, None)
             case PromptLogprobs():
@@ -136,9 +149,13 @@ class _Completion:
         service, request = self.exchange.service, self.request
         prompt.token_ids = event.prompt_token_ids
         if request.logprobs is not None or request.prompt_logprobs is not None:
-            prompt.read = service.token_bytes(event.side)
+            prompt.read = service.token_reader(event.side)
         if request.echo and prompt.text is None:
             prompt.text = service.detokenize(event.prompt_token_ids)
+
+    def _note(self, event: Started) -> None:
+        if event.notes:
+            self.head.setdefault("notes", []).extend(event.notes)
 
     def _echoes(
         self, prompt: _Prompt, first: int, event: PromptLogprobs | None

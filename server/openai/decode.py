@@ -90,6 +90,7 @@ def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
             "parallel_tool_calls is false: the model decides how many tools it calls; leave it out",
             field="parallel_tool_calls",
         )
+    _check_strict(request)
     wanted = request.max_completion_tokens
     if wanted is not None and request.max_tokens not in (None, wanted):
         raise InvalidRequest(
@@ -309,6 +310,18 @@ def _text(content: str | Iterable[TextPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(part.text for part in content)
+
+
+def _check_strict(request: ChatRequest) -> None:
+    """Arguments are held to a tool's schema where the choice says that tools are called."""
+    for index, tool in enumerate(request.tools or ()):
+        if tool.function.strict and request.tool_choice in (None, "auto"):
+            field = f"tools[{index}].function.strict"
+            raise UnsupportedFeature(
+                f"{field} is true: arguments are held to their schema where tool_choice is "
+                "'required' or names the tool, not under 'auto'; leave it out",
+                field=field,
+            )
 
 
 def _tool_choice(request: ChatRequest) -> ToolMode | str:

@@ -76,7 +76,7 @@ async def tokenize(exchange: Exchange) -> None:
         "token_strs": None,
     }
     if request.return_token_strs:
-        read = service.token_bytes(side)
+        read = service.token_reader(side)
         body["token_strs"] = [token_text(read(token_id)) for token_id in found]
     await exchange.answer.json(body)
 

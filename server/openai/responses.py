@@ -75,6 +75,7 @@ class _Response:
         self.text = ""
         self._request = request
         self._usage = encode.Usage()
+        self._notes: list[str] = []
         self._created_at = int(time.time())
         self._item_id = f"msg_{exchange.request_id}"
         self.place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
@@ -84,6 +85,7 @@ class _Response:
         match event:
             case Started():
                 self._usage.num_prompt_tokens = event.num_prompt_tokens
+                self._notes = list(event.notes)
             case Delta():
                 self._usage.num_output_tokens += len(event.token_ids)
                 self.text += event.text
@@ -129,6 +131,7 @@ class _Response:
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": _usage(self._usage) if is_over else None,
+            **({"notes": self._notes} if self._notes else {}),
         }
 
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from lora_runtime.errors import InvalidRequest, LoramuxError, Unavailable
 from server.codec import adapter_name
-from server.errors import public_message, wire_error
+from server.errors import http_error
 from server.page.history import History
 from server.page.snapshot import Condition, adapter, snapshot
 from server.service import Service
@@ -149,16 +149,6 @@ class Page:
         return service, history
 
 
-STATUSES = {"NOT_FOUND": 404, "PERMISSION_DENIED": 403, "INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}
-
-
 def _failed(error: Exception, status: int | None = None) -> JSONResponse:
-    wire = wire_error(error)
-    body = {
-        "message": public_message(error),
-        "type": wire.reason.lower(),
-        "param": getattr(error, "field", None),
-        "code": wire.reason.lower(),
-    }
-    status = status or STATUSES.get(wire.code.name, 500)
-    return JSONResponse({"error": body}, status, DATA_HEADERS)
+    known, body = http_error(error)
+    return JSONResponse(body, status or known, DATA_HEADERS)

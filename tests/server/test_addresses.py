@@ -122,6 +122,13 @@ def test_a_host_of_two_addresses_is_taken_when_one_of_them_is(monkeypatch):
             listen(f"localhost:{other.getsockname()[1]}", "http_address")
 
 
+def test_what_is_written_leaves_at_once():
+    """The head and the body of an answer are two writes."""
+    with listen("127.0.0.1:0", "x") as listener:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
 def test_grpc_is_given_brackets_around_ipv6():
     assert bracketed("::1:5") == bracketed("[::1]:5") == "[::1]:5"
     assert bracketed("localhost:5") == "localhost:5"

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.errors import (
     AdapterRefused,
     AdapterSourceRefused,
@@ -31,7 +32,6 @@ from server.app import Ports
 from server.client import AsyncClient
 from server.config import load_config
 from server.errors import from_rpc_error
-from server.sources import REQUIRED_FILES
 from tests.fakes import ScriptedEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer
@@ -155,6 +155,23 @@ async def test_a_signal_drains_and_then_the_server_ends(engine, number):
         assert events[-1].finished.usage.output_tokens == 20
         await asyncio.wait_for(server.task, 10)
         assert engine.num_closed == 1
+
+
+async def test_calls_over_http_drain_as_those_over_grpc(engine):
+    async with running(engine) as server:
+        engine.gate.clear()
+        body = {"model": "tiny", "prompt": "hi", "max_tokens": 20, "ignore_eos": True}
+        answer = asyncio.create_task(server.http.post("/v1/completions", json=body))
+        await until(lambda: bool(engine.running))
+        send(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            while (late := await server.http.post("/v1/completions", json=body)).status_code != 503:
+                await asyncio.sleep(0.01)
+        assert late.json()["error"]["code"] == "unavailable"
+        assert not server.task.done()
+        engine.gate.set()
+        assert (await answer).json()["usage"]["completion_tokens"] == 20
+        await asyncio.wait_for(server.task, 10)
 
 
 async def test_what_has_not_ended_when_the_drain_ends_is_cut(engine):

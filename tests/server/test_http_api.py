@@ -10,11 +10,16 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
-from lora_runtime.core import StructureKind
+from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
+from server.openai.json_text import encoded, encoded_in_parts
+from tests.server.access.keyring import ACME, OPERATOR, gate_of
 from tests.server.http_api import Api, serving_http
 from tests.server.world import until
 
@@ -530,3 +535,91 @@ async def test_unknown_routes_and_methods_have_openais_errors(api) -> None:
             assert answer.json()["error"]["type"] == "invalid_request_error"
         assert (await api.error("/v1/embeddings", model="tiny", input="a"))[0] == 400
         assert httpx.codes.is_success((await api.http.get("/version")).status_code)
+
+
+async def test_calls_of_tools_come_in_parts_and_whole(api, monkeypatch) -> None:
+    async def calling(call):
+        assert [tool.name for tool in call.prompt.tools] == ["look", "ask"]
+        assert call.prompt.tool_choice == "look"
+        yield Started(request_id="a", num_prompt_tokens=3, notes=("mind the gap",))
+        yield Delta(text="so", token_ids=(1,))
+        yield Delta(text="", token_ids=(2,), tool_calls=(ToolCallDelta(0, "c0", "look", '{"a"'),))
+        yield Delta(text="", token_ids=(3,), tool_calls=(ToolCallDelta(0, arguments=": 1}"),))
+        yield Delta(text="", token_ids=(4,), tool_calls=(ToolCallDelta(1, "c1", "ask", "{}"),))
+        yield Finished(
+            finish_reason=FinishReason.STOP, num_prompt_tokens=3, num_output_tokens=4, timing=None
+        )
+
+    async with api() as (world, api):
+        monkeypatch.setattr(world.service, "generate", calling)
+        given = GOOD[CHAT] | {
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "look", "parameters": {"type": "object"}},
+                },
+                {"type": "function", "function": {"name": "ask"}},
+            ],
+            "tool_choice": {"type": "function", "function": {"name": "look"}},
+        }
+        answer = await api.client.chat.completions.create(**given)
+        message = answer.choices[0].message
+        found = [(c.id, c.function.name, c.function.arguments) for c in message.tool_calls]
+        assert found == [("c0", "look", '{"a": 1}'), ("c1", "ask", "{}")]
+        assert message.content == "so" and answer.notes == ["mind the gap"]
+        parts = []
+        async for chunk in await api.client.chat.completions.create(**given, stream=True):
+            parts += chunk.choices[0].delta.tool_calls or []
+        assert [(p.index, p.id, p.function.name, p.function.arguments) for p in parts] == [
+            (0, "c0", "look", '{"a"'),
+            (0, None, None, ": 1}"),
+            (1, "c1", "ask", "{}"),
+        ]
+
+
+async def test_what_a_caller_must_know_is_in_the_answer(api) -> None:
+    async with api() as (world, api):
+        await world.load("quiet", "q", invocation_tokens=[1, 2, 3])
+        for path in (CHAT, COMPLETIONS, "/v1/responses"):
+            (note,) = (await api.post(path, **GOOD[path] | {"model": "quiet"})).json()["notes"]
+            assert "was not invoked" in note
+
+
+async def test_a_key_sees_its_own_adapters_and_changes_none(serve, tmp_path) -> None:
+    gate = gate_of(tmp_path)
+    async with (
+        serve(gate=gate, api_key=OPERATOR) as world,
+        serving_http(world.service, gate=gate) as api,
+    ):
+        for name in ("acme-a", "rival-b"):
+            await world.load(name, name)
+        acme = api.client.with_options(api_key=ACME)
+        assert [model.id for model in (await acme.models.list()).data] == ["tiny", "acme-a"]
+        await acme.completions.create(**GOOD[COMPLETIONS] | {"model": "acme-a"})
+        assert world.engine.seen[-1].client == "tenant:acme"
+        for ask in (
+            acme.models.retrieve("rival-b"),
+            acme.completions.create(**GOOD[COMPLETIONS] | {"model": "rival-b"}),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                await ask
+        with pytest.raises(openai.PermissionDeniedError):
+            body = {"lora_name": "acme-a"}
+            await acme.post("/unload_lora_adapter", cast_to=str, body=body)
+        with pytest.raises(openai.AuthenticationError):
+            await api.client.models.list()
+        assert len(world.engine.seen) == 1
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)  # fmt: skip
+
+
+@given(JSON_VALUES, st.integers(0, 200))
+def test_a_long_value_is_written_as_a_short_one_is(value, count) -> None:
+    for each in (value, [value] * count, {"a": [value] * count, "b": value}):
+        assert encoded_in_parts(each) == encoded(each)
+        assert json.loads(encoded(each)) == each

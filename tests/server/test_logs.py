@@ -73,3 +73,12 @@ def test_levels():
     assert "chatter" not in logged("json") and "detail" not in logged("json")
     debugged = logged("json", level="debug")
     assert "chatter" in debugged and "detail" in debugged
+
+
+@pytest.mark.parametrize("name", ["httpx2", "botocore.auth", "gcsfs.credentials", "urllib3.x"])
+def test_what_fetches_adapters_tells_no_secrets_at_any_level(name):
+    stream = io.StringIO()
+    setup_logging(level="debug", log_format="json", stream=stream)
+    logging.getLogger(name).info("GET https://host/x?X-Amz-Signature=secret")
+    logging.getLogger("another.library").debug("heard")
+    assert "heard" in stream.getvalue() and "secret" not in stream.getvalue()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from langchain_openai import ChatOpenAI
 from langchain_openai import OpenAI as LangChainOpenAI
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -157,6 +158,55 @@ async def test_log_probabilities_are_those_of_transformers(folder) -> None:
         joined = b"".join(bytes(each.bytes) for each in content)
         answer = chat.choices[0].message.content
         assert joined.removesuffix(b"<|im_end|>").decode(errors="replace") == answer
+
+
+async def test_echo_scores_texts_as_harnesses_ask_for_it(folder) -> None:
+    """lm-eval's way: token ids of several texts, echo, one token more, which it drops."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "adapters" / "a0")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    texts = [PROMPT, "There was a storm in the night", "Hé 😀"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    async with server(folder, quantization="none") as (api, _):
+        given = {"model": "a0", "temperature": 0, "echo": True, "logprobs": 1, "seed": 1}
+        for prompt, count in ((texts, 1), (prompts, 1), (prompts, 0)):
+            found = await api.client.completions.create(prompt=prompt, max_tokens=count, **given)
+            for choice, text, ids in zip(found.choices, texts, prompts, strict=True):
+                with torch.no_grad():
+                    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                own = [float(logprobs[i - 1, ids[i]]) for i in range(1, len(ids))]
+                assert choice.text.startswith(text)
+                first, *rest = choice.logprobs.token_logprobs[: len(choice.logprobs.tokens) - count]
+                assert first is None and rest == pytest.approx(own, abs=2e-4)
+                best = [max(top.values()) for top in choice.logprobs.top_logprobs[1 : len(ids)]]
+                assert best == pytest.approx(logprobs.max(-1).values[:-1].tolist(), abs=2e-4)
+                assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
+            assert found.usage.completion_tokens == 3 * count
+        chat = await api.client.chat.completions.create(
+            model="a0", messages=MESSAGES, max_tokens=1, extra_body={"prompt_logprobs": 2}
+        )
+        ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert chat.prompt_logprobs[0] is None and len(chat.prompt_logprobs) == len(ids)
+        for position, found in enumerate(chat.prompt_logprobs[1:]):
+            own = found[str(ids[position + 1])]["logprob"]
+            assert own == pytest.approx(float(logprobs[position, ids[position + 1]]), abs=2e-4)
+            assert {entry["rank"] for entry in found.values()} >= {1, 2}
+
+
+async def test_several_outputs_are_those_of_grpc(folder) -> None:
+    async with server(folder) as (api, grpc):
+        drawn = {"n": 3, "max_tokens": 8, "seed": 7, "temperature": 0.9}
+        wanted = await grpc.generate(text=PROMPT, ignore_eos=True, **drawn, **by_name("a0")).texts()
+        given = {"model": "a0", **drawn, "extra_body": {"ignore_eos": True}}
+        found = await api.client.completions.create(prompt=[PROMPT, PROMPT], **given)
+        assert [choice.text for choice in found.choices] == [*wanted, *wanted]
+        assert len(set(wanted)) == 3
+        texts = [""] * 3
+        async for part in await api.client.completions.create(prompt=PROMPT, stream=True, **given):
+            texts[part.choices[0].index] += part.choices[0].text
+        assert texts == list(wanted)
 
 
 def greedy(model, prompt: list[int], count: int) -> list[tuple[int, float, list]]:

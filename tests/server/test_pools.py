@@ -9,12 +9,13 @@ import time
 import grpc
 import pytest
 
+from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from server import service, uploads
 from server.errors import from_rpc_error
-from server.sources import REQUIRED_FILES, Sources
+from server.sources import Sources
 from server.uploads import MAX_RUNNING_UPLOADS, Upload
 from tests.fakes import ByteTokenizer
 from tests.server.world import until

@@ -492,7 +492,8 @@ async def test_every_change_is_a_line_of_the_log(host):
                     await attempt
         async with host.serving():
             pass
-    told = [(line["event"], line["adapter"]) for line in lines if "adapter" in line]
+    lines = [line for line in lines if "adapter" in line and line["event"] != "audit"]
+    told = [(line["event"], line["adapter"]) for line in lines]
     assert told == [
         ("adapter loaded", "x"),
         ("adapter replaced", "x"),

@@ -6,6 +6,8 @@ import asyncio
 import builtins
 import io
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -23,8 +25,10 @@ from protos.loramux.v1 import generation_pb2
 from server.logs import setup_logging
 from server.observability.request_log import RequestLog
 from server.observability.tracing import CLOSE_S, STANDARD_VARIABLES, Tracing, span_exporter
+from tests.server.test_app import LocalEngine, running
 from tests.server.test_observed_calls import TRACEPARENT
 from tests.server.world import stubs_of, until
+from tests.tiny_tokenizer import write_tokenizer
 
 SECRET = "the secret prompt"
 
@@ -217,6 +221,36 @@ async def test_a_collector_gets_the_spans_over_http(serve, suffix):
     assert path == "/v1/traces"
     (spans,) = [scope.spans for r in request.resource_spans for scope in r.scope_spans]
     assert [span.name for span in spans] == ["queue", "prefill", "decode", "text_completion tiny"]
+
+
+async def test_a_server_sends_its_spans_before_it_ends_and_counts_its_calls(tmp_path):
+    received = []
+
+    def answer(handler, body):
+        received.append(ExportTraceServiceRequest.FromString(body))
+        handler.send_response(200)
+        handler.end_headers()
+
+    write_tokenizer(tmp_path)
+    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2}
+    with collector(answer) as url:
+        async with running(LocalEngine(tmp_path), otlp_endpoint=url) as server:
+            await (await server.start_stream(3))
+            for body in (asked, {**asked, "stream": True, "n": 2}):
+                headers = {"traceparent": TRACEPARENT}
+                answered = await server.http.post("/v1/completions", json=body, headers=headers)
+                assert answered.status_code == 200, answered.text
+            page = (await server.http.get("/metrics")).text
+            os.kill(os.getpid(), signal.SIGTERM)
+            await server.task
+    spans = [s for r in received for t in r.resource_spans for c in t.scope_spans for s in c.spans]
+    phases = ["queue", "prefill", "decode"]
+    names = [span.name for span in spans]
+    assert sorted(names) == sorted(["text_completion tiny"] * 3 + phases * 4)
+    traces = {span.trace_id.hex() for span in spans}
+    assert len(traces) == 2 and TRACEPARENT.split("-")[1] in traces
+    assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="Generate"' in page
+    assert '{handler="/v1/completions",method="POST",status="200"} 2.0' in page
 
 
 def refusing(handler, body):

@@ -279,8 +279,7 @@ class Row {
     write(this.source, tail(adapter.source));
     this.source.title = adapter.source;
     write(this.error, adapter.error);
-    const progress = adapter.progress === undefined || adapter.progress === null ? "" : ` ${Math.floor(100 * adapter.progress)} %`;
-    write(this.badge, adapter.state + progress);
+    write(this.badge, adapter.state);
     this.badge.dataset.tone = TONES[adapter.state] ?? "busy";
     COLUMNS.forEach((column, index) => {
       if (column.text) {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lora_runtime.adapters.slot_table import SlotTable, SpaceAllocator
-from lora_runtime.errors import AdapterTooLarge
+from lora_runtime.errors import AdapterTooLarge, Overloaded
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.randoms())
@@ -56,13 +56,40 @@ class Slots(RuleBasedStateMachine):
         self.pins: dict[str, int] = {}
         self.known: set[str] = set()
         self.slots: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
 
     @rule(name=st.sampled_from("abcdef"), num_bytes=st.integers(0, 16))
     def register(self, name, num_bytes):
         if name not in self.known:
-            self.table.register(name, num_bytes)
+            try:
+                self.table.register(name, num_bytes)
+            except AdapterTooLarge:
+                assert self.kept, "an empty pool takes any one adapter"
+                return
             self.known.add(name)
             self.pins[name] = 0
+
+    @rule(name=st.sampled_from("abcdef"))
+    def keep(self, name):
+        if name not in self.known:
+            return
+        try:
+            load = self.table.keep(name)
+        except AdapterTooLarge:
+            assert len(self.known) > 1 or len(self.kept) + 1 == 3
+            return
+        except Overloaded:
+            assert any(self.pins.values()), "only running requests fill a pool"
+            return
+        if load is not None:
+            self.slots[name] = load.slot
+        self.kept.setdefault(name, self.slots[name])
+        assert len(self.kept) < 3, "others find a slot"
+
+    @rule(name=st.sampled_from("abcdef"))
+    def let_go(self, name):
+        self.table.let_go(name)
+        self.kept.pop(name, None)
 
     @rule(name=st.sampled_from("abcdef"))
     def acquire(self, name):
@@ -72,9 +99,10 @@ class Slots(RuleBasedStateMachine):
         acquired = self.table.acquire([name])
         if acquired is None:
             assert name not in pinned and pinned, "an empty pool takes any one adapter"
+            assert name not in self.kept, "it is there"
             return
         acquired = acquired[0]
-        if name in pinned:
+        if name in pinned or name in self.kept:
             assert acquired.load is None and acquired.slot == self.slots[name]
         self.slots[name] = acquired.slot
         self.pins[name] += 1
@@ -85,7 +113,12 @@ class Slots(RuleBasedStateMachine):
         if not {first, second} <= self.known:
             return
         before = {n for n, count in self.pins.items() if count}
+        try:
+            self.table.check_fits([first, second])
+        except AdapterTooLarge:
+            return
         acquired = self.table.acquire([first, second])
+        assert acquired is not None or before, "what fits is not kept waiting by what is kept"
         if acquired is not None:
             assert first == second or acquired[0].slot != acquired[1].slot
             self.table.release(first)
@@ -103,12 +136,14 @@ class Slots(RuleBasedStateMachine):
         if name in self.known and not self.pins[name]:
             self.table.forget(name)
             self.known.remove(name)
+            self.kept.pop(name, None)
             del self.pins[name]
 
     @invariant()
     def integrity(self):
         self.table.check_integrity({n: count for n, count in self.pins.items() if count})
         assert {n for n, count in self.pins.items() if count} <= set(self.table.resident)
+        assert set(self.kept) <= set(self.table.resident)
 
 
 TestSlots = Slots.TestCase
@@ -150,6 +185,38 @@ def test_a_composition_finds_room_in_a_fragmented_pool():
     acquired = table.acquire(["a", "b"])
     assert acquired is not None and all(got.load is not None for got in acquired)
     table.check_integrity({"a": 1, "b": 1})
+
+
+def test_what_is_kept_is_never_evicted_and_leaves_room_for_others():
+    table = SlotTable(24, max_slots=3)
+    for name, num_bytes in (("a", 8), ("b", 8), ("c", 16), ("d", 8)):
+        table.register(name, num_bytes)
+    table.acquire(["b"])
+    table.acquire(["a"])  # in the middle of the pool
+    table.release("a")
+    table.release("b")
+    assert table.keep("a").address == 16, "moved to the end, where it leaves one hole"
+    assert table.keep("a") is None
+    for name in "cbdc":
+        assert table.acquire([name]) is not None
+        assert "a" in table.resident
+        table.release(name)
+    with pytest.raises(AdapterTooLarge, match="pin: with this adapter 2 would be pinned"):
+        table.keep("b")  # c would have no place
+    with pytest.raises(AdapterTooLarge, match="1 pinned adapters leave no such place"):
+        table.register("large", 24)
+    with pytest.raises(AdapterTooLarge, match="together"):
+        table.check_fits(["b", "c"])
+    table.forget("c")
+    assert table.keep("b") is not None
+    with pytest.raises(AdapterTooLarge, match="3 would be pinned"):
+        table.keep("d")  # the last slot
+    table.let_go("b")
+    for name in "xy":
+        table.register(name, 8)
+    with pytest.raises(AdapterTooLarge, match="2 would be pinned"):
+        table.keep("b", together=[["x", "y"]])  # a request that waits would wait for ever
+    table.check_integrity({})
 
 
 def test_a_composition_that_finds_no_room_leaves_no_trace():

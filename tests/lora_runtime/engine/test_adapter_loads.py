@@ -11,6 +11,7 @@ import torch
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import FinishReason
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
+from lora_runtime.errors import AdapterNotFound, AdapterTooLarge
 from tests.driver import greedy, run, tiny_engine
 from tests.variants import write_variants
 
@@ -209,3 +210,39 @@ def test_a_copy_goes_behind_the_steps_on_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"steps on {d}")
     assert CopyStream(device)(lambda: calls.append("copy")) == "event"
     assert calls == [("wait", "steps on cuda:1"), ("on", device), "copy", "record", "off"]
+
+
+@pytest.mark.parametrize("num_looks", [None, 1, 3])
+def test_a_pinned_adapter_stays_and_others_come_and_go_around_it(base, forms, alone, num_looks):
+    """In a pool with room for two: it is copied once, and every answer is what it is alone."""
+    size = sum(sorted(form.nbytes for form in forms)[-2:])
+    engine, _ = late_engine(base, forms, num_looks or 0, pool_bytes=size, max_slots=2)
+    if num_looks is None:
+        engine.runner.loads = AdapterLoads(engine.pool, None)
+    kept = forms[1].digest
+    copied = []
+    load = engine.runner.load
+    engine.runner.load = lambda placement: (copied.append(placement.digest), load(placement))
+    run(engine, [greedy("before", PROMPT, forms[0].digest, 2)])
+    engine.pin_adapter(kept)
+    engine.pin_adapter(kept)
+    engine.check_integrity()
+    for turn in range(2):
+        for form in forms:
+            requests = [
+                greedy(f"{turn} kept", PROMPT, kept, 12),
+                greedy(f"{turn} other", PROMPT, form.digest, 12),
+            ]
+            traces = run(engine, requests)
+            assert traces[f"{turn} kept"].token_ids == alone[kept]
+            assert traces[f"{turn} other"].token_ids == alone[form.digest]
+            assert kept in engine.slots.resident
+    assert copied.count(kept) == 1
+    with pytest.raises(AdapterTooLarge, match="2 would be pinned"):
+        engine.pin_adapter(forms[0].digest)
+    engine.drop_adapter(kept)
+    engine.pin_adapter(forms[0].digest)
+    engine.pin_adapter(forms[0].digest, is_pinned=False)
+    with pytest.raises(AdapterNotFound):
+        engine.pin_adapter(kept)
+    engine.check_integrity()

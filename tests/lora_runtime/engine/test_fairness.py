@@ -59,6 +59,33 @@ def test_a_short_request_does_not_wait_for_200_long_ones(
     assert steps_to_first_token(engine, short) <= 3 * alone + 1
 
 
+def test_a_newcomer_waits_for_no_prompts_of_clients_that_run():
+    """A step's time is that of its tokens: those of others in it are waited for too."""
+    driver = CacheDriver(num_blocks=400, budget=32, max_num_seqs=16)
+    for i in range(8):
+        driver.add(asked(ask(f"long {i}", [1 + i] * 100), "greedy"))
+    driver.step()
+    for name in ("one", "two"):
+        driver.add(asked(ask(name, [1, 2, 1, 2]), name))
+    before = driver.num_prompt_served("greedy")
+    driver.step()
+    assert driver.num_output("one") == driver.num_output("two") == 1
+    assert driver.num_prompt_served("greedy") == before
+    driver.add(asked(ask("three", [2, 2, 1]), "three"))
+    driver.step()  # newcomers that never end hold up nobody: every second step is for all
+    assert driver.num_output("three") == 1
+    assert driver.num_prompt_served("greedy") > before
+    driver.finish()
+
+
+def test_prompts_of_one_client_share_its_first_step():
+    driver = CacheDriver(budget=32)
+    for i in range(4):
+        driver.add(asked(ask(str(i), [1 + i] * 6), "alone"))
+    driver.step()
+    assert driver.num_output("alone") == 4
+
+
 def test_rows_that_gave_way_give_the_tokens_they_give_alone(base, forms):
     """Preempted for another client, and served to the end."""
     digests = [None, *(form.digest for form in forms)]

@@ -131,6 +131,30 @@ def test_cached_prefixes_change_no_token(world, alone):
     )
 
 
+def test_prompts_are_scored_under_every_variant(world):
+    """In chunks of one mixed batch. Logits may differ by 2e-4, so log probabilities by twice that.
+    An activated LoRA is left out: its oracle wants the whole prompt first.
+    """
+    requests = [
+        replace(r, sampling=replace(r.sampling, num_prompt_logprobs=0))
+        for r in shuffled(world, 1, seed=3)
+    ]
+    traces = run(world.engine(), requests)
+    num_checked = 0
+    for index, row in enumerate(world.rows):
+        (entries,) = traces[str(index)].prompt_logprobs
+        first, *rest = world.prompt(index)
+        assert len(entries) == len(rest)
+        if any("alora" in name for name, _ in row or ()):
+            continue
+        logits = world.oracle(row, [first], rest)
+        expected = logits.log_softmax(1).gather(1, torch.tensor(rest)[:, None])[:, 0]
+        found = torch.tensor([entry.logprob for entry in entries])
+        assert (found - expected).abs().max() <= 4e-4, row
+        num_checked += 1
+    assert num_checked > len(world.rows) - 5
+
+
 def test_an_activated_lora_reuses_the_bases_blocks_up_to_its_start(world):
     form = world.forms["alora"]
     shared = torch.randint(3, VOCAB_SIZE, (41,)).tolist()

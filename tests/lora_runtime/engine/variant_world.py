@@ -67,9 +67,11 @@ class World:
             engine.add_adapter(form)
         return engine
 
-    @torch.no_grad()
     def expected(self, index, token_ids, dtype):
-        row, prompt = self.rows[index], self.prompt(index)
+        return self.oracle(self.rows[index], self.prompt(index), token_ids, dtype)
+
+    @torch.no_grad()
+    def oracle(self, row, prompt, token_ids, dtype=torch.float32):
         if row is None:
             twin = self.twin if dtype == self.twin.dtype else None
             return teacher_forced(twin or dense_twin_of(self, dtype), prompt, token_ids)

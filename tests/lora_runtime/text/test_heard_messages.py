@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from lora_runtime.errors import DataError, InvalidRequest
+from lora_runtime.text.heard_messages import check_heard
 from lora_runtime.text.own_text import read_text_side
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
@@ -72,3 +74,10 @@ def test_a_message_that_an_adapters_template_leaves_out_is_refused(tmp_path):
             asyncio.run(workers.render(side, CHAT))
     finally:
         workers.close()
+
+
+def test_a_conversation_of_many_messages_takes_linear_time():
+    chat = [{"role": "user", "content": "a"}] * 50_000
+    began = time.process_time()
+    check_heard(chat, lambda messages: "".join(message["content"] for message in messages))
+    assert time.process_time() - began < 2

@@ -27,7 +27,7 @@ from lora_runtime.text.structured_output import (
     token_masks,
 )
 from lora_runtime.text.text_side import TextSide
-from lora_runtime.text.token_bytes import vocabulary_bytes
+from lora_runtime.text.token_reader import vocabulary_bytes
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 

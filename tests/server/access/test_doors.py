@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from statistics import median
 
 import httpx
+import openai
 import pytest
 import structlog
 
@@ -32,8 +36,6 @@ from tests.server.test_app import LocalEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer
 
-PROBES = ("/healthz", "/readyz")
-
 
 @pytest.fixture(autouse=True)
 def quick_reload(monkeypatch):
@@ -50,14 +52,17 @@ class Served:
     def grpc(self, api_key=None, tls=None) -> AsyncClient:
         return AsyncClient(f"127.0.0.1:{self.ports.grpc}", api_key=api_key, credentials=tls)
 
-    async def get(self, path, key=None, *, verify=True, cert=None) -> httpx.Response:
-        scheme = "http" if verify is True else "https"
+    async def get(self, path, key=None, **how) -> httpx.Response:
+        return await self.ask("GET", path, key, **how)
+
+    async def ask(self, method, path, key, *, json=None, verify=None, cert=None) -> httpx.Response:
+        scheme = "https" if verify else "http"
         headers = {"authorization": f"Bearer {key}"} if key else {}
         if cert is not None:
             verify.load_cert_chain(cert.cert, cert.key)
-        async with httpx.AsyncClient(verify=verify) as client:
+        async with httpx.AsyncClient(verify=verify or False) as client:
             url = f"{scheme}://127.0.0.1:{self.ports.http}{path}"
-            return await client.get(url, headers=headers)
+            return await client.request(method, url, headers=headers, json=json)
 
 
 @asynccontextmanager
@@ -82,32 +87,159 @@ def trusting(authority: Authority) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=authority.ca)
 
 
-async def test_every_http_route_but_probes_and_the_page_is_refused_without_a_key(
-    tmp_path, monkeypatch
-):
-    built = []
-    build = app.build_http_app
+def every_route(served_app) -> set[tuple[str, str]]:
+    """(method, path) of all routes of an application, with names for what is named in a path."""
+    found = set()
+    for route in served_app.routes:
+        path = re.sub(r"\{(\w+)(:\w+)?\}", r"\1", route.path)
+        found |= {(method, path) for method in route.methods or ("GET", "POST")}
+    return found
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The applications that servers build in a test."""
+    apps, build = [], app.build_http_app
     monkeypatch.setattr(
-        app, "build_http_app", lambda **parts: built.append(build(**parts)) or built[-1]
+        app, "build_http_app", lambda **parts: apps.append(build(**parts)) or apps[-1]
     )
+    return apps
+
+
+OPEN = {"/healthz", "/readyz", "/"}
+STRANGE_PATHS = (
+    "/nothing", "/healthz/", "//healthz", "/healthz/../metrics", "/page/status.json", "/page/x",
+    "/page/../metrics", "/page/..%2fmetrics", "/v1", "/METRICS", "/metrics?x=.css", "/.css",
+    "/page/x.css/../../metrics", "/healthz%0a", "/healthz%00", "/api", "/docs",
+)  # fmt: skip
+
+
+async def test_every_http_route_but_probes_and_the_page_is_refused_without_a_key(tmp_path, built):
     async with serving(tmp_path, keys=str(write_keys(tmp_path))) as served:
-        paths = {route.path.replace("{", "").replace("}", "") for route in built[0].routes}
-        assert paths >= {"/metrics", *PROBES}
-        for path in sorted(paths | {"/v1/models", "/nothing", "/healthz/", "//healthz", "/page/x"}):
+        routes = every_route(built[0])
+        assert len(routes) >= 18 and {path for _, path in routes} >= {"/metrics", "/v1/models"}
+        strange = {(method, path) for path in STRANGE_PATHS for method in ("GET", "POST")}
+        for method, path in sorted(routes | strange):
             for key in (None, WRONG, EXPIRED):
-                response = await served.get(path, key)
-                if path in (*PROBES, "/"):
+                response = await served.ask(method, path, key)
+                if path in OPEN or path == "/page/file.css":
                     assert response.status_code in (200, 404)
                     continue
-                assert response.status_code == 401, path
+                assert response.status_code == 401, (method, path)
                 assert response.headers["www-authenticate"] == "Bearer"
-                assert response.json()["error"]["code"] == "invalid_api_key"
-        for key in (ACME, RIVAL_OPERATOR):
-            response = await served.get("/metrics", key)
-            assert response.status_code == 403
+                if method != "HEAD":
+                    assert response.json()["error"]["code"] == "invalid_api_key"
+        assert (await served.ask("GET", "/page/page.js", None)).status_code == 200
+        assert served.engine.seen == []
+
+
+async def test_what_changes_something_is_refused_to_users_over_http_too(tmp_path, built):
+    async with serving(tmp_path, keys=str(write_keys(tmp_path))) as served:
+        adapter = {"lora_name": "acme-x", "lora_path": "x"}
+        refused = {
+            "/v1/load_lora_adapter": adapter,
+            "/v1/unload_lora_adapter": {"lora_name": "acme-x"},
+            "/api/adapters/acme-x/rollback": {},
+        }
+        posts = {path for method, path in every_route(built[0]) if method == "POST"}
+        assert posts - {p.replace("acme-x", "name") for p in refused} == {
+            "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings",
+            "/tokenize", "/detokenize", "/openapi.json",
+        }  # fmt: skip
+        for path, body in refused.items():
+            response = await served.ask("POST", path, ACME, json=body)
+            assert response.status_code == 403, path
             assert response.json()["error"]["code"] == "permission_denied"
+        for key in (ACME, RIVAL_OPERATOR):
+            assert (await served.get("/metrics", key)).status_code == 403
         assert (await served.get("/metrics", OPERATOR)).status_code == 200
-        assert (await served.get("/v1/nothing", ACME)).status_code == 404
+        response = await served.ask("POST", "/v1/load_lora_adapter", RIVAL_OPERATOR, json=adapter)
+        assert response.status_code == 403 and "rival-*" in response.json()["error"]["message"]
+
+
+@asynccontextmanager
+async def serving_tenants(folder):
+    """A server with acme-a and rival-b."""
+    root = folder / "adapters"
+    for name in ("one", "two"):
+        (root / name).mkdir(parents=True)
+        (root / name / "adapter_config.json").write_text("{}")
+        (root / name / "adapter_model.safetensors").write_text(name)
+    flags = {"keys": str(write_keys(folder)), "adapter_roots": [str(root)]}
+    async with serving(folder, **flags) as served:
+        for name, path in (("acme-a", "one"), ("rival-b", "two")):
+            body = {"lora_name": name, "lora_path": path}
+            loaded = await served.ask("POST", "/v1/load_lora_adapter", OPERATOR, json=body)
+            assert loaded.status_code == 200, loaded.text
+        yield served
+
+
+async def test_unknown_and_forbidden_take_one_time_over_http(tmp_path):
+    """As over gRPC: the median of what one takes more than the other right after it."""
+    async with serving_tenants(tmp_path) as served:
+        url = f"http://127.0.0.1:{served.ports.http}/v1/completions"
+        headers = {"authorization": f"Bearer {ACME}"}
+        async with httpx.AsyncClient(headers=headers, verify=False) as client:
+
+            async def seconds(name: str) -> float:
+                begun = time.perf_counter()
+                response = await client.post(url, json={"model": name, "prompt": "x"})
+                assert response.status_code == 404
+                return time.perf_counter() - begun
+
+            unknown, excess = [], []
+            for turn in range(300):
+                first, second = ("rival-b", "rival-c") if turn % 2 else ("rival-c", "rival-b")
+                times = {first: await seconds(first), second: await seconds(second)}
+                unknown.append(times["rival-c"])
+                excess.append(times["rival-b"] - times["rival-c"])
+    more, usual = median(excess), median(unknown)
+    print(f"HTTP: unknown {1e6 * usual:.0f} us, forbidden {1e6 * more:+.0f} us")
+    assert abs(more) < 0.1 * usual
+
+
+async def test_tenants_are_apart_over_http_too(tmp_path):
+    async with serving_tenants(tmp_path) as served:
+        models = (await served.get("/v1/models", ACME)).json()["data"]
+        assert [model["id"] for model in models][1:] == ["acme-a"]
+        page = (await served.get("/api/status", ACME)).json()
+        assert "acme-a" in str(page) and "rival" not in str(page)
+
+        def complete(model):
+            body = {"model": model, "prompt": "hi", "max_tokens": 1}
+            return served.ask("POST", "/v1/completions", ACME, json=body)
+
+        assert (await complete("acme-a")).status_code == 200
+        assert served.engine.seen[-1].client == "tenant:acme"
+        asks = [
+            complete,
+            lambda name: served.get(f"/v1/models/{name}", ACME),
+            lambda name: served.get(f"/api/adapters/{name}", ACME),
+            lambda name: served.ask("POST", "/tokenize", ACME, json={"model": name, "prompt": "x"}),
+        ]
+        for ask in asks:
+            forbidden, unknown = await ask("rival-b"), await ask("rival-c")
+            assert forbidden.status_code == unknown.status_code == 404
+            assert forbidden.text.replace("rival-b", "rival-c") == unknown.text
+            assert len(forbidden.headers) == len(unknown.headers)
+
+
+async def test_openais_client_sends_the_key_and_knows_the_refusals(tmp_path):
+    async with serving(tmp_path, keys=str(write_keys(tmp_path))) as served:
+
+        def client(key: str) -> openai.AsyncOpenAI:
+            url = f"http://127.0.0.1:{served.ports.http}/v1"
+            return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0)
+
+        async with client(ACME) as acme, client(WRONG) as stranger:
+            base = (await acme.models.list()).data[0].id
+            answer = await acme.completions.create(model=base, prompt="hi", max_tokens=1)
+            assert answer.usage.completion_tokens == 1
+            with pytest.raises(openai.AuthenticationError) as caught:
+                await stranger.models.list()
+            assert caught.value.code == "invalid_api_key"
+            with pytest.raises(openai.NotFoundError):
+                await acme.completions.create(model="rival-b", prompt="hi")
 
 
 async def test_keys_change_under_a_running_server_and_streams_go_on(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -22,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.server.access.keyring import ACME, OPERATOR, WRONG, write_keys
 from tests.server.tiny_server import write_folder
 
 START_S = 120
@@ -32,9 +32,11 @@ EXPECTED = {
     "net::ERR_ABORTED",  # a stream that Stop ended
     "Failed to load resource: the server responded with a status of 400 (Bad Request)",
     "Failed to load resource: the server responded with a status of 401 (Unauthorized)",
+    "Failed to load resource: the server responded with a status of 403 (Forbidden)",
 }
-"""What Chromium says of a refused load, which `look` asks for, of a call without a key and of an
-ended stream."""
+"""What Chromium says of what is refused on purpose here, and of an ended stream."""
+LOADED = {"a0": "a0", "a1": "a1", "acme-a": "a2"}
+"""Name of an adapter → its folder."""
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -46,29 +48,32 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        with serving(write_folder(Path(folder)), options.serve) as url:
-            browser = playwright.chromium.launch(
-                executable_path=options.chromium, args=["--no-sandbox"]
-            )
+        browser = playwright.chromium.launch(
+            executable_path=options.chromium, args=["--no-sandbox"]
+        )
+        served = write_folder(Path(folder))
+        with serving(served, options.serve) as url:
             use(browser, url)
-            give_key(browser, url)
             for name in SIZES:
                 for scheme in ("light", "dark"):
                     look(browser, url, name, scheme, options.out)
-            browser.close()
+        with serving(served, options.serve, f"--keys={write_keys(served)}") as url:
+            give_key(browser, url)
+            use_as_one_of_many(browser, url)
+        browser.close()
     print("no error on the console, no request to elsewhere, no violation of axe-core")
 
 
 @contextmanager
-def serving(folder: Path, serve: list[str]) -> Iterator[str]:
-    """A server's URL; two of the folder's adapters are loaded."""
+def serving(folder: Path, serve: list[str], *flags: str) -> Iterator[str]:
+    """A server's URL; some of the folder's adapters are loaded."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, *serve, "serve", "--base", str(folder / "base"), "--device", "cpu"]
     command += ["--http-address", address, "--grpc-address", "127.0.0.1:0"]
     command += ["--adapter-roots", str(folder / "adapters"), "--adapter-store", str(folder / "s")]
-    command += [f"--adapter=a{index}={folder / 'adapters' / f'a{index}'}" for index in (0, 1)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command += [f"--adapter={name}={folder / 'adapters' / path}" for name, path in LOADED.items()]
+    process = subprocess.Popen([*command, *flags], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         until_ready(process, f"http://{address}/readyz")
         yield f"http://{address}/"
@@ -89,14 +94,10 @@ def until_ready(process: subprocess.Popen, url: str) -> None:
 
 
 @contextmanager
-def opened(browser: Browser, url: str, key: str = "", **options) -> Iterator[Page]:
-    """The page; in the end the browser must have had nothing to complain of. With a `key` all but
-    the page's files is refused without it.
-    """
+def opened(browser: Browser, url: str, state: str = "ready", **options) -> Iterator[Page]:
+    """The page in a state; in the end the browser must have had nothing to complain of."""
     context = browser.new_context(**options)
     page = context.new_page()
-    if key:
-        page.route(re.compile("/(api|v1)/"), lambda route: let_in(route, key))
     complaints: list[str] = []
     page.on("console", lambda m: m.text in EXPECTED or complaints.append(m.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -104,19 +105,10 @@ def opened(browser: Browser, url: str, key: str = "", **options) -> Iterator[Pag
     page.on("requestfailed", lambda r: r.failure in EXPECTED or complaints.append(r.failure))
     page.on("request", lambda r: r.url.startswith(url) or complaints.append(f"foreign: {r.url}"))
     page.goto(url)
-    if not key:
-        expect(page.locator("#state")).to_have_text("ready")
+    expect(page.locator("#state")).to_have_text(state)
     yield page
     context.close()
     assert not complaints, complaints
-
-
-def let_in(route: Route, key: str) -> None:
-    if route.request.headers.get("authorization") == f"Bearer {key}":
-        route.continue_()
-    else:
-        message = {"error": {"message": "send your key as Authorization: Bearer KEY"}}
-        route.fulfill(status=401, json=message)
 
 
 def check_access(page: Page) -> None:
@@ -145,23 +137,46 @@ def use(browser: Browser, url: str) -> None:
 
 def give_key(browser: Browser, url: str) -> None:
     """A key that the server wants is asked for, sent, kept for the tab, and can be forgotten."""
-    with opened(browser, url, key="secret") as page:
-        dialog, field = page.locator("#key-dialog"), page.get_by_label("Key", exact=True)
-        for key in ("wrong", "secret"):
-            expect(dialog).to_contain_text("send your key")
-            expect(field).to_be_focused()
+    with opened(browser, url, "connecting") as page:
+        dialog = page.locator("#key-dialog")
+        for key in (WRONG, OPERATOR):
+            expect(dialog).to_contain_text("key")
             check_access(page)
-            field.fill(key)
-            field.press("Enter")
+            type_key(page, key)
         expect(page.locator("#state")).to_have_text("ready")
         expect(dialog).to_be_hidden()
+        expect(page.locator(".chart").first).to_be_visible()
         page.reload()
         expect(page.locator("#state")).to_have_text("ready")
         page.get_by_role("button", name="API key").click()
         page.get_by_role("button", name="Forget").click()
-        expect(page.locator("#trouble")).to_contain_text("send your key")
+        expect(page.locator("#trouble")).to_contain_text("this server wants an API key")
         assert page.evaluate("sessionStorage.length + localStorage.length") == 0
         assert page.context.cookies() == []
+
+
+def use_as_one_of_many(browser: Browser, url: str) -> None:
+    """A user sees the adapters of its key, not the others' load, and why it may not load."""
+    with opened(browser, url, "connecting") as page:
+        type_key(page, ACME)
+        expect(page.locator("#rows .opener")).to_have_text(["acme-a"])
+        expect(page.locator("#no-load")).to_be_visible()
+        expect(page.locator("#charts")).to_be_hidden()
+        load(page, "acme-b", "a3")
+        expect(page.locator("#adapters-result")).to_contain_text("has the role user")
+        row(page, "acme-a").get_by_role("button", name="Try acme-a").click()
+        page.get_by_label("Prompt", exact=True).fill("The quick brown fox")
+        page.locator("#run").click()
+        expect(page.locator("#try-result")).to_have_attribute("data-tone", "good", timeout=30_000)
+        check_access(page)
+
+
+def type_key(page: Page, key: str) -> None:
+    field = page.get_by_label("Key", exact=True)
+    expect(field).to_be_focused()
+    expect(field).to_have_value("")
+    field.fill(key)
+    field.press("Enter")
 
 
 def load(page: Page, name: str, source: str, *, replace: bool = False) -> None:

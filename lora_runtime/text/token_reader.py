@@ -13,7 +13,7 @@ _SPACE = "\u2581"
 """What stands for a space in vocabularies without byte-level text."""
 
 
-class TokenBytes:
+class TokenReader:
     """Token id → the bytes that the token adds to a text; special tokens as they are written.
 
     Byte-level vocabularies write each byte as one printable character; the others write a space as
@@ -62,7 +62,7 @@ def vocabulary_bytes(
     written = json.dumps(state, ensure_ascii=False)
     if not any(sign in written for sign in ('"ByteLevel"', '"Metaspace"', _SPACE)):
         return None
-    bytes_of = TokenBytes(backend)
+    bytes_of = TokenReader(backend)
     tokens = [bytes_of(index) for index in range(vocab_size)]
     if not {bytes([byte]) for byte in (10, *range(32, 127))} <= set(tokens):
         return None
