@@ -109,7 +109,7 @@ def _checked_network(value: str) -> str:
     return value
 
 
-NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._-]*=)")
+NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._@/-]*=)")
 PREFIX = "LORAMUX_"
 OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
 """Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
