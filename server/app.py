@@ -365,7 +365,7 @@ async def _service(
     observer: Observers,
     watchers: Sequence[RequestWatcher],
 ) -> Service:
-    return Service(
+    service = Service(
         engine=engine,
         tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
         own_text=own_text,
@@ -374,10 +374,13 @@ async def _service(
         store=store,
         observer=observer,
         base_name=engine.info.base.name,
+        tool_call_parser=config.tool_call_parser,
         watchers=watchers,
         remote=_remote_sources(config, store),
         on_demand=config.adapter_on_demand,
     )
+    await asyncio.to_thread(service.prepare)
+    return service
 
 
 def _remote_sources(config: ServerConfig, store: AdapterStore) -> RemoteSources:

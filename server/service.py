@@ -13,13 +13,20 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from lora_runtime.adapters.host_cache import HOST_BYTES
-from lora_runtime.core import ANY_FOLDER, FolderRules, Request, SamplingParams
+from lora_runtime.core import (
+    ANY_FOLDER,
+    FolderRules,
+    Request,
+    SamplingParams,
+    StructuredOutput,
+)
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.request_rules import (
@@ -41,10 +48,12 @@ from lora_runtime.errors import (
 )
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
+from lora_runtime.text.structure_compiler import StructureCompiler
+from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.token_reader import TokenReader
-from lora_runtime.text.tokenizer import Tokenizer, check_messages
+from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
 from server.access.quotas import Quotas
@@ -76,6 +85,15 @@ from server.remote_loads import RemoteLoads
 from server.sources import Sources
 from server.sources.location import Location, is_remote, parse, pinned
 from server.sources.remote import Fetched, RemoteSources
+from server.tools import (
+    UNKNOWN_FORMAT,
+    CalledTools,
+    ToolUse,
+    has_tools,
+    shown_tools,
+    template_of,
+    tool_use,
+)
 from server.uploads import AdapterStore, Upload, to_the_end
 from server.versions import installed_versions
 
@@ -117,13 +135,20 @@ class Service:
         store: AdapterStore,
         observer: RequestObserver,
         base_name: str,
+        tool_call_parser: str = "auto",
         watchers: Sequence[RequestWatcher] = (),
         remote: RemoteSources | None = None,
         on_demand: Mapping[str, str] | None = None,
     ) -> None:
-        """Without `remote` every source elsewhere is refused; `on_demand` as in `OnDemand`."""
+        """tool_call_parser: see `tools.tool_use`. Without `remote` every source elsewhere is
+        refused; `on_demand` as in `OnDemand`.
+        """
         self._quotas = Quotas()
         self._engine = engine
+        self._structures = StructureCompiler(
+            lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
+        )
+        self._tool_call_parser = tool_call_parser
         self._tokenizer = tokenizer
         self._own_text = own_text
         self._registry = registry
@@ -150,6 +175,12 @@ class Service:
         self.prompt_limits = PromptLimits(num_tokens, num_tokens * longest)
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
+
+    def prepare(self) -> None:
+        """Do what the first request of its kind would hold all others up for; see
+        `StructureCompiler.prepare`.
+        """
+        self._structures.prepare()
 
     def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         """Stream a request's events; closing the generator frees its row within one step.
@@ -179,14 +210,16 @@ class Service:
         place = self._place(call.client, call.num_outputs)
         with place, self._registry.wanted(names):
             await self._on_demand.ensure(names, call.caller.sees, deadline)
-            prompt, records, side = await self._prepare(call)
+            prompt, records, side, structure = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         sampling = self._sampling(call, len(prompt), depth(records), side)
+        tools = self._tool_use(call, side)
         first = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             adapters=uses([record.digest for record in records], call.adapters),
+            structure=structure,
             cache_salt=call.caller.cache_salt(call.cache_salt),
             client=call.client,
             weight=call.caller.limits.weight,
@@ -199,10 +232,10 @@ class Service:
             num_prompt_tokens=len(prompt),
             prompt_token_ids=first.prompt_token_ids,
             side=side,
-            notes=tuple(request_notes(facts, prompt)),
+            notes=(*request_notes(facts, prompt), *self._tool_notes(call, tools)),
         )
         outputs = [
-            self._run(request, index, call, started, side)
+            self._run(request, index, call, started, side, tools)
             for index, request in enumerate(_requests(first, call.num_outputs))
         ]
         has_prompt = sampling.num_prompt_logprobs is not None
@@ -226,19 +259,23 @@ class Service:
                 return self._tokenizer.encode(text)
             case TextPrompt(text=text):
                 return await self._tokenised(len(text), self._tokenizer.encode, text)
-            case ChatPrompt(messages=messages) if side is not None and side.renders_chats:
-                check_messages(messages)
-                rendered = await self._own_text.render(side, messages)
-                if isinstance(rendered, list):
-                    return rendered
-                encode = self._tokenizer.encode_rendered
-                return await self._tokenised(len(rendered), encode, rendered)
-            case ChatPrompt(messages=messages):
-                size = sum(len(message["content"]) for message in messages)
-                apply = self._tokenizer.apply_chat_template
-                return await self._tokenised(size, apply, messages)
+            case ChatPrompt():
+                return await self._rendered(prompt, side)
             case TokenPrompt(token_ids=token_ids):
                 return self._checked(token_ids)
+
+    async def _rendered(self, prompt: ChatPrompt, side: TextSide | None) -> list[int]:
+        """A conversation's token ids, by an adapter's own text side or by the base's template."""
+        messages, variables = prompt.messages, prompt.template_variables
+        tools = shown_tools(prompt, template_of(prompt, self._tokenizer, side))
+        if side is None or not side.renders_chats:
+            size = sum(len(message.get("content") or "") for message in messages)
+            apply = partial(self._tokenizer.apply_chat_template, tools=tools, variables=variables)
+            return await self._tokenised(size, apply, messages)
+        rendered = await self._own_text.render(side, messages, tools, variables)
+        if isinstance(rendered, list):
+            return rendered
+        return await self._tokenised(len(rendered), self._tokenizer.encode_rendered, rendered)
 
     async def _tokenised(
         self, num_characters: int, function: Callable[[T], list[int]], prompt: T
@@ -401,8 +438,9 @@ class Service:
         return stored
 
     async def close(self) -> None:
-        """End the loads that nobody waits for."""
+        """End the loads that nobody waits for, and the processes that try definitions of forms."""
         await self._on_demand.close()
+        self._structures.close()
 
     def list_adapters(self, caller: Caller) -> list[AdapterRecord]:
         """Return every adapter that the caller may see, by name."""
@@ -560,8 +598,9 @@ class Service:
 
     async def _prepare(
         self, call: GenerateCall
-    ) -> tuple[list[int], list[AdapterRecord], TextSide | None]:
-        """Return a call's tokens, the adapters that are to answer, and their own text side.
+    ) -> tuple[list[int], list[AdapterRecord], TextSide | None, Structure | None]:
+        """Return a call's tokens, the adapters that are to answer, their own text side and the form
+        that outputs must have.
 
         The tokens are made by that text side: a name may be swapped while they are made, and then
         they are made again.
@@ -569,10 +608,38 @@ class Service:
         side = text_side(self._records(call), call.uses_base_text)
         while True:
             prompt = await self.tokenize(call.prompt, side)
+            structure = await self._structure(call, side)
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:
-                return prompt, records, side
+                return prompt, records, side, structure
+
+    async def _structure(self, call: GenerateCall, side: TextSide | None) -> Structure | None:
+        """Compile the form that a call's outputs must have, or its tools. Raises InvalidRequest."""
+        form = self._form(call, side)
+        if form is None:
+            return None
+        return await self._structures.compile(form, side)
+
+    def _form(self, call: GenerateCall, side: TextSide | None) -> StructuredOutput | None:
+        form, tools = call.sampling.structured_output, self._tool_use(call, side)
+        if tools is None or tools.form is None:
+            return form
+        if form is not None:
+            raise InvalidRequest(
+                "sampling.structured_output stands beside a messages.tool_choice that asks for a "
+                "call, which has a form of its own; send one of them",
+                field="sampling.structured_output",
+            )
+        return tools.form
+
+    def _tool_use(self, call: GenerateCall, side: TextSide | None) -> ToolUse | None:
+        return tool_use(call.prompt, self._tokenizer, side, self._tool_call_parser)
+
+    def _tool_notes(self, call: GenerateCall, tools: ToolUse | None) -> Iterator[str]:
+        prompt = call.prompt
+        if isinstance(prompt, ChatPrompt) and has_tools(prompt) and tools is None:
+            yield UNKNOWN_FORMAT
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         found = []
@@ -621,7 +688,8 @@ class Service:
                 field="sampling.max_tokens",
             )
         ends = () if call.ignore_eos else (side or self._tokenizer).eos_token_ids
-        params = replace(call.sampling, max_tokens=min(wanted, room))
+        form = self._form(call, side)
+        params = replace(call.sampling, max_tokens=min(wanted, room), structured_output=form)
         return with_ends(params, ends, self._engine.info.base.vocab_size)
 
     async def _run(
@@ -631,11 +699,17 @@ class Service:
         call: GenerateCall,
         started: Started,
         side: TextSide | None,
+        tools: ToolUse | None,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        decoder = self._tokenizer.with_added(side.added if side else None)
+        decoder = (
+            self._tokenizer.with_added(side.added if side else None)
+            if tools is None
+            else tools.decoder(self._tokenizer)
+        )
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
         text = OutputText(detokenizer, request.sampling.stop_token_ids)
+        calls = CalledTools(tools)
         names = tuple(choice.name for choice in call.adapters)
         with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
             reason, timing, is_started = None, None, False
@@ -647,15 +721,18 @@ class Service:
                     if output.prompt_logprobs is not None:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
-                    if delta := delta_of(text, output, index):
+                    delta = delta_of(text, output, index)
+                    reason, timing = text.finish_reason(output), output.timing
+                    delta = calls.taken_out(delta, index, is_last=reason is not None)
+                    if delta is not None:
                         yield delta
                     if output.error is not None:
                         raise output.error
-                    reason, timing = text.finish_reason(output), output.timing
                     if reason is not None:
                         break
             if reason is None:
                 raise Unavailable("the engine ended the request without a result")
+            reason = calls.reason(reason)
             meter.finish(reason, timing)
             yield Finished(
                 index=index,

@@ -49,6 +49,7 @@ DOORS = {
     "grpc_status": GRPC_DOORS,
     "huggingface_hub": ["lora_runtime.base.catalog", "server.sources.hub"],
     "jinja2": ["lora_runtime.text.template_check"],
+    "llguidance": ["lora_runtime.text.structured_output", "lora_runtime.text.structure_compiler"],
     "opentelemetry": ["server.observability.tracing"],
     "matplotlib": ["lora_runtime.training.report.files"],
     "prometheus_client": ["server.metrics"],

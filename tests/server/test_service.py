@@ -339,8 +339,8 @@ class HeldText:
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
 
-    async def render(self, side, messages) -> str:
-        text = await self._inner.render(side, messages)
+    async def render(self, side, messages, *others) -> str:
+        text = await self._inner.render(side, messages, *others)
         if messages[0]["content"] == "hi" and self._meanwhile:
             await self._meanwhile.pop()()
         return text

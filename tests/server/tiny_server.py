@@ -90,5 +90,6 @@ async def running_service(folder: Path, **base_options):
         assert stats.kv_blocks_used == 0
     finally:
         own_text.close()
+        await service.close()
         await engine.close(drain_s=5)
         await registry.close()

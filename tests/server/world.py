@@ -103,6 +103,7 @@ async def serving(
             yield World(engine, service, registry, observer, server, client, root)
     finally:
         await server.stop(0)
+        await service.close()
         await registry.close()
 
 
