@@ -35,29 +35,29 @@ from lora_runtime.text.tokenizer import Tokenizer
 from server.access.doors import Doors, open_doors
 from server.access.http_gate import CERTIFICATE, HttpGate
 from server.access.tls import Tls, certificate_names
+from server.adapters.names import NameStore, claimed
+from server.adapters.registry import Registry
+from server.adapters.sources import Sources
+from server.adapters.sources.remote import FetchLimits, RemoteSources
+from server.adapters.uploads import AdapterStore
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
-from server.metrics import Metrics
-from server.names import NameStore, claimed
 from server.observability.http_calls import ObservedHttp
+from server.observability.metrics import Metrics
+from server.observability.observers import Observers
 from server.observability.records import RequestWatcher
 from server.observability.request_log import RequestLog
 from server.observability.tracing import Tracing, span_exporter
-from server.observers import Observers
 from server.openai.boundary import Backend
 from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
-from server.registry import Registry
 from server.running_calls import Calls
 from server.service import Service
-from server.sources import Sources
-from server.sources.remote import FetchLimits, RemoteSources
-from server.uploads import AdapterStore
 from server.watchdog import Watchdog
 
 FAILURE_GRACE_S = 1.0

@@ -57,6 +57,13 @@ from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
 from server.access.quotas import Quotas
+from server.adapters.on_demand import OnDemand
+from server.adapters.registry import Registry, Settle
+from server.adapters.remote_loads import RemoteLoads
+from server.adapters.sources import Sources
+from server.adapters.sources.location import Location, is_remote, parse, pinned
+from server.adapters.sources.remote import Fetched, RemoteSources
+from server.adapters.uploads import AdapterStore, Upload, to_the_end
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -75,17 +82,10 @@ from server.calls import (
     TokenPrompt,
     UploadCall,
 )
-from server.composition import depth, text_side
-from server.merging import merged
-from server.observability.records import RequestWatcher, watched
-from server.on_demand import OnDemand
-from server.output import RequestMeter, RequestObserver, delta_of
-from server.registry import Registry, Settle
-from server.remote_loads import RemoteLoads
-from server.sources import Sources
-from server.sources.location import Location, is_remote, parse, pinned
-from server.sources.remote import Fetched, RemoteSources
-from server.tools import (
+from server.generation.composition import depth, text_side
+from server.generation.merging import merged
+from server.generation.output import RequestMeter, RequestObserver, delta_of
+from server.generation.tools import (
     UNKNOWN_FORMAT,
     CalledTools,
     ToolUse,
@@ -94,7 +94,7 @@ from server.tools import (
     template_of,
     tool_use,
 )
-from server.uploads import AdapterStore, Upload, to_the_end
+from server.observability.records import RequestWatcher, watched
 from server.versions import installed_versions
 
 __all__ = ["RequestObserver", "Service"]

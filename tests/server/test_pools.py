@@ -14,9 +14,9 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from server import service, uploads
+from server.adapters.sources import Sources
+from server.adapters.uploads import MAX_RUNNING_UPLOADS, Upload
 from server.errors import from_rpc_error
-from server.sources import Sources
-from server.uploads import MAX_RUNNING_UPLOADS, Upload
 from tests.fakes import ByteTokenizer
 from tests.server.world import until
 

@@ -19,10 +19,10 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from protos.loramux.v1.adapters_pb2 import AdapterState
+from server.adapters.names import NameStore
+from server.adapters.sources import hub as hub_module
+from server.adapters.sources import remote as remote_module
 from server.config import load_config
-from server.names import NameStore
-from server.sources import hub as hub_module
-from server.sources import remote as remote_module
 from tests.server.places import WEIGHTS, Hub, Place, adapter, certificate, status
 from tests.server.test_restart import Host, LocalEngine, ask
 from tests.server.world import until

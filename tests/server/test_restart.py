@@ -25,10 +25,10 @@ from lora_runtime.errors import (
 from lora_runtime.temporary_folder import temporary_folder
 from protos.loramux.v1.adapters_pb2 import AdapterState
 from server import app
+from server.adapters.names import NameStore
 from server.app import Ports
 from server.client import AsyncClient
 from server.config import load_config
-from server.names import NameStore
 from tests.fakes import ScriptedEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer

@@ -12,12 +12,12 @@ from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.gate import OPEN_GATE, Gate
+from server.adapters.registry import Registry
+from server.adapters.sources import Sources
+from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
-from server.registry import Registry
 from server.service import Service
-from server.sources import Sources
-from server.uploads import AdapterStore
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
 from tests.tiny import tiny_checkpoint, tiny_model

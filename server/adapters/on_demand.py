@@ -24,8 +24,8 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.registry import Registry, Sees
-from server.sources.location import PLACE
+from server.adapters.registry import Registry, Sees
+from server.adapters.sources.location import PLACE
 
 REMEMBERED_S = 10.0
 MAX_REMEMBERED = 4096
