@@ -551,7 +551,7 @@ async def test_calls_of_tools_come_in_parts_and_whole(api, monkeypatch) -> None:
         )
 
     async with api() as (world, api):
-        monkeypatch.setattr(world.service, "generate", calling)
+        monkeypatch.setattr(world.service.generation, "generate", calling)
         given = GOOD[CHAT] | {
             "tools": [
                 {

@@ -17,7 +17,7 @@ from server.adapters.sources import Sources
 from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
-from server.service import Service
+from server.service import Service, build_service
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -73,7 +73,7 @@ async def running_service(folder: Path, **base_options):
     observer = RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
     own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=Tokenizer.load(folder / "base"),
         own_text=own_text,

@@ -20,7 +20,7 @@ from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
 from server.observability.records import RequestWatcher
-from server.service import Service
+from server.service import Service, build_service
 from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 
 MAX_UPLOAD_BYTES = 4 << 20
@@ -86,7 +86,7 @@ async def serving(
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
     store = AdapterStore(folder / "store", MAX_UPLOAD_BYTES)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=ByteTokenizer(),
         own_text=FormatText(),
