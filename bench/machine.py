@@ -82,11 +82,11 @@ def gemm_rate(dtype: torch.dtype) -> float:
     return 1024**3 / best_seconds(lambda: a @ b, 5)
 
 
-def save(name: str, result: dict[str, object]) -> Path:
-    """Print `result` as one JSON line and keep it under bench/results/."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, result: dict[str, object], folder: Path = RESULTS) -> Path:
+    """Print `result` as one JSON line and keep it in `folder`."""
+    folder.mkdir(exist_ok=True)
     stamp = str(result["date"]).replace(":", "").replace("+0000", "Z")
-    path = RESULTS / f"{name}-{stamp}.json"
+    path = folder / f"{name}-{stamp}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return path

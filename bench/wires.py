@@ -1,0 +1,422 @@
+"""What does a wire cost: gRPC, HTTP by a thin client and by OpenAI's, and the engine without any?
+
+One `loramux serve` in a process of its own. A load is 32 streams at once, each of 90 prompt and 64
+new tokens, in turn for the base and 4 adapters; then a few streams one after another. Every wire
+takes the same load in every round, beginning with another one each time, from this process, which
+has a client for each. Tokens and tokens a second are those of whole loads; the time to the first
+token is the client's, to the first event that has text (the engine's: to its first token).
+
+Ratios are medians over the rounds of the ratio within one round. Seconds of processor are per
+1,000 tokens: of the server's process, of its event loop's thread, in which both wires are written,
+and of this process. The last line printed is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import torch
+
+from bench import machine
+from bench.serving import write_random_adapters
+from lora_runtime.base.loader import load_base
+from lora_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
+from lora_runtime.core import AdapterUse, Request, SamplingParams
+from lora_runtime.engine.client import EngineClient
+from lora_runtime.engine.loop import start_engine
+from server.client import AsyncClient
+
+START_S = 300
+PACKAGES = ("grpcio", "uvicorn", "h11", "httpx", "openai")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request: which model continues which tokens; None is the base."""
+
+    adapter: str | None
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """When its first text came (its end, if it has none), on time.perf_counter, and how many
+    tokens it has.
+    """
+
+    first: float
+    num_tokens: int
+
+
+Wire = Callable[[Prompt, int], Awaitable[Answer]]
+"""Streams one answer of so many tokens, greedily and past the tokens that end one."""
+
+
+class OverGrpc:
+    """This project's own client."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def __call__(self, prompt: Prompt, num_tokens: int) -> Answer:
+        first, count = 0.0, 0
+        async for event in self._client.generate(
+            token_ids=prompt.token_ids, adapter=prompt.adapter, max_tokens=num_tokens,
+            temperature=0.0, ignore_eos=True,
+        ):  # fmt: skip
+            count += len(event.delta.token_ids)
+            first = first or (time.perf_counter() if event.delta.text else 0.0)
+        return Answer(first or time.perf_counter(), count)
+
+
+class OverHttp:
+    """httpx and nothing else: splits the events and reads their JSON."""
+
+    def __init__(self, client: httpx.AsyncClient, base: str) -> None:
+        self._client = client
+        self._base = base
+
+    async def __call__(self, prompt: Prompt, num_tokens: int) -> Answer:
+        body = {
+            "model": prompt.adapter or self._base, "prompt": prompt.token_ids,
+            "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        first, count = 0.0, 0
+        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for event in events_of(response):
+                if event["choices"]:
+                    first = first or (time.perf_counter() if event["choices"][0]["text"] else 0.0)
+                elif event["usage"]:
+                    count = event["usage"]["completion_tokens"]
+        return Answer(first or time.perf_counter(), count)
+
+
+class OverOpenai:
+    """OpenAI's own package."""
+
+    def __init__(self, client: openai.AsyncOpenAI, base: str) -> None:
+        self._client = client
+        self._base = base
+
+    async def __call__(self, prompt: Prompt, num_tokens: int) -> Answer:
+        stream = await self._client.completions.create(
+            model=prompt.adapter or self._base, prompt=prompt.token_ids, max_tokens=num_tokens,
+            temperature=0.0, stream=True, stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        first, count = 0.0, 0
+        async for chunk in stream:
+            if chunk.choices:
+                first = first or (time.perf_counter() if chunk.choices[0].text else 0.0)
+            elif chunk.usage:
+                count = chunk.usage.completion_tokens
+        return Answer(first or time.perf_counter(), count)
+
+
+class InProcess:
+    """The engine, asked without text and without a wire."""
+
+    def __init__(self, engine: EngineClient, digests: dict[str, str]) -> None:
+        self._engine = engine
+        self._digests = digests
+
+    async def __call__(self, prompt: Prompt, num_tokens: int) -> Answer:
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(prompt.token_ids),
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
+            adapters=(AdapterUse(digest=self._digests[prompt.adapter]),) if prompt.adapter else (),
+        )
+        first, count = 0.0, 0
+        async for output in self._engine.generate(request):
+            count += len(output.token_ids)
+            first = first or (time.perf_counter() if output.token_ids else 0.0)
+        return Answer(first or time.perf_counter(), count)
+
+
+async def events_of(response: httpx.Response) -> AsyncIterator[dict]:
+    """The JSON values of a stream of server-sent events. Raises RuntimeError at an error."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *whole, rest = (rest + piece).split(b"\n\n")
+        for data in whole:
+            if data == b"data: [DONE]":
+                return
+            event = json.loads(data.removeprefix(b"data: "))
+            if "error" in event:
+                raise RuntimeError(f"the server says: {event['error']}")
+            yield event
+
+
+@dataclass(slots=True)
+class Served:
+    """A server's process and where it listens."""
+
+    process: subprocess.Popen[bytes]
+    grpc: str
+    http: str
+
+    def cpu_s(self) -> tuple[float, float]:
+        """Seconds of processor of the process, and of the thread of its event loop."""
+        process = psutil.Process(self.process.pid)
+        loop = next(t for t in process.threads() if t.id == self.process.pid)
+        return sum(process.cpu_times()[:2]), loop.user_time + loop.system_time
+
+
+@contextlib.contextmanager
+def serving(args: argparse.Namespace, folder: Path) -> Iterator[Served]:
+    """A server over the base and the adapters below `folder`, until the context ends."""
+    grpc, http = free_address(), free_address()
+    command = [
+        sys.executable, "-m", "server", "serve", "--base", args.base, "--grpc-address", grpc,
+        "--http-address", http, "--adapter-root", str(folder), "--adapter-store",
+        str(folder / "store"), "--max-num-seqs", str(args.requests), "--log-level", "warning",
+    ]  # fmt: skip
+    log = folder / "server.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        wait_until_ready(process, http, log)
+        yield Served(process, grpc, http)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], http: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://{http}/readyz").status_code == 200:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the server does not serve:\n{log.read_text()[-3000:]}")
+        time.sleep(0.1)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one wire has shown: lists have an item a round or, of first tokens, a stream."""
+
+    full_tokens_per_s: list[float] = field(default_factory=list)
+    full_first_ms: list[list[float]] = field(default_factory=list)
+    alone_tokens_per_s: list[float] = field(default_factory=list)
+    alone_first_ms: list[list[float]] = field(default_factory=list)
+    num_tokens: int = 0
+    server_cpu_s: float = 0.0
+    loop_cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Medians over the rounds, quantiles over all streams, and seconds per 1,000 tokens."""
+        found = {}
+        for name in ("full", "alone"):
+            first = sorted(ms for each in getattr(self, f"{name}_first_ms") for ms in each)
+            found[f"{name}_tokens_per_s"] = statistics.median(getattr(self, f"{name}_tokens_per_s"))
+            found[f"{name}_first_p50_ms"] = statistics.median(first)
+            found[f"{name}_first_p99_ms"] = first[-(-99 * len(first) // 100) - 1]
+        for name in ("server", "loop", "client"):
+            found[f"{name}_cpu_s"] = 1000 * getattr(self, f"{name}_cpu_s") / self.num_tokens
+        return {name: round(value, 3) for name, value in found.items()}
+
+
+class Rounds:
+    """Runs the same loads over every wire, and keeps what each shows."""
+
+    def __init__(
+        self, args: argparse.Namespace, server: Served, wires: dict[str, Wire], vocab_size: int
+    ) -> None:
+        self._args, self._server, self._wires = args, server, wires
+        self._vocab_size = vocab_size
+        self._generator = torch.Generator().manual_seed(0)
+        self.figures = {name: Figures() for name in wires}
+
+    async def run(self) -> None:
+        """Warm up with one round, and measure the others."""
+        names = list(self._wires)
+        for number in range(self._args.rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                figures = self.figures[name] if number else Figures()
+                await self._measure(self._wires[name], figures)
+
+    async def _measure(self, wire: Wire, figures: Figures) -> None:
+        before, client = self._server.cpu_s(), time.process_time()
+        rate, first = await self._load(wire, self._args.requests, at_once=True)
+        figures.full_tokens_per_s.append(rate)
+        figures.full_first_ms.append(first)
+        after = self._server.cpu_s()
+        figures.client_cpu_s += time.process_time() - client
+        figures.server_cpu_s += after[0] - before[0]
+        figures.loop_cpu_s += after[1] - before[1]
+        figures.num_tokens += self._args.requests * self._args.new_tokens
+        rate, first = await self._load(wire, self._args.alone, at_once=False)
+        figures.alone_tokens_per_s.append(rate)
+        figures.alone_first_ms.append(first)
+
+    async def _load(self, wire: Wire, count: int, *, at_once: bool) -> tuple[float, list[float]]:
+        """Tokens a second of all, and each one's milliseconds to the first token."""
+        prompts, num_tokens = self._prompts(count), self._args.new_tokens
+
+        async def first_ms(prompt: Prompt) -> float:
+            start = time.perf_counter()
+            answer = await wire(prompt, num_tokens)
+            if answer.num_tokens != num_tokens:
+                raise RuntimeError(f"an answer has {answer.num_tokens} of {num_tokens} tokens")
+            return 1000 * (answer.first - start)
+
+        start = time.perf_counter()
+        if at_once:
+            first = await asyncio.gather(*map(first_ms, prompts))
+        else:
+            first = [await first_ms(prompt) for prompt in prompts]
+        return count * num_tokens / (time.perf_counter() - start), first
+
+    def _prompts(self, count: int) -> list[Prompt]:
+        """New ones for every load: nothing of them is in the prefix cache."""
+        shape = (count, self._args.prompt_tokens)
+        token_ids = torch.randint(5, self._vocab_size, shape, generator=self._generator).tolist()
+        names = [None, *adapter_names(self._args)]
+        return [Prompt(names[i % len(names)], ids) for i, ids in enumerate(token_ids)]
+
+
+def adapter_names(args: argparse.Namespace) -> list[str]:
+    return [f"adapter-{index}" for index in range(args.adapters)]
+
+
+@contextlib.asynccontextmanager
+async def open_wires(
+    args: argparse.Namespace, server: Served, folder: Path
+) -> AsyncIterator[dict[str, Wire]]:
+    """A client for each wire, once the server has the adapters."""
+    async with contextlib.AsyncExitStack() as stack:
+        grpc = await stack.enter_async_context(AsyncClient(server.grpc))
+        for name in adapter_names(args):
+            await grpc.load_adapter(name, str(folder / name))
+        base = (await grpc.server_info()).base.name
+        url = f"http://{server.http}"
+        # By default httpx keeps 20 connections; the others would be made anew for each load.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.requests)
+        http = httpx.AsyncClient(base_url=url, limits=limits, timeout=START_S)
+        openai_client = openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START_S
+        )
+        wires: dict[str, Wire] = {
+            "grpc": OverGrpc(grpc),
+            "http": OverHttp(await stack.enter_async_context(http), base),
+            "openai": OverOpenai(await stack.enter_async_context(openai_client), base),
+        }
+        if args.engine:
+            config = EngineConfig(
+                base=BaseConfig(model=args.base),
+                scheduler=SchedulerConfig(max_num_seqs=args.requests),
+            )
+            engine = await asyncio.to_thread(start_engine, config)
+            stack.push_async_callback(engine.close, drain_s=0)
+            loaded = {n: await engine.load_adapter(folder / n) for n in adapter_names(args)}
+            wires["engine"] = InProcess(engine, {n: a.digest for n, a in loaded.items()})
+        yield wires
+
+
+def against_grpc(figures: dict[str, Figures], name: str) -> dict[str, float]:
+    """A wire beside gRPC: ratios of tokens a second, differences of first tokens."""
+    own, grpc = figures[name], figures["grpc"]
+    found = {}
+    for kind in ("full_tokens_per_s", "alone_tokens_per_s"):
+        pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
+        found[kind] = statistics.median(a / b for a, b in pairs)
+    for kind in ("full_first_ms", "alone_first_ms"):
+        pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
+        found[kind] = statistics.median(
+            statistics.median(a) - statistics.median(b) for a, b in pairs
+        )
+    return {kind: round(value, 3) for kind, value in found.items()}
+
+
+def print_table(
+    summaries: dict[str, dict[str, float]], ratios: dict[str, dict[str, float]]
+) -> None:
+    heads = list(next(iter(summaries.values())))
+    print("| wire | " + " | ".join(heads) + " | × grpc, full | × grpc, alone |")
+    print("|---" * (len(heads) + 3) + "|")
+    for name, summary in summaries.items():
+        ratio = [f"{ratios[name][f'{kind}_tokens_per_s']:.3f}" for kind in ("full", "alone")]
+        print(f"| {name} | " + " | ".join([*(f"{summary[h]:.2f}" for h in heads), *ratio]) + " |")
+
+
+async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    base = load_base(BaseConfig(model=args.base, device="cpu"))
+    write_random_adapters(base, folder, args.adapters, args.rank)
+    vocab_size = base.spec.vocab_size
+    del base
+    with serving(args, folder) as server:
+        async with open_wires(args, server, folder) as wires:
+            rounds = Rounds(args, server, wires, vocab_size)
+            await rounds.run()
+    summaries = {name: figures.summary() for name, figures in rounds.figures.items()}
+    ratios = {name: against_grpc(rounds.figures, name) for name in rounds.figures}
+    print_table(summaries, ratios)
+    return {
+        **machine.facts(),
+        **{package: version(package) for package in PACKAGES},
+        "question": "what a wire costs",
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "workload": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "wires": summaries,
+        "against_grpc": ratios,
+        "full_tokens_per_s": {
+            name: [round(value, 1) for value in figures.full_tokens_per_s]
+            for name, figures in rounds.figures.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=90)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--adapters", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", type=int, default=6, help="streams one after another a round")
+    parser.add_argument(
+        "--engine", action=argparse.BooleanOptionalAction, default=True,
+        help="also an engine in this process, which takes a base's memory once more",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=machine.RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = asyncio.run(measure(args, Path(folder)))
+    machine.save("wires", result, args.out)
+
+
+if __name__ == "__main__":
+    main()
