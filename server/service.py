@@ -13,6 +13,7 @@ from lora_runtime.text.tokenizer import Tokenizer
 from server.access.caller import Caller
 from server.access.quotas import Quotas
 from server.adapters.adapters import Adapters
+from server.adapters.changes import NameChanges
 from server.adapters.loads import Loads
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
@@ -79,6 +80,7 @@ def build_service(
     tokenizer: Tokenizer,
     own_text: OwnText,
     registry: Registry,
+    changes: NameChanges,
     sources: Sources,
     store: AdapterStore,
     observer: RequestObserver,
@@ -94,6 +96,7 @@ def build_service(
     quotas, prompts = Quotas(), Prompts(tokenizer, own_text, engine.info)
     loads = Loads(
         registry=registry,
+        changes=changes,
         own_text=own_text,
         sources=sources,
         store=store,
@@ -101,7 +104,12 @@ def build_service(
     )
     loaded_on_demand = OnDemand(on_demand or {}, registry, loads.load_on_demand)
     adapters = Adapters(
-        registry=registry, loads=loads, on_demand=loaded_on_demand, store=store, quotas=quotas
+        registry=registry,
+        changes=changes,
+        loads=loads,
+        on_demand=loaded_on_demand,
+        store=store,
+        quotas=quotas,
     )
     generation = Generation(
         engine=engine,

@@ -15,6 +15,7 @@ from lora_runtime.text.text_side import TextSide
 from server.access.audit import audited, missing_logged
 from server.access.caller import Caller
 from server.access.quotas import Quotas
+from server.adapters.changes import NameChanges
 from server.adapters.loads import Loads, refusals_logged
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
@@ -31,12 +32,14 @@ class Adapters:
         self,
         *,
         registry: Registry,
+        changes: NameChanges,
         loads: Loads,
         on_demand: OnDemand,
         store: AdapterStore,
         quotas: Quotas,
     ) -> None:
         self._registry = registry
+        self._changes = changes
         self._loads = loads
         self._on_demand = on_demand
         self._store = store
@@ -68,7 +71,7 @@ class Adapters:
         pin: bool = False,
     ) -> tuple[AdapterRecord, bool]:
         """Load a client-given source under a name; see `Sources.resolve`, `RemoteSources.fetch` and
-        `Registry.load`. What lies elsewhere is fetched anew if it has changed there.
+        `NameChanges.load`. What lies elsewhere is fetched anew if it has changed there.
 
         Raises PermissionDenied, as all that changes something does.
         """
@@ -89,7 +92,7 @@ class Adapters:
 
         Its source is then the store's name of the content, which `load` takes again. What
         fails or is cancelled leaves nothing in the store; see `AdapterStore.receive` and
-        `Registry.load` for what is raised.
+        `NameChanges.load` for what is raised.
         """
         logged = refusals_logged(call.name, "an upload")
         with audited(caller, "upload", adapter=call.name), logged:
@@ -104,20 +107,20 @@ class Adapters:
                     return await to_the_end(self._loads.load_upload(call, upload))
 
     async def rollback(self, caller: Caller, name: str) -> AdapterRecord:
-        """Give a name its former content back; see `Registry.rollback`."""
+        """Give a name its former content back; see `NameChanges.rollback`."""
         with audited(caller, "rollback", adapter=name):
             caller.check_manages(name)
-            return await self._registry.rollback(name)
+            return await self._changes.rollback(name)
 
     async def unload(
         self, caller: Caller, name: str, *, cancel: bool = False, wait: bool = False
     ) -> AdapterRecord:
-        """Take a name away, and end the fetch of what it was to hold; see `Registry.unload`."""
+        """Take a name away, and end the fetch of what it was to hold; see `NameChanges.unload`."""
         with audited(caller, "unload", adapter=name):
             caller.check_manages(name)
             if self._loads.end_fetch(name) and not self._registry.is_known(name):
                 return self._registry.get(name)
-            return await self._registry.unload(name, cancel=cancel, wait=wait)
+            return await self._changes.unload(name, cancel=cancel, wait=wait)
 
     @property
     def max_store_bytes(self) -> int:

@@ -17,7 +17,8 @@ from lora_runtime.errors import AdapterSourceRefused, LoramuxError, Overloaded, 
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from server.access.audit import MAX_LOGGED
-from server.adapters.registry import Registry, Settle
+from server.adapters.changes import NameChanges, Settle
+from server.adapters.registry import Registry
 from server.adapters.remote_loads import RemoteLoads
 from server.adapters.sources import Sources
 from server.adapters.sources.location import Location, is_remote, parse, pinned
@@ -38,12 +39,14 @@ class Loads:
         self,
         *,
         registry: Registry,
+        changes: NameChanges,
         own_text: OwnText,
         sources: Sources,
         store: AdapterStore,
         remote: RemoteSources,
     ) -> None:
         self._registry = registry
+        self._changes = changes
         self._own_text = own_text
         self._sources = sources
         self._store = store
@@ -108,7 +111,7 @@ class Loads:
         """Load a source that the operator named, wherever it lies, in place of what the name held.
 
         What is elsewhere and cannot be fetched now is no error where the name holds what was
-        fetched from there before. Raises as `load_remote` and `Registry.load`.
+        fetched from there before. Raises as `load_remote` and `NameChanges.load`.
         """
         if isinstance(source, Path):
             await self._load(name, source, str(source.absolute()), True, ANY_FOLDER, pin=None)
@@ -122,7 +125,7 @@ class Loads:
             logger.warning("adapter not fetched again", adapter=name, error=error.message)
 
     async def restore(self, preloaded: Mapping[str, Path | str]) -> None:
-        """Load again what the names held before a restart; see `Registry.restore`. `preloaded`:
+        """Load again what the names held before a restart; see `NameChanges.restore`. `preloaded`:
         what the operator names for `preload`, so that it is read wherever it lies.
         """
 
@@ -137,7 +140,7 @@ class Loads:
             except AdapterSourceRefused as error:
                 raise _with_advice(error, name, source) from None
 
-        await self._registry.restore(resolve, self._review, coming=preloaded.keys())
+        await self._changes.restore(resolve, self._review, coming=preloaded.keys())
 
     async def load_on_demand(self, name: str, source: str) -> None:
         """Load what a request asked for, from where the operator says that it may be."""
@@ -184,10 +187,10 @@ class Loads:
         pin: bool | None = None,
         is_on_demand: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        """See `Registry.load`; adapters loaded on demand make room in host memory."""
+        """See `NameChanges.load`; adapters loaded on demand make room in host memory."""
         while True:
             try:
-                return await self._registry.load(
+                return await self._changes.load(
                     name,
                     folder,
                     source=source,
@@ -200,7 +203,7 @@ class Loads:
                 )
             except Overloaded as error:
                 is_full = error.field == HOST_BYTES
-                if not (is_full and await self._registry.unload_unused()):
+                if not (is_full and await self._changes.unload_unused()):
                     raise
 
     async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
