@@ -37,7 +37,7 @@ from server.errors import grpc_status
 from server.generation.generation import Generation
 from server.generation.prompts import Prompts
 from server.observability.calls import CallObserver
-from server.observability.grpc_calls import ObservedGrpc
+from server.observability.grpc_calls import KINDS, ObservedGrpc
 from server.running_calls import Calls
 from server.service import ServerFacts, Service
 
@@ -387,11 +387,11 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
     return data
 
 
-def _methods() -> set[str]:
-    """All methods of the server, as `/service/method`."""
+def _methods() -> dict[str, str]:
+    """All methods of the server, as `/service/method`, and their kinds."""
     pool = descriptor_pool.Default()
     return {
-        f"/{name}/{method.name}"
+        f"/{name}/{method.name}": KINDS[method.client_streaming, method.server_streaming]
         for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         for method in pool.FindServiceByName(name).methods
     }

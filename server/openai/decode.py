@@ -15,7 +15,7 @@ from lora_runtime.core import (
     is_whole,
 )
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
-from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, UnsupportedFeature
 from server.calls import (
     ChatPrompt,
     GenerateCall,
@@ -26,7 +26,13 @@ from server.calls import (
     Tool,
     ToolMode,
 )
-from server.codec import adapter_name, check_bytes, check_tokens, printable
+from server.codec import (
+    MAX_NAME_LENGTH,
+    adapter_name,
+    check_bytes,
+    check_tokens,
+    printable,
+)
 from server.openai.boundary import Exchange
 from server.openai.schema import (
     MAX_CHOICES,
@@ -193,7 +199,18 @@ def adapters(
             f"{exchange.service.facts.base_name!r} as model, and every adapter in adapters",
             field="adapters",
         )
-    return (AdapterChoice(model),)
+    return (AdapterChoice(model_adapter(model)),)
+
+
+def model_adapter(model: str) -> str:
+    """Return the adapter's name that a model's is. Raises AdapterNotFound (field `model`) for what
+    no adapter can be called: nothing is looked for under it, on demand neither.
+    """
+    try:
+        return adapter_name(model)
+    except InvalidRequest:
+        shown = model[:MAX_NAME_LENGTH]
+        raise AdapterNotFound(f"adapter {shown!r} is not loaded", field="model") from None
 
 
 def token_ids(value: Any, field: str, limits: PromptLimits) -> TokenPrompt:

@@ -12,7 +12,7 @@ from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState, Prompt
 from server.codec import adapter_name
 from server.openai.boundary import Exchange
-from server.openai.decode import chat_prompt, text_prompt, token_ids
+from server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
 from server.openai.encode import token_text
 from server.openai.schema import (
     DetokenizeRequest,
@@ -43,6 +43,7 @@ async def show_model(exchange: Exchange) -> None:
     service, name = exchange.service, exchange.path["model"]
     if name == service.facts.base_name:
         return await exchange.answer.json(_base(exchange))
+    name = model_adapter(name)
     service.adapters.text_side(exchange.caller, name)  # refuses what is not loaded
     await exchange.answer.json(_adapter(service, service.adapters.get(exchange.caller, name)))
 
@@ -128,7 +129,7 @@ def _model(name: str, created: int, root: str, parent: str | None) -> dict[str, 
 def _known(exchange: Exchange, model: str | None) -> TextSide | None:
     if model is None or model == exchange.service.facts.base_name:
         return None
-    return exchange.service.adapters.text_side(exchange.caller, model)
+    return exchange.service.adapters.text_side(exchange.caller, model_adapter(model))
 
 
 def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
