@@ -89,7 +89,7 @@ async def test_the_same_weights_with_another_template_are_other_content(tmp_path
 
 
 async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     path = with_facts(folder(tmp_path, "a"), notes=["from the engine"])
     seen = []
 
@@ -104,7 +104,7 @@ async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) ->
 
 
 async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     records = [(await load(changes, name, folder(tmp_path, name)))[0] for name in "ab"]
     with pytest.raises(RuntimeError), registry.in_flight(records):
         with registry.in_flight(records[:1]), registry.in_flight([]):
@@ -125,7 +125,7 @@ async def test_two_names_may_share_content(tmp_path: Path) -> None:
 
 
 async def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     old, _ = await load(changes, "x", folder(tmp_path, "a"))
     with pytest.raises(AdapterRefused):
         await load(changes, "x", folder(tmp_path, "!AdapterRefused"), replace=True)
@@ -134,7 +134,7 @@ async def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 async def test_a_failed_load_shows_why_without_host_paths(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     with pytest.raises(AdapterRefused) as caught:
         await load(changes, "x", folder(tmp_path, "!AdapterRefused"))
     assert caught.value.message == "given/adapter_model.safetensors: header is cut short"
@@ -151,7 +151,7 @@ async def test_a_failed_load_shows_why_without_host_paths(tmp_path: Path) -> Non
 
 
 async def test_failed_records_are_bounded(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     for index in range(MAX_FAILED_RECORDS + 10):
         with pytest.raises(AdapterRefused):
             await load(changes, f"x{index}", folder(tmp_path, "!AdapterRefused"))
@@ -261,7 +261,7 @@ async def test_rollback_swaps_a_name_with_its_former_content_and_back(tmp_path: 
 
 
 async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_path: Path) -> None:
-    registry, registry, changes = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     with pytest.raises(AdapterNotFound, match="not loaded") as unknown:
         await changes.rollback("x")
     await load(changes, "x", folder(tmp_path, "a"))
