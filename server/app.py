@@ -302,7 +302,7 @@ async def _http(
             *openai_routes(Backend(condition.open_service, condition.calls)),
         ],
     )
-    gated = HttpGate(app, doors.gate)
+    gated = HttpGate(app, doors.gate, doors.names)
     server = HttpServer(ObservedHttp(gated, lambda: condition.metrics), doors.tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
