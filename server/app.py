@@ -21,7 +21,6 @@ from typing import Protocol
 
 import structlog
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
@@ -33,13 +32,14 @@ from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.doors import Doors, open_doors
-from server.access.http_gate import CERTIFICATE, HttpGate
-from server.access.tls import Tls, certificate_names
+from server.access.http_gate import HttpGate
+from server.access.tls import Tls
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
+from server.http_connection import HttpConnection
 from server.http_gateway import build_http_app
 from server.metrics import Metrics
 from server.names import NameStore, claimed
@@ -247,23 +247,13 @@ class StopSignal:
         self._requested.set()
 
 
-class CertifiedProtocol(H11Protocol):
-    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the names in the state that each request of the connection begins with."""
-        super().connection_made(transport)
-        names = certificate_names(transport.get_extra_info("peercert"))
-        self.app_state = {**self.app_state, CERTIFICATE: names}
-
-
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling; `StopSignal` has that."""
 
     def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
         config = uvicorn.Config(
             app,
-            http=CertifiedProtocol,
+            http=HttpConnection,
             ws="none",
             log_config=None,
             access_log=False,
