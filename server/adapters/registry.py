@@ -336,7 +336,7 @@ class Registry:
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
         """Take a name away at once, its former content too; its memory is freed when its requests
         ended or, with `cancel`, were ended. `wait` returns only then. A name that could not be
-        loaded again after a restart is forgotten. Raises AdapterNotFound."""
+        loaded, now or again after a restart, is forgotten. Raises AdapterNotFound."""
         record, drain = await self._finish(self._unload(name, cancel))
         if wait:
             await asyncio.shield(drain)
@@ -625,18 +625,22 @@ class Registry:
 
     def _fail(self, record: AdapterRecord, error: str) -> None:
         record.state, record.error = AdapterState.FAILED, error
-        failed = [
-            name
-            for name, r in self._records.items()
-            if r.state is AdapterState.FAILED and name not in self._kept
-        ]
-        for name in failed[:-MAX_FAILED_RECORDS]:
+        for name in self._failures()[:-MAX_FAILED_RECORDS]:
             del self._records[name]
+
+    def _failures(self) -> list[str]:
+        """The names that hold nothing and only show why, the oldest first."""
+        return [
+            name
+            for name, record in self._records.items()
+            if record.state is AdapterState.FAILED and name not in self._kept
+        ]
 
     async def _unload(self, name: str, cancel: bool) -> tuple[AdapterRecord, asyncio.Task[None]]:
         """Forget a name, on the disk first; the task ends when its memory is free."""
         async with self._lock(name):
-            record = self.get(name) if name in self._kept else self.resolve(name)
+            is_forgotten = name in self._kept or name in self._failures()
+            record = self.get(name) if is_forgotten else self.resolve(name)
             if self._names is not None:
                 await self._writer.run(self._names.delete, name)
                 self._kept.pop(name, None)
