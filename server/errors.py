@@ -122,6 +122,8 @@ def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
     param = _HTTP_FIELDS.get(field) or field.removeprefix("sampling.").removeprefix("messages.")
     if field != param and message.startswith(field):
         message = param + message[len(field) :]
+    if isinstance(error, errors.AdapterExists):
+        message = message.replace("with replace", "with load_inplace")
     is_servers = wire.http_status >= 500
     kind = _HTTP_TYPES.get(
         wire.http_status, "server_error" if is_servers else "invalid_request_error"
