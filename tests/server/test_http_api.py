@@ -91,7 +91,8 @@ async def test_adapters_come_and_go_as_vllm_and_its_controllers_have_it(api) -> 
         for _ in range(2):  # the second is a controller that asks again
             assert (await api.post("/v1/load_lora_adapter", **load)).status_code == 200
         other = {"lora_name": "a", "lora_path": world.write_adapter("b", "b")}
-        assert (await api.error("/v1/load_lora_adapter", **other))[0] == 409
+        status, error = await api.error("/v1/load_lora_adapter", **other)
+        assert status == 409 and "with load_inplace" in error["message"]
         assert (await api.post("/v1/load_lora_adapter", load_inplace=True, **other)).is_success
         answer = await api.client.completions.create(model="a", prompt="hi", max_tokens=2)
         assert answer.choices[0].text == "bb"
