@@ -6,13 +6,15 @@ one step) → StepOutput (what the step gave one request).
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
+from typing import Protocol
 
 from lora_runtime.errors import InvalidRequest, LoramuxError, written
 
@@ -34,6 +36,8 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """As STOP, of an output that has called tools; the engine knows no tools."""
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -55,6 +59,62 @@ class StructuredOutput:
     kind: StructureKind
     definition: str
     """The schema, expression or grammar; of CHOICE a JSON list of texts, of JSON_OBJECT empty."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, object]) -> StructuredOutput:
+        """From a mapping of one entry, as `{"regex": "[0-9]+"}`: json_schema (its text, or the
+        mapping), json_object (True), regex, grammar, or choice (texts). Raises InvalidRequest.
+        """
+        field = "sampling.structured_output"
+        if len(given) != 1 or (kind := next(iter(given))) not in list(StructureKind):
+            raise InvalidRequest(
+                f"{field} has {', '.join(map(str, given)) or 'nothing'}; it must have one of "
+                f"{', '.join(StructureKind)}",
+                field=field,
+            )
+        value = given[kind]
+        if kind == StructureKind.JSON_OBJECT:
+            if value is not True:
+                raise InvalidRequest(
+                    f"{field}.{kind} is {written(value)}; it must be True", field=field
+                )
+            return cls(StructureKind.JSON_OBJECT, "")
+        if kind in (StructureKind.JSON_SCHEMA, StructureKind.CHOICE) and not isinstance(value, str):
+            try:
+                value = json.dumps(value, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InvalidRequest(f"{field}.{kind} is no JSON: {error}", field=field) from None
+        if not isinstance(value, str):
+            raise InvalidRequest(
+                f"{field}.{kind} is {written(value)}; it must be a text", field=field
+            )
+        return cls(StructureKind(kind), value)
+
+
+class OutputMatcher(Protocol):
+    """Where one output stands in the form that it must have."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True once nothing may follow."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why no token can be given: what the request's failure says. Empty: nothing is wrong."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """Go on by the output's next token."""
+        ...
+
+
+class CompiledStructure(Protocol):
+    """A form that is ready to be followed; see `text/structured_output.py`."""
+
+    def start(self) -> OutputMatcher:
+        """Return a matcher of its own for one output, before the first token."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +217,7 @@ class SamplingParams:
                 "a whole number or None",
             ),
             (("temperature", "top_p", "min_p", *PENALTIES), (int, float), "a number"),
+            (("structured_output",), (StructuredOutput, NoneType), "a StructuredOutput or None"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -217,6 +278,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterUse, ...] = ()
+    structure: CompiledStructure | None = None
+    """What `sampling.structured_output` was compiled to; None if and only if that is None."""
     cache_salt: str = ""
     """Requests share cached prefixes only under equal salts."""
     client: str = ""
@@ -264,6 +327,9 @@ class Row:
     """Leading token blocks that were found in the prefix cache or offered to it."""
     slots: tuple[int, ...] = ()
     """Device slot of each of the request's adapters, while running."""
+    matcher: OutputMatcher | None = None
+    """Where the output stands in the form that was asked for: it has taken every token of the
+    output that is known, so that a row that is computed again keeps it."""
     ticket: int = 0
     """The row's number in the order of arrival."""
     num_priced_tokens: int = 0
@@ -282,8 +348,11 @@ class Row:
         cls, request: Request, layer_map: tuple[int, ...] | None = None, num_planes: int = 1
     ) -> Row:
         """A new row for `request`; a base row visits each layer once and has one plane."""
-        tokens = list(request.prompt_token_ids)
-        row = cls(request, tokens, layer_map=layer_map, num_planes=num_planes)
+        row = cls(
+            request, list(request.prompt_token_ids), layer_map=layer_map, num_planes=num_planes
+        )
+        if request.structure is not None:
+            row.matcher = request.structure.start()
         if request.sampling.num_prompt_logprobs is not None:
             row.prompt_logprobs = []
         return row

@@ -88,8 +88,8 @@ def _looked_up(host: str, port: int) -> list[Any]:
 
 
 def _listener(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    """Connections inherit TCP_NODELAY, which asyncio sets on its own sockets only: the body of an
-    answer would wait for the client to acknowledge the head, which clients put off by 40 ms.
+    """Connections inherit TCP_NODELAY: the body of an answer would wait for the client to
+    acknowledge the head, which clients put off by 40 ms. asyncio sets it on its own sockets only.
     """
     listener = socket.create_server((host, port), family=family)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -35,29 +35,30 @@ from lora_runtime.text.tokenizer import Tokenizer
 from server.access.doors import Doors, open_doors
 from server.access.http_gate import CERTIFICATE, HttpGate
 from server.access.tls import Tls, certificate_names
+from server.adapters.loads import Loads
+from server.adapters.names import NameStore, claimed
+from server.adapters.registry import Registry
+from server.adapters.sources import Sources
+from server.adapters.sources.remote import FetchLimits, RemoteSources
+from server.adapters.uploads import AdapterStore
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
-from server.metrics import Metrics
-from server.names import NameStore, claimed
 from server.observability.http_calls import ObservedHttp
+from server.observability.metrics import Metrics
+from server.observability.observers import Observers
 from server.observability.records import RequestWatcher
 from server.observability.request_log import RequestLog
 from server.observability.tracing import Tracing, span_exporter
-from server.observers import Observers
 from server.openai.boundary import Backend
 from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
-from server.registry import Registry
 from server.running_calls import Calls
-from server.service import Service
-from server.sources import Sources
-from server.sources.remote import FetchLimits, RemoteSources
-from server.uploads import AdapterStore
+from server.service import Service, build_service
 from server.watchdog import Watchdog
 
 FAILURE_GRACE_S = 1.0
@@ -202,7 +203,7 @@ class Condition:
         """Tell whether requests are taken and likely to be answered."""
         if self.service is None or self.watchdog is None:
             return False
-        return self.is_open and self.watchdog.is_ready and not self.service.is_stuck()
+        return self.is_open and self.watchdog.is_ready and not self.service.prompts.is_stuck()
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page of metrics, empty while loading."""
@@ -339,7 +340,7 @@ async def _serve_engine(
         registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
         service = await _service(config, engine, own_text, registry, store, observer, watchers)
         stopping = asyncio.create_task(stop.wait())
-        loading = asyncio.create_task(_load_adapters(config, service))
+        loading = asyncio.create_task(_load_adapters(config, service.loads))
         parts = [http.task, watching, stopping]
         await _wait_for_adapters(config, loading, parts)
         await _run(config, service, condition, doors, parts, stop, announce)
@@ -365,7 +366,7 @@ async def _service(
     observer: Observers,
     watchers: Sequence[RequestWatcher],
 ) -> Service:
-    return Service(
+    service = build_service(
         engine=engine,
         tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
         own_text=own_text,
@@ -374,10 +375,13 @@ async def _service(
         store=store,
         observer=observer,
         base_name=engine.info.base.name,
+        tool_call_parser=config.tool_call_parser,
         watchers=watchers,
         remote=_remote_sources(config, store),
         on_demand=config.adapter_on_demand,
     )
+    await asyncio.to_thread(service.generation.prepare)
+    return service
 
 
 def _remote_sources(config: ServerConfig, store: AdapterStore) -> RemoteSources:
@@ -420,11 +424,11 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
         return None
 
 
-async def _load_adapters(config: ServerConfig, service: Service) -> None:
+async def _load_adapters(config: ServerConfig, loads: Loads) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
-    await service.restore_adapters(config.adapter)
+    await loads.restore(config.adapter)
     for name, source in config.adapter.items():
-        await service.preload(name, source)
+        await loads.preload(name, source)
 
 
 async def _wait_for_adapters(

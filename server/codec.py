@@ -6,8 +6,10 @@ that nothing is ever dropped silently.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.core import (
@@ -17,6 +19,8 @@ from lora_runtime.core import (
     FinishReason,
     RequestTiming,
     SamplingParams,
+    StructuredOutput,
+    StructureKind,
     TokenLogprob,
 )
 from lora_runtime.engine.request_rules import (
@@ -25,7 +29,7 @@ from lora_runtime.engine.request_rules import (
     check_stops,
     logit_bias,
 )
-from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.access.caller import Caller
 from server.calls import (
@@ -43,6 +47,8 @@ from server.calls import (
     StoredAdapter,
     TextPrompt,
     TokenPrompt,
+    Tool,
+    ToolMode,
     UploadCall,
     UploadFile,
 )
@@ -64,18 +70,12 @@ SAMPLING_SCALARS = (
 )
 SAMPLING_NAMES = {"logprobs": "num_logprobs", "prompt_logprobs": "num_prompt_logprobs"}
 """Where the engine's name for a scalar differs."""
-UNSERVED_CHAT = ("tools", "tool_choice", "template_variables")
-"""Fields of a conversation that are refused if they are there."""
-UNSERVED_TURN = ("tool_calls", "tool_call_id", "name")
-"""Fields of a turn that are refused if they are there."""
-REFUSED_FEATURES = (
-    "sampling.structured_output",
-    *(f"messages.{name}" for name in UNSERVED_CHAT),
-    *(f"messages[].{name}" for name in UNSERVED_TURN),
-)
+REFUSED_FEATURES: tuple[str, ...] = ()
 FEATURES = (
     "text",
     "messages",
+    *(f"messages.{name}" for name in ("tools", "tool_choice", "template_variables")),
+    *(f"messages[].{name}" for name in ("tool_calls", "tool_call_id", "name")),
     "token_ids",
     "adapters[].name",
     "adapters[].weight",
@@ -100,16 +100,27 @@ MAX_LIST_BYTES = 4 << 20
 MAX_ABRIDGED_ERROR = 200
 MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 """Files of an upload: as many as an adapter has at most."""
+MAX_NAME_LENGTH = 128
+"""Characters of an adapter's name."""
 
 _NAME = re.compile(
-    r"(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*", re.ASCII
+    rf"(?=.{{1,{MAX_NAME_LENGTH}}}\Z)"
+    r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*",
+    re.ASCII,
 )
 _PRINTABLE = re.compile(r"[ -~]{0,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: types_pb2.FINISH_REASON_TOOL_CALLS,
     FinishReason.CANCELLED: types_pb2.FINISH_REASON_CANCELLED,
+}
+_TOOL_MODES = {
+    types_pb2.TOOL_CHOICE_MODE_UNSPECIFIED: ToolMode.AUTO,
+    types_pb2.TOOL_CHOICE_MODE_AUTO: ToolMode.AUTO,
+    types_pb2.TOOL_CHOICE_MODE_NONE: ToolMode.NONE,
+    types_pb2.TOOL_CHOICE_MODE_REQUIRED: ToolMode.REQUIRED,
 }
 _STATES = {
     state: adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState
@@ -162,8 +173,7 @@ def decode_prompt(
             turns = request.messages.messages
             check_tokens(len(turns), "messages", limits)
             check_bytes(request.messages.ByteSize(), "messages", limits)
-            _refuse_unserved_chat(request.messages)
-            return ChatPrompt(tuple({"role": turn.role, "content": turn.content} for turn in turns))
+            return _chat(request.messages)
         case "token_ids":
             check_tokens(len(request.token_ids.ids), "token_ids", limits)
             return TokenPrompt(tuple(request.token_ids.ids))
@@ -197,8 +207,9 @@ def adapter_name(name: str, field: str = "name") -> str:
         raise InvalidRequest(f"{field} is empty; name an adapter", field=field)
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
-            f"{field} is {name[:128]!r}; use up to 128 letters, digits, '.', '_', '-' and '@', "
-            "in parts between single '/', each with a letter or digit first, and no '..'",
+            f"{field} is {name[:MAX_NAME_LENGTH]!r}; use up to {MAX_NAME_LENGTH} letters, digits, "
+            "'.', '_', '-' and '@', in parts between single '/', each with a letter or digit "
+            "first, and no '..'",
             field=field,
         )
     return name
@@ -239,7 +250,16 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
     if isinstance(event, Delta):
         logprobs = [_logprob(logprob) for logprob in event.logprobs]
         delta = generation_pb2.Delta(
-            index=event.index, text=event.text, token_ids=event.token_ids, logprobs=logprobs
+            index=event.index,
+            text=event.text,
+            token_ids=event.token_ids,
+            logprobs=logprobs,
+            tool_calls=[
+                types_pb2.ToolCallDelta(
+                    index=call.index, id=call.id, name=call.name, arguments=call.arguments
+                )
+                for call in event.tool_calls
+            ],
         )
         return generation_pb2.GenerateResponse(delta=delta)
     usage = types_pb2.Usage(
@@ -347,17 +367,64 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
     )
 
 
-def _refuse_unserved_chat(chat: types_pb2.ChatMessages) -> None:
-    given = {f"messages.{field.name}" for field, _ in chat.ListFields()}
-    for turn in chat.messages:
-        given |= {f"messages[].{field.name}" for field, _ in turn.ListFields()}
-    for name in REFUSED_FEATURES:
-        if name in given:
-            raise _unserved(name, "is set; leave it out")
+def _chat(chat: types_pb2.ChatMessages) -> ChatPrompt:
+    return ChatPrompt(
+        messages=tuple(map(_turn, chat.messages)),
+        tools=tuple(
+            Tool(
+                tool.name,
+                tool.description,
+                _json_object(tool.parameters, f"messages.tools[{index}].parameters"),
+            )
+            for index, tool in enumerate(chat.tools)
+        ),
+        tool_choice=_tool_choice(chat.tool_choice),
+        template_variables=_json_object(chat.template_variables, "messages.template_variables")
+        or {},
+    )
 
 
-def _unserved(field: str, why: str) -> UnsupportedFeature:
-    return UnsupportedFeature(f"{field} {why}: it is not served yet", field=field)
+def _turn(turn: types_pb2.ChatMessage) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    for name in ("name", "tool_call_id"):
+        if turn.HasField(name):
+            found[name] = getattr(turn, name)
+    if turn.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in turn.tool_calls
+        ]
+    return found
+
+
+def _tool_choice(choice: types_pb2.ToolChoice) -> ToolMode | str:
+    match choice.WhichOneof("choice"):
+        case "name":
+            return str(choice.name)
+        case "mode" if choice.mode in _TOOL_MODES:
+            return _TOOL_MODES[choice.mode]
+        case "mode":
+            raise InvalidRequest(
+                f"messages.tool_choice.mode is {choice.mode}, which is unknown",
+                field="messages.tool_choice.mode",
+            )
+    return ToolMode.AUTO
+
+
+def _json_object(text: str, field: str) -> dict[str, Any] | None:
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{field} is no JSON: {error}", field=field) from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{field} must be a JSON object", field=field)
+    return value
 
 
 def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, ...]:
@@ -374,8 +441,6 @@ def _adapters(request: generation_pb2.GenerateRequest) -> tuple[AdapterChoice, .
 
 
 def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
-    if sampling.HasField("structured_output"):
-        raise _unserved("sampling.structured_output", "is set; leave it out")
     given = {
         SAMPLING_NAMES.get(field.name, field.name): value
         for field, value in sampling.ListFields()
@@ -388,7 +453,27 @@ def _sampling(sampling: types_pb2.SamplingParams) -> SamplingParams:
         **given,
         stop_token_ids=frozenset(sampling.stop_token_ids),
         logit_bias=logit_bias(sampling.logit_bias),
+        structured_output=_structured_output(sampling),
     )
+
+
+def _structured_output(sampling: types_pb2.SamplingParams) -> StructuredOutput | None:
+    if not sampling.HasField("structured_output"):
+        return None
+    form, field = sampling.structured_output, "sampling.structured_output"
+    match form.WhichOneof("format"):
+        case None:
+            raise InvalidRequest(f"{field} has no format; set one of its fields", field=field)
+        case "json_object":
+            if not form.json_object:
+                field = f"{field}.json_object"
+                raise InvalidRequest(f"{field} is false; set it or leave it out", field=field)
+            return StructuredOutput(StructureKind.JSON_OBJECT, "")
+        case "choice":
+            choices = json.dumps(list(form.choice.texts), ensure_ascii=False)
+            return StructuredOutput(StructureKind.CHOICE, choices)
+        case kind:
+            return StructuredOutput(StructureKind(kind), getattr(form, kind))
 
 
 def _check_length(length: int, most: int, field: str) -> None:

@@ -30,7 +30,7 @@ from lora_runtime.settings import (
     setting,
     settings,
 )
-from server.sources.location import PLACE, REMOTE, check_prefix, is_remote, parse
+from server.adapters.sources.location import PLACE, REMOTE, check_prefix, is_remote, parse
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -109,7 +109,7 @@ def _checked_network(value: str) -> str:
     return value
 
 
-NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._-]*=)")
+NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._@/-]*=)")
 PREFIX = "LORAMUX_"
 OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
 """Variables of no setting: a client's server, key and roots of TLS; the folder of bases; the file
@@ -123,6 +123,9 @@ Source: https://kubernetes.io/docs/concepts/services-networking/service/#environ
 """
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+ToolCallParser = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named"
+]
 LogFormat = Literal["auto", "json", "console"]
 Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
@@ -143,7 +146,7 @@ Templates = Annotated[
 MAX_SECONDS = 1_000_000
 """Eleven days: longer waits mean that something else is wanted."""
 
-NETWORK, ACCESS, ADAPTERS = "Network", "Access", "Adapters"
+NETWORK, ACCESS, ADAPTERS, TEXT = "Network", "Access", "Adapters", "Text"
 PROCESS = "Logs and shutdown"
 
 
@@ -206,6 +209,10 @@ class ServerConfig(EngineConfig):
     max_store_bytes: Bytes = setting(default=100 << 30, gt=0, le=MAX_BYTES, group=LIMITS)
     """Bytes of all uploaded adapters together; beyond them uploads are refused until some adapters
     are deleted."""
+
+    tool_call_parser: ToolCallParser = setting(default="auto", group=TEXT)
+    """Format in which the models' calls of tools are read from their text. `auto`: the one that the
+    chat template shows. `none`: calls stay in the text."""
 
     engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the

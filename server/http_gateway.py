@@ -50,6 +50,7 @@ def build_http_app(
             Route("/metrics", show_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/health", readyz),  # what vLLM's tools ask before they begin
             *routes,
         ],
         exception_handlers={HTTPException: _no_route},

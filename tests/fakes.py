@@ -33,6 +33,7 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from lora_runtime.text.structured_output import Vocabulary
 from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
 from lora_runtime.text.text_side import TextSide
 
@@ -63,7 +64,17 @@ class ByteTokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         return self.encode(text)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    added_tokens = ()
+
+    def vocabulary(self, vocab_size: int) -> Vocabulary:
+        return Vocabulary([*(bytes([i]) for i in range(EOS_ID)), b"<end of output>"], [EOS_ID])
+
+    def chat_template(self, *, has_tools: bool = False) -> str:
+        return "{% for tool in tools %}<tool_call>{% endfor %}"
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, tools: Sequence = (), variables: object = ()
+    ) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise InvalidRequest("unknown role", field="messages")
         return self.encode("".join(map("<{role}>{content}".format_map, messages)))
@@ -100,7 +111,13 @@ class FormatText:
             return side, (error.message,)
         return side, ()
 
-    async def render(self, side: TextSide, messages: Sequence[Mapping[str, str]]) -> str:
+    async def render(
+        self,
+        side: TextSide,
+        messages: Sequence[Mapping[str, str]],
+        tools: Sequence = (),
+        variables: object = (),
+    ) -> str:
         try:
             return "".join(map((side.template or "").format_map, messages))
         except (KeyError, ValueError) as error:

@@ -292,7 +292,8 @@ class Engine:
     def _start(self, plan: ScheduledBatch) -> bool:
         """Start a plan; False when something went wrong with one of its rows, or with all."""
         try:
-            self._started.append((plan, self.runner.start(plan)))
+            drawn = self.runner.start(plan, lambda: self._commit(num_steps_ahead=0))
+            self._started.append((plan, drawn))
         except Exception:
             log.exception("a step of %d rows failed; each is run alone", len(plan.rows))
             return False
@@ -401,6 +402,11 @@ class Engine:
         biased = [token_id for token_id, _ in request.sampling.logit_bias]
         self._check_token_ids(biased, "sampling.logit_bias")
         _check_prompt_logprobs(num_prompt, request.sampling.num_prompt_logprobs)
+        if (request.structure is None) != (request.sampling.structured_output is None):
+            raise InvalidRequest(
+                "sampling.structured_output has not been compiled for this request",
+                field="sampling.structured_output",
+            )
         for index, use in enumerate(request.adapters):
             self._check_use(use, f"adapters[{index}]")
 

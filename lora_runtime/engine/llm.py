@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -33,6 +34,7 @@ from lora_runtime.core import (
     Request,
     SamplingParams,
     StepOutput,
+    StructuredOutput,
     TokenLogprob,
     is_whole,
 )
@@ -62,10 +64,12 @@ from lora_runtime.errors import (
 )
 from lora_runtime.settings import checked
 from lora_runtime.text.detokenizer import Detokenizer
+from lora_runtime.text.messages import Message
 from lora_runtime.text.output_text import OutputText
+from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
-from lora_runtime.text.tokenizer import Message, Tokenizer, check_messages
+from lora_runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation: messages of `role` and `content`."""
@@ -135,6 +139,9 @@ class LLM:
         loaded = self._engine.base
         self._tokenizer = Tokenizer.load(loaded.folder)
         self._own_text = TextWorkers(loaded.folder, loaded.spec.vocab_size)
+        self._structures = StructureCompiler(
+            partial(self._tokenizer.vocabulary, loaded.spec.vocab_size)
+        )
         try:
             for name, folder in named.items():
                 self.load(name, folder)
@@ -195,6 +202,7 @@ class LLM:
         ignore_eos: bool = False,
         n: int = 1,
         return_errors: bool = False,
+        structured_output: StructuredOutput | Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
@@ -204,9 +212,10 @@ class LLM:
         trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
         and are not part of it. `n`: independent outputs for each prompt; those after the first are
-        its Completion's `others`. `sampling`: fields of SamplingParams, as `temperature=0.0`, with
-        `logit_bias` as a mapping of token ids to numbers; without `max_tokens` an output has 256
-        tokens at most, or as many as fit. What a request may say is
+        its Completion's `others`. `structured_output`: the form that every output must have, as
+        StructuredOutput or as `StructuredOutput.of` reads it. `sampling`: fields of SamplingParams,
+        as `temperature=0.0`, with `logit_bias` as a mapping of token ids to numbers; without
+        `max_tokens` an output has 256 tokens at most, or as many as fit. What a request may say is
         what a server takes: `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered. A
@@ -217,6 +226,9 @@ class LLM:
         check_num_outputs(n)
         if "logit_bias" in sampling:
             sampling["logit_bias"] = logit_bias(sampling["logit_bias"])
+        if isinstance(structured_output, Mapping):
+            structured_output = StructuredOutput.of(structured_output)
+        sampling["structured_output"] = structured_output
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
@@ -245,6 +257,7 @@ class LLM:
             self._engine = None
             self._adapters.clear()
             self._own_text.close()
+            self._structures.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -299,10 +312,12 @@ class LLM:
         )
         ends = () if ignore_eos else (side or self._tokenizer).eos_token_ids
         params = with_ends(params, ends, self.info.base.vocab_size)
+        form = params.structured_output
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
             sampling=params,
+            structure=None if form is None else _awaited(self._structures.compile(form, side)),
             adapters=uses([named[one.name].loaded.digest for one in chosen], chosen),
         )
         facts = {name: one.loaded.facts for name, one in named.items()}
@@ -345,7 +360,6 @@ class LLM:
             )
         if side is None or not side.renders_chats:
             return self._tokenizer.apply_chat_template(messages)
-        check_messages(messages)
         rendered = _awaited(self._own_text.render(side, messages))
         return rendered if isinstance(rendered, list) else self._tokenizer.encode_rendered(rendered)
 

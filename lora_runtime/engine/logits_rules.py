@@ -7,7 +7,8 @@ For every row, in this order, which is that of vLLM and transformers:
    x_t · p (arXiv:1909.05858);
 3. frequency_penalty f and presence_penalty d act on each token that the output holds, c_t times:
    x_t − f · c_t − d (OpenAI's formula);
-4. stop tokens are excluded before min_tokens: they get the lowest finite number.
+4. stop tokens are excluded before min_tokens: they get the lowest finite number;
+5. so do tokens that would break the form of structured output (`structure_masks.py`).
 
 The temperature and all cuts come after that. NaN and infinity stay what they are or become each
 other, so that a row that is not finite is still seen as such. Nothing here waits for the device.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lora_runtime.core import Row
 from lora_runtime.engine.row_tables import tables_of
+from lora_runtime.engine.structure_masks import exclude_unstructured, is_structured
 from lora_runtime.kernels import to_device
 
 MAX_ROWS_AT_ONCE = 32
@@ -40,7 +42,8 @@ def modified(logits: Tensor, rows: Sequence[Row], drawn: Tensor | None = None) -
     biased = [(i, row) for i, row in enumerate(rows) if row.request.sampling.logit_bias]
     penalised = [(i, row) for i, row in enumerate(rows) if _is_penalised(row)]
     early = [(i, row) for i, row in enumerate(rows) if _is_early(row)]
-    if not (biased or penalised or early):
+    structured = [(i, row) for i, row in enumerate(rows) if is_structured(row)]
+    if not (biased or penalised or early or structured):
         return logits
     changed = logits.to(torch.float32, copy=True)
     if biased:
@@ -49,6 +52,8 @@ def modified(logits: Tensor, rows: Sequence[Row], drawn: Tensor | None = None) -
         _penalise(changed, penalised[first : first + MAX_ROWS_AT_ONCE], drawn)
     if early:
         _exclude_stops(changed, early)
+    if structured:
+        exclude_unstructured(changed, structured)
     return changed
 
 

@@ -108,11 +108,19 @@ class ModelRunner:
         self.loads.clear(slot)
 
     @torch.inference_mode()
-    def start(self, plan: ScheduledBatch) -> Draw:
-        """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it."""
+    def start(self, plan: ScheduledBatch, settle: Callable[[], None] = lambda: None) -> Draw:
+        """Run a plan's tokens and sample the rows that are due, in order: on a GPU, queue it.
+
+        `settle` records the steps before. It is called once this step's forward is queued, if a row
+        of structured output ends in a token that only the device knows: which tokens may follow
+        depends on it. The device goes on meanwhile.
+        """
         logits = self.logits(plan)
+        best, prompts = self._best, self._prompts
         due = [scheduled.row for scheduled in plan.rows if scheduled.samples]
-        found = draw(logits, due, self._best, self._drawn, self._prompts)
+        if any(row.matcher is not None and row.token_ids[-1] < 0 for row in due):
+            settle()
+        found = draw(logits, due, best, self._drawn, prompts)
         self._drawn[: len(found.token_ids)] = found.token_ids
         return found
 

@@ -91,7 +91,7 @@ def logit_bias(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
     """
     if not isinstance(biases, Mapping) or not all(map(is_whole, biases)):
         raise InvalidRequest(
-            f"sampling.logit_bias is {biases!r:.200}; it must map token ids to numbers",
+            f"sampling.logit_bias is {written(biases)}; it must map token ids to numbers",
             field="sampling.logit_bias",
         )
     return tuple(sorted(biases.items()))

@@ -172,6 +172,8 @@ class Scheduler:
         is_finite = result is None or result.is_finite
         if not is_finite or not all(map(_is_finite, chunks)):
             return self._fail_non_finite(scheduled.row)
+        if result is not None and (error := _structure_error(scheduled.row)) is not None:
+            return self.end(scheduled.row, FinishReason.ERROR, error)
         for chunk in chunks:
             _keep(chunk)
         if scheduled.row.status is RowStatus.RUNNING:
@@ -376,6 +378,8 @@ class Scheduler:
     def _accept(self, row: Row, position: int, result: SampledToken) -> StepOutput:
         row.token_ids[position] = result.token_id
         row.first_token = row.first_token or time.monotonic()
+        if row.matcher is not None and result.token_id not in row.request.sampling.stop_token_ids:
+            row.matcher.take(result.token_id)
         reason = _finish_reason(row, position)
         output = StepOutput(
             request_id=row.request.request_id,
@@ -421,9 +425,18 @@ def _has_all_tokens(row: Row) -> bool:
     return row.num_output_tokens >= row.request.sampling.max_tokens
 
 
+def _structure_error(row: Row) -> LoramuxError | None:
+    """Why no token could be drawn that keeps the form of structured output."""
+    if row.matcher is None or not row.matcher.error:
+        return None
+    return RequestFailed(f"sampling.structured_output cannot be kept: {row.matcher.error}")
+
+
 def _finish_reason(row: Row, position: int) -> FinishReason | None:
     sampling = row.request.sampling
     if row.token_ids[position] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    if row.matcher is not None and row.matcher.is_complete:
         return FinishReason.STOP
     num_output_tokens = position + 1 - row.num_prompt_tokens
     return FinishReason.LENGTH if num_output_tokens >= sampling.max_tokens else None

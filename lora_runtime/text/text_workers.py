@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import selectors
-import subprocess
-import sys
 import tempfile
 import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import PriorityQueue
 from typing import Any, Protocol, TypeAlias
 
-from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
-from lora_runtime.shortages import shortage
+from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
+from lora_runtime.text.messages import Message, as_templates_want, check_variables
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.tokenizer import NO_VARIABLES
+from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_LOADING = 2
 NUM_RENDERING = 4
@@ -35,35 +31,24 @@ NUM_RENDERING = 4
 RENDERING_S = 5.0
 """Wall-clock time of one piece of work; its processor time is limited in the process."""
 LOADING_S = 60.0
-STARTING_S = 60.0
 PENALTY_S = 60.0
 """How long a text side that used up its limits is refused."""
 LONG_PROMPT = 1 << 16
 """Characters from which it is the prompt, and not the text side, that takes too much."""
 CHARACTERS_PER_MESSAGE = 64
 """Characters that a message costs beside its own, because templates go over all messages."""
-MAX_WAITING = 256
 MAX_WAITING_PER_SIDE = 128
 MAX_REMEMBERED = 1024
 MAX_MESSAGE = 300
 """Characters of a template's own complaint that are passed on."""
 FOLDER_PREFIX = "loramux-text-"
 """Beginning of the names of temporary folders that hold text files while they are read."""
-LENGTH_BYTES = 4
-MAX_REPLY_BYTES = 256 << 20
-ENVIRONMENT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ")
-"""All that a process sees of this one's environment."""
-
 TRIAL_CHAT = ({"role": "user", "content": "Hello"},)
 """The conversation that an adapter's own chat template must render when it is loaded."""
 
 
 Reading: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
 """An adapter's text side, None for the base's, and notes on it."""
-
-
-class LimitExceeded(Exception):
-    """The process took too long or too much memory, and was killed."""
 
 
 class OwnText(Protocol):
@@ -78,10 +63,15 @@ class OwnText(Protocol):
         ...
 
     async def render(
-        self, side: TextSide, messages: Sequence[Mapping[str, str]]
+        self,
+        side: TextSide,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str | list[int]:
         """Render a conversation; token ids where the side has a tokenizer of its own, else text.
 
+        tools, variables: as `Tokenizer.apply_chat_template` has them.
         Raises InvalidRequest (field `messages`) for what the template refuses or takes too long
         or too much memory for, and Overloaded.
         """
@@ -104,8 +94,8 @@ class TextWorkers:
         remove_abandoned(Path(tempfile.gettempdir()), FOLDER_PREFIX)
         self._base_folder = base_folder
         self._vocab_size = vocab_size
-        self._loading = _Pool("loading", NUM_LOADING)
-        self._rendering = _Pool("rendering", NUM_RENDERING)
+        self._loading = _pool("loading", NUM_LOADING)
+        self._rendering = _pool("rendering", NUM_RENDERING)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._sides: weakref.WeakValueDictionary[str, TextSide] = weakref.WeakValueDictionary()
         """Adapters of one text share it: a tokenizer may have megabytes."""
@@ -150,7 +140,11 @@ class TextWorkers:
         return None if side is None else (side, notes)
 
     async def render(
-        self, side: TextSide, messages: Sequence[Mapping[str, str]]
+        self,
+        side: TextSide,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str | list[int]:
         if side.template is None:
             raise InvalidRequest(
@@ -158,8 +152,19 @@ class TextWorkers:
                 "instead",
                 field="messages",
             )
-        request = {"op": "render", "key": side.key, "messages": [dict(m) for m in messages]}
-        size = sum(CHARACTERS_PER_MESSAGE + sum(map(len, m.values())) for m in messages)
+        check_variables(variables, side.variables)
+        request = {
+            "op": "render",
+            "key": side.key,
+            "messages": as_templates_want(messages),
+            "tools": list(tools),
+            "variables": dict(variables),
+        }
+        size = CHARACTERS_PER_MESSAGE * len(messages) + sum(
+            len(value) if isinstance(value, str) else len(json.dumps(value))
+            for part in (*messages, *tools, variables)
+            for value in part.values()
+        )
         reply = await self._run(side, request, "messages", "chat template", size)
         return self._checked(reply["ids"], "messages") if "ids" in reply else str(reply["text"])
 
@@ -228,7 +233,7 @@ class TextWorkers:
     ) -> dict[str, Any]:
         """Run one request of a side and release the side's lock when it is really over."""
         try:
-            return await self._rendering.run(lambda process: process.ask(request, side))
+            return await self._rendering.run(lambda process: _ask(process, request, side))
         except LimitExceeded:
             if not is_long:
                 self._refuse(side)
@@ -251,7 +256,7 @@ class TextWorkers:
             )
         return ids
 
-    def _read(self, process: _Process, files: Mapping[str, bytes]) -> dict[str, Any]:
+    def _read(self, process: WorkerProcess, files: Mapping[str, bytes]) -> dict[str, Any]:
         with temporary_folder(Path(tempfile.gettempdir()), FOLDER_PREFIX) as folder:
             (folder / "own").mkdir()
             (folder / "work").mkdir()
@@ -281,175 +286,19 @@ def _spent(field: str, what: str, *, is_long: bool) -> InvalidRequest:
     )
 
 
-class _Pool:
-    """Some processes of one kind, each with a thread that waits for it."""
-
-    def __init__(self, kind: str, count: int) -> None:
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix=f"text-{kind}")
-        self._processes = [_Process(kind) for _ in range(count)]
-        self._idle: PriorityQueue[tuple[bool, int]] = PriorityQueue()
-        """Indices; those that have to be started come last."""
-        for index in range(count):
-            self._idle.put((True, index))
-        self._num_waiting = 0
-
-    async def run(self, work: Any) -> dict[str, Any]:
-        """Give `work` an idle process in a thread. Raises LimitExceeded, Overloaded."""
-        if self._num_waiting >= MAX_WAITING:
-            raise Overloaded("too many texts wait for adapters' own templates; try again later")
-        self._num_waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._with_process, work)
-        finally:
-            self._num_waiting -= 1
-
-    def close(self) -> None:
-        """Kill the processes; what waits for one ends with Unavailable, and so do the threads."""
-        for process in self._processes:
-            process.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for process in self._processes:
-            process.discard()
-
-    def _with_process(self, work: Any) -> dict[str, Any]:
-        _, index = self._idle.get()
-        process = self._processes[index]
-        try:
-            reply: dict[str, Any] = work(process)
-        except OSError as error:
-            raise shortage(error) or error from None
-        finally:
-            self._idle.put((not process.is_running, index))
-        return reply
-
-
-class _Process:
-    """One process, started when it is first asked and again after it was killed."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._running: subprocess.Popen[bytes] | None = None
-        self._is_closed = False
-
-    @property
-    def is_running(self) -> bool:
-        return self._running is not None
-
-    def ask(self, request: dict[str, Any], side: TextSide) -> dict[str, Any]:
-        """Ask about a text side, sending it first where the process does not have it."""
-        reply = self.exchange(request, RENDERING_S)
-        if "is_unknown" not in reply:
-            return reply
-        opened = self.exchange({"op": "open", **side.to_json()}, LOADING_S)
-        return opened if "refused" in opened else self.exchange(request, RENDERING_S)
-
-    def exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and wait for its reply. Raises LimitExceeded, Unavailable."""
-        if self._is_closed:
-            raise Unavailable("the server is shutting down")
-        try:
-            running = self._started()
-            reply = _talk(running, request, time.monotonic() + seconds)
-        except LimitExceeded:
-            self.discard()
-            if self._is_closed:
-                raise Unavailable("the server is shutting down") from None
-            raise
-        if "is_over" in reply:  # memory ran out: what it holds now is not to be trusted
-            self.discard()
-            raise LimitExceeded
-        return reply
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._running is not None and self._running.poll() is not None:
-            self.discard()
-        if self._running is None:
-            self._running = _start(self._kind)
-            if self._is_closed:
-                self._running.kill()
-            _talk(self._running, {"op": "open", **NOTHING}, time.monotonic() + STARTING_S)
-        return self._running
-
-    def stop(self) -> None:
-        """Kill the process for good, whatever it does; from any thread."""
-        self._is_closed = True
-        running = self._running
-        if running is not None:
-            running.kill()
-
-    def discard(self) -> None:
-        """Kill the process and forget it; from the thread that asks it."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.kill()
-            running.__exit__(None, None, None)  # closes its pipes and waits for it
-
-
 NOTHING: dict[str, Any] = {"key": "", "template": None, "variables": {}, "tokenizer": None}
 """A text side of nothing: opening it shows that a process has started."""
 
 
-def _start(kind: str) -> subprocess.Popen[bytes]:
-    """Start a worker process, which sees little of this one's environment."""
-    root = str(Path(__file__).parents[2])
-    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_runtime.text.worker", kind],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the server, which ends this one
-        cwd=root,
-        env={
-            **environment,
-            "PYTHONPATH": root,
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-    )
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        os.set_blocking(pipe.fileno(), False)
-    return process
+def _pool(kind: str, count: int) -> ProcessPool:
+    command = ("lora_runtime.text.worker", kind)
+    return ProcessPool("adapters' own text", command, count, lambda: {"op": "open", **NOTHING})
 
 
-def _talk(
-    process: subprocess.Popen[bytes], request: dict[str, Any], deadline: float
-) -> dict[str, Any]:
-    """Write a frame and read one. Raises LimitExceeded where the process ends or is too late."""
-    content = json.dumps(request).encode()
-    unsent = memoryview(len(content).to_bytes(LENGTH_BYTES, "little") + content)
-    received = bytearray()
-    assert process.stdin is not None and process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while not _is_whole(received):
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise LimitExceeded
-            for key, _ in ready:
-                try:
-                    if key.fileobj is process.stdin:
-                        unsent = unsent[os.write(key.fd, unsent[: 1 << 16]) :]
-                    elif data := os.read(key.fd, 1 << 20):
-                        received += data
-                    else:
-                        raise LimitExceeded
-                except BrokenPipeError:
-                    raise LimitExceeded from None
-            if not unsent and process.stdin in selector.get_map():
-                selector.unregister(process.stdin)
-    reply: dict[str, Any] = json.loads(received[LENGTH_BYTES:])
-    return reply
-
-
-def _is_whole(received: bytearray) -> bool:
-    if len(received) < LENGTH_BYTES:
-        return False
-    size = int.from_bytes(received[:LENGTH_BYTES], "little")
-    if size > MAX_REPLY_BYTES:
-        raise LimitExceeded
-    return len(received) >= LENGTH_BYTES + size
+def _ask(process: WorkerProcess, request: dict[str, Any], side: TextSide) -> dict[str, Any]:
+    """Ask about a text side, sending it first where the process does not have it."""
+    reply = process.exchange(request, RENDERING_S)
+    if "is_unknown" not in reply:
+        return reply
+    opened = process.exchange({"op": "open", **side.to_json()}, LOADING_S)
+    return opened if "refused" in opened else process.exchange(request, RENDERING_S)

@@ -50,6 +50,26 @@ class TokenReader:
         return written.replace(_SPACE, " ").encode()
 
 
+def vocabulary_bytes(
+    backend: tokenizers.Tokenizer, vocab_size: int
+) -> tuple[list[bytes], list[int]] | None:
+    """Return the bytes of each id below `vocab_size`, and the ids of special tokens.
+
+    None for a vocabulary whose tokens are no bytes of their own: one that is decoded neither by
+    bytes nor with a sign for the space, or lacks a token for a printable ASCII character.
+    """
+    state = "" if backend.decoder is None else json.loads(backend.to_str())["decoder"]
+    written = json.dumps(state, ensure_ascii=False)
+    if not any(sign in written for sign in ('"ByteLevel"', '"Metaspace"', _SPACE)):
+        return None
+    bytes_of = TokenReader(backend)
+    tokens = [bytes_of(index) for index in range(vocab_size)]
+    if not {bytes([byte]) for byte in (10, *range(32, 127))} <= set(tokens):
+        return None
+    added = backend.get_added_tokens_decoder()
+    return tokens, [i for i, token in added.items() if token.special and i < vocab_size]
+
+
 def _byte_characters() -> dict[str, int]:
     """The character that stands for each byte: itself where it is printable, else the next of those
     from U+0100 on. Source: GPT-2's `bytes_to_unicode`, which every byte-level vocabulary follows.

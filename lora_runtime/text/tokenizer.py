@@ -10,17 +10,23 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
 from lora_runtime.text.heard_messages import check_heard
-from lora_runtime.text.token_reader import TokenReader
+from lora_runtime.text.messages import (
+    Message,
+    as_templates_want,
+    check_plain_messages,
+    check_variables,
+)
+from lora_runtime.text.structured_output import Vocabulary
+from lora_runtime.text.token_reader import TokenReader, vocabulary_bytes
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-"""Roles a message may have; the base's template may accept fewer."""
-
-Message = Mapping[str, str]
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer:
@@ -57,6 +63,13 @@ class Tokenizer:
         """Bytes of the longest token as the vocabulary writes it: no token's text has more."""
         return max(len(token.encode()) for token in self._inner.get_vocab())
 
+    def vocabulary(self, vocab_size: int) -> Vocabulary | None:
+        """The texts of a base's `vocab_size` tokens, for structured output; None where they are no
+        bytes of their own. Takes some tenths of a second.
+        """
+        found = vocabulary_bytes(self._inner.backend_tokenizer, vocab_size)
+        return None if found is None else Vocabulary(*found, encode=self.encode_rendered)
+
     @property
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
@@ -85,18 +98,43 @@ class Tokenizer:
         """Token ids of a conversation that a template has rendered, special tokens included."""
         return self._encode(text, add_special_tokens=False)
 
+    def chat_template(self, *, has_tools: bool = False) -> str | None:
+        """The base's chat template; of several the one for tools where there are some."""
+        template: str | dict[str, str] | None = self._inner.chat_template
+        if not isinstance(template, dict):
+            return template
+        return template.get("tool_use" if has_tools and "tool_use" in template else "default")
+
+    @property
+    def added_tokens(self) -> tuple[tuple[int, str, bool], ...]:
+        """(id, text, whether it is special) of each added token."""
+        backend = self._inner.backend_tokenizer
+        added = backend.get_added_tokens_decoder()
+        return tuple(
+            (index, backend.id_to_token(index), token.special) for index, token in added.items()
+        )
+
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> list[int]:
         """Token ids of a conversation in the base's own template.
 
+        tools: in the shape of OpenAI's API; variables: what the template sees beside them.
         The base's template runs in this process: the operator has chosen it with the base.
 
         Raises InvalidRequest (field `messages`): there is no template or it does not compile, a
         role or key is unknown, or the template itself refuses the messages or leaves one out.
         """
-        rendered = self._render(messages, add_generation_prompt)
-        check_heard(messages, lambda marked: self._render(marked, add_generation_prompt))
+        check_variables(variables, self._inner.special_tokens_map)
+        given = {**variables, "tools": list(tools) or None}
+        turns = as_templates_want(messages)
+        rendered = self._render(turns, add_generation_prompt, given)
+        check_heard(turns, lambda marked: self._render(marked, add_generation_prompt, given))
         return self.encode_rendered(rendered)
 
     def split_chat(
@@ -114,6 +152,7 @@ class Tokenizer:
         """
         messages = [self._without_end(message) for message in messages]
         try:
+            check_plain_messages(messages)
             token_ids = self.apply_chat_template(messages, add_generation_prompt=False)
             mask = [False] * len(token_ids)
             for start, end in self._assistant_spans(messages, learned, token_ids):
@@ -175,16 +214,21 @@ class Tokenizer:
         except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
             raise InvalidRequest("the text is not valid Unicode", field="text") from None
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
         if not self.has_chat_template:
             raise _refused("the base has no chat template; send text or token ids instead")
-        check_messages(messages)
         try:
             return str(
                 self._inner.apply_chat_template(
-                    [dict(message) for message in messages],
+                    messages,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
+                    **variables,
                 )
             )
         except Exception as error:  # a template is foreign code and may raise anything
@@ -204,8 +248,9 @@ class Tokenizer:
                     "fill it, remove it, or give it the weight 0",
                     field="messages",
                 )
-            prompt = self.encode_rendered(self._render(messages[:index], True))
-            turn = self.encode_rendered(self._render(messages[: index + 1], False))
+            turns = [dict(other) for other in messages[: index + 1]]
+            prompt = self.encode_rendered(self._render(turns[:-1], True, NO_VARIABLES))
+            turn = self.encode_rendered(self._render(turns, False, NO_VARIABLES))
             if not _is_prefix(prompt, turn) or not _is_prefix(turn, token_ids):
                 raise DataError(
                     f"messages[{index}]: the base's template renders this turn differently in "
@@ -240,21 +285,6 @@ class TokenDecoder:
 
 def _is_prefix(prefix: list[int], whole: list[int]) -> bool:
     return whole[: len(prefix)] == prefix
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise InvalidRequest (field `messages`) for messages that are given to no template."""
-    if not messages:
-        raise _refused("messages is empty; send at least one")
-    for index, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
-            found = ", ".join(sorted(map(str, message))) or "nothing"
-            raise _refused(f"messages[{index}] has {found}; it must have exactly role and content")
-        if not all(isinstance(value, str) for value in message.values()):
-            raise _refused(f"messages[{index}]: role and content must be strings")
-        if message["role"] not in ROLES:
-            known = ", ".join(sorted(ROLES))
-            raise _refused(f"messages[{index}].role is {message['role']!r}; known are {known}")
 
 
 def _refused(message: str) -> InvalidRequest:

@@ -1,15 +1,11 @@
 """The process that runs foreign text: chat templates and tokenizers that adapters bring.
 
 Started by `text_workers.py`, which sends one JSON object a frame and kills what takes too long.
-Here memory, processor time, files and open descriptors are limited, so that no template can take
-more, whatever it does. Renders as transformers does, in jinja2's sandbox.
+Its limits are in `worker_frames.py`. Renders as transformers does, in jinja2's sandbox.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -21,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest
 from lora_runtime.text.heard_messages import check_heard
+from lora_runtime.text.worker_frames import answer_frames, limit_process
 
-LENGTH_BYTES = 4
 MAX_SIDES = 32
 """Text sides that a process keeps ready; the oldest goes, and is sent again when it is wanted."""
 MAX_RENDERED = 8 << 20
@@ -89,9 +85,10 @@ class Worker:
         def render(messages: list[dict[str, Any]]) -> str:
             rendered = render_jinja_template(
                 conversations=[messages],
+                tools=request["tools"] or None,
                 chat_template=side.template,
                 add_generation_prompt=True,
-                **side.variables,
+                **{**request["variables"], **side.variables},
             )
             return str(rendered[0][0])
 
@@ -123,49 +120,14 @@ def _read(request: Any) -> dict[str, Any]:
     return {"side": None if side is None else side.to_json(), "notes": notes}
 
 
-def _limit(extra_bytes: int, is_loading: bool) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    written = MAX_WRITTEN_BYTES if is_loading else 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
-    if sys.platform == "linux":  # elsewhere the kernel does not count this
-        data = next(
-            int(line.split()[1]) << 10
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("VmData")
-        )
-        resource.setrlimit(resource.RLIMIT_DATA, (data + extra_bytes,) * 2)
-
-
-def _allow_time(seconds: int) -> None:
-    """Let the kernel end the process when the next piece of work takes longer on a processor."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
-
-
-def _receive() -> dict[str, Any] | None:
-    header = sys.stdin.buffer.read(LENGTH_BYTES)
-    if len(header) < LENGTH_BYTES:
-        return None
-    request: dict[str, Any] = json.loads(sys.stdin.buffer.read(int.from_bytes(header, "little")))
-    return request
-
-
 def main(kind: str) -> None:
     """Answer until the sender goes away. `kind`: `loading` or `rendering`."""
     is_loading = kind == "loading"
     if is_loading:
         import lora_runtime.text.own_text  # noqa: F401  before the memory is limited
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    _limit(LOADING_MEMORY_BYTES if is_loading else MEMORY_BYTES, is_loading)
-    worker = Worker()
-    while (request := _receive()) is not None:
-        _allow_time(LOADING_CPU_S if is_loading else CPU_S)
-        content = json.dumps(worker.answer(request)).encode()
-        output.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)
-        output.flush()
+    extra = LOADING_MEMORY_BYTES if is_loading else MEMORY_BYTES
+    limit_process(extra, MAX_WRITTEN_BYTES if is_loading else 0)
+    answer_frames(Worker().answer, LOADING_CPU_S if is_loading else CPU_S)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from server.access.caller import Caller
 from server.access.gate import Gate
 from server.errors import http_error
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"
 OPEN_SUFFIXES = (".css", ".js", ".svg")
 """Probes, and the files of the status page, which hold nothing of this server."""

@@ -75,10 +75,15 @@ def generate(
     base_text: sampling.BaseText = None,
     priority: sampling.Priority = None,
     tenant: sampling.Tenant = None,
+    json_schema: sampling.JsonSchema = None,
+    regex: sampling.Regex = None,
+    choice: sampling.Choices = None,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
     options = sampling.given(context.params)
+    if form := sampling.structured_output(json_schema, regex, choice):
+        options["structured_output"] = form
     chosen = weights(adapter or [])
     if chat is None:
         chat = _is_chat(client, chosen, system, bool(base_text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias, cast
 
 import typer
@@ -47,6 +48,16 @@ Priority: TypeAlias = Annotated[
 ]
 Tenant: TypeAlias = Annotated[str | None, typer.Option(help="Who asks. Default: the address.")]
 
+JsonSchema: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The answer is JSON that this schema allows.")
+]
+Regex: TypeAlias = Annotated[
+    str | None, typer.Option(help="The answer is text that this expression matches as a whole.")
+]
+Choices: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="The answer is this text; repeat it for others.")
+]
+
 
 def given(parameters: Mapping[str, Any]) -> Options:
     """Return those of a command's parameters that are options of a request and were given."""
@@ -69,3 +80,20 @@ def _biases(texts: Iterable[str]) -> dict[int, float]:
                 f"{text!r}; it must be a token id and a number, as 42=-5", param_hint="--logit-bias"
             ) from None
     return biases
+
+
+def structured_output(
+    json_schema: Path | None, regex: str | None, choice: list[str] | None
+) -> dict[str, object] | None:
+    """Return the one form that the answer must have, or None."""
+    given: dict[str, object] = {}
+    if json_schema is not None:
+        try:
+            given["json_schema"] = json_schema.read_text()
+        except (OSError, UnicodeError) as error:
+            raise typer.BadParameter(str(error), param_hint="--json-schema") from None
+    given |= {} if regex is None else {"regex": regex}
+    given |= {"choice": choice} if choice else {}
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
+    return given or None

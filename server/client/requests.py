@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -31,10 +32,13 @@ class Sampling(TypedDict, total=False):
     logprobs: int
     prompt_logprobs: int
     n: int
+    structured_output: Mapping[str, Any]
 
 
 BESIDE = ("request_id", "cache_salt", "base_text", "priority", "tenant")
 """Options that are fields of the request itself, not of its sampling."""
+CHAT = ("tools", "tool_choice", "template_variables")
+"""Options that are fields of the conversation."""
 PROMPTS = ("text", "messages", "token_ids")
 ADAPTERS = ("adapter", "adapters")
 
@@ -47,6 +51,9 @@ class Options(Sampling, total=False):
     base_text: bool
     priority: int
     tenant: str | None
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str
+    template_variables: Mapping[str, Any]
 
 
 def generate_request(
@@ -64,10 +71,16 @@ def generate_request(
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     beside = {name: values.pop(name, None) for name in BESIDE}
+    chat = {name: values.pop(name) for name in CHAT if values.get(name) is not None}
+    if chat and messages is None:
+        name = next(iter(chat))
+        raise InvalidRequest(f"{name} is given without messages", field=name)
+    if values.get("structured_output") is not None:
+        values["structured_output"] = _structured_output(values["structured_output"])
     try:
         return generation_pb2.GenerateRequest(
             text=text,
-            messages=_chat(messages),
+            messages=_chat(messages, **chat),
             token_ids=None if token_ids is None else types_pb2.TokenIds(ids=token_ids),
             adapters=[
                 types_pb2.AdapterSelection(name=name, weight=w) for name, w in adapters.items()
@@ -93,9 +106,71 @@ def tokenize_request(text: str | None, messages: Messages | None) -> generation_
     return generation_pb2.TokenizeRequest(text=text, messages=_chat(messages))
 
 
-def _chat(messages: Messages | None) -> types_pb2.ChatMessages | None:
+MODES = {
+    "auto": types_pb2.TOOL_CHOICE_MODE_AUTO,
+    "none": types_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": types_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+def _chat(
+    messages: Messages | None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: str | None = None,
+    template_variables: Mapping[str, Any] | None = None,
+) -> types_pb2.ChatMessages | None:
+    """A conversation; calls and tools may be in the shape of OpenAI's API."""
     if messages is None:
         return None
+    variables = None if template_variables is None else json.dumps(template_variables)
     return types_pb2.ChatMessages(
-        messages=[types_pb2.ChatMessage(**message) for message in messages]
+        messages=[types_pb2.ChatMessage(**_turn(message)) for message in messages],
+        tools=[types_pb2.Tool(**_tool(tool)) for tool in tools],
+        tool_choice=_tool_choice(tool_choice),
+        template_variables=variables,
     )
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    turn = dict(message)
+    calls = turn.pop("tool_calls", None) or ()
+    turn["tool_calls"] = [
+        types_pb2.ToolCall(id=call.get("id", ""), **_function(call)) for call in calls
+    ]
+    return turn
+
+
+def _function(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    return {"name": function["name"], "arguments": function.get("arguments", "{}")}
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(tool.get("function", tool))
+    if not isinstance(function.get("parameters"), str | None):
+        function["parameters"] = json.dumps(function["parameters"])
+    return function
+
+
+def _tool_choice(choice: str | None) -> types_pb2.ToolChoice | None:
+    if choice is None:
+        return None
+    if choice in MODES:
+        return types_pb2.ToolChoice(mode=MODES[choice])
+    return types_pb2.ToolChoice(name=choice)
+
+
+def _structured_output(given: Mapping[str, Any]) -> types_pb2.StructuredOutput:
+    """One of the message's fields; a schema may be a mapping, and choice is a list of texts."""
+    values = dict(given)
+    if isinstance(values.get("json_schema"), Mapping):
+        values["json_schema"] = json.dumps(values["json_schema"])
+    if "choice" in values:
+        values["choice"] = types_pb2.Choices(texts=values["choice"])
+    if len(values) != 1:
+        field = "sampling.structured_output"
+        raise InvalidRequest(f"{field} has {', '.join(values) or 'nothing'}; give one", field=field)
+    try:
+        return types_pb2.StructuredOutput(**values)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"structured_output cannot be sent: {error}") from None

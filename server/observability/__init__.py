@@ -1,1 +1,1 @@
-"""What operators see of each call: records, log lines, traces and counts by method and route."""
+"""What operators see: metrics, and of each call records, log lines, traces and counts."""

@@ -14,10 +14,10 @@ import pytest
 
 from lora_runtime.errors import ConfigError
 from server import addresses, app
+from server.adapters.names import claimed
 from server.addresses import bracketed, check_free, listen
 from server.config import load_config
 from server.grpc_server import start_grpc
-from server.names import claimed
 from tests.server.world import serving
 
 HAS_IPV6 = socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")

@@ -172,6 +172,22 @@ def test_a_bias_that_cannot_be_read_is_a_usage_error(invoke, given):
     assert result.exit_code == 2 and "--logit-bias" in result.stderr
 
 
+def test_an_answer_keeps_to_its_form(ask, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"const": 1}, "maxItems": 2}')
+    flags = ("--text", "--seed", "1", "--max-tokens", "60")
+    shown = ask("generate", SECRET, *flags, "--json-schema", str(schema)).stdout
+    assert set(json.loads(shown)) <= {1}
+    shown = ask("generate", SECRET, *flags, "--choice", "aye", "--choice", "nay").stdout
+    assert shown.strip() in ("aye", "nay")
+    shown = ask("generate", SECRET, *flags, "--regex", "[a-c]{2}-").stdout
+    assert re.fullmatch("[a-c]{2}-", shown.strip())
+    both = ask("generate", SECRET, "--regex", "a", "--choice", "a")
+    assert both.exit_code == 2 and "--json-schema" in both.stderr
+    missing = ask("generate", SECRET, "--json-schema", str(tmp_path / "none.json"))
+    assert missing.exit_code == 2 and "none.json" in missing.stderr
+
+
 def test_chat_goes_through_the_template(ask):
     tokens = {
         mode: int(ask("generate", "Ahoy", mode, "--max-tokens", "1").stderr.split()[0])

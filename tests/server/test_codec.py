@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from lora_runtime.core import AdapterChoice, FinishReason
+from lora_runtime.core import AdapterChoice, FinishReason, StructuredOutput, StructureKind
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
@@ -96,17 +96,23 @@ def test_every_sampling_field_is_either_served_or_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "field"),
+    ("given", "expected"),
     [
-        ({"sampling": {"structured_output": {"json_object": True}}}, "sampling.structured_output"),
+        ({"json_schema": "{}"}, StructuredOutput(StructureKind.JSON_SCHEMA, "{}")),
+        ({"json_object": True}, StructuredOutput(StructureKind.JSON_OBJECT, "")),
+        ({"regex": "a+"}, StructuredOutput(StructureKind.REGEX, "a+")),
+        ({"grammar": "start: x"}, StructuredOutput(StructureKind.GRAMMAR, "start: x")),
+        ({"choice": {"texts": ["a", "é"]}}, StructuredOutput(StructureKind.CHOICE, '["a", "é"]')),
     ],
 )
-def test_unserved_values_are_refused_by_name(fields: dict, field: str) -> None:
-    with pytest.raises(UnsupportedFeature) as caught:
-        decode(**fields)
-    assert caught.value.field == field
-    assert field in caught.value.message
-    assert field in REFUSED_FEATURES
+def test_forms_are_decoded(given: dict, expected: StructuredOutput) -> None:
+    assert decode(sampling={"structured_output": given}).sampling.structured_output == expected
+
+
+def test_a_form_without_a_format_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(sampling={"structured_output": {}})
+    assert caught.value.field == "sampling.structured_output"
 
 
 def test_unserved_fields_may_hold_their_default() -> None:

@@ -57,10 +57,13 @@ async def test_a_name_is_answered_by_what_it_names_and_never_by_the_base(api) ->
             assert answer.choices[0].text == text and answer.model == model
             assert answer.choices[0].finish_reason == "length"
             assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 4)
-        for model in ("absent", "Tiny", "org/polite", "../tiny"):
+        for model in ("absent", "Tiny", "org/polite", "../tiny", "a\n", "x" * 100_000):
             with pytest.raises(openai.NotFoundError) as caught:
                 await api.client.chat.completions.create(model=model, messages=HELLO)
             assert caught.value.code == "model_not_found" and caught.value.param == "model"
+            assert len(caught.value.message) < 400
+            status, error = await api.error("/tokenize", prompt="hi", model=model)
+            assert (status, error["param"]) == (404, "model")
         for body in ({}, {"model": ""}, {"model": None}):
             status, error = await api.error(COMPLETIONS, prompt="hi", **body)
             assert status == 400 and error["param"] == "model"
@@ -341,6 +344,41 @@ async def test_a_long_body_is_read_to_a_limit_and_leaves_the_loop_free(api, monk
                 await asyncio.sleep(0.05)
 
 
+async def test_a_body_of_very_many_things_leaves_the_loop_free(api) -> None:
+    """What checks them holds the interpreter: a short answer must not wait for it."""
+    turn, part = {"role": "user", "content": "x"}, {"type": "text", "text": "x"}
+    chat, base = {"model": "tiny", "messages": HELLO}, {"model": "tiny", "prompt": "hi"}
+    bodies_of = {
+        CHAT: [
+            chat | {"messages": [turn] * 150_000},
+            chat | {"messages": [{"role": "user", "content": [part] * 150_000}]},
+        ],
+        COMPLETIONS: [
+            base | {"adapters": [{"name": "a"}] * 200_000},
+            base | {"x" * (7 * MB): 1},
+            base | {"temperature" * (MB // 2): 1},
+        ],
+    }
+    async with api() as (_, api):
+        assert (await api.post(CHAT, **chat | {"messages": [turn] * 50})).status_code == 200
+        for path, asked in bodies_of.items():
+            for body in asked:
+                content = json.dumps(body).encode()
+                task = asyncio.create_task(
+                    api.http.post(
+                        path, content=content, headers={"content-type": "application/json"}
+                    )
+                )
+                worst = 0.0
+                while not task.done():
+                    begun = time.thread_time()
+                    await asyncio.sleep(0)
+                    worst = max(worst, time.thread_time() - begun)
+                answer = task.result()
+                assert answer.status_code == 400 and len(answer.content) < 1000
+                assert worst < 0.2, (path, len(content), worst)
+
+
 async def send_slowly(api: Api, content: bytes) -> None:
     """Send the beginning of a body and wait for ever."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
@@ -551,7 +589,7 @@ async def test_calls_of_tools_come_in_parts_and_whole(api, monkeypatch) -> None:
         )
 
     async with api() as (world, api):
-        monkeypatch.setattr(world.service, "generate", calling)
+        monkeypatch.setattr(world.service.generation, "generate", calling)
         given = GOOD[CHAT] | {
             "tools": [
                 {

@@ -42,7 +42,7 @@ def get(state):
 def test_probes(state, get, alive, ready, healthz, readyz):
     state.alive, state.ready = alive, ready
     assert get("/healthz").status_code == healthz
-    assert get("/readyz").status_code == readyz
+    assert get("/readyz").status_code == get("/health").status_code == readyz
 
 
 def test_metrics_are_served_in_the_format_asked_for(get):

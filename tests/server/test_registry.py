@@ -16,8 +16,8 @@ from lora_runtime.errors import (
     InvalidRequest,
     Overloaded,
 )
+from server.adapters.registry import MAX_FAILED_RECORDS, Registry
 from server.calls import AdapterState
-from server.registry import MAX_FAILED_RECORDS, Registry
 from tests.fakes import ScriptedEngine
 
 
@@ -274,7 +274,7 @@ async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_pa
 
 
 async def test_names_are_bounded_also_where_all_hold_one_content(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("server.registry.MAX_NAMES", 5)
+    monkeypatch.setattr("server.adapters.registry.MAX_NAMES", 5)
     engine = ScriptedEngine()
     registry = make(engine)
     path = folder(tmp_path, "a")

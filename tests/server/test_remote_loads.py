@@ -15,13 +15,14 @@ from lora_runtime.errors import (
     AdapterSourceRefused,
     AdapterTooLarge,
     ConfigError,
+    InvalidRequest,
     Unavailable,
 )
 from protos.loramux.v1.adapters_pb2 import AdapterState
+from server.adapters.names import NameStore
+from server.adapters.sources import hub as hub_module
+from server.adapters.sources import remote as remote_module
 from server.config import load_config
-from server.names import NameStore
-from server.sources import hub as hub_module
-from server.sources import remote as remote_module
 from tests.server.places import WEIGHTS, Hub, Place, adapter, certificate, status
 from tests.server.test_restart import Host, LocalEngine, ask
 from tests.server.world import until
@@ -213,6 +214,18 @@ async def test_names_without_an_adapter_cost_little(host, hub):
         assert await ask(client, "none") == [ord("n")] * 2, "a load by hand ends the waiting"
 
 
+async def test_a_revision_is_the_operator_s_to_choose(host, hub):
+    hub.push("acme/x", adapter("p"), branch="refs/pr/1")
+    hub.push("acme/x", adapter("v"), branch="v2")
+    async with host.serving(adapter_on_demand=["*=hf:acme/{name}"]) as client:
+        for name in ("x@refs/pr/1", "x@v2", "x/sub"):
+            with pytest.raises((AdapterNotFound, InvalidRequest)):
+                await ask(client, name)
+        assert not hub.seen
+    async with host.serving(adapter_on_demand=["*@v?=hf:acme/{name}"]) as client:
+        assert await ask(client, "x@v2") == [ord("v")] * 2
+
+
 async def test_folders_are_loaded_on_demand_too(host):
     host.write("here", "h")
     async with host.serving(adapter_on_demand=["*={name}"]) as client:
@@ -341,12 +354,12 @@ def test_settings_that_cannot_be_used_are_named(setting, value):
 
 def test_settings_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(
-        "LORAMUX_ADAPTER", f"a={tmp_path}:b=hf:acme/x@v:c=https://h:1/c:d={tmp_path}"
+        "LORAMUX_ADAPTER", f"a={tmp_path}:b=hf:acme/x@v:c=https://h:1/c:o/d@1={tmp_path}"
     )
     monkeypatch.setenv("LORAMUX_ADAPTER_SOURCES", "hf:acme/,s3://bucket/")
     monkeypatch.setenv("LORAMUX_ADAPTER_ON_DEMAND", "t-*=hf:acme/{name},*=/srv/{name}")
     config = load_config()
-    named = {"a": tmp_path, "b": "hf:acme/x@v", "c": "https://h:1/c", "d": tmp_path}
+    named = {"a": tmp_path, "b": "hf:acme/x@v", "c": "https://h:1/c", "o/d@1": tmp_path}
     assert config.adapter == named
     assert config.adapter_sources == ("hf:acme/", "s3://bucket/")
     assert list(config.adapter_on_demand.items()) == [

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 
 from lora_runtime.adapters.files.file_names import content_digest
 from lora_runtime.errors import AdapterSourceRefused, Overloaded, Unavailable
-from server.sources import hub as hub_module
-from server.sources.https import WebServers
-from server.sources.location import check_allowed, check_prefix, parse, pinned, stored_digest
-from server.sources.remote import FetchLimits, RemoteSources
-from server.uploads import AdapterStore
+from server.adapters.sources import hub as hub_module
+from server.adapters.sources.https import WebServers
+from server.adapters.sources.location import (
+    check_allowed,
+    check_prefix,
+    parse,
+    pinned,
+    stored_digest,
+)
+from server.adapters.sources.remote import FetchLimits, RemoteSources
+from server.adapters.uploads import AdapterStore
 from tests.server.places import (
     CONFIG,
     WEIGHTS,
@@ -409,17 +415,17 @@ async def test_a_name_that_leads_to_this_machine_is_refused(store, web, monkeypa
         asked.append(host)
         return [(2, 1, 6, "", ("127.0.0.1" if len(asked) % 2 else "10.1.1.1", port))]
 
-    monkeypatch.setattr("server.sources.https.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("server.adapters.sources.https.socket.getaddrinfo", resolve)
     message = await failure(remote(store, prefix), f"{prefix}x")
     assert "--adapter-source-networks" in message and not web.seen
     sources = remote(store, prefix, networks=[ip_network("127.0.0.0/8")])
     await failure(sources, f"{prefix}x")  # the second look-up leads elsewhere
     monkeypatch.setattr(
-        "server.sources.https.socket.getaddrinfo",
+        "server.adapters.sources.https.socket.getaddrinfo",
         lambda host, port, **_: [(2, 1, 6, "", ("127.0.0.1", port))],
     )
     monkeypatch.setattr(
-        "server.sources.https.socket.create_connection",
+        "server.adapters.sources.https.socket.create_connection",
         lambda address, timeout: plain_connection(address, timeout),
     )
     assert await fetch(sources, f"{prefix}x") == adapter()
@@ -529,8 +535,8 @@ async def test_without_the_extra_the_error_names_it(store, monkeypatch):
 CHILD = """
 import asyncio, sys
 from pathlib import Path
-from server.sources.remote import RemoteSources
-from server.uploads import AdapterStore
+from server.adapters.sources.remote import RemoteSources
+from server.adapters.uploads import AdapterStore
 
 async def main():
     store = AdapterStore(Path(sys.argv[1]), 1 << 20)

@@ -12,12 +12,12 @@ from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.gate import OPEN_GATE, Gate
+from server.adapters.registry import Registry
+from server.adapters.sources import Sources
+from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
-from server.registry import Registry
-from server.service import Service
-from server.sources import Sources
-from server.uploads import AdapterStore
+from server.service import Service, build_service
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -73,7 +73,7 @@ async def running_service(folder: Path, **base_options):
     observer = RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
     own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=Tokenizer.load(folder / "base"),
         own_text=own_text,
@@ -90,5 +90,6 @@ async def running_service(folder: Path, **base_options):
         assert stats.kv_blocks_used == 0
     finally:
         own_text.close()
+        await service.close()
         await engine.close(drain_s=5)
         await registry.close()

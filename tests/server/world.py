@@ -13,14 +13,14 @@ from typing import Any
 import grpc
 
 from server.access.gate import OPEN_GATE, Gate
+from server.adapters.registry import Registry
+from server.adapters.sources import Sources
+from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
 from server.observability.records import RequestWatcher
-from server.registry import Registry
-from server.service import Service
-from server.sources import Sources
-from server.uploads import AdapterStore
+from server.service import Service, build_service
 from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 
 MAX_UPLOAD_BYTES = 4 << 20
@@ -86,7 +86,7 @@ async def serving(
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
     registry = Registry(engine=engine, observer=observer, base_name="tiny")
     store = AdapterStore(folder / "store", MAX_UPLOAD_BYTES)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=ByteTokenizer(),
         own_text=FormatText(),
@@ -103,6 +103,7 @@ async def serving(
             yield World(engine, service, registry, observer, server, client, root)
     finally:
         await server.stop(0)
+        await service.close()
         await registry.close()
 
 

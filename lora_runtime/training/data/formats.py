@@ -20,7 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_runtime.errors import DataError
-from lora_runtime.text.tokenizer import Message, Tokenizer
+from lora_runtime.text.messages import Message
+from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.training.config import InstructionStyle
 
 Values = Mapping[str, object]
@@ -320,7 +321,7 @@ def _turn(values: Mapping[str, object], where: str, key: str) -> _Turn:
         )
     if "content" not in found and "content" in values:
         raise DataError(f"{where}.content is null; fill it or remove the message", field=key)
-    return _Turn(found, bool(weight))  # type: ignore[arg-type]  # the tokenizer checks that it is text
+    return _Turn(found, bool(weight))
 
 
 def _after_system(values: Values, turns: list[_Turn]) -> list[_Turn]:

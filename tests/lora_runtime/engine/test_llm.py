@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,18 @@ def test_penalties_biases_and_prompt_logprobs_come_through(llm):
         PROMPTS[:1], logit_bias={9: 2}, repetition_penalty=100.0, presence_penalty=2.0, **options
     )
     assert len(set(varied.token_ids)) > 4
+
+
+def test_outputs_keep_to_a_form(llm):
+    form = {"regex": "[a-c]{2,4}!"}
+    answers = llm.generate(
+        ["The quick"] * 3, adapter=["a", "b", None], structured_output=form, seed=1, n=2
+    )
+    texts = [one.text for answer in answers for one in (answer, *answer.others)]
+    assert len(texts) == 6 and all(re.fullmatch(form["regex"], text) for text in texts)
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(["a"], structured_output={"regex": "(?=a)"})
+    assert caught.value.field == "sampling.structured_output.regex"
 
 
 def test_prompts_may_come_one_by_one(llm):

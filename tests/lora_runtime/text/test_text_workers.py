@@ -16,7 +16,7 @@ import pytest
 
 from lora_runtime.errors import AdapterRefused, InvalidRequest, Overloaded, Unavailable
 from lora_runtime.temporary_folder import temporary_folder
-from lora_runtime.text import text_workers
+from lora_runtime.text import text_workers, worker_processes
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
 from tests.tiny_tokenizer import BAD_TEMPLATES, VOCAB_SIZE, write_tokenizer
@@ -324,7 +324,7 @@ def test_closing_ends_what_runs_at_once(base: Path) -> None:
 
 
 def test_no_more_wait_than_may(workers: TextWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_workers, "MAX_WAITING", 4)
+    monkeypatch.setattr(worker_processes, "MAX_WAITING", 4)
 
     async def check() -> None:
         sides = [side_of("{{ messages[0].content }}" + "x" * n) for n in range(9)]

@@ -14,12 +14,14 @@ import httpx
 import openai
 import pytest
 import structlog
+from typer.testing import CliRunner
 
 from lora_runtime.errors import ConfigError, InvalidRequest, Unauthenticated, Unavailable
 from server import app
 from server.access import doors
 from server.access.doors import open_doors
 from server.app import Ports
+from server.cli import app as cli
 from server.client import AsyncClient, tls_credentials
 from server.config import load_config
 from tests.server.access.certificates import Authority
@@ -106,7 +108,7 @@ def built(monkeypatch):
     return apps
 
 
-OPEN = {"/healthz", "/readyz", "/"}
+OPEN = {"/health", "/healthz", "/readyz", "/"}
 STRANGE_PATHS = (
     "/nothing", "/healthz/", "//healthz", "/healthz/../metrics", "/page/status.json", "/page/x",
     "/page/../metrics", "/page/..%2fmetrics", "/v1", "/METRICS", "/metrics?x=.css", "/.css",
@@ -308,6 +310,34 @@ async def test_both_ports_speak_tls_and_take_a_new_certificate_while_streams_run
                 assert await after.tokenize("ab")
             served.engine.gate.set()
             assert await stream == "aba", "what runs goes on"
+
+
+async def test_commands_send_their_key_and_speak_tls(tmp_path):
+    root = Authority(tmp_path / "root")
+    server, own = root.issue("server"), root.issue("laptop")
+    flags = {
+        "tls_cert": str(server.cert),
+        "tls_key": str(server.key),
+        "tls_client_ca": str(root.ca),
+    }
+    async with serving(tmp_path, keys=str(write_keys(tmp_path)), **flags) as served:
+
+        async def run(*arguments: str, **variables: str):
+            address = f"127.0.0.1:{served.ports.grpc}"
+            certificate = ["--tls-cert", str(own.cert), "--tls-key", str(own.key)]
+            line = [*arguments, "--address", address, *certificate]
+            env = {"LORAMUX_TLS_CA": str(root.ca), **variables}
+            return await asyncio.to_thread(CliRunner().invoke, cli, line, env=env)
+
+        prompt = ("generate", "--text", "hi", "--max-tokens", "1")
+        assert (await run(*prompt, LORAMUX_API_KEY=ACME)).exit_code == 0
+        assert (await run("adapters", "list", "--api-key", ACME)).exit_code == 0
+        refused = await run("adapters", "unload", "x", LORAMUX_API_KEY=ACME)
+        assert refused.exit_code == 1 and "role user" in refused.stderr
+        refused = await run(*prompt, LORAMUX_API_KEY=WRONG)
+        assert refused.exit_code == 1 and "not one that this server knows" in refused.stderr
+        refused = await run(*prompt)
+        assert refused.exit_code == 1 and "no entry" in refused.stderr
 
 
 async def test_clients_must_have_a_certificate_and_it_may_be_their_key(tmp_path):

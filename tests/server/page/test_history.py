@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from server.observers import Observers
-from server.output import RequestMeter
+from server.generation.output import RequestMeter
+from server.observability.observers import Observers
 from server.page.history import NUM_SAMPLES, Durations, History
 from tests.fakes import ScriptedEngine
 from tests.server.world import RecordingObserver

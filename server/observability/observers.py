@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_runtime.core import RequestTiming
-from server.output import RequestObserver
+from server.generation.output import RequestObserver
 
 
 class Observers:

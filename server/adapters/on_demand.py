@@ -24,8 +24,8 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.registry import Registry, Sees
-from server.sources.location import PLACE
+from server.adapters.registry import Registry, Sees
+from server.adapters.sources.location import PLACE
 
 REMEMBERED_S = 10.0
 MAX_REMEMBERED = 4096
@@ -36,12 +36,20 @@ Load: TypeAlias = Callable[[str, str], Coroutine[Any, Any, object]]
 logger = structlog.get_logger(__name__)
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """As of file names, and only `@` and `/` of the pattern match these: a revision or a folder is
+    the operator's to choose, for on a hub anybody may propose one.
+    """
+    is_as_deep = all(name.count(mark) == pattern.count(mark) for mark in "@/")
+    return is_as_deep and fnmatchcase(name, pattern)
+
+
 class OnDemand:
     """Which names are loaded when a request names them, and those loads."""
 
     def __init__(self, sources: Mapping[str, str], registry: Registry, load: Load) -> None:
-        """`sources`: pattern of names (as of file names: * ? [abc]) → source; the first that
-        matches counts.
+        """`sources`: pattern of names (* ? [abc], none of them for `/` or `@`) → source; the first
+        that matches counts.
         """
         self._sources, self._registry, self._load = dict(sources), registry, load
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -63,7 +71,7 @@ class OnDemand:
 
     def _source(self, name: str) -> str | None:
         for pattern, source in self._sources.items():
-            if fnmatchcase(name, pattern):
+            if _matches(name, pattern):
                 return source.replace(PLACE, name)
         return None
 

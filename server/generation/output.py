@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_runtime.core import FinishReason, RequestTiming, StepOutput
+from server.adapters.registry import AdapterObserver
 from server.calls import Delta
-from server.registry import AdapterObserver
 
 if TYPE_CHECKING:
     from lora_runtime.text.output_text import OutputText

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.sources.folders import refused
-from server.sources.location import Location
-from server.sources.transfer import CONNECT_S, RemoteFile, TransferFailed
+from server.adapters.sources.folders import refused
+from server.adapters.sources.location import Location
+from server.adapters.sources.transfer import CONNECT_S, RemoteFile, TransferFailed
 
 VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash")
 

@@ -42,10 +42,10 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from lora_runtime.text.text_side import TextSide
+from server.adapters.names import Content, KeptName, NameStore
+from server.adapters.sources import without_path
+from server.adapters.sources.location import stored_digest
 from server.calls import AdapterRecord, AdapterState
-from server.names import Content, KeptName, NameStore
-from server.sources import without_path
-from server.sources.location import stored_digest
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""

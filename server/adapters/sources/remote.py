@@ -18,13 +18,12 @@ from typing import ParamSpec, TypeAlias, TypeVar
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Overloaded, Unavailable
-from server.calls import UploadCall, UploadFile
-from server.sources.buckets import Buckets
-from server.sources.folders import refused
-from server.sources.https import WebServers
-from server.sources.hub import Hub
-from server.sources.location import Location, check_allowed, named_addresses, parse
-from server.sources.transfer import (
+from server.adapters.sources.buckets import Buckets
+from server.adapters.sources.folders import refused
+from server.adapters.sources.https import WebServers
+from server.adapters.sources.hub import Hub
+from server.adapters.sources.location import Location, check_allowed, named_addresses, parse
+from server.adapters.sources.transfer import (
     MAX_PART_BYTES,
     Network,
     Places,
@@ -33,7 +32,8 @@ from server.sources.transfer import (
     RemoteFolder,
     TransferFailed,
 )
-from server.uploads import AdapterStore, Upload
+from server.adapters.uploads import AdapterStore, Upload
+from server.calls import UploadCall, UploadFile
 
 NUM_ATTEMPTS = 3
 PAUSE_S = 1.0

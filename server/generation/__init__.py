@@ -1,0 +1,1 @@
+"""From a call for text to the events of its outputs."""

@@ -1,0 +1,157 @@
+"""Calls of tools in text: read in pieces as in one, and written as their grammar wants them."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from lora_runtime.text.tool_calls import FORMATS, CallReader, format_of, shows_tools
+from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN3_CODER, QWEN25
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
+SCHEMAS = {"weather": WEATHER, "clock": None}
+ARGUMENTS = {"city": 'Köln "}{" \\ </tool_call', "days": 3}
+BODY = json.dumps({"name": "weather", "arguments": ARGUMENTS})
+CLOCK = '{"name": "clock", "arguments": {}}'
+XML = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\n12\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+CASES = {
+    "text": (
+        "hermes",
+        "No <tool> is <tool_call needed.\n",
+        "No <tool> is <tool_call needed.\n",
+        [],
+    ),
+    "one": ("hermes", f"<tool_call>\n{BODY}\n</tool_call>", "", [("weather", ARGUMENTS)]),
+    "two with text": (
+        "hermes",
+        f"Let me see.\n\n<tool_call>\n{BODY}\n</tool_call>\n<tool_call>{CLOCK}</tool_call>\n",
+        "Let me see.",
+        [("weather", ARGUMENTS), ("clock", {})],
+    ),
+    "arguments first": (
+        "hermes",
+        '<tool_call>{"arguments": {"city": "Ulm"}, "name": "weather"}</tool_call> Done.',
+        " Done.",
+        [("weather", {"city": "Ulm"})],
+    ),
+    "arguments as text": (
+        "hermes",
+        '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Ulm\\"}"}</tool_call>',
+        "",
+        [("weather", {"city": "Ulm"})],
+    ),
+    "no call": (
+        "hermes",
+        "a <tool_call> is a tag, <tool_call>{1}</tool_call> too",
+        "a <tool_call> is a tag, <tool_call>{1}</tool_call> too",
+        [],
+    ),
+    "llama": ("llama3_json", BODY.replace("arguments", "parameters"), "", [("weather", ARGUMENTS)]),
+    "llama several": (
+        "llama3_json",
+        f"<|python_tag|>{BODY}; {CLOCK}",
+        "",
+        [("weather", ARGUMENTS), ("clock", {})],
+    ),
+    "llama answers JSON": (
+        "llama3_json",
+        '{"name": "Ada", "age": 36}',
+        '{"name": "Ada", "age": 36}',
+        [],
+    ),
+    "llama text": ("llama3_json", "It is {late}.", "It is {late}.", []),
+    "mistral": (
+        "mistral",
+        f"[TOOL_CALLS] [{BODY}, {CLOCK}]",
+        "",
+        [("weather", ARGUMENTS), ("clock", {})],
+    ),
+    "mistral named": (
+        "mistral_named",
+        f"Well:[TOOL_CALLS]weather[ARGS]{json.dumps(ARGUMENTS)}[TOOL_CALLS]clock{{}}",
+        "Well:",
+        [("weather", ARGUMENTS), ("clock", {})],
+    ),
+    "qwen3 coder": (
+        "qwen3_coder",
+        f"Sure.\n{XML}\n",
+        "Sure.",
+        [("weather", {"city": "12", "days": 3})],
+    ),
+}
+
+
+def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list]:
+    reader = CallReader(FORMATS[format_name], SCHEMAS)
+    parsed = [reader.push(piece) for piece in pieces] + [reader.flush()]
+    calls: list[list[str]] = []
+    for part in (part for one in parsed for part in one.calls):
+        if part.number == len(calls):
+            assert part.name
+            calls.append([part.name, ""])
+        else:
+            assert part.number == len(calls) - 1 and not part.name
+        calls[part.number][1] += part.arguments
+    assert reader.num_calls == len(calls)
+    return "".join(one.text for one in parsed), [tuple(call) for call in calls], parsed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_is_read_in_pieces_as_in_one(case: str) -> None:
+    name, text, said, calls = CASES[case]
+    found, found_calls, _ = read(name, [text])
+    assert found == said
+    assert [(tool, json.loads(arguments)) for tool, arguments in found_calls] == calls
+    rng = random.Random(case)
+    for _ in range(40):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(1, 12)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert read(name, pieces)[:2] == (found, found_calls)
+    assert read(name, list(text))[:2] == (found, found_calls)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_that_is_cut_short_gives_what_it_has(case: str) -> None:
+    name, text, _, _ = CASES[case]
+    _, whole, _ = read(name, [text])
+    for end in range(len(text)):
+        said, calls, _ = read(name, [text[:end]])
+        assert read(name, list(text[:end]))[:2] == (said, calls)
+        for (tool, arguments), (real, all_arguments) in zip(calls, whole, strict=False):
+            assert tool == real and all_arguments.startswith(arguments)
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    text = f"<tool_call>\n{BODY}\n</tool_call>"
+    _, _, parsed = read("hermes", list(text))
+    sizes = [len(part.arguments) for one in parsed for part in one.calls]
+    assert len(sizes) >= len(json.dumps(ARGUMENTS)) - 2 and max(sizes) <= 2
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (QWEN25, "hermes"),
+        (HERMES, "hermes"),
+        (LLAMA31, "llama3_json"),
+        (MISTRAL03, "mistral"),
+        (QWEN3_CODER, "qwen3_coder"),
+    ],
+)
+def test_a_template_says_its_format(template: str, expected: str) -> None:
+    found = format_of(template)
+    assert found is not None and found.name == expected and shows_tools(template)
+
+
+def test_a_template_without_tools_is_known() -> None:
+    plain = "{# tools #}You have no tools.{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert format_of(plain) is None and not shows_tools(plain)
