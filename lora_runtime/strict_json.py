@@ -15,15 +15,22 @@ def parse_object(
     *,
     is_finite: bool = True,
     max_keys: int | None = None,
+    max_objects: int | None = None,
     refusal: type[LoramuxError] = AdapterRefused,
 ) -> dict[str, Any]:
     """Parse a JSON object with no key twice, no broken Unicode, no object of more than `max_keys`
-    keys and, if it `is_finite`, no NaN or infinity.
+    keys, no more objects than `max_objects` and, if it `is_finite`, no NaN or infinity.
 
     Raises `refusal` naming `source`, which the content came from.
     """
 
+    num_objects = 0
+
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        nonlocal num_objects
+        num_objects += 1
+        if max_objects is not None and num_objects > max_objects:
+            raise ValueError(f"it has more than {max_objects} objects")
         parsed = dict(pairs)
         if len(parsed) != len(pairs):
             raise ValueError("a key appears twice")

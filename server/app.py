@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
@@ -33,8 +30,9 @@ from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.doors import Doors, open_doors
-from server.access.http_gate import CERTIFICATE, HttpGate
-from server.access.tls import Tls, certificate_names
+from server.access.http_gate import HttpGate
+from server.adapters.changes import NameChanges
+from server.adapters.loads import Loads
 from server.adapters.names import NameStore, claimed
 from server.adapters.registry import Registry
 from server.adapters.sources import Sources
@@ -42,10 +40,12 @@ from server.adapters.sources.remote import FetchLimits, RemoteSources
 from server.adapters.uploads import AdapterStore
 from server.addresses import check_free, listen
 from server.codec import adapter_name
+from server.condition import Condition
 from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
 from server.http_gateway import build_http_app
+from server.http_server import RunningHttp, serving_http
 from server.observability.http_calls import ObservedHttp
 from server.observability.metrics import Metrics
 from server.observability.observers import Observers
@@ -57,12 +57,12 @@ from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
 from server.running_calls import Calls
-from server.service import Service
+from server.service import Service, build_service
+from server.stop_signal import StopSignal
 from server.watchdog import Watchdog
 
 FAILURE_GRACE_S = 1.0
 """Seconds in which streams receive their error when a part of the server has failed."""
-HTTP_STOP_S = 1.0
 REFUSED_EXIT_S = 60.0
 """An ordinary mistake needs no tracebacks, however slowly a busy machine lets go of torch."""
 EXIT_S = 4.0
@@ -138,7 +138,7 @@ async def serve(
         async with (
             doors.kept_current(),
             _watchers(config) as watchers,
-            _http(condition, listener, doors) as http,
+            serving_http(_http_app(condition, doors), listener, doors.tls) as http,
         ):
             engine = await asyncio.to_thread(start, config, on_progress=_log_progress)
             stop.is_graceful = True
@@ -177,122 +177,8 @@ def _claimed(config: ServerConfig) -> Iterator[socket.socket]:
         yield listener
 
 
-@dataclass(slots=True)
-class Condition:
-    """What probes and scrapes ask. Its parts are None while the engine is loading."""
-
-    calls: Calls
-    """The calls that run, over gRPC and HTTP."""
-    watchdog: Watchdog | None = None
-    metrics: Metrics | None = None
-    service: Service | None = None
-    history: History | None = None
-    is_open: bool = False
-    """Requests are taken."""
-
-    def open_service(self) -> Service | None:
-        """Return the service, or None while requests are not taken."""
-        return self.service if self.is_open else None
-
-    def is_alive(self) -> bool:
-        """Tell whether there is a live engine."""
-        return self.watchdog is not None and self.watchdog.is_alive
-
-    def is_ready(self) -> bool:
-        """Tell whether requests are taken and likely to be answered."""
-        if self.service is None or self.watchdog is None:
-            return False
-        return self.is_open and self.watchdog.is_ready and not self.service.is_stuck()
-
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Return the page of metrics, empty while loading."""
-        return self.metrics.render(accept) if self.metrics else (b"", "text/plain")
-
-
-class StopSignal:
-    """SIGTERM and SIGINT as one awaitable event."""
-
-    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
-        """`on_request` is called at the first graceful one."""
-        self._on_request = on_request
-        self.is_graceful = False
-        """Until it is set there is nothing to drain: a signal ends the process at once."""
-        self._requested = asyncio.Event()
-
-    @contextlib.contextmanager
-    def installed(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        """Handle the signals while the context lasts."""
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self._request, number)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
-
-    @property
-    def is_requested(self) -> bool:
-        return self._requested.is_set()
-
-    async def wait(self) -> None:
-        """Return when the first signal has come."""
-        await self._requested.wait()
-
-    def _request(self, number: signal.Signals) -> None:
-        if self._requested.is_set() or not self.is_graceful:
-            os._exit(128 + number)
-        logger.info("stopping", signal=number.name)
-        self._on_request()
-        self._requested.set()
-
-
-class CertifiedProtocol(H11Protocol):
-    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the names in the state that each request of the connection begins with."""
-        super().connection_made(transport)
-        names = certificate_names(transport.get_extra_info("peercert"))
-        self.app_state = {**self.app_state, CERTIFICATE: names}
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling; `StopSignal` has that."""
-
-    def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
-        config = uvicorn.Config(
-            app,
-            http=CertifiedProtocol,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-        )
-        config.load()  # else it would make its own ssl of the files that it knows
-        config.ssl = tls.http_context() if tls else None
-        super().__init__(config)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the process's signals alone."""
-        yield
-
-
-@dataclass(frozen=True, slots=True)
-class RunningHttp:
-    """The HTTP server and the address it listens on."""
-
-    task: asyncio.Task[None]
-    port: int
-
-
-@contextlib.asynccontextmanager
-async def _http(
-    condition: Condition, listener: socket.socket, doors: Doors
-) -> AsyncIterator[RunningHttp]:
-    """Answer probes and scrapes while the context lasts, before there is an engine too."""
+def _http_app(condition: Condition, doors: Doors) -> ObservedHttp:
+    """All that HTTP answers: probes and scrapes, before there is an engine too, API and page."""
     app = build_http_app(
         metrics=condition,
         is_alive=condition.is_alive,
@@ -302,14 +188,7 @@ async def _http(
             *openai_routes(Backend(condition.open_service, condition.calls)),
         ],
     )
-    gated = HttpGate(app, doors.gate)
-    server = HttpServer(ObservedHttp(gated, lambda: condition.metrics), doors.tls)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        yield RunningHttp(task, listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        await asyncio.wait([task], timeout=HTTP_STOP_S)
+    return ObservedHttp(HttpGate(app, doors.gate, doors.names), lambda: condition.metrics)
 
 
 async def _serve_engine(
@@ -333,13 +212,16 @@ async def _serve_engine(
     own_text = TextWorkers(engine.base_folder, engine.info.base.vocab_size)
     watching = asyncio.create_task(condition.watchdog.run(guard.touch))
     sampling = asyncio.create_task(history.run())
-    registry = service = stopping = loading = None
+    changes = service = stopping = loading = None
     try:
         names = await asyncio.to_thread(_open_names, config, folder, engine)
-        registry = Registry(engine=engine, observer=observer, base_name=base_name, names=names)
-        service = await _service(config, engine, own_text, registry, store, observer, watchers)
+        registry = Registry(engine, base_name, names)
+        changes = NameChanges(engine, registry, observer)
+        service = await _service(
+            config, engine, own_text, registry, changes, store, observer, watchers
+        )
         stopping = asyncio.create_task(stop.wait())
-        loading = asyncio.create_task(_load_adapters(config, service))
+        loading = asyncio.create_task(_load_adapters(config, service.loads))
         parts = [http.task, watching, stopping]
         await _wait_for_adapters(config, loading, parts)
         await _run(config, service, condition, doors, parts, stop, announce)
@@ -352,8 +234,8 @@ async def _serve_engine(
             await service.close()
         own_text.close()
         await engine.close(drain_s=0)
-        if registry is not None:
-            await registry.close()
+        if changes is not None:
+            await changes.close()
 
 
 async def _service(
@@ -361,15 +243,17 @@ async def _service(
     engine: LocalEngine,
     own_text: TextWorkers,
     registry: Registry,
+    changes: NameChanges,
     store: AdapterStore,
     observer: Observers,
     watchers: Sequence[RequestWatcher],
 ) -> Service:
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=await asyncio.to_thread(Tokenizer.load, engine.base_folder),
         own_text=own_text,
         registry=registry,
+        changes=changes,
         sources=Sources((*config.adapter_roots, store.root)),
         store=store,
         observer=observer,
@@ -379,7 +263,7 @@ async def _service(
         remote=_remote_sources(config, store),
         on_demand=config.adapter_on_demand,
     )
-    await asyncio.to_thread(service.prepare)
+    await asyncio.to_thread(service.generation.prepare)
     return service
 
 
@@ -423,11 +307,11 @@ def _open_names(config: ServerConfig, folder: Path, engine: EngineClient) -> Nam
         return None
 
 
-async def _load_adapters(config: ServerConfig, service: Service) -> None:
+async def _load_adapters(config: ServerConfig, loads: Loads) -> None:
     """Load what the names held, then what the operator named. Raises what the latter raises."""
-    await service.restore_adapters(config.adapter)
+    await loads.restore(config.adapter)
     for name, source in config.adapter.items():
-        await service.preload(name, source)
+        await loads.preload(name, source)
 
 
 async def _wait_for_adapters(

@@ -100,9 +100,13 @@ MAX_LIST_BYTES = 4 << 20
 MAX_ABRIDGED_ERROR = 200
 MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 """Files of an upload: as many as an adapter has at most."""
+MAX_NAME_LENGTH = 128
+"""Characters of an adapter's name."""
 
 _NAME = re.compile(
-    r"(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*", re.ASCII
+    rf"(?=.{{1,{MAX_NAME_LENGTH}}}\Z)"
+    r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*",
+    re.ASCII,
 )
 _PRINTABLE = re.compile(r"[ -~]{0,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -203,8 +207,9 @@ def adapter_name(name: str, field: str = "name") -> str:
         raise InvalidRequest(f"{field} is empty; name an adapter", field=field)
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
-            f"{field} is {name[:128]!r}; use up to 128 letters, digits, '.', '_', '-' and '@', "
-            "in parts between single '/', each with a letter or digit first, and no '..'",
+            f"{field} is {name[:MAX_NAME_LENGTH]!r}; use up to {MAX_NAME_LENGTH} letters, digits, "
+            "'.', '_', '-' and '@', in parts between single '/', each with a letter or digit "
+            "first, and no '..'",
             field=field,
         )
     return name

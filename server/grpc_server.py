@@ -31,12 +31,15 @@ from server import codec
 from server.access.caller import CURRENT
 from server.access.gate import OPEN_GATE, Gate
 from server.access.grpc_gate import GrpcGate
+from server.adapters.adapters import Adapters
 from server.addresses import bracketed, check_free
 from server.errors import grpc_status
+from server.generation.generation import Generation
+from server.generation.prompts import Prompts
 from server.observability.calls import CallObserver
-from server.observability.grpc_calls import ObservedGrpc
+from server.observability.grpc_calls import KINDS, ObservedGrpc
 from server.running_calls import Calls
-from server.service import Service
+from server.service import ServerFacts, Service
 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_CONNECTION_AGE_S = 3600.0
@@ -87,9 +90,13 @@ async def start_grpc(
     options = _options(max_message_bytes, max_connection_age_s)
     observing = [] if observer is None else [ObservedGrpc(observer, _methods())]
     server = grpc.aio.server(interceptors=[*observing, GrpcGate(gate), boundary], options=options)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), server)
-    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(service), server)
-    server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service), server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(service.prompts, service.generation), server
+    )
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
+        AdapterServicer(service.adapters), server
+    )
+    server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(service.facts), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection(
@@ -103,7 +110,7 @@ async def start_grpc(
             f"grpc_address: cannot listen on {address}; choose another with --grpc-address",
             field="grpc_address",
         ) from None
-    running = GrpcServer(server, health_servicer, calls, is_serving or service.is_alive, port)
+    running = GrpcServer(server, health_servicer, calls, is_serving or service.facts.is_alive, port)
     await running.start()
     return running
 
@@ -163,21 +170,22 @@ class GrpcServer:
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """loramux.v1.GenerationService over a Service."""
+    """loramux.v1.GenerationService."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, prompts: Prompts, generation: Generation) -> None:
+        self._prompts = prompts
+        self._generation = generation
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
         call = codec.decode_generate(
             request,
             context.time_remaining(),
-            self._service.prompt_limits,
+            self._prompts.limits,
             CURRENT.get(),
             context.peer(),
         )
-        async with aclosing(self._service.generate(call)) as events:
+        async with aclosing(self._generation.generate(call)) as events:
             async for event in events:
                 await context.write(codec.encode_event(event))
 
@@ -185,22 +193,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         """Show a prompt's token ids."""
-        prompt = codec.decode_prompt(request, self._service.prompt_limits)
-        token_ids = await self._service.tokenize(prompt)
+        prompt = codec.decode_prompt(request, self._prompts.limits)
+        token_ids = await self._prompts.tokenize(prompt)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    """loramux.v1.AdapterService over a Service."""
+    """loramux.v1.AdapterService."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
 
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
         """Load a source under a name."""
-        record, already_loaded = await self._service.load_adapter(
+        record, already_loaded = await self._adapters.load(
             CURRENT.get(),
             codec.adapter_name(request.name),
             request.source,
@@ -215,7 +223,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Take a name away."""
-        record = await self._service.unload_adapter(
+        record = await self._adapters.unload(
             CURRENT.get(),
             codec.adapter_name(request.name),
             cancel=request.cancel,
@@ -227,14 +235,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """List every adapter."""
-        return codec.encode_adapters(self._service.list_adapters(CURRENT.get()))
+        return codec.encode_adapters(self._adapters.records(CURRENT.get()))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
     ) -> adapters_pb2.GetAdapterResponse:
         """Show one adapter."""
         name = codec.adapter_name(request.name)
-        record = self._service.get_adapter(CURRENT.get(), name)
+        record = self._adapters.get(CURRENT.get(), name)
         return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def UploadAdapter(
@@ -248,7 +256,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequest("an upload begins with start; send it first", field="start")
         data = (codec.upload_data(part) async for part in request_iterator)
         call = codec.decode_upload(first.start)
-        record = await self._service.upload_adapter(CURRENT.get(), call, data)
+        record = await self._adapters.upload(CURRENT.get(), call, data)
         return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def RollbackAdapter(
@@ -256,39 +264,39 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.RollbackAdapterResponse:
         """Give a name its former content back."""
         name = codec.adapter_name(request.name)
-        record = await self._service.rollback_adapter(CURRENT.get(), name)
+        record = await self._adapters.rollback(CURRENT.get(), name)
         return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
 
     async def ListStoredAdapters(
         self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
     ) -> adapters_pb2.ListStoredAdaptersResponse:
         """List the content of the upload store."""
-        found = await self._service.list_stored_adapters(CURRENT.get())
+        found = await self._adapters.stored(CURRENT.get())
         return adapters_pb2.ListStoredAdaptersResponse(
             stored=[codec.encode_stored(stored) for stored in found],
             num_bytes=sum(stored.num_bytes for stored in found),
-            max_bytes=self._service.max_store_bytes,
+            max_bytes=self._adapters.max_store_bytes,
         )
 
     async def DeleteStoredAdapter(
         self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteStoredAdapterResponse:
         """Delete one content of the upload store."""
-        stored = await self._service.delete_stored_adapter(CURRENT.get(), request.source)
+        stored = await self._adapters.delete_stored(CURRENT.get(), request.source)
         return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
-    """loramux.v1.ServerService over a Service."""
+    """loramux.v1.ServerService."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, facts: ServerFacts) -> None:
+        self._facts = facts
 
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
         """Show what this server is."""
-        return codec.encode_server_info(self._service.server_info(CURRENT.get()))
+        return codec.encode_server_info(self._facts.info(CURRENT.get()))
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -379,11 +387,11 @@ def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any
     return data
 
 
-def _methods() -> set[str]:
-    """All methods of the server, as `/service/method`."""
+def _methods() -> dict[str, str]:
+    """All methods of the server, as `/service/method`, and their kinds."""
     pool = descriptor_pool.Default()
     return {
-        f"/{name}/{method.name}"
+        f"/{name}/{method.name}": KINDS[method.client_streaming, method.server_streaming]
         for name in (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         for method in pool.FindServiceByName(name).methods
     }

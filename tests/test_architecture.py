@@ -64,7 +64,7 @@ DOORS = {
     "s3fs": ["server.adapters.sources.buckets"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
-    "starlette": ["server.http_gateway", "server.app", "server.openai.*",
+    "starlette": ["server.http_gateway", "server.openai.*",
                   "server.page.routes"],
     "structlog": ["server.*"],
     "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
@@ -72,7 +72,7 @@ DOORS = {
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
-    "uvicorn": ["server.app"],
+    "uvicorn": ["server.http_server"],
     "yaml": ["server.cli.keys", "server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""

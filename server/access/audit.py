@@ -39,11 +39,16 @@ def log_refusal(caller: Caller, action: str, error: LoramuxError) -> None:
     _log(caller, action, outcome=type(error).__name__)
 
 
-def log_missing(caller: Caller, name: str, error: AdapterNotFound) -> None:
-    """Log a request for an adapter that is not there for its caller; why not is only said here."""
-    if caller.key_id:
-        why = "not loaded" if caller.sees(name) else "not of this key"
-        _log(caller, "use adapter", outcome=type(error).__name__, adapter=name, why=why)
+@contextmanager
+def missing_logged(caller: Caller, name: str) -> Iterator[None]:
+    """Log that an adapter is not there for its caller; why not is only said here."""
+    try:
+        yield
+    except AdapterNotFound as error:
+        if caller.key_id:
+            why = "not loaded" if caller.sees(name) else "not of this key"
+            _log(caller, "use adapter", outcome=type(error).__name__, adapter=name, why=why)
+        raise
 
 
 def _log(caller: Caller, action: str, outcome: str, **facts: str) -> None:

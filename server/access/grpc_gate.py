@@ -42,8 +42,8 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Let a handler run as its caller, or answer that it may not be called: before anything
-        else of the call is read, if its key is not known.
+        """Let a handler run as its caller, or answer that it may not be called: before any message
+        of the call is read, if its key is not known.
         """
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
@@ -82,22 +82,37 @@ def _check_role(caller: Caller, method: str) -> None:
 
 
 def _entered(handler: Any, enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcMethodHandler:
-    make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
+    """Every handler takes a stream, which is the same on the wire: of a call that has one request
+    grpc would have read that, and kept its megabytes, before anybody could say who calls.
+    """
+    behaviour = getattr(handler, _BEHAVIOURS[handler.request_streaming, handler.response_streaming])
+    read = _all if handler.request_streaming else _first
 
-    async def run(request: Any, context: Any) -> Any:
+    async def run(requests: AsyncIterator[Any], context: Any) -> Any:
         await enter(context)
-        return await behaviour(request, context)
+        return await behaviour(await read(requests, context), context)
 
-    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         await enter(context)
-        async for response in behaviour(request, context):
+        async for response in behaviour(await read(requests, context), context):
             yield response
 
+    make = _MAKE_STREAM if handler.response_streaming else _MAKE_ONE
     return make(
         stream if inspect.isasyncgenfunction(behaviour) else run,
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
+
+
+async def _all(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    return requests
+
+
+async def _first(requests: AsyncIterator[Any], context: Any) -> Any:
+    async for request in requests:
+        return request
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message; send one")
 
 
 def _unknown(enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcMethodHandler:
@@ -107,12 +122,15 @@ def _unknown(enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcMethodHandler:
         await enter(context)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
-    return grpc.stream_stream_rpc_method_handler(run)
+    return _MAKE_STREAM(run)
 
 
-_KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]] = {
-    (False, False): lambda h: (grpc.unary_unary_rpc_method_handler, h.unary_unary),
-    (False, True): lambda h: (grpc.unary_stream_rpc_method_handler, h.unary_stream),
-    (True, False): lambda h: (grpc.stream_unary_rpc_method_handler, h.stream_unary),
-    (True, True): lambda h: (grpc.stream_stream_rpc_method_handler, h.stream_stream),
+_MAKE_ONE = grpc.stream_unary_rpc_method_handler
+_MAKE_STREAM = grpc.stream_stream_rpc_method_handler
+_BEHAVIOURS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
 }
+"""Whether request and response are streams → where grpc's handlers keep what answers."""

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_runtime.core import FinishReason, RequestTiming, StepOutput
-from server.adapters.registry import AdapterObserver
+from server.adapters.changes import AdapterObserver
 from server.calls import Delta
 
 if TYPE_CHECKING:

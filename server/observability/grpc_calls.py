@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -16,13 +16,20 @@ from server.observability.calls import CallObserver, Rpc, keep_trace_headers
 Context: TypeAlias = grpc.aio.ServicerContext
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
-_KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Any]]] = {
-    (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler),
+KINDS: Mapping[tuple[bool, bool], str] = {
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, False): "client_stream",
+    (True, True): "bidi_stream",
 }
-"""Whether request and response are streams → the kind, and grpc's names for its handlers."""
+"""Whether request and response are streams → the kind."""
+_HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""The same → grpc's names for its handlers."""
 
 
 UNKNOWN = "unknown"
@@ -32,8 +39,8 @@ UNKNOWN = "unknown"
 class ObservedGrpc(grpc.aio.ServerInterceptor):
     """Tells an observer of every call, also of those that other interceptors answer."""
 
-    def __init__(self, observer: CallObserver, methods: Collection[str]) -> None:
-        """`methods`: those that there are, as `/service/method`."""
+    def __init__(self, observer: CallObserver, methods: Mapping[str, str]) -> None:
+        """`methods`: those that there are, as `/service/method` → the kind."""
         self._observer = observer
         self._methods = methods
 
@@ -46,8 +53,10 @@ class ObservedGrpc(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        kind, attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
+        streams = handler.request_streaming, handler.response_streaming
+        attribute, make = _HANDLERS[streams]
         path = handler_call_details.method
+        kind = self._methods.get(path, KINDS[streams])
         is_known = path in self._methods
         _, service, method = path.split("/") if is_known else ("", UNKNOWN, UNKNOWN)
         watch = _Watch(self._observer, Rpc(kind, service, method))

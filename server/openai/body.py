@@ -18,6 +18,10 @@ MAX_BODIES_BYTES = 256 << 20
 """Bytes of all bodies that are being received."""
 MAX_KEYS = 4096
 """Keys of one object: what reports each wrong one has a bounded number to report."""
+MAX_OBJECTS = 16_384
+"""Objects of one body, such as turns of a conversation and parts of them. What checks them against
+a schema cannot be interrupted; a hundred thousand would hold up every stream for seconds.
+"""
 READ_S = 60.0
 LONG_BODY = 1 << 16
 """Bytes from which parsing leaves the event loop; below, a thread costs more."""
@@ -99,4 +103,6 @@ def _check_type(scope: Scope) -> None:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    return parse_object(content, "body", refusal=InvalidRequest, max_keys=MAX_KEYS)
+    return parse_object(
+        content, "body", refusal=InvalidRequest, max_keys=MAX_KEYS, max_objects=MAX_OBJECTS
+    )

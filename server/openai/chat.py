@@ -21,7 +21,7 @@ async def chat(exchange: Exchange) -> None:
     call = chat_call(request, exchange)
     turn = _Turn(request, exchange)
     with field_is_model(not request.adapters):
-        async with aclosing(generate(exchange.service, [call])) as events:
+        async with aclosing(generate(exchange.service.generation, [call])) as events:
             if request.stream:
                 await _stream(turn, events)
             else:
@@ -87,7 +87,7 @@ class _Turn:
                 if event.notes:
                     self.head["notes"] = list(event.notes)
                 if self.request.logprobs or self.request.prompt_logprobs is not None:
-                    self._read = self.exchange.service.token_reader(event.side)
+                    self._read = self.exchange.service.prompts.token_reader(event.side)
                 role = {"role": "assistant", "content": ""}
                 return [_part(index, role) for index in range(self.request.n)]
             case PromptLogprobs():

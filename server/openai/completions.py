@@ -24,7 +24,7 @@ async def complete(exchange: Exchange) -> None:
     prompts = [call.prompt.text if isinstance(call.prompt, TextPrompt) else None for call in calls]
     completion = _Completion(request, exchange, prompts)
     with field_is_model(not request.adapters):
-        async with aclosing(generate(exchange.service, calls)) as events:
+        async with aclosing(generate(exchange.service.generation, calls)) as events:
             if request.stream:
                 await _stream(completion, events)
             else:
@@ -146,12 +146,12 @@ class _Completion:
         return self.head | {"choices": choices, "usage": self.usage.body()}
 
     def _begin(self, prompt: _Prompt, event: Started) -> None:
-        service, request = self.exchange.service, self.request
+        prompts, request = self.exchange.service.prompts, self.request
         prompt.token_ids = event.prompt_token_ids
         if request.logprobs is not None or request.prompt_logprobs is not None:
-            prompt.read = service.token_reader(event.side)
+            prompt.read = prompts.token_reader(event.side)
         if request.echo and prompt.text is None:
-            prompt.text = service.detokenize(event.prompt_token_ids)
+            prompt.text = prompts.detokenize(event.prompt_token_ids)
 
     def _note(self, event: Started) -> None:
         if event.notes:

@@ -15,7 +15,7 @@ from lora_runtime.core import (
     is_whole,
 )
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
-from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, UnsupportedFeature
 from server.calls import (
     ChatPrompt,
     GenerateCall,
@@ -26,7 +26,13 @@ from server.calls import (
     Tool,
     ToolMode,
 )
-from server.codec import adapter_name, check_bytes, check_tokens, printable
+from server.codec import (
+    MAX_NAME_LENGTH,
+    adapter_name,
+    check_bytes,
+    check_tokens,
+    printable,
+)
 from server.openai.boundary import Exchange
 from server.openai.schema import (
     MAX_CHOICES,
@@ -56,7 +62,7 @@ def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[Gen
             "not served; leave best_of out",
             field="best_of",
         )
-    prompts = _prompts(request.prompt, exchange.service.prompt_limits)
+    prompts = _prompts(request.prompt, exchange.service.prompts.limits)
     if len(prompts) * request.n > MAX_CHOICES:
         raise InvalidRequest(
             f"prompt and n ask for {len(prompts)} x {request.n} outputs; at most {MAX_CHOICES} "
@@ -105,7 +111,7 @@ def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
     }
     prompt = chat_prompt(
         request.messages,
-        exchange.service.prompt_limits,
+        exchange.service.prompts.limits,
         request.tools or (),
         _tool_choice(request),
         request.chat_template_kwargs,
@@ -135,7 +141,7 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
     )
     return GenerateCall(
         caller=exchange.caller,
-        prompt=chat_prompt(messages, exchange.service.prompt_limits, field="input"),
+        prompt=chat_prompt(messages, exchange.service.prompts.limits, field="input"),
         adapters=adapters(request.model, request.adapters, exchange),
         uses_base_text=request.base_text,
         sampling=sampling,
@@ -179,7 +185,7 @@ def adapters(
     A name that is not the base's is an adapter's, or nobody's: the base never answers for it.
     Raises InvalidRequest naming the field.
     """
-    if model == exchange.service.base_name:
+    if model == exchange.service.facts.base_name:
         check_count(len(added or ()))
         choices = tuple(
             AdapterChoice(adapter_name(each.name, f"adapters[{index}].name"), each.weight)
@@ -190,10 +196,21 @@ def adapters(
     if added:
         raise InvalidRequest(
             f"adapters is given beside model {model[:128]!r}; name the base "
-            f"{exchange.service.base_name!r} as model, and every adapter in adapters",
+            f"{exchange.service.facts.base_name!r} as model, and every adapter in adapters",
             field="adapters",
         )
-    return (AdapterChoice(model),)
+    return (AdapterChoice(model_adapter(model)),)
+
+
+def model_adapter(model: str) -> str:
+    """Return the adapter's name that a model's is. Raises AdapterNotFound (field `model`) for what
+    no adapter can be called: nothing is looked for under it, on demand neither.
+    """
+    try:
+        return adapter_name(model)
+    except InvalidRequest:
+        shown = model[:MAX_NAME_LENGTH]
+        raise AdapterNotFound(f"adapter {shown!r} is not loaded", field="model") from None
 
 
 def token_ids(value: Any, field: str, limits: PromptLimits) -> TokenPrompt:

@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 
 from lora_runtime.errors import LoramuxError
 from server.calls import Event, GenerateCall, Started
-from server.service import Service
+from server.generation.generation import Generation
 
 MAX_HELD = 64
 """Events of several calls that wait for the caller's connection; the engine's wait behind them."""
@@ -18,17 +18,17 @@ Numbered = tuple[int, Event]
 
 
 async def generate(
-    service: Service, calls: Sequence[GenerateCall]
+    generation: Generation, calls: Sequence[GenerateCall]
 ) -> AsyncGenerator[Numbered, None]:
     """Stream the events of all calls as they come, but first each call's Started, in their order:
     what is refused is refused before anything is answered. The first failure ends all.
     """
     if len(calls) == 1:
-        async with aclosing(service.generate(calls[0])) as events:
+        async with aclosing(generation.generate(calls[0])) as events:
             async for event in events:
                 yield 0, event
         return
-    async with aclosing(_merged(service, calls)) as merged:
+    async with aclosing(_merged(generation, calls)) as merged:
         started: dict[int, Started] = {}
         held: list[Numbered] = []
         async for index, event in merged:
@@ -47,13 +47,13 @@ async def generate(
 
 
 async def _merged(
-    service: Service, calls: Sequence[GenerateCall]
+    generation: Generation, calls: Sequence[GenerateCall]
 ) -> AsyncGenerator[Numbered, None]:
     queue: asyncio.Queue[Numbered | BaseException | None] = asyncio.Queue(MAX_HELD)
 
     async def pump(index: int, call: GenerateCall) -> None:
         try:
-            async with aclosing(service.generate(call)) as events:
+            async with aclosing(generation.generate(call)) as events:
                 async for event in events:
                     await queue.put((index, event))
             await queue.put(None)

@@ -12,7 +12,7 @@ from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState, Prompt
 from server.codec import adapter_name
 from server.openai.boundary import Exchange
-from server.openai.decode import chat_prompt, text_prompt, token_ids
+from server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
 from server.openai.encode import token_text
 from server.openai.schema import (
     DetokenizeRequest,
@@ -31,7 +31,9 @@ STARTED_AT = int(time.time())
 async def list_models(exchange: Exchange) -> None:
     """GET /v1/models: the base and every loaded adapter."""
     service = exchange.service
-    records = [r for r in service.list_adapters(exchange.caller) if r.state is AdapterState.LOADED]
+    records = [
+        r for r in service.adapters.records(exchange.caller) if r.state is AdapterState.LOADED
+    ]
     data = [_base(exchange), *(_adapter(service, record) for record in records)]
     await exchange.answer.json({"object": "list", "data": data})
 
@@ -39,17 +41,18 @@ async def list_models(exchange: Exchange) -> None:
 async def show_model(exchange: Exchange) -> None:
     """GET /v1/models/{model}."""
     service, name = exchange.service, exchange.path["model"]
-    if name == service.base_name:
+    if name == service.facts.base_name:
         return await exchange.answer.json(_base(exchange))
-    service.side_of(exchange.caller, name)  # refuses what is not loaded
-    await exchange.answer.json(_adapter(service, service.get_adapter(exchange.caller, name)))
+    name = model_adapter(name)
+    service.adapters.text_side(exchange.caller, name)  # refuses what is not loaded
+    await exchange.answer.json(_adapter(service, service.adapters.get(exchange.caller, name)))
 
 
 async def load_adapter(exchange: Exchange) -> None:
     """POST /v1/load_lora_adapter: content that the name holds already is success."""
     request = parse_request(LoadAdapterRequest, exchange.body)
     name = adapter_name(request.lora_name, "lora_name")
-    await exchange.service.load_adapter(
+    await exchange.service.adapters.load(
         exchange.caller, name, request.lora_path, replace=request.load_inplace
     )
     await exchange.answer.text(f"Success: LoRA adapter '{name}' added successfully.")
@@ -59,7 +62,7 @@ async def unload_adapter(exchange: Exchange) -> None:
     """POST /v1/unload_lora_adapter."""
     request = parse_request(UnloadAdapterRequest, exchange.body)
     name = adapter_name(request.lora_name, "lora_name")
-    await exchange.service.unload_adapter(exchange.caller, name)
+    await exchange.service.adapters.unload(exchange.caller, name)
     await exchange.answer.text(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -68,15 +71,15 @@ async def tokenize(exchange: Exchange) -> None:
     request = parse_request(TokenizeRequest, exchange.body)
     service = exchange.service
     side = _known(exchange, request.model)
-    found = await service.tokenize(_tokenized(request, service), side)
+    found = await service.prompts.tokenize(_tokenized(request, service), side)
     body: dict[str, Any] = {
         "count": len(found),
-        "max_model_len": service.server_info(exchange.caller).engine.max_model_len,
+        "max_model_len": service.facts.info(exchange.caller).engine.max_model_len,
         "tokens": found,
         "token_strs": None,
     }
     if request.return_token_strs:
-        read = service.token_reader(side)
+        read = service.prompts.token_reader(side)
         body["token_strs"] = [token_text(read(token_id)) for token_id in found]
     await exchange.answer.json(body)
 
@@ -86,13 +89,13 @@ async def detokenize(exchange: Exchange) -> None:
     request = parse_request(DetokenizeRequest, exchange.body)
     service = exchange.service
     side = _known(exchange, request.model)
-    prompt = token_ids(request.tokens, "tokens", service.prompt_limits)
-    await exchange.answer.json({"prompt": service.detokenize(prompt.token_ids, side)})
+    prompt = token_ids(request.tokens, "tokens", service.prompts.limits)
+    await exchange.answer.json({"prompt": service.prompts.detokenize(prompt.token_ids, side)})
 
 
 async def show_version(exchange: Exchange) -> None:
     """GET /version."""
-    versions = exchange.service.server_info(exchange.caller).versions
+    versions = exchange.service.facts.info(exchange.caller).versions
     await exchange.answer.json({"version": versions["loramux"], "versions": dict(versions)})
 
 
@@ -103,12 +106,12 @@ async def refuse_embeddings(exchange: Exchange) -> None:
 
 def _base(exchange: Exchange) -> dict[str, Any]:
     service = exchange.service
-    name, info = service.base_name, service.server_info(exchange.caller).engine
+    name, info = service.facts.base_name, service.facts.info(exchange.caller).engine
     return _model(name, STARTED_AT, name, None) | {"max_model_len": info.max_model_len}
 
 
 def _adapter(service: Service, record: AdapterRecord) -> dict[str, Any]:
-    return _model(record.name, int(record.loaded_at_s), record.source, service.base_name)
+    return _model(record.name, int(record.loaded_at_s), record.source, service.facts.base_name)
 
 
 def _model(name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
@@ -124,9 +127,9 @@ def _model(name: str, created: int, root: str, parent: str | None) -> dict[str, 
 
 
 def _known(exchange: Exchange, model: str | None) -> TextSide | None:
-    if model is None or model == exchange.service.base_name:
+    if model is None or model == exchange.service.facts.base_name:
         return None
-    return exchange.service.side_of(exchange.caller, model)
+    return exchange.service.adapters.text_side(exchange.caller, model_adapter(model))
 
 
 def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
@@ -142,10 +145,10 @@ def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
     if request.prompt is not None:
         if request.tools or request.chat_template_kwargs:
             raise InvalidRequest("tools are for messages, not for a prompt", field="tools")
-        return text_prompt(request.prompt, "prompt", service.prompt_limits)
+        return text_prompt(request.prompt, "prompt", service.prompts.limits)
     return chat_prompt(
         request.messages or (),
-        service.prompt_limits,
+        service.prompts.limits,
         request.tools or (),
         template_variables=request.chat_template_kwargs,
     )

@@ -21,7 +21,7 @@ async def respond(exchange: Exchange) -> None:
     call = responses_call(request, exchange)
     response = _Response(request, exchange)
     with field_is_model(not request.adapters):
-        async with aclosing(generate(exchange.service, [call])) as events:
+        async with aclosing(generate(exchange.service.generation, [call])) as events:
             if request.stream:
                 await _stream(response, events)
             else:

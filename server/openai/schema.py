@@ -62,10 +62,10 @@ def parse_request(model: type[Request], body: Mapping[str, Any]) -> Request:
     given = {name: value for name, value in body.items() if value is not None}
     for name in given.keys() - model.model_fields.keys() - model.INERT:
         if name not in model.AS_DEFAULT:
-            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            close = difflib.get_close_matches(name[:_SHOWN], model.model_fields, n=1)
             advice = f"did you mean {close[0]!r}?" if close else "leave it out"
             raise InvalidRequest(
-                f"{name[:_SHOWN]} is no field of this request; {advice}", field=name
+                f"{name[:_SHOWN]} is no field of this request; {advice}", field=name[:_SHOWN]
             )
         if not any(_is_same(given[name], value) for value in model.AS_DEFAULT[name]):
             raise UnsupportedFeature(

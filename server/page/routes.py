@@ -17,11 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lora_runtime.errors import InvalidRequest, LoramuxError, Unavailable
+from server.adapters.adapters import Adapters
 from server.codec import adapter_name
 from server.errors import http_error
 from server.page.history import History
 from server.page.snapshot import Condition, adapter, snapshot
-from server.service import Service
 
 INDEX = "index.html"
 CONTENT_TYPES = MappingProxyType(
@@ -118,9 +118,9 @@ class Page:
     async def show_adapter(self, request: Request) -> Response:
         """Answer with all that is known of one adapter."""
         try:
-            service, history = self._parts()
+            adapters, history = self._parts()
             name = adapter_name(request.path_params["name"])
-            record = service.get_adapter(request.state.caller, name)
+            record = adapters.get(request.state.caller, name)
         except LoramuxError as error:
             return _failed(error)
         return JSONResponse(adapter(record, history), headers=DATA_HEADERS)
@@ -135,18 +135,18 @@ class Page:
             error = InvalidRequest("send Content-Type: application/json", field="Content-Type")
             return _failed(error, status=415)
         try:
-            service, history = self._parts()
+            adapters, history = self._parts()
             name = adapter_name(request.path_params["name"])
-            record = await service.rollback_adapter(request.state.caller, name)
+            record = await adapters.rollback(request.state.caller, name)
         except Exception as error:
             return _failed(error)
         return JSONResponse(adapter(record, history), headers=DATA_HEADERS)
 
-    def _parts(self) -> tuple[Service, History]:
+    def _parts(self) -> tuple[Adapters, History]:
         service, history = self._condition.service, self._condition.history
         if service is None or history is None:
             raise Unavailable("the base is being loaded; try again later")
-        return service, history
+        return service.adapters, history
 
 
 def _failed(error: Exception, status: int | None = None) -> JSONResponse:

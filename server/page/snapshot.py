@@ -47,9 +47,9 @@ def snapshot(condition: Condition, caller: Caller, since: int) -> dict[str, Any]
     resident = history.resident()
     return {
         "state": state,
-        "server": _server(service.server_info(caller), history),
+        "server": _server(service.facts.info(caller), history),
         "load": _load(history, since) if caller.is_over_all else None,
-        "adapters": [_listed(r, history, resident) for r in service.list_adapters(caller)],
+        "adapters": [_listed(r, history, resident) for r in service.adapters.records(caller)],
     }
 
 

@@ -42,7 +42,9 @@ async def test_errors_and_notes_of_a_server_are_shown_and_not_obeyed(serve, monk
         result = await ask(world, "adapters", "load", "x", source + HOSTILE)
         assert result.exit_code == 1 and "error:" in result.stderr
         assert not set("\x1b\x07\x9b\u202e") & set(result.stderr)
-        monkeypatch.setattr("server.service.request_notes", lambda *_: [f"note {HOSTILE}"])
+        monkeypatch.setattr(
+            "server.generation.generation.request_notes", lambda *_: [f"note {HOSTILE}"]
+        )
         result = await ask(world, "generate", "hi", "--max-tokens", "1")
         assert f"note {SHOWN}" in result.stderr
 
@@ -50,7 +52,7 @@ async def test_errors_and_notes_of_a_server_are_shown_and_not_obeyed(serve, monk
 @pytest.mark.parametrize("has_own", [False, True])
 async def test_a_base_without_a_template_gets_text(serve, has_own) -> None:
     async with serve() as world:
-        world.service._tokenizer.has_chat_template = False
+        world.service.prompts._tokenizer.has_chat_template = False
         source = world.write_adapter("a", "a")
         if has_own:
             (world.root / source / "chat_template.jinja").write_text("<{content}>")

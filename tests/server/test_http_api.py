@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from server import http_connection
 from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
@@ -57,10 +58,13 @@ async def test_a_name_is_answered_by_what_it_names_and_never_by_the_base(api) ->
             assert answer.choices[0].text == text and answer.model == model
             assert answer.choices[0].finish_reason == "length"
             assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 4)
-        for model in ("absent", "Tiny", "org/polite", "../tiny"):
+        for model in ("absent", "Tiny", "org/polite", "../tiny", "a\n", "x" * 100_000):
             with pytest.raises(openai.NotFoundError) as caught:
                 await api.client.chat.completions.create(model=model, messages=HELLO)
             assert caught.value.code == "model_not_found" and caught.value.param == "model"
+            assert len(caught.value.message) < 400
+            status, error = await api.error("/tokenize", prompt="hi", model=model)
+            assert (status, error["param"]) == (404, "model")
         for body in ({}, {"model": ""}, {"model": None}):
             status, error = await api.error(COMPLETIONS, prompt="hi", **body)
             assert status == 400 and error["param"] == "model"
@@ -342,6 +346,41 @@ async def test_a_long_body_is_read_to_a_limit_and_leaves_the_loop_free(api, monk
                 await asyncio.sleep(0.05)
 
 
+async def test_a_body_of_very_many_things_leaves_the_loop_free(api) -> None:
+    """What checks them holds the interpreter: a short answer must not wait for it."""
+    turn, part = {"role": "user", "content": "x"}, {"type": "text", "text": "x"}
+    chat, base = {"model": "tiny", "messages": HELLO}, {"model": "tiny", "prompt": "hi"}
+    bodies_of = {
+        CHAT: [
+            chat | {"messages": [turn] * 150_000},
+            chat | {"messages": [{"role": "user", "content": [part] * 150_000}]},
+        ],
+        COMPLETIONS: [
+            base | {"adapters": [{"name": "a"}] * 200_000},
+            base | {"x" * (7 * MB): 1},
+            base | {"temperature" * (MB // 2): 1},
+        ],
+    }
+    async with api() as (_, api):
+        assert (await api.post(CHAT, **chat | {"messages": [turn] * 50})).status_code == 200
+        for path, asked in bodies_of.items():
+            for body in asked:
+                content = json.dumps(body).encode()
+                task = asyncio.create_task(
+                    api.http.post(
+                        path, content=content, headers={"content-type": "application/json"}
+                    )
+                )
+                worst = 0.0
+                while not task.done():
+                    begun = time.thread_time()
+                    await asyncio.sleep(0)
+                    worst = max(worst, time.thread_time() - begun)
+                answer = task.result()
+                assert answer.status_code == 400 and len(answer.content) < 1000
+                assert worst < 0.2, (path, len(content), worst)
+
+
 async def send_slowly(api: Api, content: bytes) -> None:
     """Send the beginning of a body and wait for ever."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
@@ -366,6 +405,55 @@ async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch) -> 
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(head(COMPLETIONS, 100) + b"{")
         assert b" 408 " in await reader.readline()
+        writer.close()
+
+
+CLIENT = "Content-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+SLOW_ONES = {
+    "nothing": "",
+    "half a head": "GET /v1/models HTTP/1.1\r\nX-A: ",
+    "an answer, and half a head": "GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/models HT",
+    "the body of what was refused": f"POST /nothing HTTP/1.1\r\nHost: x\r\n{CLIENT}",
+}
+
+
+@pytest.mark.parametrize("begun", SLOW_ONES.values(), ids=SLOW_ONES)
+async def test_a_connection_that_sends_no_request_is_closed(api, monkeypatch, begun) -> None:
+    """Also one that sends a byte now and then: anybody may open thousands."""
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.5)
+    async with api() as (_, api):
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(begun.encode())
+        received = asyncio.create_task(reader.read())
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if received.done():
+                break
+            writer.write(b"x")
+        assert received.done()
+        await asyncio.gather(received, return_exceptions=True)
+        writer.close()
+
+
+async def test_a_slow_answer_is_no_idle_connection(api, monkeypatch) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.2)
+    async with api() as (world, api):
+        world.engine.gate.clear()
+        task = asyncio.create_task(api.post(COMPLETIONS, **GOOD[COMPLETIONS]))
+        await asyncio.sleep(0.6)
+        world.engine.gate.set()
+        assert (await task).status_code == 200
+
+
+async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monkeypatch) -> None:
+    monkeypatch.setattr(http_connection, "STALL_S", 0.5)
+    async with api(max_model_len=15_000) as (world, api):
+        body = GOOD[CHAT] | {"stream": True, "logprobs": True, "top_logprobs": 20}
+        content = json.dumps(body).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port, limit=1 << 10)
+        writer.write(head(CHAT, len(content)) + content)
+        await until(lambda: bool(world.engine.running))
+        await until(lambda: not world.engine.running and not api.calls._tasks)
         writer.close()
 
 
@@ -552,7 +640,7 @@ async def test_calls_of_tools_come_in_parts_and_whole(api, monkeypatch) -> None:
         )
 
     async with api() as (world, api):
-        monkeypatch.setattr(world.service, "generate", calling)
+        monkeypatch.setattr(world.service.generation, "generate", calling)
         given = GOOD[CHAT] | {
             "tools": [
                 {

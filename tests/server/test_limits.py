@@ -93,13 +93,13 @@ async def test_the_store_is_listed_in_one_go_however_much_it_holds(serve, monkey
         async def stored() -> list[StoredAdapter]:
             return in_store
 
-        monkeypatch.setattr(world.service._store, "stored", stored)
+        monkeypatch.setattr(world.service.adapters._store, "stored", stored)
         begun = time.process_time()
-        found = await world.service.list_stored_adapters(ANONYMOUS)
+        found = await world.service.adapters.stored(ANONYMOUS)
         assert time.process_time() - begun < 1
         assert [stored.adapters for stored in found] == [(f"n{i}",) for i in range(4000)]
         with pytest.raises(AdapterInUse, match="n7;"):
-            await world.service.delete_stored_adapter(ANONYMOUS, digests[7])
+            await world.service.adapters.delete_stored(ANONYMOUS, digests[7])
 
 
 async def test_the_log_is_not_filled_by_what_a_client_writes(serve) -> None:
@@ -152,8 +152,8 @@ async def test_an_old_connection_is_replaced_and_nothing_that_runs_is_cut(serve,
 async def test_a_prompt_that_cannot_fit_never_reaches_the_tokenizer(serve, monkeypatch) -> None:
     seen = []
     async with serve() as world:
-        monkeypatch.setattr(world.service._tokenizer, "encode", seen.append, raising=False)
-        limits = world.service.prompt_limits
+        monkeypatch.setattr(world.service.prompts._tokenizer, "encode", seen.append, raising=False)
+        limits = world.service.prompts.limits
         for prompt in ({"text": "x" * (limits.num_bytes + 1)},
                        {"token_ids": [5] * (limits.num_tokens + 1)}):  # fmt: skip
             with pytest.raises(InvalidRequest, match="at most"):
@@ -241,7 +241,7 @@ async def test_what_is_being_loaded_is_not_deleted(serve, tmp_path) -> None:
 
 async def test_a_full_store_refuses_and_takes_again_when_there_is_room(serve, tmp_path) -> None:
     async with serve() as world:
-        world.service._store.max_bytes = 250
+        world.service.adapters._store.max_bytes = 250
         infos = [
             await world.client.upload_adapter(c, local_adapter(tmp_path / c, c * 100)) for c in "ab"
         ]
@@ -252,7 +252,7 @@ async def test_a_full_store_refuses_and_takes_again_when_there_is_room(serve, tm
         await world.client.delete_stored_adapter(infos[0].source)
         assert (await world.client.upload_adapter("c", tmp_path / "c")).digest[0] == "c"
         parts = [start(name="d"), chunk(CONFIG), chunk(WEIGHTS)]
-        world.service._store.max_bytes = 300
+        world.service.adapters._store.max_bytes = 300
         assert (await send(world, *parts)).name == "d"
 
 

@@ -13,10 +13,11 @@ from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
-from server import service, uploads
+from server.adapters import uploads
 from server.adapters.sources import Sources
 from server.adapters.uploads import MAX_RUNNING_UPLOADS, Upload
 from server.errors import from_rpc_error
+from server.generation import prompts
 from tests.fakes import ByteTokenizer
 from tests.server.world import until
 
@@ -130,7 +131,7 @@ async def test_one_client_leaves_places_to_the_others(serve, stuck):
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        await until(lambda: not world.service._preparing)
+        await until(lambda: not world.service.generation._preparing)
         assert await world.client.generate("there is room again", max_tokens=2).text()
 
 
@@ -149,7 +150,7 @@ async def test_uploads_that_run_are_bounded(serve, stuck):
         waiting = [
             asyncio.create_task(upload(world, f"u{index}")) for index in range(MAX_RUNNING_UPLOADS)
         ]
-        await until(lambda: world.service._store._num_running == MAX_RUNNING_UPLOADS)
+        await until(lambda: world.service.adapters._store._num_running == MAX_RUNNING_UPLOADS)
         with pytest.raises(Overloaded, match=f"{MAX_RUNNING_UPLOADS} uploads"):
             await asyncio.wait_for(upload(world, "one-more"), 2)
         for task in waiting:
@@ -178,20 +179,20 @@ async def test_an_upload_that_sends_next_to_nothing_gives_its_place_back(
         if caught.value.code() is not grpc.StatusCode.INTERNAL:  # lost while it was sending
             error = from_rpc_error(caught.value)
             assert isinstance(error, InvalidRequest) and "bytes a second" in str(error)
-        await until(lambda: world.service._store._num_running == 0)
+        await until(lambda: world.service.adapters._store._num_running == 0)
 
 
 async def test_chats_that_nobody_renders_are_seen(serve, stuck, monkeypatch):
-    monkeypatch.setattr(service, "STUCK_S", 0.2)
+    monkeypatch.setattr(prompts, "STUCK_S", 0.2)
     async with serve() as world:
-        assert not world.service.is_stuck()
+        assert not world.service.prompts.is_stuck()
         calls = stuck(ByteTokenizer, "apply_chat_template")
         waiting = [asyncio.create_task(chat(world)) for _ in range(4)]
         await until(lambda: len(calls) == 4)
         await asyncio.sleep(0.3)
-        assert not world.service.is_stuck(), "all are being rendered, and none waits"
+        assert not world.service.prompts.is_stuck(), "all are being rendered, and none waits"
         waiting.append(asyncio.create_task(chat(world)))
-        await until(world.service.is_stuck)
+        await until(world.service.prompts.is_stuck)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

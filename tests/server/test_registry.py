@@ -16,6 +16,7 @@ from lora_runtime.errors import (
     InvalidRequest,
     Overloaded,
 )
+from server.adapters.changes import NameChanges
 from server.adapters.registry import MAX_FAILED_RECORDS, Registry
 from server.calls import AdapterState
 from tests.fakes import ScriptedEngine
@@ -27,8 +28,9 @@ class NoObserver:
     def on_adapter_unloaded(self, name: str) -> None: ...
 
 
-def make(engine: ScriptedEngine) -> Registry:
-    return Registry(engine=engine, observer=NoObserver(), base_name="tiny")
+def make(engine: ScriptedEngine) -> tuple[Registry, NameChanges]:
+    registry = Registry(engine, "tiny")
+    return registry, NameChanges(engine, registry, NoObserver())
 
 
 def folder(tmp_path: Path, content: str) -> Path:
@@ -38,15 +40,15 @@ def folder(tmp_path: Path, content: str) -> Path:
     return path
 
 
-async def load(registry: Registry, name: str, path: Path, **options: object):
-    return await registry.load(name, path, source="given", **options)
+async def load(changes: NameChanges, name: str, path: Path, **options: object):
+    return await changes.load(name, path, source="given", **options)
 
 
 async def test_loading_the_same_content_again_is_idempotent(tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    registry = make(engine)
-    first, was_there = await load(registry, "x", folder(tmp_path, "a"))
-    again, was_there_again = await load(registry, "x", folder(tmp_path, "a"))
+    registry, changes = make(engine)
+    first, was_there = await load(changes, "x", folder(tmp_path, "a"))
+    again, was_there_again = await load(changes, "x", folder(tmp_path, "a"))
     assert (was_there, was_there_again) == (False, True)
     assert again is first
     assert engine.references == {first.digest: 1}
@@ -54,14 +56,14 @@ async def test_loading_the_same_content_again_is_idempotent(tmp_path: Path) -> N
 
 async def test_other_content_needs_replace(tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    registry = make(engine)
-    old, _ = await load(registry, "x", folder(tmp_path, "a"))
+    registry, changes = make(engine)
+    old, _ = await load(changes, "x", folder(tmp_path, "a"))
     with pytest.raises(AdapterExists) as caught:
-        await load(registry, "x", folder(tmp_path, "b"))
+        await load(changes, "x", folder(tmp_path, "b"))
     assert caught.value.field == "name"
     assert registry.resolve("x") is old
     assert engine.references == {old.digest: 1}
-    new, was_there = await load(registry, "x", folder(tmp_path, "b"), replace=True)
+    new, was_there = await load(changes, "x", folder(tmp_path, "b"), replace=True)
     assert registry.resolve("x") is new and not was_there and new.former is old
     await asyncio.sleep(0.01)
     assert engine.references == {old.digest: 1, new.digest: 1}
@@ -74,12 +76,12 @@ def with_facts(path: Path, **facts: object) -> Path:
 
 async def test_the_same_weights_with_another_template_are_other_content(tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    registry = make(engine)
-    old, _ = await load(registry, "x", with_facts(folder(tmp_path, "a"), chat_template="1"))
+    registry, changes = make(engine)
+    old, _ = await load(changes, "x", with_facts(folder(tmp_path, "a"), chat_template="1"))
     changed = with_facts(folder(tmp_path, "a"), chat_template="2")
     with pytest.raises(AdapterExists):
-        await load(registry, "x", changed)
-    new, was_there = await load(registry, "x", changed, replace=True)
+        await load(changes, "x", changed)
+    new, was_there = await load(changes, "x", changed, replace=True)
     assert (old.digest, was_there) == (new.digest, False)
     assert "2" in registry.resolve("x").loaded.facts.text_sha256
     await asyncio.sleep(0.01)
@@ -87,7 +89,7 @@ async def test_the_same_weights_with_another_template_are_other_content(tmp_path
 
 
 async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     path = with_facts(folder(tmp_path, "a"), notes=["from the engine"])
     seen = []
 
@@ -95,15 +97,15 @@ async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) ->
         seen.append(loaded)
         return None, ("from the review",)
 
-    record, _ = await load(registry, "x", path, review=review)
+    record, _ = await load(changes, "x", path, review=review)
     assert record.notes == ("from the engine", "from the review")
-    again, was_there = await load(registry, "x", path, review=review)
+    again, was_there = await load(changes, "x", path, review=review)
     assert again is record and was_there and seen == [record.loaded]
 
 
 async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
-    records = [(await load(registry, name, folder(tmp_path, name)))[0] for name in "ab"]
+    registry, changes = make(ScriptedEngine())
+    records = [(await load(changes, name, folder(tmp_path, name)))[0] for name in "ab"]
     with pytest.raises(RuntimeError), registry.in_flight(records):
         with registry.in_flight(records[:1]), registry.in_flight([]):
             assert [record.num_in_flight for record in records] == [2, 1]
@@ -113,56 +115,56 @@ async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) 
 
 async def test_two_names_may_share_content(tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    registry = make(engine)
-    one, _ = await load(registry, "one", folder(tmp_path, "a"))
-    two, _ = await load(registry, "two", folder(tmp_path, "a"))
+    registry, changes = make(engine)
+    one, _ = await load(changes, "one", folder(tmp_path, "a"))
+    two, _ = await load(changes, "two", folder(tmp_path, "a"))
     assert engine.references == {one.digest: 2}
-    await registry.unload("one", wait=True)
+    await changes.unload("one", wait=True)
     assert registry.resolve("two") is two
     assert engine.references == {two.digest: 1}
 
 
 async def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
-    old, _ = await load(registry, "x", folder(tmp_path, "a"))
+    registry, changes = make(ScriptedEngine())
+    old, _ = await load(changes, "x", folder(tmp_path, "a"))
     with pytest.raises(AdapterRefused):
-        await load(registry, "x", folder(tmp_path, "!AdapterRefused"), replace=True)
+        await load(changes, "x", folder(tmp_path, "!AdapterRefused"), replace=True)
     assert registry.resolve("x") is old
     assert [record.state for record in registry.records()] == [AdapterState.LOADED]
 
 
 async def test_a_failed_load_shows_why_without_host_paths(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     with pytest.raises(AdapterRefused) as caught:
-        await load(registry, "x", folder(tmp_path, "!AdapterRefused"))
+        await load(changes, "x", folder(tmp_path, "!AdapterRefused"))
     assert caught.value.message == "given/adapter_model.safetensors: header is cut short"
     assert caught.value.field == "lora_A"
     record = registry.get("x")
     assert (record.state, record.error) == (AdapterState.FAILED, caught.value.message)
     with pytest.raises(OSError):
-        await load(registry, "y", folder(tmp_path, "!OSError"))
+        await load(changes, "y", folder(tmp_path, "!OSError"))
     assert str(tmp_path) not in registry.get("y").error
     with pytest.raises(AdapterNotFound):
         registry.resolve("x")
-    await load(registry, "x", folder(tmp_path, "a"))
+    await load(changes, "x", folder(tmp_path, "a"))
     assert registry.resolve("x").error == ""
 
 
 async def test_a_failed_load_is_shown_until_its_name_is_unloaded(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     with pytest.raises(AdapterRefused):
-        await load(registry, "x", folder(tmp_path, "!AdapterRefused"))
-    assert (await registry.unload("x", wait=True)).state is AdapterState.FAILED
+        await load(changes, "x", folder(tmp_path, "!AdapterRefused"))
+    assert (await changes.unload("x", wait=True)).state is AdapterState.FAILED
     assert registry.records() == []
     with pytest.raises(AdapterNotFound, match="not loaded"):
-        await registry.unload("x")
+        await changes.unload("x")
 
 
 async def test_failed_records_are_bounded(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     for index in range(MAX_FAILED_RECORDS + 10):
         with pytest.raises(AdapterRefused):
-            await load(registry, f"x{index}", folder(tmp_path, "!AdapterRefused"))
+            await load(changes, f"x{index}", folder(tmp_path, "!AdapterRefused"))
     assert len(registry.records()) == MAX_FAILED_RECORDS
     with pytest.raises(AdapterNotFound):
         registry.get("x0")
@@ -170,15 +172,15 @@ async def test_failed_records_are_bounded(tmp_path: Path) -> None:
 
 async def test_the_bases_name_is_taken(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await load(make(ScriptedEngine()), "tiny", folder(tmp_path, "a"))
+        await load(make(ScriptedEngine())[1], "tiny", folder(tmp_path, "a"))
     assert caught.value.field == "name"
 
 
 async def test_a_load_goes_on_when_its_caller_leaves(tmp_path: Path) -> None:
     engine = ScriptedEngine()
     engine.load_gate.clear()
-    registry = make(engine)
-    caller = asyncio.create_task(load(registry, "x", folder(tmp_path, "a")))
+    registry, changes = make(engine)
+    caller = asyncio.create_task(load(changes, "x", folder(tmp_path, "a")))
     await asyncio.sleep(0.01)
     assert registry.get("x").state is AdapterState.VERIFYING
     caller.cancel()
@@ -192,12 +194,12 @@ async def test_a_load_goes_on_when_its_caller_leaves(tmp_path: Path) -> None:
 async def test_calls_for_one_name_take_turns_and_others_do_not_wait(tmp_path: Path) -> None:
     engine = ScriptedEngine()
     engine.load_gate.clear()
-    registry = make(engine)
-    loads = [asyncio.create_task(load(registry, "x", folder(tmp_path, c))) for c in "ab"]
-    unload = asyncio.create_task(registry.unload("x"))
+    registry, changes = make(engine)
+    loads = [asyncio.create_task(load(changes, "x", folder(tmp_path, c))) for c in "ab"]
+    unload = asyncio.create_task(changes.unload("x"))
     await asyncio.sleep(0.01)
     engine.load_gate.set()
-    await load(registry, "other", folder(tmp_path, "c"))
+    await load(changes, "other", folder(tmp_path, "c"))
     first, second = await asyncio.gather(*loads, return_exceptions=True)
     assert first[0].digest.startswith("a")
     assert isinstance(second, AdapterExists)
@@ -209,10 +211,10 @@ async def test_calls_for_one_name_take_turns_and_others_do_not_wait(tmp_path: Pa
 async def test_close_ends_background_work(tmp_path: Path) -> None:
     engine = ScriptedEngine()
     engine.load_gate.clear()
-    registry = make(engine)
-    task = asyncio.create_task(load(registry, "x", folder(tmp_path, "a")))
+    registry, changes = make(engine)
+    task = asyncio.create_task(load(changes, "x", folder(tmp_path, "a")))
     await asyncio.sleep(0.01)
-    await registry.close()
+    await changes.close()
     with pytest.raises(asyncio.CancelledError):
         await task
 
@@ -222,21 +224,22 @@ async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) ->
     """Model: a dictionary from name to its contents, the one that answers last, and the names that
     hold nothing because their load failed."""
     rng, engine = random.Random(seed), ScriptedEngine()
-    registry, model, failed = make(engine), {}, set()
+    registry, changes = make(engine)
+    model, failed = {}, set()
     for _ in range(200):
         name, content = rng.choice("xyz"), rng.choice(["a", "b", "c", "!AdapterRefused"])
         replace, known, draw = rng.random() < 0.5, model.get(name), rng.random()
         try:
             if draw < 0.2:
-                await registry.unload(name, wait=True)
+                await changes.unload(name, wait=True)
                 assert (model.pop(name, None) is not None) != (name in failed)
                 failed.discard(name)
             elif draw < 0.4:
-                await registry.rollback(name)
+                await changes.rollback(name)
                 model[name] = known[::-1]
                 assert len(known) == 2
             else:
-                await load(registry, name, folder(tmp_path, content), replace=replace)
+                await load(changes, name, folder(tmp_path, content), replace=replace)
                 assert known is None or known[-1] == content or replace
                 kept = [] if known is None else known[-1:]
                 model[name] = known if kept == [content] else [*kept, content]
@@ -259,31 +262,31 @@ async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) ->
 
 async def test_rollback_swaps_a_name_with_its_former_content_and_back(tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    registry = make(engine)
+    registry, changes = make(engine)
     for content in "abc":
-        await load(registry, "x", folder(tmp_path, content), replace=True)
+        await load(changes, "x", folder(tmp_path, content), replace=True)
     await asyncio.sleep(0.01)
     assert sorted(d[0] for d in engine.references) == ["b", "c"], "one former content, no more"
-    record = await registry.rollback("x")
+    record = await changes.rollback("x")
     assert (record.digest[0], record.former.digest[0]) == ("b", "c")
     assert registry.resolve("x") is record and record.state is AdapterState.LOADED
-    assert (await registry.rollback("x")).digest[0] == "c"
-    await registry.unload("x", wait=True)
+    assert (await changes.rollback("x")).digest[0] == "c"
+    await changes.unload("x", wait=True)
     assert engine.references == {} and registry.records() == []
 
 
 async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_path: Path) -> None:
-    registry = make(ScriptedEngine())
+    registry, changes = make(ScriptedEngine())
     with pytest.raises(AdapterNotFound, match="not loaded") as unknown:
-        await registry.rollback("x")
-    await load(registry, "x", folder(tmp_path, "a"))
+        await changes.rollback("x")
+    await load(changes, "x", folder(tmp_path, "a"))
     with pytest.raises(AdapterNotFound, match="no former content") as first:
-        await registry.rollback("x")
-    await load(registry, "x", folder(tmp_path, "b"), replace=True)
-    await registry.unload("x", wait=True)
-    await load(registry, "x", folder(tmp_path, "b"))
+        await changes.rollback("x")
+    await load(changes, "x", folder(tmp_path, "b"), replace=True)
+    await changes.unload("x", wait=True)
+    await load(changes, "x", folder(tmp_path, "b"))
     with pytest.raises(AdapterNotFound, match="no former content") as after:
-        await registry.rollback("x")
+        await changes.rollback("x")
     assert [e.value.field for e in (unknown, first, after)] == ["name"] * 3
     assert registry.resolve("x").digest[0] == "b"
 
@@ -291,14 +294,14 @@ async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_pa
 async def test_names_are_bounded_also_where_all_hold_one_content(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("server.adapters.registry.MAX_NAMES", 5)
     engine = ScriptedEngine()
-    registry = make(engine)
+    registry, changes = make(engine)
     path = folder(tmp_path, "a")
     for index in range(5):
-        await load(registry, f"n{index}", path)
+        await load(changes, f"n{index}", path)
     with pytest.raises(Overloaded, match="5 names of adapters are known") as caught:
-        await load(registry, "n5", path)
+        await load(changes, "n5", path)
     assert caught.value.field == "name" and sum(engine.references.values()) == 5
-    await load(registry, "n0", path)
-    await load(registry, "n1", folder(tmp_path, "b"), replace=True)
-    await registry.unload("n2")
-    await load(registry, "n5", path)
+    await load(changes, "n0", path)
+    await load(changes, "n1", folder(tmp_path, "b"), replace=True)
+    await changes.unload("n2")
+    await load(changes, "n5", path)

@@ -25,6 +25,7 @@ from lora_runtime.errors import (
 from lora_runtime.temporary_folder import temporary_folder
 from protos.loramux.v1.adapters_pb2 import AdapterState
 from server import app
+from server.adapters.loads import Loads
 from server.adapters.names import NameStore
 from server.app import Ports
 from server.client import AsyncClient
@@ -454,7 +455,7 @@ async def test_a_review_that_raises_leaves_nothing_behind(host, monkeypatch):
         async def fail(*_):
             raise TypeError("a lone surrogate")
 
-        monkeypatch.setattr(app.Service, "_review", fail)
+        monkeypatch.setattr(Loads, "_review", fail)
         for _ in range(3):
             with pytest.raises(Exception, match="internal error"):
                 await client.load_adapter("x", host.write("one", "a1"))

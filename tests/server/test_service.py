@@ -43,7 +43,7 @@ def call(text: str = "abc", *, stop: tuple[str, ...] = (), **sampling: object) -
 
 
 async def events_of(service, request: GenerateCall) -> list:
-    return [event async for event in service.generate(request)]
+    return [event async for event in service.generation.generate(request)]
 
 
 def text_of(events: list) -> str:
@@ -162,7 +162,7 @@ async def test_a_failure_comes_once_in_place_of_the_end(serve, failure: Exceptio
         world.engine.failure = failure
         seen = []
         with pytest.raises(type(failure)):
-            async for event in world.service.generate(call()):
+            async for event in world.service.generation.generate(call()):
                 seen.append(event)
         assert not any(isinstance(event, Finished) for event in seen)
         assert world.engine.running == {}
@@ -179,7 +179,7 @@ async def test_an_engine_that_vanishes_is_an_error_not_an_end(serve) -> None:
 @pytest.mark.parametrize("num_events", [1, 2, 3])
 async def test_closing_a_stream_frees_its_row_and_is_counted(serve, num_events: int) -> None:
     async with serve() as world:
-        async with aclosing(world.service.generate(call())) as events:
+        async with aclosing(world.service.generation.generate(call())) as events:
             for _ in range(num_events):
                 await anext(events)
         assert world.engine.running == {} and len(world.engine.aborted) == 1
@@ -217,7 +217,7 @@ async def test_the_observer_hears_one_course_per_request(serve) -> None:
 
 async def test_tokenizing_a_long_text_leaves_the_event_loop_free(serve) -> None:
     async with serve() as world:
-        tokenizer, ticks, main = world.service._tokenizer, [], asyncio.get_running_loop()
+        tokenizer, ticks, main = world.service.prompts._tokenizer, [], asyncio.get_running_loop()
         original = tokenizer.encode
 
         def slow(text: str) -> list[int]:
@@ -226,7 +226,7 @@ async def test_tokenizing_a_long_text_leaves_the_event_loop_free(serve) -> None:
             return original(text)
 
         tokenizer.encode = slow
-        assert len(await world.service.tokenize(TextPrompt("a" * 5000))) == 5000
+        assert len(await world.service.prompts.tokenize(TextPrompt("a" * 5000))) == 5000
         assert len(ticks) == 1
 
 
@@ -303,16 +303,16 @@ async def test_what_a_review_raises_leaves_nothing_behind(serve, error, replaces
     async with serve() as world:
         if replaces:
             await world.load("x", "old")
-        world.service._own_text.error = error
+        world.service.prompts._own_text.error = error
         for content in ("a", "b", "c"):
             with pytest.raises(
                 AdapterRefused if isinstance(error, AdapterRefused) else LoramuxError
             ):
                 await world.load("x", content, replace=True, chat_template="t")
-        states = [record.state for record in world.service.list_adapters(ANONYMOUS)]
+        states = [record.state for record in world.service.adapters.records(ANONYMOUS)]
         assert states == [AdapterState.LOADED if replaces else AdapterState.FAILED]
         assert sum(world.engine.references.values()) == replaces
-        world.service._own_text.error = None
+        world.service.prompts._own_text.error = None
         assert (await world.load("x", "d", replace=True, chat_template="t")).adapter.digest[
             0
         ] == "d"
@@ -352,8 +352,8 @@ async def test_an_adapter_swapped_while_its_prompt_is_made_is_never_mixed(serve,
     async with serve() as world:
         await world.load("x", "a", chat_template="[{content}]")
         facts = {} if template is None else {"chat_template": template}
-        world.service._own_text = HeldText(
-            world.service._own_text, lambda: world.load("x", "b", replace=True, **facts)
+        world.service.prompts._own_text = HeldText(
+            world.service.prompts._own_text, lambda: world.load("x", "b", replace=True, **facts)
         )
         events = await events_of(world.service, chat("x"))
         (request,) = world.engine.seen
@@ -365,8 +365,8 @@ async def test_an_adapter_swapped_while_its_prompt_is_made_is_never_mixed(serve,
 async def test_an_adapter_unloaded_while_its_prompt_is_made_is_gone(serve) -> None:
     async with serve() as world:
         await world.load("x", "a", chat_template="[{content}]")
-        world.service._own_text = HeldText(
-            world.service._own_text, lambda: world.client.unload_adapter("x")
+        world.service.prompts._own_text = HeldText(
+            world.service.prompts._own_text, lambda: world.client.unload_adapter("x")
         )
         with pytest.raises(AdapterNotFound) as caught:
             await events_of(world.service, chat("x"))
@@ -417,4 +417,5 @@ async def test_an_engines_refusal_of_a_composition_comes_before_anything_else(se
         with pytest.raises(InvalidRequest) as caught:
             await events_of(world.service, replace(call(), adapters=choices))
         assert caught.value.field == "adapters"
-        assert [record.num_in_flight for record in world.service.list_adapters(ANONYMOUS)] == [0, 0]
+        records = world.service.adapters.records(ANONYMOUS)
+        assert [record.num_in_flight for record in records] == [0, 0]

@@ -38,7 +38,7 @@ def is_clean(world):
     records = world.registry.records()
     return (
         world.engine.running == {}
-        and not world.service._preparing
+        and not world.service.generation._preparing
         and all(record.num_in_flight == 0 for record in records)
         and len(starts) == len(ends)
     )
@@ -167,7 +167,7 @@ async def test_each_output_counts_as_a_request_of_its_tenant(serve) -> None:
 async def test_who_leaves_ends_all_outputs(serve, num_events) -> None:
     async with serve() as world:
         await world.load("x", "a")
-        async with aclosing(world.service.generate(several(16, adapter="x"))) as events:
+        async with aclosing(world.service.generation.generate(several(16, adapter="x"))) as events:
             for _ in range(num_events):
                 await anext(events)
             assert len(world.engine.running) == 16
@@ -193,7 +193,7 @@ async def test_one_that_fails_ends_all_with_one_error(serve, victim, monkeypatch
         monkeypatch.setattr(world.engine, "_step", failing)
         seen = []
         with pytest.raises(AdapterFailed):
-            async for event in world.service.generate(several(16, adapter="x")):
+            async for event in world.service.generation.generate(several(16, adapter="x")):
                 seen.append(event)
         assert not any(isinstance(event, Finished) for event in seen)
         reasons = Counter(args[1] for args in world.observer.of("on_finished"))
@@ -227,7 +227,7 @@ async def test_an_unload_waits_for_all_outputs_or_ends_them(serve, cancel) -> No
         (record,) = world.registry.records()
         assert record.num_in_flight == 1
         unload = asyncio.create_task(
-            world.service.unload_adapter(ANONYMOUS, "x", cancel=cancel, wait=True)
+            world.service.adapters.unload(ANONYMOUS, "x", cancel=cancel, wait=True)
         )
         await asyncio.sleep(0.01)
         assert not unload.done()
@@ -251,7 +251,7 @@ async def test_a_swap_at_any_moment_leaves_a_call_wholly_old_or_wholly_new(serve
                 await asyncio.sleep(0)
             letter = "ba"[round_ % 2]
             source = world.write_adapter(letter, letter)
-            swap = world.service.load_adapter(ANONYMOUS, "x", source, replace=True)
+            swap = world.service.adapters.load(ANONYMOUS, "x", source, replace=True)
             (_, events) = await asyncio.gather(swap, running)
             assert set(texts(events).values()) in ({"aaa"}, {"bbb"})
         assert is_clean(world)
@@ -270,4 +270,4 @@ async def test_nothing_leaks_from_calls_that_end_in_every_way(serve) -> None:
 
         await asyncio.gather(*(one() for _ in range(60)))
         assert is_clean(world)
-        await asyncio.wait_for(world.service.unload_adapter(ANONYMOUS, "x", wait=True), 5)
+        await asyncio.wait_for(world.service.adapters.unload(ANONYMOUS, "x", wait=True), 5)

@@ -70,7 +70,7 @@ async def test_an_upload_is_loaded_answers_and_is_kept_by_content(serve, tmp_pat
         assert await world.client.generate("q", adapter="x", max_tokens=3).text() == "aaa"
         names = (CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE)
         assert left_behind(world) == sorted(f"adapters/{info.source}/{name}" for name in names)
-        stored = world.service._store.root / info.source
+        stored = world.service.adapters._store.root / info.source
         assert all((stored / n).read_bytes() == (folder / n).read_bytes() for n in names)
         again = await world.client.load_adapter("y", info.source)
         assert again.adapter.digest == info.digest
@@ -362,7 +362,7 @@ async def test_a_stored_adapter_is_checked_when_it_is_used(serve, tmp_path, chan
         await world.client.unload_adapter("x", wait=True)
         assert (await world.client.load_adapter("x", info.source)).adapter.digest == info.digest
         await world.client.unload_adapter("x", wait=True)
-        stored = world.service._store.root / info.source
+        stored = world.service.adapters._store.root / info.source
         if change == "a byte":
             save_file({"a": torch.full((2, 2), 0.25)}, stored / TENSORS_FILE)
         elif change == "a file more":

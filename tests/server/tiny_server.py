@@ -12,12 +12,13 @@ from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.gate import OPEN_GATE, Gate
+from server.adapters.changes import NameChanges
 from server.adapters.registry import Registry
 from server.adapters.sources import Sources
 from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient
 from server.grpc_server import start_grpc
-from server.service import Service
+from server.service import Service, build_service
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -71,13 +72,15 @@ async def running_service(folder: Path, **base_options):
     )
     engine = await asyncio.to_thread(start_engine, config)
     observer = RecordingObserver()
-    registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    registry = Registry(engine, "tiny")
+    changes = NameChanges(engine, registry, observer)
     own_text = TextWorkers(folder / "base", engine.info.base.vocab_size)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=Tokenizer.load(folder / "base"),
         own_text=own_text,
         registry=registry,
+        changes=changes,
         sources=Sources([folder / "adapters"]),
         store=AdapterStore(folder / "store", 8 << 20),
         observer=observer,
@@ -92,4 +95,4 @@ async def running_service(folder: Path, **base_options):
         own_text.close()
         await service.close()
         await engine.close(drain_s=5)
-        await registry.close()
+        await changes.close()

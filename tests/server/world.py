@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from server.access.gate import OPEN_GATE, Gate
+from server.adapters.changes import NameChanges
 from server.adapters.registry import Registry
 from server.adapters.sources import Sources
 from server.adapters.uploads import AdapterStore
@@ -20,7 +21,7 @@ from server.client import AsyncClient, Client
 from server.client.channel import Stubs
 from server.grpc_server import GrpcServer, start_grpc
 from server.observability.records import RequestWatcher
-from server.service import Service
+from server.service import Service, build_service
 from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 
 MAX_UPLOAD_BYTES = 4 << 20
@@ -84,13 +85,15 @@ async def serving(
     root = folder / "allowed" / "adapters"
     root.mkdir(parents=True, exist_ok=True)
     engine, observer = ScriptedEngine(**engine_options), RecordingObserver()
-    registry = Registry(engine=engine, observer=observer, base_name="tiny")
+    registry = Registry(engine, "tiny")
+    changes = NameChanges(engine, registry, observer)
     store = AdapterStore(folder / "store", MAX_UPLOAD_BYTES)
-    service = Service(
+    service = build_service(
         engine=engine,
         tokenizer=ByteTokenizer(),
         own_text=FormatText(),
         registry=registry,
+        changes=changes,
         sources=Sources([root, store.root]),
         store=store,
         observer=observer,
@@ -104,7 +107,7 @@ async def serving(
     finally:
         await server.stop(0)
         await service.close()
-        await registry.close()
+        await changes.close()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import asynccontextmanager
 from statistics import median
@@ -281,3 +282,28 @@ async def test_the_audit_log_says_who_did_what_and_no_secret(serve, tmp_path):
     assert all(log["peer"].startswith("ipv4:127.0.0.1:") for log in audit)
     text = str(logs)
     assert not any(secret in text for secret in (WRONG, OPERATOR, ACME, "a secret prompt"))
+
+
+async def test_of_a_call_without_a_key_no_message_is_read(serve, tmp_path):
+    """A stranger who sends megabytes in many calls would fill the server's memory."""
+    async with serve(gate=gate_of(tmp_path)) as world, channel_to(world) as channel:
+        generate = "/loramux.v1.GenerationService/Generate"
+        for key in (None, WRONG):
+            # The message never ends: without reading it the server still knows what to answer.
+            call = channel.stream_stream(generate)(endless(), metadata=bearer(key), timeout=5)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [_ async for _ in call]
+            assert caught.value.code() is Code.UNAUTHENTICATED
+        unary = channel.unary_unary("/loramux.v1.GenerationService/Tokenize")
+        request = generation_pb2.TokenizeRequest(text="hi").SerializeToString()
+        answer = await unary(request, metadata=bearer(ACME))
+        assert generation_pb2.TokenizeResponse.FromString(answer).token_ids
+        nothing = channel.stream_unary("/loramux.v1.GenerationService/Tokenize")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await nothing(iter([]), metadata=bearer(ACME), timeout=5)
+        assert caught.value.code() is Code.INVALID_ARGUMENT
+
+
+async def endless():
+    await asyncio.sleep(60)
+    yield b""

@@ -163,7 +163,7 @@ async def test_a_caller_sees_its_own_adapters_and_not_the_load_of_others(serve):
         json = {"content-type": "application/json"}
         path = "/api/adapters/acme-a/rollback"
         denied = await ask(condition, path, user, "POST", headers=json)
-        assert denied.status_code == 403 and world.service.get_adapter(user, "acme-a").former
+        assert denied.status_code == 403 and world.service.adapters.get(user, "acme-a").former
         operator = replace(user, role=Role.OPERATOR)
         assert (await ask(condition, path, operator, "POST", headers=json)).status_code == 200
         everything = (await ask(condition, "/api/status")).json()

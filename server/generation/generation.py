@@ -1,0 +1,317 @@
+"""Generation: one call for text becomes requests to the engine, and their outputs its events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+
+from lora_runtime.core import Request, SamplingParams, StructuredOutput
+from lora_runtime.engine.client import EngineClient
+from lora_runtime.engine.queue_places import check_place
+from lora_runtime.engine.request_rules import (
+    check_num_outputs,
+    params_of_outputs,
+    request_notes,
+    uses,
+    with_ends,
+)
+from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.text.detokenizer import Detokenizer
+from lora_runtime.text.output_text import OutputText
+from lora_runtime.text.structure_compiler import StructureCompiler
+from lora_runtime.text.structured_output import Structure
+from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.tokenizer import Tokenizer
+from server.access.audit import missing_logged
+from server.access.quotas import Quotas
+from server.adapters.on_demand import OnDemand
+from server.adapters.registry import Registry
+from server.calls import (
+    AdapterRecord,
+    ChatPrompt,
+    Delta,
+    Event,
+    Finished,
+    GenerateCall,
+    PromptLogprobs,
+    Started,
+)
+from server.generation.composition import depth, text_side
+from server.generation.merging import merged
+from server.generation.output import RequestMeter, RequestObserver, delta_of
+from server.generation.prompts import Prompts
+from server.generation.tools import UNKNOWN_FORMAT, CalledTools, ToolUse, has_tools, tool_use
+from server.observability.records import RequestWatcher, watched
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a call's texts mean to the adapters that are to answer it."""
+
+    token_ids: tuple[int, ...]
+    records: list[AdapterRecord]
+    side: TextSide | None
+    """Their own text side; None: the base's."""
+    tools: ToolUse | None
+    form: StructuredOutput | None
+    """What outputs must look like, as it was asked for or as the tools want it."""
+    structure: Structure | None
+    """The form, compiled."""
+
+
+class Generation:
+    """Runs calls for text, each within its tenant's quotas, to exactly one end for each output."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        prompts: Prompts,
+        registry: Registry,
+        on_demand: OnDemand,
+        quotas: Quotas,
+        observer: RequestObserver,
+        watchers: Sequence[RequestWatcher] = (),
+        base_name: str,
+        tool_call_parser: str = "auto",
+    ) -> None:
+        """`tool_call_parser`: see `tools.tool_use`."""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._registry = registry
+        self._on_demand = on_demand
+        self._quotas = quotas
+        self._observer = observer
+        self._watchers = watchers
+        self._base_name = base_name
+        self._tool_call_parser = tool_call_parser
+        self._structures = StructureCompiler(
+            lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
+        )
+        self._preparing: Counter[str] = Counter()
+        """Outputs whose prompts are being made, by client."""
+
+    def prepare(self) -> None:
+        """Do what the first request of its kind would hold all others up for; see
+        `StructureCompiler.prepare`.
+        """
+        self._structures.prepare()
+
+    def close(self) -> None:
+        """End the processes that try definitions of forms."""
+        self._structures.close()
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        """Stream a request's events; closing the generator frees its row within one step.
+
+        Raises InvalidRequest, AdapterNotFound, Overloaded or Unavailable before `Started`; later
+        failures are raised in place of `Finished`.
+        """
+        events = self._within_quotas(call)
+        if not self._watchers:
+            return events
+        return watched(call, self._base_name, events, self._watchers)
+
+    async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        check_num_outputs(call.num_outputs)
+        with self._quotas.request(call.caller, call.num_outputs) as spend:
+            async with aclosing(self._generate(call)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        spend(len(event.token_ids))
+                    elif isinstance(event, Started):
+                        spend(event.num_prompt_tokens)
+                    yield event
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+        names = [choice.name for choice in call.adapters]
+        place = self._place(call.client, call.num_outputs)
+        with place, self._registry.wanted(names):
+            await self._on_demand.ensure(names, call.caller.sees, deadline)
+            prepared = await self._prepare(call)
+        # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
+        first = self._request(call, prepared, deadline)
+        started = _started(call, first.request_id, prepared)
+        outputs = [
+            self._run(request, index, call, started, prepared)
+            for index, request in enumerate(_requests(first, call.num_outputs))
+        ]
+        has_prompt = first.sampling.num_prompt_logprobs is not None
+        with self._registry.in_flight(prepared.records):
+            events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+
+    @contextmanager
+    def _place(self, client: str, num_outputs: int) -> Iterator[None]:
+        """Count the outputs of a call that wait, or will, for the engine. Raises Overloaded where
+        the engine's queue, or the client's part of it, is taken: before anything is done for the
+        call.
+        """
+        stats, preparing = self._engine.stats(), self._preparing
+        num_own = stats.waiting_by_client.get(client, 0) + preparing[client]
+        num_waiting = stats.num_waiting + preparing.total()
+        check_place(self._engine.info.max_queued_requests, num_waiting, num_own, num_outputs)
+        preparing[client] += num_outputs
+        try:
+            yield
+        finally:
+            self._preparing -= Counter({client: num_outputs})  # and forget who has none
+
+    async def _prepare(self, call: GenerateCall) -> _Prepared:
+        """Make a call's tokens and the form of its outputs by the text side of its adapters: a name
+        may be swapped while they are made, and then they are made again.
+        """
+        side = text_side(self._records(call), call.uses_base_text)
+        while True:
+            token_ids = await self._prompts.tokenize(call.prompt, side)
+            tools = tool_use(call.prompt, self._tokenizer, side, self._tool_call_parser)
+            form = _form(call, tools)
+            structure = None if form is None else await self._structures.compile(form, side)
+            records, used = self._records(call), side
+            side = text_side(records, call.uses_base_text)
+            if side == used:
+                return _Prepared(tuple(token_ids), records, side, tools, form, structure)
+
+    def _records(self, call: GenerateCall) -> list[AdapterRecord]:
+        found = []
+        for index, choice in enumerate(call.adapters):
+            with missing_logged(call.caller, choice.name):
+                field, sees = f"adapters[{index}].name", call.caller.sees
+                found.append(self._registry.resolve(choice.name, field=field, sees=sees))
+        return found
+
+    def _request(self, call: GenerateCall, prepared: _Prepared, deadline: float | None) -> Request:
+        """The request of a call's first output."""
+        return Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prepared.token_ids,
+            sampling=self._sampling(call, prepared),
+            adapters=uses([record.digest for record in prepared.records], call.adapters),
+            structure=prepared.structure,
+            cache_salt=call.caller.cache_salt(call.cache_salt),
+            client=call.client,
+            weight=call.caller.limits.weight,
+            priority=call.priority,
+            deadline=deadline,
+        )
+
+    def _sampling(self, call: GenerateCall, prepared: _Prepared) -> SamplingParams:
+        """The request's parameters with the defaults that depend on prompt and base filled in."""
+        num_prompt_tokens = len(prepared.token_ids)
+        limit = self._engine.info.token_limit(depth(prepared.records))
+        room = limit - num_prompt_tokens
+        if room < 1:
+            raise InvalidRequest(
+                f"{call.prompt.field} has {num_prompt_tokens} tokens; at most {limit - 1} fit",
+                field=call.prompt.field,
+            )
+        wanted = call.sampling.max_tokens
+        if call.has_max_tokens and wanted > room:
+            raise InvalidRequest(
+                f"sampling.max_tokens is {wanted}; after a prompt of {num_prompt_tokens} tokens "
+                f"at most {room} fit",
+                field="sampling.max_tokens",
+            )
+        ends = () if call.ignore_eos else (prepared.side or self._tokenizer).eos_token_ids
+        params = replace(
+            call.sampling, max_tokens=min(wanted, room), structured_output=prepared.form
+        )
+        return with_ends(params, ends, self._engine.info.base.vocab_size)
+
+    async def _run(
+        self,
+        request: Request,
+        index: int,
+        call: GenerateCall,
+        started: Started,
+        prepared: _Prepared,
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the engine's outputs as events; the row is free before Finished is given out."""
+        side, tools = prepared.side, prepared.tools
+        decoder = (
+            self._tokenizer.with_added(side.added if side else None)
+            if tools is None
+            else tools.decoder(self._tokenizer)
+        )
+        detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
+        text = OutputText(detokenizer, request.sampling.stop_token_ids)
+        calls = CalledTools(tools)
+        names = tuple(choice.name for choice in call.adapters)
+        with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
+            reason, timing, is_started = None, None, False
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if not is_started:
+                        is_started = True
+                        yield started
+                    if output.prompt_logprobs is not None:
+                        yield PromptLogprobs(logprobs=output.prompt_logprobs)
+                    meter.tokens(len(output.token_ids))
+                    delta = delta_of(text, output, index)
+                    reason, timing = text.finish_reason(output), output.timing
+                    delta = calls.taken_out(delta, index, is_last=reason is not None)
+                    if delta is not None:
+                        yield delta
+                    if output.error is not None:
+                        raise output.error
+                    if reason is not None:
+                        break
+            if reason is None:
+                raise Unavailable("the engine ended the request without a result")
+            reason = calls.reason(reason)
+            meter.finish(reason, timing)
+            yield Finished(
+                index=index,
+                finish_reason=reason,
+                num_prompt_tokens=started.num_prompt_tokens,
+                num_output_tokens=meter.num_output_tokens,
+                timing=timing,
+            )
+
+
+def _started(call: GenerateCall, request_id: str, prepared: _Prepared) -> Started:
+    facts = {record.name: record.loaded.facts for record in prepared.records if record.loaded}
+    return Started(
+        request_id=call.request_id or request_id,
+        num_prompt_tokens=len(prepared.token_ids),
+        prompt_token_ids=prepared.token_ids,
+        side=prepared.side,
+        notes=(*request_notes(facts, prepared.token_ids), *_tool_notes(call, prepared.tools)),
+    )
+
+
+def _tool_notes(call: GenerateCall, tools: ToolUse | None) -> Iterator[str]:
+    prompt = call.prompt
+    if isinstance(prompt, ChatPrompt) and has_tools(prompt) and tools is None:
+        yield UNKNOWN_FORMAT
+
+
+def _form(call: GenerateCall, tools: ToolUse | None) -> StructuredOutput | None:
+    """The form that a call asks for, or that its tools want. Raises InvalidRequest for both."""
+    form = call.sampling.structured_output
+    if tools is None or tools.form is None:
+        return form
+    if form is not None:
+        raise InvalidRequest(
+            "sampling.structured_output stands beside a messages.tool_choice that asks for a "
+            "call, which has a form of its own; send one of them",
+            field="sampling.structured_output",
+        )
+    return tools.form
+
+
+def _requests(first: Request, num_outputs: int) -> list[Request]:
+    """The requests of a call: one for each output."""
+    return [
+        first if index == 0 else replace(first, request_id=uuid.uuid4().hex, sampling=sampling)
+        for index, sampling in enumerate(params_of_outputs(first.sampling, num_outputs))
+    ]
