@@ -61,13 +61,13 @@ def differences(together, alone):
 
 @pytest.mark.timeout(600)  # 40 seconds of one core, which on a busy machine is more
 def test_losses_of_every_update_are_those_of_each_alone(smollm2, tmp_path, capsys):
-    together, alone = curves(*smollm2, tmp_path, num_steps=4)
+    together, alone = curves(*smollm2, tmp_path, num_steps=3)
     found = differences(together, alone)
     with capsys.disabled():
-        print("\nSmolLM2 NF4, 4 updates together and alone, largest difference of a loss:")
+        print("\nSmolLM2 NF4, 3 updates together and alone, largest difference of a loss:")
         for name, difference in found.items():
             first, last = together[name][0], together[name][-1]
             print(f"  {name} {difference:.1e} (loss {first:.2f} to {last:.2f})")
     assert max(found.values()) <= 1e-3
     for losses in together.values():
-        assert len(losses) == 4 and losses[0] - losses[-1] >= 0.3
+        assert len(losses) == 3 and losses[0] - losses[-1] >= 0.3
