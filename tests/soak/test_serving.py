@@ -84,7 +84,7 @@ async def test_streams(roomy, size, figure) -> None:
 
 async def test_cycles(roomy, size, figure) -> None:
     """Loading and unloading under ever new names leaves no memory, file, thread or series."""
-    count = size.of(10_000, 40)
+    count = size.of(10_000, 60)
     async with Served(roomy) as server:
         for index in range(20):
             await server.client.load_adapter(f"warm{index}", NAMES[index % NUM_ADAPTERS])
@@ -200,7 +200,7 @@ class Operations:
 
 async def test_random_operations(narrow, size, figure) -> None:
     """Ten clients do whatever the API offers at once; the counts agree and all is free again."""
-    wanted, done = size.of(8_890, 120), 0
+    wanted, done = size.of(8_890, 150), 0
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(Served(narrow))
         clients = [await stack.enter_async_context(AsyncClient(server.target)) for _ in range(10)]
@@ -311,7 +311,7 @@ async def goodput(client: AsyncClient, num_requests: int, max_tokens: int) -> tu
 
 async def test_overload(narrow, size, figure) -> None:
     """Ten times what fits: the tokens per second stay, and a reject comes at once."""
-    max_tokens = size.of(150, 20)
+    max_tokens = size.of(150, 40)
     async with Served(narrow) as server, AsyncClient(server.target) as other:
         await goodput(server.client, 48, max_tokens)
         ratios, peaks, answered = [], [], []
@@ -320,7 +320,7 @@ async def test_overload(narrow, size, figure) -> None:
             rate, num_answered = await goodput(server.client, 480, max_tokens)
             ratios.append(rate / peaks[-1])
             answered.append(num_answered)
-        waits = sorted(await single_rejects(server, other, size.of(500, 30)))
+        waits = sorted(await single_rejects(server, other, size.of(500, 60)))
         await server.assert_nothing_is_left()
         ratio = statistics.median(ratios)
         p50, p99 = (1000 * waits[int(len(waits) * q)] for q in (0.5, 0.99))
@@ -435,7 +435,7 @@ def mutated(rng: random.Random) -> bytes:
 
 async def test_requests(roomy, size, figure) -> None:
     """Random and broken requests over the wire: each is answered, or refused with details."""
-    wanted, done, codes = size.of(60_000, 300), 0, collections.Counter()
+    wanted, done, codes = size.of(60_000, 400), 0, collections.Counter()
     async with Served(roomy) as server:
         await server.client.load_adapter("a0", "a0")
         before = await server.holdings()
