@@ -17,8 +17,7 @@ import structlog
 from typer.testing import CliRunner
 
 from lora_runtime.errors import ConfigError, InvalidRequest, Unauthenticated, Unavailable
-from server import app
-from server.access import doors
+from server import app, doors
 from server.app import Ports
 from server.cli import app as cli
 from server.client import AsyncClient, tls_credentials
