@@ -16,6 +16,7 @@ measures nothing; with TRITON_INTERPRET=1 through Triton's interpreter, which `k
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if IS_INTERPRETED:
         gpu.DEVICES.add(DEVICE.type)
+    gc.freeze()  # what was imported stays: `release` need not look through it after every table
     recorder = Recorder(args.out, args.seconds, facts=facts())
     unknown = set(args.only or ())
     for stage in args.stages:

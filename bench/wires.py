@@ -45,6 +45,7 @@ from lora_runtime.engine.loop import start_engine
 from server.client import AsyncClient
 
 START_S = 300
+WIRES = ["grpc", "http", "openai", "engine"]
 PACKAGES = ("grpcio", "uvicorn", "h11", "httpx", "openai")
 
 
@@ -66,6 +67,8 @@ class Answer:
     num_tokens: int
 
 
+Comparison = dict[str, object]
+"""A median over the rounds, and what each round has given."""
 Wire = Callable[[Prompt, int], Awaitable[Answer]]
 """Streams one answer of so many tokens, greedily and past the tokens that end one."""
 
@@ -330,7 +333,7 @@ async def open_wires(
             "http": OverHttp(await stack.enter_async_context(http), base),
             "openai": OverOpenai(await stack.enter_async_context(openai_client), base),
         }
-        if args.engine:
+        if "engine" in args.wires:
             config = EngineConfig(
                 base=BaseConfig(model=args.base),
                 scheduler=SchedulerConfig(max_num_seqs=args.requests),
@@ -339,22 +342,26 @@ async def open_wires(
             stack.push_async_callback(engine.close, drain_s=0)
             loaded = {n: await engine.load_adapter(folder / n) for n in adapter_names(args)}
             wires["engine"] = InProcess(engine, {n: a.digest for n, a in loaded.items()})
-        yield wires
+        yield {name: wire for name, wire in wires.items() if name in {"grpc", *args.wires}}
 
 
-def against_grpc(figures: dict[str, Figures], name: str) -> dict[str, float]:
+def against_grpc(figures: dict[str, Figures], name: str) -> dict[str, Comparison]:
     """A wire beside gRPC: ratios of tokens a second, differences of first tokens."""
     own, grpc = figures[name], figures["grpc"]
-    found = {}
+    found: dict[str, list[float]] = {}
     for kind in ("full_tokens_per_s", "alone_tokens_per_s"):
         pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
-        found[kind] = statistics.median(a / b for a, b in pairs)
+        found[kind] = [a / b for a, b in pairs]
     for kind in ("full_first_ms", "alone_first_ms"):
         pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
-        found[kind] = statistics.median(
-            statistics.median(a) - statistics.median(b) for a, b in pairs
-        )
-    return {kind: round(value, 3) for kind, value in found.items()}
+        found[kind] = [statistics.median(a) - statistics.median(b) for a, b in pairs]
+    return {
+        kind: {
+            "median": round(statistics.median(values), 3),
+            "rounds": [round(value, 3) for value in values],
+        }
+        for kind, values in found.items()
+    }
 
 
 def print_table(
@@ -364,7 +371,9 @@ def print_table(
     print("| wire | " + " | ".join(heads) + " | × grpc, full | × grpc, alone |")
     print("|---" * (len(heads) + 3) + "|")
     for name, summary in summaries.items():
-        ratio = [f"{ratios[name][f'{kind}_tokens_per_s']:.3f}" for kind in ("full", "alone")]
+        ratio = [
+            f"{ratios[name][f'{kind}_tokens_per_s']['median']:.3f}" for kind in ("full", "alone")
+        ]
         print(f"| {name} | " + " | ".join([*(f"{summary[h]:.2f}" for h in heads), *ratio]) + " |")
 
 
@@ -408,8 +417,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", type=int, default=6, help="streams one after another a round")
     parser.add_argument(
-        "--engine", action=argparse.BooleanOptionalAction, default=True,
-        help="also an engine in this process, which takes a base's memory once more",
+        "--wires", nargs="+", choices=WIRES, default=WIRES,
+        help="grpc is always there; engine: one in this process, which takes a base's memory again",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
     args = parser.parse_args()

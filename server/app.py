@@ -188,7 +188,7 @@ def _http_app(condition: Condition, doors: Doors) -> ObservedHttp:
             *openai_routes(Backend(condition.open_service, condition.calls)),
         ],
     )
-    return ObservedHttp(HttpGate(app, doors.gate), lambda: condition.metrics)
+    return ObservedHttp(HttpGate(app, doors.gate, doors.names), lambda: condition.metrics)
 
 
 async def _serve_engine(

@@ -109,6 +109,12 @@ def _checked_network(value: str) -> str:
     return value
 
 
+def _checked_host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", value):
+        raise ValueError("a host name as gpu.example, without a port")
+    return value
+
+
 NEXT_NAME = re.compile(r":(?=[A-Za-z0-9][A-Za-z0-9._@/-]*=)")
 PREFIX = "LORAMUX_"
 OTHER_VARIABLES = ("ADDRESS", "API_KEY", "CACHE", "CONFIG", "TLS_CA")
@@ -135,6 +141,9 @@ RemoteSource = Annotated[str, BeforeValidator(_checked_source), StringConstraint
 NamedSources = Annotated[dict[str, RemoteSource | Folder], BeforeValidator(_split_adapters)]
 Prefixes = Annotated[
     tuple[Annotated[str, AfterValidator(check_prefix)], ...], BeforeValidator(_split_commas)
+]
+HostNames = Annotated[
+    tuple[Annotated[str, AfterValidator(_checked_host_name)], ...], BeforeValidator(_split_commas)
 ]
 Networks = Annotated[
     tuple[Annotated[str, AfterValidator(_checked_network)], ...], BeforeValidator(_split_commas)
@@ -169,6 +178,10 @@ class ServerConfig(EngineConfig):
     changes. None: everybody may do everything, so both addresses must be this machine's own."""
     insecure: bool = setting(default=False, group=ACCESS)
     """Listen on addresses that others reach without keys: everybody who does may do everything."""
+    http_names: HostNames = setting(default=(), group=ACCESS, also=("http_name",))
+    """Host names by which clients call HTTP, beside localhost and addresses, where there are no
+    keys, as behind a proxy that passes its own name on; another name is refused, because a page in
+    a browser may use it. None: on an address that others reach, every name is taken."""
     tls_cert: FilePath | None = setting(default=None, group=ACCESS)
     """PEM file of the server's certificate, for both ports; read again when it changes."""
     tls_key: FilePath | None = setting(default=None, group=ACCESS)

@@ -12,9 +12,10 @@ import structlog
 from lora_runtime.errors import ConfigError
 from server.access.gate import Gate
 from server.access.keys import Keys
+from server.access.names import Names
 from server.access.tls import Tls, TlsFiles
 from server.addresses import is_own
-from server.config import ServerConfig
+from server.config import ServerConfig, split_address
 
 RELOAD_PERIOD_S = 1.0
 ADDRESSES = ("grpc_address", "http_address")
@@ -28,6 +29,8 @@ class Doors:
 
     gate: Gate
     tls: Tls | None
+    names: Names
+    """By which HTTP may be called, if there are no keys."""
 
     @contextlib.asynccontextmanager
     async def kept_current(self) -> AsyncIterator[None]:
@@ -53,7 +56,18 @@ def open_doors(config: ServerConfig) -> Doors:
     keys = Keys(config.keys) if config.keys else None
     tls = _tls(config)
     _check_reach(config, is_encrypted=tls is not None)
-    return Doors(Gate(keys, needs_certificate=config.tls_client_ca is not None), tls)
+    gate = Gate(keys, needs_certificate=config.tls_client_ca is not None)
+    return Doors(gate, tls, _names(config))
+
+
+def _names(config: ServerConfig) -> Names:
+    """Others reach an --insecure server by names that it does not know, so that it takes any unless
+    its operator gives them.
+    """
+    if not config.http_names and not is_own(config.http_address, "http_address"):
+        return Names()
+    host, _ = split_address(config.http_address)
+    return Names(config.http_names, host)
 
 
 def _tls(config: ServerConfig) -> Tls | None:

@@ -122,6 +122,8 @@ def http_error(error: BaseException) -> tuple[int, dict[str, Any]]:
     param = _HTTP_FIELDS.get(field) or field.removeprefix("sampling.").removeprefix("messages.")
     if field != param and message.startswith(field):
         message = param + message[len(field) :]
+    if isinstance(error, errors.AdapterExists):
+        message = message.replace("with replace", "with load_inplace")
     is_servers = wire.http_status >= 500
     kind = _HTTP_TYPES.get(
         wire.http_status, "server_error" if is_servers else "invalid_request_error"
@@ -149,7 +151,9 @@ def grpc_status(error: BaseException) -> grpc.Status:
 
 
 _UNREACHABLE = re.compile(r"failed to connect to all addresses.*ipv[46]:(\S+): (.*)")
-"""grpc's message where nobody listens."""
+"""grpc's message where nobody listens, or no connection comes about."""
+_MAY_BE_TLS = re.compile("handshake|verification|socket closed|reset by peer", re.IGNORECASE)
+"""Of its reasons those that one side without TLS has, or a certificate that does not fit."""
 
 
 def from_rpc_error(error: grpc.RpcError) -> Exception:
@@ -164,14 +168,22 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
             return _CLASSES[info.reason](text, field=info.metadata.get("field"))
     if code is _Code.UNAVAILABLE and (address := _UNREACHABLE.search(text)):
-        return errors.Unavailable(
-            f"no server at {unquote(address[1])} (is it running? `loramux serve`): {address[2]}"
-        )
+        return errors.Unavailable(_unreachable(unquote(address[1]), address[2]))
     if text in _CANCELLED_HERE:
         return CancelledError(text)
     if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
         return errors.InvalidRequest(f"the message was not sent: {text}")
     return _UNEXPLAINED.get(code, errors.LoramuxError)(text)
+
+
+def _unreachable(address: str, reason: str) -> str:
+    if _MAY_BE_TLS.search(reason):
+        return (
+            f"no connection with the server at {address}; if it has TLS, connect by TLS, with its "
+            f"roots and under a name of its certificate (--tls-ca or --tls, in Python "
+            f"tls_credentials), and else without: {reason}"
+        )
+    return f"no server at {address} (is it running? `loramux serve`): {reason}"
 
 
 def _details(wire: WireError, message: str, field: str, retry_after_s: float) -> Iterator[Message]:

@@ -9,23 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.access.http_gate import CERTIFICATE
-from server.access.tls import Tls, certificate_names
+from server.access.tls import Tls
+from server.http_connection import HttpConnection
 from server.observability.http_calls import App
 
 HTTP_STOP_S = 1.0
-
-
-class CertifiedProtocol(H11Protocol):
-    """HTTP/1.1 whose requests know the names in the certificate that their client showed."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the names in the state that each request of the connection begins with."""
-        super().connection_made(transport)
-        names = certificate_names(transport.get_extra_info("peercert"))
-        self.app_state = {**self.app_state, CERTIFICATE: names}
 
 
 class HttpServer(uvicorn.Server):
@@ -34,7 +23,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: App, tls: Tls | None = None) -> None:
         config = uvicorn.Config(
             app,
-            http=CertifiedProtocol,
+            http=HttpConnection,
             ws="none",
             log_config=None,
             access_log=False,

@@ -5,6 +5,7 @@ Triton reads the variable when it is imported, which bitsandbytes does; nothing 
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items):
     if HAS_GPU:
         for item in items:
             item.add_marker(pytest.mark.timeout(COMPILING_TIMEOUT), append=False)
+
+
+def pytest_collection_finish():
+    """No collection looks again through what the imports left, which is a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,15 +7,24 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
+def over_same_weights(model):
+    """A copy of the modules, whose parameters are others over the same memory: PEFT replaces
+    modules, and a parameter's `data` at some starts, but writes into none.
+    """
+    parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, parameters)
+
+
 def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **config) -> Path:
     """Save a random PEFT adapter for `model`: B of standard deviation scale / √rank / alpha·r."""
     options = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**{**options, **config}))
+    peft_model = get_peft_model(over_same_weights(model), LoraConfig(**{**options, **config}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -35,7 +44,8 @@ def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **confi
 def load_in_peft(model, folder: Path):
     """The oracle: peft's own reading of the adapter over `model`."""
     device = str(model.device)  # where PEFT would put the adapter on a GPU if there is one
-    return PeftModel.from_pretrained(copy.deepcopy(model), folder, torch_device=device).eval()
+    own = over_same_weights(model)
+    return PeftModel.from_pretrained(own, folder, torch_device=device).eval()
 
 
 def four_adapters(model, folder: Path, *, fused: bool = False, scale: float = 1.0) -> list[Path]:

@@ -27,7 +27,7 @@ from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, Worke
 
 NUM_LOADING = 2
 NUM_RENDERING = 4
-"""Processes at most, of about 250 and 60 MB; one starts when all that run are at work."""
+"""Processes at most, of about 70 and 60 MB; one starts when all that run are at work."""
 RENDERING_S = 5.0
 """Wall-clock time of one piece of work; its processor time is limited in the process."""
 LOADING_S = 60.0

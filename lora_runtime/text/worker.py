@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    # transformers imports torch where it finds it: a second and 180 MB that no tokenizer needs
+    sys.modules["torch"] = None  # type: ignore[assignment]
+
 from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -95,7 +95,8 @@ class Caller:
         if not STORED.fullmatch(source) and not matches(source, self.sources):
             allowed = ", ".join(self.sources)[:200] or "none"
             raise PermissionDenied(
-                f"the key {self.key_id!r} may upload, and load these sources: {allowed}",
+                f"the key {self.key_id!r} may upload, and load these sources: {allowed}; `sources` "
+                "in the file of keys allows others",
                 field="source",
             )
 

@@ -38,7 +38,8 @@ class Gate:
             caller = table.of_certificate(certificate)
         else:
             raise Unauthenticated(
-                "this server wants an API key; send it as `authorization: Bearer KEY`"
+                "this server wants an API key; send it as `authorization: Bearer KEY`, or to the "
+                "command line as LORAMUX_API_KEY"
             )
         return replace(caller, peer=peer)
 

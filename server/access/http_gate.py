@@ -11,6 +11,7 @@ from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
 from server.access.audit import log_refusal, log_stranger
 from server.access.caller import Caller
 from server.access.gate import Gate
+from server.access.names import Names
 from server.errors import http_error
 
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
@@ -25,6 +26,8 @@ changes something there asks the caller's role once more, in the service.
 CERTIFICATE = "certificate"
 """Names in the client's certificate, in the state of a connection."""
 
+ANY_NAME = Names()
+
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -34,9 +37,11 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 class HttpGate:
     """ASGI middleware around the whole app. A route asks `request.state.caller` who calls."""
 
-    def __init__(self, app: App, gate: Gate) -> None:
+    def __init__(self, app: App, gate: Gate, names: Names = ANY_NAME) -> None:
+        """`names` guard a server without keys; see `Names`."""
         self._app = app
         self._gate = gate
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request run as its caller, or answer that it may not; its body is not read then."""
@@ -52,7 +57,7 @@ class HttpGate:
     def _caller(self, scope: Scope) -> Caller:
         path, (host, port) = scope["path"], scope.get("client") or ("", 0)
         action, peer = f"{scope['method']} {path}", f"{host}:{port}"
-        given = [v.decode("latin-1") for k, v in scope["headers"] if k == b"authorization"]
+        given = _values(scope, b"authorization")
         names = scope.get("state", {}).get(CERTIFICATE, ())
         try:
             caller = self._gate.caller(given, names, peer)
@@ -60,12 +65,18 @@ class HttpGate:
             log_stranger(peer, action, error)
             raise
         try:
+            if self._gate.keys is None:
+                self._names.check(_values(scope, b"host"), _values(scope, b"origin"))
             if path not in USER_PATHS and not path.startswith(USER_FOLDERS):
                 caller.check_over_all()
         except PermissionDenied as error:
             log_refusal(caller, action, error)
             raise
         return caller
+
+
+def _values(scope: Scope, header: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == header]
 
 
 def is_open(path: str) -> bool:

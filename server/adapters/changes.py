@@ -130,7 +130,7 @@ class NameChanges:
     async def unload(self, name: str, *, cancel: bool = False, wait: bool = False) -> AdapterRecord:
         """Take a name away at once, its former content too; its memory is freed when its requests
         ended or, with `cancel`, were ended. `wait` returns only then. A name that could not be
-        loaded again after a restart is forgotten. Raises AdapterNotFound."""
+        loaded, now or again after a restart, is forgotten. Raises AdapterNotFound."""
         record, drain = await self._tasks.finish(self._unload(name, cancel))
         if wait:
             await asyncio.shield(drain)
@@ -311,11 +311,9 @@ class NameChanges:
     async def _unload(self, name: str, cancel: bool) -> tuple[AdapterRecord, asyncio.Task[None]]:
         """Forget a name, on the disk first; the task ends when its memory is free."""
         async with self._lock(name):
-            record = (
-                self._registry.get(name)
-                if self._registry.kept(name)
-                else self._registry.resolve(name)
-            )
+            registry = self._registry
+            is_forgotten = registry.kept(name) or name in registry.failures()
+            record = registry.get(name) if is_forgotten else registry.resolve(name)
             await self._registry.forget(name)
             if record.is_pinned:
                 await self._pins.drop(record)

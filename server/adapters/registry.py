@@ -234,13 +234,16 @@ class Registry:
     def fail(self, record: AdapterRecord, error: str) -> None:
         """Note why a record is not there; names that never held anything are forgotten in time."""
         record.state, record.error = AdapterState.FAILED, error
-        failed = [
-            name
-            for name, r in self._records.items()
-            if r.state is AdapterState.FAILED and name not in self._kept
-        ]
-        for name in failed[:-MAX_FAILED_RECORDS]:
+        for name in self.failures()[:-MAX_FAILED_RECORDS]:
             del self._records[name]
+
+    def failures(self) -> list[str]:
+        """Return the names that hold nothing and only show why, the oldest first."""
+        return [
+            name
+            for name, record in self._records.items()
+            if record.state is AdapterState.FAILED and name not in self._kept
+        ]
 
     def put(self, record: AdapterRecord) -> None:
         """Let the record's name point to it."""

@@ -90,6 +90,8 @@ def train(
     A run that Ctrl-C or SIGTERM stops ends with status 130 or 143; --resume continues it, starts
     where there is nothing to continue, and does nothing where all is done.
 
+    --deploy sends the key of LORAMUX_API_KEY, and speaks TLS where LORAMUX_TLS_CA names roots.
+
     Adapters are written in PEFT's format, ready for `loramux adapters load`. Several devices share
     an update by `torchrun --nproc-per-node N -m server train …`.
     """
@@ -100,7 +102,13 @@ def train(
     if run.resume:
         found = _resumable(run)
         if found is None:
-            return echo(f"nothing to resume: {run.output} has every adapter of this run already")
+            echo(f"nothing to resume: {run.output} has every adapter of this run already")
+            if deploy is not None:
+                echo(
+                    "--deploy sends only what it sees trained; send what is there by "
+                    f"`loramux adapters upload NAME {run.output}/NAME --replace`"
+                )
+            return
         run = found
     _train(run, deploy, deploy_name, sample)
 

@@ -457,6 +457,10 @@ def test_resume_may_stay_in_a_job(invoke, runs, tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     done = invoke(*flags)
     assert done.exit_code == 0 and "nothing to resume" in done.stdout and len(runs) == 1
+    unsent = invoke(*flags, "--deploy", "127.0.0.1:1")
+    assert unsent.exit_code == 0 and f"upload NAME {tmp_path}/NAME" in "".join(
+        unsent.stdout.splitlines()
+    )
 
 
 @pytest.mark.parametrize(

@@ -277,13 +277,13 @@ async def test_both_ports_speak_tls_and_take_a_new_certificate_while_streams_run
     async with serving(tmp_path, **flags) as served:
         async with served.grpc(ACME, tls_credentials(old.ca)) as acme, served.grpc(ACME) as plain:
             assert await acme.generate("ab", max_tokens=2).text() == "ab"
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match="if it has TLS"):
                 await plain.tokenize("x")
             with pytest.raises(httpx.HTTPError):
                 await served.get("/healthz")
             assert (await served.get("/healthz", verify=trusting(old))).status_code == 200
             async with served.grpc(ACME, tls_credentials(new.ca)) as stranger:
-                with pytest.raises(Unavailable):
+                with pytest.raises(Unavailable, match="with its roots"):
                     await stranger.tokenize("x")
 
             served.engine.gate.clear()

@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from server import http_connection
 from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
@@ -90,7 +91,8 @@ async def test_adapters_come_and_go_as_vllm_and_its_controllers_have_it(api) -> 
         for _ in range(2):  # the second is a controller that asks again
             assert (await api.post("/v1/load_lora_adapter", **load)).status_code == 200
         other = {"lora_name": "a", "lora_path": world.write_adapter("b", "b")}
-        assert (await api.error("/v1/load_lora_adapter", **other))[0] == 409
+        status, error = await api.error("/v1/load_lora_adapter", **other)
+        assert status == 409 and "with load_inplace" in error["message"]
         assert (await api.post("/v1/load_lora_adapter", load_inplace=True, **other)).is_success
         answer = await api.client.completions.create(model="a", prompt="hi", max_tokens=2)
         assert answer.choices[0].text == "bb"
@@ -403,6 +405,55 @@ async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch) -> 
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(head(COMPLETIONS, 100) + b"{")
         assert b" 408 " in await reader.readline()
+        writer.close()
+
+
+CLIENT = "Content-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+SLOW_ONES = {
+    "nothing": "",
+    "half a head": "GET /v1/models HTTP/1.1\r\nX-A: ",
+    "an answer, and half a head": "GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/models HT",
+    "the body of what was refused": f"POST /nothing HTTP/1.1\r\nHost: x\r\n{CLIENT}",
+}
+
+
+@pytest.mark.parametrize("begun", SLOW_ONES.values(), ids=SLOW_ONES)
+async def test_a_connection_that_sends_no_request_is_closed(api, monkeypatch, begun) -> None:
+    """Also one that sends a byte now and then: anybody may open thousands."""
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.5)
+    async with api() as (_, api):
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(begun.encode())
+        received = asyncio.create_task(reader.read())
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if received.done():
+                break
+            writer.write(b"x")
+        assert received.done()
+        await asyncio.gather(received, return_exceptions=True)
+        writer.close()
+
+
+async def test_a_slow_answer_is_no_idle_connection(api, monkeypatch) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.2)
+    async with api() as (world, api):
+        world.engine.gate.clear()
+        task = asyncio.create_task(api.post(COMPLETIONS, **GOOD[COMPLETIONS]))
+        await asyncio.sleep(0.6)
+        world.engine.gate.set()
+        assert (await task).status_code == 200
+
+
+async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monkeypatch) -> None:
+    monkeypatch.setattr(http_connection, "STALL_S", 0.5)
+    async with api(max_model_len=15_000) as (world, api):
+        body = GOOD[CHAT] | {"stream": True, "logprobs": True, "top_logprobs": 20}
+        content = json.dumps(body).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port, limit=1 << 10)
+        writer.write(head(CHAT, len(content)) + content)
+        await until(lambda: bool(world.engine.running))
+        await until(lambda: not world.engine.running and not api.calls._tasks)
         writer.close()
 
 

@@ -150,6 +150,16 @@ async def test_a_failed_load_shows_why_without_host_paths(tmp_path: Path) -> Non
     assert registry.resolve("x").error == ""
 
 
+async def test_a_failed_load_is_shown_until_its_name_is_unloaded(tmp_path: Path) -> None:
+    registry, changes = make(ScriptedEngine())
+    with pytest.raises(AdapterRefused):
+        await load(changes, "x", folder(tmp_path, "!AdapterRefused"))
+    assert (await changes.unload("x", wait=True)).state is AdapterState.FAILED
+    assert registry.records() == []
+    with pytest.raises(AdapterNotFound, match="not loaded"):
+        await changes.unload("x")
+
+
 async def test_failed_records_are_bounded(tmp_path: Path) -> None:
     registry, changes = make(ScriptedEngine())
     for index in range(MAX_FAILED_RECORDS + 10):
@@ -211,17 +221,19 @@ async def test_close_ends_background_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) -> None:
-    """Model: a dictionary from name to its contents, the one that answers last."""
+    """Model: a dictionary from name to its contents, the one that answers last, and the names that
+    hold nothing because their load failed."""
     rng, engine = random.Random(seed), ScriptedEngine()
     registry, changes = make(engine)
-    model = {}
+    model, failed = {}, set()
     for _ in range(200):
         name, content = rng.choice("xyz"), rng.choice(["a", "b", "c", "!AdapterRefused"])
         replace, known, draw = rng.random() < 0.5, model.get(name), rng.random()
         try:
             if draw < 0.2:
                 await changes.unload(name, wait=True)
-                assert model.pop(name, None) is not None
+                assert (model.pop(name, None) is not None) != (name in failed)
+                failed.discard(name)
             elif draw < 0.4:
                 await changes.rollback(name)
                 model[name] = known[::-1]
@@ -231,12 +243,15 @@ async def test_references_add_up_after_any_history(tmp_path: Path, seed: int) ->
                 assert known is None or known[-1] == content or replace
                 kept = [] if known is None else known[-1:]
                 model[name] = known if kept == [content] else [*kept, content]
+                failed.discard(name)
         except AdapterNotFound:
             assert known is None or len(known) == 1
+            assert draw >= 0.2 or name not in failed
         except AdapterExists:
             assert known is not None and known[-1] != content and not replace
         except AdapterRefused:
             assert content == "!AdapterRefused"
+            failed |= {name} - set(model)
     await asyncio.sleep(0.01)
     assert {name: registry.resolve(name).digest[0] for name in model} == {
         name: contents[-1] for name, contents in model.items()
