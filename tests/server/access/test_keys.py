@@ -108,11 +108,11 @@ def test_an_operator_of_some_adapters_loads_from_nowhere_unless_it_is_written(
 @pytest.mark.parametrize(
     ("expires", "is_over"),
     [
-        (datetime.now(UTC) + timedelta(minutes=5), False),
+        (datetime.now(UTC) + timedelta(hours=5), False),
         (datetime.now(UTC) - timedelta(minutes=5), True),
         ((datetime.now(UTC) + timedelta(days=2)).date(), False),
         (datetime.now(UTC).date(), True),
-        ((datetime.now(UTC) + timedelta(minutes=5)).replace(tzinfo=None), False),
+        ((datetime.now(UTC) + timedelta(hours=5)).replace(tzinfo=None), False),
     ],
 )
 @pytest.mark.parametrize("write", [yaml.safe_dump, lambda v: json.dumps(v, default=str)])
