@@ -29,7 +29,6 @@ from lora_runtime.errors import AdapterSourceRefused, BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.doors import Doors, open_doors
 from server.access.http_gate import HttpGate
 from server.adapters.changes import NameChanges
 from server.adapters.loads import Loads
@@ -39,11 +38,11 @@ from server.adapters.sources import Sources
 from server.adapters.sources.remote import FetchLimits, RemoteSources
 from server.adapters.uploads import AdapterStore
 from server.addresses import check_free, listen
-from server.codec import adapter_name
 from server.condition import Condition
 from server.config import ServerConfig
+from server.doors import Doors, open_doors
 from server.exit_guard import ExitGuard
-from server.grpc_server import start_grpc
+from server.fields import adapter_name
 from server.http_gateway import build_http_app
 from server.http_server import RunningHttp, serving_http
 from server.observability.http_calls import ObservedHttp
@@ -56,6 +55,7 @@ from server.openai.boundary import Backend
 from server.openai.routes import routes as openai_routes
 from server.page.history import History
 from server.page.routes import routes as page_routes
+from server.rpc.server import start_grpc
 from server.running_calls import Calls
 from server.service import Service, build_service
 from server.stop_signal import StopSignal

@@ -1,6 +1,6 @@
 """What callers ask of the service and what it answers, in no wire format.
 
-`codec.py` translates these classes to and from protobuf.
+`rpc/codec.py` translates these classes to and from protobuf.
 """
 
 from __future__ import annotations

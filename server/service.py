@@ -22,8 +22,8 @@ from server.adapters.sources.remote import RemoteSources
 from server.adapters.uploads import AdapterStore
 from server.calls import AdapterState, ServerInfo
 from server.generation.generation import Generation
-from server.generation.output import RequestObserver
 from server.generation.prompts import Prompts
+from server.observability.observers import RequestObserver
 from server.observability.records import RequestWatcher
 from server.versions import installed_versions
 

@@ -32,7 +32,7 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 """All that the client imports of ours: nothing of the service side."""
 
 GRPC_DOORS = [
-    "server.access.grpc_gate", "server.access.tls", "server.grpc_server", "server.app",
+    "server.access.grpc_gate", "server.access.tls", "server.rpc.*",
     "server.errors", "server.client", "server.client.channel",
     "server.observability.grpc_calls",
 ]  # fmt: skip
@@ -350,7 +350,7 @@ BAD_SOURCES = {
     service_in_client: [
         ("server.client.uploads", "from server.adapters.uploads import Upload"),
         ("server.client", "from lora_runtime.engine import loop"),
-        ("server.grpc_server", "from server.client.channel import Stubs"),
+        ("server.rpc.server", "from server.client.channel import Stubs"),
     ],
     without_door: [("server.service", "import requests")],
     undocumented: [

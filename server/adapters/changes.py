@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import structlog
@@ -37,6 +37,7 @@ from server.adapters.reading import (
 from server.adapters.registry import Registry
 from server.adapters.sources import without_path
 from server.calls import AdapterRecord, AdapterState
+from server.observability.observers import AdapterObserver
 
 NUM_RESTORED_AT_ONCE = 4
 
@@ -56,16 +57,6 @@ class _New:
     settle: Settle | None
     pin: bool | None
     is_on_demand: bool
-
-
-class AdapterObserver(Protocol):
-    """Told when adapters come and go; for metrics."""
-
-    def on_adapter_loaded(self, name: str, digest: str, nbytes: int, seconds: float) -> None:
-        """A name points to new content, read and checked in `seconds`."""
-
-    def on_adapter_unloaded(self, name: str) -> None:
-        """A name is gone; its last requests may still run."""
 
 
 class NameChanges:

@@ -42,9 +42,10 @@ from server.calls import (
 )
 from server.generation.composition import depth, text_side
 from server.generation.merging import merged
-from server.generation.output import RequestMeter, RequestObserver, delta_of
+from server.generation.output import RequestMeter, delta_of
 from server.generation.prompts import Prompts
 from server.generation.tools import UNKNOWN_FORMAT, CalledTools, ToolUse, has_tools, tool_use
+from server.observability.observers import RequestObserver
 from server.observability.records import RequestWatcher, watched
 
 

@@ -5,43 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from lora_runtime.core import FinishReason, RequestTiming, StepOutput
-from server.adapters.changes import AdapterObserver
 from server.calls import Delta
+from server.observability.observers import RequestObserver
 
 if TYPE_CHECKING:
     from lora_runtime.text.output_text import OutputText
-
-
-class RequestObserver(AdapterObserver, Protocol):
-    """Told how requests and adapters fare; for metrics."""
-
-    def on_started(self, adapters: tuple[str, ...]) -> Any:
-        """A valid request of these adapters (names; none is the base) goes to the engine; exactly
-        one on_finished will follow. What is returned names the request in the other calls: what
-        adapter names mean may change while it runs.
-        """
-
-    def on_first_token(self, request: Any, seconds: float) -> None:
-        """The request's first token came `seconds` after on_started."""
-
-    def on_tokens(self, request: Any, num_tokens: int, seconds_since_last: float | None) -> None:
-        """Tokens came; `seconds_since_last` is None for the first ones."""
-
-    def on_finished(
-        self,
-        request: Any,
-        reason: str,
-        num_prompt_tokens: int,
-        num_output_tokens: int,
-        e2e_s: float,
-        timing: RequestTiming | None,
-    ) -> None:
-        """The request ended. `reason` is a FinishReason's value. `timing` is None unless the engine
-        ended the request: at a stop string, when the caller went away and on most errors it is
-        None."""
 
 
 class RequestMeter:

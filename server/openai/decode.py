@@ -26,7 +26,7 @@ from server.calls import (
     Tool,
     ToolMode,
 )
-from server.codec import (
+from server.fields import (
     MAX_NAME_LENGTH,
     adapter_name,
     check_bytes,

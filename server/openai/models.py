@@ -10,7 +10,7 @@ from typing import Any
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.text_side import TextSide
 from server.calls import AdapterRecord, AdapterState, Prompt
-from server.codec import adapter_name
+from server.fields import adapter_name
 from server.openai.boundary import Exchange
 from server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
 from server.openai.encode import token_text

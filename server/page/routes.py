@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 from lora_runtime.errors import InvalidRequest, LoramuxError, Unavailable
 from server.adapters.adapters import Adapters
-from server.codec import adapter_name
 from server.errors import http_error
+from server.fields import adapter_name
 from server.page.history import History
 from server.page.snapshot import Condition, adapter, snapshot
 

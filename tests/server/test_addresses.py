@@ -17,7 +17,7 @@ from server import addresses, app
 from server.adapters.names import claimed
 from server.addresses import bracketed, check_free, listen
 from server.config import load_config
-from server.grpc_server import start_grpc
+from server.rpc.server import start_grpc
 from tests.server.world import serving
 
 HAS_IPV6 = socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")

@@ -21,10 +21,10 @@ from server.calls import (
     TextPrompt,
     TokenPrompt,
 )
-from server.codec import (
+from server.fields import adapter_name
+from server.rpc.codec import (
     FEATURES,
     REFUSED_FEATURES,
-    adapter_name,
     decode_generate,
     decode_prompt,
     encode_event,

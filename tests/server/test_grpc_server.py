@@ -19,7 +19,7 @@ from lora_runtime.errors import AdapterFailed, AdapterNotFound, ConfigError
 from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from server.client.channel import Stubs
 from server.errors import INTERNAL_MESSAGE
-from server.grpc_server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
+from server.rpc.server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
 from tests.server.world import World, stubs_of, until
 
 Code = grpc.StatusCode

@@ -26,7 +26,8 @@ from server.cli import app
 from server.client import AsyncClient
 from server.client.channel import typed_errors
 from server.client.requests import generate_request
-from server.grpc_server import MAX_MESSAGE_BYTES, AdapterServicer, start_grpc
+from server.rpc.server import MAX_MESSAGE_BYTES, start_grpc
+from server.rpc.servicers import AdapterServicer
 from server.running_calls import Calls
 from tests.server.uploading import CONFIG, WEIGHTS, chunk, left_behind, local_adapter, send, start
 from tests.server.world import World, stubs_of, until

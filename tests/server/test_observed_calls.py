@@ -17,9 +17,9 @@ from starlette.routing import Mount, Route
 from lora_runtime.errors import AdapterNotFound, Unauthenticated
 from server.access.gate import Gate
 from server.client import AsyncClient
-from server.grpc_server import start_grpc
 from server.observability.calls import Rpc, trace_headers
 from server.observability.http_calls import ObservedHttp
+from server.rpc.server import start_grpc
 from tests.server.world import RecordingObserver, until
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

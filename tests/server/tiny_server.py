@@ -17,7 +17,7 @@ from server.adapters.registry import Registry
 from server.adapters.sources import Sources
 from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient
-from server.grpc_server import start_grpc
+from server.rpc.server import start_grpc
 from server.service import Service, build_service
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver

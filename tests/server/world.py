@@ -19,8 +19,8 @@ from server.adapters.sources import Sources
 from server.adapters.uploads import AdapterStore
 from server.client import AsyncClient, Client
 from server.client.channel import Stubs
-from server.grpc_server import GrpcServer, start_grpc
 from server.observability.records import RequestWatcher
+from server.rpc.server import GrpcServer, start_grpc
 from server.service import Service, build_service
 from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 

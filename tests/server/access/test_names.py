@@ -9,7 +9,7 @@ from lora_runtime.errors import ConfigError, PermissionDenied
 from server.access.names import Names
 from server.config import load_config
 from tests.server.access.keyring import OPERATOR, write_keys
-from tests.server.access.test_doors import serving
+from tests.server.test_doors import serving
 
 REBOUND = ("evil.example", "evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io",
            "127.1", "0x7f000001", "", "[::1", "a b")  # fmt: skip

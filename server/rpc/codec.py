@@ -52,6 +52,7 @@ from server.calls import (
     UploadCall,
     UploadFile,
 )
+from server.fields import adapter_name, check_bytes, check_tokens, printable
 from server.peers import client_address
 
 SAMPLING_SCALARS = (
@@ -100,16 +101,8 @@ MAX_LIST_BYTES = 4 << 20
 MAX_ABRIDGED_ERROR = 200
 MAX_FILES = len(REQUIRED_FILES) + len(OPTIONAL_FILES)
 """Files of an upload: as many as an adapter has at most."""
-MAX_NAME_LENGTH = 128
-"""Characters of an adapter's name."""
-
-_NAME = re.compile(
-    rf"(?=.{{1,{MAX_NAME_LENGTH}}}\Z)"
-    r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*",
-    re.ASCII,
-)
-_PRINTABLE = re.compile(r"[ -~]{0,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
@@ -178,41 +171,6 @@ def decode_prompt(
             check_tokens(len(request.token_ids.ids), "token_ids", limits)
             return TokenPrompt(tuple(request.token_ids.ids))
     raise InvalidRequest("the request has no input; send text or messages", field="input")
-
-
-def check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
-    """Raise InvalidRequest for a prompt of more tokens or turns than can fit."""
-    if num_given > limits.num_tokens:
-        what = "turns" if field == "messages" else "tokens"
-        raise InvalidRequest(
-            f"{field} has {num_given} {what}; at most {limits.num_tokens} fit", field=field
-        )
-
-
-def check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
-    """Raise InvalidRequest for a prompt of more bytes than can be the tokens that fit."""
-    if num_bytes > limits.num_bytes:
-        raise InvalidRequest(
-            f"{field} has {num_bytes} bytes; at most {limits.num_bytes} can be the "
-            f"{limits.num_tokens} tokens that fit",
-            field=field,
-        )
-
-
-def adapter_name(name: str, field: str = "name") -> str:
-    """Return a well-formed adapter name, such as `polite` or `org/polite@v2`; as a path it would
-    lead nowhere else. Raises InvalidRequest naming `field`.
-    """
-    if not name:
-        raise InvalidRequest(f"{field} is empty; name an adapter", field=field)
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest(
-            f"{field} is {name[:MAX_NAME_LENGTH]!r}; use up to {MAX_NAME_LENGTH} letters, digits, "
-            "'.', '_', '-' and '@', in parts between single '/', each with a letter or digit "
-            "first, and no '..'",
-            field=field,
-        )
-    return name
 
 
 def decode_upload(start: adapters_pb2.UploadStart) -> UploadCall:
@@ -489,13 +447,6 @@ def _request_id(request: generation_pb2.GenerateRequest) -> str | None:
     if not request.request_id:
         raise InvalidRequest("request_id is empty; leave it out", field="request_id")
     return printable(request.request_id, "request_id")
-
-
-def printable(text: str, field: str) -> str:
-    """Return a short text for logs and headers. Raises InvalidRequest naming `field`."""
-    if not _PRINTABLE.fullmatch(text):
-        raise InvalidRequest(f"{field} must be at most 128 printable ASCII characters", field=field)
-    return text
 
 
 def _logprob(logprob: TokenLogprob) -> types_pb2.TokenLogprob:

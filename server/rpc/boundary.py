@@ -1,0 +1,109 @@
+"""The boundary of our gRPC calls: each request is parsed, each call counted, and every exception
+becomes a typed status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from lora_runtime.errors import InvalidRequest, Unavailable
+from server.errors import grpc_status
+from server.running_calls import Calls
+
+PACKAGE_PREFIX = "/loramux."
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Parses the requests of our own services and gives every failure its typed status."""
+
+    def __init__(self, calls: Calls, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._max_message_bytes = max_message_bytes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap a handler of our own; others, and unknown methods, pass as they are."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
+            return handler
+        make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
+        parse = partial(_parsed, handler.request_deserializer, self._max_message_bytes)
+        if handler.request_streaming:
+            parse = partial(_parsed_parts, parse)
+        serialise = partial(_serialised, handler.response_serializer, self._max_message_bytes)
+        is_stream = handler.response_streaming
+        return make(
+            _guarded(behaviour, parse, self._calls, None if is_stream else serialise),
+            request_deserializer=None,
+            response_serializer=handler.response_serializer if is_stream else None,
+        )
+
+
+_KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]] = {
+    (False, False): lambda h: (grpc.unary_unary_rpc_method_handler, h.unary_unary),
+    (False, True): lambda h: (grpc.unary_stream_rpc_method_handler, h.unary_stream),
+    (True, False): lambda h: (grpc.stream_unary_rpc_method_handler, h.stream_unary),
+}
+
+
+def _guarded(
+    behaviour: Callable[[Any, Context], Awaitable[Message | None]],
+    parse: Callable[[Any], Any],
+    calls: Calls,
+    serialise: Callable[[Any], bytes] | None,
+) -> Callable[[Any, Context], Awaitable[bytes | None]]:
+    async def guarded(request: Any, context: Context) -> Any:
+        try:
+            with calls.running():
+                response = await behaviour(parse(request), context)
+                return response if serialise is None else serialise(response)
+        except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            if not calls.is_cut:
+                raise
+            await context.abort_with_status(grpc_status(Unavailable("the server is shutting down")))
+        except Exception as error:
+            await context.abort_with_status(grpc_status(error))
+
+    return guarded
+
+
+def _parsed(parse: Callable[[bytes], Message], max_bytes: int, data: bytes) -> Message:
+    if len(data) > max_bytes:
+        raise InvalidRequest(f"the message has {len(data)} bytes; at most {max_bytes} are taken")
+    try:
+        return parse(data)
+    except DecodeError:
+        raise InvalidRequest(
+            "the request cannot be parsed; every text in it must be valid UTF-8"
+        ) from None
+
+
+async def _parsed_parts(
+    parse: Callable[[bytes], Message], parts: AsyncIterator[bytes]
+) -> AsyncIterator[Message]:
+    async for part in parts:
+        yield parse(part)
+
+
+def _serialised(serialise: Callable[[Any], bytes], max_bytes: int, response: Any) -> bytes:
+    """A unary response; clients refuse larger ones, without saying which."""
+    data = serialise(response)
+    if len(data) > max_bytes:
+        raise InvalidRequest(
+            f"the answer has {len(data)} bytes; at most {max_bytes} are sent. Ask for one adapter "
+            "at a time"
+        )
+    return data

@@ -1,0 +1,158 @@
+"""The methods of the gRPC services: each decodes, calls the part it is about and encodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TypeAlias
+
+import grpc
+
+from lora_runtime.errors import InvalidRequest
+from protos.loramux.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from server.access.caller import CURRENT
+from server.adapters.adapters import Adapters
+from server.fields import adapter_name
+from server.generation.generation import Generation
+from server.generation.prompts import Prompts
+from server.rpc import codec
+from server.service import ServerFacts
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """loramux.v1.GenerationService."""
+
+    def __init__(self, prompts: Prompts, generation: Generation) -> None:
+        self._prompts = prompts
+        self._generation = generation
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
+        """Stream one generation; the call's deadline is the request's."""
+        call = codec.decode_generate(
+            request,
+            context.time_remaining(),
+            self._prompts.limits,
+            CURRENT.get(),
+            context.peer(),
+        )
+        async with aclosing(self._generation.generate(call)) as events:
+            async for event in events:
+                await context.write(codec.encode_event(event))
+
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        """Show a prompt's token ids."""
+        prompt = codec.decode_prompt(request, self._prompts.limits)
+        token_ids = await self._prompts.tokenize(prompt)
+        return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """loramux.v1.AdapterService."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: Context
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Load a source under a name."""
+        record, already_loaded = await self._adapters.load(
+            CURRENT.get(),
+            adapter_name(request.name),
+            request.source,
+            replace=request.replace,
+            pin=request.pin,
+        )
+        return adapters_pb2.LoadAdapterResponse(
+            adapter=codec.encode_adapter(record), already_loaded=already_loaded
+        )
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        """Take a name away."""
+        record = await self._adapters.unload(
+            CURRENT.get(),
+            adapter_name(request.name),
+            cancel=request.cancel,
+            wait=request.wait,
+        )
+        return adapters_pb2.UnloadAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """List every adapter."""
+        return codec.encode_adapters(self._adapters.records(CURRENT.get()))
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: Context
+    ) -> adapters_pb2.GetAdapterResponse:
+        """Show one adapter."""
+        name = adapter_name(request.name)
+        record = self._adapters.get(CURRENT.get(), name)
+        return adapters_pb2.GetAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        context: Context,
+    ) -> adapters_pb2.UploadAdapterResponse:
+        """Receive an adapter's files and load them under a name."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "start":
+            raise InvalidRequest("an upload begins with start; send it first", field="start")
+        data = (codec.upload_data(part) async for part in request_iterator)
+        call = codec.decode_upload(first.start)
+        record = await self._adapters.upload(CURRENT.get(), call, data)
+        return adapters_pb2.UploadAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def RollbackAdapter(
+        self, request: adapters_pb2.RollbackAdapterRequest, context: Context
+    ) -> adapters_pb2.RollbackAdapterResponse:
+        """Give a name its former content back."""
+        name = adapter_name(request.name)
+        record = await self._adapters.rollback(CURRENT.get(), name)
+        return adapters_pb2.RollbackAdapterResponse(adapter=codec.encode_adapter(record))
+
+    async def ListStoredAdapters(
+        self, request: adapters_pb2.ListStoredAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListStoredAdaptersResponse:
+        """List the content of the upload store."""
+        found = await self._adapters.stored(CURRENT.get())
+        return adapters_pb2.ListStoredAdaptersResponse(
+            stored=[codec.encode_stored(stored) for stored in found],
+            num_bytes=sum(stored.num_bytes for stored in found),
+            max_bytes=self._adapters.max_store_bytes,
+        )
+
+    async def DeleteStoredAdapter(
+        self, request: adapters_pb2.DeleteStoredAdapterRequest, context: Context
+    ) -> adapters_pb2.DeleteStoredAdapterResponse:
+        """Delete one content of the upload store."""
+        stored = await self._adapters.delete_stored(CURRENT.get(), request.source)
+        return adapters_pb2.DeleteStoredAdapterResponse(stored=codec.encode_stored(stored))
+
+
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """loramux.v1.ServerService."""
+
+    def __init__(self, facts: ServerFacts) -> None:
+        self._facts = facts
+
+    async def GetServerInfo(
+        self, request: server_pb2.GetServerInfoRequest, context: Context
+    ) -> server_pb2.GetServerInfoResponse:
+        """Show what this server is."""
+        return codec.encode_server_info(self._facts.info(CURRENT.get()))
