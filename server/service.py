@@ -47,7 +47,7 @@ from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer, check_messages
 from server.access.audit import audited, log_missing
 from server.access.caller import Caller
-from server.access.quotas import Quotas
+from server.access.quotas import Quotas, Spend
 from server.calls import (
     AdapterRecord,
     AdapterState,
@@ -165,15 +165,16 @@ class Service:
     async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         check_num_outputs(call.num_outputs)
         with self._quotas.request(call.caller, call.num_outputs) as spend:
-            async with aclosing(self._generate(call)) as events:
+            async with aclosing(self._generate(call, spend)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
                         spend(len(event.token_ids))
-                    elif isinstance(event, Started):
-                        spend(event.num_prompt_tokens)
                     yield event
 
-    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    async def _generate(self, call: GenerateCall, spend: Spend) -> AsyncGenerator[Event, None]:
+        """`spend` is told of the prompt when it goes to the engine, which reads it whether or not
+        the caller stays for the answer.
+        """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
@@ -206,6 +207,7 @@ class Service:
             for index, request in enumerate(_requests(first, call.num_outputs))
         ]
         has_prompt = sampling.num_prompt_logprobs is not None
+        spend(len(prompt) * call.num_outputs)  # each output is a request of its own
         with self._registry.in_flight(records):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):
