@@ -27,7 +27,7 @@ from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import missing_logged
-from server.access.quotas import Quotas
+from server.access.quotas import Quotas, Spend
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
 from server.calls import (
@@ -122,15 +122,16 @@ class Generation:
     async def _within_quotas(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
         check_num_outputs(call.num_outputs)
         with self._quotas.request(call.caller, call.num_outputs) as spend:
-            async with aclosing(self._generate(call)) as events:
+            async with aclosing(self._generate(call, spend)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
                         spend(len(event.token_ids))
-                    elif isinstance(event, Started):
-                        spend(event.num_prompt_tokens)
                     yield event
 
-    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+    async def _generate(self, call: GenerateCall, spend: Spend) -> AsyncGenerator[Event, None]:
+        """`spend` is told of the prompt when it goes to the engine, which reads it whether or not
+        the caller stays for the answer.
+        """
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
@@ -145,6 +146,7 @@ class Generation:
             for index, request in enumerate(_requests(first, call.num_outputs))
         ]
         has_prompt = first.sampling.num_prompt_logprobs is not None
+        spend(len(first.prompt_token_ids) * call.num_outputs)  # each output is a request of its own
         with self._registry.in_flight(prepared.records):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):

@@ -69,6 +69,13 @@ def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[Gen
             "are made for one request",
             field="prompt",
         )
+    most = exchange.caller.limits.max_requests
+    if most is not None and len(prompts) * request.n > max(1, most):
+        raise InvalidRequest(
+            f"prompt and n ask for {len(prompts)} x {request.n} outputs; each counts as a request, "
+            f"and tenant {exchange.caller.tenant!r} may have {most}",
+            field="prompt",
+        )
     if request.max_tokens == 0 and not request.echo:
         raise InvalidRequest("max_tokens is 0: ask for one or set echo", field="max_tokens")
     given = {

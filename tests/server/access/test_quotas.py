@@ -13,6 +13,7 @@ from server.access.caller import Caller, Limits, Role
 from server.access.quotas import Quotas
 from server.client import AsyncClient
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, gate_of, limited
+from tests.server.http_api import serving_http
 from tests.server.world import until
 
 
@@ -115,6 +116,48 @@ async def test_a_tenant_over_its_requests_disturbs_no_other(serve, tmp_path):
         await until(lambda: len(world.engine.running) == 3)
         world.engine.gate.set()
         assert await asyncio.gather(*streams[1:]) == ["ab"] * 3
+
+
+async def test_a_prompt_counts_though_its_caller_leaves(serve, tmp_path):
+    gate = gate_of(tmp_path, limited("tokens_per_s: 0.001, burst_tokens: 40"))
+    async with (
+        serve(gate=gate, api_key=OPERATOR) as world,
+        AsyncClient(world.target, api_key=ACME) as acme,
+        serving_http(world.service, gate=gate) as api,
+    ):
+        world.engine.gate.clear()
+        for _ in range(3):
+            task = asyncio.create_task(acme.generate("x" * 15, max_tokens=1).text())
+            await until(lambda: len(world.engine.running) == 1)
+            task.cancel()
+            await until(lambda: not world.engine.running)
+        with pytest.raises(Overloaded, match="has used its"):
+            await acme.generate("x", timeout_s=5).text()
+        key = {"authorization": f"Bearer {ACME}"}
+        body = {"model": "tiny", "prompt": "x"}
+        answer = await api.http.post("/v1/completions", json=body, headers=key)
+        assert answer.status_code == 429
+
+
+async def test_outputs_of_one_prompt_count_as_so_many_prompts(serve, tmp_path):
+    gate = gate_of(tmp_path, limited("tokens_per_s: 0.001, burst_tokens: 40"))
+    async with (
+        serve(gate=gate, api_key=OPERATOR) as world,
+        AsyncClient(world.target, api_key=ACME) as acme,
+    ):
+        await acme.generate("x" * 15, max_tokens=1, n=3).text()
+        with pytest.raises(Overloaded, match="has used its"):
+            await acme.generate("x").text()
+
+
+async def test_more_prompts_than_a_tenant_may_ever_have_are_no_matter_of_time(serve, tmp_path):
+    gate = gate_of(tmp_path, limited("max_requests: 2"))
+    async with serve(gate=gate) as world, serving_http(world.service, gate=gate) as api:
+        key = {"authorization": f"Bearer {ACME}"}
+        for prompt, n, status in [(["a", "b"], 1, 200), (["a", "b"], 2, 400), (["a"] * 3, 1, 400)]:
+            body = {"model": "tiny", "prompt": prompt, "n": n, "max_tokens": 1}
+            answer = await api.http.post("/v1/completions", json=body, headers=key)
+            assert answer.status_code == status, answer.text
 
 
 async def test_a_tenant_holds_so_many_adapters(serve, tmp_path):
