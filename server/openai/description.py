@@ -22,7 +22,7 @@ ERROR_CODES = {
     "503": "The server is loading, draining or has failed; Retry-After says when to try again.",
 }
 _SCHEMA = "#/components/schemas/"
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
 _PLAIN = "text/plain"
 _ERROR = {
     "type": "object",
