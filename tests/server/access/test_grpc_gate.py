@@ -47,7 +47,7 @@ async def channel_to(world):
 
 async def status_of(channel, method: str, metadata) -> grpc.aio.AioRpcError | None:
     """How a method that gets one empty message ends; None: with an answer."""
-    call = channel.stream_stream(method)(iter([b""]), metadata=metadata, timeout=5)
+    call = channel.stream_stream(method)(iter([b""]), metadata=metadata, timeout=30)
     try:
         async for _ in call:
             call.cancel()
@@ -290,7 +290,7 @@ async def test_of_a_call_without_a_key_no_message_is_read(serve, tmp_path):
         generate = "/loramux.v1.GenerationService/Generate"
         for key in (None, WRONG):
             # The message never ends: without reading it the server still knows what to answer.
-            call = channel.stream_stream(generate)(endless(), metadata=bearer(key), timeout=5)
+            call = channel.stream_stream(generate)(endless(), metadata=bearer(key), timeout=30)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 [_ async for _ in call]
             assert caught.value.code() is Code.UNAUTHENTICATED
@@ -300,7 +300,7 @@ async def test_of_a_call_without_a_key_no_message_is_read(serve, tmp_path):
         assert generation_pb2.TokenizeResponse.FromString(answer).token_ids
         nothing = channel.stream_unary("/loramux.v1.GenerationService/Tokenize")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await nothing(iter([]), metadata=bearer(ACME), timeout=5)
+            await nothing(iter([]), metadata=bearer(ACME), timeout=30)
         assert caught.value.code() is Code.INVALID_ARGUMENT
 
 
