@@ -46,7 +46,10 @@ class Doors:
         while parts:
             await asyncio.sleep(RELOAD_PERIOD_S)
             for part in parts:
-                await asyncio.to_thread(part.reload)
+                try:
+                    await asyncio.to_thread(part.reload)
+                except Exception:  # whatever a file holds, the next one is read
+                    logger.exception("keys or certificates are as before")
 
 
 def open_doors(config: ServerConfig) -> Doors:

@@ -206,7 +206,7 @@ def parsed(content: bytes, file: Path) -> KeyFile:
     """Return what a file's content says. Raises ConfigError naming the entry."""
     try:
         values = parse_yaml(content.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise _bad(f"{file} must hold `tenants:` and `keys:`")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -261,6 +262,13 @@ async def test_a_hub_that_leads_into_the_network_behind_is_refused(store, hub, e
     assert "not public" in message or "not by https" in message
 
 
+@pytest.mark.parametrize("target", ["https://[", "https://x:99999/", "https://x:port/", "//[::1"])
+async def test_a_hub_that_leads_nowhere_is_refused(store, hub, target):
+    hub.push("acme/x", adapter())
+    hub.elsewhere = target
+    assert "nowhere" in await failure(remote(store, "hf:acme/"), "hf:acme/x")
+
+
 async def test_a_large_file_that_is_not_what_the_hub_says(store, hub):
     hub.push("acme/x", adapter("right"))
     hub.bent[f"/large/{hashlib.sha256(b'right').hexdigest()}"] = [
@@ -311,6 +319,7 @@ async def test_what_does_not_pass_is_given_up_after_three_attempts(store, web):
         (lambda h: h.send(b"", Content_Length=str(1 << 40)), f"{(1 << 40) + 2} bytes"),
         (lambda h: h.send(b"", Content_Length="-1"), "how large"),
         (lambda h: h.send(b"", Content_Length="many"), "how large"),
+        (lambda h: h.send(b"", Content_Length="9" * 5000), "how large"),
     ],
 )
 async def test_what_a_web_server_says_that_cannot_be_used(store, web, bent, why):
@@ -338,6 +347,47 @@ async def test_a_server_that_hangs_costs_a_bounded_time_and_nobody_else(store, w
     assert not hung.done()
     assert "attempts" in await hung
     assert time.monotonic() - begun < 10
+
+
+def drip_head(handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-A: ")
+    while not handler.server.place.held.wait(0.05):
+        handler.wfile.write(b"a")
+
+
+def continue_for_ever(handler) -> None:
+    while not handler.server.place.held.wait(0.01):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("head", [drip_head, continue_for_ever])
+async def test_a_head_without_an_end_holds_no_thread(store, web, head, method):
+    """The threads are few; each byte that comes would begin a timeout anew."""
+    source = web.put("x", adapter())
+    web.bent[(method, f"/x/{WEIGHTS}")] = [head] * 3
+    sources = remote(store, f"{web.url}/", limits=HASTY)
+    assert "3 attempts" in await failure(sources, source, Unavailable)
+    await until(lambda: sources._threads._num_running == 0)
+    assert await fetch(sources, source) == adapter()
+
+
+async def test_a_handshake_without_an_end_holds_no_thread(store, web):
+    """The first byte of a record of TLS, its type, and then one byte after another."""
+
+    async def drip(reader, writer) -> None:
+        writer.write(b"\x16\x03\x03\x40\x00")
+        with suppress(OSError), closing(writer):
+            while True:
+                writer.write(b"\x00")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async with await asyncio.start_server(drip, "127.0.0.1") as server:
+        source = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+        sources = remote(store, source, limits=HASTY)
+        assert "3 attempts" in await failure(sources, source, Unavailable)
+        await until(lambda: sources._threads._num_running == 0)
 
 
 async def test_a_fetch_ends_after_its_time_however_it_trickles(store, web):
@@ -448,7 +498,8 @@ def plain_connection(address, timeout):
         ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("::1", False),
         ("fe80::1", False), ("fd00::1", False), ("::ffff:10.0.0.1", False), ("::", False),
         ("64:ff9b::a9fe:a9fe", False), ("2002:a00:1::", False), ("ff02::1", False),
-        ("255.255.255.255", False),
+        ("255.255.255.255", False), ("::127.0.0.1", False), ("64:ff9b:1::7f00:1", False),
+        ("fec0::1", False),
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address, is_allowed):

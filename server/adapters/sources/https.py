@@ -10,10 +10,11 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-from collections.abc import Collection, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from threading import Event, Timer
 
 from lora_runtime.errors import AdapterSourceRefused
 from server.adapters.sources.folders import refused
@@ -23,7 +24,11 @@ from server.adapters.sources.transfer import CONNECT_S, Network, RemoteFile, Tra
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may be others the next time."""
 ABSENT = (404, 410)
+MAX_DIGITS = 18
+"""Of a file's length in bytes."""
 _NAT64 = ip_network("64:ff9b::/96")
+_OWN = tuple(map(ip_network, ("fec0::/10", "64:ff9b:1::/48", "::/96")))
+"""Not public, though Python takes them for it: a site's own, its own NAT64, IPv4 in old IPv6."""
 
 Address = IPv4Address | IPv6Address
 
@@ -47,7 +52,7 @@ class WebServers:
                 if response is None:
                     continue
                 length = response.headers.get("Content-Length", "")
-                if not length.isdecimal():
+                if not length.isdecimal() or len(length) > MAX_DIGITS:
                     raise refused(location.text, f"does not say how large its {name} is")
                 found.append(RemoteFile(name, int(length)))
                 state = response.headers.get("ETag") or response.headers.get("Last-Modified")
@@ -99,7 +104,8 @@ class WebServers:
         if str(address) in self._addresses or any(address in n for n in self._networks):
             return True
         inner = _embedded(address)
-        return inner.is_global and not inner.is_multicast
+        is_own = any(inner in network for network in _OWN)
+        return inner.is_global and not inner.is_multicast and not is_own
 
 
 class Connection(http.client.HTTPSConnection):
@@ -126,9 +132,35 @@ class Connection(http.client.HTTPSConnection):
                 failure = error
                 continue
             plain.settimeout(self.timeout)
-            self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+            self.sock = self._tls.wrap_socket(
+                plain, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            with self.within_time():
+                self.sock.do_handshake()
             return
         raise failure or OSError("no address")
+
+    @contextmanager
+    def within_time(self) -> Iterator[None]:
+        """Break the connection off if what is done here takes longer than may pass without a byte:
+        the socket's own timeout begins anew with each, and a handshake or a head has no bound.
+        Raises TimeoutError, also where what came until then looks like a whole.
+        """
+        is_late = Event()
+
+        def break_off(connected: socket.socket) -> None:
+            is_late.set()
+            _shut(connected)
+
+        timer = Timer(self.timeout or CONNECT_S, break_off, [self.sock])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if is_late.is_set():
+                raise TimeoutError from None
 
 
 class WebFolder:
@@ -161,25 +193,36 @@ class WebReader:
 
     def close(self) -> None:
         """See `Reader`."""
-        with suppress(OSError):  # it is closed already
-            if self._socket is not None:
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        if self._socket is not None:
+            _shut(self._socket)
         self._connection.close()
+
+
+def _shut(connected: socket.socket) -> None:
+    """End what another thread reads or writes, beneath TLS."""
+    with suppress(OSError):  # it is closed already
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _ask(
     connection: Connection, method: str, location: Location, name: str
 ) -> http.client.HTTPResponse | None:
     """The answer's head; None where there is no such file. Raises as `list_folder`."""
+    response = None
     try:
         headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": "*/*"}
-        connection.request(method, f"/{location.path}/{name}", headers=headers)
-        response = connection.getresponse()
-        if method == "HEAD" or response.status in ABSENT:
-            response.read()
+        if connection.sock is None:
+            connection.connect()
+        with connection.within_time():
+            connection.request(method, f"/{location.path}/{name}", headers=headers)
+            response = connection.getresponse()
+            if method == "HEAD" or response.status in ABSENT:
+                response.read()
     except ssl.SSLCertVerificationError:
         raise refused(location.text, "has a certificate that is not trusted here") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if response is not None:
+            response.close()  # it holds the socket
         raise TransferFailed(f"its server does not answer ({type(error).__name__})") from None
     if response.status in ABSENT:
         return None

@@ -109,8 +109,17 @@ class HubFolder:
             held.close()
             if response.status_code not in REDIRECTS:
                 raise failure(self._location, response.status_code)
-            url = urljoin(url, response.headers.get("Location", ""))
+            url = self._target(url, response.headers.get("Location", ""))
         raise refused(self._location.text, "leads from place to place on its hub")
+
+    def _target(self, url: str, location: str) -> str:
+        """Where a redirect leads; its port is one."""
+        try:
+            target = urljoin(url, location)
+            _ = urlsplit(target).port
+        except ValueError:
+            raise refused(self._location.text, "is sent nowhere by its hub") from None
+        return target
 
     def _check(self, url: str) -> None:
         parts = urlsplit(url)

@@ -220,3 +220,14 @@ def test_keys_new_writes_into_files_of_any_style(tmp_path):
         assert num_keys == 1 + len((yaml.safe_load(text) or {}).get("keys", []))
         with pytest.raises(Unauthenticated):
             table.of_key(WRONG)
+
+
+def test_no_content_ends_the_reading(tmp_path):
+    """What nests without end is a file that cannot be used, as any other."""
+    file = write_keys(tmp_path)
+    keys = Keys(file)
+    before = keys.table
+    for content in (b"[" * 5000, b"{a: " * 5000, b"\xff", b""):
+        file.write_bytes(content)
+        keys.reload()
+        assert keys.table is before
