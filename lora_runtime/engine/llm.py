@@ -472,7 +472,7 @@ def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> S
     return _one_each(prompts, adapter, "adapter")
 
 
-def _forms(prompts: Sequence[Prompt], given: Form | Sequence[Form]) -> Sequence[Form]:
+def _forms(prompts: Sequence[Prompt], given: object) -> Sequence[object]:
     """The form of each prompt's outputs; one for all is read here, as it is wrong for all. Raises
     InvalidRequest.
     """
@@ -491,7 +491,7 @@ def _one_each(prompts: Sequence[Prompt], given: Sequence[T], name: str) -> Seque
     return given
 
 
-def _form(form: Form) -> StructuredOutput | None:
+def _form(form: object) -> StructuredOutput | None:
     """The form of one prompt's outputs. Raises InvalidRequest."""
     if isinstance(form, Mapping):
         return StructuredOutput.of(form)
