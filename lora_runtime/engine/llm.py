@@ -75,7 +75,10 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation: messages of `role` and `content`."""
 Choice: TypeAlias = str | Mapping[str, float] | None
 """An adapter's name, several names with their weights, or None for the base."""
+Form: TypeAlias = StructuredOutput | Mapping[str, Any] | None
+"""What an output must look like, also as `StructuredOutput.of` reads it; None: no form."""
 CHOICE_RULE = "a name, a mapping of names to weights, None, or a list with one of these a prompt"
+FORM_RULE = "a StructuredOutput, a mapping of one entry, None, or a list with one of these a prompt"
 
 T = TypeVar("T")
 
@@ -202,7 +205,7 @@ class LLM:
         ignore_eos: bool = False,
         n: int = 1,
         return_errors: bool = False,
-        structured_output: StructuredOutput | Mapping[str, Any] | None = None,
+        structured_output: Form | Sequence[Form] = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
@@ -212,11 +215,11 @@ class LLM:
         trained on chats wants a conversation.
         `adapter`: one for all prompts, or one for each of them. `stop`: texts that end an output,
         and are not part of it. `n`: independent outputs for each prompt; those after the first are
-        its Completion's `others`. `structured_output`: the form that every output must have, as
-        StructuredOutput or as `StructuredOutput.of` reads it. `sampling`: fields of SamplingParams,
-        as `temperature=0.0`, with `logit_bias` as a mapping of token ids to numbers; without
-        `max_tokens` an output has 256 tokens at most, or as many as fit. What a request may say is
-        what a server takes: `engine/request_rules.py`.
+        its Completion's `others`. `structured_output`: the form that outputs must have, as
+        StructuredOutput or as `StructuredOutput.of` reads it; one for all prompts, or one for each
+        of them. `sampling`: fields of SamplingParams, as `temperature=0.0`, with `logit_bias` as a
+        mapping of token ids to numbers; without `max_tokens` an output has 256 tokens at most, or
+        as many as fit. What a request may say is what a server takes: `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered. A
         mistake in what holds for all prompts is raised.
@@ -226,16 +229,17 @@ class LLM:
         check_num_outputs(n)
         if "logit_bias" in sampling:
             sampling["logit_bias"] = logit_bias(sampling["logit_bias"])
-        if isinstance(structured_output, Mapping):
-            structured_output = StructuredOutput.of(structured_output)
-        sampling["structured_output"] = structured_output
+        forms = _forms(prompts, structured_output)
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
             outputs: list[list[_Row] | LoramuxError] = []
-            for index, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
+            for index, (prompt, choice, form) in enumerate(
+                zip(prompts, choices, forms, strict=True)
+            ):
                 try:
-                    first = self._row(prompt, choice, tuple(stop), ignore_eos, sampling)
+                    own = {**sampling, "structured_output": _form(form)}
+                    first = self._row(prompt, choice, tuple(stop), ignore_eos, own)
                     outputs.append([first, *self._others(first, n)])
                 except LoramuxError as error:
                     if not return_errors:
@@ -465,13 +469,38 @@ def _choices(prompts: Sequence[Prompt], adapter: Choice | Sequence[Choice]) -> S
         raise InvalidRequest(
             f"adapter is {written(adapter)}; it must be {CHOICE_RULE}", field="adapter"
         )
-    if len(adapter) != len(prompts):
+    return _one_each(prompts, adapter, "adapter")
+
+
+def _forms(prompts: Sequence[Prompt], given: object) -> Sequence[object]:
+    """The form of each prompt's outputs; one for all is read here, as it is wrong for all. Raises
+    InvalidRequest.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray):
+        return _one_each(prompts, given, "sampling.structured_output")
+    return [_form(given)] * len(prompts)
+
+
+def _one_each(prompts: Sequence[Prompt], given: Sequence[T], name: str) -> Sequence[T]:
+    if len(given) != len(prompts):
         raise InvalidRequest(
-            f"adapter has {len(adapter)} entries for {len(prompts)} prompts; give one for all, or "
+            f"{name} has {len(given)} entries for {len(prompts)} prompts; give one for all, or "
             "one for each",
-            field="adapter",
+            field=name,
         )
-    return adapter
+    return given
+
+
+def _form(form: object) -> StructuredOutput | None:
+    """The form of one prompt's outputs. Raises InvalidRequest."""
+    if isinstance(form, Mapping):
+        return StructuredOutput.of(form)
+    if form is not None and not isinstance(form, StructuredOutput):
+        raise InvalidRequest(
+            f"sampling.structured_output is {written(form)}; it must be {FORM_RULE}",
+            field="sampling.structured_output",
+        )
+    return form
 
 
 def _chosen(choice: Choice) -> tuple[AdapterChoice, ...]:

@@ -24,7 +24,9 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.adapters.registry import Registry, Sees
+from server.access.audit import audited
+from server.access.caller import Caller
+from server.adapters.registry import Registry
 from server.adapters.sources.location import PLACE
 
 REMEMBERED_S = 10.0
@@ -56,18 +58,20 @@ class OnDemand:
         self._failed: OrderedDict[str, tuple[float, LoramuxError]] = OrderedDict()
         """Name → until when it is not tried again, and why."""
 
-    async def ensure(self, names: Sequence[str], sees: Sees, deadline: float | None) -> None:
+    async def ensure(self, names: Sequence[str], caller: Caller, deadline: float | None) -> None:
         """Load what is not known yet and may be; what may not is left to who asks next.
 
-        `sees`: which names there may be for who asks. `deadline`, by time.monotonic, ends the
-        waiting and not the load. Raises what the load raises, Unavailable after the deadline, and
-        AdapterNotFound where its source has nothing; the field names the request's adapter.
+        `caller`: who asks; only names that there may be for it are looked for, and the audit log
+        has it with the loads that it began. `deadline`, by time.monotonic, ends the waiting and not
+        the load. Raises what the load raises, Unavailable after the deadline, and AdapterNotFound
+        where its source has nothing; the field names the request's adapter.
         """
         for index, name in enumerate(names):
-            if self._sources and sees(name) and not self._registry.is_known(name):
+            if self._sources and caller.sees(name) and not self._registry.is_known(name):
                 source = self._source(name)
                 if source is not None:
-                    await self._loaded(name, source, deadline, f"adapters[{index}].name")
+                    field = f"adapters[{index}].name"
+                    await self._loaded(caller, name, source, deadline, field)
 
     def _source(self, name: str) -> str | None:
         for pattern, source in self._sources.items():
@@ -75,7 +79,9 @@ class OnDemand:
                 return source.replace(PLACE, name)
         return None
 
-    async def _loaded(self, name: str, source: str, deadline: float | None, field: str) -> None:
+    async def _loaded(
+        self, caller: Caller, name: str, source: str, deadline: float | None, field: str
+    ) -> None:
         until, failure = self._failed.get(name, (0.0, None))
         if failure is not None and time.monotonic() < until:
             raise type(failure)(failure.message, field=field)
@@ -86,7 +92,7 @@ class OnDemand:
                     f"{len(self._loading)} adapters are being loaded on demand; try again later",
                     field=field,
                 )
-            task = self._loading[name] = asyncio.create_task(self._try(name, source))
+            task = self._loading[name] = asyncio.create_task(self._try(caller, name, source))
             task.add_done_callback(lambda done: self._end(name, done))
         left_s = None if deadline is None else deadline - time.monotonic()
         try:
@@ -99,10 +105,13 @@ class OnDemand:
         except LoramuxError as error:
             raise type(error)(error.message, field=field) from None
 
-    async def _try(self, name: str, source: str) -> None:
-        """Load a name. What goes wrong is raised, and remembered unless it is the server's load."""
+    async def _try(self, caller: Caller, name: str, source: str) -> None:
+        """Load a name for the caller that asked first. What goes wrong is raised, and remembered
+        unless it is the server's load.
+        """
         try:
-            await self._load(name, source)
+            with audited(caller, "load on demand", adapter=name, source=source):
+                await self._load(name, source)
         except AdapterExists:  # an operator was faster
             return
         except LoramuxError as error:

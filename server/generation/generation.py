@@ -136,7 +136,7 @@ class Generation:
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
         with place, self._registry.wanted(names):
-            await self._on_demand.ensure(names, call.caller.sees, deadline)
+            await self._on_demand.ensure(names, call.caller, deadline)
             prepared = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         first = self._request(call, prepared, deadline)

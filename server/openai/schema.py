@@ -2,7 +2,9 @@
 
 Every field is in one of three lists: a model's own fields are used; INERT ones ask for nothing
 that changes an answer; of AS_DEFAULT ones only the value written there is taken, which asks for
-what happens anyway. Any other is refused by its name, and null is as good as absent.
+what happens anyway, and where none is written none is taken. Any other is refused by its name, and
+null is as good as absent. What OpenAI or vLLM has and this server has not stands in AS_DEFAULT: who
+writes such a name has not misspelt another.
 """
 
 from __future__ import annotations
@@ -207,13 +209,21 @@ class SampledRequest(RequestModel):
     AS_DEFAULT: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "use_beam_search": (False,),
         "length_penalty": (1.0,),
+        "bad_words": ([],),
         "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "add_special_tokens": (True,),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
-    }
+        **_refused_always(
+            "allowed_token_ids", "ec_transfer_params", "guided_decoding_backend",
+            "guided_whitespace_pattern", "kv_transfer_params", "logits_processors",
+            "logprob_token_ids", "repetition_detection", "request_id", "stream_interval",
+            "structural_tag", "truncate_prompt_tokens", "truncation_side", "vllm_xargs",
+            "watermarking",
+        ),
+    }  # fmt: skip
 
 
 class CompletionRequest(SampledRequest):
@@ -234,7 +244,11 @@ class CompletionRequest(SampledRequest):
     logprobs: int | None = None
     best_of: int | None = None
 
-    AS_DEFAULT = {**SampledRequest.AS_DEFAULT, "suffix": ("",)}
+    AS_DEFAULT = {
+        **SampledRequest.AS_DEFAULT,
+        "suffix": ("",),
+        **_refused_always("prompt_embeds"),
+    }
 
 
 class TextPart(Model):
@@ -331,8 +345,10 @@ class ChatRequest(SampledRequest):
         "modalities": (["text"],),
         "verbosity": ("medium",),
         **_refused_always(
-            "audio", "chat_template", "documents", "function_call", "functions", "moderation",
-            "prediction", "prompt_cache_options", "reasoning_effort", "web_search_options",
+            "audio", "best_of", "chat_template", "documents", "function_call", "functions",
+            "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "moderation",
+            "prediction", "prompt_cache_options", "reasoning_effort", "thinking_token_budget",
+            "web_search_options",
         ),
     }  # fmt: skip
 
@@ -399,9 +415,19 @@ class ResponsesRequest(RequestModel):
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "reasoning": ({},),
+        "presence_penalty": (0.0,),
+        "frequency_penalty": (0.0,),
+        "repetition_penalty": (1.0,),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "enable_response_messages": (False,),
         **_refused_always(
-            "background_options", "context_management", "conversation", "max_tool_calls",
-            "moderation", "previous_response_id", "prompt", "prompt_cache_options",
+            "background_options", "chat_template", "chat_template_kwargs", "context_management",
+            "conversation", "kv_transfer_params", "logit_bias", "max_tool_calls",
+            "media_io_kwargs", "mm_processor_kwargs", "moderation", "previous_input_messages",
+            "previous_response_id", "prompt", "prompt_cache_options", "request_id", "stop",
+            "structured_outputs", "vllm_xargs",
         ),
     }  # fmt: skip
 
@@ -418,7 +444,11 @@ class TokenizeRequest(RequestModel):
     """Of a text true, of a conversation false: its template has them."""
     return_token_strs: bool = False
 
-    AS_DEFAULT = {"add_generation_prompt": (True,), "continue_final_message": (False,)}
+    AS_DEFAULT = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        **_refused_always("chat_template", "media_io_kwargs", "mm_processor_kwargs"),
+    }
 
 
 class DetokenizeRequest(RequestModel):
@@ -436,10 +466,15 @@ class LoadAdapterRequest(RequestModel):
     load_inplace: bool = False
     """The name may hold other content, which is replaced."""
 
-    AS_DEFAULT = {"is_3d_lora_weight": (False,)}
+    AS_DEFAULT = {
+        "is_3d_lora_weight": (False,),
+        **_refused_always("base_model_name", "lora_int_id"),
+    }
 
 
 class UnloadAdapterRequest(RequestModel):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str
+
+    AS_DEFAULT = _refused_always("lora_int_id")

@@ -289,6 +289,56 @@ async def test_what_is_not_served_is_refused_by_name(api) -> None:
         assert not world.engine.seen and not api.calls._tasks
 
 
+MAX = {CHAT: "max_tokens", COMPLETIONS: "max_tokens", "/v1/responses": "max_output_tokens"}
+# What vLLM takes besides, as its own request models have it.
+OF_VLLM = {
+    CHAT: {
+        "allowed_token_ids": [1], "bad_words": ["x"], "best_of": 2, "chat_template": "x",
+        "continue_final_message": True, "guided_decoding_backend": "xgrammar",
+        "guided_whitespace_pattern": " ", "include_reasoning": True,
+        "include_stop_str_in_output": True, "logits_processors": ["x"], "logprob_token_ids": [1],
+        "mm_processor_kwargs": {}, "request_id": "x", "return_token_ids": True,
+        "skip_special_tokens": False, "spaces_between_special_tokens": False,
+        "structural_tag": "x", "truncate_prompt_tokens": 5, "vllm_xargs": {},
+    },
+    COMPLETIONS: {
+        "allowed_token_ids": [1], "bad_words": ["x"], "guided_decoding_backend": "xgrammar",
+        "include_stop_str_in_output": True, "prompt_embeds": "x", "return_token_ids": True,
+        "skip_special_tokens": False, "truncate_prompt_tokens": 5,
+    },
+    "/v1/responses": {
+        "ignore_eos": True, "include_stop_str_in_output": True, "logit_bias": {"5": 1},
+        "presence_penalty": 1.0, "previous_input_messages": [], "request_id": "x",
+        "skip_special_tokens": False, "stop": "x", "structured_outputs": {"regex": "x"},
+    },
+    "/tokenize": {"chat_template": "x", "mm_processor_kwargs": {}},
+    "/v1/load_lora_adapter": {"base_model_name": "x", "is_3d_lora_weight": True, "lora_int_id": 1},
+    "/v1/unload_lora_adapter": {"lora_int_id": 1},
+}  # fmt: skip
+
+
+async def test_what_vllm_has_besides_is_not_served_and_nothing_else_is_suggested(api) -> None:
+    async with api() as (_, api):
+        described = (await api.http.get("/openapi.json")).json()
+        for path, fields in OF_VLLM.items():
+            body = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+            name = body["schema"]["$ref"].rpartition("/")[2]
+            properties = described["components"]["schemas"][name]["properties"]
+            for field, value in fields.items():
+                good = GOOD.get(path, {"lora_name": "a"})
+                status, error = await api.error(path, **good | {field: value})
+                assert (status, error["param"]) == (400, field), (path, error)
+                assert error["message"].endswith("it is not served; leave it out"), error
+                shown = properties[field]
+                assert shown["description"] == "Not served." and value not in shown["enum"]
+                for taken in shown["enum"]:
+                    if path in (CHAT, COMPLETIONS, "/v1/responses"):
+                        answer = await api.post(path, **good | {field: taken, MAX[path]: 1})
+                        assert answer.status_code == 200, (path, field, taken)
+        misspelt = await api.error(CHAT, **GOOD[CHAT] | {"guided_choise": ["a"]})
+        assert misspelt[1]["message"].endswith("did you mean 'guided_choice'?")
+
+
 async def test_fields_that_ask_for_nothing_are_taken(api) -> None:
     async with api() as (_, api):
         nothing = {

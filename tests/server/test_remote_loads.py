@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 
 import pytest
+import structlog
 
 from lora_runtime.errors import (
     AdapterExists,
@@ -22,7 +23,10 @@ from protos.loramux.v1.adapters_pb2 import AdapterState
 from server.adapters.names import NameStore
 from server.adapters.sources import hub as hub_module
 from server.adapters.sources import remote as remote_module
+from server.client import AsyncClient
 from server.config import load_config
+from tests.server.access.keyring import ACME as ACME_KEY
+from tests.server.access.keyring import write_keys
 from tests.server.places import WEIGHTS, Hub, Place, adapter, certificate, status
 from tests.server.test_restart import Host, LocalEngine, ask
 from tests.server.world import until
@@ -232,6 +236,34 @@ async def test_folders_are_loaded_on_demand_too(host):
         assert await ask(client, "here") == [ord("h")] * 2
         with pytest.raises(AdapterNotFound, match="does not exist"):
             await ask(client, "gone")
+
+
+async def test_the_audit_log_says_whose_request_began_a_load(host, web):
+    web.put("acme-x", adapter("a"))
+    host.write("acme-bad", "!BaseMismatch")
+    flags = {
+        "adapter_on_demand": ["acme-bad={name}", f"*={web.url}/{{name}}"],
+        "keys": write_keys(host.folder),
+    }
+    options = {"token_ids": [5], "max_tokens": 1}
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            host.serving(**flags) as anyone,
+            AsyncClient(anyone.target, api_key=ACME_KEY) as acme,
+        ):
+            for _ in range(2):
+                await acme.generate(adapter="acme-x", **options).text()
+                for name in ("acme-bad", "acme-none", "rival-x"):
+                    with pytest.raises((AdapterRefused, AdapterNotFound)):
+                        await acme.generate(adapter=name, **options).text()
+    lines = [log for log in logs if log["event"] == "audit" and log["action"] == "load on demand"]
+    assert [(log["adapter"], log["source"], log["outcome"]) for log in lines] == [
+        ("acme-x", f"{web.url}/acme-x", "done"),
+        ("acme-bad", "acme-bad", "BaseMismatch"),
+        ("acme-none", f"{web.url}/acme-none", "AdapterSourceRefused"),
+    ]
+    assert {(log["key"], log["tenant"]) for log in lines} == {("acme", "acme")}
+    assert all(log["peer"].startswith("ipv4:127.0.0.1:") for log in lines)
 
 
 async def test_a_deadline_ends_the_waiting_and_not_the_load(host, web):

@@ -17,7 +17,7 @@ from lora_runtime.config import (
     EngineConfig,
     SchedulerConfig,
 )
-from lora_runtime.core import FinishReason, SamplingParams
+from lora_runtime.core import FinishReason, SamplingParams, StructuredOutput, StructureKind
 from lora_runtime.engine.llm import LLM
 from lora_runtime.errors import (
     AdapterExists,
@@ -185,6 +185,35 @@ def test_outputs_keep_to_a_form(llm):
     with pytest.raises(InvalidRequest) as caught:
         llm.generate(["a"], structured_output={"regex": "(?=a)"})
     assert caught.value.field == "sampling.structured_output.regex"
+
+
+def test_each_prompt_may_have_a_form_of_its_own(llm):
+    options = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    digits = StructuredOutput(StructureKind.REGEX, "[0-9]{3}")
+    forms = (None, {"regex": "[a-c]{2}!"}, digits, {"choice": ["yes", "no"]})
+    prompts, adapters = ["The quick"] * 4, ["a", "b", None, "a"]
+    answers = llm.generate(prompts, adapter=adapters, structured_output=forms, **options)
+    (free,) = llm.generate(prompts[:1], adapter="a", **options)
+    assert answers[0] == free
+    for answer, text in zip(answers[1:], ("[a-c]{2}!", "[0-9]{3}", "yes|no"), strict=True):
+        assert re.fullmatch(text, answer.text), answer.text
+
+
+def test_a_prompt_s_wrong_form_is_that_prompt_s_alone(llm):
+    prompts = ["a", "b", "c"]
+    forms = [{"regex": "x"}, {"regx": "x"}, "x"]
+    answers = llm.generate(prompts, structured_output=forms, max_tokens=4, return_errors=True)
+    assert [answer.text for answer in answers] == ["x", "", ""]
+    for answer, told in zip(answers[1:], ("has regx", "is 'x'; it must be"), strict=True):
+        assert isinstance(answer.error, InvalidRequest) and told in answer.error.message
+        assert answer.error.field == "sampling.structured_output"
+    with pytest.raises(InvalidRequest, match="has regx") as caught:
+        llm.generate(prompts, structured_output=forms)
+    assert caught.value.__notes__ == ["prompts[1]"]
+    for wrong in (forms[:2], [], "x", b"x", {"regx": "x"}, 3):
+        with pytest.raises(InvalidRequest) as caught:  # of all prompts
+            llm.generate(prompts, structured_output=wrong, return_errors=True)
+        assert caught.value.field == "sampling.structured_output"
 
 
 def test_prompts_may_come_one_by_one(llm):
