@@ -1,4 +1,4 @@
-"""`loramux keys`: makes API keys and writes their hashes into a server's file of keys."""
+"""`loramux keys`: makes, lists and revokes API keys in a server's file of their hashes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.settings import parse_yaml
 from lora_runtime.terminal import echo, write
 from server.access.caller import Role
-from server.access.keys import hashed, new_key, table_of
+from server.access.keys import KeyEntry, hashed, new_key, parsed, table_of
 from server.cli.command import Command
+from server.cli.tables import show_table
 
 HEAD = """\
 # API keys of a loramux server: `loramux serve --keys THIS_FILE`; docs/access.md explains it.
 # Hashes only: a key is shown once, by `loramux keys new`. Changes are read while the server runs.
 """
 
-keys = typer.Typer(help="Make API keys for a server.", no_args_is_help=True)
+File = Annotated[Path, typer.Option(help="The server's file of keys.")]
+
+keys = typer.Typer(help="Make, list and revoke API keys of a server.", no_args_is_help=True)
 
 
 @keys.callback()
 def _group() -> None:
-    """Make API keys for a server."""
+    """Make, list and revoke API keys of a server."""
 
 
 @keys.command("new", cls=Command)
@@ -69,25 +72,78 @@ def new(
     write(f"{key}\n")
 
 
+@keys.command("list", cls=Command)
+def list_keys(file: File) -> None:
+    """Show whose keys a file holds and what they are for."""
+    content = _text(file).encode()
+    table_of(content, file)
+    columns = ("id", "tenant", "role", "adapters", "expires")
+    show_table(columns, [_row(entry) for entry in parsed(content, file).keys])
+
+
+@keys.command("revoke", cls=Command)
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")],
+    file: File,
+) -> None:
+    """Take a key out of a file of keys; a running server refuses it within a second."""
+    remove_entry(file, key_id)
+    echo(f"{key_id} is no longer in {file}", is_error=True)
+
+
+def _row(entry: KeyEntry) -> tuple[str, ...]:
+    expires = "never" if entry.expires is None else entry.expires.isoformat()
+    return entry.id, entry.tenant, entry.role.value, ", ".join(entry.adapters), expires
+
+
+def remove_entry(file: Path, key_id: str) -> None:
+    """Take the entry of an id out of a file of keys that is good before and after.
+
+    Raises ConfigError naming what is wrong; the file is as it was then.
+    """
+    text = _text(file)
+    table_of(text.encode(), file)
+    wanted = _values(text)
+    ids = [entry["id"] for entry in wanted["keys"]]
+    if key_id not in ids:
+        raise ConfigError(
+            f"ID is {key_id!r}, which is not in {file}; its ids: {', '.join(ids)[:200] or 'none'}",
+            field="id",
+        )
+    index = ids.index(key_id)
+    del wanted["keys"][index]
+    _write(file, _without_lines(text, index), wanted)
+
+
 def add_entry(file: Path, entry: dict[str, Any]) -> None:
     """Add an entry, and its tenant if need be, to a file of keys that is good before and after.
 
     Raises ConfigError naming what is wrong; the file is as it was then.
     """
-    try:
-        text = file.read_text(encoding="utf-8") if file.exists() else HEAD
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}", field="file") from None
+    text = _text(file) if file.exists() else HEAD
     if text.strip() and file.exists():
         table_of(text.encode(), file)
     wanted = _values(text)
     wanted["tenants"].setdefault(entry["tenant"], {})
     wanted["keys"].insert(0, entry)
-    written = _with_lines(text, entry)
-    if _values(written) != wanted:  # in a style that lines cannot be added to: comments are lost
-        written = HEAD + yaml.safe_dump(wanted, sort_keys=False)
-    table_of(written.encode(), file)
-    _replace(file, written)
+    _write(file, _with_lines(text, entry), wanted)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", field="file") from None
+
+
+def _write(file: Path, text: str, wanted: dict[str, Any]) -> None:
+    """Write a text that says what is wanted. Where it does not, since the file's style is one whose
+    lines cannot be changed one by one, all is written anew, and comments are lost.
+    """
+    if _values(text) != wanted:
+        text = HEAD + yaml.safe_dump(wanted, sort_keys=False)
+    table_of(text.encode(), file)
+    _replace(file, text)
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -110,6 +166,27 @@ def _with_lines(text: str, entry: dict[str, Any]) -> str:
     flow = yaml.safe_dump(entry, sort_keys=False, default_flow_style=True, width=1 << 16).strip()
     indent = next(iter(re.findall(r"(?m)^( *)- ", text)), "  ")
     return _under(text, "keys", f"{indent}- {flow}")
+
+
+def _without_lines(text: str, index: int) -> str:
+    """The text without the lines of an entry; all others, comments among them, stay as they are."""
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    entries = next(value for name, value in document.value if name.value == "keys").value
+    first, last = entries[index].start_mark.line, _last_line(entries[index])
+    lines = text.splitlines(keepends=True)
+    text = "".join(lines[:first] + lines[last + 1 :])
+    return text if len(entries) > 1 else re.sub(r"(?m)^keys:(?=[ ]*(#.*)?$)", "keys: []", text)
+
+
+def _last_line(node: yaml.Node) -> int:
+    """The last line that is a node's own: YAML ends a block where the next thing begins, and what
+    people wrote in between is not the block's.
+    """
+    is_block = isinstance(node, yaml.CollectionNode) and not node.flow_style
+    if not is_block:
+        return int(node.end_mark.line)
+    last = node.value[-1]
+    return _last_line(last[1] if isinstance(node, yaml.MappingNode) else last)
 
 
 def _under(text: str, heading: str, line: str) -> str:

@@ -368,7 +368,7 @@ def show(client: Client, name: Name, as_json: AsJson = False) -> None:
 
 def show_adapters(infos: Iterable[adapters_pb2.AdapterInfo]) -> None:
     """One row per adapter, with what people look for first."""
-    columns = ("name", "state", "variant", "ranks", "size", "in flight", "error")
+    columns = ("name", "state", "variant", "ranks", "size", "tier", "in flight", "error")
     show_table(columns, [[_facts(info)[column] for column in columns] for info in infos])
 
 

@@ -114,6 +114,7 @@ def _load(history: History, since: int) -> dict[str, Any]:
 
 def _listed(record: AdapterRecord, history: History, resident: frozenset[str]) -> dict[str, Any]:
     loaded, traffic = record.loaded, history.traffic(record.name)
+    is_on_device = record.is_pinned or record.digest in resident
     is_draining = record.state is AdapterState.DRAINING
     return {
         "name": record.name,
@@ -123,7 +124,10 @@ def _listed(record: AdapterRecord, history: History, resident: frozenset[str]) -
         "variant": loaded.facts.variant if loaded else "",
         "ranks": list(loaded.ranks) if loaded else [],
         "num_bytes": loaded.nbytes if loaded else 0,
-        "tier": "" if loaded is None else "device" if record.digest in resident else "host",
+        "tier": "" if loaded is None else "device" if is_on_device else "host",
+        "is_pinned": record.is_pinned,
+        "num_downloaded_bytes": record.num_downloaded_bytes,
+        "num_bytes_to_download": record.num_bytes_to_download,
         "num_in_flight": record.num_in_flight,
         # What drains shares its name, and the name's traffic, with its successor.
         "num_requests": 0 if is_draining else traffic.num_requests,

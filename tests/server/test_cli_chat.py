@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -135,6 +136,19 @@ async def test_on_a_terminal_ctrl_c_ends_an_answer_and_then_the_talk(serve, monk
         await asyncio.to_thread(body)
     assert prompts == ["pirate> "] * 3
     assert capsys.readouterr().out == "ppp\nppppp\n\n"
+
+
+async def test_tables_show_where_an_adapter_is_and_that_it_is_pinned(serve, talk):
+    async with serve() as world:
+        pinned = world.write_adapter("pinned", "p")
+        await world.client.load_adapter("kept", pinned, pin=True)
+        await world.load("free", "f")
+        listed = (await talk(world, "adapters", "list")).stdout
+        shown = (await talk(world, "adapters", "show", "kept")).stdout
+        info = await world.client.get_adapter("free")
+    assert "tier" in listed and re.search(r"kept .*│ device, pinned │", listed), listed
+    assert re.search(rf"free .*│ {'device' if info.is_resident else 'host'} +│", listed), listed
+    assert re.search(r"tier +│ device, pinned", shown)
 
 
 async def test_lists_are_json_for_programs(serve, talk):

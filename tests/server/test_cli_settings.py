@@ -154,6 +154,7 @@ REQUIRED = {
     "adapters upload": ["a", "b"], "adapters rollback": ["a"], 
     "adapters delete": ["a"], "adapters stored": [], "adapters unload": ["a"],
     "keys new": ["--file", "f", "--tenant", "t", "--adapter", "*"],
+    "keys list": ["--file", "f"], "keys revoke": ["k", "--file", "f"],
     "adapters show": ["a"], "adapters verify": ["a"], "adapters convert": ["a", "b"],
     "train": ["--data", "d", "--output", "o"],
 }  # fmt: skip

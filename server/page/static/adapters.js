@@ -3,7 +3,7 @@
 
 import { ask } from "./api.js";
 import { byId, make, say, write } from "./dom.js";
-import { bytes, count, moment, NONE, rate } from "./format.js";
+import { bytes, count, moment, NONE, rate, share } from "./format.js";
 
 const NARROW = window.matchMedia("(max-width: 52rem)"); // as in page.css
 const pageRows = () => (NARROW.matches ? 10 : 25);
@@ -12,6 +12,10 @@ const MEASURE_S = 1.5; // the least time that speeds are measured over
 const TONES = { loaded: "good", failed: "bad", draining: "wait" };
 const ranks = (adapter) =>
   adapter.ranks.length > 1 ? `${adapter.ranks[0]}–${adapter.ranks.at(-1)}` : `${adapter.ranks[0] ?? NONE}`;
+const tier = (adapter) => (adapter.tier ? `${adapter.tier}${adapter.is_pinned ? ", pinned" : ""}` : NONE);
+/** A state's badge; of a download how far it is, once its size is known. */
+const badge = ({ state, num_downloaded_bytes: done, num_bytes_to_download: all }) =>
+  state === "downloading" && all ? `${state} ${share(done / all)}` : state;
 
 // Title, text of a cell, what it is sorted by; numbers begin with the largest.
 const COLUMNS = [
@@ -19,7 +23,7 @@ const COLUMNS = [
   { id: "state", title: "State", by: (a) => a.state },
   { id: "variant", title: "Variant", text: (a) => a.variant || NONE, by: (a) => a.variant },
   { id: "rank", title: "Rank", text: ranks, by: (a) => a.ranks.at(-1) ?? 0, isNumber: true },
-  { id: "tier", title: "Tier", text: (a) => a.tier || NONE, by: (a) => a.tier },
+  { id: "tier", title: "Tier", text: tier, by: tier },
   { id: "size", title: "Size", text: (a) => bytes(a.num_bytes), by: (a) => a.num_bytes, isNumber: true },
   { id: "running", title: "Running", text: (a) => count(a.num_in_flight), by: (a) => a.num_in_flight, isNumber: true },
   { id: "requests", title: "Requests", text: (a) => count(a.num_requests), by: (a) => a.num_requests, isNumber: true },
@@ -279,7 +283,7 @@ class Row {
     write(this.source, tail(adapter.source));
     this.source.title = adapter.source;
     write(this.error, adapter.error);
-    write(this.badge, adapter.state);
+    write(this.badge, badge(adapter));
     this.badge.dataset.tone = TONES[adapter.state] ?? "busy";
     COLUMNS.forEach((column, index) => {
       if (column.text) {

@@ -231,3 +231,97 @@ def test_no_content_ends_the_reading(tmp_path):
         file.write_bytes(content)
         keys.reload()
         assert keys.table is before
+
+
+COMMENTED = f"""\
+# Ours.
+tenants: {{acme: {{}}}}
+keys:  # all of them
+  # the first
+  - id: one
+    tenant: acme
+    role: user
+    adapters:
+      - "a*"  # a pattern
+      - b
+    sha256: {"a" * 64}
+  # the second, of Ann
+  - {{id: two, tenant: acme, role: operator, adapters: ["*"],
+     expires: 2031-02-03, sha256: {"b" * 64}}}  # till Ann goes
+
+  # the third
+  - id: three
+    tenant: acme
+    sha256: {"c" * 64}
+    role: user
+    adapters: []
+
+# The end.
+"""
+
+
+def keys_cli(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["keys", *map(str, arguments)])
+
+
+def test_keys_list_shows_whose_they_are_and_no_hash(tmp_path):
+    file = write_keys(tmp_path, COMMENTED)
+    listed = keys_cli("list", "--file", file)
+    assert listed.exit_code == 0, listed.output
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in listed.stdout.splitlines()
+        if line.startswith("│")
+    ]
+    assert cells == [
+        ["one", "acme", "user", "a*, b", "never"],
+        ["two", "acme", "operator", "*", "2031-02-03T00:00:00+00:00"],
+        ["three", "acme", "user", "", "never"],
+    ]
+    assert not any(digit * 6 in listed.output for digit in "abc")
+    for wrong in (tmp_path / "absent", write_keys(tmp_path, "keys: 3")):
+        refused = keys_cli("list", "--file", wrong)
+        assert refused.exit_code == 1 and refused.stderr.startswith("error: "), refused.output
+
+
+def test_keys_revoke_takes_the_entry_s_lines_and_no_others(tmp_path):
+    lines = COMMENTED.splitlines(keepends=True)
+    for key_id, own in (("one", range(4, 11)), ("two", range(12, 14)), ("three", range(16, 21))):
+        file = write_keys(tmp_path, COMMENTED)
+        file.chmod(0o640)
+        revoked = keys_cli("revoke", key_id, "--file", file)
+        assert revoked.exit_code == 0, revoked.output
+        left = [line for number, line in enumerate(lines) if number not in own]
+        assert file.read_text() == "".join(left)
+        assert file.stat().st_mode & 0o777 == 0o640
+        table_of(file.read_bytes(), file)
+    file.write_text(COMMENTED)
+    for wrong in ("four", ""):
+        refused = keys_cli("revoke", wrong, "--file", file)
+        assert refused.exit_code == 1 and "one, two, three" in refused.stderr
+    assert file.read_text() == COMMENTED and list(tmp_path.iterdir()) == [file]
+    for key_id in ("two", "one", "three"):
+        assert keys_cli("revoke", key_id, "--file", file).exit_code == 0
+    kept = [line for line in lines if "#" in line and "pattern" not in line and "till" not in line]
+    assert [line for line in file.read_text().splitlines(keepends=True) if "#" in line] == [
+        line.replace("keys:", "keys: []") for line in kept
+    ]
+    assert not Keys(file).table.by_prefix
+
+
+def test_keys_are_revoked_from_files_of_any_style(tmp_path):
+    key = keys_cli(
+        "new", "--file", tmp_path / "new", "--tenant", "t", "--adapter", "*", "--id", "k"
+    )
+    made = (tmp_path / "new").read_text()
+    file = tmp_path / "keys.yaml"
+    for text in (TEXT, json.dumps(GOOD), json.dumps(GOOD, indent=1), yaml.safe_dump(GOOD), made):
+        before = yaml.safe_load(text)
+        for entry in before["keys"]:
+            file.write_text(text)
+            assert keys_cli("revoke", entry["id"], "--file", file).exit_code == 0
+            after = yaml.safe_load(file.read_text())
+            left = [other for other in before["keys"] if other is not entry]
+            assert after == {**before, "keys": left}
+    with pytest.raises(Unauthenticated):
+        Keys(file).table.of_key(key.stdout.strip())

@@ -119,13 +119,32 @@ async def test_the_status_follows_a_server(engine, root):
         (row,) = status["adapters"]
         expected = {"name": "a", "source": "old", "state": "loaded", "variant": "dora",
                     "ranks": [4, 8], "tier": "device", "num_requests": 1, "num_output_tokens": 5,
-                    "num_in_flight": 0, "has_former": False}  # fmt: skip
+                    "num_in_flight": 0, "has_former": False, "is_pinned": False}  # fmt: skip
         assert row == {**row, **expected}
         assert load["base"] == {"num_requests": 1, "num_output_tokens": 7}
         assert load["samples"].keys() == set(COLUMNS)
         assert load["samples"]["output_tokens_per_s"][0] == pytest.approx(12, rel=0.3)
         assert load["samples"]["ttft_p50_s"][0] > 0
         await rolls_back(server)
+
+
+async def test_pins_and_downloads_are_shown(serve):
+    async with serve() as world:
+        condition = Loaded(world.service, History(world.engine))
+        source = world.write_adapter("kept", "content")
+        await world.client.load_adapter("kept", source, pin=True)
+        registry = world.service.adapters._registry
+        with registry.downloading("coming", "hf:acme/coming") as note:
+            for done, total in ((0, 0), (42, 102)):
+                note(done, total)
+                rows = (await ask(condition, "/api/status")).json()["adapters"]
+                rows = {row["name"]: row for row in rows}
+                coming = rows["coming"]
+                assert (coming["state"], coming["tier"]) == ("downloading", "")
+                shown = coming["num_downloaded_bytes"], coming["num_bytes_to_download"]
+                assert shown == (done, total)
+        assert rows["kept"]["is_pinned"] and rows["kept"]["tier"] == "device"
+        assert not coming["is_pinned"] and rows["kept"]["num_bytes_to_download"] == 0
 
 
 async def loaded(server) -> dict:
