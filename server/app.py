@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
-import uvicorn
 
 from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.base.catalog import cache_folder
@@ -33,14 +32,13 @@ from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.doors import Doors, open_doors
 from server.access.http_gate import HttpGate
-from server.access.tls import Tls
 from server.addresses import check_free, listen
 from server.codec import adapter_name
 from server.config import ServerConfig
 from server.exit_guard import ExitGuard
 from server.grpc_server import start_grpc
-from server.http_connection import HttpConnection
 from server.http_gateway import build_http_app
+from server.http_server import HttpServer
 from server.metrics import Metrics
 from server.names import NameStore, claimed
 from server.observability.http_calls import ObservedHttp
@@ -245,29 +243,6 @@ class StopSignal:
         logger.info("stopping", signal=number.name)
         self._on_request()
         self._requested.set()
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling; `StopSignal` has that."""
-
-    def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
-        config = uvicorn.Config(
-            app,
-            http=HttpConnection,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-        )
-        config.load()  # else it would make its own ssl of the files that it knows
-        config.ssl = tls.http_context() if tls else None
-        super().__init__(config)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the process's signals alone."""
-        yield
 
 
 @dataclass(frozen=True, slots=True)

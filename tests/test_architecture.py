@@ -71,7 +71,7 @@ DOORS = {
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
     "typer": ["server.cli", "server.cli.*"],
-    "uvicorn": ["server.app"],
+    "uvicorn": ["server.http_server"],
     "yaml": ["server.cli.keys", "server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package → the only modules that may import it."""

@@ -12,8 +12,8 @@ from openai import AsyncOpenAI
 
 from server.access.gate import OPEN_GATE, Gate
 from server.access.http_gate import HttpGate
-from server.app import HttpServer
 from server.http_gateway import build_http_app
+from server.http_server import HttpServer
 from server.openai.boundary import Backend
 from server.openai.routes import routes
 from server.running_calls import Calls

@@ -1,13 +1,17 @@
-"""One connection of the HTTP port: who holds it without using it loses it."""
+"""The HTTP port by uvicorn; who holds a connection without using it loses it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.access.http_gate import CERTIFICATE
-from server.access.tls import certificate_names
+from server.access.tls import Tls, certificate_names
+from server.observability.http_calls import ObservedHttp
 
 HEAD_S = 20.0
 """Seconds that a request's head may take, from the connection's beginning or the last answer. A
@@ -15,6 +19,29 @@ body has a limit of its own; what remains of one that was refused has this one.
 """
 STALL_S = 120.0
 """Seconds in which a client must have read what waits for it, tens of kilobytes."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handling; `StopSignal` has that."""
+
+    def __init__(self, app: ObservedHttp, tls: Tls | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=HttpConnection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+        config.load()  # else it would make its own ssl of the files that it knows
+        config.ssl = tls.http_context() if tls else None
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the process's signals alone."""
+        yield
 
 
 class HttpConnection(H11Protocol):
