@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -370,24 +369,6 @@ async def test_a_head_without_an_end_holds_no_thread(store, web, head, method):
     assert "3 attempts" in await failure(sources, source, Unavailable)
     await until(lambda: sources._threads._num_running == 0)
     assert await fetch(sources, source) == adapter()
-
-
-async def test_a_handshake_without_an_end_holds_no_thread(store, web):
-    """The first byte of a record of TLS, its type, and then one byte after another."""
-
-    async def drip(reader, writer) -> None:
-        writer.write(b"\x16\x03\x03\x40\x00")
-        with suppress(OSError), closing(writer):
-            while True:
-                writer.write(b"\x00")
-                await writer.drain()
-                await asyncio.sleep(0.05)
-
-    async with await asyncio.start_server(drip, "127.0.0.1") as server:
-        source = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
-        sources = remote(store, source, limits=HASTY)
-        assert "3 attempts" in await failure(sources, source, Unavailable)
-        await until(lambda: sources._threads._num_running == 0)
 
 
 async def test_a_fetch_ends_after_its_time_however_it_trickles(store, web):

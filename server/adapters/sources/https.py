@@ -132,18 +132,14 @@ class Connection(http.client.HTTPSConnection):
                 failure = error
                 continue
             plain.settimeout(self.timeout)
-            self.sock = self._tls.wrap_socket(
-                plain, server_hostname=self.host, do_handshake_on_connect=False
-            )
-            with self.within_time():
-                self.sock.do_handshake()
+            self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
             return
         raise failure or OSError("no address")
 
     @contextmanager
     def within_time(self) -> Iterator[None]:
         """Break the connection off if what is done here takes longer than may pass without a byte:
-        the socket's own timeout begins anew with each, and a handshake or a head has no bound.
+        the socket's own timeout begins anew with each. (A handshake is timed as a whole.)
         Raises TimeoutError, also where what came until then looks like a whole.
         """
         is_late = Event()
