@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
-from server import http_server
+from server import http_connection
 from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
@@ -470,7 +470,7 @@ SLOW_ONES = {
 @pytest.mark.parametrize("begun", SLOW_ONES.values(), ids=SLOW_ONES)
 async def test_a_connection_that_sends_no_request_is_closed(api, monkeypatch, begun) -> None:
     """Also one that sends a byte now and then: anybody may open thousands."""
-    monkeypatch.setattr(http_server, "HEAD_S", 0.5)
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.5)
     async with api() as (_, api):
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(begun.encode())
@@ -486,7 +486,7 @@ async def test_a_connection_that_sends_no_request_is_closed(api, monkeypatch, be
 
 
 async def test_a_slow_answer_is_no_idle_connection(api, monkeypatch) -> None:
-    monkeypatch.setattr(http_server, "HEAD_S", 0.2)
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.2)
     async with api() as (world, api):
         world.engine.gate.clear()
         task = asyncio.create_task(api.post(COMPLETIONS, **GOOD[COMPLETIONS]))
@@ -496,7 +496,7 @@ async def test_a_slow_answer_is_no_idle_connection(api, monkeypatch) -> None:
 
 
 async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monkeypatch) -> None:
-    monkeypatch.setattr(http_server, "STALL_S", 0.5)
+    monkeypatch.setattr(http_connection, "STALL_S", 0.5)
     async with api(max_model_len=15_000) as (world, api):
         body = GOOD[CHAT] | {"stream": True, "logprobs": True, "top_logprobs": 20}
         content = json.dumps(body).encode()
