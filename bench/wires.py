@@ -266,6 +266,12 @@ class Rounds:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 figures = self.figures[name] if number else Figures()
                 await self._measure(self._wires[name], figures)
+                rate, first = figures.full_tokens_per_s[-1], figures.alone_first_ms[-1]
+                print(
+                    f"round {number} {name}: {rate:.1f} tokens/s, first text of one alone "
+                    f"{statistics.median(first):.1f} ms; load {os.getloadavg()[0]:.1f}",
+                    flush=True,
+                )
 
     async def _measure(self, wire: Wire, figures: Figures) -> None:
         before, client = self._server.cpu_s(), time.process_time()

@@ -5,6 +5,7 @@ is given. What no route takes is answered in the form of OpenAI's errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import Protocol
 
 from starlette.applications import Starlette
@@ -61,7 +62,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """404 and 405."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    code = HTTPStatus(error.status_code).name.lower()
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import jsonschema
 import pytest
 
 from server.http_gateway import build_http_app
+from server.openai import description
 
 
 class State:
@@ -51,6 +53,11 @@ def test_metrics_are_served_in_the_format_asked_for(get):
     assert response.headers["content-type"] == "text/plain; version=1.0.0"
 
 
-def test_nothing_else_is_there(get):
-    assert get("/").status_code == 404
-    assert get("/v1/models").status_code == 404
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/models/a%0Ab"])
+def test_nothing_else_is_there(get, path):
+    response = get(path)
+    assert response.status_code == 404
+    jsonschema.validate(
+        response.json(), description.described([])["components"]["schemas"]["Error"]
+    )
+    assert response.json()["error"]["code"] == "not_found"
