@@ -29,6 +29,7 @@ from lora_runtime.text.structured_output import (
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.token_reader import vocabulary_bytes
 from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.text.worker_processes import LimitExceeded
 from tests.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
 ASCII = [chr(i) for i in range(32, 127)]
@@ -181,6 +182,9 @@ def test_answers_are_remembered_and_a_dead_process_is_replaced(
             return False
         return True
 
+    async def too_late(_work: object) -> None:
+        raise LimitExceeded
+
     assert served("a+") and not served("(?=a)")
     for process in compiler._processes._processes:
         if process._running is not None:
@@ -190,9 +194,9 @@ def test_answers_are_remembered_and_a_dead_process_is_replaced(
         patch.setattr(compiler._processes, "run", None)
         assert served("a+") and not served("(?=a)")  # without a process
     assert served("b+")
-    monkeypatch.setattr(structure_compiler, "COMPILING_S", 1e-6)
-    assert not served("c+")
-    monkeypatch.setattr(structure_compiler, "COMPILING_S", 60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler._processes, "run", too_late)
+        assert not served("c+")
     assert not served("c+")  # for a while
     monkeypatch.setattr(structure_compiler, "PENALTY_S", -1.0)
     compiler._refused_until = {key: 0.0 for key in compiler._refused_until}
