@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -73,7 +74,7 @@ def test_the_weights_are_pefts_merged_ones(tmp_path, name, quantization):
     twin = dense_twin(base, "llama")
     folder = write_adapter(twin, tmp_path / "a", seed=1, **PEFTS[name])
     merging, model = merge(base, folder, tmp_path / "merged")
-    expected = load_in_peft(twin, folder).merge_and_unload().state_dict()
+    expected = load_in_peft(copy.deepcopy(twin), folder).merge_and_unload().state_dict()
     found = model.state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -146,7 +147,7 @@ def test_sixteen_bits_say_what_they_lose(tmp_path, dtype):
     twin = dense_twin(base, "llama")
     folder = write_adapter(twin, tmp_path / "a", seed=3, scale=0.01)
     merging, _ = merge(base, folder, tmp_path / "merged", dtype)
-    exact = load_in_peft(twin, folder).merge_and_unload().state_dict()
+    exact = load_in_peft(copy.deepcopy(twin), folder).merge_and_unload().state_dict()
     before, written = twin.state_dict(), load_file(tmp_path / "merged" / "model.safetensors")
     norms = {
         f"{path}.weight": (
