@@ -42,8 +42,8 @@ def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **confi
 
 
 def load_in_peft(model, folder: Path):
-    """The oracle: peft's own reading of the adapter over `model`, whose weights it shares: who merges
-    it gives a copy of the model.
+    """The oracle: peft's own reading of the adapter over `model`, whose weights it shares: who
+    merges it gives a copy of the model.
     """
     device = str(model.device)  # where PEFT would put the adapter on a GPU if there is one
     own = over_same_weights(model)
