@@ -34,7 +34,7 @@ SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
 GRPC_DOORS = [
     "server.access.grpc_gate", "server.access.tls", "server.rpc.*",
     "server.errors", "server.client", "server.client.channel",
-    "server.observability.grpc_calls",
+    "server.grpc_handlers", "server.observability.grpc_calls",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],

@@ -14,6 +14,7 @@ from server.access.audit import log_refusal, log_stranger
 from server.access.caller import CURRENT, Caller
 from server.access.gate import Gate
 from server.errors import grpc_status
+from server.grpc_handlers import behaviour_of, maker
 
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """All that may be asked without a key."""
@@ -85,7 +86,7 @@ def _entered(handler: Any, enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcM
     """Every handler takes a stream, which is the same on the wire: of a call that has one request
     grpc would have read that, and kept its megabytes, before anybody could say who calls.
     """
-    behaviour = getattr(handler, _BEHAVIOURS[handler.request_streaming, handler.response_streaming])
+    behaviour = behaviour_of(handler)
     read = _all if handler.request_streaming else _first
 
     async def run(requests: AsyncIterator[Any], context: Any) -> Any:
@@ -97,7 +98,7 @@ def _entered(handler: Any, enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcM
         async for response in behaviour(await read(requests, context), context):
             yield response
 
-    make = _MAKE_STREAM if handler.response_streaming else _MAKE_ONE
+    make = maker(request_streaming=True, response_streaming=handler.response_streaming)
     return make(
         stream if inspect.isasyncgenfunction(behaviour) else run,
         request_deserializer=handler.request_deserializer,
@@ -122,15 +123,5 @@ def _unknown(enter: Callable[[Any], Awaitable[None]]) -> grpc.RpcMethodHandler:
         await enter(context)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
-    return _MAKE_STREAM(run)
-
-
-_MAKE_ONE = grpc.stream_unary_rpc_method_handler
-_MAKE_STREAM = grpc.stream_stream_rpc_method_handler
-_BEHAVIOURS = {
-    (False, False): "unary_unary",
-    (False, True): "unary_stream",
-    (True, False): "stream_unary",
-    (True, True): "stream_stream",
-}
-"""Whether request and response are streams → where grpc's handlers keep what answers."""
+    handler: grpc.RpcMethodHandler = maker(request_streaming=True, response_streaming=True)(run)
+    return handler

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from server.grpc_handlers import behaviour_of, maker
 from server.observability.calls import CallObserver, Rpc, keep_trace_headers
 
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -23,15 +24,6 @@ KINDS: Mapping[tuple[bool, bool], str] = {
     (True, True): "bidi_stream",
 }
 """Whether request and response are streams → the kind."""
-_HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
-    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
-}
-"""The same → grpc's names for its handlers."""
-
-
 UNKNOWN = "unknown"
 """The service and method of a call for none that there is: clients make up any name."""
 
@@ -54,17 +46,18 @@ class ObservedGrpc(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         streams = handler.request_streaming, handler.response_streaming
-        attribute, make = _HANDLERS[streams]
         path = handler_call_details.method
         kind = self._methods.get(path, KINDS[streams])
         is_known = path in self._methods
         _, service, method = path.split("/") if is_known else ("", UNKNOWN, UNKNOWN)
         watch = _Watch(self._observer, Rpc(kind, service, method))
-        return make(
-            _observed(getattr(handler, attribute), watch),
+        make = maker(request_streaming=streams[0], response_streaming=streams[1])
+        handled: grpc.RpcMethodHandler = make(
+            _observed(behaviour_of(handler), watch),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return handled
 
 
 class _Watch:

@@ -10,6 +10,7 @@ from typing import Any
 from server.calls import Delta, Event, Finished, PromptLogprobs, Started
 from server.openai import encode
 from server.openai.boundary import Exchange
+from server.openai.choices import Chunk, stream_choices
 from server.openai.decode import chat_call
 from server.openai.events import Numbered, field_is_model, generate
 from server.openai.schema import ChatRequest, parse_request
@@ -33,24 +34,11 @@ async def chat(exchange: Exchange) -> None:
 
 
 async def _stream(turn: _Turn, events: AsyncIterator[Numbered]) -> None:
+    async def chunks(_: int, event: Event) -> list[Chunk]:
+        return [turn.chunk(part) for part in await _parts(turn, event)]
+
     answer, options = turn.exchange.answer, turn.request.stream_options
-    is_begun = False
-    async for _, event in events:
-        if not is_begun:
-            await answer.begin_events()
-            is_begun = True
-        for part in await _parts(turn, event):
-            body = turn.head | {"choices": [part]}
-            if turn.prompt_logprobs is not None and part["finish_reason"]:
-                body["prompt_logprobs"] = turn.prompt_logprobs
-            if options and options.continuous_usage_stats:
-                body["usage"] = turn.usage.body()
-            elif options and options.include_usage:
-                body["usage"] = None
-            await answer.event(body, is_long="prompt_logprobs" in body)
-    if options and options.include_usage:
-        await answer.event(turn.head | {"choices": [], "usage": turn.usage.body()})
-    await answer.end_events("[DONE]")
+    await stream_choices(answer, events, chunks, turn.head, turn.usage, options)
 
 
 async def _parts(turn: _Turn, event: Event) -> list[dict[str, Any]]:
@@ -100,6 +88,12 @@ class _Turn:
             case Finished():
                 return [_part(event.index, {}, reason=encode.finish_reason(event))]
         return []
+
+    def chunk(self, part: dict[str, Any]) -> Chunk:
+        """Return the chunk of a stream that has one part; the last of a choice has the prompt's."""
+        if self.prompt_logprobs is None or not part["finish_reason"]:
+            return {"choices": [part]}, False
+        return {"choices": [part], "prompt_logprobs": self.prompt_logprobs}, True
 
     def keep(self, part: dict[str, Any]) -> None:
         """Add a part to the whole answer."""

@@ -5,6 +5,7 @@ probabilities.
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from server.calls import Delta, Event, Finished, PromptLogprobs, Started, TextPrompt
 from server.openai import encode
 from server.openai.boundary import Exchange
+from server.openai.choices import Chunk, stream_choices
 from server.openai.decode import completion_calls
-from server.openai.events import field_is_model, generate
+from server.openai.events import Numbered, field_is_model, generate
 from server.openai.schema import CompletionRequest, parse_request
 
 
@@ -34,24 +36,14 @@ async def complete(exchange: Exchange) -> None:
                 await exchange.answer.json(completion.whole(), is_long=completion.is_long)
 
 
-async def _stream(completion: _Completion, events: Any) -> None:
+async def _stream(completion: _Completion, events: AsyncIterator[Numbered]) -> None:
+    async def chunks(number: int, event: Event) -> list[Chunk]:
+        is_long = completion.is_long and not isinstance(event, Delta)
+        parts = await _parts(completion, number, event)
+        return [({"choices": [part]}, is_long) for part in parts]
+
     answer, options = completion.exchange.answer, completion.request.stream_options
-    is_begun = False
-    async for number, event in events:
-        if not is_begun:
-            await answer.begin_events()
-            is_begun = True
-        for part in await _parts(completion, number, event):
-            body = completion.head | {"choices": [part]}
-            if options and options.continuous_usage_stats:
-                body["usage"] = completion.usage.body()
-            elif options and options.include_usage:
-                body["usage"] = None
-            is_long = completion.is_long and not isinstance(event, Delta)
-            await answer.event(body, is_long=is_long)
-    if options and options.include_usage:
-        await answer.event(completion.head | {"choices": [], "usage": completion.usage.body()})
-    await answer.end_events("[DONE]")
+    await stream_choices(answer, events, chunks, completion.head, completion.usage, options)
 
 
 async def _parts(completion: _Completion, number: int, event: Event) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from lora_runtime.errors import InvalidRequest, Unavailable
 from server.errors import grpc_status
+from server.grpc_handlers import behaviour_of, maker
 from server.running_calls import Calls
 
 PACKAGE_PREFIX = "/loramux."
@@ -37,24 +38,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
             return handler
-        make, behaviour = _KINDS[handler.request_streaming, handler.response_streaming](handler)
         parse = partial(_parsed, handler.request_deserializer, self._max_message_bytes)
         if handler.request_streaming:
             parse = partial(_parsed_parts, parse)
         serialise = partial(_serialised, handler.response_serializer, self._max_message_bytes)
         is_stream = handler.response_streaming
-        return make(
-            _guarded(behaviour, parse, self._calls, None if is_stream else serialise),
+        make = maker(request_streaming=handler.request_streaming, response_streaming=is_stream)
+        guarded: grpc.RpcMethodHandler = make(
+            _guarded(behaviour_of(handler), parse, self._calls, None if is_stream else serialise),
             request_deserializer=None,
             response_serializer=handler.response_serializer if is_stream else None,
         )
-
-
-_KINDS: dict[tuple[bool, bool], Callable[[Any], tuple[Callable[..., Any], Any]]] = {
-    (False, False): lambda h: (grpc.unary_unary_rpc_method_handler, h.unary_unary),
-    (False, True): lambda h: (grpc.unary_stream_rpc_method_handler, h.unary_stream),
-    (True, False): lambda h: (grpc.stream_unary_rpc_method_handler, h.stream_unary),
-}
+        return guarded
 
 
 def _guarded(
