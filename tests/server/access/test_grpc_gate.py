@@ -47,7 +47,7 @@ async def channel_to(world):
 
 async def status_of(channel, method: str, metadata) -> grpc.aio.AioRpcError | None:
     """How a method that gets one empty message ends; None: with an answer."""
-    # On the wire one message is one, whatever the kind; grpc.aio's streams of requests lose a refusal
+    # One message is the same on the wire in every kind; aio streams of requests lose a refusal
     # that comes while they write.
     call = channel.unary_stream(method)(b"", metadata=metadata, timeout=30)
     try:
