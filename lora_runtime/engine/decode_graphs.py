@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import ForwardBatch
 from lora_runtime.engine.step_buffers import StepBuffers
+from lora_runtime.kernels.cpu import Unrecordable
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows that a graph is captured for; a step takes the smallest that holds it."""
@@ -37,7 +38,7 @@ class Capture(Protocol):
     """Makes functions that a device repeats on its own."""
 
     def __call__(self, run: Callable[[], object]) -> Replay:
-        """Capture what `run` does on the device."""
+        """Capture what `run` does on the device. Raises Unrecordable where it cannot."""
         ...
 
     def drop(self, replays: Iterable[Replay]) -> None:
@@ -71,8 +72,8 @@ class DecodeGraphs:
         """
         self._forward, self._buffers, self._capture = forward, buffers, capture
         self._outputs = outputs
-        self._replays: dict[tuple[int, int], Replay] = {}
-        """By rows and different adapters, 0 for the base alone."""
+        self._replays: dict[tuple[int, int], Replay | None] = {}
+        """By rows and different adapters, 0 for the base alone; None: it cannot be captured."""
         self._layout: object = None
 
     def run(self, plan: ScheduledBatch, layout: object) -> Outputs | None:
@@ -90,7 +91,10 @@ class DecodeGraphs:
             self._drop_adapted()
             self._layout = layout
         bounds = (0, *segment_bounds(buffers.num_rows))
-        self._replay(buffers, next(bound for bound in bounds if num_segments <= bound))()
+        replay = self._replay(buffers, next(bound for bound in bounds if num_segments <= bound))
+        if replay is None:
+            return None
+        replay()
         logits, best = self._outputs
         return logits[: len(rows)], best[: len(rows)]
 
@@ -106,7 +110,7 @@ class DecodeGraphs:
             self._replay(buffers, bound)
             on_progress(f"capturing decode graphs {done}/{len(todo)}")
 
-    def _replay(self, buffers: StepBuffers, max_segments: int) -> Replay:
+    def _replay(self, buffers: StepBuffers, max_segments: int) -> Replay | None:
         key = (buffers.num_rows, max_segments)
         if key not in self._replays:
 
@@ -115,12 +119,16 @@ class DecodeGraphs:
                 for room, found in zip(self._outputs, outputs, strict=True):
                     room[: buffers.num_rows].copy_(found)
 
-            self._replays[key] = self._capture(run)
+            try:
+                self._replays[key] = self._capture(run)
+            except Unrecordable:
+                self._replays[key] = None
         return self._replays[key]
 
     def _drop_adapted(self) -> None:
         keys = [key for key in self._replays if key[1] > 0]
-        self._capture.drop([self._replays.pop(key) for key in keys])
+        dropped = [self._replays.pop(key) for key in keys]
+        self._capture.drop([replay for replay in dropped if replay is not None])
 
 
 class CudaCapture:
