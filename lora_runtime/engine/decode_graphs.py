@@ -29,7 +29,7 @@ MAX_SEGMENTS = (4, 16, 64)
 alone would save a few empty programs of the one for four, which end at once."""
 
 Outputs = tuple[Tensor, Tensor]
-"""Logits (n, vocab) of the rows, and what `sampler.greedy` makes of them (n, 2)."""
+"""Logits (n, vocab) of the rows, and what `kernels.most_likely` makes of them (n, 2)."""
 Replay = Callable[[], object]
 """Runs again what was captured."""
 

@@ -27,9 +27,9 @@ from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.reordered_batch import reordered_batch
-from lora_runtime.engine.sampler import Draw, PromptScores, draw, greedy
+from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
-from lora_runtime.kernels import can_run_on_gpu
+from lora_runtime.kernels import can_run_on_gpu, most_likely
 
 WARM_TOKENS = (2, 16, 32, 64, 96, 320)
 """Tokens of the steps that are run before any request: one of every size by which a kernel is
@@ -56,7 +56,7 @@ class ModelRunner:
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
-        """`greedy` of the last logits, if a graph has computed it along with them."""
+        """`most_likely` of the last logits, if a graph has computed it along with them."""
         self._prompts: list[PromptScores] = []
         """What the last forward says of prompts' own tokens."""
 
@@ -147,7 +147,7 @@ class ModelRunner:
 
     def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
         logits = self.forward(batch)
-        return logits, greedy(logits)
+        return logits, most_likely(logits)
 
     def forward(
         self,

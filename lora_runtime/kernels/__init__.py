@@ -64,6 +64,7 @@ __all__ = [
     "int8_product",
     "int8_product_and_shrink",
     "invert",
+    "most_likely",
     "pack_panels",
     "paged_attention",
     "panel_product",
@@ -319,6 +320,14 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """
     backend = _fastest(gate, up)
     return backend.gated_activation(gate, up, kind)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """(n, 2) int64 of logits (n, vocab): every row's most likely token, the first of equal ones,
+    and 1 if the row is finite throughout. Depends on shapes alone, so a captured step can hold it.
+    """
+    backend = cpu if cpu.can_run(logits) else reference
+    return backend.most_likely(logits)
 
 
 def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ SIGNATURES = {
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
+    "most_likely": "pp ii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
@@ -347,6 +348,14 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         kind == "gelu_tanh",
     )
     return y
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.most_likely`."""
+    logits = logits.contiguous()
+    found = empty((len(logits), 2), torch.int64)
+    _run("most_likely", logits.dtype, *_pointers(found, logits), *logits.shape)
+    return found
 
 
 def pack_panels(weight: Tensor) -> Tensor:

@@ -227,6 +227,10 @@ template <class T>
 void run(const Rotation<T>& p, int num_threads) { RUN(rotate, p, num_threads); }
 template <class T>
 void run(const Gated<T>& p, int num_threads) { RUN(gated_activation, p, num_threads); }
+template <class T>
+void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
+  RUN(most_likely, x, found, num_rows, width, num_threads);
+}
 void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
 
 // The caller has seen that the level is 3 at least.
@@ -363,6 +367,10 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
                     k_stride, v_stride, num_tokens, num_heads, num_kv_heads, head_dim, rotated,      \
                     plus_one, eps},                                                                  \
         num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_most_likely_##SUFFIX(int64_t* found, const T* x, int num_rows, int width,             \
+                                    int num_threads) {                                               \
+    run_most_likely(x, found, num_rows, width, num_threads);                                         \
   }                                                                                                  \
   void loramux_gated_activation_##SUFFIX(T* y, const T* gate, const T* up, long gate_stride,         \
                                          long up_stride, int num_rows, int width, int is_gelu,       \

@@ -80,6 +80,41 @@ void rotate(const Rotation<T>& p, int num_threads) {
   }
 }
 
+// found[row] = (the first column of the largest value, 1 if all are finite).
+template <class T>
+void most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
+  constexpr int PART = 64 * LANES;
+  if (long(num_rows) * width < MIN_PARALLEL_WORK) num_threads = 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int row = 0; row < num_rows; row++) {
+    const T* values = x + long(row) * width;
+    float best = -INFINITY;
+    int part_of_best = 0;
+    ints is_bad = {};
+    for (int begin = 0; begin < width; begin += PART) {
+      vec largest = vec{} - INFINITY;
+      const int end = std::min(begin + PART, width);
+      for (int i = begin; i < end; i += LANES) {
+        const int left = end - i;
+        const vec v = left >= LANES ? load(values + i) : load_part(values + i, left);
+        const ints bits = (ints)v & 0x7f800000;
+        is_bad |= bits == 0x7f800000;  // ∞ or NaN
+        if (left >= LANES) largest = v > largest ? v : largest;
+        else for (int c = 0; c < left; c++) largest[0] = std::max(largest[0], v[c]);
+      }
+      float most = largest[0];
+      for (int l = 1; l < LANES; l++) most = std::max(most, largest[l]);
+      if (most > best) best = most, part_of_best = begin;
+    }
+    int column = part_of_best;
+    while (column < width - 1 && !(value(values[column]) == best)) column++;
+    int bad = 0;
+    for (int l = 0; l < LANES; l++) bad |= is_bad[l];
+    found[2L * row] = column;
+    found[2L * row + 1] = !bad;
+  }
+}
+
 inline vec silu(vec x) {
   const vec e = exp_negative(x < 0 ? x : -x);
   return x * (x < 0 ? e : vec{} + 1.f) / (1.f + e);
