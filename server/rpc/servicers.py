@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
+from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import (
     adapters_pb2,
@@ -23,9 +26,11 @@ from server.fields import adapter_name
 from server.generation.generation import Generation
 from server.generation.prompts import Prompts
 from server.rpc import codec
+from server.rpc.boundary import LONG_MESSAGE, MAX_WAITING
 from server.service import ServerFacts
 
 Context: TypeAlias = grpc.aio.ServicerContext
+T = TypeVar("T")
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -34,16 +39,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, prompts: Prompts, generation: Generation) -> None:
         self._prompts = prompts
         self._generation = generation
+        self._decoders = WorkerPool("decoding", num_threads=2, max_waiting=MAX_WAITING)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
-        call = codec.decode_generate(
+        decode = partial(
+            codec.decode_generate,
             request,
             context.time_remaining(),
             self._prompts.limits,
             CURRENT.get(),
             context.peer(),
         )
+        call = await self._decoded(request, decode)
         async with aclosing(self._generation.generate(call)) as events:
             async for event in events:
                 await context.write(codec.encode_event(event))
@@ -52,9 +60,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         """Show a prompt's token ids."""
-        prompt = codec.decode_prompt(request, self._prompts.limits)
+        decode = partial(codec.decode_prompt, request, self._prompts.limits)
+        prompt = await self._decoded(request, decode)
         token_ids = await self._prompts.tokenize(prompt)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def _decoded(self, request: Message, decode: Callable[[], T]) -> T:
+        """Translate a request, off the event loop where it is long."""
+        if request.ByteSize() < LONG_MESSAGE:
+            return decode()
+        return await self._decoders.run(decode)
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
