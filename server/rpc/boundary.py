@@ -26,6 +26,8 @@ LONG_MESSAGE = 1 << 16
 """Bytes from which parsing, and whatever else reads all of a message, leaves the event loop; below,
 a thread costs more."""
 MAX_WAITING = 256
+END_S = 10.0
+"""Seconds in which a caller must have taken the status of its call."""
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -82,11 +84,22 @@ def _guarded(
         except asyncio.CancelledError:
             if not calls.is_cut:
                 raise
-            await context.abort_with_status(grpc_status(Unavailable("the server is shutting down")))
+            await _end(context, Unavailable("the server is shutting down"))
         except Exception as error:
-            await context.abort_with_status(grpc_status(error))
+            await _end(context, error)
 
     return guarded
+
+
+async def _end(context: Context, error: Exception) -> None:
+    """End a call with a typed status. It stands behind what the caller has not read yet, and that
+    may never be read: the call is over for us, and grpc sends the status if it can.
+    """
+    try:
+        async with asyncio.timeout(END_S):
+            await context.abort_with_status(grpc_status(error))
+    except TimeoutError:
+        raise grpc.aio.AbortError from None
 
 
 def _parsed(

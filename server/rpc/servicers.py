@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -11,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, Overloaded
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -31,6 +32,11 @@ from server.service import ServerFacts
 
 Context: TypeAlias = grpc.aio.ServicerContext
 T = TypeVar("T")
+
+STALL_S = 120.0
+"""Seconds in which a caller must have read some of its stream."""
+MIN_BYTES_PER_S = 16 << 10
+"""What is added to that for a message, which may be one of megabytes, at so many bytes a second."""
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -54,7 +60,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         call = await self._decoded(request, decode)
         async with aclosing(self._generation.generate(call)) as events:
             async for event in events:
-                await context.write(codec.encode_event(event))
+                await _write(context, codec.encode_event(event))
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: Context
@@ -171,3 +177,17 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.GetServerInfoResponse:
         """Show what this server is."""
         return codec.encode_server_info(self._facts.info(CURRENT.get()))
+
+
+async def _write(context: Context, message: Message) -> None:
+    """Send a message of a stream, which waits until the caller has read enough of those before.
+
+    Raises Overloaded where it reads nothing: what its call holds is others' too.
+    """
+    try:
+        async with asyncio.timeout(STALL_S + message.ByteSize() / MIN_BYTES_PER_S):
+            await context.write(message)
+    except TimeoutError:
+        raise Overloaded(
+            f"the stream has not been read for {STALL_S:g} s; read it as it comes, or ask for less"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import asynccontextmanager
 
@@ -505,6 +506,30 @@ async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monk
         await until(lambda: bool(world.engine.running))
         await until(lambda: not world.engine.running and not api.calls._tasks)
         writer.close()
+
+
+async def test_a_slow_reader_of_one_long_answer_gets_all_of_it(api, monkeypatch) -> None:
+    """More than sockets take, for several times what a stall may last."""
+    monkeypatch.setattr(http_connection, "STALL_S", 1.0)
+    async with api(max_model_len=15_000) as (_, api):
+        body = GOOD[CHAT] | {"logprobs": True, "top_logprobs": 20, "max_tokens": 14_000}
+        content = json.dumps(body).encode()
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            raw.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", api.port))
+            reader, writer = await asyncio.open_connection(sock=raw, limit=1 << 16)
+            writer.write(head(CHAT, len(content)) + content)
+            fields = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            size = next(int(f.partition(":")[2]) for f in fields if f.startswith("content-length"))
+            begun, received = time.monotonic(), 0
+            while received < size:
+                await asyncio.sleep(0.03)
+                part = await reader.read(1 << 17)
+                assert part, f"{received} of {size} bytes came"
+                received += len(part)
+            writer.close()
+        assert time.monotonic() - begun > 1
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
