@@ -21,6 +21,7 @@ from server import http_connection
 from server.calls import Delta, Finished, Started, ToolCallDelta
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
+from server.openai.routes import OPERATIONS
 from tests.server.access.keyring import ACME, OPERATOR, gate_of
 from tests.server.http_api import Api, serving_http
 from tests.server.world import until
@@ -70,6 +71,21 @@ async def test_a_name_is_answered_by_what_it_names_and_never_by_the_base(api) ->
             status, error = await api.error(COMPLETIONS, prompt="hi", **body)
             assert status == 400 and error["param"] == "model"
         assert len(world.engine.seen) == 2
+
+
+async def test_no_path_leads_to_another_host(api) -> None:
+    """A redirect would go to whatever host the request names."""
+    paths = ["/metrics", "/healthz", "/readyz", "/health", *(each.path for each in OPERATIONS)]
+    async with api() as (_, api):
+        for path in [path.replace("{model:path}", "tiny") for path in paths]:
+            for asked in (f"{path}/", f"/{path}", f"//evil{path}", f"{path}//", f"{path}/?a=b"):
+                for method in ("GET", "POST"):
+                    url = httpx.URL(api.url).copy_with(raw_path=asked.encode())
+                    answer = await api.http.request(
+                        method, url, json={}, headers={"host": "evil.example"}
+                    )
+                    assert answer.status_code in (404, 405), (asked, answer.status_code)
+                    assert "location" not in answer.headers and "evil.ex" not in answer.text
 
 
 async def test_models_are_the_base_and_its_adapters(api) -> None:
