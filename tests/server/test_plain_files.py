@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import structlog
-from typer.testing import CliRunner
 
+from lora_runtime.base.catalog import check_base_name
 from lora_runtime.errors import ConfigError, DataError, InvalidRequest, LoramuxError
 from lora_runtime.settings import read_yaml
 from lora_runtime.training.rows import read_rows
 from server.access.keys import Keys
 from server.access.tls import Tls, TlsFiles
-from server.cli import app
+from server.app import serve
 from server.client import tls_credentials
+from server.config import load_config
 from tests.server.access.certificates import Authority
 from tests.server.access.keyring import write_keys
 
@@ -77,7 +79,7 @@ def in_time(function: Callable[[], object]) -> BaseException | None:
 def tls(folder: Path, **changed: Path) -> TlsFiles:
     authority = Authority(folder)
     pair = authority.issue("server")
-    files = {"certificate": pair.certificate, "key": pair.key, "client_ca": authority.ca}
+    files = {"certificate": pair.cert, "key": pair.key, "client_ca": authority.ca}
     return TlsFiles(**files | changed)
 
 
@@ -124,25 +126,31 @@ def test_what_becomes_no_file_changes_nothing_when_it_is_read_again(tmp_path, ma
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+@pytest.mark.parametrize("make", [pipe, unix_socket, device])
+def test_a_base_that_is_no_file_is_refused_by_name(tmp_path, make) -> None:
+    path = make(tmp_path / "given.gguf")
+    error = in_time(lambda: check_base_name(str(path)))
+    assert type(error) is ConfigError and str(path) in str(error), error
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("a base is loaded")
+
+
 @pytest.mark.parametrize("make", NO_FILES)
-@pytest.mark.parametrize("flag", ["--config", "--keys", "--tls-cert", "--adapter", "--base"])
-def test_a_server_does_not_start_on_it(tmp_path, flag, make, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["config", "keys", "tls_cert", "adapter"])
+def test_a_server_does_not_start_on_it(tmp_path, name, make) -> None:
     path = make(tmp_path / "given")
-    values = [f"a={path}"] if flag == "--adapter" else [str(path)]
-    more = ["--tls-key", str(path)] if flag == "--tls-cert" else []
-    if flag == "--base" and make is folder:
-        pytest.skip("a base is a folder")
-    ran = []
-    arguments = [
-        "serve",
-        flag,
-        *values,
-        *more,
-        "--http-address",
-        "",
-        "--grpc-address",
-        "127.0.0.1:0",
-    ]
-    in_time(lambda: ran.append(CliRunner().invoke(app, arguments)))
-    assert ran[0].exit_code == 1, ran[0].output
-    assert "given" in ran[0].output.replace("\n", ""), ran[0].output
+    flags = {
+        "config": {},
+        "adapter": {"adapter": {"a": str(path)}},
+        "tls_cert": {"tls_cert": str(path), "tls_key": str(path)},
+    }.get(name, {name: str(path)})
+    addresses = {"http_address": "127.0.0.1:0", "grpc_address": "127.0.0.1:0"}
+
+    def start() -> None:
+        config = load_config(path if name == "config" else None, flags | addresses)
+        asyncio.run(serve(config, start=never))
+
+    error = in_time(start)
+    assert isinstance(error, LoramuxError) and str(path) in str(error), error
