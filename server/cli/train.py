@@ -105,13 +105,7 @@ def train(
     if run.resume:
         found = _resumable(run)
         if found is None:
-            echo(f"nothing to resume: {run.output} has every adapter of this run already")
-            if deploy is not None:
-                echo(
-                    "--deploy sends only what it sees trained; send what is there by "
-                    f"`loramux adapters upload NAME {run.output}/NAME --replace`"
-                )
-            return
+            return _say_nothing_to_resume(run, deploy)
         run = found
     if deploy is not None:
         deploying.check_server(connect_to, deploy, deploy_name, len(run.units))
@@ -124,6 +118,15 @@ def train(
         raise typer.Exit(1)
     if signals and any(result.status.value == "running" for result in results):
         raise typer.Exit(SIGNALLED + signals[0])
+
+
+def _say_nothing_to_resume(run: TrainConfig, deploy: str | None) -> None:
+    echo(f"nothing to resume: {run.output} has every adapter of this run already")
+    if deploy is not None:
+        echo(
+            "--deploy sends only what it sees trained; send what is there by "
+            f"`loramux adapters upload NAME {run.output}/NAME --replace`"
+        )
 
 
 def _run_of(file: Path | None, units: list[str], flags: dict[str, Any]) -> TrainConfig:
