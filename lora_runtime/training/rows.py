@@ -32,7 +32,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     value, keys that are null are left out. Text is in UTF-8. Raises DataError.
     """
     try:
-        check_plain_file(path)
+        if path.exists():
+            check_plain_file(path)
         yield from _READERS.get(path.suffix.lower(), _json_rows)(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
