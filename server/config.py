@@ -63,11 +63,18 @@ def _split_commas(value: object) -> object:
 def _split_adapters(value: object) -> object:
     """NAME=SOURCE, in a list (flags) or one text (environment), to a mapping. In a text a colon
     parts two of them only where a name and = follow, so that a source may have one."""
-    return _named(NEXT_NAME.split(value) if isinstance(value, str) else value, "NAME=SOURCE")
+    parts = NEXT_NAME.split(value) if isinstance(value, str) else value
+    if isinstance(parts, list) and any(re.search(r",[^,=/]+=", str(part)) for part in parts):
+        raise ValueError("one NAME=SOURCE; give two by --adapter A=… --adapter B=…, or in a file")
+    return _named(parts, "NAME=SOURCE")
 
 
 def _split_on_demand(value: object) -> object:
-    return _named(_split_commas(value), "PATTERN=SOURCE")
+    """PATTERN=SOURCE with commas between, in a text or in each text of a list."""
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, list):
+        parts = [pair for part in parts for pair in str(part).split(",") if pair]
+    return _named(parts, "PATTERN=SOURCE")
 
 
 def _named(parts: object, form: str) -> object:

@@ -13,13 +13,12 @@ from server.openai.boundary import Exchange
 from server.openai.choices import Chunk, stream_choices
 from server.openai.decode import chat_call
 from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import ChatRequest, parse_request
+from server.openai.schema import ChatRequest
 
 
 async def chat(exchange: Exchange) -> None:
     """Answer a request for a chat completion."""
-    request = parse_request(ChatRequest, exchange.body)
-    call = chat_call(request, exchange)
+    request, call = await exchange.run(chat_call, exchange)
     turn = _Turn(request, exchange)
     with field_is_model(not request.adapters):
         async with aclosing(generate(exchange.service.generation, [call])) as events:

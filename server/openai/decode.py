@@ -47,6 +47,7 @@ from server.openai.schema import (
     TextPart,
     ToolDefinition,
     WeightedAdapter,
+    parse_request,
 )
 
 COMPLETION_TOKENS = 16
@@ -54,8 +55,9 @@ COMPLETION_TOKENS = 16
 ALL_THAT_FITS = 2**31 - 1
 
 
-def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[GenerateCall]:
+def completion_calls(exchange: Exchange) -> tuple[CompletionRequest, list[GenerateCall]]:
     """Translate a completion: one call for each of its prompts."""
+    request = parse_request(CompletionRequest, exchange.body)
     if request.best_of not in (None, request.n):
         raise UnsupportedFeature(
             f"best_of is {request.best_of} and n is {request.n}: choosing among more outputs is "
@@ -85,14 +87,15 @@ def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[Gen
             request.prompt_logprobs, request.logprobs if request.echo else None
         ),
     }
-    return [
+    return request, [
         _call(request, exchange, prompt, given, request.max_tokens is not None, index)
         for index, prompt in enumerate(prompts)
     ]
 
 
-def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
+def chat_call(exchange: Exchange) -> tuple[ChatRequest, GenerateCall]:
     """Translate a chat."""
+    request = parse_request(ChatRequest, exchange.body)
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true",
@@ -123,11 +126,12 @@ def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
         _tool_choice(request),
         request.chat_template_kwargs,
     )
-    return _call(request, exchange, prompt, given, wanted is not None)
+    return request, _call(request, exchange, prompt, given, wanted is not None)
 
 
-def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCall:
+def responses_call(exchange: Exchange) -> tuple[ResponsesRequest, GenerateCall]:
     """Translate a request of the Responses API into a chat."""
+    request = parse_request(ResponsesRequest, exchange.body)
     items: Sequence[InputItem] = (
         [InputItem(role="user", content=request.input)]
         if isinstance(request.input, str)
@@ -146,7 +150,7 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
         seed=request.seed,
         structured_output=_from_format(request.text.format if request.text else None),
     )
-    return GenerateCall(
+    return request, GenerateCall(
         caller=exchange.caller,
         prompt=chat_prompt(messages, exchange.service.prompts.limits, field="input"),
         adapters=adapters(request.model, request.adapters, exchange),

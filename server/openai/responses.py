@@ -12,13 +12,12 @@ from server.openai import encode
 from server.openai.boundary import Exchange
 from server.openai.decode import responses_call
 from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import ResponsesRequest, parse_request
+from server.openai.schema import ResponsesRequest
 
 
 async def respond(exchange: Exchange) -> None:
     """Answer a request of the Responses API."""
-    request = parse_request(ResponsesRequest, exchange.body)
-    call = responses_call(request, exchange)
+    request, call = await exchange.run(responses_call, exchange)
     response = _Response(request, exchange)
     with field_is_model(not request.adapters):
         async with aclosing(generate(exchange.service.generation, [call])) as events:
