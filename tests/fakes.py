@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import (
     ANY_FOLDER,
     BaseSpec,
@@ -221,7 +222,8 @@ class ScriptedEngine:
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         if self.max_loaded is not None and len({*self.references, digest}) > self.max_loaded:
-            raise Overloaded("unload some first", field="adapters.host_bytes")
+            size, num_held = PLAIN.nbytes, len(self.references)
+            raise HostMemoryFull(size, num_held * size, self.max_loaded * size)
         self.references[digest] += 1
         facts = _facts(folder)
         text_files = facts.pop("text_files", {})

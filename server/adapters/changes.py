@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterNotFound, LoramuxError
@@ -57,6 +58,12 @@ class _New:
     settle: Settle | None
     pin: bool | None
     is_on_demand: bool
+    tenant: str | None
+
+    @property
+    def tenants(self) -> dict[str, float]:
+        """See `AdapterRecord.tenants`."""
+        return {} if self.tenant is None else {self.tenant: time.monotonic()}
 
 
 class NameChanges:
@@ -82,6 +89,7 @@ class NameChanges:
         settle: Settle | None = None,
         pin: bool | None = None,
         is_on_demand: bool = False,
+        tenant: str | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
@@ -91,11 +99,12 @@ class NameChanges:
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
         `review` adds to its notes, and `settle` is awaited before the name points to it. `pin`: it
         keeps its place in the device pool, or no longer; None: as it is, and not where it is new.
+        `tenant`: whom it is charged to; None: nobody.
         Raises AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and
         whatever the engine and those two raise; nothing has changed then.
         """
         self._registry.check_name(name)
-        new = _New(source, replace, review, rules, settle, pin, is_on_demand)
+        new = _New(source, replace, review, rules, settle, pin, is_on_demand, tenant)
         record, is_same = await self._tasks.finish(self._load(name, folder, new))
         return self._registry.seen([record])[0], is_same
 
@@ -136,17 +145,32 @@ class NameChanges:
             await asyncio.shield(drain)
         return record
 
-    async def unload_unused(self) -> bool:
-        """Unload what a request once asked for and none has used for the longest time, if there is
-        such; True when its memory is free.
+    async def make_room(self, full: HostMemoryFull, loader: str | None) -> bool:
+        """Let one tenant give up one adapter on demand for an adapter that is charged to the tenant
+        `loader`, None for nobody; see `shares.py`. True when its memory is free, if no other tenant
+        has it; False where none may be given up.
         """
-        oldest = self._registry.least_used()
-        if oldest is None:
-            return False
-        oldest.is_on_demand = False  # whoever else looks for one meanwhile finds another
+        found = self._registry.making_room(full, loader)
+        if found is not None:
+            await self._give_up_claim(*found)
+        return found is not None
+
+    async def give_up_unused(self, tenant: str) -> bool:
+        """Let a tenant give up the adapter on demand that it has not used for the longest time;
+        False where it has none that nobody is using.
+        """
+        record = self._registry.least_used(tenant)
+        if record is not None:
+            await self._give_up_claim(record, tenant)
+        return record is not None
+
+    async def _give_up_claim(self, record: AdapterRecord, tenant: str) -> None:
+        del record.tenants[tenant]
+        if record.tenants:
+            return
+        record.is_on_demand = False  # whoever else looks for one meanwhile finds another
         with suppress(AdapterNotFound):  # it has just been unloaded
-            await self.unload(oldest.name, wait=True)
-        return True
+            await self.unload(record.name, wait=True)
 
     async def close(self) -> None:
         """Stop background work; the engine, closed before, has freed the adapters."""
@@ -161,7 +185,7 @@ class NameChanges:
         """
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, new.source, new.rules)
+            loaded = await self._read(name, folder, new)
             held, is_same = self._registry.held(name), self._registry.holds(name, loaded)
             is_pinned = bool(held and is_same and held.is_pinned) if new.pin is None else new.pin
             reviewed: Reviewed = None, ()
@@ -183,10 +207,11 @@ class NameChanges:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
                 held.source = held.source if new.rules == ANY_FOLDER else new.source
                 held.is_pinned = is_pinned
-                held.is_on_demand = held.is_on_demand and new.is_on_demand
+                self._registry.charge(held, new.tenants, is_on_demand=new.is_on_demand)
                 return held, True
             record = new_record(name, new.source, loaded, reviewed)
             record.is_pinned, record.is_on_demand = is_pinned, new.is_on_demand
+            record.tenants = new.tenants
             oldest = self._registry.point(record)
             if oldest is not None:
                 self._drain(oldest, cancel=False)
@@ -292,15 +317,13 @@ class NameChanges:
             _log("rolled back", record)
             return record
 
-    async def _read(
-        self, name: str, folder: Path, source: str, rules: FolderRules
-    ) -> LoadedAdapter:
+    async def _read(self, name: str, folder: Path, new: _New) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
-        record = self._registry.verifying(name, source)
+        record = self._registry.verifying(name, new.source, is_on_demand=new.is_on_demand)
         try:
-            return await self._engine.load_adapter(folder, rules)
+            return await self._engine.load_adapter(folder, new.rules)
         except LoramuxError as error:
-            public = without_path(error, folder, source)
+            public = without_path(error, folder, new.source)
             self._registry.fail(record, public.message)
             raise public from None
         except Exception as error:

@@ -135,7 +135,7 @@ class Generation:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
-        with place, self._registry.wanted(names):
+        with place, self._registry.wanted(filter(call.caller.sees, names)):
             await self._on_demand.ensure(names, call.caller, deadline)
             prepared = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
@@ -147,7 +147,7 @@ class Generation:
         ]
         has_prompt = first.sampling.num_prompt_logprobs is not None
         spend(len(first.prompt_token_ids) * call.num_outputs)  # each output is a request of its own
-        with self._registry.in_flight(prepared.records):
+        with self._registry.in_flight(prepared.records, call.caller.tenant):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):
                 async for event in events:

@@ -498,7 +498,7 @@ async def test_too_many_fetches_wait_no_longer(store, web):
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert left(store) == [] and sources._num_fetches == 0
+    assert left(store) == [] and sources._fetches.num_held == 0
 
 
 # Object stores.
