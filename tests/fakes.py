@@ -152,6 +152,8 @@ class ScriptedEngine:
         self.num_waiting = 0
         self.is_busy, self.num_beats, self.num_failed_in_a_row = False, 0, 0
         self.references: Counter[str] = Counter()
+        self.num_loads: Counter[str] = Counter()
+        """Times that each content was loaded."""
         self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
@@ -225,6 +227,7 @@ class ScriptedEngine:
             size, num_held = PLAIN.nbytes, len(self.references)
             raise HostMemoryFull(size, num_held * size, self.max_loaded * size)
         self.references[digest] += 1
+        self.num_loads[digest] += 1
         facts = _facts(folder)
         text_files = facts.pop("text_files", {})
         facts = replace(PLAIN.facts, digest=digest, **facts)

@@ -19,6 +19,7 @@ from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from server.access.audit import MAX_LOGGED
 from server.access.caller import ANONYMOUS, Caller
+from server.access.places import TenantPlaces
 from server.access.quotas import Quotas
 from server.adapters.changes import NameChanges, Settle
 from server.adapters.registry import Registry
@@ -31,6 +32,10 @@ from server.calls import AdapterRecord, UploadCall
 
 SERVER = ANONYMOUS
 """For whom a server loads what its own settings name, and what it held before a restart."""
+MAX_READS = 4
+"""Adapters that are read at once. The engine has two threads for that, and a queue in which whoever
+asks for many would stand before all others."""
+MAX_WAITING_READS = 256
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
@@ -59,6 +64,9 @@ class Loads:
         self._store = store
         self._remote = remote
         self._remote_loads = RemoteLoads(remote, registry)
+        self._reads = TenantPlaces(
+            "adapters", "are being read", MAX_READS, max_waiting=MAX_WAITING_READS
+        )
         self._disk = WorkerPool(
             "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
         )
@@ -261,18 +269,19 @@ class Loads:
         await self._make_place(caller)
         while True:
             try:
-                return await self._changes.load(
-                    name,
-                    folder,
-                    source=source,
-                    replace=replace,
-                    review=self._review,
-                    rules=rules,
-                    settle=settle,
-                    pin=pin,
-                    is_on_demand=is_on_demand,
-                    tenant=tenant,
-                )
+                async with self._reads.waited_for(caller.tenant):
+                    return await self._changes.load(
+                        name,
+                        folder,
+                        source=source,
+                        replace=replace,
+                        review=self._review,
+                        rules=rules,
+                        settle=settle,
+                        pin=pin,
+                        is_on_demand=is_on_demand,
+                        tenant=tenant,
+                    )
             except HostMemoryFull as full:
                 if not await self._changes.make_room(full, tenant):
                     raise Overloaded(

@@ -278,8 +278,13 @@ class Registry:
         return record
 
     def fail(self, record: AdapterRecord, error: str) -> None:
-        """Note why a record is not there; names that never held anything are forgotten in time."""
+        """Note why a record is not there; names that never held anything are forgotten in time.
+        What was to be loaded on demand is forgotten at once: who asked is told, and others' notes
+        stay.
+        """
         record.state, record.error = AdapterState.FAILED, error
+        if record.is_on_demand and self._records.get(record.name) is record:
+            del self._records[record.name]
         for name in self.failures()[:-MAX_FAILED_RECORDS]:
             del self._records[name]
 
