@@ -219,6 +219,7 @@ class Generation:
             adapters=uses([record.digest for record in prepared.records], call.adapters),
             structure=prepared.structure,
             cache_salt=call.caller.cache_salt(call.cache_salt),
+            cache_owner=call.caller.tenant,
             client=call.client,
             weight=call.caller.limits.weight,
             priority=call.priority,
