@@ -146,14 +146,13 @@ class NameChanges:
         return record
 
     async def make_room(self, full: HostMemoryFull, loader: str | None) -> bool:
-        """Let one tenant give up one adapter on demand for an adapter that is charged to the tenant
-        `loader`, None for nobody; see `shares.py`. True when its memory is free, if no other tenant
-        has it; False where none may be given up.
+        """Free one adapter on demand for an adapter that is charged to the tenant `loader`, None
+        for nobody; see `shares.py`. True when its memory is free, False where none may go.
         """
-        found = self._registry.making_room(full, loader)
-        if found is not None:
-            await self._give_up_claim(*found)
-        return found is not None
+        while (found := self._registry.making_room(full, loader)) is not None:
+            if await self._give_up(*found):
+                return True
+        return False
 
     async def give_up_unused(self, tenant: str) -> bool:
         """Let a tenant give up the adapter on demand that it has not used for the longest time;
@@ -161,16 +160,19 @@ class NameChanges:
         """
         record = self._registry.least_used(tenant)
         if record is not None:
-            await self._give_up_claim(record, tenant)
+            await self._give_up(record, tenant)
         return record is not None
 
-    async def _give_up_claim(self, record: AdapterRecord, tenant: str) -> None:
+    async def _give_up(self, record: AdapterRecord, tenant: str) -> bool:
+        """Charge an adapter to a tenant no longer; unload it, and return True, if that was the
+        last. Whoever else looks for one meanwhile finds another, as this is nobody's any more.
+        """
         del record.tenants[tenant]
         if record.tenants:
-            return
-        record.is_on_demand = False  # whoever else looks for one meanwhile finds another
+            return False
         with suppress(AdapterNotFound):  # it has just been unloaded
             await self.unload(record.name, wait=True)
+        return True
 
     async def close(self) -> None:
         """Stop background work; the engine, closed before, has freed the adapters."""
@@ -199,7 +201,7 @@ class NameChanges:
                 async with self._pins.pinned(loaded.digest, is_pinned):
                     await self._keep_new(name, loaded, new, is_pinned)
             except BaseException as error:
-                await self._give_up(name, loaded, error)
+                await self._undo(name, loaded, error)
                 raise
             if held is not None and held.is_pinned:
                 await self._pins.drop(held)
@@ -230,7 +232,7 @@ class NameChanges:
                 KeptName(name, content, self._registry.former_of(name, loaded), is_pinned)
             )
 
-    async def _give_up(self, name: str, loaded: LoadedAdapter, error: BaseException) -> None:
+    async def _undo(self, name: str, loaded: LoadedAdapter, error: BaseException) -> None:
         """Undo the reading of a content that its name does not get."""
         record = self._registry.find(name)
         if record is not None and record.state is AdapterState.VERIFYING:

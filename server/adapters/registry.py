@@ -311,8 +311,8 @@ class Registry:
 
     def point(self, record: AdapterRecord) -> AdapterRecord | None:
         """Let a name point to new content, with what it held as the former one; where it held
-        nothing after a restart, its former one stays. Return the content that has to go, if one
-        has.
+        nothing after a restart, its former one stays; it is charged to whom the new one is. Return
+        the content that has to go, if one has.
         """
         before, self._records[record.name] = self._records[record.name], record
         oldest, before.former = before.former, None
@@ -320,6 +320,8 @@ class Registry:
             record.former = before
         elif oldest is not None and oldest.loaded != record.loaded:
             record.former, oldest = oldest, None
+        if record.former is not None:
+            record.former.tenants = dict(record.tenants)
         return oldest
 
     def remove(self, record: AdapterRecord) -> None:

@@ -216,6 +216,19 @@ def excess(
     return {t: charged[t] - room * weights[t] / total for t in sharing}
 
 
+async def test_what_is_kept_for_a_rollback_is_charged_to_who_replaced_it(host):
+    async with served(host, small(4)) as world:
+        await ask(world.acme, "acme-0")
+        await world.acme_operator.load_adapter("acme-0", "acme-1", replace=True)
+        for index in range(2):
+            await ask(world.rival, f"rival-{index}")
+        with pytest.raises(Overloaded, match="within their shares"):
+            await ask(world.acme, "acme-2")
+        assert await world.names() == {"acme-0", "rival-0", "rival-1"}
+        await world.acme_operator.rollback_adapter("acme-0")
+        assert await ask(world.acme, "acme-0") == [ord("a")] * 2
+
+
 # Quotas of names.
 
 
