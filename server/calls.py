@@ -256,8 +256,10 @@ class AdapterRecord:
     is_on_demand: bool = False
     """A request asked for it, not an operator: it makes room for others, and is not kept over a
     restart."""
-    last_used_at_s: float = 0.0
-    """When a request began to use it, by time.monotonic; 0: never."""
+    tenants: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Tenants that it is charged to, and when a request of each last began to use it, or its load
+    began, by time.monotonic. Without keys there is one, of an empty name; none: it is the whole
+    server's. See `shares.py`."""
     num_downloaded_bytes: int = 0
     """Fetched so far, while DOWNLOADING."""
     num_bytes_to_download: int = 0
@@ -266,6 +268,11 @@ class AdapterRecord:
     @property
     def digest(self) -> str:
         return self.loaded.digest if self.loaded else ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in host memory."""
+        return self.loaded.nbytes if self.loaded else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,15 +101,15 @@ def build_service(
         sources=sources,
         store=store,
         remote=remote or RemoteSources(store),
+        quotas=quotas,
     )
-    loaded_on_demand = OnDemand(on_demand or {}, registry, loads.load_on_demand)
+    loaded_on_demand = OnDemand(on_demand or {}, registry, loads)
     adapters = Adapters(
         registry=registry,
         changes=changes,
         loads=loads,
         on_demand=loaded_on_demand,
         store=store,
-        quotas=quotas,
     )
     generation = Generation(
         engine=engine,

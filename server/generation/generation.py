@@ -27,6 +27,7 @@ from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import missing_logged
+from server.access.places import TenantPlaces
 from server.access.quotas import Quotas, Spend
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
@@ -47,6 +48,10 @@ from server.generation.prompts import Prompts
 from server.generation.tools import UNKNOWN_FORMAT, CalledTools, ToolUse, has_tools, tool_use
 from server.observability.observers import RequestObserver
 from server.observability.records import RequestWatcher, watched
+
+MAX_COMPILING = 4
+"""Forms that are compiled or about to be; two processes try them."""
+MAX_WAITING_FORMS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,9 @@ class Generation:
         self._structures = StructureCompiler(
             lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
         )
+        self._compiling = TenantPlaces(
+            "forms", "are being compiled", MAX_COMPILING, max_waiting=MAX_WAITING_FORMS
+        )
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
 
@@ -135,7 +143,7 @@ class Generation:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
-        with place, self._registry.wanted(names):
+        with place, self._registry.wanted(filter(call.caller.sees, names)):
             await self._on_demand.ensure(names, call.caller, deadline)
             prepared = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
@@ -147,7 +155,7 @@ class Generation:
         ]
         has_prompt = first.sampling.num_prompt_logprobs is not None
         spend(len(first.prompt_token_ids) * call.num_outputs)  # each output is a request of its own
-        with self._registry.in_flight(prepared.records):
+        with self._registry.in_flight(prepared.records, call.caller.tenant):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):
                 async for event in events:
@@ -178,11 +186,21 @@ class Generation:
             token_ids = await self._prompts.tokenize(call.prompt, side)
             tools = tool_use(call.prompt, self._tokenizer, side, self._tool_call_parser)
             form = _form(call, tools)
-            structure = None if form is None else await self._structures.compile(form, side)
+            structure = None if form is None else await self._compiled(call, form, side)
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:
                 return _Prepared(tuple(token_ids), records, side, tools, form, structure)
+
+    async def _compiled(
+        self, call: GenerateCall, form: StructuredOutput, side: TextSide | None
+    ) -> Structure:
+        """Compile a form for the caller's tenant, which waits little for other tenants' forms."""
+        tenant = call.caller.tenant
+        if self._structures.knows(form, tenant):
+            return await self._structures.compile(form, side, owner=tenant)
+        async with self._compiling.waited_for(tenant):
+            return await self._structures.compile(form, side, owner=tenant)
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         found = []
@@ -201,6 +219,7 @@ class Generation:
             adapters=uses([record.digest for record in prepared.records], call.adapters),
             structure=prepared.structure,
             cache_salt=call.caller.cache_salt(call.cache_salt),
+            cache_owner=call.caller.tenant,
             client=call.client,
             weight=call.caller.limits.weight,
             priority=call.priority,

@@ -203,6 +203,34 @@ def test_answers_are_remembered_and_a_dead_process_is_replaced(
     assert served("c+")
 
 
+def test_an_owner_neither_finds_nor_displaces_what_another_has_compiled(
+    compiler: StructureCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    async def accepted(work: object) -> dict[str, object]:
+        tried.append(work)
+        return {}
+
+    def compile_for(owner: str, pattern: str) -> bool:
+        """Whether it had to be tried."""
+        num_tried, form = len(tried), StructuredOutput.of({"regex": pattern})
+        was_known = compiler.knows(form, owner)
+        asyncio.run(compiler.compile(form, owner=owner))
+        assert was_known == (len(tried) == num_tried)
+        return not was_known
+
+    monkeypatch.setattr(compiler._processes, "run", accepted)
+    monkeypatch.setattr(structure_compiler, "MAX_REMEMBERED", 12)
+    assert compile_for("modest", "a") and compile_for("greedy", "a"), "each has its own"
+    assert compile_for("modest", "b")
+    for index in range(40):
+        assert compile_for("greedy", f"a{{{index + 1}}}")
+    assert not compile_for("modest", "a") and not compile_for("modest", "b")
+    assert not compile_for("greedy", "a{40}") and compile_for("greedy", "a{20}")
+    assert len(compiler._known) == 12
+
+
 def test_tokens_of_another_text_are_not_drawn(
     compiler: StructureCompiler, vocabulary: Vocabulary
 ) -> None:
