@@ -28,6 +28,7 @@ from lora_runtime.text.structured_output import (
     grammar_of,
 )
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.thinking import Thinking
 from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_PROCESSES = 2
@@ -50,13 +51,11 @@ class StructureCompiler:
         self._vocabulary: Vocabulary | None = None
         self._is_made = False
         self._processes = ProcessPool("structured output", MODULE, NUM_PROCESSES, self._opening)
-        self._known: OrderedDict[tuple[str, str], LLMatcher | str] = OrderedDict()
-        """By kind and definition: the first matcher, or why there is none."""
-        self._refused_until: dict[tuple[str, str], float] = {}
+        self._known: OrderedDict[str, LLMatcher | str] = OrderedDict()
+        """By grammar: the first matcher, or why there is none."""
+        self._refused_until: dict[str, float] = {}
         """Until when what is known of a definition that took too much holds."""
-        self._locks: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def prepare(self) -> Vocabulary | None:
         """Make the vocabulary, once. It holds the interpreter's lock for some tenths of a second,
@@ -66,13 +65,21 @@ class StructureCompiler:
             self._vocabulary, self._is_made = self._make(), True
         return self._vocabulary
 
-    async def compile(self, form: StructuredOutput, side: TextSide | None = None) -> Structure:
-        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side.
+    async def compile(
+        self,
+        form: StructuredOutput,
+        side: TextSide | None = None,
+        thinking: Thinking | None = None,
+    ) -> Structure:
+        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side, which
+        may think before it.
 
         Raises InvalidRequest naming the definition: it cannot be read, asks for what is not
         supported, or takes too much time or memory. Raises Overloaded.
         """
         grammar = grammar_of(form)
+        if thinking is not None:
+            grammar = thinking.before(grammar)
         vocabulary = self.prepare()
         if vocabulary is None:
             raise UnsupportedFeature(
@@ -80,12 +87,12 @@ class StructureCompiler:
                 "bytes of their own, so it is not served here",
                 field="sampling.structured_output",
             )
-        key = (str(form.kind), form.definition)
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            if key not in self._known or time.monotonic() > self._refused_until.get(key, inf):
-                self._known[key] = await self._compiled(key, grammar, vocabulary)
-            self._known.move_to_end(key)
-            found = self._known[key]
+        async with self._locks.setdefault(grammar, asyncio.Lock()):
+            is_due = time.monotonic() > self._refused_until.get(grammar, inf)
+            if grammar not in self._known or is_due:
+                self._known[grammar] = await self._compiled(grammar, vocabulary)
+            self._known.move_to_end(grammar)
+            found = self._known[grammar]
         while len(self._known) > MAX_REMEMBERED:
             oldest, _ = self._known.popitem(last=False)
             self._refused_until.pop(oldest, None)
@@ -99,14 +106,12 @@ class StructureCompiler:
         """End the processes."""
         self._processes.close()
 
-    async def _compiled(
-        self, key: tuple[str, str], grammar: str, vocabulary: Vocabulary
-    ) -> LLMatcher | str:
-        self._refused_until.pop(key, None)
+    async def _compiled(self, grammar: str, vocabulary: Vocabulary) -> LLMatcher | str:
+        self._refused_until.pop(grammar, None)
         try:
             reply = await self._processes.run(partial(_tried, grammar))
         except LimitExceeded:
-            self._refused_until[key] = time.monotonic() + PENALTY_S
+            self._refused_until[grammar] = time.monotonic() + PENALTY_S
             return f"it takes more time or memory than the {COMPILING_S:g} s and 256 MiB it may"
         if "refused" in reply:
             return str(reply["refused"])[:MAX_SAID]

@@ -149,6 +149,6 @@ def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
     return chat_prompt(
         request.messages or (),
         service.prompts.limits,
-        request.tools or (),
+        [tool.function for tool in request.tools or ()],
         template_variables=request.chat_template_kwargs,
     )

@@ -16,8 +16,9 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from lora_runtime.text.tool_calls import ToolCallDelta
 from server import http_connection
-from server.calls import Delta, Finished, Started, ToolCallDelta
+from server.calls import Delta, Finished, Started
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
 from tests.server.access.keyring import ACME, OPERATOR, gate_of

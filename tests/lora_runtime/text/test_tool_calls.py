@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from lora_runtime.text.tool_calls import FORMATS, CallReader, format_of, shows_tools
+from lora_runtime.text.tool_calls import CallReader
+from lora_runtime.text.tool_formats.catalog import FORMATS, format_of, shows_tools
 from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN3_CODER, QWEN25
 
 WEATHER = {
@@ -95,12 +96,12 @@ def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]
     parsed = [reader.push(piece) for piece in pieces] + [reader.flush()]
     calls: list[list[str]] = []
     for part in (part for one in parsed for part in one.calls):
-        if part.number == len(calls):
+        if part.index == len(calls):
             assert part.name
             calls.append([part.name, ""])
         else:
-            assert part.number == len(calls) - 1 and not part.name
-        calls[part.number][1] += part.arguments
+            assert part.index == len(calls) - 1 and not part.name
+        calls[part.index][1] += part.arguments
     assert reader.num_calls == len(calls)
     return "".join(one.text for one in parsed), [tuple(call) for call in calls], parsed
 

@@ -1,0 +1,187 @@
+"""Every format of calls through a whole server: a tiny random model is forced to call by the
+grammar, its calls stream in parts, and go back through the chat template with an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import asynccontextmanager
+
+import jsonschema
+import pytest
+from transformers import AutoTokenizer
+
+from lora_runtime.text.tool_calls import CallReader
+from lora_runtime.text.tool_formats.catalog import FORMATS
+from protos.loramux.v1 import types_pb2
+from tests.server import tiny_server
+from tests.server.test_structured import calls_of, deltas
+from tests.server.world import serving
+from tests.tiny import tiny_checkpoint
+from tests.tiny_tokenizer import write_tokenizer
+from tests.tool_templates import (
+    HERMES,
+    LLAMA31,
+    MISTRAL03,
+    MISTRAL_NEMO,
+    MISTRAL_SMALL32,
+    QWEN3,
+    QWEN3_CODER,
+    QWEN25,
+)
+
+LIST, NAMED = ("[TOOL_CALLS]",), ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+DIALECTS = {
+    "hermes": (HERMES, "hermes", ("<tool_call>", "</tool_call>")),
+    "qwen2.5": (QWEN25, "hermes", ()),
+    "qwen3": (QWEN3, "hermes", ()),
+    "qwen3-coder": (QWEN3_CODER, "qwen3_coder", ()),
+    "llama3.1": (LLAMA31, "llama3_json", ("<|python_tag|>",)),
+    "mistral-v0.3": (MISTRAL03, "mistral", LIST),
+    "mistral-nemo": (MISTRAL_NEMO, "mistral", LIST),
+    "mistral-small3.2": (MISTRAL_SMALL32, "mistral_named", NAMED),
+}
+"""Template, format, and those of the format's texts that are special tokens."""
+TEXT = {"type": "string", "maxLength": 4}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "where": {
+            "type": "object",
+            "properties": {"city": TEXT, "tags": {"type": "array", "items": TEXT, "maxItems": 2}},
+            "required": ["city", "tags"],
+            "additionalProperties": False,
+        },
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "unit": {"type": "string", "enum": ["°C", "°F"]},
+        "exact": {"type": "boolean"},
+        "code": {"type": "string", "pattern": "^[a-c/]+$", "maxLength": 3},
+        "note": TEXT,
+    },
+    "required": ["where", "days", "unit", "exact", "code"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "tell-time", "parameters": {
+        "type": "object", "properties": {}, "additionalProperties": False}}},
+]  # fmt: skip
+USER = [{"role": "user", "content": "What is the weather?"}]
+FORCED = {
+    "messages": USER,
+    "tools": TOOLS,
+    "tool_choice": "required",
+    "template_variables": {"enable_thinking": False},
+}
+SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+CUT = types_pb2.FINISH_REASON_LENGTH
+CALLED = types_pb2.FINISH_REASON_TOOL_CALLS
+
+
+@asynccontextmanager
+async def server(folder, template, special):
+    """A client of a server whose base has a template, its tokenizer, and the requests it makes."""
+    base = tiny_checkpoint(folder / "base")
+    write_tokenizer(base, chat_template=template, more_special=special)
+    config = base / "config.json"
+    longer = {**json.loads(config.read_text()), "max_position_embeddings": 4096}
+    config.write_text(json.dumps(longer))
+    async with tiny_server.running(folder) as (client, engine):
+        seen, generate = [], engine.generate
+        engine.generate = lambda request: (seen.append(request), generate(request))[1]
+        yield client, AutoTokenizer.from_pretrained(base), seen
+
+
+async def outputs(client, **options):
+    return [event async for event in client.generate(**options)]
+
+
+def read(dialect, text):
+    """The calls that a text has, name and arguments."""
+    reader = CallReader(FORMATS[DIALECTS[dialect][1]], SCHEMAS)
+    found = []
+    for part in reader.push(text).calls + reader.flush().calls:
+        if part.name:
+            found.append([part.name, ""])
+        found[-1][1] += part.arguments
+    return [(name, json.loads(arguments)) for name, arguments in found]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_forced_call_streams_and_goes_back_with_its_answer(dialect, tmp_path):
+    template, name, special = DIALECTS[dialect]
+    async with server(tmp_path, template, special) as (client, tokenizer, seen):
+        for seed in range(3):
+            events = await outputs(client, **FORCED, seed=seed, max_tokens=1500)
+            calls = calls_of(events)
+            assert events[-1].finished.finish_reason == CALLED
+            assert not "".join(delta.text for delta in deltas(events)).strip()
+            for tool, arguments in calls:
+                jsonschema.validate(arguments, SCHEMAS[tool])
+            raw = [token for delta in deltas(events) for token in delta.token_ids]
+            raw = raw[:-1] if raw[-1] == tokenizer.eos_token_id else raw
+            assert read(dialect, tokenizer.decode(raw)) == calls  # the parts are the whole
+
+            parts = [part for delta in deltas(events) for part in delta.tool_calls]
+            ids = [part.id for part in parts if part.id]
+            if name.startswith("mistral"):
+                assert all(re.fullmatch("[a-z0-9]{9}", call_id) for call_id in ids)
+            turns = [
+                {"id": i, "function": {"name": tool, "arguments": json.dumps(arguments)}}
+                for i, (tool, arguments) in zip(ids, calls, strict=True)
+            ]
+            answers = [
+                {"role": "tool", "tool_call_id": i, "content": f"{n} degrees"}
+                for n, i in enumerate(ids)
+            ]
+            history = [*USER, {"role": "assistant", "tool_calls": turns}, *answers]
+            await outputs(client, messages=history, tools=TOOLS, max_tokens=1)
+            prompt = tokenizer.decode(seen[-1].prompt_token_ids)
+            turn = prompt[prompt.index(USER[0]["content"]) :]
+            assert read(dialect, turn.partition(USER[0]["content"])[2]) == calls or (
+                name == "llama3_json" and json.loads(
+                    turn.split("<|end_header_id|>\n\n")[2].split("<|eot_id|>")[0]
+                )["parameters"] == calls[0][1]
+            )  # fmt: skip
+            assert all(answer["content"] in turn for answer in answers)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_one_call_is_one_and_one_that_is_cut_is_a_beginning(dialect, tmp_path):
+    template, _, special = DIALECTS[dialect]
+    async with server(tmp_path, template, special) as (client, _, _):
+        forced = {**FORCED, "temperature": 0}
+        for seed in range(4):
+            options = {**FORCED, "seed": seed, "parallel_tool_calls": False}
+            events = await outputs(client, **options, max_tokens=1500)
+            assert len(calls_of(events)) == 1 and events[-1].finished.finish_reason == CALLED
+        forced["tool_choice"] = "weather"
+        whole = await outputs(client, **forced, max_tokens=1500)
+        given = "".join(p.arguments for d in deltas(whole) for p in d.tool_calls if p.index == 0)
+        num_tokens = sum(len(delta.token_ids) for delta in deltas(whole))
+        cut = await outputs(client, **forced, max_tokens=num_tokens // 3)
+        parts = [part for delta in deltas(cut) for part in delta.tool_calls]
+        begun = "".join(part.arguments for part in parts if part.index == 0)
+        assert cut[-1].finished.finish_reason == CUT and given.startswith(begun) and begun
+        assert not "".join(delta.text for delta in deltas(cut))
+
+
+ONE = '<tool_call>{"name": "weather", "arguments": {"days": 1}}</tool_call>'
+
+
+async def test_an_output_ends_with_its_only_call(tmp_path):
+    """The scripted engine repeats the prompt, in which two calls stand."""
+    text = f"Well {ONE}{ONE} and more"
+    async with serving(tmp_path) as world:
+        options = {"messages": [{"role": "user", "content": text}], "tools": TOOLS}
+        options["max_tokens"] = len(f"<user>{text}".encode())
+        both = await outputs(world.client, **options)
+        assert len(calls_of(both)) == 2
+        events = await outputs(world.client, **options, parallel_tool_calls=False)
+        assert calls_of(events) == [("weather", {"days": 1})]
+        assert events[-1].finished.finish_reason == CALLED
+        assert "".join(delta.text for delta in deltas(events)) == "<user>Well"
+        tokens = [token for delta in deltas(events) for token in delta.token_ids]
+        assert len(tokens) < len(f"<user>Well {ONE}".encode())  # its row was free at once
+        assert not world.engine.stats().num_running
