@@ -6,10 +6,21 @@ import json
 import random
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_runtime.text.tool_calls import CallReader
 from lora_runtime.text.tool_formats.catalog import FORMATS, format_of, shows_tools
-from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN3_CODER, QWEN25
+from lora_runtime.text.tool_formats.tool_format import Schemas
+from tests.tool_templates import (
+    HERMES,
+    LLAMA31,
+    MISTRAL03,
+    MISTRAL_NEMO,
+    MISTRAL_SMALL32,
+    QWEN3,
+    QWEN3_CODER,
+    QWEN25,
+)
 
 WEATHER = {
     "type": "object",
@@ -91,8 +102,10 @@ CASES = {
 }
 
 
-def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list]:
-    reader = CallReader(FORMATS[format_name], SCHEMAS)
+def read(
+    format_name: str, pieces: list[str], schemas: Schemas = SCHEMAS
+) -> tuple[str, list[tuple[str, str]], list]:
+    reader = CallReader(FORMATS[format_name], schemas)
     parsed = [reader.push(piece) for piece in pieces] + [reader.flush()]
     calls: list[list[str]] = []
     for part in (part for one in parsed for part in one.calls):
@@ -131,6 +144,119 @@ def test_a_text_that_is_cut_short_gives_what_it_has(case: str) -> None:
             assert tool == real and all_arguments.startswith(arguments)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_after_the_only_call_nothing_is_read(case: str) -> None:
+    name, text, _, calls = CASES[case]
+    for pieces in ([text], list(text)):
+        reader = CallReader(FORMATS[name], SCHEMAS, max_calls=1)
+        parts = [part for piece in pieces for part in reader.push(piece).calls]
+        assert reader.flush().text.strip() in ("", text.strip() if not calls else "")
+        assert reader.is_over == bool(calls)
+        assert [part.name for part in parts if part.name] == [tool for tool, _ in calls[:1]]
+        given = "".join(part.arguments for part in parts)
+        assert not calls or json.loads(given) == calls[0][1]
+
+
+NASTY = [
+    "é",
+    "東京",
+    "😀",
+    '"',
+    "\\",
+    "{",
+    "}",
+    "[",
+    "]",
+    "</tool_call",
+    "<",
+    "\n",
+    "a b",
+    "[ARGS]",
+    ";",
+]
+TEMPLATES = {
+    "hermes": (HERMES, "hermes", False),
+    "qwen2.5": (QWEN25, "hermes", True),
+    "qwen3": (QWEN3, "hermes", True),
+    "qwen3-coder": (QWEN3_CODER, "qwen3_coder", True),
+    "llama3.1": (LLAMA31, "llama3_json", False),
+    "mistral-v0.3": (MISTRAL03, "mistral", False),
+    "mistral-nemo": (MISTRAL_NEMO, "mistral", False),
+    "mistral-small3.2": (MISTRAL_SMALL32, "mistral_named", True),
+}
+"""Template, format, and whether it writes text before calls."""
+
+
+def any_value(rng: random.Random, depth: int = 2):
+    kind = rng.randrange(7 if depth else 5)
+    if kind == 5:
+        return [any_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+    if kind == 6:
+        return {any_text(rng): any_value(rng, depth - 1) for _ in range(rng.randrange(3))}
+    return [None, rng.random() < 0.5, rng.randrange(-9, 99), rng.random() * 5, any_text(rng)][kind]
+
+
+def any_text(rng: random.Random) -> str:
+    return "".join(rng.choices(NASTY, k=rng.randrange(1, 6)))
+
+
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_what_a_template_writes_is_read_again(model: str) -> None:
+    """Calls with random arguments, rendered by transformers, cut into random pieces."""
+    template, name, has_text = TEMPLATES[model]
+    schema = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "flag": {"type": "boolean"}, "any": {}},
+    }
+    tools = [
+        {"type": "function", "function": {"name": tool, "description": "", "parameters": schema}}
+        for tool in ("look_up", "tell")
+    ]
+    user = {"role": "user", "content": "Hi."}
+    rng = random.Random(model)
+    for _ in range(60):
+        calls = [
+            (
+                rng.choice(["look_up", "tell"]),
+                {
+                    "text": any_text(rng),
+                    "flag": rng.random() < 0.5,
+                    "any": {"x": any_value(rng), "y": [any_text(rng)]},
+                },
+            )
+            for _ in range(1 if name == "llama3_json" else 2)
+        ]
+        said = "Let me {see}: [1]" if has_text and rng.random() < 0.5 else ""
+        turn = {
+            "role": "assistant",
+            "content": said,
+            "tool_calls": [
+                {"id": "abcdefgh1", "function": {"name": tool, "arguments": arguments}}
+                for tool, arguments in calls
+            ],
+        }
+        before, whole = (
+            render_jinja_template(
+                [turns],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=is_prompt,
+                bos_token="<s>",
+                eos_token="</s>",
+            )[0][0]
+            for turns, is_prompt in (([user], True), ([user, turn], False))
+        )
+        assert whole.startswith(before.rstrip("\n"))
+        text = whole[len(before.rstrip("\n")) :]
+        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>"):
+            text = text.removesuffix(end)
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(9)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        found, found_calls, _ = read(name, pieces, dict.fromkeys(("look_up", "tell"), schema))
+        assert [(tool, json.loads(arguments)) for tool, arguments in found_calls] == calls, text
+        assert found.strip() == said
+
+
 def test_arguments_come_as_they_are_written() -> None:
     text = f"<tool_call>\n{BODY}\n</tool_call>"
     _, _, parsed = read("hermes", list(text))
@@ -144,7 +270,10 @@ def test_arguments_come_as_they_are_written() -> None:
         (QWEN25, "hermes"),
         (HERMES, "hermes"),
         (LLAMA31, "llama3_json"),
+        (QWEN3, "hermes"),
         (MISTRAL03, "mistral"),
+        (MISTRAL_NEMO, "mistral"),
+        (MISTRAL_SMALL32, "mistral_named"),
         (QWEN3_CODER, "qwen3_coder"),
     ],
 )
