@@ -250,8 +250,8 @@ class Generation:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
         decoder = prepared.answer.decoder(self._tokenizer, prepared.side)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
-        text = OutputText(detokenizer, request.sampling.stop_token_ids)
-        reader = prepared.answer.reader()
+        ends, reader = request.sampling.stop_token_ids, prepared.answer.reader()
+        text = OutputText(detokenizer, ends, reader)
         names = tuple(choice.name for choice in call.adapters)
         with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
             reason, timing, is_started = None, None, False
@@ -263,8 +263,8 @@ class Generation:
                     if output.prompt_logprobs is not None:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
-                    delta, reason = delta_of(text, reader, output, index)
-                    timing = output.timing
+                    delta = delta_of(text, output, index)
+                    reason, timing = text.finish_reason, output.timing
                     if delta is not None:
                         yield delta
                     if output.error is not None:
@@ -279,7 +279,7 @@ class Generation:
                 finish_reason=reason,
                 num_prompt_tokens=started.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
-                num_reasoning_tokens=reader.num_reasoning_tokens,
+                num_reasoning_tokens=text.num_reasoning_tokens,
                 timing=timing,
             )
 

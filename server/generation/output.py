@@ -12,7 +12,6 @@ from server.calls import Delta
 from server.observability.observers import RequestObserver
 
 if TYPE_CHECKING:
-    from lora_runtime.text.chat_output import AnswerReader
     from lora_runtime.text.output_text import OutputText
 
 
@@ -68,22 +67,12 @@ class RequestMeter:
         )
 
 
-def delta_of(
-    text: OutputText, reader: AnswerReader, output: StepOutput, index: int
-) -> tuple[Delta | None, FinishReason | None]:
-    """Return what an output adds for the caller, None where it adds nothing, and why the request
-    ends with it, or None.
-    """
-    added = text.push(output)
-    reason = text.finish_reason(output)
-    parts = reader.push(added, len(output.token_ids), is_last=reason is not None)
-    if reader.is_over and reason in (None, FinishReason.LENGTH):
-        reason = FinishReason.STOP
-    if reason is not None:
-        reason = reader.reason(reason)
+def delta_of(text: OutputText, output: StepOutput, index: int) -> Delta | None:
+    """Return what an output adds for the caller, or None when it adds nothing."""
+    parts = text.push(output)
     if not any(parts) and not output.token_ids:
-        return None, reason
-    delta = Delta(
+        return None
+    return Delta(
         text=parts.text,
         reasoning=parts.reasoning,
         token_ids=output.token_ids,
@@ -91,7 +80,6 @@ def delta_of(
         tool_calls=parts.tool_calls,
         index=index,
     )
-    return delta, reason
 
 
 def _reason_of(error: BaseException | None) -> FinishReason:

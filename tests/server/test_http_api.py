@@ -260,7 +260,7 @@ REFUSED = [
     (COMPLETIONS, {"prompt": "x" * 100_000}, "prompt"),
     ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
     ("/v1/responses", {"store": True}, "store"),
-    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning"),
     ("/tokenize", {"prompt": None}, "prompt"),
     ("/tokenize", {"add_special_tokens": False}, "add_special_tokens"),
@@ -296,7 +296,7 @@ OF_VLLM = {
     CHAT: {
         "allowed_token_ids": [1], "bad_words": ["x"], "best_of": 2, "chat_template": "x",
         "continue_final_message": True, "guided_decoding_backend": "xgrammar",
-        "guided_whitespace_pattern": " ", "include_reasoning": True,
+        "guided_whitespace_pattern": " ",
         "include_stop_str_in_output": True, "logits_processors": ["x"], "logprob_token_ids": [1],
         "mm_processor_kwargs": {}, "request_id": "x", "return_token_ids": True,
         "skip_special_tokens": False, "spaces_between_special_tokens": False,

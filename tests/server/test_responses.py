@@ -19,7 +19,7 @@ from server.calls import Delta, Finished, Started
 from tests.server import tiny_server
 from tests.server.http_api import serving_http
 from tests.server.test_structured import CLOCK, SCHEMA
-from tests.tiny import tiny_checkpoint
+from tests.tiny import lengthen, tiny_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 from tests.tool_templates import QWEN3
 
@@ -39,9 +39,7 @@ FORCED = {
 async def server(folder):
     """HTTP's API over a base whose template shows tools, and the requests of its engine."""
     write_tokenizer(tiny_checkpoint(folder / "base"), chat_template=QWEN3)
-    config = folder / "base" / "config.json"
-    longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer))
+    lengthen(folder / "base")
     async with tiny_server.running_service(folder) as (service, engine):
         seen, generate = [], engine.generate
         engine.generate = lambda request: (seen.append(request), generate(request))[1]

@@ -19,7 +19,7 @@ from protos.loramux.v1 import types_pb2
 from tests.peft_adapters import write_adapter
 from tests.server import tiny_server
 from tests.server.world import serving
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import lengthen, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import CHATML_TEMPLATE, write_tokenizer
 from tests.tool_templates import QWEN3, QWEN25
 
@@ -77,9 +77,7 @@ HARMLESS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("structured")
     write_tokenizer(tiny_checkpoint(folder / "base"), chat_template=QWEN25)
-    config = folder / "base" / "config.json"
-    longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer))
+    lengthen(folder / "base")
     for index in range(2):
         path = folder / "adapters" / f"a{index}"
         write_adapter(tiny_model("llama"), path, seed=index, r=2 + index)

@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 
 import jsonschema
 import pytest
+from transformers import AutoTokenizer
 
 from protos.loramux.v1 import types_pb2
 from tests.server import tiny_server
 from tests.server.http_api import serving_http
 from tests.server.test_structured import SCHEMA, USER, WEATHER, calls_of, deltas
-from tests.tiny import tiny_checkpoint
+from tests.tiny import lengthen, tiny_checkpoint
 from tests.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 from tests.tool_templates import QWEN3, THINKS_ALWAYS
 
@@ -26,9 +27,7 @@ THINKS, STRAIGHT = {BEGIN: 100.0, **SOON}, {BEGIN: -100.0}
 @asynccontextmanager
 async def server(folder, template):
     write_tokenizer(tiny_checkpoint(folder / "base"), chat_template=template, more_special=TAGS)
-    config = folder / "base" / "config.json"
-    longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer))
+    lengthen(folder / "base")
     async with (
         tiny_server.running_service(folder) as (service, engine),
         tiny_server.serving_grpc(service) as client,
@@ -115,13 +114,11 @@ async def test_thoughts_have_their_fields_in_openais_api(tmp_path):
             await api.client.chat.completions.create(
                 model="tiny", messages=[*USER, turn, tool], max_tokens=1
             )
-            prompt = bytes_of(tmp_path, seen[-1].prompt_token_ids)
+            prompt = text_of(tmp_path, seen[-1].prompt_token_ids)
             assert "<think>\nqux quux\n</think>" in prompt
 
 
-def bytes_of(folder, token_ids):
-    from transformers import AutoTokenizer
-
+def text_of(folder, token_ids):
     return AutoTokenizer.from_pretrained(folder / "base").decode(token_ids)
 
 
