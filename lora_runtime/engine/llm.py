@@ -554,7 +554,8 @@ def _tool(tool: object) -> Tool:
             "function has name, description and parameters",
             field="tools",
         )
-    return Tool(name, function.get("description") or "", function.get("parameters"))
+    parameters, strict = function.get("parameters"), function.get("strict")
+    return Tool(name, function.get("description") or "", parameters, bool(strict))
 
 
 def _chat(

@@ -47,16 +47,22 @@ class ToolUse:
     """Texts of the format that are special tokens."""
     required: tuple[str, ...]
     """Tools of which one has to be called; empty: calls are the model's choice."""
+    strict: frozenset[str]
+    """Tools whose arguments are held to their schema though calls are the model's choice."""
     max_calls: int | None
     """None: as many as the model makes."""
 
     @property
     def form(self) -> StructuredOutput | None:
-        """What an output must look like that has to call tools."""
-        if not self.required:
+        """What an output must look like that has to call tools, or may call strict ones."""
+        max_calls = self.max_calls or MAX_PARALLEL
+        if self.required:
+            wanted = {name: self.schemas[name] for name in self.required}
+            return self.format.form(wanted, self.special_ids, max_calls)
+        if not self.strict:
             return None
-        wanted = {name: self.schemas[name] for name in self.required}
-        return self.format.form(wanted, self.special_ids, self.max_calls or MAX_PARALLEL)
+        held = {name: s if name in self.strict else None for name, s in self.schemas.items()}
+        return self.format.free_form(held, self.special_ids, max_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class ChatAnswer:
         """The form of what is said: the one that is asked for, or that the tools want. Raises
         InvalidRequest for both.
         """
-        if self.tools is None or self.tools.form is None:
+        if self.tools is None or (wanted is not None and not self.tools.required):
             return wanted
         if wanted is not None:
             raise InvalidRequest(
@@ -148,6 +154,15 @@ def _tool_use(
                 field="messages.tool_choice",
             )
         return None
+    strict = [index for index, tool in enumerate(prompt.tools) if tool.strict]
+    if strict and choice == ToolMode.AUTO and found.opening:
+        field = f"messages.tools[{strict[0]}].strict"
+        raise InvalidRequest(
+            f"{field} is true: calls in the format {found.name} have no marker by which they could "
+            "be told from text, so arguments are held to their schema where messages.tool_choice "
+            "asks for a call only; leave it out",
+            field=field,
+        )
     schemas = {tool.name: tool.parameters for tool in prompt.tools}
     wanted = tuple(schemas) if isinstance(choice, ToolMode) else (choice,)
     return ToolUse(
@@ -155,6 +170,7 @@ def _tool_use(
         schemas=schemas,
         special_ids={text: special_ids[text] for text in found.hidden if text in special_ids},
         required=() if choice == ToolMode.AUTO else wanted,
+        strict=frozenset(tool.name for tool in prompt.tools if tool.strict),
         max_calls=None if prompt.parallel_tool_calls else 1,
     )
 

@@ -24,6 +24,8 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     """JSON schema of an object; None: any object."""
+    strict: bool = False
+    """Arguments are held to the schema under ToolMode.AUTO too."""
 
 
 class ToolMode(StrEnum):

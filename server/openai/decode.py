@@ -102,7 +102,6 @@ def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
             field="top_logprobs",
         )
     tools = [each.function for each in request.tools or ()]
-    _check_strict(tools, request.tool_choice, ".function")
     wanted = request.max_completion_tokens
     if wanted is not None and request.max_tokens not in (None, wanted):
         raise InvalidRequest(
@@ -135,7 +134,6 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
     if request.instructions is not None:
         messages.insert(0, Message(role="system", content=request.instructions))
     tools = request.tools or []
-    _check_strict(tools, request.tool_choice)
     prompt = chat_prompt(
         messages,
         exchange.service.prompts.limits,
@@ -185,7 +183,7 @@ def chat_prompt(
     check_bytes(sum(len(str(value).encode()) for t in turns for value in t.values()), field, limits)
     return ChatPrompt(
         messages=turns,
-        tools=tuple(Tool(t.name, t.description or "", t.parameters) for t in tools),
+        tools=tuple(Tool(t.name, t.description or "", t.parameters, bool(t.strict)) for t in tools),
         tool_choice=tool_choice,
         parallel_tool_calls=parallel_tool_calls,
         template_variables=template_variables or {},
@@ -380,18 +378,6 @@ def _add(turns: list[Message], last: Message | None, more: dict[str, Any]) -> No
         turns.append(Message(role="assistant", content="").model_copy(update=more))
     else:
         turns[-1] = last.model_copy(update=more)
-
-
-def _check_strict(tools: Sequence[AnyFunction], choice: ToolChoice, place: str = "") -> None:
-    """Arguments are held to a tool's schema where the choice says that tools are called."""
-    for index, tool in enumerate(tools):
-        if tool.strict and choice in (None, "auto"):
-            field = f"tools[{index}]{place}.strict"
-            raise UnsupportedFeature(
-                f"{field} is true: arguments are held to their schema where tool_choice is "
-                "'required' or names the tool, not under 'auto'; leave it out",
-                field=field,
-            )
 
 
 def _tool_choice(choice: ToolChoice, tools: Sequence[AnyFunction]) -> ToolMode | str:

@@ -140,7 +140,6 @@ async def test_thought_text_and_calls_are_items_in_their_order(tmp_path, monkeyp
 REFUSED = [
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools[0].name"),
-    ({"tools": [{**WEATHER, "strict": True}]}, "tools[0].strict"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),

@@ -27,9 +27,9 @@ def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
 
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
-    start = several("whole", '"\\n"', max_calls)
+    calls = several("whole", '"\\n"', max_calls)
     whole = f'{literal(BEGIN)} "\\n" call "\\n" {literal(END)}'
-    return f"start: {start}\nwhole: {whole}\n{call_rules(schemas, 'arguments')}"
+    return f"calls: {calls}\nwhole: {whole}\n{call_rules(schemas, 'arguments')}"
 
 
 HERMES = ToolFormat("hermes", BEGIN, (BEGIN, END), _read, _grammar)

@@ -23,7 +23,7 @@ def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
 
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
-    return f"start: call\n{call_rules(schemas, 'parameters')}"
+    return f"calls: call\n{call_rules(schemas, 'parameters')}"
 
 
 LLAMA3_JSON = ToolFormat("llama3_json", TAG, (TAG,), _read, _grammar, opening="{")

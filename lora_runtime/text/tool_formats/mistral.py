@@ -76,7 +76,7 @@ def _word(text: str, at: int) -> tuple[str, int]:
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
     calls = several("call", '", "', max_calls)
-    start = f'start: {literal(MARKER)} " "? "[" {calls} "]"'
+    start = f'calls: {literal(MARKER)} " "? "[" {calls} "]"'
     return f"{start}\n{call_rules(schemas, 'arguments')}"
 
 
@@ -86,11 +86,13 @@ def _named_grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
         opening = f"{literal(MARKER)} {json.dumps(name)} {literal(ARGS)}"
         calls.append(f"{opening} arguments_{index}")
         rules.append(f"arguments_{index}: {json_rule(schema or {'type': 'object'})}")
-    start = f"start: {several('call', '', max_calls)}\ncall: {' | '.join(calls)}"
+    start = f"calls: {several('call', '', max_calls)}\ncall: {' | '.join(calls)}"
     return "\n".join((start, *rules))
 
 
-MISTRAL = ToolFormat("mistral", MARKER, (MARKER,), _read, _grammar, new_id=call_id)
+MISTRAL = ToolFormat(
+    "mistral", MARKER, (MARKER,), _read, _grammar, new_id=call_id, marks_each=False
+)
 MISTRAL_NAMED = ToolFormat(
     "mistral_named", MARKER, (MARKER, ARGS, CALL_ID), _read, _named_grammar, new_id=call_id
 )

@@ -101,7 +101,7 @@ def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
         for index, (name, schema) in enumerate(schemas.items())
         for rule in _call_rules(f"_{index}", name, schema or {})
     ]
-    return "\n".join((f"start: {start}", f"whole: {whole}", f"call: {calls}", *rules))
+    return "\n".join((f"calls: {start}", f"whole: {whole}", f"call: {calls}", *rules))
 
 
 def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:

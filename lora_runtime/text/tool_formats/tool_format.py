@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lora_runtime.core import StructuredOutput, StructureKind
@@ -42,8 +44,8 @@ Reading = Callable[[str, list[Call], Schemas], int]
 """Reads calls from the beginning of a text, which is that of their marker, into a list, and returns
 where they end. Raises CutShort where the text ends before they do, and NoCall."""
 Grammar = Callable[[Schemas, Literal, int], str]
-"""The grammar, in llguidance's dialect of Lark, of an output that is calls of some tools, at most
-so many, and nothing else."""
+"""The rule `calls` of a grammar in llguidance's dialect of Lark, and those that it needs: calls of
+some tools, at most so many, and nothing else."""
 
 
 def call_id() -> str:
@@ -66,6 +68,8 @@ class ToolFormat:
     """What calls at the very beginning of an output may begin with instead."""
     new_id: Callable[[], str] = call_id
     """Makes a call's id. No model writes one; templates are given it again with the next turn."""
+    marks_each: bool = True
+    """Each call has a marker of its own. False: one stands before all."""
 
     def form(
         self, schemas: Schemas, special_ids: Mapping[str, int], max_calls: int = MAX_PARALLEL
@@ -73,12 +77,33 @@ class ToolFormat:
         """The form of an output that makes one to `max_calls` calls of these tools. special_ids: of
         `hidden`, those that are special tokens.
         """
+        literal = partial(_literal, special_ids)
+        calls = self.grammar(schemas, literal, max_calls)
+        return StructuredOutput(StructureKind.GRAMMAR, f"start: calls\n{calls}")
 
-        def literal(text: str) -> str:
-            return f"<[{special_ids[text]}]>" if text in special_ids else json.dumps(text)
+    def free_form(
+        self, schemas: Schemas, special_ids: Mapping[str, int], max_calls: int = MAX_PARALLEL
+    ) -> StructuredOutput:
+        """The form of an output that is any text, and may make calls of these tools within it."""
+        marker = _literal(special_ids, self.marker)
+        if self.marker in special_ids:  # it is no text, so any text ends before it
+            begin, text = f"begin: /(?s:.*)/ {marker}", "/(?s:.+)/"
+        else:
+            begin = f"begin[lazy]: BEGIN\nBEGIN: /(?s:.*)/ {marker}"
+            escaped = re.escape(self.marker).replace("/", r"\/")
+            text = f"/(?s:.+)/ & ~/(?s:.*){escaped}(?s:.*)/"
 
-        grammar = self.grammar(schemas, literal, max_calls)
-        return StructuredOutput(StructureKind.GRAMMAR, grammar)
+        def literal(wanted: str) -> str:
+            return "begin" if wanted == self.marker else _literal(special_ids, wanted)
+
+        calls = self.grammar(schemas, literal, 1 if self.marks_each else max_calls)
+        times = max_calls if self.marks_each else 1
+        start = f"start: calls{{0,{times}}} TEXT?\nTEXT: {text}\n{begin}"
+        return StructuredOutput(StructureKind.GRAMMAR, f"{start}\n{calls}")
+
+
+def _literal(special_ids: Mapping[str, int], text: str) -> str:
+    return f"<[{special_ids[text]}]>" if text in special_ids else json.dumps(text)
 
 
 def several(one: str, separator: str, most: int) -> str:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, chat_answer
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool
+from lora_runtime.text.structured_output import (
+    Matcher,
+    Vocabulary,
+    compile_grammar,
+    grammar_of,
+    token_masks,
+)
 from lora_runtime.text.tool_calls import CallReader
 from lora_runtime.text.tool_formats.catalog import FORMATS, format_of, shows_tools
 from lora_runtime.text.tool_formats.tool_format import Schemas
+from tests.fakes import ByteTokenizer
 from tests.tool_templates import (
     HERMES,
     LLAMA31,
@@ -285,3 +298,70 @@ def test_a_template_says_its_format(template: str, expected: str) -> None:
 def test_a_template_without_tools_is_known() -> None:
     plain = "{# tools #}You have no tools.{% for m in messages %}{{ m.content }}{% endfor %}"
     assert format_of(plain) is None and not shows_tools(plain)
+
+
+STRICT = {
+    "weather": {
+        "type": "object",
+        "properties": {"days": {"type": "integer"}},
+        "required": ["days"],
+        "additionalProperties": False,
+    },
+    "clock": None,
+}
+ONE_CALL = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"days": 1}}\n</tool_call>',
+    "qwen3_coder": (
+        "<tool_call>\n<function=weather>\n<parameter=days>\n1\n</parameter>\n</function>\n</tool_call>"
+    ),
+    "mistral": '[TOOL_CALLS] [{"name": "weather", "arguments": {"days": 1}}]',
+    "mistral_named": '[TOOL_CALLS]weather[ARGS]{"days": 1}',
+}
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_strict_calls_within_text_keep_to_their_schema(name: str, is_special: bool) -> None:
+    """What the grammar of an output with calls of the model's choice lets through."""
+    found, call = FORMATS[name], ONE_CALL[name]
+    special_ids = {text: 257 + i for i, text in enumerate(found.hidden)} if is_special else {}
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"<end>", *(text.encode() for text in special_ids)]
+    vocabulary = Vocabulary(tokens, [256, *special_ids.values()])
+
+    def is_taken(text: str, max_calls: int = 8) -> bool | None:
+        """True: it may end there; None: more must follow; False: it may not be written."""
+        form = found.free_form(STRICT, special_ids, max_calls)
+        matcher = Matcher(compile_grammar(grammar_of(form), vocabulary), frozenset())
+        parts = re.split("(" + "|".join(map(re.escape, special_ids)) + ")", text)
+        for part in parts if is_special else [text]:
+            for token in [special_ids[part]] if part in special_ids else part.encode():
+                if not token_masks([matcher], vocabulary.size)[0][token]:
+                    return False
+                matcher.take(token)
+        return matcher.can_end or None
+
+    wrong = call.replace("1}", '"y"}').replace("\n1\n", "\nz\n")
+    assert wrong != call
+    for text in ("", "Just <text>, [T {é", call, f"So.\n\n{call}", f"{call} Done <b"):
+        assert is_taken(text)
+    for text in (wrong, f"So {wrong}", call.replace("weather", "forecast")):
+        assert is_taken(text) is False
+    assert is_taken(f"So {call[:14]}") is None
+    if found.marks_each:
+        assert is_taken(f"{call}\n{call}") and is_taken(f"{call}\n{call}", 1) is False
+    read_back = read(name, [f"So.\n{call}"], STRICT)
+    assert read_back[:2] == ("So.", [("weather", '{"days": 1}')])
+
+
+def test_strict_calls_need_a_marker() -> None:
+    class Llama(ByteTokenizer):
+        def chat_template(self, *, has_tools: bool = False) -> str:
+            return LLAMA31
+
+    prompt = ChatPrompt(({"role": "user", "content": "Hi"},), (Tool("clock", strict=True),))
+    with pytest.raises(InvalidRequest) as caught:
+        chat_answer(prompt, [], Llama(), None, AS_TEMPLATES_SAY)
+    assert caught.value.field == "messages.tools[0].strict"
+    named = replace(prompt, tool_choice="clock")
+    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
