@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lora_runtime.core import FinishReason, StructuredOutput
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.text.chat_prompt import ChatPrompt, ToolMode
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.thinking import PROMPT_END, Thinking, ThoughtReader, tags_of, thinking_of
 from lora_runtime.text.tokenizer import TokenDecoder, Tokenizer
@@ -120,8 +120,8 @@ def chat_answer(
 ) -> ChatAnswer:
     """What the answers to a chat may be made of. `token_ids`: of the rendered prompt.
 
-    Raises InvalidRequest (field `messages.tool_choice`) where a call is asked for and there is no
-    known format for it.
+    Raises InvalidRequest naming the field where a call is asked for and there is no known format
+    for it, or where a tool is strict and its calls cannot be told from text.
     """
     template = template_of(prompt, tokenizer, side)
     tags = tags_of(template) if parsers.reasoning == AUTO else None
@@ -147,22 +147,15 @@ def _tool_use(
     if parser == AUTO and template is not None:
         found = format_of(template)
     choice = prompt.tool_choice
-    if found is None:
-        if choice != ToolMode.AUTO:
-            raise InvalidRequest(
-                f"messages.tool_choice asks for a call; {UNKNOWN_FORMAT}",
-                field="messages.tool_choice",
-            )
-        return None
-    strict = [index for index, tool in enumerate(prompt.tools) if tool.strict]
-    if strict and choice == ToolMode.AUTO and found.opening:
-        field = f"messages.tools[{strict[0]}].strict"
+    if found is None and choice != ToolMode.AUTO:
         raise InvalidRequest(
-            f"{field} is true: calls in the format {found.name} have no marker by which they could "
-            "be told from text, so arguments are held to their schema where messages.tool_choice "
-            "asks for a call only; leave it out",
-            field=field,
+            f"messages.tool_choice asks for a call; {UNKNOWN_FORMAT}",
+            field="messages.tool_choice",
         )
+    if choice == ToolMode.AUTO:
+        _check_strict(prompt.tools, found)
+    if found is None:
+        return None
     schemas = {tool.name: tool.parameters for tool in prompt.tools}
     wanted = tuple(schemas) if isinstance(choice, ToolMode) else (choice,)
     return ToolUse(
@@ -173,6 +166,23 @@ def _tool_use(
         strict=frozenset(tool.name for tool in prompt.tools if tool.strict),
         max_calls=None if prompt.parallel_tool_calls else 1,
     )
+
+
+def _check_strict(tools: Sequence[Tool], format: ToolFormat | None) -> None:
+    """Refuse strict tools where calls are the model's choice and cannot be told from text."""
+    if format is not None and not format.opening:
+        return
+    why = (
+        UNKNOWN_FORMAT if format is None else f"calls in {format.name} have no marker of their own"
+    )
+    for index, tool in enumerate(tools):
+        if tool.strict:
+            field = f"messages.tools[{index}].strict"
+            raise InvalidRequest(
+                f"{field} is true and cannot be kept: {why}. Arguments are held to their schema "
+                "where messages.tool_choice asks for a call; leave it out",
+                field=field,
+            )
 
 
 def template_of(prompt: ChatPrompt, tokenizer: Tokenizer, side: TextSide | None) -> str | None:
@@ -224,7 +234,7 @@ class AnswerReader:
         reasoning = "".join(thought for thought, _ in read)
         said = "".join(said for _, said in read)
         self._has_thought = self._has_thought or bool(reasoning)
-        if said and not self._has_thought:
+        if (said or is_last) and not self._has_thought:
             self.num_reasoning_tokens = 0  # what might have begun a thought has not
         if self._calls is None:
             return AnswerParts(reasoning, said, ())

@@ -11,7 +11,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, chat_answer
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, chat_answer
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool
 from lora_runtime.text.structured_output import (
     Matcher,
@@ -360,8 +360,9 @@ def test_strict_calls_need_a_marker() -> None:
             return LLAMA31
 
     prompt = ChatPrompt(({"role": "user", "content": "Hi"},), (Tool("clock", strict=True),))
-    with pytest.raises(InvalidRequest) as caught:
-        chat_answer(prompt, [], Llama(), None, AS_TEMPLATES_SAY)
-    assert caught.value.field == "messages.tools[0].strict"
+    for tokenizer, parsers in ((Llama(), AS_TEMPLATES_SAY), (ByteTokenizer(), Parsers("none"))):
+        with pytest.raises(InvalidRequest) as caught:
+            chat_answer(prompt, [], tokenizer, None, parsers)
+        assert caught.value.field == "messages.tools[0].strict"
     named = replace(prompt, tool_choice="clock")
     assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
