@@ -547,15 +547,16 @@ def _asked(prompt: Prompt, chat: ChatPrompt) -> _Asked:
 def _tool(tool: object) -> Tool:
     """A tool in the shape of OpenAI's API. Raises InvalidRequest."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str):
+    given = dict(function) if isinstance(function, Mapping) else {}
+    name, parameters = given.get("name"), given.get("parameters")
+    if not isinstance(name, str) or not isinstance(parameters, Mapping | None):
         raise InvalidRequest(
             f"tools has {written(tool)}; each must be a mapping of type and function, and a "
             "function has name, description and parameters",
             field="tools",
         )
-    parameters, strict = function.get("parameters"), function.get("strict")
-    return Tool(name, function.get("description") or "", parameters, bool(strict))
+    description, strict = given.get("description") or "", bool(given.get("strict"))
+    return Tool(name, description, parameters, strict)
 
 
 def _chat(

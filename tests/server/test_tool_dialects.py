@@ -18,6 +18,7 @@ from lora_runtime.text.tool_formats.catalog import FORMATS
 from lora_runtime.text.tool_formats.tool_format import MAX_PARALLEL
 from protos.loramux.v1 import types_pb2
 from tests.server import tiny_server
+from tests.server.http_api import serving_http
 from tests.server.test_structured import calls_of, deltas
 from tests.server.world import serving
 from tests.tiny import lengthen, tiny_checkpoint
@@ -185,3 +186,16 @@ async def test_an_output_ends_with_its_only_call(tmp_path):
         tokens = [token for delta in deltas(events) for token in delta.token_ids]
         assert len(tokens) < len(f"<user>Well {ONE}".encode())  # its row was free at once
         assert not world.engine.stats().num_running
+
+        async with serving_http(world.service) as api:
+            chat = {**options, "model": "tiny", "parallel_tool_calls": False}
+            whole = (await api.client.chat.completions.create(**chat)).choices[0]
+            (call,) = whole.message.tool_calls
+            assert json.loads(call.function.arguments) == {"days": 1}
+            assert (whole.finish_reason, whole.message.content) == ("tool_calls", "<user>Well")
+            stream = await api.client.chat.completions.create(**chat, stream=True)
+            chunks = [chunk.choices[0] async for chunk in stream]
+            parts = [part for chunk in chunks for part in chunk.delta.tool_calls or ()]
+            assert {part.index for part in parts} == {0}
+            assert "".join(part.function.arguments for part in parts) == call.function.arguments
+            assert chunks[-1].finish_reason == "tool_calls"

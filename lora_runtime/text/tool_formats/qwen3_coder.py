@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.tool_formats.json_calls import (
     definitions,
     expect,
@@ -106,14 +107,15 @@ def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
 
 def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The rule `call` of one tool, and those of its parameters, in the schema's order."""
-    required, body = schema.get("required") or (), []
-    for number, (key, value) in enumerate((schema.get("properties") or {}).items()):
+    required = _member(name, schema, "required", list, ())
+    body = []
+    for number, (key, value) in enumerate(_member(name, schema, "properties", dict, {}).items()):
         place = f"{index}_{number}"
         body.append(f"parameter{place}" + ("" if key in required else "?"))
         start = json.dumps(f"<parameter={key}>\n")
         if _is_text(value):
             yield f"parameter{place}: {start} TEXT{place}"
-            yield f'TEXT{place}: ({_text_rule(value)}) "\\n{_AFTER_PARAMETER}\\n"'
+            yield f'TEXT{place}: ({_text_rule(name, value)}) "\\n{_AFTER_PARAMETER}\\n"'
         else:
             shape = value if isinstance(value, Mapping) else {}
             yield f'parameter{place}: {start} value{place} "\\n{_AFTER_PARAMETER}\\n"'
@@ -122,16 +124,31 @@ def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[st
     yield f'call{index}: {" ".join((opening, *body))} "{_AFTER_FUNCTION}"'
 
 
-def _text_rule(schema: Mapping[str, Any]) -> str:
+def _text_rule(tool: str, schema: Mapping[str, Any]) -> str:
     """The texts that a schema allows, without quotes. Of `format` nothing is held."""
     values = _values(schema)
     if values is not None:
         return " | ".join(json.dumps(value) for value in values)
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    least = _member(tool, schema, "minLength", int, 0)
+    most = _member(tool, schema, "maxLength", int, "")
     rules = [f"/(?s:.{{{least},{most}}})/", _NO_TAG]
-    if "pattern" in schema:
-        rules.append(_pattern_rule(str(schema["pattern"])))
+    if (pattern := _member(tool, schema, "pattern", str, None)) is not None:
+        rules.append(_pattern_rule(pattern))
     return " & ".join(rules)
+
+
+def _member(tool: str, schema: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """What a schema has under a key, or the default. Raises InvalidRequest for what is no schema:
+    this grammar is made of it before llguidance could say so.
+    """
+    value = schema.get(key, default)
+    if key in schema and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise InvalidRequest(
+            f"messages.tools: the parameters of {tool!r} have {key} {written(value)}, which is no "
+            "JSON schema",
+            field="messages.tools",
+        )
+    return value
 
 
 def _pattern_rule(pattern: str) -> str:
@@ -139,7 +156,7 @@ def _pattern_rule(pattern: str) -> str:
     before = "" if pattern.startswith("^") else "(?s:.*)"
     is_bound = re.search(r"(?<!\\)(\\\\)*\$\Z", pattern) is not None
     inner = pattern.removeprefix("^")[: -1 if is_bound else None]
-    escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", inner)
+    escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", inner).replace("\n", r"\n")
     return f"/{before}(?:{escaped}){'' if is_bound else '(?s:.*)'}/"
 
 

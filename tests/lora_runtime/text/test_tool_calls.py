@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 
+import jsonschema
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -366,3 +367,48 @@ def test_strict_calls_need_a_marker() -> None:
         assert caught.value.field == "messages.tools[0].strict"
     named = replace(prompt, tool_choice="clock")
     assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
+
+
+PATTERNS = {
+    "^[a-c/]+$": ("a/b", "ad"),
+    "b+": ("abba", "ac"),
+    r"^\$\/x": ("$/xy", "x$/x"),
+    "a$": ("ba", "ab"),
+    r"a\$": ("a$b", "a"),
+    "é\n": ("é\n", "é"),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_texts_of_qwen3_coder_keep_to_their_schema(pattern: str) -> None:
+    good, bad = PATTERNS[pattern]
+    shape = {"type": "string", "pattern": pattern, "minLength": 2, "maxLength": 5}
+    if good == "é\n":
+        shape["minLength"] = 1
+    jsonschema.validate(good, shape)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bad, shape)
+    schemas = {"f": {"type": "object", "properties": {"x": shape}, "required": ["x"]}}
+    vocabulary = Vocabulary([*(bytes([byte]) for byte in range(256)), b"<end>"], [256])
+    for text, is_good in ((good, True), (bad, False), ("a" * 6, False)):
+        grammar = grammar_of(FORMATS["qwen3_coder"].form(schemas, {}))
+        matcher = Matcher(compile_grammar(grammar, vocabulary), frozenset())
+        call = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
+        taken = []
+        for token in call.encode():
+            taken.append(bool(token_masks([matcher], 257)[0][token]))
+            if not taken[-1]:
+                break
+            matcher.take(token)
+        assert all(taken) == is_good, text
+
+
+@pytest.mark.parametrize("wrong", [
+    {"properties": [1]}, {"required": 5},
+    {"properties": {"x": {"type": "string", "maxLength": "9"}}},
+    {"properties": {"x": {"type": "string", "pattern": 5}}},
+], ids=str)  # fmt: skip
+def test_what_is_no_schema_is_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        FORMATS["qwen3_coder"].form({"f": wrong}, {})
+    assert caught.value.field == "messages.tools"
