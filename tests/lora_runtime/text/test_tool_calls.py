@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 import jsonschema
+import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -353,6 +354,25 @@ def test_strict_calls_within_text_keep_to_their_schema(name: str, is_special: bo
         assert is_taken(f"{call}\n{call}") and is_taken(f"{call}\n{call}", 1) is False
     read_back = read(name, [f"So.\n{call}"], STRICT)
     assert read_back[:2] == ("So.", [("weather", '{"days": 1}')])
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_a_grammar_lets_as_many_calls_through_as_may_be_made(name: str) -> None:
+    vocabulary = Vocabulary([*(bytes([byte]) for byte in range(256)), b"<end>"], [256])
+    for max_calls in (1, 3):
+        grammar = grammar_of(FORMATS[name].form(STRICT, {}, max_calls))
+        matcher = Matcher(compile_grammar(grammar, vocabulary), frozenset())
+        one = ONE_CALL[name].removeprefix("[TOOL_CALLS] [").removesuffix("]")
+        begin, between, end = {
+            "mistral": ("[TOOL_CALLS] [", ", ", "]"),
+            "mistral_named": ("", "", ""),
+        }.get(name, ("", "\n", ""))
+        for byte in f"{begin}{between.join([one] * max_calls)}".encode():
+            assert token_masks([matcher], vocabulary.size)[0][byte]
+            matcher.take(byte)
+        allowed = np.flatnonzero(token_masks([matcher], vocabulary.size)[0])
+        assert [bytes([byte]) for byte in allowed if byte < 256] == [b"]"] * bool(end)
+        assert matcher.is_complete == (not end)
 
 
 def test_strict_calls_need_a_marker() -> None:
