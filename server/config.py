@@ -139,6 +139,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 ToolCallParser = Literal[
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named"
 ]
+ReasoningParser = Literal["auto", "none"]
 LogFormat = Literal["auto", "json", "console"]
 Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
@@ -233,6 +234,11 @@ class ServerConfig(EngineConfig):
     tool_call_parser: ToolCallParser = setting(default="auto", group=TEXT)
     """Format in which the models' calls of tools are read from their text. `auto`: the one that the
     chat template shows. `none`: calls stay in the text."""
+
+    reasoning_parser: ReasoningParser = setting(default="auto", group=TEXT)
+    """Whether what models think before they answer is given apart from their text, and comes before
+    the form of an answer that has one. `auto`: where the chat template knows tags for it. `none`:
+    it stays in the text, and a form begins with the first token."""
 
     engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the

@@ -29,11 +29,12 @@ from lora_runtime.text.structured_output import (
     grammar_of,
 )
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.thinking import Thinking
 from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_PROCESSES = 2
-Key: TypeAlias = tuple[str, str, str]
-"""Owner, kind and definition."""
+Key: TypeAlias = tuple[str, str]
+"""Owner, and the grammar with what is thought before it: an output that thinks has another."""
 
 PENALTY_S = 60.0
 """How long a definition that took too much is refused: a busy machine may have been the cause."""
@@ -68,21 +69,27 @@ class StructureCompiler:
             self._vocabulary, self._is_made = self._make(), True
         return self._vocabulary
 
-    def knows(self, form: StructuredOutput, owner: str = "") -> bool:
-        """Tell whether `compile` has an answer at once."""
-        key = (owner, str(form.kind), form.definition)
-        return key in self._known and time.monotonic() <= self._refused_until.get(key, inf)
+    def knows(
+        self, form: StructuredOutput, thinking: Thinking | None = None, *, owner: str = ""
+    ) -> bool:
+        """Tell whether `compile` has an answer at once. Raises InvalidRequest as it does."""
+        return self._has((owner, _whole_grammar(form, thinking)))
 
     async def compile(
-        self, form: StructuredOutput, side: TextSide | None = None, *, owner: str = ""
+        self,
+        form: StructuredOutput,
+        side: TextSide | None = None,
+        thinking: Thinking | None = None,
+        *,
+        owner: str = "",
     ) -> Structure:
-        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side.
-        `owner`: for whom it is remembered.
+        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side, which
+        may think before it. `owner`: for whom it is remembered.
 
         Raises InvalidRequest naming the definition: it cannot be read, asks for what is not
         supported, or takes too much time or memory. Raises Overloaded.
         """
-        grammar = grammar_of(form)
+        grammar = _whole_grammar(form, thinking)
         vocabulary = self.prepare()
         if vocabulary is None:
             raise UnsupportedFeature(
@@ -90,10 +97,10 @@ class StructureCompiler:
                 "bytes of their own, so it is not served here",
                 field="sampling.structured_output",
             )
-        key = (owner, str(form.kind), form.definition)
+        key = (owner, grammar)
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if not self.knows(form, owner):
-                self._known[key] = await self._compiled(key, grammar, vocabulary)
+            if not self._has(key):
+                self._known[key] = await self._compiled(key, vocabulary)
             self._known.move_to_end(key)
             found = self._known[key]
         while len(self._known) > MAX_REMEMBERED:
@@ -108,14 +115,18 @@ class StructureCompiler:
         """End the processes."""
         self._processes.close()
 
+    def _has(self, key: Key) -> bool:
+        return key in self._known and time.monotonic() <= self._refused_until.get(key, inf)
+
     def _forget_one(self) -> None:
         """Forget what was used longest ago of the owner who has most."""
-        ((owner, _),) = Counter(owner for owner, *_ in self._known).most_common(1)
+        ((owner, _),) = Counter(owner for owner, _ in self._known).most_common(1)
         oldest = next(key for key in self._known if key[0] == owner)
         del self._known[oldest]
         self._refused_until.pop(oldest, None)
 
-    async def _compiled(self, key: Key, grammar: str, vocabulary: Vocabulary) -> LLMatcher | str:
+    async def _compiled(self, key: Key, vocabulary: Vocabulary) -> LLMatcher | str:
+        _, grammar = key
         self._refused_until.pop(key, None)
         try:
             reply = await self._processes.run(partial(_tried, grammar))
@@ -137,6 +148,11 @@ class StructureCompiler:
             "tokens": [token.decode("latin-1") for token in vocabulary.tokens],
             "special_ids": sorted(vocabulary.special_ids),
         }
+
+
+def _whole_grammar(form: StructuredOutput, thinking: Thinking | None) -> str:
+    grammar = grammar_of(form)
+    return grammar if thinking is None else thinking.before(grammar)
 
 
 def _tried(grammar: str, process: WorkerProcess) -> dict[str, Any]:

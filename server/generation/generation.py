@@ -20,11 +20,14 @@ from lora_runtime.engine.request_rules import (
     with_ends,
 )
 from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.text.chat_output import PLAIN, ChatAnswer, Parsers, chat_answer
+from lora_runtime.text.chat_prompt import ChatPrompt
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.thinking import Thinking
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import missing_logged
 from server.access.places import TenantPlaces
@@ -33,11 +36,11 @@ from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
 from server.calls import (
     AdapterRecord,
-    ChatPrompt,
     Delta,
     Event,
     Finished,
     GenerateCall,
+    Prompt,
     PromptLogprobs,
     Started,
 )
@@ -45,7 +48,6 @@ from server.generation.composition import depth, text_side
 from server.generation.merging import merged
 from server.generation.output import RequestMeter, delta_of
 from server.generation.prompts import Prompts
-from server.generation.tools import UNKNOWN_FORMAT, CalledTools, ToolUse, has_tools, tool_use
 from server.observability.observers import RequestObserver
 from server.observability.records import RequestWatcher, watched
 
@@ -62,7 +64,7 @@ class _Prepared:
     records: list[AdapterRecord]
     side: TextSide | None
     """Their own text side; None: the base's."""
-    tools: ToolUse | None
+    answer: ChatAnswer
     form: StructuredOutput | None
     """What outputs must look like, as it was asked for or as the tools want it."""
     structure: Structure | None
@@ -84,9 +86,8 @@ class Generation:
         observer: RequestObserver,
         watchers: Sequence[RequestWatcher] = (),
         base_name: str,
-        tool_call_parser: str = "auto",
+        parsers: Parsers,
     ) -> None:
-        """`tool_call_parser`: see `tools.tool_use`."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._prompts = prompts
@@ -96,7 +97,7 @@ class Generation:
         self._observer = observer
         self._watchers = watchers
         self._base_name = base_name
-        self._tool_call_parser = tool_call_parser
+        self._parsers = parsers
         self._structures = StructureCompiler(
             lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
         )
@@ -184,23 +185,36 @@ class Generation:
         side = text_side(self._records(call), call.uses_base_text)
         while True:
             token_ids = await self._prompts.tokenize(call.prompt, side)
-            tools = tool_use(call.prompt, self._tokenizer, side, self._tool_call_parser)
-            form = _form(call, tools)
-            structure = None if form is None else await self._compiled(call, form, side)
+            answer = self._answer(call.prompt, token_ids, side)
+            form = answer.form(call.sampling.structured_output)
+            structure = None
+            if form is not None:
+                structure = await self._compiled(call, form, side, answer.thinking)
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:
-                return _Prepared(tuple(token_ids), records, side, tools, form, structure)
+                return _Prepared(tuple(token_ids), records, side, answer, form, structure)
+
+    def _answer(
+        self, prompt: Prompt, token_ids: Sequence[int], side: TextSide | None
+    ) -> ChatAnswer:
+        if not isinstance(prompt, ChatPrompt):
+            return PLAIN
+        return chat_answer(prompt, token_ids, self._tokenizer, side, self._parsers)
 
     async def _compiled(
-        self, call: GenerateCall, form: StructuredOutput, side: TextSide | None
+        self,
+        call: GenerateCall,
+        form: StructuredOutput,
+        side: TextSide | None,
+        thinking: Thinking | None,
     ) -> Structure:
         """Compile a form for the caller's tenant, which waits little for other tenants' forms."""
         tenant = call.caller.tenant
-        if self._structures.knows(form, tenant):
-            return await self._structures.compile(form, side, owner=tenant)
+        if self._structures.knows(form, thinking, owner=tenant):
+            return await self._structures.compile(form, side, thinking, owner=tenant)
         async with self._compiling.waited_for(tenant):
-            return await self._structures.compile(form, side, owner=tenant)
+            return await self._structures.compile(form, side, thinking, owner=tenant)
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         found = []
@@ -258,15 +272,10 @@ class Generation:
         prepared: _Prepared,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        side, tools = prepared.side, prepared.tools
-        decoder = (
-            self._tokenizer.with_added(side.added if side else None)
-            if tools is None
-            else tools.decoder(self._tokenizer)
-        )
+        decoder = prepared.answer.decoder(self._tokenizer, prepared.side)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
-        text = OutputText(detokenizer, request.sampling.stop_token_ids)
-        calls = CalledTools(tools)
+        ends, reader = request.sampling.stop_token_ids, prepared.answer.reader()
+        text = OutputText(detokenizer, ends, reader)
         names = tuple(choice.name for choice in call.adapters)
         with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
             reason, timing, is_started = None, None, False
@@ -279,8 +288,7 @@ class Generation:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
                     delta = delta_of(text, output, index)
-                    reason, timing = text.finish_reason(output), output.timing
-                    delta = calls.taken_out(delta, index, is_last=reason is not None)
+                    reason, timing = text.finish_reason, output.timing
                     if delta is not None:
                         yield delta
                     if output.error is not None:
@@ -289,13 +297,13 @@ class Generation:
                         break
             if reason is None:
                 raise Unavailable("the engine ended the request without a result")
-            reason = calls.reason(reason)
             meter.finish(reason, timing)
             yield Finished(
                 index=index,
                 finish_reason=reason,
                 num_prompt_tokens=started.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
+                num_reasoning_tokens=text.num_reasoning_tokens,
                 timing=timing,
             )
 
@@ -307,28 +315,8 @@ def _started(call: GenerateCall, request_id: str, prepared: _Prepared) -> Starte
         num_prompt_tokens=len(prepared.token_ids),
         prompt_token_ids=prepared.token_ids,
         side=prepared.side,
-        notes=(*request_notes(facts, prepared.token_ids), *_tool_notes(call, prepared.tools)),
+        notes=(*request_notes(facts, prepared.token_ids), *prepared.answer.notes),
     )
-
-
-def _tool_notes(call: GenerateCall, tools: ToolUse | None) -> Iterator[str]:
-    prompt = call.prompt
-    if isinstance(prompt, ChatPrompt) and has_tools(prompt) and tools is None:
-        yield UNKNOWN_FORMAT
-
-
-def _form(call: GenerateCall, tools: ToolUse | None) -> StructuredOutput | None:
-    """The form that a call asks for, or that its tools want. Raises InvalidRequest for both."""
-    form = call.sampling.structured_output
-    if tools is None or tools.form is None:
-        return form
-    if form is not None:
-        raise InvalidRequest(
-            "sampling.structured_output stands beside a messages.tool_choice that asks for a "
-            "call, which has a form of its own; send one of them",
-            field="sampling.structured_output",
-        )
-    return tools.form
 
 
 def _requests(first: Request, num_outputs: int) -> list[Request]:

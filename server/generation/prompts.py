@@ -9,12 +9,13 @@ from typing import TypeVar
 from lora_runtime.engine.client import EngineInfo
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.chat_output import template_of
+from lora_runtime.text.chat_prompt import ChatPrompt, shown_tools
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer
-from server.calls import ChatPrompt, Prompt, PromptLimits, TextPrompt, TokenPrompt
-from server.generation.tools import shown_tools, template_of
+from server.calls import Prompt, PromptLimits, TextPrompt, TokenPrompt
 
 T = TypeVar("T")
 

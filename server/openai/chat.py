@@ -15,6 +15,11 @@ from server.openai.decode import chat_call
 from server.openai.events import Numbered, field_is_model, generate
 from server.openai.schema import ChatRequest
 
+REASONING = ("reasoning_content", "reasoning")
+"""The field of what was thought: its name at DeepSeek and SGLang, and vLLM's, which had the other
+before.
+"""
+
 
 async def chat(exchange: Exchange) -> None:
     """Answer a request for a chat completion."""
@@ -85,6 +90,7 @@ class _Turn:
                 self.usage.num_output_tokens += len(event.token_ids)
                 return self._more(event)
             case Finished():
+                self.usage.num_reasoning_tokens += event.num_reasoning_tokens
                 return [_part(event.index, {}, reason=encode.finish_reason(event))]
         return []
 
@@ -106,7 +112,9 @@ class _Turn:
             },
         )
         delta, message = part["delta"], choice["message"]
-        message["content"] += delta.get("content", "")
+        for name in ("content", *REASONING):
+            if name in delta:
+                message[name] = message.get(name, "") + delta[name]
         for call in delta.get("tool_calls", ()):
             _add_call(message.setdefault("tool_calls", []), call)
         if part["logprobs"] and choice["logprobs"]:
@@ -129,6 +137,8 @@ class _Turn:
 
     def _more(self, event: Delta) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {}
+        if event.reasoning and self.request.include_reasoning:
+            delta |= {name: event.reasoning for name in REASONING}
         if event.text:
             delta["content"] = event.text
         if event.tool_calls:

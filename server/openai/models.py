@@ -154,6 +154,6 @@ def _tokenized(exchange: Exchange) -> tuple[TokenizeRequest, Prompt]:
     return request, chat_prompt(
         request.messages or (),
         limits,
-        request.tools or (),
+        [tool.function for tool in request.tools or ()],
         template_variables=request.chat_template_kwargs,
     )

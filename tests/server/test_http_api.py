@@ -17,8 +17,9 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from lora_runtime.text.tool_calls import ToolCallDelta
 from server import http_connection
-from server.calls import Delta, Finished, Started, ToolCallDelta
+from server.calls import Delta, Finished, Started
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
 from server.openai.routes import OPERATIONS
@@ -276,7 +277,7 @@ REFUSED = [
     (COMPLETIONS, {"prompt": "x" * 100_000}, "prompt"),
     ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
     ("/v1/responses", {"store": True}, "store"),
-    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning"),
     ("/tokenize", {"prompt": None}, "prompt"),
     ("/tokenize", {"add_special_tokens": False}, "add_special_tokens"),
@@ -312,7 +313,7 @@ OF_VLLM = {
     CHAT: {
         "allowed_token_ids": [1], "bad_words": ["x"], "best_of": 2, "chat_template": "x",
         "continue_final_message": True, "guided_decoding_backend": "xgrammar",
-        "guided_whitespace_pattern": " ", "include_reasoning": True,
+        "guided_whitespace_pattern": " ",
         "include_stop_str_in_output": True, "logits_processors": ["x"], "logprob_token_ids": [1],
         "mm_processor_kwargs": {}, "request_id": "x", "return_token_ids": True,
         "skip_special_tokens": False, "spaces_between_special_tokens": False,

@@ -215,7 +215,7 @@ def test_an_owner_neither_finds_nor_displaces_what_another_has_compiled(
     def compile_for(owner: str, pattern: str) -> bool:
         """Whether it had to be tried."""
         num_tried, form = len(tried), StructuredOutput.of({"regex": pattern})
-        was_known = compiler.knows(form, owner)
+        was_known = compiler.knows(form, owner=owner)
         asyncio.run(compiler.compile(form, owner=owner))
         assert was_known == (len(tried) == num_tried)
         return not was_known
