@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from protos.loramux.v1 import types_pb2
+from server.client import AsyncClient
 from tests.server import tiny_server
+from tests.server.access.keyring import ACME, RIVAL, gate_of
 from tests.server.http_api import serving_http
 from tests.server.test_structured import SCHEMA, USER, WEATHER, calls_of, deltas
 from tests.tiny import lengthen, tiny_checkpoint
@@ -72,6 +75,21 @@ async def test_a_form_follows_a_thought(tmp_path):
         for _, arguments in calls_of(events):
             jsonschema.validate(arguments, SCHEMA)
         assert events[-1].finished.finish_reason == types_pb2.FINISH_REASON_TOOL_CALLS
+
+
+async def test_tenants_get_one_form_with_and_without_a_thought(tmp_path):
+    """Compiled forms are remembered; each request gets the one that its thinking asks for."""
+    write_tokenizer(tiny_checkpoint(tmp_path / "base"), chat_template=QWEN3, more_special=TAGS)
+    lengthen(tmp_path / "base")
+    form = {"structured_output": {"choice": ["yes", "no"]}}
+    ways = {True: {"logit_bias": THINKS}, False: {"template_variables": {"enable_thinking": False}}}
+    async with tiny_server.running(tmp_path, gate_of(tmp_path), ACME) as (acme, _):
+        async with AsyncClient(acme.target, api_key=RIVAL) as rival:
+            asked = [(client, thinks) for client in (acme, rival) for thinks in (True, False)] * 2
+            answers = [answer(client, **form, **ways[thinks]) for client, thinks in asked]
+            found = await asyncio.gather(*answers[:4]) + await asyncio.gather(*answers[4:])
+    for (_, thinks), (thought, text, _) in zip(asked, found, strict=True):
+        assert bool(thought) == thinks and text in ("yes", "no")
 
 
 async def test_a_prompt_that_opens_the_thought(tmp_path):
