@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from math import inf
 from typing import Any, TypeAlias
@@ -36,6 +37,7 @@ NUM_PROCESSES = 2
 Key: TypeAlias = tuple[str, str]
 """Owner, and the grammar with what is thought before it: an output that thinks has another."""
 
+NO_PLACE: AbstractAsyncContextManager[None] = nullcontext()
 PENALTY_S = 60.0
 """How long a definition that took too much is refused: a busy machine may have been the cause."""
 COMPILING_S = 1.5
@@ -69,12 +71,6 @@ class StructureCompiler:
             self._vocabulary, self._is_made = self._make(), True
         return self._vocabulary
 
-    def knows(
-        self, form: StructuredOutput, thinking: Thinking | None = None, *, owner: str = ""
-    ) -> bool:
-        """Tell whether `compile` has an answer at once. Raises InvalidRequest as it does."""
-        return self._has((owner, _whole_grammar(form, thinking)))
-
     async def compile(
         self,
         form: StructuredOutput,
@@ -82,14 +78,18 @@ class StructureCompiler:
         thinking: Thinking | None = None,
         *,
         owner: str = "",
+        place: AbstractAsyncContextManager[None] = NO_PLACE,
     ) -> Structure:
         """Compile a form for outputs of the base's tokenizer, or of an adapter's text side, which
-        may think before it. `owner`: for whom it is remembered.
+        may think before it. `owner`: for whom it is remembered; `place`: held while what is not
+        remembered is compiled.
 
         Raises InvalidRequest naming the definition: it cannot be read, asks for what is not
-        supported, or takes too much time or memory. Raises Overloaded.
+        supported, or takes too much time or memory. Raises Overloaded, and what `place` raises.
         """
-        grammar = _whole_grammar(form, thinking)
+        grammar = grammar_of(form)
+        if thinking is not None:
+            grammar = thinking.before(grammar)
         vocabulary = self.prepare()
         if vocabulary is None:
             raise UnsupportedFeature(
@@ -99,8 +99,10 @@ class StructureCompiler:
             )
         key = (owner, grammar)
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if not self._has(key):
-                self._known[key] = await self._compiled(key, vocabulary)
+            is_due = time.monotonic() > self._refused_until.get(key, inf)
+            if key not in self._known or is_due:
+                async with place:
+                    self._known[key] = await self._compiled(key, vocabulary)
             self._known.move_to_end(key)
             found = self._known[key]
         while len(self._known) > MAX_REMEMBERED:
@@ -114,9 +116,6 @@ class StructureCompiler:
     def close(self) -> None:
         """End the processes."""
         self._processes.close()
-
-    def _has(self, key: Key) -> bool:
-        return key in self._known and time.monotonic() <= self._refused_until.get(key, inf)
 
     def _forget_one(self) -> None:
         """Forget what was used longest ago of the owner who has most."""
@@ -148,11 +147,6 @@ class StructureCompiler:
             "tokens": [token.decode("latin-1") for token in vocabulary.tokens],
             "special_ids": sorted(vocabulary.special_ids),
         }
-
-
-def _whole_grammar(form: StructuredOutput, thinking: Thinking | None) -> str:
-    grammar = grammar_of(form)
-    return grammar if thinking is None else thinking.before(grammar)
 
 
 def _tried(grammar: str, process: WorkerProcess) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
-from lora_runtime.text.thinking import Thinking
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import missing_logged
 from server.access.places import TenantPlaces
@@ -185,11 +184,19 @@ class Generation:
         side = text_side(self._records(call), call.uses_base_text)
         while True:
             token_ids = await self._prompts.tokenize(call.prompt, side)
+            self._room(call, len(token_ids), self._records(call))  # what is too long has no form
             answer = self._answer(call.prompt, token_ids, side)
             form = answer.form(call.sampling.structured_output)
             structure = None
             if form is not None:
-                structure = await self._compiled(call, form, side, answer.thinking)
+                tenant = call.caller.tenant
+                structure = await self._structures.compile(
+                    form,
+                    side,
+                    answer.thinking,
+                    owner=tenant,
+                    place=self._compiling.waited_for(tenant),
+                )
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:
@@ -201,20 +208,6 @@ class Generation:
         if not isinstance(prompt, ChatPrompt):
             return PLAIN
         return chat_answer(prompt, token_ids, self._tokenizer, side, self._parsers)
-
-    async def _compiled(
-        self,
-        call: GenerateCall,
-        form: StructuredOutput,
-        side: TextSide | None,
-        thinking: Thinking | None,
-    ) -> Structure:
-        """Compile a form for the caller's tenant, which waits little for other tenants' forms."""
-        tenant = call.caller.tenant
-        if self._structures.knows(form, thinking, owner=tenant):
-            return await self._structures.compile(form, side, thinking, owner=tenant)
-        async with self._compiling.waited_for(tenant):
-            return await self._structures.compile(form, side, thinking, owner=tenant)
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         found = []
@@ -240,16 +233,22 @@ class Generation:
             deadline=deadline,
         )
 
-    def _sampling(self, call: GenerateCall, prepared: _Prepared) -> SamplingParams:
-        """The request's parameters with the defaults that depend on prompt and base filled in."""
-        num_prompt_tokens = len(prepared.token_ids)
-        limit = self._engine.info.token_limit(depth(prepared.records))
-        room = limit - num_prompt_tokens
-        if room < 1:
+    def _room(
+        self, call: GenerateCall, num_prompt_tokens: int, records: list[AdapterRecord]
+    ) -> int:
+        """Tokens that fit after a prompt. Raises InvalidRequest where there are none."""
+        limit = self._engine.info.token_limit(depth(records))
+        if num_prompt_tokens >= limit:
             raise InvalidRequest(
                 f"{call.prompt.field} has {num_prompt_tokens} tokens; at most {limit - 1} fit",
                 field=call.prompt.field,
             )
+        return limit - num_prompt_tokens
+
+    def _sampling(self, call: GenerateCall, prepared: _Prepared) -> SamplingParams:
+        """The request's parameters with the defaults that depend on prompt and base filled in."""
+        num_prompt_tokens = len(prepared.token_ids)
+        room = self._room(call, num_prompt_tokens, prepared.records)
         wanted = call.sampling.max_tokens
         if call.has_max_tokens and wanted > room:
             raise InvalidRequest(

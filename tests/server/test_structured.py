@@ -232,6 +232,16 @@ async def test_what_cannot_be_kept_is_refused_by_name(folder):
             assert caught.value.field == field
 
 
+async def test_a_prompt_that_does_not_fit_has_no_form_compiled(serve):
+    async with serve(max_model_len=100) as world:
+        form = {"regex": "a+"}
+        with pytest.raises(InvalidRequest, match="at most 99 fit"):
+            await world.client.generate(text="a" * 100, structured_output=form).text()
+        assert not world.service.generation._structures._known
+        await world.client.generate(text="a" * 98, structured_output=form).text()
+        assert len(world.service.generation._structures._known) == 1
+
+
 async def test_hostile_definitions_are_refused_and_disturb_nobody(folder):
     async with tiny_server.running(folder) as (client, _):
         options = {"text": "The quick", "max_tokens": 1}
