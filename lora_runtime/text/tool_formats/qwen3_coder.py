@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_runtime.errors import InvalidRequest, written
+from lora_runtime.text.structured_output import MAX_BYTES
 from lora_runtime.text.tool_formats.json_calls import (
     definitions,
     expect,
@@ -97,17 +98,23 @@ def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
     start = several("whole", '"\\n"', max_calls)
     whole = f'{literal(BEGIN)} "\\n" call "\\n" {literal(END)}'
     calls = " | ".join(f"call_{index}" for index in range(len(schemas)))
-    rules = [
-        rule
-        for index, (name, schema) in enumerate(schemas.items())
-        for rule in _call_rules(f"_{index}", name, schema or {})
-    ]
+    rules, size = [], 0
+    for index, (name, schema) in enumerate(schemas.items()):
+        for rule in _call_rules(f"_{index}", name, schema or {}):
+            rules.append(rule)
+            size += len(rule)
+            if size > MAX_BYTES:  # each parameter has all definitions: it could be thousands more
+                raise InvalidRequest(
+                    f"messages.tools: the parameters of {name!r} need a grammar of more than "
+                    f"{MAX_BYTES} bytes, which is not compiled",
+                    field="messages.tools",
+                )
     return "\n".join((f"calls: {start}", f"whole: {whole}", f"call: {calls}", *rules))
 
 
 def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The rule `call` of one tool, and those of its parameters, in the schema's order."""
-    required = _member(name, schema, "required", list, ())
+    required = {key for key in _member(name, schema, "required", list, ()) if isinstance(key, str)}
     body = []
     for number, (key, value) in enumerate(_member(name, schema, "properties", dict, {}).items()):
         place = f"{index}_{number}"

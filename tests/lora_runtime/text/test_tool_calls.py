@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
+import tracemalloc
 from dataclasses import replace
 
 import jsonschema
@@ -432,3 +434,24 @@ def test_what_is_no_schema_is_refused_by_name(wrong: dict) -> None:
     with pytest.raises(InvalidRequest) as caught:
         FORMATS["qwen3_coder"].form({"f": wrong}, {})
     assert caught.value.field == "messages.tools"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_large_schema_takes_no_more_time_or_memory_than_it_is_large(name: str) -> None:
+    """Qwen3-Coder has a rule for each parameter, which needs the schema's definitions again."""
+    schema = {
+        "type": "object",
+        "properties": {f"p{index}": {} for index in range(4_000)},
+        "required": [f"q{index}" for index in range(100_000)],
+        "$defs": {"a": {"const": "x" * 20_000}},
+    }
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        with pytest.raises(InvalidRequest):
+            grammar_of(FORMATS[name].form({"f": schema}, {}))
+        assert time.process_time() - began < 2
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(json.dumps(schema))
