@@ -512,6 +512,10 @@ def test_help_is_grouped_and_fits_80_columns(invoke):
         page = invoke(command, "-h", env={"COLUMNS": "80"}).stdout
         assert all(f"─ {group} ─" in page for group in groups)
         assert max(map(len, page.splitlines())) <= 80
+        lines = [line.strip(" │") for line in page.splitlines()]
+        at = next(i for i, line in enumerate(lines) if line.startswith("--seed ")
+                  or line.startswith("--quantization "))  # fmt: skip
+        assert len(lines[at + 1].split()) > 4, "a text has the width of the page"
         found = SETTINGS if command == "serve" else TRAIN_SETTINGS
         assert {f"--{key.replace('_', '-')}" for key in found} <= set(page.split())
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", invoke("--version").stdout)

@@ -150,7 +150,7 @@ async def test_uploads_that_run_are_bounded(serve, stuck):
         waiting = [
             asyncio.create_task(upload(world, f"u{index}")) for index in range(MAX_RUNNING_UPLOADS)
         ]
-        await until(lambda: world.service.adapters._store._num_running == MAX_RUNNING_UPLOADS)
+        await until(lambda: world.service.adapters._store._running.num_held == MAX_RUNNING_UPLOADS)
         with pytest.raises(Overloaded, match=f"{MAX_RUNNING_UPLOADS} uploads"):
             await asyncio.wait_for(upload(world, "one-more"), 2)
         for task in waiting:
@@ -179,7 +179,7 @@ async def test_an_upload_that_sends_next_to_nothing_gives_its_place_back(
         if caught.value.code() is not grpc.StatusCode.INTERNAL:  # lost while it was sending
             error = from_rpc_error(caught.value)
             assert isinstance(error, InvalidRequest) and "bytes a second" in str(error)
-        await until(lambda: world.service.adapters._store._num_running == 0)
+        await until(lambda: world.service.adapters._store._running.num_held == 0)
 
 
 async def test_chats_that_nobody_renders_are_seen(serve, stuck, monkeypatch):

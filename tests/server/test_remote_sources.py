@@ -367,7 +367,7 @@ async def test_a_head_without_an_end_holds_no_thread(store, web, head, method):
     web.bent[(method, f"/x/{WEIGHTS}")] = [head] * 3
     sources = remote(store, f"{web.url}/", limits=HASTY)
     assert "3 attempts" in await failure(sources, source, Unavailable)
-    await until(lambda: sources._threads._num_running == 0)
+    await until(lambda: sources._threads[""]._num_running == 0)
     assert await fetch(sources, source) == adapter()
 
 
@@ -404,7 +404,7 @@ async def test_a_caller_who_goes_away_ends_the_fetch(store, web):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left(store) == []
-    await until(lambda: sources._threads._num_running == 0)  # the read was ended too
+    await until(lambda: sources._threads[""]._num_running == 0)  # the read was ended too
 
 
 async def test_an_adapter_that_changes_while_it_is_fetched_is_one_or_the_other(store, web):
@@ -498,7 +498,7 @@ async def test_too_many_fetches_wait_no_longer(store, web):
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert left(store) == [] and sources._num_fetches == 0
+    assert left(store) == [] and sources._fetches.num_held == 0
 
 
 # Object stores.
