@@ -1,4 +1,4 @@
-"""Async test functions, the fixture `serve`: `async with serve() as world`, and logs."""
+"""Async test functions, the fixture `serve`: `async with serve() as world`, logs and commands."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import structlog
+from typer import testing
 
 from tests.server.world import World, serving
 
@@ -26,6 +27,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[World]]:
     return partial(serving, tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """Typer's CliRunner builds all of a program's commands for every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", cache(testing._get_command))
+        yield
 
 
 @pytest.fixture(autouse=True)
