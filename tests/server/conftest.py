@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+import uvicorn.server
 from typer import testing
 
 from tests.server.world import World, serving
@@ -34,6 +35,25 @@ def commands_are_built_once() -> Iterator[None]:
     """Typer's CliRunner builds all of a program's commands for every call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testing, "_get_command", cache(testing._get_command))
+        yield
+
+
+class QuickAsyncio:
+    """asyncio, where a tenth of a second is a hundredth."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds / 10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def http_servers_end_at_once() -> Iterator[None]:
+    """uvicorn looks every tenth of a second whether it is to end, and then waits for another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", QuickAsyncio())
         yield
 
 
