@@ -19,8 +19,9 @@ import psutil
 import torch
 
 from server.client import AsyncClient
+from tests.fork_server import REPO
 from tests.peft_adapters import write_adapter
-from tests.server.test_process import REPO, free_address
+from tests.server.test_process import free_address
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
