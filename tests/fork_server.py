@@ -3,7 +3,8 @@
 To import them takes seconds of processor time, more than most programs of the tests need. A program
 runs as `python -m module` or `python script` runs it, with its own arguments, environment, output
 and end. What is read from the environment by an import (`TRITON_INTERPRET`, `OMP_NUM_THREADS`) is
-as it was in the test's process. test_cli.py and the examples start servers without this.
+as it was in the test's process. The servers of test_cli.py, of the soak and of
+examples/serve_two_adapters.py start without this.
 """
 
 from __future__ import annotations
