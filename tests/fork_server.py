@@ -26,6 +26,8 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 REPO = Path(__file__).parents[1]
 IMPORTED = (
     "bitsandbytes",
@@ -38,19 +40,32 @@ IMPORTED = (
 MAX_REQUEST_BYTES = 1 << 17
 
 
+def start_program(
+    command: Sequence[str | Path],
+    *,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+) -> Program | subprocess.Popen:
+    """Start `command`, `-m` and a module or a script, and arguments, in the repository's folder.
+
+    `stdout`, `stderr`: open files. Where there is a GPU it is no fork: imports look at the GPU, and
+    then a fork cannot use it.
+    """
+    env = {**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"}
+    if torch.cuda.is_available():
+        command = [sys.executable, *command]
+        return subprocess.Popen(command, cwd=REPO, stdout=stdout, stderr=stderr, env=env)
+    return Program(command, stdout, stderr, env)
+
+
 class Program:
-    """A program that runs in the repository's folder; it is used as a subprocess.Popen."""
+    """A running fork; it is used as a subprocess.Popen."""
 
     def __init__(
-        self,
-        command: Sequence[str | Path],
-        *,
-        stdout: int = subprocess.DEVNULL,
-        stderr: int = subprocess.DEVNULL,
-        env: Mapping[str, str] | None = None,
+        self, command: Sequence[str | Path], stdout: int, stderr: int, env: Mapping[str, str]
     ) -> None:
-        """`command`: `-m` and a module, or a script, and arguments; `stdout`, `stderr`: files."""
-        request = {"command": [*map(str, command)], "env": dict(os.environ if env is None else env)}
+        request = {"command": [*map(str, command)], "env": dict(env)}
         self.returncode: int | None = None
         self._facts, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "wb") as null:
@@ -100,11 +115,12 @@ def run_program(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, as subprocess.run does with `capture_output`."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        program = Program(command, stdout=stdout.fileno(), stderr=stderr.fileno(), env=env)
+        program = start_program(command, stdout=stdout.fileno(), stderr=stderr.fileno(), env=env)
         try:
             code = program.wait(timeout)
         finally:
             program.kill()
+            program.wait()
         for file in (stdout, stderr):
             file.seek(0)
         return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())

@@ -73,7 +73,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, kind):
+async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, release, kind):
     owner, method, call = KINDS[kind]
     async with serve() as world:
         calls = stuck(owner, method)
@@ -89,6 +89,7 @@ async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, kind):
         assert await asyncio.wait_for(
             world.client.generate("text is never behind them", max_tokens=2).text(), 2
         )
+        release.set()  # else the server's end waits for them
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

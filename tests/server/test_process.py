@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lora_runtime.errors import Unavailable
 from server.client import AsyncClient
 from server.watchdog import MAX_FAILED_IN_A_ROW
-from tests.fork_server import Program
+from tests.fork_server import Program, start_program
 from tests.server.faulty_server import FROZEN_S
 from tests.tiny import tiny_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
@@ -42,7 +43,9 @@ def free_address() -> str:
 class Server:
     """A server's process and its clients."""
 
-    def __init__(self, process: Program, log: Path, fault: Path, target: str, http: str):
+    def __init__(
+        self, process: Program | subprocess.Popen, log: Path, fault: Path, target: str, http: str
+    ):
         self.process, self.log, self.fault, self.target = process, log, fault, target
         self.http = httpx.AsyncClient(base_url=f"http://{http}", timeout=2)
         self.client = AsyncClient(target)
@@ -95,7 +98,7 @@ async def started(base: Path, tmp_path: Path, *flags: str) -> AsyncIterator[Serv
         "--adapter-store", str(tmp_path / "store"), *flags,
     ]  # fmt: skip
     with log.open("wb") as stream:
-        process = Program(
+        process = start_program(
             ["-m", "tests.server.faulty_server", fault, *arguments], stderr=stream.fileno()
         )
     server = Server(process, log, fault, target, http)

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from server.client import AsyncClient
-from tests.fork_server import REPO, Program
+from tests.fork_server import REPO, Program, start_program
 from tests.peft_adapters import write_adapter
 from tests.server.test_process import free_address
 from tests.tiny import tiny_model
@@ -149,7 +149,7 @@ def running(
     with log.open("a") as stream:
         if is_fork:
             output = stream.fileno()
-            process = Program(command, stdout=output, stderr=output, env=environment)
+            process = start_program(command, stdout=output, stderr=output, env=environment)
         else:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=REPO, stderr=stream, stdout=stream, env=environment
