@@ -72,6 +72,8 @@ def server(tmp_path_factory):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
         assert events(log)[-1]["event"] == "stopped"
+        for line in log.read_text().splitlines():
+            assert line.startswith("{"), "nothing that was imported writes there too"
     finally:
         process.kill()
         process.wait()

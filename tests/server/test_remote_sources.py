@@ -46,7 +46,7 @@ from tests.server.world import until
 REPO = Path(__file__).parents[2]
 MAX_BYTES = 1 << 20
 CALM = FetchLimits(idle_s=20.0, total_s=60.0, pause_s=0.01)
-HASTY = FetchLimits(idle_s=0.6, total_s=20.0, pause_s=0.01)
+HASTY = FetchLimits(idle_s=0.35, total_s=20.0, pause_s=0.01)
 
 
 @pytest.fixture
@@ -535,6 +535,7 @@ async def test_an_s3_server_that_is_away(store, bucket, monkeypatch):
     from s3fs import S3FileSystem
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own, each with a longer pause
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     S3FileSystem.clear_instance_cache()
     message = await failure(remote(store, "s3://adapters/"), "s3://adapters/x", Unavailable)

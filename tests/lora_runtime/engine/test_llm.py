@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -241,14 +242,17 @@ def test_names_may_be_looked_at_while_another_thread_loads_one(llm, folder):
         while not is_over.is_set():
             seen.append(set(llm.adapters))
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the threads take turns often, and neither waits long for its own
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
         try:
-            for _ in range(100):
+            for _ in range(30):
                 llm.load("late", folder / "a")
                 llm.unload("late")
         finally:
             is_over.set()
+            sys.setswitchinterval(interval)
         looking.result()
     assert all(names - {"late"} == {"a", "b"} for names in seen)
 
