@@ -10,15 +10,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_runtime.engine.llm import LLM, Completion
+    from lora_runtime.engine.llm import LLM, Completion, ToolCall
     from lora_runtime.training.call import train
     from server.client import AsyncClient, Client, tls_credentials
 
-__all__ = ["LLM", "AsyncClient", "Client", "Completion", "tls_credentials", "train"]
+__all__ = ["LLM", "AsyncClient", "Client", "Completion", "ToolCall", "tls_credentials", "train"]
 
 _MODULES = {
     "LLM": "lora_runtime.engine.llm",
     "Completion": "lora_runtime.engine.llm",
+    "ToolCall": "lora_runtime.engine.llm",
     "Client": "server.client",
     "AsyncClient": "server.client",
     "tls_credentials": "server.client",

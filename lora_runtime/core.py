@@ -282,6 +282,8 @@ class Request:
     """What `sampling.structured_output` was compiled to; None if and only if that is None."""
     cache_salt: str = ""
     """Requests share cached prefixes only under equal salts."""
+    cache_owner: str = ""
+    """Whose prefixes are cached: those of the owner who has most of them make room first."""
     client: str = ""
     """Who asks; clients share the engine fairly."""
     weight: float = 1.0

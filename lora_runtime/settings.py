@@ -18,6 +18,7 @@ import yaml
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lora_runtime.errors import ConfigError, nearest, written
+from lora_runtime.plain_file import read_plain_file
 
 T = TypeVar("T")
 
@@ -367,9 +368,10 @@ def parse_yaml(text: str) -> object:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The `key: value` lines of a YAML file; none of an empty one. Raises ConfigError."""
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8"))
+        content = parse_yaml(read_plain_file(file).decode())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {error}", field="config") from None
+        problem = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file} cannot be read as YAML: {problem}", field="config") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -27,6 +27,7 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.errors import AdapterSourceRefused, BaseRefused, ConfigError
 from lora_runtime.shortages import allow_open_files
+from lora_runtime.text.chat_output import Parsers
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.http_gate import HttpGate
@@ -258,7 +259,7 @@ async def _service(
         store=store,
         observer=observer,
         base_name=engine.info.base.name,
-        tool_call_parser=config.tool_call_parser,
+        parsers=Parsers(config.tool_call_parser, config.reasoning_parser),
         watchers=watchers,
         remote=_remote_sources(config, store),
         on_demand=config.adapter_on_demand,

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lora_runtime.core import (
     AdapterChoice,
@@ -19,7 +19,9 @@ from lora_runtime.core import (
     TokenLogprob,
 )
 from lora_runtime.engine.client import EngineInfo, LoadedAdapter
+from lora_runtime.text.chat_prompt import ChatPrompt
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.tool_calls import ToolCallDelta
 from server.access.caller import Caller
 
 
@@ -33,43 +35,6 @@ class TextPrompt:
     @property
     def is_empty(self) -> bool:
         return not self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """What the assistant may call."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] | None = None
-    """JSON schema of an object; None: any object."""
-
-
-class ToolMode(StrEnum):
-    """Whether tools are called."""
-
-    AUTO = "auto"
-    NONE = "none"
-    REQUIRED = "required"
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation for a chat template: mappings with `role` and `content`, and where they apply
-    `name`, `tool_call_id` and `tool_calls` in the shape of OpenAI's API.
-    """
-
-    field: ClassVar[str] = "messages"
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Tool, ...] = ()
-    tool_choice: ToolMode | str = ToolMode.AUTO
-    """A ToolMode, or the name of the tool that is to be called."""
-    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the template sees beside messages and tools, such as `enable_thinking`."""
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,37 +110,32 @@ class PromptLogprobs:
     logprobs: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """More of one call of a tool: its first part has the id and the name."""
-
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-    """More of the text of a JSON object."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """More of an output; `text` may lag behind `token_ids`."""
+    """More of an output; `text` and `reasoning` may lag behind `token_ids`."""
 
     text: str
+    reasoning: str = ""
+    """More of what the model thinks before it answers."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[ToolCallDelta, ...] = ()
-    """What `text` leaves out, because it is part of a call."""
+    """More of its calls of tools; they are no part of `text`."""
     index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """An output is complete. `timing` is None where the service cut it at a stop string."""
+    """An output is complete. `timing` is None where the service cut it: at a stop string, or after
+    the last call of a tool that it might make.
+    """
 
     index: int = 0
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_output_tokens: int
+    num_reasoning_tokens: int = 0
+    """Of the output's tokens those by which the model thought."""
     timing: RequestTiming | None
 
 
@@ -256,8 +216,10 @@ class AdapterRecord:
     is_on_demand: bool = False
     """A request asked for it, not an operator: it makes room for others, and is not kept over a
     restart."""
-    last_used_at_s: float = 0.0
-    """When a request began to use it, by time.monotonic; 0: never."""
+    tenants: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Tenants that it is charged to, and when a request of each last began to use it, or its load
+    began, by time.monotonic. Without keys there is one, of an empty name; none: it is the whole
+    server's. See `shares.py`."""
     num_downloaded_bytes: int = 0
     """Fetched so far, while DOWNLOADING."""
     num_bytes_to_download: int = 0
@@ -266,6 +228,11 @@ class AdapterRecord:
     @property
     def digest(self) -> str:
         return self.loaded.digest if self.loaded else ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in host memory."""
+        return self.loaded.nbytes if self.loaded else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

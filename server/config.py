@@ -63,11 +63,18 @@ def _split_commas(value: object) -> object:
 def _split_adapters(value: object) -> object:
     """NAME=SOURCE, in a list (flags) or one text (environment), to a mapping. In a text a colon
     parts two of them only where a name and = follow, so that a source may have one."""
-    return _named(NEXT_NAME.split(value) if isinstance(value, str) else value, "NAME=SOURCE")
+    parts = NEXT_NAME.split(value) if isinstance(value, str) else value
+    if isinstance(parts, list) and any(re.search(r",[^,=/]+=", str(part)) for part in parts):
+        raise ValueError("one NAME=SOURCE; give two by --adapter A=… --adapter B=…, or in a file")
+    return _named(parts, "NAME=SOURCE")
 
 
 def _split_on_demand(value: object) -> object:
-    return _named(_split_commas(value), "PATTERN=SOURCE")
+    """PATTERN=SOURCE with commas between, in a text or in each text of a list."""
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, list):
+        parts = [pair for part in parts for pair in str(part).split(",") if pair]
+    return _named(parts, "PATTERN=SOURCE")
 
 
 def _named(parts: object, form: str) -> object:
@@ -132,6 +139,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 ToolCallParser = Literal[
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_named"
 ]
+ReasoningParser = Literal["auto", "none"]
 LogFormat = Literal["auto", "json", "console"]
 Url = Annotated[str, AfterValidator(_checked_url)]
 Address = Annotated[str, AfterValidator(_checked_address)]
@@ -226,6 +234,11 @@ class ServerConfig(EngineConfig):
     tool_call_parser: ToolCallParser = setting(default="auto", group=TEXT)
     """Format in which the models' calls of tools are read from their text. `auto`: the one that the
     chat template shows. `none`: calls stay in the text."""
+
+    reasoning_parser: ReasoningParser = setting(default="auto", group=TEXT)
+    """Whether what models think before they answer is given apart from their text, and comes before
+    the form of an answer that has one. `auto`: where the chat template knows tags for it. `none`:
+    it stays in the text, and a form begins with the first token."""
 
     engine_timeout_s: Float = setting(default=10.0, gt=0, le=MAX_SECONDS, group=PROCESS)
     """Seconds without any progress after which a busy engine counts as hung: its requests and the

@@ -7,6 +7,14 @@ import re
 from lora_runtime.errors import InvalidRequest
 from server.calls import PromptLimits
 
+MAX_VALUES = 1 << 20
+"""Numbers and other values of one request: 128 prompts of 8,192 token ids each."""
+MAX_TEXTS = 1 << 17
+"""Texts of one request, the keys of objects among them."""
+MAX_PARTS = 1 << 14
+"""Lists, objects and messages of one request, such as turns of a conversation and parts of them.
+What checks them cannot be interrupted; a hundred thousand would hold up every stream for seconds.
+"""
 MAX_NAME_LENGTH = 128
 """Characters of an adapter's name."""
 

@@ -14,7 +14,7 @@ HEAD_S = 20.0
 body has a limit of its own; what remains of one that was refused has this one.
 """
 STALL_S = 120.0
-"""Seconds in which a client must have read what waits for it, tens of kilobytes."""
+"""Seconds in which a client must have read some of what waits for it."""
 
 
 class HttpConnection(H11Protocol):
@@ -24,6 +24,8 @@ class HttpConnection(H11Protocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _num_unread = 0
+    """Bytes that waited for the client when it was last seen to read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Keep the names in the state that each request of the connection begins with."""
@@ -49,15 +51,25 @@ class HttpConnection(H11Protocol):
         self._follow_head()
 
     def pause_writing(self) -> None:
-        """Give the client STALL_S to read."""
+        """Give the client STALL_S to read, again and again as long as it does."""
         super().pause_writing()
         if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
+            self._follow_reader()
 
     def resume_writing(self) -> None:
         """It has read."""
         self._stall_timer = _stopped(self._stall_timer)
         super().resume_writing()
+
+    def _follow_reader(self) -> None:
+        self._num_unread = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALL_S, self._end_if_stalled)
+
+    def _end_if_stalled(self) -> None:
+        if self.transport.get_write_buffer_size() < self._num_unread:
+            self._follow_reader()
+        else:
+            self.transport.abort()
 
     def _follow_head(self) -> None:
         """The clock runs while no request is being answered, whatever comes meanwhile."""

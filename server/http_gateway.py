@@ -46,7 +46,7 @@ def build_http_app(
     async def readyz(_: Request) -> Response:
         return _probe(is_alive() and is_ready(), "loading, not ready, or draining")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/metrics", show_metrics),
             Route("/healthz", healthz),
@@ -56,6 +56,9 @@ def build_http_app(
         ],
         exception_handlers={HTTPException: _no_route},
     )
+    # `/metrics/` is no route: starlette would lead to `/metrics` on whatever host a caller names.
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_runtime.engine.client import EngineClient
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.caller import Caller
@@ -85,13 +86,13 @@ def build_service(
     store: AdapterStore,
     observer: RequestObserver,
     base_name: str,
-    tool_call_parser: str = "auto",
+    parsers: Parsers = AS_TEMPLATES_SAY,
     watchers: Sequence[RequestWatcher] = (),
     remote: RemoteSources | None = None,
     on_demand: Mapping[str, str] | None = None,
 ) -> Service:
     """Put the parts together. Without `remote` every source elsewhere is refused; `on_demand` as in
-    `OnDemand`, `tool_call_parser` as in `tools.tool_use`.
+    `OnDemand`.
     """
     quotas, prompts = Quotas(), Prompts(tokenizer, own_text, engine.info)
     loads = Loads(
@@ -101,15 +102,15 @@ def build_service(
         sources=sources,
         store=store,
         remote=remote or RemoteSources(store),
+        quotas=quotas,
     )
-    loaded_on_demand = OnDemand(on_demand or {}, registry, loads.load_on_demand)
+    loaded_on_demand = OnDemand(on_demand or {}, registry, loads)
     adapters = Adapters(
         registry=registry,
         changes=changes,
         loads=loads,
         on_demand=loaded_on_demand,
         store=store,
-        quotas=quotas,
     )
     generation = Generation(
         engine=engine,
@@ -121,7 +122,7 @@ def build_service(
         observer=observer,
         watchers=watchers,
         base_name=base_name,
-        tool_call_parser=tool_call_parser,
+        parsers=parsers,
     )
     facts = ServerFacts(engine, adapters, tokenizer, base_name)
     return Service(facts, prompts, generation, adapters, loads, loaded_on_demand)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+from peft import PeftModel  # noqa: E402  (imports bitsandbytes)
 
 COMPILING_TIMEOUT = 900
 """Seconds that a test may take on a GPU, where kernels are compiled in the tests."""
@@ -30,6 +33,18 @@ def pytest_collection_finish():
     """No collection looks again through what the imports left, which is a million objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_model_cards():
+    """PEFT's README.md, beside every adapter: to render its template takes longer than the rest."""
+
+    def write(_: PeftModel, folder: str) -> None:
+        (Path(folder) / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "create_or_update_model_card", write)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import (
     ANY_FOLDER,
     BaseSpec,
@@ -151,6 +152,8 @@ class ScriptedEngine:
         self.num_waiting = 0
         self.is_busy, self.num_beats, self.num_failed_in_a_row = False, 0, 0
         self.references: Counter[str] = Counter()
+        self.num_loads: Counter[str] = Counter()
+        """Times that each content was loaded."""
         self.loaded: dict[str, LoadedAdapter] = {}
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
@@ -221,8 +224,10 @@ class ScriptedEngine:
             raise _load_error(content[1:].decode(), folder)
         digest = content.decode()[:1] + hashlib.sha256(content).hexdigest()
         if self.max_loaded is not None and len({*self.references, digest}) > self.max_loaded:
-            raise Overloaded("unload some first", field="adapters.host_bytes")
+            size, num_held = PLAIN.nbytes, len(self.references)
+            raise HostMemoryFull(size, num_held * size, self.max_loaded * size)
         self.references[digest] += 1
+        self.num_loads[digest] += 1
         facts = _facts(folder)
         text_files = facts.pop("text_files", {})
         facts = replace(PLAIN.facts, digest=digest, **facts)

@@ -26,7 +26,7 @@ MAX_FUNCTION_LINES = 50
 MAX_KERNEL_BODY_LINES = 150
 
 CLIENT = "server.client"
-SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors",
+SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors", "lora_runtime.plain_file",
                        "lora_runtime.adapters.files.file_names",
                        "lora_runtime.adapters.files.open_folder", "protos"}  # fmt: skip
 """All that the client imports of ours: nothing of the service side."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -115,6 +116,13 @@ def tiny_checkpoint(folder: Path, shape: str = "llama", *, seed: int = 0) -> Pat
     """The same model as a bfloat16 checkpoint on disk, without a tokenizer."""
     tiny_model(shape, seed=seed, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def lengthen(folder: Path, max_position_embeddings: int = 2048) -> None:
+    """Let a checkpoint take longer sequences."""
+    config = folder / "config.json"
+    longer = {"max_position_embeddings": max_position_embeddings}
+    config.write_text(json.dumps(json.loads(config.read_text()) | longer))
 
 
 _untouched = cache(lambda shape, seed, dtype: tiny_model(shape, seed=seed, dtype=dtype))

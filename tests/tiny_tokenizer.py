@@ -6,6 +6,7 @@ merges across boundaries really happen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,14 +27,19 @@ _TEXT = (
 )
 
 
-def write_tokenizer(folder: Path, *, chat_template: str | None = CHATML_TEMPLATE) -> None:
+def write_tokenizer(
+    folder: Path,
+    *,
+    chat_template: str | None = CHATML_TEMPLATE,
+    more_special: Sequence[str] = (),
+) -> None:
     """Write the tokenizer's files into `folder`, as AutoTokenizer reads them."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *more_special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

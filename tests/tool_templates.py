@@ -54,9 +54,6 @@ arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": 
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
 {%- endif %}
 """
 
@@ -133,34 +130,134 @@ name and its value}. Do not use variables.\\n\\n' }}
 {%- endif %}
 """
 
-MISTRAL03 = """\
-{{- bos_token }}
+QWEN3 = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- "# Tools\n\nYou may call one or more functions.\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" + (tool | tojson) }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nReply with <tool_call>\n{\"name\": <function-name>, \"arguments\": \
+<args-json-object>}\n</tool_call><|im_end|>\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=0) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{%- set ns.last_query = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for message in messages %}
     {%- if message.role == "user" %}
-        {%- if tools is not none and loop.last %}
-            {{- "[AVAILABLE_TOOLS] " + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}
-        {%- endif %}
-        {{- "[INST] " + message.content + "[/INST]" }}
-    {%- elif message.tool_calls is defined %}
-        {{- "[TOOL_CALLS] [" }}
-        {%- for call in message.tool_calls %}
-            {{- call.function | tojson }}
-        {%- endfor %}
-        {{- "]" + eos_token }}
+        {{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
     {%- elif message.role == "assistant" %}
-        {{- " " + message.content + eos_token }}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if message.reasoning_content and loop.index0 > ns.last_query %}
+            {{- '<think>\n' + message.reasoning_content.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if content or not loop.first %}{{- '\n' }}{%- endif %}
+            {{- '<tool_call>\n{"name": "' + tool_call.function.name + '", "arguments": ' }}
+            {{- tool_call.function.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content }}
+        {{- '\n</tool_response><|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+THINKS_ALWAYS = r"""
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content.split('</think>')[-1] }}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}
+"""
+"""As DeepSeek-R1's and QwQ's: the prompt opens the thought."""
+
+_MISTRAL = r"""
+{{- bos_token }}
+{%- set user_messages = messages | selectattr("role", "equalto", "user") | list %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- "[AVAILABLE_TOOLS]" + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {{- "[INST]" + message.content + "[/INST]" }}
+    {%- elif message.tool_calls is defined %}
+        CALLS
+        {{- eos_token }}
+    {%- elif message.role == "assistant" %}
+        {{- message.content + eos_token }}
+    {%- elif message.role == "tool" %}
+        {%- if message.tool_call_id | length != 9 %}
+            {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}
+        {%- endif %}
+        {{- '[TOOL_RESULTS]{"content": ' + message.content | string }}
+        {{- ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- endif %}
 {%- endfor %}
 """
+_CHECKED = r"""{%- if call.id | length != 9 %}
+            {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}
+        {%- endif %}"""
+_LIST = rf"""{{{{- "[TOOL_CALLS]MARGIN[" }}}}
+        {{%- for call in message.tool_calls %}}
+        {_CHECKED}
+        {{{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}}' }}}}
+        {{{{- "]" if loop.last else ", " }}}}
+        {{%- endfor %}}"""
+_NAMED = rf"""{{%- if message.content %}}{{{{- message.content }}}}{{%- endif %}}
+        {{%- for call in message.tool_calls %}}
+        {_CHECKED}
+        {{{{- "[TOOL_CALLS]" + call.function.name + "[CALL_ID]" + call.id + "[ARGS]" }}}}
+        {{{{- call.function.arguments | tojson }}}}
+        {{%- endfor %}}"""
+MISTRAL03 = _MISTRAL.replace("CALLS\n", _LIST.replace("MARGIN", " ") + "\n", 1)
+MISTRAL_NEMO = _MISTRAL.replace("CALLS\n", _LIST.replace("MARGIN", "") + "\n", 1)
+MISTRAL_SMALL32 = _MISTRAL.replace("CALLS\n", _NAMED + "\n", 1)
 
-QWEN3_CODER = """\
+QWEN3_CODER = r"""
 {%- if tools is iterable and tools | length > 0 %}
-    {{- '<|im_start|>system\\n<tools>' + (tools | tojson) + '</tools>\\n' }}
-    {{- 'Reply as <tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>\
-\\nvalue_1\\n</parameter>\\n</function>\\n</tool_call><|im_end|>\\n' }}
+    {{- '<|im_start|>system\n<tools>' + (tools | tojson) + '</tools>\n' }}
+    {{- 'Reply as <tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\n\
+value_1\n</parameter>\n</function>\n</tool_call><|im_end|>\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- if message.role == "assistant" and message.tool_calls is defined %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content | trim %}{{- '\n' + message.content | trim + '\n' }}{%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {{- '\n<tool_call>\n<function=' + tool_call.function.name + '>\n' }}
+            {%- for name, value in tool_call.function.arguments | items %}
+                {{- '<parameter=' + name + '>\n' }}
+                {%- set value = value | tojson | safe if value is mapping or (value is sequence
+and value is not string) else value | string %}
+                {{- value }}
+                {{- '\n</parameter>\n' }}
+            {%- endfor %}
+            {{- '</function>\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content }}
+        {{- '\n</tool_response>\n<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """

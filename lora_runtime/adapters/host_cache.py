@@ -8,9 +8,21 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter
 from lora_runtime.base.device import memory_bytes
 from lora_runtime.errors import Overloaded
 
-HOST_BYTES = "adapters.host_bytes"
-"""The setting whose limit an adapter that finds no room has met; the error's field."""
 CPU = torch.device("cpu")
+
+
+class HostMemoryFull(Overloaded):
+    """An adapter of `num_bytes` finds no room beside the `held_bytes` of others: `max_bytes` are
+    allowed in all.
+    """
+
+    def __init__(self, num_bytes: int, held_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"adapters take {held_bytes} bytes of host memory, this one {num_bytes} more, and "
+            f"{max_bytes} are allowed; unload some first",
+            field="adapters.host_bytes",
+        )
+        self.num_bytes, self.held_bytes, self.max_bytes = num_bytes, held_bytes, max_bytes
 
 
 class HostCache:
@@ -33,13 +45,9 @@ class HostCache:
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
     def check_room(self, num_bytes: int) -> None:
-        """Raise Overloaded if an adapter of `num_bytes` has no room beside the others."""
+        """Raise HostMemoryFull if an adapter of `num_bytes` has no room beside the others."""
         if self.nbytes + num_bytes > self._max_bytes:
-            raise Overloaded(
-                f"adapters take {self.nbytes} bytes of host memory, this one {num_bytes} more, and "
-                f"{self._max_bytes} are allowed; unload some first",
-                field=HOST_BYTES,
-            )
+            raise HostMemoryFull(num_bytes, self.nbytes, self._max_bytes)
 
     def add(self, adapter: PackedAdapter) -> None:
         """Keep `adapter` with one reference; if its content is here already, add a reference."""

@@ -36,7 +36,9 @@ class ResolvedBase:
     name: str
     folder: Path
     name_or_path: str
-    """What transformers and PEFT load it by: the hub id, or the absolute path of a folder."""
+    """What transformers and PEFT load it by, and what adapters that are trained on it name: the hub
+    id, or where it has none the absolute path of a folder, which for a GGUF file is that of its
+    conversion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,21 @@ def check_base_name(name: str) -> None:
 
 
 def _local(name: str, folder: Path) -> ResolvedBase:
-    return ResolvedBase(name=name, folder=folder, name_or_path=str(folder.absolute()))
+    path = folder.absolute()
+    return ResolvedBase(name=name, folder=folder, name_or_path=_hub_id(path) or str(path))
+
+
+def _hub_id(folder: Path) -> str | None:
+    """The hub id of a folder in a cache of huggingface_hub, `models--org--name/snapshots/commit`,
+    where it holds what that id means by itself: the commit that `main` was when it was fetched.
+    """
+    snapshots, repository = folder.parent, folder.parent.parent
+    parts = repository.name.split("--")
+    if snapshots.name != "snapshots" or len(parts) != 3 or parts[0] != "models":
+        return None
+    main = repository / "refs" / "main"
+    is_main = main.is_file() and main.read_text().strip() == folder.name
+    return "/".join(parts[1:]) if is_main else None
 
 
 def cached_base(name: str) -> Path | None:

@@ -2,7 +2,9 @@
 
 Full blocks are found again by their content and shared, read-only, by reference count. A block
 without users stays findable until its space is needed: blocks without content go first, then the
-least recently used. Source: vLLM's automatic prefix caching (PagedAttention, arXiv:2309.06180).
+least recently used of the owner who has most such blocks, so that nobody's many prompts empty the
+cache of others. Source: vLLM's automatic prefix caching (PagedAttention, arXiv:2309.06180), which
+knows no owners.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ class BlockManager:
         self._digests: dict[int, frozenset[str]] = {}
         """Block with content → the adapters that acted on its tokens or on a token before them."""
         self._cached: dict[Content, int] = {}
+        self._owners: dict[int, str] = {}
+        """Block with content → whose request wrote it first."""
+        self._idle: dict[str, OrderedDict[int, None]] = {}
+        """Owner → its blocks with content and without users, the least recently used first."""
 
     @property
     def num_free(self) -> int:
@@ -85,6 +91,7 @@ class BlockManager:
         """Begin a new row with the blocks found for it; their tokens count as computed."""
         for block in found:
             self._free.pop(block, None)
+            self._leave_idle(block)
             self._num_users[block] += 1
         row.block_table.extend(found)
         row.num_cached_blocks = len(found) // row.num_planes
@@ -114,6 +121,7 @@ class BlockManager:
                 content = row.block_keys[index], plane
                 if self._cached.setdefault(content, block) == block:
                     self._contents[block] = content
+                    self._owners[block] = row.request.cache_owner
                     self._digests[block] = _digests_before(row, (index + 1) * self.block_size)
         row.num_cached_blocks = num_whole
 
@@ -135,6 +143,8 @@ class BlockManager:
             if self._num_users[block] == 0:
                 self._free[block] = None
                 self._free.move_to_end(block, last=block in self._contents)
+                if block in self._contents:
+                    self._idle.setdefault(self._owners[block], OrderedDict())[block] = None
         row.block_table.clear()
         row.num_cached_blocks = 0
 
@@ -144,12 +154,19 @@ class BlockManager:
         assert self._num_users == [users[block] for block in range(self.num_blocks)]
         assert set(self._free) == set(range(self.num_blocks)) - set(users)
         assert self._cached == {content: block for block, content in self._contents.items()}
-        assert self._digests.keys() == self._contents.keys()
+        assert self._digests.keys() == self._owners.keys() == self._contents.keys()
+        idle = {block: owner for owner, blocks in self._idle.items() for block in blocks}
+        assert idle == {b: self._owners[b] for b in self._free if b in self._contents}
+        assert all(self._idle.values())
         has_content = [block in self._contents for block in self._free]
         assert has_content == sorted(has_content), "a cached block would go before an empty one"
 
     def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
+        block = next(iter(self._free))
+        if block in self._contents and len(self._idle) > 1:
+            most = max(self._idle.values(), key=len)
+            block = next(iter(most))
+        del self._free[block]
         self._forget(block)
         self._num_users[block] = 1
         return block
@@ -157,7 +174,16 @@ class BlockManager:
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block, None)
         if content is not None:
-            del self._cached[content], self._digests[block]
+            self._leave_idle(block)
+            del self._cached[content], self._digests[block], self._owners[block]
+
+    def _leave_idle(self, block: int) -> None:
+        """Count a block no longer among its owner's that only make room."""
+        owner = self._owners.get(block, "")
+        blocks = self._idle.get(owner, OrderedDict())
+        blocks.pop(block, None)
+        if not blocks:
+            self._idle.pop(owner, None)
 
     def _extend_keys(self, row: Row, num_blocks: int) -> None:
         """Compute the keys of a row's first `num_blocks` token blocks, each from the one before."""

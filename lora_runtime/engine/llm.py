@@ -63,6 +63,14 @@ from lora_runtime.errors import (
     written,
 )
 from lora_runtime.settings import checked
+from lora_runtime.text.chat_output import (
+    AS_TEMPLATES_SAY,
+    PLAIN,
+    AnswerParts,
+    chat_answer,
+    template_of,
+)
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode, shown_tools
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.messages import Message
 from lora_runtime.text.output_text import OutputText
@@ -70,6 +78,7 @@ from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
+from lora_runtime.text.tool_calls import ToolCallDelta
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation: messages of `role` and `content`."""
@@ -78,9 +87,26 @@ Choice: TypeAlias = str | Mapping[str, float] | None
 Form: TypeAlias = StructuredOutput | Mapping[str, Any] | None
 """What an output must look like, also as `StructuredOutput.of` reads it; None: no form."""
 CHOICE_RULE = "a name, a mapping of names to weights, None, or a list with one of these a prompt"
+_Asked: TypeAlias = str | list[int] | ChatPrompt
 FORM_RULE = "a StructuredOutput, a mapping of one entry, None, or a list with one of these a prompt"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool."""
+
+    id: str
+    """Names the call for its answer."""
+    name: str
+    arguments: str
+    """The text of a JSON object; cut short where `max_tokens` ended the answer."""
+
+    def as_message(self) -> dict[str, Any]:
+        """As a message's `tool_calls` have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +114,9 @@ class Completion:
     """The answer to one prompt."""
 
     text: str = ""
+    reasoning: str = ""
+    """What was thought before, where the chat template knows tags for that."""
+    tool_calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     """Token ids of the answer, with the end token if one ended it."""
     finish_reason: FinishReason = FinishReason.ERROR
@@ -206,6 +235,10 @@ class LLM:
         n: int = 1,
         return_errors: bool = False,
         structured_output: Form | Sequence[Form] = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str = ToolMode.AUTO,
+        parallel_tool_calls: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete all prompts together; return what they gave, in their order.
@@ -217,9 +250,13 @@ class LLM:
         and are not part of it. `n`: independent outputs for each prompt; those after the first are
         its Completion's `others`. `structured_output`: the form that outputs must have, as
         StructuredOutput or as `StructuredOutput.of` reads it; one for all prompts, or one for each
-        of them. `sampling`: fields of SamplingParams, as `temperature=0.0`, with `logit_bias` as a
-        mapping of token ids to numbers; without `max_tokens` an output has 256 tokens at most, or
-        as many as fit. What a request may say is what a server takes: `engine/request_rules.py`.
+        of them. `tools`: what conversations may call, in the shape of OpenAI's API; `tool_choice`:
+        `auto`, `none`, `required` or a tool's name; without `parallel_tool_calls` an answer ends
+        with its first call; `template_variables`: what the template sees besides, as
+        `{"enable_thinking": False}`. `sampling`: fields of SamplingParams, as `temperature=0.0`,
+        with `logit_bias` as a mapping of token ids to numbers; without `max_tokens` an output has
+        256 tokens at most, or as many as fit. What a request may say is what a server takes:
+        `engine/request_rules.py`.
         Raises InvalidRequest, AdapterNotFound, or what ended one of the prompts; with
         `return_errors` that is in its Completion instead, and the other prompts are answered. A
         mistake in what holds for all prompts is raised.
@@ -230,6 +267,7 @@ class LLM:
         if "logit_bias" in sampling:
             sampling["logit_bias"] = logit_bias(sampling["logit_bias"])
         forms = _forms(prompts, structured_output)
+        chat = _chat(tools, tool_choice, parallel_tool_calls, template_variables or {})
         with self._lock:
             device = self._running().base.device
             choices = _choices(prompts, adapter)
@@ -239,7 +277,8 @@ class LLM:
             ):
                 try:
                     own = {**sampling, "structured_output": _form(form)}
-                    first = self._row(prompt, choice, tuple(stop), ignore_eos, own)
+                    asked = _asked(prompt, chat)
+                    first = self._row(asked, choice, tuple(stop), ignore_eos, own)
                     outputs.append([first, *self._others(first, n)])
                 except LoramuxError as error:
                     if not return_errors:
@@ -293,7 +332,7 @@ class LLM:
 
     def _row(
         self,
-        prompt: Prompt,
+        prompt: _Asked,
         choice: Choice,
         stop: tuple[str, ...],
         ignore_eos: bool,
@@ -316,22 +355,29 @@ class LLM:
         )
         ends = () if ignore_eos else (side or self._tokenizer).eos_token_ids
         params = with_ends(params, ends, self.info.base.vocab_size)
-        form = params.structured_output
+        answer = PLAIN
+        if isinstance(prompt, ChatPrompt):
+            answer = chat_answer(prompt, token_ids, self._tokenizer, side, AS_TEMPLATES_SAY)
+        structure, form = None, answer.form(params.structured_output)
+        params = replace(params, structured_output=form)
+        if form is not None:
+            structure = _awaited(self._structures.compile(form, side, answer.thinking))
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
             sampling=params,
-            structure=None if form is None else _awaited(self._structures.compile(form, side)),
+            structure=structure,
             adapters=uses([named[one.name].loaded.digest for one in chosen], chosen),
         )
         facts = {name: one.loaded.facts for name, one in named.items()}
-        decoder = self._tokenizer.with_added(side.added if side else None)
+        decoder = answer.decoder(self._tokenizer, side)
 
         def text() -> OutputText:
             detokenizer = Detokenizer(decoder, request.prompt_token_ids, stop)
-            return OutputText(detokenizer, params.stop_token_ids)
+            return OutputText(detokenizer, params.stop_token_ids, answer.reader())
 
-        return _Row(request, text(), text, notes=tuple(request_notes(facts, token_ids)))
+        notes = (*request_notes(facts, token_ids), *answer.notes)
+        return _Row(request, text(), text, notes=notes)
 
     def _others(self, first: _Row, num_outputs: int) -> list[_Row]:
         """Further outputs of the prompt of `first`."""
@@ -345,26 +391,22 @@ class LLM:
             for request in requests
         ]
 
-    def _encode(self, prompt: Prompt, side: TextSide | None) -> Sequence[int]:
+    def _encode(self, prompt: _Asked, side: TextSide | None) -> Sequence[int]:
         """A prompt's tokens, as an adapter's own text side makes them or as the base does."""
-        if isinstance(prompt, str):
-            if side is not None and side.tokenizer is not None:
-                return _awaited(self._own_text.encode(side, prompt))
-            return self._tokenizer.encode(prompt)
-        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
-        members = list(prompt) if is_list else [None]
-        if all(map(is_whole, members)):
-            return self._checked([token for token in members if isinstance(token, int)])
-        messages = [message for message in members if isinstance(message, Mapping)]
-        if len(messages) < len(members):
-            raise InvalidRequest(
-                f"a prompt is {written(prompt)}; it must be a text, token ids, or messages of role "
-                "and content",
-                field="prompts",
-            )
+        if isinstance(prompt, ChatPrompt):
+            return self._rendered(prompt, side)
+        if isinstance(prompt, list):
+            return self._checked(prompt)
+        if side is not None and side.tokenizer is not None:
+            return _awaited(self._own_text.encode(side, prompt))
+        return self._tokenizer.encode(prompt)
+
+    def _rendered(self, chat: ChatPrompt, side: TextSide | None) -> Sequence[int]:
+        messages, variables = chat.messages, chat.template_variables
+        tools = shown_tools(chat, template_of(chat, self._tokenizer, side))
         if side is None or not side.renders_chats:
-            return self._tokenizer.apply_chat_template(messages)
-        rendered = _awaited(self._own_text.render(side, messages))
+            return self._tokenizer.apply_chat_template(messages, tools=tools, variables=variables)
+        rendered = _awaited(self._own_text.render(side, messages, tools, variables))
         return rendered if isinstance(rendered, list) else self._tokenizer.encode_rendered(rendered)
 
     def _checked(self, token_ids: list[int]) -> list[int]:
@@ -425,7 +467,7 @@ class _Row:
     new_text: Callable[[], OutputText]
     """What makes text of another output of the prompt."""
     notes: tuple[str, ...] = ()
-    parts: list[str] = field(default_factory=list)
+    parts: list[AnswerParts] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -438,7 +480,7 @@ class _Row:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
-        self.reason, self.error = self.text.finish_reason(output), output.error
+        self.reason, self.error = self.text.finish_reason, output.error
 
     def fail(self, error: LoramuxError) -> None:
         """End it before its first step."""
@@ -450,7 +492,9 @@ def _completion(rows: list[_Row] | LoramuxError) -> Completion:
         return Completion(error=rows)
     row, *others = rows
     return Completion(
-        text="".join(row.parts),
+        text="".join(part.text for part in row.parts),
+        reasoning="".join(part.reasoning for part in row.parts),
+        tool_calls=_calls([call for part in row.parts for call in part.tool_calls]),
         token_ids=tuple(row.token_ids),
         finish_reason=row.reason or FinishReason.ERROR,
         logprobs=tuple(row.logprobs),
@@ -458,6 +502,86 @@ def _completion(rows: list[_Row] | LoramuxError) -> Completion:
         others=tuple(_completion([other]) for other in others),
         notes=row.notes,
         error=row.error,
+    )
+
+
+def _calls(parts: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """Calls from their parts, of which the first of each has the name."""
+    return tuple(
+        ToolCall(
+            first.id,
+            first.name,
+            "".join(part.arguments for part in parts if part.index == first.index),
+        )
+        for first in parts
+        if first.name
+    )
+
+
+def _asked(prompt: Prompt, chat: ChatPrompt) -> _Asked:
+    """A prompt as it is read: a text, token ids, or `chat` with messages. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        asked: _Asked = prompt
+    else:
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
+        members = list(prompt) if is_list else [None]
+        messages = [message for message in members if isinstance(message, Mapping)]
+        if all(map(is_whole, members)):
+            asked = [token for token in members if isinstance(token, int)]
+        elif len(messages) == len(members):
+            return replace(chat, messages=tuple(messages))
+        else:
+            raise InvalidRequest(
+                f"a prompt is {written(prompt)}; it must be a text, token ids, or messages of role "
+                "and content",
+                field="prompts",
+            )
+    for name in ("tools", "template_variables"):
+        if getattr(chat, name):
+            raise InvalidRequest(
+                f"{name} is given with a prompt that is no conversation; send messages", field=name
+            )
+    return asked
+
+
+def _tool(tool: object) -> Tool:
+    """A tool in the shape of OpenAI's API. Raises InvalidRequest."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    given = dict(function) if isinstance(function, Mapping) else {}
+    name, parameters = given.get("name"), given.get("parameters")
+    if not isinstance(name, str) or not isinstance(parameters, Mapping | None):
+        raise InvalidRequest(
+            f"tools has {written(tool)}; each must be a mapping of type and function, and a "
+            "function has name, description and parameters",
+            field="tools",
+        )
+    description, strict = given.get("description") or "", bool(given.get("strict"))
+    return Tool(name, description, parameters, strict)
+
+
+def _chat(
+    tools: object, tool_choice: object, parallel_tool_calls: object, variables: object
+) -> ChatPrompt:
+    """What conversations have beside their messages. Raises InvalidRequest."""
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise InvalidRequest(f"tools is {written(tools)}; it must be a list", field="tools")
+    if not isinstance(tool_choice, str):
+        raise InvalidRequest(
+            f"tool_choice is {written(tool_choice)}; it must be 'auto', 'none', 'required' or a "
+            "tool's name",
+            field="tool_choice",
+        )
+    if not isinstance(variables, Mapping):
+        raise InvalidRequest(
+            f"template_variables is {written(variables)}; it must be a mapping",
+            field="template_variables",
+        )
+    return ChatPrompt(
+        messages=(),
+        tools=tuple(map(_tool, tools)),
+        tool_choice=ToolMode(tool_choice) if tool_choice in list(ToolMode) else tool_choice,
+        parallel_tool_calls=bool(parallel_tool_calls),
+        template_variables=variables,
     )
 
 

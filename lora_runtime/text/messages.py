@@ -14,7 +14,7 @@ from lora_runtime.errors import InvalidRequest
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 """Roles a message may have; the base's template may accept fewer."""
-TEXTS = ("role", "content", "name", "tool_call_id")
+TEXTS = ("role", "content", "name", "tool_call_id", "reasoning_content")
 """Keys of a message whose values are texts."""
 RESERVED = frozenset(
     {
@@ -35,7 +35,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Raise InvalidRequest (field `messages`) for messages that are given to no template.
 
     Each has `role` and `content`, texts. A turn of the assistant may have `tool_calls` instead of a
-    content or beside it, a turn of role tool the `tool_call_id` that it answers, and any a `name`.
+    content or beside it, and `reasoning_content`, what it thought before; a turn of role tool the
+    `tool_call_id` that it answers; and any a `name`.
     """
     if not messages:
         raise _refused("messages is empty; send at least one")
@@ -49,7 +50,7 @@ def check_messages(messages: Sequence[Message]) -> None:
             found = ", ".join(sorted(map(str, message))) or "nothing"
             raise _refused(
                 f"{where} has {found}; it must have role and content, and may have name, "
-                "tool_calls and tool_call_id"
+                "tool_calls, tool_call_id and reasoning_content"
             )
         if not all(isinstance(message[name], str) for name in TEXTS if name in message):
             raise _refused(f"{where}: {', '.join(TEXTS[:-1])} and {TEXTS[-1]} must be strings")
@@ -57,10 +58,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         if role not in ROLES:
             known = ", ".join(sorted(ROLES))
             raise _refused(f"{where}.role is {role!r}; known are {known}")
-        if "tool_calls" in message and role != "assistant":
-            raise _refused(
-                f"{where} has tool_calls and role {role}; only the assistant calls tools"
-            )
+        for name in ("tool_calls", "reasoning_content"):
+            if name in message and role != "assistant":
+                raise _refused(
+                    f"{where} has {name} and role {role}; only the assistant calls tools and thinks"
+                )
         if "tool_call_id" in message and role != "tool":
             raise _refused(f"{where} has tool_call_id and role {role}; only a tool answers a call")
 

@@ -2,7 +2,8 @@
 
 A definition is tried in a process that is killed when it takes too long or too much memory; only
 what passed there is compiled in this one, in a thread. Both answers are remembered, so that what
-was refused takes no process again.
+was refused takes no process again: for each owner apart, who so learns nothing of what others ask
+for, and whoever has most remembered is forgotten first.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, TypeAlias
 
 from llguidance import LLMatcher
 
@@ -28,9 +30,14 @@ from lora_runtime.text.structured_output import (
     grammar_of,
 )
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.thinking import Thinking
 from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, WorkerProcess
 
 NUM_PROCESSES = 2
+Key: TypeAlias = tuple[str, str]
+"""Owner, and the grammar with what is thought before it: an output that thinks has another."""
+
+NO_PLACE: AbstractAsyncContextManager[None] = nullcontext()
 PENALTY_S = 60.0
 """How long a definition that took too much is refused: a busy machine may have been the cause."""
 COMPILING_S = 1.5
@@ -50,13 +57,11 @@ class StructureCompiler:
         self._vocabulary: Vocabulary | None = None
         self._is_made = False
         self._processes = ProcessPool("structured output", MODULE, NUM_PROCESSES, self._opening)
-        self._known: OrderedDict[tuple[str, str], LLMatcher | str] = OrderedDict()
-        """By kind and definition: the first matcher, or why there is none."""
-        self._refused_until: dict[tuple[str, str], float] = {}
+        self._known: OrderedDict[Key, LLMatcher | str] = OrderedDict()
+        """The first matcher, or why there is none; the least recently used first."""
+        self._refused_until: dict[Key, float] = {}
         """Until when what is known of a definition that took too much holds."""
-        self._locks: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        self._locks: weakref.WeakValueDictionary[Key, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def prepare(self) -> Vocabulary | None:
         """Make the vocabulary, once. It holds the interpreter's lock for some tenths of a second,
@@ -66,13 +71,25 @@ class StructureCompiler:
             self._vocabulary, self._is_made = self._make(), True
         return self._vocabulary
 
-    async def compile(self, form: StructuredOutput, side: TextSide | None = None) -> Structure:
-        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side.
+    async def compile(
+        self,
+        form: StructuredOutput,
+        side: TextSide | None = None,
+        thinking: Thinking | None = None,
+        *,
+        owner: str = "",
+        place: AbstractAsyncContextManager[None] = NO_PLACE,
+    ) -> Structure:
+        """Compile a form for outputs of the base's tokenizer, or of an adapter's text side, which
+        may think before it. `owner`: for whom it is remembered; `place`: held while what is not
+        remembered is compiled.
 
         Raises InvalidRequest naming the definition: it cannot be read, asks for what is not
-        supported, or takes too much time or memory. Raises Overloaded.
+        supported, or takes too much time or memory. Raises Overloaded, and what `place` raises.
         """
         grammar = grammar_of(form)
+        if thinking is not None:
+            grammar = thinking.before(grammar)
         vocabulary = self.prepare()
         if vocabulary is None:
             raise UnsupportedFeature(
@@ -80,15 +97,16 @@ class StructureCompiler:
                 "bytes of their own, so it is not served here",
                 field="sampling.structured_output",
             )
-        key = (str(form.kind), form.definition)
+        key = (owner, grammar)
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if key not in self._known or time.monotonic() > self._refused_until.get(key, inf):
-                self._known[key] = await self._compiled(key, grammar, vocabulary)
+            is_due = time.monotonic() > self._refused_until.get(key, inf)
+            if key not in self._known or is_due:
+                async with place:
+                    self._known[key] = await self._compiled(key, vocabulary)
             self._known.move_to_end(key)
             found = self._known[key]
         while len(self._known) > MAX_REMEMBERED:
-            oldest, _ = self._known.popitem(last=False)
-            self._refused_until.pop(oldest, None)
+            self._forget_one()
         if isinstance(found, str):
             field = field_of(form)
             raise InvalidRequest(f"{field} cannot be served: {found}", field=field)
@@ -99,9 +117,15 @@ class StructureCompiler:
         """End the processes."""
         self._processes.close()
 
-    async def _compiled(
-        self, key: tuple[str, str], grammar: str, vocabulary: Vocabulary
-    ) -> LLMatcher | str:
+    def _forget_one(self) -> None:
+        """Forget what was used longest ago of the owner who has most."""
+        ((owner, _),) = Counter(owner for owner, _ in self._known).most_common(1)
+        oldest = next(key for key in self._known if key[0] == owner)
+        del self._known[oldest]
+        self._refused_until.pop(oldest, None)
+
+    async def _compiled(self, key: Key, vocabulary: Vocabulary) -> LLMatcher | str:
+        _, grammar = key
         self._refused_until.pop(key, None)
         try:
             reply = await self._processes.run(partial(_tried, grammar))

@@ -105,7 +105,7 @@ class Tokenizer:
             return template
         return template.get("tool_use" if has_tools and "tool_use" in template else "default")
 
-    @property
+    @cached_property
     def added_tokens(self) -> tuple[tuple[int, str, bool], ...]:
         """(id, text, whether it is special) of each added token."""
         backend = self._inner.backend_tokenizer

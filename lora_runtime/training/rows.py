@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.errors import DataError
+from lora_runtime.plain_file import check_plain_file
 
 Row = tuple[str, dict[str, object]]
 """(`file:line`, or `file, item n` of a JSON list, or `file, row n`; key → value)."""
@@ -31,6 +32,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     value, keys that are null are left out. Text is in UTF-8. Raises DataError.
     """
     try:
+        if path.exists():
+            check_plain_file(path)
         yield from _READERS.get(path.suffix.lower(), _json_rows)(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error

@@ -21,6 +21,7 @@ import structlog
 from pydantic import AfterValidator, BeforeValidator
 
 from lora_runtime.errors import ConfigError, Unauthenticated
+from lora_runtime.plain_file import read_plain_file
 from lora_runtime.settings import checked, parse_yaml, setting, settings
 from server.access.caller import ALL, Caller, Limits, Role
 
@@ -244,7 +245,7 @@ def _caller(entry: KeyEntry, tenants: Mapping[str, Limits]) -> Caller:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_plain_file(file)
     except OSError as error:
         raise _bad(f"{file} cannot be read: {error.strerror or error}") from None
 

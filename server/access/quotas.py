@@ -64,17 +64,11 @@ class Quotas:
 
     @contextmanager
     def adapter(self, caller: Caller, name: str, held: Iterable[str]) -> Iterator[None]:
-        """Count a name while something is loaded under it; `held` are those that the caller may
-        see. Raises Overloaded for one too many.
+        """Count a name while something is loaded under it; `held` are those that the caller's
+        tenant holds already. Raises Overloaded for one too many.
         """
-        loading, most = self._taken[caller.tenant].loading, caller.limits.max_adapters
-        names = {*held, *loading}
-        if most is not None and name not in names and len(names) >= most:
-            raise Overloaded(
-                f"tenant {caller.tenant!r} holds {len(names)} adapters and may hold {most}; unload "
-                "one first",
-                field="name",
-            )
+        loading = self._taken[caller.tenant].loading
+        self.check_adapters(caller, {*held, name})
         loading[name] += 1
         try:
             yield
@@ -82,6 +76,19 @@ class Quotas:
             loading[name] -= 1
             if not loading[name]:
                 del loading[name]
+
+    def check_adapters(self, caller: Caller, held: Iterable[str]) -> None:
+        """Raise Overloaded if these names and those that are being loaded are more than the
+        caller's tenant may hold.
+        """
+        names, most = {*held, *self._taken[caller.tenant].loading}, caller.limits.max_adapters
+        if most is not None and len(names) > most:
+            raise Overloaded(
+                f"tenant {caller.tenant!r} holds {len(names) - 1} adapters and may hold {most} "
+                "(max_adapters), and none of them is on demand and unused; unload one first, or "
+                "try again later",
+                field="name",
+            )
 
     def _check_tokens(self, caller: Caller, limits: Limits, taken: _Taken) -> None:
         rate = limits.tokens_per_s

@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.plain_file import read_plain_file
 
 logger = structlog.get_logger(__name__)
 
@@ -137,7 +138,7 @@ def _contents(files: TlsFiles) -> tuple[bytes, bytes, bytes | None]:
 
 def _bytes(file: Path, setting: str) -> bytes:
     try:
-        return file.read_bytes()
+        return read_plain_file(file)
     except OSError as error:
         raise ConfigError(
             f"{setting}: {file} cannot be read: {error.strerror or error}", field=setting

@@ -5,7 +5,6 @@ changes something is in the audit log.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import structlog
@@ -14,13 +13,12 @@ from lora_runtime.errors import AdapterInUse
 from lora_runtime.text.text_side import TextSide
 from server.access.audit import audited, missing_logged
 from server.access.caller import Caller
-from server.access.quotas import Quotas
 from server.adapters.changes import NameChanges
 from server.adapters.loads import Loads, refusals_logged
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
 from server.adapters.uploads import AdapterStore, to_the_end
-from server.calls import AdapterRecord, AdapterState, StoredAdapter, UploadCall
+from server.calls import AdapterRecord, StoredAdapter, UploadCall
 
 logger = structlog.get_logger(__name__)
 
@@ -36,14 +34,12 @@ class Adapters:
         loads: Loads,
         on_demand: OnDemand,
         store: AdapterStore,
-        quotas: Quotas,
     ) -> None:
         self._registry = registry
         self._changes = changes
         self._loads = loads
         self._on_demand = on_demand
         self._store = store
-        self._quotas = quotas
 
     def records(self, caller: Caller) -> list[AdapterRecord]:
         """Return every adapter that the caller may see, by name."""
@@ -80,10 +76,12 @@ class Adapters:
             caller.check_source(source)
             self._on_demand.forget(name)
             location = self._loads.allowed(source)
-            with self._counted(caller, name):
+            with self._loads.counted(caller, name):
                 if location is not None:
-                    return await self._loads.load_remote(name, location, replace=replace, pin=pin)
-                return await self._loads.load_folder(name, source, replace=replace, pin=pin)
+                    return await self._loads.load_remote(
+                        caller, name, location, replace=replace, pin=pin
+                    )
+                return await self._loads.load_folder(caller, name, source, replace=replace, pin=pin)
 
     async def upload(
         self, caller: Caller, call: UploadCall, data: AsyncIterator[bytes]
@@ -98,13 +96,13 @@ class Adapters:
         with audited(caller, "upload", adapter=call.name), logged:
             caller.check_manages(call.name, field="start.name")
             self._registry.check_name(call.name)
-            with self._counted(caller, call.name):
-                async with self._store.receive(call, data) as upload:
+            with self._loads.counted(caller, call.name):
+                async with self._store.receive(call, data, tenant=caller.tenant) as upload:
                     num_bytes = sum(file.num_bytes for file in call.files)
                     logger.info(
                         "adapter uploaded", adapter=call.name, source=upload.digest, bytes=num_bytes
                     )
-                    return await to_the_end(self._loads.load_upload(call, upload))
+                    return await to_the_end(self._loads.load_upload(caller, call, upload))
 
     async def rollback(self, caller: Caller, name: str) -> AdapterRecord:
         """Give a name its former content back; see `NameChanges.rollback`."""
@@ -155,8 +153,3 @@ class Adapters:
             await self._store.delete(stored)
         logger.info("stored adapter deleted", source=stored.source, bytes=stored.num_bytes)
         return stored
-
-    def _counted(self, caller: Caller, name: str) -> AbstractContextManager[None]:
-        """Count a name that is about to be loaded among its tenant's adapters."""
-        held = [r.name for r in self.records(caller) if r.state is not AdapterState.FAILED]
-        return self._quotas.adapter(caller, name, held)

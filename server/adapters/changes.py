@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterNotFound, LoramuxError
@@ -57,6 +58,12 @@ class _New:
     settle: Settle | None
     pin: bool | None
     is_on_demand: bool
+    tenant: str | None
+
+    @property
+    def tenants(self) -> dict[str, float]:
+        """See `AdapterRecord.tenants`."""
+        return {} if self.tenant is None else {self.tenant: time.monotonic()}
 
 
 class NameChanges:
@@ -82,6 +89,7 @@ class NameChanges:
         settle: Settle | None = None,
         pin: bool | None = None,
         is_on_demand: bool = False,
+        tenant: str | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder under a name; return its record and whether it held this content before.
 
@@ -91,11 +99,12 @@ class NameChanges:
         after a restart, but for ANY_FOLDER: that is the operator's, who may not name it again.
         `review` adds to its notes, and `settle` is awaited before the name points to it. `pin`: it
         keeps its place in the device pool, or no longer; None: as it is, and not where it is new.
+        `tenant`: whom it is charged to; None: nobody.
         Raises AdapterExists, InvalidRequest (the base's name), Overloaded (too many names) and
         whatever the engine and those two raise; nothing has changed then.
         """
         self._registry.check_name(name)
-        new = _New(source, replace, review, rules, settle, pin, is_on_demand)
+        new = _New(source, replace, review, rules, settle, pin, is_on_demand, tenant)
         record, is_same = await self._tasks.finish(self._load(name, folder, new))
         return self._registry.seen([record])[0], is_same
 
@@ -136,16 +145,33 @@ class NameChanges:
             await asyncio.shield(drain)
         return record
 
-    async def unload_unused(self) -> bool:
-        """Unload what a request once asked for and none has used for the longest time, if there is
-        such; True when its memory is free.
+    async def make_room(self, full: HostMemoryFull, loader: str | None) -> bool:
+        """Free one adapter on demand for an adapter that is charged to the tenant `loader`, None
+        for nobody; see `shares.py`. True when its memory is free, False where none may go.
         """
-        oldest = self._registry.least_used()
-        if oldest is None:
+        while (found := self._registry.making_room(full, loader)) is not None:
+            if await self._give_up(*found):
+                return True
+        return False
+
+    async def give_up_unused(self, tenant: str) -> bool:
+        """Let a tenant give up the adapter on demand that it has not used for the longest time;
+        False where it has none that nobody is using.
+        """
+        record = self._registry.least_used(tenant)
+        if record is not None:
+            await self._give_up(record, tenant)
+        return record is not None
+
+    async def _give_up(self, record: AdapterRecord, tenant: str) -> bool:
+        """Charge an adapter to a tenant no longer; unload it, and return True, if that was the
+        last. Whoever else looks for one meanwhile finds another, as this is nobody's any more.
+        """
+        del record.tenants[tenant]
+        if record.tenants:
             return False
-        oldest.is_on_demand = False  # whoever else looks for one meanwhile finds another
         with suppress(AdapterNotFound):  # it has just been unloaded
-            await self.unload(oldest.name, wait=True)
+            await self.unload(record.name, wait=True)
         return True
 
     async def close(self) -> None:
@@ -161,7 +187,7 @@ class NameChanges:
         """
         async with self._lock(name):
             begun = time.monotonic()
-            loaded = await self._read(name, folder, new.source, new.rules)
+            loaded = await self._read(name, folder, new)
             held, is_same = self._registry.held(name), self._registry.holds(name, loaded)
             is_pinned = bool(held and is_same and held.is_pinned) if new.pin is None else new.pin
             reviewed: Reviewed = None, ()
@@ -175,7 +201,7 @@ class NameChanges:
                 async with self._pins.pinned(loaded.digest, is_pinned):
                     await self._keep_new(name, loaded, new, is_pinned)
             except BaseException as error:
-                await self._give_up(name, loaded, error)
+                await self._undo(name, loaded, error)
                 raise
             if held is not None and held.is_pinned:
                 await self._pins.drop(held)
@@ -183,10 +209,11 @@ class NameChanges:
                 await self._engine.unload_adapter(loaded.digest)  # the name has its reference
                 held.source = held.source if new.rules == ANY_FOLDER else new.source
                 held.is_pinned = is_pinned
-                held.is_on_demand = held.is_on_demand and new.is_on_demand
+                self._registry.charge(held, new.tenants, is_on_demand=new.is_on_demand)
                 return held, True
             record = new_record(name, new.source, loaded, reviewed)
             record.is_pinned, record.is_on_demand = is_pinned, new.is_on_demand
+            record.tenants = new.tenants
             oldest = self._registry.point(record)
             if oldest is not None:
                 self._drain(oldest, cancel=False)
@@ -205,7 +232,7 @@ class NameChanges:
                 KeptName(name, content, self._registry.former_of(name, loaded), is_pinned)
             )
 
-    async def _give_up(self, name: str, loaded: LoadedAdapter, error: BaseException) -> None:
+    async def _undo(self, name: str, loaded: LoadedAdapter, error: BaseException) -> None:
         """Undo the reading of a content that its name does not get."""
         record = self._registry.find(name)
         if record is not None and record.state is AdapterState.VERIFYING:
@@ -292,15 +319,13 @@ class NameChanges:
             _log("rolled back", record)
             return record
 
-    async def _read(
-        self, name: str, folder: Path, source: str, rules: FolderRules
-    ) -> LoadedAdapter:
+    async def _read(self, name: str, folder: Path, new: _New) -> LoadedAdapter:
         """Let the engine read a folder; a new name shows VERIFYING meanwhile, FAILED after."""
-        record = self._registry.verifying(name, source)
+        record = self._registry.verifying(name, new.source, is_on_demand=new.is_on_demand)
         try:
-            return await self._engine.load_adapter(folder, rules)
+            return await self._engine.load_adapter(folder, new.rules)
         except LoramuxError as error:
-            public = without_path(error, folder, source)
+            public = without_path(error, folder, new.source)
             self._registry.fail(record, public.message)
             raise public from None
         except Exception as error:

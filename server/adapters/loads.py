@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 
-from lora_runtime.adapters.host_cache import HOST_BYTES
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
@@ -17,6 +18,9 @@ from lora_runtime.errors import AdapterSourceRefused, LoramuxError, Overloaded, 
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from server.access.audit import MAX_LOGGED
+from server.access.caller import ANONYMOUS, Caller
+from server.access.places import TenantPlaces
+from server.access.quotas import Quotas
 from server.adapters.changes import NameChanges, Settle
 from server.adapters.registry import Registry
 from server.adapters.remote_loads import RemoteLoads
@@ -26,6 +30,12 @@ from server.adapters.sources.remote import Fetched, RemoteSources
 from server.adapters.uploads import AdapterStore, Upload, to_the_end
 from server.calls import AdapterRecord, UploadCall
 
+SERVER = ANONYMOUS
+"""For whom a server loads what its own settings name, and what it held before a restart."""
+MAX_READS = 4
+"""Adapters that are read at once. The engine has two threads for that, and a queue in which whoever
+asks for many would stand before all others."""
+MAX_WAITING_READS = 256
 NUM_DISK_THREADS = 2
 MAX_WAITING_DISK = 256
 
@@ -44,7 +54,9 @@ class Loads:
         sources: Sources,
         store: AdapterStore,
         remote: RemoteSources,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._registry = registry
         self._changes = changes
         self._own_text = own_text
@@ -52,6 +64,9 @@ class Loads:
         self._store = store
         self._remote = remote
         self._remote_loads = RemoteLoads(remote, registry)
+        self._reads = TenantPlaces(
+            "adapters", "are being read", MAX_READS, max_waiting=MAX_WAITING_READS
+        )
         self._disk = WorkerPool(
             "the disk", num_threads=NUM_DISK_THREADS, max_waiting=MAX_WAITING_DISK
         )
@@ -65,17 +80,25 @@ class Loads:
         return self._remote_loads.end(name)
 
     async def load_folder(
-        self, name: str, source: str, *, replace: bool, pin: bool, is_on_demand: bool = False
+        self,
+        caller: Caller,
+        name: str,
+        source: str,
+        *,
+        replace: bool,
+        pin: bool,
+        is_on_demand: bool = False,
     ) -> tuple[AdapterRecord, bool]:
         """Load a folder that a client may name; see `Sources.resolve`."""
         folder, rules = await self._resolve(source)
         with self._store.in_use(rules.sha256):
             return await self._load(
-                name, folder, source, replace, rules, pin=pin, is_on_demand=is_on_demand
+                name, folder, source, replace, rules, caller, pin=pin, is_on_demand=is_on_demand
             )
 
     async def load_remote(
         self,
+        caller: Caller,
         name: str,
         location: Location,
         *,
@@ -85,16 +108,26 @@ class Loads:
     ) -> tuple[AdapterRecord, bool]:
         """Fetch an adapter and load it; once it is there, the load is finished in any case."""
         self._registry.check_name(name)
-        fetch = self._remote_loads.fetched(name, location, shows_failure=not is_on_demand)
+        fetch = self._remote_loads.fetched(
+            name, location, tenant=caller.tenant, is_on_demand=is_on_demand
+        )
         async with fetch as fetched:
             source = pinned(location.text, fetched.digest)
             folder, rules, settle = await self._fetched_folder(fetched)
             work = self._load(
-                name, folder, source, replace, rules, settle, pin=pin, is_on_demand=is_on_demand
+                name,
+                folder,
+                source,
+                replace,
+                rules,
+                caller,
+                settle,
+                pin=pin,
+                is_on_demand=is_on_demand,
             )
             return await to_the_end(work)
 
-    async def load_upload(self, call: UploadCall, upload: Upload) -> AdapterRecord:
+    async def load_upload(self, caller: Caller, call: UploadCall, upload: Upload) -> AdapterRecord:
         """Load what was received, and keep it in the store."""
         with self._store.in_use(upload.digest):
             record, _ = await self._load(
@@ -103,7 +136,8 @@ class Loads:
                 upload.digest,
                 call.replace,
                 FolderRules(sha256=upload.digest),
-                settle=lambda: self._store.keep(upload),
+                caller,
+                lambda: self._store.keep(upload),
             )
         return record
 
@@ -114,11 +148,12 @@ class Loads:
         fetched from there before. Raises as `load_remote` and `NameChanges.load`.
         """
         if isinstance(source, Path):
-            await self._load(name, source, str(source.absolute()), True, ANY_FOLDER, pin=None)
+            path = str(source.absolute())
+            await self._load(name, source, path, True, ANY_FOLDER, SERVER, pin=None)
             return
         location = parse(source)
         try:
-            await self.load_remote(name, location, replace=True, pin=None)
+            await self.load_remote(SERVER, name, location, replace=True, pin=None)
         except Unavailable as error:
             if not self._registry.holds_source(name, location.text):
                 raise
@@ -142,15 +177,52 @@ class Loads:
 
         await self._changes.restore(resolve, self._review, coming=preloaded.keys())
 
-    async def load_on_demand(self, name: str, source: str) -> None:
-        """Load what a request asked for, from where the operator says that it may be."""
-        with refusals_logged(name, source):
+    async def load_on_demand(self, caller: Caller, name: str, source: str) -> None:
+        """Load what a caller's request asked for, from where the operator says that it may be."""
+        with refusals_logged(name, source), self.counted(caller, name):
             if is_remote(source):
                 await self.load_remote(
-                    name, parse(source), replace=False, pin=False, is_on_demand=True
+                    caller, name, parse(source), replace=False, pin=False, is_on_demand=True
                 )
             else:
-                await self.load_folder(name, source, replace=False, pin=False, is_on_demand=True)
+                await self.load_folder(
+                    caller, name, source, replace=False, pin=False, is_on_demand=True
+                )
+
+    async def claim(self, caller: Caller, record: AdapterRecord) -> None:
+        """Let an adapter that is loaded on demand count as the caller's tenant's too. Raises as
+        `counted`.
+        """
+        with self.counted(caller, record.name):
+            await self._make_place(caller)
+            self._registry.weigh(caller.tenant, caller.limits.weight)
+            self._registry.charge(record, {caller.tenant: time.monotonic()}, is_on_demand=True)
+
+    @contextmanager
+    def counted(self, caller: Caller, name: str) -> Iterator[None]:
+        """Count a name that is about to be loaded among its tenant's adapters. Raises Overloaded
+        for one too many, if nothing on demand may make place for it.
+        """
+        held, _ = self._names_of(caller)
+        with self._quotas.adapter(caller, name, held):
+            yield
+
+    async def _make_place(self, caller: Caller) -> None:
+        """Let a tenant that holds too many names give up those on demand that it has not used for
+        the longest time. Raises Overloaded where there are none.
+        """
+        while True:
+            held, spare = self._names_of(caller)
+            try:
+                return self._quotas.check_adapters(caller, held | spare)
+            except Overloaded:
+                if not await self._changes.give_up_unused(caller.tenant):
+                    raise
+
+    def _names_of(self, caller: Caller) -> tuple[set[str], set[str]]:
+        if caller.limits.max_adapters is None:
+            return set(), set()
+        return self._registry.names_of(caller)
 
     async def _fetched_folder(self, fetched: Fetched) -> tuple[Path, FolderRules, Settle | None]:
         upload = fetched.upload
@@ -182,35 +254,55 @@ class Loads:
         source: str,
         replace: bool,
         rules: FolderRules,
+        caller: Caller,
         settle: Settle | None = None,
         *,
         pin: bool | None = None,
         is_on_demand: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        """See `NameChanges.load`; adapters loaded on demand make room in host memory."""
+        """See `NameChanges.load`; adapters loaded on demand make place among the caller's tenant's
+        names, and room in host memory. What the operators of the whole server load is charged to
+        nobody.
+        """
+        tenant = caller.tenant if is_on_demand or not caller.is_over_all else None
+        self._registry.weigh(caller.tenant, caller.limits.weight)
+        await self._make_place(caller)
         while True:
             try:
-                return await self._changes.load(
-                    name,
-                    folder,
-                    source=source,
-                    replace=replace,
-                    review=self._review,
-                    rules=rules,
-                    settle=settle,
-                    pin=pin,
-                    is_on_demand=is_on_demand,
-                )
-            except Overloaded as error:
-                is_full = error.field == HOST_BYTES
-                if not (is_full and await self._changes.unload_unused()):
-                    raise
+                async with self._reads.waited_for(caller.tenant):
+                    return await self._changes.load(
+                        name,
+                        folder,
+                        source=source,
+                        replace=replace,
+                        review=self._review,
+                        rules=rules,
+                        settle=settle,
+                        pin=pin,
+                        is_on_demand=is_on_demand,
+                        tenant=tenant,
+                    )
+            except HostMemoryFull as full:
+                if not await self._changes.make_room(full, tenant):
+                    raise Overloaded(
+                        full.message + _nothing_goes(tenant), field=full.field
+                    ) from None
 
     async def _review(self, loaded: LoadedAdapter) -> tuple[TextSide | None, tuple[str, ...]]:
         """Read an adapter's own text files. Raises AdapterRefused."""
         if not loaded.text_files:
             return None, ()
         return await self._own_text.read(loaded.text_files, loaded.facts.text_sha256)
+
+
+def _nothing_goes(tenant: str | None) -> str:
+    """Why no adapter on demand makes room, for who loads."""
+    if not tenant:
+        return ""
+    return (
+        f"; of those on demand all are in use, or other tenants' within their shares of that "
+        f"memory, and tenant {tenant!r} has none that is unused: try again later"
+    )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Adapters that are loaded when a request first names them.
 
 The operator says which names may be looked for, and where: PATTERN=SOURCE, with {name} in the
-source. All requests that wait for a name wait for one load. What cannot be loaded is remembered for
-some seconds, so that a name that is asked for again and again costs little.
+source. All requests of a tenant that wait for a name wait for one load. What cannot be loaded is
+remembered for some seconds, so that a name that is asked for again and again costs little.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
@@ -26,6 +27,8 @@ from lora_runtime.errors import (
 )
 from server.access.audit import audited
 from server.access.caller import Caller
+from server.access.places import TenantPlaces
+from server.adapters.loads import Loads
 from server.adapters.registry import Registry
 from server.adapters.sources.location import PLACE
 
@@ -33,8 +36,11 @@ REMEMBERED_S = 10.0
 MAX_REMEMBERED = 4096
 MAX_LOADING = 32
 
-Load: TypeAlias = Callable[[str, str], Coroutine[Any, Any, object]]
-"""Loads a source under a name."""
+TenantsName: TypeAlias = tuple[str, str]
+"""A tenant and the name that its requests ask for. Tenants wait for no load of one another: it may
+be one that waits for its own tenant's places.
+"""
+
 logger = structlog.get_logger(__name__)
 
 
@@ -47,31 +53,45 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 class OnDemand:
-    """Which names are loaded when a request names them, and those loads."""
+    """Which names are loaded when a request names them, and those loads. What is loaded so is of
+    every tenant whose requests use it: see `shares.py`.
+    """
 
-    def __init__(self, sources: Mapping[str, str], registry: Registry, load: Load) -> None:
+    def __init__(self, sources: Mapping[str, str], registry: Registry, loads: Loads) -> None:
         """`sources`: pattern of names (* ? [abc], none of them for `/` or `@`) → source; the first
         that matches counts.
         """
-        self._sources, self._registry, self._load = dict(sources), registry, load
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._failed: OrderedDict[str, tuple[float, LoramuxError]] = OrderedDict()
-        """Name → until when it is not tried again, and why."""
+        self._sources, self._registry, self._loads = dict(sources), registry, loads
+        self._places = TenantPlaces("adapters", "are being loaded on demand", MAX_LOADING)
+        self._loading: dict[TenantsName, asyncio.Task[None]] = {}
+        self._failed: OrderedDict[TenantsName, tuple[float, LoramuxError]] = OrderedDict()
+        """Until when it is not tried again, and why."""
 
     async def ensure(self, names: Sequence[str], caller: Caller, deadline: float | None) -> None:
         """Load what is not known yet and may be; what may not is left to who asks next.
 
         `caller`: who asks; only names that there may be for it are looked for, and the audit log
         has it with the loads that it began. `deadline`, by time.monotonic, ends the waiting and not
-        the load. Raises what the load raises, Unavailable after the deadline, and AdapterNotFound
-        where its source has nothing; the field names the request's adapter.
+        the load. Raises what the load raises, Unavailable after the deadline, AdapterNotFound where
+        its source has nothing, and Overloaded where the caller's tenant has too many adapters; the
+        field names the request's adapter.
         """
         for index, name in enumerate(names):
-            if self._sources and caller.sees(name) and not self._registry.is_known(name):
-                source = self._source(name)
-                if source is not None:
-                    field = f"adapters[{index}].name"
-                    await self._loaded(caller, name, source, deadline, field)
+            if self._sources and caller.sees(name):
+                try:
+                    await self._had(caller, name, deadline)
+                except LoramuxError as error:
+                    raise type(error)(error.message, field=f"adapters[{index}].name") from None
+
+    async def _had(self, caller: Caller, name: str, deadline: float | None) -> None:
+        """Load a name if it is not known, and let it count as the caller's tenant's."""
+        if not self._registry.is_known(name):
+            source = self._source(name)
+            if source is not None:
+                await self._loaded(caller, name, source, deadline)
+        record = self._registry.held(name)
+        if record is not None and record.is_on_demand and caller.tenant not in record.tenants:
+            await self._loads.claim(caller, record)
 
     def _source(self, name: str) -> str | None:
         for pattern, source in self._sources.items():
@@ -79,31 +99,23 @@ class OnDemand:
                 return source.replace(PLACE, name)
         return None
 
-    async def _loaded(
-        self, caller: Caller, name: str, source: str, deadline: float | None, field: str
-    ) -> None:
-        until, failure = self._failed.get(name, (0.0, None))
+    async def _loaded(self, caller: Caller, name: str, source: str, deadline: float | None) -> None:
+        key = caller.tenant, name
+        until, failure = self._failed.get(key, (0.0, None))
         if failure is not None and time.monotonic() < until:
-            raise type(failure)(failure.message, field=field)
-        task = self._loading.get(name)
+            raise type(failure)(failure.message)
+        task = self._loading.get(key)
         if task is None:
-            if len(self._loading) >= MAX_LOADING:
-                raise Overloaded(
-                    f"{len(self._loading)} adapters are being loaded on demand; try again later",
-                    field=field,
-                )
-            task = self._loading[name] = asyncio.create_task(self._try(caller, name, source))
-            task.add_done_callback(lambda done: self._end(name, done))
+            held = ExitStack()
+            held.enter_context(self._places.taken(caller.tenant))
+            task = self._loading[key] = asyncio.create_task(self._try(caller, name, source))
+            task.add_done_callback(lambda done: self._end(key, done, held))
         left_s = None if deadline is None else deadline - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
                 await asyncio.shield(task)
         except TimeoutError:
-            raise Unavailable(
-                f"adapter {name!r} is being loaded; try again later", field=field
-            ) from None
-        except LoramuxError as error:
-            raise type(error)(error.message, field=field) from None
+            raise Unavailable(f"adapter {name!r} is being loaded; try again later") from None
 
     async def _try(self, caller: Caller, name: str, source: str) -> None:
         """Load a name for the caller that asked first. What goes wrong is raised, and remembered
@@ -111,8 +123,8 @@ class OnDemand:
         """
         try:
             with audited(caller, "load on demand", adapter=name, source=source):
-                await self._load(name, source)
-        except AdapterExists:  # an operator was faster
+                await self._loads.load_on_demand(caller, name, source)
+        except AdapterExists:  # an operator was faster, or another tenant
             return
         except LoramuxError as error:
             failure = error
@@ -121,30 +133,32 @@ class OnDemand:
                     f"adapter {name!r} is not loaded, and cannot be on demand: {error.message}"
                 )
             if not isinstance(error, Overloaded):
-                self._remember(name, failure)
+                self._remember((caller.tenant, name), failure)
             raise failure from None
         except Exception as error:
             logger.exception("adapter could not be loaded on demand", adapter=name)
             failure = Unavailable(
                 f"adapter {name!r} could not be loaded; the server's log says why"
             )
-            self._remember(name, failure)
+            self._remember((caller.tenant, name), failure)
             raise failure from error
 
-    def _end(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._loading[name]
+    def _end(self, key: TenantsName, task: asyncio.Task[None], held: ExitStack) -> None:
+        del self._loading[key]
+        held.close()
         if not task.cancelled():
             task.exception()  # seen: those who waited may all have gone
 
-    def _remember(self, name: str, failure: LoramuxError) -> None:
-        self._failed[name] = time.monotonic() + REMEMBERED_S, failure
-        self._failed.move_to_end(name)
+    def _remember(self, key: TenantsName, failure: LoramuxError) -> None:
+        self._failed[key] = time.monotonic() + REMEMBERED_S, failure
+        self._failed.move_to_end(key)
         while len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
 
     def forget(self, name: str) -> None:
         """Try a name anew at the next request."""
-        self._failed.pop(name, None)
+        for key in [key for key in self._failed if key[1] == name]:
+            del self._failed[key]
 
     async def close(self) -> None:
         """End the loads that are running."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import (
@@ -22,7 +23,9 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
+from server.access.caller import Caller
 from server.adapters.names import Content, KeptName, NameStore
+from server.adapters.shares import givers
 from server.adapters.sources.location import stored_digest
 from server.calls import AdapterRecord, AdapterState
 
@@ -66,6 +69,8 @@ class Registry:
         self._draining: set[AdapterRecord] = set()
         self._wanted: Counter[str] = Counter()
         """Requests that are about to use a name."""
+        self._weights: dict[str, float] = {}
+        """Of the tenants, as they last asked."""
 
     def resolve(self, name: str, *, field: str = "name", sees: Sees = sees_all) -> AdapterRecord:
         """Return the loaded adapter of that name.
@@ -84,11 +89,12 @@ class Registry:
         raise Unavailable(f"adapter {name!r} is being loaded again; try again later", field=field)
 
     @contextmanager
-    def in_flight(self, records: Sequence[AdapterRecord]) -> Iterator[None]:
-        """Count a request under each of its adapters while it runs."""
+    def in_flight(self, records: Sequence[AdapterRecord], tenant: str = "") -> Iterator[None]:
+        """Count a request of a tenant under each of its adapters while it runs."""
         for record in records:
             record.num_in_flight += 1
-            record.last_used_at_s = time.monotonic()
+            if record.is_on_demand:
+                record.tenants[tenant] = time.monotonic()
         try:
             yield
         finally:
@@ -181,28 +187,66 @@ class Registry:
                 field="name",
             )
 
-    def least_used(self) -> AdapterRecord | None:
-        """Return what a request once asked for and none has used for the longest time, if there is
-        such.
+    def weigh(self, tenant: str, weight: float) -> None:
+        """Note the weight by which a tenant shares what all share."""
+        self._weights[tenant] = weight
+
+    def names_of(self, caller: Caller) -> tuple[set[str], set[str]]:
+        """Return the names that count as a caller's tenant's: those that it holds for now, and
+        those on demand that nobody is using, which it may give up. It holds what requests of its
+        own brought or used, and of what operators loaded all that the caller may see.
         """
-        may_go = [
-            record
-            for record in self._records.values()
-            if record.is_on_demand and not record.is_pinned and record.num_in_flight == 0
-            if record.state is AdapterState.LOADED and not self._wanted[record.name]
-        ]
-        return min(may_go, key=lambda record: record.last_used_at_s, default=None)
+        held: set[str] = set()
+        spare: set[str] = set()
+        for record in [*self._records.values(), *self._draining]:
+            if record.state is AdapterState.FAILED or not caller.sees(record.name):
+                continue
+            if not record.is_on_demand:
+                held.add(record.name)
+            elif caller.tenant in record.tenants:
+                (spare if self._may_go(record) else held).add(record.name)
+        return held, spare - held
+
+    def least_used(self, tenant: str) -> AdapterRecord | None:
+        """Return what requests of a tenant once asked for and have not used for the longest time,
+        if there is something that nobody is using.
+        """
+        may_go = [r for r in self._records.values() if tenant in r.tenants and self._may_go(r)]
+        return min(may_go, key=lambda record: record.tenants[tenant], default=None)
+
+    def making_room(
+        self, full: HostMemoryFull, loader: str | None
+    ) -> tuple[AdapterRecord, str] | None:
+        """Return what makes room in host memory, and the tenant that gives it up; see `givers`.
+        None where nothing may go.
+        """
+        records = [*self._records.values(), *self._draining]
+        for tenant in givers(records, full, loader, self._weights):
+            if (record := self.least_used(tenant)) is not None:
+                return record, tenant
+        return None
+
+    def _may_go(self, record: AdapterRecord) -> bool:
+        """Tell whether a record may make room for another."""
+        is_used = record.num_in_flight > 0 or self._wanted[record.name] > 0
+        is_held = record.is_pinned or not record.is_on_demand
+        return record.state is AdapterState.LOADED and not is_used and not is_held
 
     @contextmanager
     def downloading(
-        self, name: str, source: str, *, shows_failure: bool = True
+        self, name: str, source: str, *, is_on_demand: bool = False
     ) -> Iterator[Callable[[int, int], None]]:
         """Show a name that holds nothing as DOWNLOADING while the context lasts; the callable notes
         the bytes that have come, and those that are to come in all. What is raised is shown as
-        FAILED; a caller who goes away leaves the name as it was.
+        FAILED, unless it `is_on_demand`; a caller who goes away leaves the name as it was.
         """
         before = self._records.get(name)
-        record = AdapterRecord(name=name, source=source, state=AdapterState.DOWNLOADING)
+        record = AdapterRecord(
+            name=name,
+            source=source,
+            state=AdapterState.DOWNLOADING,
+            is_on_demand=is_on_demand,
+        )
         if before is None or before.state is AdapterState.FAILED:
             self._records[name] = record
             record.former = before.former if before is not None else None
@@ -214,7 +258,7 @@ class Registry:
             yield note
         except BaseException as error:
             if self._records.get(name) is record:
-                if shows_failure and isinstance(error, LoramuxError):
+                if not is_on_demand and isinstance(error, LoramuxError):
                     self.fail(record, error.message)
                 elif before is not None:
                     self._records[name] = before
@@ -222,9 +266,11 @@ class Registry:
                     del self._records[name]
             raise
 
-    def verifying(self, name: str, source: str) -> AdapterRecord:
+    def verifying(self, name: str, source: str, *, is_on_demand: bool = False) -> AdapterRecord:
         """Return the record of content that is being read; a name that holds nothing shows it."""
-        record = AdapterRecord(name=name, source=source, state=AdapterState.VERIFYING)
+        record = AdapterRecord(
+            name=name, source=source, state=AdapterState.VERIFYING, is_on_demand=is_on_demand
+        )
         if self.held(name) is None:
             if (before := self._records.get(name)) is not None:
                 record.former, before.former = before.former, None
@@ -232,8 +278,13 @@ class Registry:
         return record
 
     def fail(self, record: AdapterRecord, error: str) -> None:
-        """Note why a record is not there; names that never held anything are forgotten in time."""
+        """Note why a record is not there; names that never held anything are forgotten in time.
+        What was to be loaded on demand is forgotten at once: who asked is told, and others' notes
+        stay.
+        """
         record.state, record.error = AdapterState.FAILED, error
+        if record.is_on_demand and self._records.get(record.name) is record:
+            del self._records[record.name]
         for name in self.failures()[:-MAX_FAILED_RECORDS]:
             del self._records[name]
 
@@ -245,14 +296,23 @@ class Registry:
             if record.state is AdapterState.FAILED and name not in self._kept
         ]
 
+    def charge(self, held: AdapterRecord, tenants: dict[str, float], *, is_on_demand: bool) -> None:
+        """Charge content that is loaded once more to these tenants too; what an operator loads is
+        no longer on demand, and charged to them alone.
+        """
+        if is_on_demand:
+            held.tenants |= tenants if held.is_on_demand else {}
+        else:
+            held.tenants, held.is_on_demand = tenants, False
+
     def put(self, record: AdapterRecord) -> None:
         """Let the record's name point to it."""
         self._records[record.name] = record
 
     def point(self, record: AdapterRecord) -> AdapterRecord | None:
         """Let a name point to new content, with what it held as the former one; where it held
-        nothing after a restart, its former one stays. Return the content that has to go, if one
-        has.
+        nothing after a restart, its former one stays; it is charged to whom the new one is. Return
+        the content that has to go, if one has.
         """
         before, self._records[record.name] = self._records[record.name], record
         oldest, before.former = before.former, None
@@ -260,6 +320,8 @@ class Registry:
             record.former = before
         elif oldest is not None and oldest.loaded != record.loaded:
             record.former, oldest = oldest, None
+        if record.former is not None:
+            record.former.tenants = dict(record.tenants)
         return oldest
 
     def remove(self, record: AdapterRecord) -> None:

@@ -1,7 +1,7 @@
 """Loads of adapters that lie elsewhere: their names meanwhile, and how a fetch is ended.
 
-One fetch a name at a time. A caller who goes away ends its fetch, and so does an unload of the
-name.
+A tenant has one fetch a name at a time, and waits for no other's. A caller who goes away ends its
+fetch, and an unload of the name ends all that are for it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ class RemoteLoads:
     def __init__(self, remote: RemoteSources, registry: Registry) -> None:
         self._remote, self._registry = remote, registry
         self._running: dict[str, set[asyncio.Timeout]] = {}
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        """By tenant and name."""
 
     @asynccontextmanager
     async def fetched(
-        self, name: str, location: Location, *, shows_failure: bool = True
+        self, name: str, location: Location, *, tenant: str = "", is_on_demand: bool = False
     ) -> AsyncIterator[Fetched]:
-        """Yield the files for a name, which shows DOWNLOADING meanwhile if it holds nothing.
+        """Yield the files for a name, which shows DOWNLOADING meanwhile if it holds nothing;
+        `tenant` fetches them.
 
         Raises as `RemoteSources.fetch`, and AdapterNotFound when the name is unloaded meanwhile.
         """
-        lock = self._locks.setdefault(name, asyncio.Lock())
+        lock = self._locks.setdefault((tenant, name), asyncio.Lock())
         ending = asyncio.timeout(None)
         self._running.setdefault(name, set()).add(ending)
         try:
@@ -41,9 +43,9 @@ class RemoteLoads:
                 async with ending:
                     await held.enter_async_context(lock)
                     show = self._registry.downloading(
-                        name, location.text, shows_failure=shows_failure
+                        name, location.text, is_on_demand=is_on_demand
                     )
-                    fetch = self._remote.fetch(location, held.enter_context(show))
+                    fetch = self._remote.fetch(location, held.enter_context(show), tenant=tenant)
                     fetched = await held.enter_async_context(fetch)
                 self._forget(name, ending)
                 yield fetched

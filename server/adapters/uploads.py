@@ -27,6 +27,7 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import AdapterInUse, AdapterNotFound, InvalidRequest, Overloaded
 from lora_runtime.shortages import shortage
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
+from server.access.places import TenantPlaces
 from server.calls import StoredAdapter, UploadCall, UploadFile
 
 MAX_RUNNING_UPLOADS = 16
@@ -60,7 +61,7 @@ class AdapterStore:
         remove_abandoned(self._incoming)
         self.max_bytes = max_bytes
         self.max_upload_bytes = max_upload_bytes
-        self._num_running = 0
+        self._running = TenantPlaces("uploads", "are running already", MAX_RUNNING_UPLOADS)
         self._num_announced = 0
         """Bytes of the uploads that are running."""
         self._in_use: Counter[str] = Counter()
@@ -70,28 +71,30 @@ class AdapterStore:
 
     @asynccontextmanager
     async def receive(
-        self, call: UploadCall, data: AsyncIterator[bytes], *, may_idle: bool = False
+        self,
+        call: UploadCall,
+        data: AsyncIterator[bytes],
+        *,
+        tenant: str = "",
+        may_idle: bool = False,
     ) -> AsyncIterator[Upload]:
-        """Yield a complete upload whose `folder` exists until the context ends. Parts may be
-        IDLE_S apart, unless it `may_idle`, having a limit of its own.
+        """Yield a complete upload of a tenant, whose `folder` exists until the context ends. Parts
+        may be IDLE_S apart, unless it `may_idle`, having a limit of its own.
 
         Raises InvalidRequest naming the field: a file that is not one of an adapter's, missing or
         named twice, too many bytes announced, more or fewer sent, another SHA-256. Raises
         Overloaded when disk or store is full, or too many uploads are running.
         """
         self._check(call)
-        if self._num_running >= MAX_RUNNING_UPLOADS:
-            raise Overloaded(f"{self._num_running} uploads are running already; try again later")
         num_bytes = sum(file.num_bytes for file in call.files)
-        self._num_running += 1
-        self._num_announced += num_bytes
-        try:
-            await self._check_room()
-            async with self._received_in_folder(call, data, may_idle) as upload:
-                yield upload
-        finally:
-            self._num_running -= 1
-            self._num_announced -= num_bytes
+        with self._running.taken(tenant):
+            self._num_announced += num_bytes
+            try:
+                await self._check_room()
+                async with self._received_in_folder(call, data, may_idle) as upload:
+                    yield upload
+            finally:
+                self._num_announced -= num_bytes
 
     @asynccontextmanager
     async def _received_in_folder(

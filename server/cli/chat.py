@@ -42,13 +42,16 @@ class Conversation:
         """Send a turn and write the answer as it comes; a failed turn leaves no trace."""
         turn = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages, answer = [*system, *self.turns, turn], ""
+        messages, answer, is_thinking = [*system, *self.turns, turn], "", False
         try:
             for response in self.client.generate(
                 messages=messages, adapters=self.adapters, **self.options
             ):
-                answer += response.delta.text
-                write(response.delta.text)
+                thought, said = response.delta.reasoning, response.delta.text
+                is_thinking = is_thinking or bool(thought)
+                write(f"{thought}\n\n{said}" if is_thinking and said else thought + said)
+                is_thinking = is_thinking and not said
+                answer += said
         except KeyboardInterrupt:
             pass  # what has come of the answer is the answer
         except (LoramuxError, TimeoutError) as error:

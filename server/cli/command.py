@@ -7,22 +7,45 @@ from itertools import pairwise
 from typing import Any
 
 import typer
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from typer import rich_utils
 
 from lora_runtime.settings import check_meaning
 from server.cli.settings import NAMED_FLAGS, OTHER_FLAGS, VARIABLES
 from server.config import check_environment
 
+NARROW = 100
+"""Columns of a terminal below which a flag's text stands under its names and not beside them."""
+
 
 class HelpTable(Table):
     """A page of help: no flag's name is broken or cut, whatever the terminal's width."""
 
+    def __init__(self, *headers: Any, **options: Any) -> None:
+        super().__init__(*headers, **options)
+        self._all_cells: list[tuple[Any, ...]] = []
+
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row; its last two cells, a type and a text, share what the names leave."""
         super().add_row(*cells, **options)
+        self._all_cells.append(cells)
         for column in self.columns[:-2]:
             column.no_wrap = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show the table, or where there is little room each row as a paragraph; a table of two
+        columns, which commands are, has room everywhere.
+        """
+        if options.max_width >= NARROW or len(self.columns) <= 2:
+            yield from super().__rich_console__(console, options)
+            return
+        for *names, about in self._all_cells:
+            shown = [name if isinstance(name, Text) else Text(str(name)) for name in names if name]
+            yield Text(" ").join(name for name in shown if name.plain.strip())
+            yield Padding(about, (0, 0, 0, 4))
 
 
 rich_utils.Table = HelpTable  # type: ignore[attr-defined]  # typer has no setting for it

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -64,41 +63,56 @@ FLAGS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def connected(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `client` is connected as these flags say.
+Connect: TypeAlias = Callable[[str], Client]
+"""Makes a client of an address."""
 
-    typer reads a command's flags from its signature, so they are written into that.
-    """
+
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `client` is connected as these flags say."""
 
     @wraps(command)
     def run(**values: Any) -> None:
         with connect(**{name: values.pop(name) for name in FLAGS}) as client:
             command(client=client, **values)
 
+    return _with_flags(run, command, FLAGS, "client")
+
+
+def connecting(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `connect_to`, a Connect, connects as these flags say to whatever
+    address the command knows.
+    """
+    flags = {name: flag for name, flag in FLAGS.items() if name != "address"}
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: values.pop(name) for name in flags}
+        command(connect_to=lambda address: connect(address=address, **given), **values)
+
+    return _with_flags(run, command, flags, "connect_to")
+
+
+def _with_flags(
+    run: Callable[..., None],
+    command: Callable[..., None],
+    flags: Mapping[str, tuple[Any, Any]],
+    made_of_them: str,
+) -> Callable[..., None]:
+    """Give `run` the flags of a command and these, in the place of the parameter made of them.
+
+    typer reads a command's flags from its signature, so they are written into that.
+    """
     own = inspect.signature(command, eval_str=True).parameters.values()
     kinds = inspect.Parameter.KEYWORD_ONLY
-    given = [parameter.replace(kind=kinds) for parameter in own if parameter.name != "client"]
+    given = [parameter.replace(kind=kinds) for parameter in own if parameter.name != made_of_them]
     made = [
         inspect.Parameter(name, kinds, default=default, annotation=hint)
-        for name, (hint, default) in FLAGS.items()
+        for name, (hint, default) in flags.items()
     ]
     signature = inspect.Signature([*given, *made])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return run
-
-
-def connect_to(address: str) -> Client:
-    """Return a client of an address, with key and roots as the environment has them."""
-    ca = os.environ.get("LORAMUX_TLS_CA")
-    return connect(
-        address=address,
-        api_key=os.environ.get("LORAMUX_API_KEY"),
-        tls=False,
-        tls_ca=Path(ca) if ca else None,
-        tls_cert=None,
-        tls_key=None,
-    )
 
 
 def connect(

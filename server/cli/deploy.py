@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 from lora_runtime.terminal import Terminal
-from server.cli.connection import connect_to
+from server.cli.connection import Connect
 from server.cli.remote import send_folder
 from server.client import Client
 from server.client.requests import Messages
@@ -53,7 +53,7 @@ class Deployment:
     data: Path
 
 
-def check_server(address: str, name: str | None, num_units: int) -> None:
+def check_server(connect_to: Connect, address: str, name: str | None, num_units: int) -> None:
     """Before hours of training: raise Unavailable where no server answers, typer.BadParameter
     where one name is given for several units.
     """
@@ -66,7 +66,9 @@ def check_server(address: str, name: str | None, num_units: int) -> None:
         client.server_info()
 
 
-def deploy(address: str, deployments: Sequence[Deployment], sample: str | None) -> bool:
+def deploy(
+    connect_to: Connect, address: str, deployments: Sequence[Deployment], sample: str | None
+) -> bool:
     """Upload each adapter in the place of what its name holds, and show base and adapter answer
     `sample`, or the first prompt of its data. Returns whether all of them are loaded.
     """

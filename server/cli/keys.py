@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from lora_runtime.errors import ConfigError
+from lora_runtime.plain_file import read_plain_file
 from lora_runtime.settings import parse_yaml
 from lora_runtime.terminal import echo, write
 from server.access.caller import Role
@@ -131,9 +132,10 @@ def add_entry(file: Path, entry: dict[str, Any]) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_plain_file(file).decode()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}", field="file") from None
+        problem = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file} cannot be read: {problem}", field="file") from None
 
 
 def _write(file: Path, text: str, wanted: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -172,6 +173,11 @@ def _mapping(entry: Entry, texts: Iterable[str]) -> dict[str, Any]:
         if not separator:
             form = entry.metavar or "KEY=VALUE"
             raise typer.BadParameter(f"{flag} {text} has no value; write {flag} {form}")
+        if re.search(r",[^,=]+=", value):
+            raise typer.BadParameter(
+                f"{flag} {text} has several values; give each by a flag of its own: "
+                f"{flag} A=… {flag} B=…"
+            )
         if key in found:
             raise typer.BadParameter(f"{flag} gives {key} twice; give it once")
         found[key] = value.split(",") if entry.key == "sweep" else value

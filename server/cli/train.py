@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from lora_runtime.terminal import Terminal, echo
 from lora_runtime.training.config import TrainConfig, unit_fields
 from lora_runtime.training.rows import read_rows
 from server.cli import deploy as deploying
+from server.cli.connection import Connect, connecting
 from server.cli.settings import TRAIN_SETTINGS, read_texts, with_flags
 from server.cli.tables import show_table
 from server.config import environment
@@ -53,8 +54,10 @@ Units = Annotated[
 ]
 
 
+@connecting
 @with_flags(TRAIN_SETTINGS.values())
 def train(
+    connect_to: Connect,
     config: Annotated[
         Path | None,
         typer.Argument(
@@ -90,7 +93,7 @@ def train(
     A run that Ctrl-C or SIGTERM stops ends with status 130 or 143; --resume continues it, starts
     where there is nothing to continue, and does nothing where all is done.
 
-    --deploy sends the key of LORAMUX_API_KEY, and speaks TLS where LORAMUX_TLS_CA names roots.
+    --deploy connects as --api-key and --tls… say, or LORAMUX_API_KEY and LORAMUX_TLS_CA.
 
     Adapters are written in PEFT's format, ready for `loramux adapters load`. Several devices share
     an update by `torchrun --nproc-per-node N -m server train …`.
@@ -102,15 +105,28 @@ def train(
     if run.resume:
         found = _resumable(run)
         if found is None:
-            echo(f"nothing to resume: {run.output} has every adapter of this run already")
-            if deploy is not None:
-                echo(
-                    "--deploy sends only what it sees trained; send what is there by "
-                    f"`loramux adapters upload NAME {run.output}/NAME --replace`"
-                )
-            return
+            return _say_nothing_to_resume(run, deploy)
         run = found
-    _train(run, deploy, deploy_name, sample)
+    if deploy is not None:
+        deploying.check_server(connect_to, deploy, deploy_name, len(run.units))
+    results, signals = _trained(run)
+    if not results:
+        return  # of several processes one shows and deploys
+    finished = deploying.deployments(results, run.units, deploy_name) if deploy else []
+    is_deployed = not finished or deploying.deploy(connect_to, str(deploy), finished, sample)
+    if any(result.error for result in results) or not is_deployed:
+        raise typer.Exit(1)
+    if signals and any(result.status.value == "running" for result in results):
+        raise typer.Exit(SIGNALLED + signals[0])
+
+
+def _say_nothing_to_resume(run: TrainConfig, deploy: str | None) -> None:
+    echo(f"nothing to resume: {run.output} has every adapter of this run already")
+    if deploy is not None:
+        echo(
+            "--deploy sends only what it sees trained; send what is there by "
+            f"`loramux adapters upload NAME {run.output}/NAME --replace`"
+        )
 
 
 def _run_of(file: Path | None, units: list[str], flags: dict[str, Any]) -> TrainConfig:
@@ -170,28 +186,19 @@ def _seen_signals() -> Iterator[Callable[[], bytes]]:
         os.close(writer)
 
 
-def _train(
-    run: TrainConfig, deploy: str | None, deploy_name: str | None, sample: str | None
-) -> None:
-    if deploy is not None:
-        deploying.check_server(deploy, deploy_name, len(run.units))
+def _trained(run: TrainConfig) -> tuple[Sequence[UnitResult], bytes]:
+    """Train and show how it went; with the numbers of the signals that came."""
     from lora_runtime.training.trainer import train as train_run
 
     with _seen_signals() as seen:
         results = train_run(run, Terminal())
         signals = seen()
-    if not results:
-        return  # of several processes one shows and deploys
-    show_table(
-        ("adapter", "status", "updates", *LOSSES, "folder or error"),
-        map(_row, results),
-    )
-    finished = deploying.deployments(results, run.units, deploy_name) if deploy else []
-    is_deployed = not finished or deploying.deploy(str(deploy), finished, sample)
-    if any(result.error for result in results) or not is_deployed:
-        raise typer.Exit(1)
-    if signals and any(result.status.value == "running" for result in results):
-        raise typer.Exit(SIGNALLED + signals[0])
+    if results:
+        show_table(
+            ("adapter", "status", "updates", *LOSSES, "folder or error"),
+            map(_row, results),
+        )
+    return results, signals
 
 
 LOSSES = ("loss", "held-out loss", "best held-out loss")

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.plain_file import read_plain_file
 from protos.loramux.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -137,7 +138,7 @@ def tls_credentials(
 
 def _pem(file: Path | str | None) -> bytes | None:
     try:
-        return None if file is None else Path(file).read_bytes()
+        return None if file is None else read_plain_file(Path(file))
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from None
 

@@ -37,7 +37,7 @@ class Sampling(TypedDict, total=False):
 
 BESIDE = ("request_id", "cache_salt", "base_text", "priority", "tenant")
 """Options that are fields of the request itself, not of its sampling."""
-CHAT = ("tools", "tool_choice", "template_variables")
+CHAT = ("tools", "tool_choice", "parallel_tool_calls", "template_variables")
 """Options that are fields of the conversation."""
 PROMPTS = ("text", "messages", "token_ids")
 ADAPTERS = ("adapter", "adapters")
@@ -53,6 +53,7 @@ class Options(Sampling, total=False):
     tenant: str | None
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str
+    parallel_tool_calls: bool
     template_variables: Mapping[str, Any]
 
 
@@ -117,6 +118,7 @@ def _chat(
     messages: Messages | None,
     tools: Sequence[Mapping[str, Any]] = (),
     tool_choice: str | None = None,
+    parallel_tool_calls: bool | None = None,
     template_variables: Mapping[str, Any] | None = None,
 ) -> types_pb2.ChatMessages | None:
     """A conversation; calls and tools may be in the shape of OpenAI's API."""
@@ -127,6 +129,7 @@ def _chat(
         messages=[types_pb2.ChatMessage(**_turn(message)) for message in messages],
         tools=[types_pb2.Tool(**_tool(tool)) for tool in tools],
         tool_choice=_tool_choice(tool_choice),
+        parallel_tool_calls=parallel_tool_calls,
         template_variables=variables,
     )
 

@@ -20,6 +20,8 @@ from lora_runtime.engine.request_rules import (
     with_ends,
 )
 from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.text.chat_output import PLAIN, ChatAnswer, Parsers, chat_answer
+from lora_runtime.text.chat_prompt import ChatPrompt
 from lora_runtime.text.detokenizer import Detokenizer
 from lora_runtime.text.output_text import OutputText
 from lora_runtime.text.structure_compiler import StructureCompiler
@@ -27,16 +29,17 @@ from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tokenizer import Tokenizer
 from server.access.audit import missing_logged
+from server.access.places import TenantPlaces
 from server.access.quotas import Quotas, Spend
 from server.adapters.on_demand import OnDemand
 from server.adapters.registry import Registry
 from server.calls import (
     AdapterRecord,
-    ChatPrompt,
     Delta,
     Event,
     Finished,
     GenerateCall,
+    Prompt,
     PromptLogprobs,
     Started,
 )
@@ -44,9 +47,12 @@ from server.generation.composition import depth, text_side
 from server.generation.merging import merged
 from server.generation.output import RequestMeter, delta_of
 from server.generation.prompts import Prompts
-from server.generation.tools import UNKNOWN_FORMAT, CalledTools, ToolUse, has_tools, tool_use
 from server.observability.observers import RequestObserver
 from server.observability.records import RequestWatcher, watched
+
+MAX_COMPILING = 4
+"""Forms that are compiled or about to be; two processes try them."""
+MAX_WAITING_FORMS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class _Prepared:
     records: list[AdapterRecord]
     side: TextSide | None
     """Their own text side; None: the base's."""
-    tools: ToolUse | None
+    answer: ChatAnswer
     form: StructuredOutput | None
     """What outputs must look like, as it was asked for or as the tools want it."""
     structure: Structure | None
@@ -79,9 +85,8 @@ class Generation:
         observer: RequestObserver,
         watchers: Sequence[RequestWatcher] = (),
         base_name: str,
-        tool_call_parser: str = "auto",
+        parsers: Parsers,
     ) -> None:
-        """`tool_call_parser`: see `tools.tool_use`."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._prompts = prompts
@@ -91,9 +96,12 @@ class Generation:
         self._observer = observer
         self._watchers = watchers
         self._base_name = base_name
-        self._tool_call_parser = tool_call_parser
+        self._parsers = parsers
         self._structures = StructureCompiler(
             lambda: tokenizer.vocabulary(engine.info.base.vocab_size)
+        )
+        self._compiling = TenantPlaces(
+            "forms", "are being compiled", MAX_COMPILING, max_waiting=MAX_WAITING_FORMS
         )
         self._preparing: Counter[str] = Counter()
         """Outputs whose prompts are being made, by client."""
@@ -135,7 +143,7 @@ class Generation:
         deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         names = [choice.name for choice in call.adapters]
         place = self._place(call.client, call.num_outputs)
-        with place, self._registry.wanted(names):
+        with place, self._registry.wanted(filter(call.caller.sees, names)):
             await self._on_demand.ensure(names, call.caller, deadline)
             prepared = await self._prepare(call)
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
@@ -147,7 +155,7 @@ class Generation:
         ]
         has_prompt = first.sampling.num_prompt_logprobs is not None
         spend(len(first.prompt_token_ids) * call.num_outputs)  # each output is a request of its own
-        with self._registry.in_flight(prepared.records):
+        with self._registry.in_flight(prepared.records, call.caller.tenant):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):
                 async for event in events:
@@ -176,13 +184,30 @@ class Generation:
         side = text_side(self._records(call), call.uses_base_text)
         while True:
             token_ids = await self._prompts.tokenize(call.prompt, side)
-            tools = tool_use(call.prompt, self._tokenizer, side, self._tool_call_parser)
-            form = _form(call, tools)
-            structure = None if form is None else await self._structures.compile(form, side)
+            self._room(call, len(token_ids), self._records(call))  # what is too long has no form
+            answer = self._answer(call.prompt, token_ids, side)
+            form = answer.form(call.sampling.structured_output)
+            structure = None
+            if form is not None:
+                tenant = call.caller.tenant
+                structure = await self._structures.compile(
+                    form,
+                    side,
+                    answer.thinking,
+                    owner=tenant,
+                    place=self._compiling.waited_for(tenant),
+                )
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:
-                return _Prepared(tuple(token_ids), records, side, tools, form, structure)
+                return _Prepared(tuple(token_ids), records, side, answer, form, structure)
+
+    def _answer(
+        self, prompt: Prompt, token_ids: Sequence[int], side: TextSide | None
+    ) -> ChatAnswer:
+        if not isinstance(prompt, ChatPrompt):
+            return PLAIN
+        return chat_answer(prompt, token_ids, self._tokenizer, side, self._parsers)
 
     def _records(self, call: GenerateCall) -> list[AdapterRecord]:
         found = []
@@ -201,22 +226,29 @@ class Generation:
             adapters=uses([record.digest for record in prepared.records], call.adapters),
             structure=prepared.structure,
             cache_salt=call.caller.cache_salt(call.cache_salt),
+            cache_owner=call.caller.tenant,
             client=call.client,
             weight=call.caller.limits.weight,
             priority=call.priority,
             deadline=deadline,
         )
 
-    def _sampling(self, call: GenerateCall, prepared: _Prepared) -> SamplingParams:
-        """The request's parameters with the defaults that depend on prompt and base filled in."""
-        num_prompt_tokens = len(prepared.token_ids)
-        limit = self._engine.info.token_limit(depth(prepared.records))
-        room = limit - num_prompt_tokens
-        if room < 1:
+    def _room(
+        self, call: GenerateCall, num_prompt_tokens: int, records: list[AdapterRecord]
+    ) -> int:
+        """Tokens that fit after a prompt. Raises InvalidRequest where there are none."""
+        limit = self._engine.info.token_limit(depth(records))
+        if num_prompt_tokens >= limit:
             raise InvalidRequest(
                 f"{call.prompt.field} has {num_prompt_tokens} tokens; at most {limit - 1} fit",
                 field=call.prompt.field,
             )
+        return limit - num_prompt_tokens
+
+    def _sampling(self, call: GenerateCall, prepared: _Prepared) -> SamplingParams:
+        """The request's parameters with the defaults that depend on prompt and base filled in."""
+        num_prompt_tokens = len(prepared.token_ids)
+        room = self._room(call, num_prompt_tokens, prepared.records)
         wanted = call.sampling.max_tokens
         if call.has_max_tokens and wanted > room:
             raise InvalidRequest(
@@ -239,15 +271,10 @@ class Generation:
         prepared: _Prepared,
     ) -> AsyncGenerator[Event, None]:
         """Stream the engine's outputs as events; the row is free before Finished is given out."""
-        side, tools = prepared.side, prepared.tools
-        decoder = (
-            self._tokenizer.with_added(side.added if side else None)
-            if tools is None
-            else tools.decoder(self._tokenizer)
-        )
+        decoder = prepared.answer.decoder(self._tokenizer, prepared.side)
         detokenizer = Detokenizer(decoder, request.prompt_token_ids, call.stop)
-        text = OutputText(detokenizer, request.sampling.stop_token_ids)
-        calls = CalledTools(tools)
+        ends, reader = request.sampling.stop_token_ids, prepared.answer.reader()
+        text = OutputText(detokenizer, ends, reader)
         names = tuple(choice.name for choice in call.adapters)
         with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
             reason, timing, is_started = None, None, False
@@ -260,8 +287,7 @@ class Generation:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     meter.tokens(len(output.token_ids))
                     delta = delta_of(text, output, index)
-                    reason, timing = text.finish_reason(output), output.timing
-                    delta = calls.taken_out(delta, index, is_last=reason is not None)
+                    reason, timing = text.finish_reason, output.timing
                     if delta is not None:
                         yield delta
                     if output.error is not None:
@@ -270,13 +296,13 @@ class Generation:
                         break
             if reason is None:
                 raise Unavailable("the engine ended the request without a result")
-            reason = calls.reason(reason)
             meter.finish(reason, timing)
             yield Finished(
                 index=index,
                 finish_reason=reason,
                 num_prompt_tokens=started.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
+                num_reasoning_tokens=text.num_reasoning_tokens,
                 timing=timing,
             )
 
@@ -288,28 +314,8 @@ def _started(call: GenerateCall, request_id: str, prepared: _Prepared) -> Starte
         num_prompt_tokens=len(prepared.token_ids),
         prompt_token_ids=prepared.token_ids,
         side=prepared.side,
-        notes=(*request_notes(facts, prepared.token_ids), *_tool_notes(call, prepared.tools)),
+        notes=(*request_notes(facts, prepared.token_ids), *prepared.answer.notes),
     )
-
-
-def _tool_notes(call: GenerateCall, tools: ToolUse | None) -> Iterator[str]:
-    prompt = call.prompt
-    if isinstance(prompt, ChatPrompt) and has_tools(prompt) and tools is None:
-        yield UNKNOWN_FORMAT
-
-
-def _form(call: GenerateCall, tools: ToolUse | None) -> StructuredOutput | None:
-    """The form that a call asks for, or that its tools want. Raises InvalidRequest for both."""
-    form = call.sampling.structured_output
-    if tools is None or tools.form is None:
-        return form
-    if form is not None:
-        raise InvalidRequest(
-            "sampling.structured_output stands beside a messages.tool_choice that asks for a "
-            "call, which has a form of its own; send one of them",
-            field="sampling.structured_output",
-        )
-    return tools.form
 
 
 def _requests(first: Request, num_outputs: int) -> list[Request]:

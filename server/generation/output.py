@@ -69,10 +69,17 @@ class RequestMeter:
 
 def delta_of(text: OutputText, output: StepOutput, index: int) -> Delta | None:
     """Return what an output adds for the caller, or None when it adds nothing."""
-    added = text.push(output)
-    if not added and not output.token_ids:
+    parts = text.push(output)
+    if not any(parts) and not output.token_ids:
         return None
-    return Delta(text=added, token_ids=output.token_ids, logprobs=output.logprobs, index=index)
+    return Delta(
+        text=parts.text,
+        reasoning=parts.reasoning,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        tool_calls=parts.tool_calls,
+        index=index,
+    )
 
 
 def _reason_of(error: BaseException | None) -> FinishReason:

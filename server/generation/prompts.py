@@ -9,12 +9,13 @@ from typing import TypeVar
 from lora_runtime.engine.client import EngineInfo
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.chat_output import template_of
+from lora_runtime.text.chat_prompt import ChatPrompt, shown_tools
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer
-from server.calls import ChatPrompt, Prompt, PromptLimits, TextPrompt, TokenPrompt
-from server.generation.tools import shown_tools, template_of
+from server.calls import Prompt, PromptLimits, TextPrompt, TokenPrompt
 
 T = TypeVar("T")
 
@@ -22,7 +23,8 @@ NUM_TOKENISERS = 4
 STUCK_S = 10.0
 """Far longer than any one prompt takes."""
 LONG_TEXT = 2_000
-"""Characters from which tokenising leaves the event loop; below, a thread costs more."""
+"""Characters or token ids from which tokenising leaves the event loop; below, a thread costs more.
+"""
 HUGE_TEXT = 1 << 18
 """Characters from which texts are tokenised one at a time: what is made of one takes fifty times
 its size."""
@@ -65,8 +67,10 @@ class Prompts:
                 return await self._tokenised(len(text), self._tokenizer.encode, text)
             case ChatPrompt():
                 return await self._rendered(prompt, side)
-            case TokenPrompt(token_ids=token_ids):
+            case TokenPrompt(token_ids=token_ids) if len(token_ids) < LONG_TEXT:
                 return self._checked(token_ids)
+            case TokenPrompt(token_ids=token_ids):
+                return await self._tokenised(0, self._checked, token_ids)
 
     def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
         """Return the text of token ids, as an adapter's own text side has them or as the base.
@@ -105,10 +109,11 @@ class Prompts:
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         vocab_size = self._vocab_size
-        for index, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"token_ids[{index}] is {token_id}; the base has {vocab_size} tokens",
-                    field="token_ids",
-                )
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            wrong = (i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+            index = next(wrong)
+            raise InvalidRequest(
+                f"token_ids[{index}] is {token_ids[index]}; the base has {vocab_size} tokens",
+                field="token_ids",
+            )
         return list(token_ids)

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_runtime.errors import ConfigError
-from server.calls import ChatPrompt, Finished
+from lora_runtime.text.chat_prompt import ChatPrompt
+from server.calls import Finished
 from server.observability.records import RequestRecord
 from server.versions import installed_versions
 

@@ -12,19 +12,17 @@ from starlette.types import Receive, Scope
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from lora_runtime.strict_json import parse_object
+from server.openai.json_size import check_size
 
 MAX_BODY_BYTES = 8 << 20
 MAX_BODIES_BYTES = 256 << 20
 """Bytes of all bodies that are being received."""
 MAX_KEYS = 4096
 """Keys of one object: what reports each wrong one has a bounded number to report."""
-MAX_OBJECTS = 16_384
-"""Objects of one body, such as turns of a conversation and parts of them. What checks them against
-a schema cannot be interrupted; a hundred thousand would hold up every stream for seconds.
-"""
 READ_S = 60.0
 LONG_BODY = 1 << 16
-"""Bytes from which parsing leaves the event loop; below, a thread costs more."""
+"""Bytes from which parsing, and whatever else reads all of a body, leaves the event loop; below, a
+thread costs more."""
 MAX_WAITING = 256
 _RECEIVED_AT_MOST = 2
 """Times the largest body: what is a little too large is read to its end, so that its sender gets
@@ -50,8 +48,8 @@ class Bodies:
         self._num_bytes = 0
         self._parsers = WorkerPool("parsing", num_threads=2, max_waiting=MAX_WAITING)
 
-    async def read(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        """Return the JSON object that a request holds.
+    async def read(self, scope: Scope, receive: Receive) -> tuple[dict[str, Any], bool]:
+        """Return the JSON object that a request holds, and whether it is long.
 
         Raises Refusal (content type, size, time), InvalidRequest (field `body`), Overloaded where
         others are sending too much, and CallerGone.
@@ -63,8 +61,8 @@ class Bodies:
         except TimeoutError:
             raise Refusal(408, f"the body has not arrived within {READ_S:g} seconds") from None
         if len(content) < LONG_BODY:
-            return _parsed(content)
-        return await self._parsers.run(_parsed, content)
+            return _parsed(content), False
+        return await self._parsers.run(_parsed, content), True
 
     async def _received(self, receive: Receive) -> bytes:
         parts: list[bytes] = []
@@ -103,6 +101,5 @@ def _check_type(scope: Scope) -> None:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    return parse_object(
-        content, "body", refusal=InvalidRequest, max_keys=MAX_KEYS, max_objects=MAX_OBJECTS
-    )
+    check_size(content)
+    return parse_object(content, "body", refusal=InvalidRequest, max_keys=MAX_KEYS)

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -26,6 +26,9 @@ from server.running_calls import Calls
 from server.service import Service
 
 REQUEST_ID = b"x-request-id"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _RETRYABLE = (408, 429, 503)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -148,9 +151,16 @@ class Exchange:
     """Parts of the path, by name."""
     body: dict[str, Any]
     """The JSON object that was sent; empty where the route takes none."""
+    has_long_body: bool
     answer: Answer
     long_work: WorkerPool
     """For what would hold up the event loop."""
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what reads all of the body; off the event loop where that is long."""
+        if not self.has_long_body:
+            return function(*args, **kwargs)
+        return await self.long_work.run(function, *args, **kwargs)
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -167,13 +177,16 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the request and run its call in a task of its own, until it or the caller ends."""
         answer = Answer(send, _request_id(scope), self._backend.long_work)
+        body: dict[str, Any] = {}
+        is_long = False
         try:
-            body = await self._backend.bodies.read(scope, receive) if self._takes_body else {}
+            if self._takes_body:
+                body, is_long = await self._backend.bodies.read(scope, receive)
         except CallerGone:
             return
         except Exception as error:
             return await answer.fail(error)
-        call = asyncio.create_task(self._run(scope, body, answer))
+        call = asyncio.create_task(self._run(scope, body, is_long, answer))
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((call, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -184,7 +197,7 @@ class Endpoint:
         if not call.cancelled():
             call.result()
 
-    async def _run(self, scope: Scope, body: dict[str, Any], answer: Answer) -> None:
+    async def _run(self, scope: Scope, body: dict[str, Any], is_long: bool, answer: Answer) -> None:
         calls = self._backend.calls
         try:
             with calls.running():
@@ -196,6 +209,7 @@ class Endpoint:
                     client=caller.client("", _address(scope)),
                     path=scope.get("path_params", {}),
                     body=body,
+                    has_long_body=is_long,
                     answer=answer,
                     long_work=self._backend.long_work,
                 )

@@ -13,13 +13,17 @@ from server.openai.boundary import Exchange
 from server.openai.choices import Chunk, stream_choices
 from server.openai.decode import chat_call
 from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import ChatRequest, parse_request
+from server.openai.schema import ChatRequest
+
+REASONING = ("reasoning_content", "reasoning")
+"""The field of what was thought: its name at DeepSeek and SGLang, and vLLM's, which had the other
+before.
+"""
 
 
 async def chat(exchange: Exchange) -> None:
     """Answer a request for a chat completion."""
-    request = parse_request(ChatRequest, exchange.body)
-    call = chat_call(request, exchange)
+    request, call = await exchange.run(chat_call, exchange)
     turn = _Turn(request, exchange)
     with field_is_model(not request.adapters):
         async with aclosing(generate(exchange.service.generation, [call])) as events:
@@ -86,6 +90,7 @@ class _Turn:
                 self.usage.num_output_tokens += len(event.token_ids)
                 return self._more(event)
             case Finished():
+                self.usage.num_reasoning_tokens += event.num_reasoning_tokens
                 return [_part(event.index, {}, reason=encode.finish_reason(event))]
         return []
 
@@ -107,7 +112,9 @@ class _Turn:
             },
         )
         delta, message = part["delta"], choice["message"]
-        message["content"] += delta.get("content", "")
+        for name in ("content", *REASONING):
+            if name in delta:
+                message[name] = message.get(name, "") + delta[name]
         for call in delta.get("tool_calls", ()):
             _add_call(message.setdefault("tool_calls", []), call)
         if part["logprobs"] and choice["logprobs"]:
@@ -130,6 +137,8 @@ class _Turn:
 
     def _more(self, event: Delta) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {}
+        if event.reasoning and self.request.include_reasoning:
+            delta |= {name: event.reasoning for name in REASONING}
         if event.text:
             delta["content"] = event.text
         if event.tool_calls:

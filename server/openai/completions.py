@@ -16,13 +16,12 @@ from server.openai.boundary import Exchange
 from server.openai.choices import Chunk, stream_choices
 from server.openai.decode import completion_calls
 from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import CompletionRequest, parse_request
+from server.openai.schema import CompletionRequest
 
 
 async def complete(exchange: Exchange) -> None:
     """Answer a request for completions."""
-    request = parse_request(CompletionRequest, exchange.body)
-    calls = completion_calls(request, exchange)
+    request, calls = await exchange.run(completion_calls, exchange)
     prompts = [call.prompt.text if isinstance(call.prompt, TextPrompt) else None for call in calls]
     completion = _Completion(request, exchange, prompts)
     with field_is_model(not request.adapters):

@@ -16,16 +16,8 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, UnsupportedFeature
-from server.calls import (
-    ChatPrompt,
-    GenerateCall,
-    Prompt,
-    PromptLimits,
-    TextPrompt,
-    TokenPrompt,
-    Tool,
-    ToolMode,
-)
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
+from server.calls import GenerateCall, Prompt, PromptLimits, TextPrompt, TokenPrompt
 from server.fields import (
     MAX_NAME_LENGTH,
     adapter_name,
@@ -36,26 +28,39 @@ from server.fields import (
 from server.openai.boundary import Exchange
 from server.openai.schema import (
     MAX_CHOICES,
+    CalledFunction,
+    CalledTool,
     ChatRequest,
+    ChosenFunctionTool,
     ChosenTool,
     CompletionRequest,
+    FunctionCall,
+    FunctionCallOutput,
+    FunctionTool,
     InputItem,
+    InputMessage,
     Message,
+    Reasoning,
     ResponsesRequest,
     SampledRequest,
     SchemaFormat,
     TextPart,
-    ToolDefinition,
+    ToolFunction,
     WeightedAdapter,
+    parse_request,
 )
 
 COMPLETION_TOKENS = 16
 """What a completion has at most where max_tokens is absent, as in OpenAI's API."""
 ALL_THAT_FITS = 2**31 - 1
 
+AnyFunction = ToolFunction | FunctionTool
+ToolChoice = str | ChosenTool | ChosenFunctionTool | None
 
-def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[GenerateCall]:
+
+def completion_calls(exchange: Exchange) -> tuple[CompletionRequest, list[GenerateCall]]:
     """Translate a completion: one call for each of its prompts."""
+    request = parse_request(CompletionRequest, exchange.body)
     if request.best_of not in (None, request.n):
         raise UnsupportedFeature(
             f"best_of is {request.best_of} and n is {request.n}: choosing among more outputs is "
@@ -85,25 +90,21 @@ def completion_calls(request: CompletionRequest, exchange: Exchange) -> list[Gen
             request.prompt_logprobs, request.logprobs if request.echo else None
         ),
     }
-    return [
+    return request, [
         _call(request, exchange, prompt, given, request.max_tokens is not None, index)
         for index, prompt in enumerate(prompts)
     ]
 
 
-def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
+def chat_call(exchange: Exchange) -> tuple[ChatRequest, GenerateCall]:
     """Translate a chat."""
+    request = parse_request(ChatRequest, exchange.body)
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true",
             field="top_logprobs",
         )
-    if not request.parallel_tool_calls and request.tools:
-        raise UnsupportedFeature(
-            "parallel_tool_calls is false: the model decides how many tools it calls; leave it out",
-            field="parallel_tool_calls",
-        )
-    _check_strict(request)
+    tools = [each.function for each in request.tools or ()]
     wanted = request.max_completion_tokens
     if wanted is not None and request.max_tokens not in (None, wanted):
         raise InvalidRequest(
@@ -119,23 +120,33 @@ def chat_call(request: ChatRequest, exchange: Exchange) -> GenerateCall:
     prompt = chat_prompt(
         request.messages,
         exchange.service.prompts.limits,
-        request.tools or (),
-        _tool_choice(request),
+        tools,
+        _tool_choice(request.tool_choice, tools),
         request.chat_template_kwargs,
+        parallel_tool_calls=request.parallel_tool_calls,
     )
-    return _call(request, exchange, prompt, given, wanted is not None)
+    return request, _call(request, exchange, prompt, given, wanted is not None)
 
 
-def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCall:
+def responses_call(exchange: Exchange) -> tuple[ResponsesRequest, GenerateCall]:
     """Translate a request of the Responses API into a chat."""
-    items: Sequence[InputItem] = (
-        [InputItem(role="user", content=request.input)]
-        if isinstance(request.input, str)
-        else request.input
-    )
-    messages = [Message(role=item.role, content=item.content) for item in items]
+    request = parse_request(ResponsesRequest, exchange.body)
+    if isinstance(request.input, str):
+        messages = [Message(role="user", content=request.input)]
+    else:
+        messages = _messages(request.input)
     if request.instructions is not None:
         messages.insert(0, Message(role="system", content=request.instructions))
+    tools = request.tools or []
+    prompt = chat_prompt(
+        messages,
+        exchange.service.prompts.limits,
+        tools,
+        _tool_choice(request.tool_choice, tools),
+        request.chat_template_kwargs,
+        parallel_tool_calls=request.parallel_tool_calls,
+        field="input",
+    )
     wanted = request.max_output_tokens
     sampling = SamplingParams(
         max_tokens=ALL_THAT_FITS if wanted is None else wanted,
@@ -146,9 +157,9 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
         seed=request.seed,
         structured_output=_from_format(request.text.format if request.text else None),
     )
-    return GenerateCall(
+    return request, GenerateCall(
         caller=exchange.caller,
-        prompt=chat_prompt(messages, exchange.service.prompts.limits, field="input"),
+        prompt=prompt,
         adapters=adapters(request.model, request.adapters, exchange),
         uses_base_text=request.base_text,
         sampling=sampling,
@@ -163,10 +174,11 @@ def responses_call(request: ResponsesRequest, exchange: Exchange) -> GenerateCal
 def chat_prompt(
     messages: Sequence[Message],
     limits: PromptLimits,
-    tools: Sequence[ToolDefinition] = (),
+    tools: Sequence[AnyFunction] = (),
     tool_choice: ToolMode | str = ToolMode.AUTO,
     template_variables: dict[str, Any] | None = None,
     *,
+    parallel_tool_calls: bool = True,
     field: str = "messages",
 ) -> ChatPrompt:
     """Translate a conversation. Raises InvalidRequest where it is so large that it cannot fit."""
@@ -175,11 +187,9 @@ def chat_prompt(
     check_bytes(sum(len(str(value).encode()) for t in turns for value in t.values()), field, limits)
     return ChatPrompt(
         messages=turns,
-        tools=tuple(
-            Tool(t.function.name, t.function.description or "", t.function.parameters)
-            for t in tools
-        ),
+        tools=tuple(Tool(t.name, t.description or "", t.parameters, bool(t.strict)) for t in tools),
         tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
         template_variables=template_variables or {},
     )
 
@@ -316,6 +326,8 @@ def _turn(message: Message, field: str) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": _text(content)}
     if message.name is not None:
         turn["name"] = message.name
+    if (thought := message.reasoning_content or message.reasoning) is not None:
+        turn["reasoning_content"] = thought
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
@@ -336,25 +348,50 @@ def _text(content: str | Iterable[TextPart] | None) -> str:
     return "\n".join(part.text for part in content)
 
 
-def _check_strict(request: ChatRequest) -> None:
-    """Arguments are held to a tool's schema where the choice says that tools are called."""
-    for index, tool in enumerate(request.tools or ()):
-        if tool.function.strict and request.tool_choice in (None, "auto"):
-            field = f"tools[{index}].function.strict"
-            raise UnsupportedFeature(
-                f"{field} is true: arguments are held to their schema where tool_choice is "
-                "'required' or names the tool, not under 'auto'; leave it out",
-                field=field,
-            )
+def _messages(items: Sequence[InputItem]) -> list[Message]:
+    """The turns of a Responses request, which writes what one turn of the assistant thought, said
+    and called as items of their own.
+    """
+    turns: list[Message] = []
+    for item in items:
+        last = turns[-1] if turns and turns[-1].role == "assistant" else None
+        match item:
+            case InputMessage(role="assistant"):
+                is_thought = last is not None and not (last.content or last.tool_calls)
+                more = {"content": _text(item.content)}
+                _add(turns, last if is_thought else None, more)
+            case InputMessage():
+                turns.append(Message(role=item.role, content=item.content))
+            case Reasoning():
+                thought = "\n".join(part.text for part in item.content or ())
+                turns.append(Message(role="assistant", content="", reasoning_content=thought))
+            case FunctionCall():
+                function = CalledFunction(name=item.name, arguments=item.arguments)
+                called = list((last and last.tool_calls) or ())
+                called.append(CalledTool(id=item.call_id, function=function))
+                _add(turns, last, {"tool_calls": called})
+            case FunctionCallOutput():
+                output = _text(item.output)
+                turns.append(Message(role="tool", content=output, tool_call_id=item.call_id))
+    return turns
 
 
-def _tool_choice(request: ChatRequest) -> ToolMode | str:
-    choice = request.tool_choice
+def _add(turns: list[Message], last: Message | None, more: dict[str, Any]) -> None:
+    """Add to the last turn of the assistant, or begin one."""
+    if last is None:
+        turns.append(Message(role="assistant", content="").model_copy(update=more))
+    else:
+        turns[-1] = last.model_copy(update=more)
+
+
+def _tool_choice(choice: ToolChoice, tools: Sequence[AnyFunction]) -> ToolMode | str:
     if isinstance(choice, ChosenTool):
         return choice.function.name
+    if isinstance(choice, ChosenFunctionTool):
+        return choice.name
     if choice is None:
         return ToolMode.AUTO
-    if choice == "required" and not request.tools:
+    if choice == "required" and not tools:
         raise InvalidRequest("tool_choice is 'required' without tools", field="tool_choice")
     return ToolMode(choice)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_runtime.core import FinishReason, TokenLogprob
 from lora_runtime.errors import Unavailable
-from server.calls import Finished, ToolCallDelta
+from lora_runtime.text.tool_calls import ToolCallDelta
+from server.calls import Finished
 
 TokenReader = Callable[[int], bytes]
 """From a token id to the bytes of the token."""
@@ -22,14 +23,19 @@ class Usage:
 
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """As OpenAI's API has it."""
-        return {
+        body: dict[str, Any] = {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
         }
+        if self.num_reasoning_tokens:
+            details = {"reasoning_tokens": self.num_reasoning_tokens}
+            body["completion_tokens_details"] = details
+        return body
 
 
 def finish_reason(event: Finished) -> str:

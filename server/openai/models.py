@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.text_side import TextSide
-from server.calls import AdapterRecord, AdapterState, Prompt
+from server.calls import AdapterRecord, AdapterState, Prompt, TokenPrompt
 from server.fields import adapter_name
 from server.openai.boundary import Exchange
 from server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
@@ -68,10 +68,10 @@ async def unload_adapter(exchange: Exchange) -> None:
 
 async def tokenize(exchange: Exchange) -> None:
     """POST /tokenize."""
-    request = parse_request(TokenizeRequest, exchange.body)
     service = exchange.service
+    request, prompt = await exchange.run(_tokenized, exchange)
     side = _known(exchange, request.model)
-    found = await service.prompts.tokenize(_tokenized(request, service), side)
+    found = await service.prompts.tokenize(prompt, side)
     body: dict[str, Any] = {
         "count": len(found),
         "max_model_len": service.facts.info(exchange.caller).engine.max_model_len,
@@ -86,11 +86,10 @@ async def tokenize(exchange: Exchange) -> None:
 
 async def detokenize(exchange: Exchange) -> None:
     """POST /detokenize."""
-    request = parse_request(DetokenizeRequest, exchange.body)
-    service = exchange.service
+    request, prompt = await exchange.run(_detokenized, exchange)
     side = _known(exchange, request.model)
-    prompt = token_ids(request.tokens, "tokens", service.prompts.limits)
-    await exchange.answer.json({"prompt": service.prompts.detokenize(prompt.token_ids, side)})
+    text = await exchange.run(exchange.service.prompts.detokenize, prompt.token_ids, side)
+    await exchange.answer.json({"prompt": text})
 
 
 async def show_version(exchange: Exchange) -> None:
@@ -132,7 +131,13 @@ def _known(exchange: Exchange, model: str | None) -> TextSide | None:
     return exchange.service.adapters.text_side(exchange.caller, model_adapter(model))
 
 
-def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
+def _detokenized(exchange: Exchange) -> tuple[DetokenizeRequest, TokenPrompt]:
+    request = parse_request(DetokenizeRequest, exchange.body)
+    return request, token_ids(request.tokens, "tokens", exchange.service.prompts.limits)
+
+
+def _tokenized(exchange: Exchange) -> tuple[TokenizeRequest, Prompt]:
+    request, limits = parse_request(TokenizeRequest, exchange.body), exchange.service.prompts.limits
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give either prompt or messages", field="prompt")
     is_text = request.prompt is not None
@@ -145,10 +150,10 @@ def _tokenized(request: TokenizeRequest, service: Service) -> Prompt:
     if request.prompt is not None:
         if request.tools or request.chat_template_kwargs:
             raise InvalidRequest("tools are for messages, not for a prompt", field="tools")
-        return text_prompt(request.prompt, "prompt", service.prompts.limits)
-    return chat_prompt(
+        return request, text_prompt(request.prompt, "prompt", limits)
+    return request, chat_prompt(
         request.messages or (),
-        service.prompts.limits,
-        request.tools or (),
+        limits,
+        [tool.function for tool in request.tools or ()],
         template_variables=request.chat_template_kwargs,
     )

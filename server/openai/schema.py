@@ -120,7 +120,7 @@ def _located(error: Mapping[str, Any], body: Mapping[str, Any]) -> tuple[list[in
 def _shown(value: object) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    text = repr(value)
+    text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
@@ -284,6 +284,9 @@ class Message(Model):
     name: str | None = None
     tool_calls: Items[CalledTool] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """Another name of `reasoning_content`."""
     refusal: Literal[None] = None
     audio: Literal[None] = None
     function_call: Literal[None] = None
@@ -329,6 +332,8 @@ class ChatRequest(SampledRequest):
     tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    """False: what the model thinks is not shown."""
     chat_template_kwargs: dict[str, Any] | None = None
 
     INERT = SampledRequest.INERT | {
@@ -346,22 +351,97 @@ class ChatRequest(SampledRequest):
         "verbosity": ("medium",),
         **_refused_always(
             "audio", "best_of", "chat_template", "documents", "function_call", "functions",
-            "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "moderation",
+            "media_io_kwargs", "mm_processor_kwargs", "moderation",
             "prediction", "prompt_cache_options", "reasoning_effort", "thinking_token_budget",
             "web_search_options",
         ),
     }  # fmt: skip
 
 
-class InputItem(Model):
+class InputMessage(Model):
     """A message of a Responses request."""
 
-    type: Literal["message"] = "message"
+    type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Items[TextPart]
     id: str | None = None
     status: str | None = None
-    phase: Literal[None] = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class FunctionCall(Model):
+    """A call of a function that the assistant made, as a response had it."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+    namespace: Literal[None] = None
+    caller: Literal[None] = None
+    async_: Literal[None, False] = Field(default=None, alias="async")
+
+
+class FunctionCallOutput(Model):
+    """What a function answered."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | Items[TextPart]
+    name: str | None = None
+    id: str | None = None
+    status: str | None = None
+    namespace: Literal[None] = None
+    caller: Literal[None] = None
+
+
+class ReasoningText(Model):
+    """A part of what was thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Reasoning(Model):
+    """What the assistant thought, as a response had it."""
+
+    type: Literal["reasoning"]
+    content: Items[ReasoningText] | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    encrypted_content: Literal[None] = None
+    id: str | None = None
+    status: str | None = None
+
+
+def _as_message(item: object) -> object:
+    """An item without a type is a message."""
+    return {"type": "message", **item} if isinstance(item, dict) else item
+
+
+InputItem: TypeAlias = Annotated[
+    Annotated[
+        InputMessage | FunctionCall | FunctionCallOutput | Reasoning, Field(discriminator="type")
+    ],
+    BeforeValidator(_as_message),
+]
+
+
+class FunctionTool(Model):
+    """A tool of a Responses request, which writes a function flat."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChosenFunctionTool(Model):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    name: str
 
 
 class SchemaFormat(Model):
@@ -392,6 +472,10 @@ class ResponsesRequest(RequestModel):
     top_p: float = 1.0
     stream: bool = False
     text: TextOptions | None = None
+    tools: Annotated[Items[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunctionTool | None = None
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
 
     adapters: Items[WeightedAdapter] | None = None
@@ -406,12 +490,9 @@ class ResponsesRequest(RequestModel):
     AS_DEFAULT = {
         "background": (False,),
         "include": ([],),
-        "parallel_tool_calls": (True,),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "stream_options": ({}, {"include_obfuscation": False}),
-        "tool_choice": ("auto", "none"),
-        "tools": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "reasoning": ({},),
@@ -423,8 +504,8 @@ class ResponsesRequest(RequestModel):
         "skip_special_tokens": (True,),
         "enable_response_messages": (False,),
         **_refused_always(
-            "background_options", "chat_template", "chat_template_kwargs", "context_management",
-            "conversation", "kv_transfer_params", "logit_bias", "max_tool_calls",
+            "background_options", "chat_template", "context_management", "conversation",
+            "kv_transfer_params", "logit_bias", "max_tool_calls",
             "media_io_kwargs", "mm_processor_kwargs", "moderation", "previous_input_messages",
             "previous_response_id", "prompt", "prompt_cache_options", "request_id", "stop",
             "structured_outputs", "vllm_xargs",

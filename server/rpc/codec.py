@@ -30,12 +30,12 @@ from lora_runtime.engine.request_rules import (
     logit_bias,
 )
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
 from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 from server.access.caller import Caller
 from server.calls import (
     AdapterRecord,
     AdapterState,
-    ChatPrompt,
     Delta,
     Event,
     GenerateCall,
@@ -47,8 +47,6 @@ from server.calls import (
     StoredAdapter,
     TextPrompt,
     TokenPrompt,
-    Tool,
-    ToolMode,
     UploadCall,
     UploadFile,
 )
@@ -75,8 +73,11 @@ REFUSED_FEATURES: tuple[str, ...] = ()
 FEATURES = (
     "text",
     "messages",
-    *(f"messages.{name}" for name in ("tools", "tool_choice", "template_variables")),
-    *(f"messages[].{name}" for name in ("tool_calls", "tool_call_id", "name")),
+    *(
+        f"messages.{name}"
+        for name in ("tools", "tool_choice", "parallel_tool_calls", "template_variables")
+    ),
+    *(f"messages[].{name}" for name in ("tool_calls", "tool_call_id", "name", "reasoning")),
     "token_ids",
     "adapters[].name",
     "adapters[].weight",
@@ -210,6 +211,7 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
         delta = generation_pb2.Delta(
             index=event.index,
             text=event.text,
+            reasoning=event.reasoning,
             token_ids=event.token_ids,
             logprobs=logprobs,
             tool_calls=[
@@ -221,7 +223,9 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
         )
         return generation_pb2.GenerateResponse(delta=delta)
     usage = types_pb2.Usage(
-        prompt_tokens=event.num_prompt_tokens, output_tokens=event.num_output_tokens
+        prompt_tokens=event.num_prompt_tokens,
+        output_tokens=event.num_output_tokens,
+        reasoning_tokens=event.num_reasoning_tokens,
     )
     finished = generation_pb2.Finished(
         index=event.index,
@@ -337,6 +341,7 @@ def _chat(chat: types_pb2.ChatMessages) -> ChatPrompt:
             for index, tool in enumerate(chat.tools)
         ),
         tool_choice=_tool_choice(chat.tool_choice),
+        parallel_tool_calls=not chat.HasField("parallel_tool_calls") or chat.parallel_tool_calls,
         template_variables=_json_object(chat.template_variables, "messages.template_variables")
         or {},
     )
@@ -347,6 +352,8 @@ def _turn(turn: types_pb2.ChatMessage) -> dict[str, Any]:
     for name in ("name", "tool_call_id"):
         if turn.HasField(name):
             found[name] = getattr(turn, name)
+    if turn.HasField("reasoning"):
+        found["reasoning_content"] = turn.reasoning
     if turn.tool_calls:
         found["tool_calls"] = [
             {

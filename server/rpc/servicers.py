@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.engine.worker_pool import WorkerPool
+from lora_runtime.errors import InvalidRequest, Overloaded
 from protos.loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -23,9 +27,16 @@ from server.fields import adapter_name
 from server.generation.generation import Generation
 from server.generation.prompts import Prompts
 from server.rpc import codec
+from server.rpc.boundary import LONG_MESSAGE, MAX_WAITING
 from server.service import ServerFacts
 
 Context: TypeAlias = grpc.aio.ServicerContext
+T = TypeVar("T")
+
+STALL_S = 120.0
+"""Seconds in which a caller must have read some of its stream."""
+MIN_BYTES_PER_S = 16 << 10
+"""What is added to that for a message, which may be one of megabytes, at so many bytes a second."""
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -34,27 +45,37 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, prompts: Prompts, generation: Generation) -> None:
         self._prompts = prompts
         self._generation = generation
+        self._decoders = WorkerPool("decoding", num_threads=2, max_waiting=MAX_WAITING)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream one generation; the call's deadline is the request's."""
-        call = codec.decode_generate(
+        decode = partial(
+            codec.decode_generate,
             request,
             context.time_remaining(),
             self._prompts.limits,
             CURRENT.get(),
             context.peer(),
         )
+        call = await self._decoded(request, decode)
         async with aclosing(self._generation.generate(call)) as events:
             async for event in events:
-                await context.write(codec.encode_event(event))
+                await _write(context, codec.encode_event(event))
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         """Show a prompt's token ids."""
-        prompt = codec.decode_prompt(request, self._prompts.limits)
+        decode = partial(codec.decode_prompt, request, self._prompts.limits)
+        prompt = await self._decoded(request, decode)
         token_ids = await self._prompts.tokenize(prompt)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def _decoded(self, request: Message, decode: Callable[[], T]) -> T:
+        """Translate a request, off the event loop where it is long."""
+        if request.ByteSize() < LONG_MESSAGE:
+            return decode()
+        return await self._decoders.run(decode)
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -156,3 +177,17 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.GetServerInfoResponse:
         """Show what this server is."""
         return codec.encode_server_info(self._facts.info(CURRENT.get()))
+
+
+async def _write(context: Context, message: Message) -> None:
+    """Send a message of a stream, which waits until the caller has read enough of those before.
+
+    Raises Overloaded where it reads nothing: what its call holds is others' too.
+    """
+    try:
+        async with asyncio.timeout(STALL_S + message.ByteSize() / MIN_BYTES_PER_S):
+            await context.write(message)
+    except TimeoutError:
+        raise Overloaded(
+            f"the stream has not been read for {STALL_S:g} s; read it as it comes, or ask for less"
+        ) from None

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.fork_server import run_program
 from tests.tiny import tiny_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 
-REPO = Path(__file__).parents[2]
 SIZES = {
     "requests": 5, "prompt-tokens": 9, "new-tokens": 12, "adapters": 2, "rank": 2, "rounds": 2,
     "alone": 2,
@@ -25,10 +21,8 @@ def test_every_wire_carries_every_token(tmp_path):
     base = tiny_checkpoint(tmp_path / "base")
     write_tokenizer(base)
     sizes = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.wires", "--base", base, "--out", tmp_path / "out", *sizes],
-        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["-m", "bench.wires", "--base", base, "--out", tmp_path / "out", *sizes]
+    done = run_program(command, timeout=290)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (file,) = (tmp_path / "out").iterdir()
     result = json.loads(done.stdout.splitlines()[-1])

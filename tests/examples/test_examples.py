@@ -4,12 +4,11 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import run_program
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
@@ -29,14 +28,9 @@ def world(tmp_path_factory) -> Path:
 
 def run_example(name: str, *arguments: str, **variables: str) -> str:
     """Run an example to its end and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(REPO / "examples" / name), *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **variables}
+    command = [REPO / "examples" / name, *arguments]
+    done = run_program(command, timeout=110, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""Async test functions, the fixture `serve`: `async with serve() as world`, and logs."""
+"""Async test functions, the fixture `serve`: `async with serve() as world`, logs and commands."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import structlog
+import uvicorn.server
+from typer import testing
 
 from tests.server.world import World, serving
 
@@ -26,6 +28,33 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[World]]:
     return partial(serving, tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """Typer's CliRunner builds all of a program's commands for every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", cache(testing._get_command))
+        yield
+
+
+class QuickAsyncio:
+    """asyncio, where a tenth of a second is a hundredth."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds / 10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def http_servers_end_at_once() -> Iterator[None]:
+    """uvicorn looks every tenth of a second whether it is to end, and then waits for another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", QuickAsyncio())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,8 @@ def server(tmp_path_factory):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
         assert events(log)[-1]["event"] == "stopped"
+        for line in log.read_text().splitlines():
+            assert line.startswith("{"), "nothing that was imported writes there too"
     finally:
         process.kill()
         process.wait()
@@ -512,6 +514,10 @@ def test_help_is_grouped_and_fits_80_columns(invoke):
         page = invoke(command, "-h", env={"COLUMNS": "80"}).stdout
         assert all(f"─ {group} ─" in page for group in groups)
         assert max(map(len, page.splitlines())) <= 80
+        lines = [line.strip(" │") for line in page.splitlines()]
+        at = next(i for i, line in enumerate(lines) if line.startswith("--seed ")
+                  or line.startswith("--quantization "))  # fmt: skip
+        assert len(lines[at + 1].split()) > 4, "a text has the width of the page"
         found = SETTINGS if command == "serve" else TRAIN_SETTINGS
         assert {f"--{key.replace('_', '-')}" for key in found} <= set(page.split())
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", invoke("--version").stdout)

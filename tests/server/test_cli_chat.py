@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_runtime.errors import RequestFailed
+from protos.loramux.v1 import generation_pb2
 from server.cli import app, main
 from server.cli.chat import Conversation, converse
 from server.client import Client
@@ -183,3 +184,16 @@ def test_a_shell_completes_commands_flags_and_values(monkeypatch, capsys, words,
     with pytest.raises(SystemExit):
         main([])
     assert set(capsys.readouterr().out.split()) == expected
+
+
+def test_a_thought_is_shown_before_the_answer_and_not_kept(capsys):
+    class Thinking:
+        def generate(self, **_):
+            for thought, text in (("Hm", ""), (".", "So"), ("", " it is")):
+                delta = generation_pb2.Delta(reasoning=thought, text=text)
+                yield generation_pb2.GenerateResponse(delta=delta)
+
+    talk = Conversation(Thinking(), {}, {})
+    talk.say("Is it?")
+    assert capsys.readouterr().out == "Hm.\n\nSo it is\n"
+    assert talk.turns[-1] == {"role": "assistant", "content": "So it is"}

@@ -15,21 +15,24 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.training import trainer
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
+from server.access.tls import Tls, TlsFiles
 from server.cli import app
 from server.cli.deploy import Sample, first_prompt
 from server.client import Client
+from tests.server.access.certificates import Authority
+from tests.server.access.keyring import OPERATOR, gate_of
 from tests.server.uploading import local_adapter
 from tests.server.world import serving
 
 
 @contextmanager
-def served(folder: Path):
+def served(folder: Path, **options):
     """A world whose loop runs in a thread, so that commands may block here."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     found = []
 
     async def body():
-        async with serving(folder) as world:
+        async with serving(folder, **options) as world:
             found.extend([world, asyncio.Event()])
             ready.set()
             await found[1].wait()
@@ -115,6 +118,25 @@ def test_a_run_is_deployed_with_answers_before_and_after(world, trained, tmp_pat
     assert ("base: " + ("<system>s<user>What?" * 9)[:64]) in lines
     assert f"parrot: {'p' * 64}" in lines
     assert any(line.startswith("parrot: loaded, digest p") for line in lines)
+
+
+def test_a_run_is_deployed_with_a_key_over_tls(trained, tmp_path, monkeypatch):
+    """By the flags of every command that talks with a server; nothing else of it is different."""
+    ca = Authority(tmp_path / "ca")
+    pair, own = ca.issue("server"), ca.issue("acme-svc")
+    tls = Tls(TlsFiles(pair.cert, pair.key, ca.ca))
+    data = write_data(tmp_path / "d.jsonl", {"prompt": "ab", "completion": "c"})
+    run = ["train", "--data", data, "--output", tmp_path / "out", "--name", "n"]
+    flags = ["--tls-ca", ca.ca, "--tls-cert", own.cert, "--tls-key", own.key]
+    options = {"gate": gate_of(tmp_path), "credentials": tls.grpc_credentials()}
+    with served(tmp_path / "served", **options) as world:
+        monkeypatch.setenv("COLUMNS", "200")
+        run += ["--deploy", world.target]
+        for missing in ([], ["--api-key", OPERATOR], [*flags[2:], "--api-key", OPERATOR]):
+            refused = invoke(*run, *missing)
+            assert refused.exit_code == 1 and trained == [], refused.output
+        result = invoke(*run, *flags, "--api-key", OPERATOR)
+        assert result.exit_code == 0 and "n: loaded" in result.stdout, result.output
 
 
 def test_every_finished_unit_is_deployed_and_a_refused_one_fails_alone(world, trained, tmp_path):

@@ -14,6 +14,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training import trainer
 from lora_runtime.training.config import TrainConfig
 from server.cli import app, local
+from server.cli.connection import FLAGS
 from server.cli.settings import VARIABLES
 from server.config import SETTINGS, check_environment, load_config
 
@@ -28,6 +29,7 @@ COMMANDS = {
     },
 }
 ACTIONS = {"dry_run", "deploy", "deploy_name", "sample", "unit", "print_config", "help"}
+ACTIONS |= set(FLAGS)  # of a connection, which are the same for every command
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import pytest
 
 from lora_runtime.core import AdapterChoice, FinishReason, StructuredOutput, StructureKind
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
+from lora_runtime.text.chat_prompt import ChatPrompt
 from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
 from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
 from protos.loramux.v1.types_pb2 import FinishReason as WireReason
 from server.access.caller import ANONYMOUS
 from server.calls import (
     AdapterState,
-    ChatPrompt,
     Finished,
     PromptLimits,
     TextPrompt,

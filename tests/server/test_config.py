@@ -3,10 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
 from lora_runtime.base import device
 from lora_runtime.config import BaseConfig, DeviceDefaults
 from lora_runtime.errors import ConfigError
+from server.cli.settings import TRAIN_SETTINGS, read_texts
 from server.config import SETTINGS, load_config, split_address
 
 BAD_DEVICES = ["", "gpu", "0", "cuda0", "cuda:", "cuda:-1", "cuda:01", "cuda:1.5", "cuda:x",
@@ -256,3 +258,21 @@ def test_an_empty_path_is_not_the_working_directory(field, value):
     with pytest.raises(ConfigError, match="''; it must be") as refusal:
         load_config(None, {"device": "cpu", field: value})
     assert str(refusal.value.field).startswith(field)
+
+
+def test_several_pairs_in_one_flag_are_never_taken_for_one(tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    one, two = f"a-*={tmp_path}/{{name}}", f"b={tmp_path}/x{{name}}"
+    for given in ([f"{one},{two}"], [one, two], f"{one},{two}"):
+        found = load_config(None, {"adapter_on_demand": given}).adapter_on_demand
+        assert found == {"a-*": f"{tmp_path}/{{name}}", "b": f"{tmp_path}/x{{name}}"}
+    with pytest.raises(ConfigError, match="--adapter A=… --adapter B=…"):
+        load_config(None, {"adapter": [f"a={tmp_path}/x,b={tmp_path}/x"]})
+
+
+@pytest.mark.parametrize("name", ["columns", "rank_pattern", "alpha_pattern", "sweep"])
+def test_several_pairs_in_one_flag_of_train_are_refused_with_advice(name) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(typer.BadParameter, match=f"{flag} A=… {flag} B=…"):
+        read_texts({name: ["a=1,b=2"]}, TRAIN_SETTINGS)
+    assert read_texts({name: ["a=1", "b=2"]}, TRAIN_SETTINGS)

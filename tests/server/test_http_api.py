@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import asynccontextmanager
 
@@ -16,10 +17,12 @@ from openai import AsyncOpenAI
 
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
+from lora_runtime.text.tool_calls import ToolCallDelta
 from server import http_connection
-from server.calls import Delta, Finished, Started, ToolCallDelta
+from server.calls import Delta, Finished, Started
 from server.openai import body as bodies
 from server.openai.json_text import encoded, encoded_in_parts
+from server.openai.routes import OPERATIONS
 from tests.server.access.keyring import ACME, OPERATOR, gate_of
 from tests.server.http_api import Api, serving_http
 from tests.server.world import until
@@ -69,6 +72,21 @@ async def test_a_name_is_answered_by_what_it_names_and_never_by_the_base(api) ->
             status, error = await api.error(COMPLETIONS, prompt="hi", **body)
             assert status == 400 and error["param"] == "model"
         assert len(world.engine.seen) == 2
+
+
+async def test_no_path_leads_to_another_host(api) -> None:
+    """A redirect would go to whatever host the request names."""
+    paths = ["/metrics", "/healthz", "/readyz", "/health", *(each.path for each in OPERATIONS)]
+    async with api() as (_, api):
+        for path in [path.replace("{model:path}", "tiny") for path in paths]:
+            for asked in (f"{path}/", f"/{path}", f"//evil{path}", f"{path}//", f"{path}/?a=b"):
+                for method in ("GET", "POST"):
+                    url = httpx.URL(api.url).copy_with(raw_path=asked.encode())
+                    answer = await api.http.request(
+                        method, url, json={}, headers={"host": "evil.example"}
+                    )
+                    assert answer.status_code in (404, 405), (asked, answer.status_code)
+                    assert "location" not in answer.headers and "evil.ex" not in answer.text
 
 
 async def test_models_are_the_base_and_its_adapters(api) -> None:
@@ -259,7 +277,7 @@ REFUSED = [
     (COMPLETIONS, {"prompt": "x" * 100_000}, "prompt"),
     ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
     ("/v1/responses", {"store": True}, "store"),
-    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning"),
     ("/tokenize", {"prompt": None}, "prompt"),
     ("/tokenize", {"add_special_tokens": False}, "add_special_tokens"),
@@ -295,7 +313,7 @@ OF_VLLM = {
     CHAT: {
         "allowed_token_ids": [1], "bad_words": ["x"], "best_of": 2, "chat_template": "x",
         "continue_final_message": True, "guided_decoding_backend": "xgrammar",
-        "guided_whitespace_pattern": " ", "include_reasoning": True,
+        "guided_whitespace_pattern": " ",
         "include_stop_str_in_output": True, "logits_processors": ["x"], "logprob_token_ids": [1],
         "mm_processor_kwargs": {}, "request_id": "x", "return_token_ids": True,
         "skip_special_tokens": False, "spaces_between_special_tokens": False,
@@ -505,6 +523,30 @@ async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monk
         await until(lambda: bool(world.engine.running))
         await until(lambda: not world.engine.running and not api.calls._tasks)
         writer.close()
+
+
+async def test_a_slow_reader_of_one_long_answer_gets_all_of_it(api, monkeypatch) -> None:
+    """More than sockets take, for several times what a stall may last."""
+    monkeypatch.setattr(http_connection, "STALL_S", 1.0)
+    async with api(max_model_len=15_000) as (_, api):
+        body = GOOD[CHAT] | {"logprobs": True, "top_logprobs": 20, "max_tokens": 14_000}
+        content = json.dumps(body).encode()
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            raw.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", api.port))
+            reader, writer = await asyncio.open_connection(sock=raw, limit=1 << 16)
+            writer.write(head(CHAT, len(content)) + content)
+            fields = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            size = next(int(f.partition(":")[2]) for f in fields if f.startswith("content-length"))
+            begun, received = time.monotonic(), 0
+            while received < size:
+                await asyncio.sleep(0.03)
+                part = await reader.read(1 << 17)
+                assert part, f"{received} of {size} bytes came"
+                received += len(part)
+            writer.close()
+        assert time.monotonic() - begun > 1
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

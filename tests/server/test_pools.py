@@ -27,9 +27,16 @@ NUM_STUCK = 12
 
 
 @pytest.fixture
-def stuck(monkeypatch):
-    """Make a method wait until the test is over; gives the list of its calls."""
-    release = threading.Event()
+def release():
+    """Lets go of what is `stuck`, at the latest when the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def stuck(monkeypatch, release):
+    """Make a method wait until it is let go; gives the list of its calls."""
 
     def make(owner: type, name: str) -> list:
         original, calls = getattr(owner, name), []
@@ -42,8 +49,7 @@ def stuck(monkeypatch):
         monkeypatch.setattr(owner, name, waiting)
         return calls
 
-    yield make
-    release.set()
+    return make
 
 
 async def chat(world, tenant: str = "one") -> str:
@@ -67,7 +73,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, kind):
+async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, release, kind):
     owner, method, call = KINDS[kind]
     async with serve() as world:
         calls = stuck(owner, method)
@@ -83,6 +89,7 @@ async def test_what_is_stuck_stops_its_own_kind_only(serve, stuck, kind):
         assert await asyncio.wait_for(
             world.client.generate("text is never behind them", max_tokens=2).text(), 2
         )
+        release.set()  # else the server's end waits for them
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
@@ -144,15 +151,16 @@ async def test_a_request_that_waits_in_the_engine_counts_too(serve):
         assert await chat(world)
 
 
-async def test_uploads_that_run_are_bounded(serve, stuck):
+async def test_uploads_that_run_are_bounded(serve, stuck, release):
     async with serve() as world:
         stuck(Upload, "write")
         waiting = [
             asyncio.create_task(upload(world, f"u{index}")) for index in range(MAX_RUNNING_UPLOADS)
         ]
-        await until(lambda: world.service.adapters._store._num_running == MAX_RUNNING_UPLOADS)
+        await until(lambda: world.service.adapters._store._running.num_held == MAX_RUNNING_UPLOADS)
         with pytest.raises(Overloaded, match=f"{MAX_RUNNING_UPLOADS} uploads"):
             await asyncio.wait_for(upload(world, "one-more"), 2)
+        release.set()  # else the server's end waits for them
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
@@ -179,7 +187,7 @@ async def test_an_upload_that_sends_next_to_nothing_gives_its_place_back(
         if caught.value.code() is not grpc.StatusCode.INTERNAL:  # lost while it was sending
             error = from_rpc_error(caught.value)
             assert isinstance(error, InvalidRequest) and "bytes a second" in str(error)
-        await until(lambda: world.service.adapters._store._num_running == 0)
+        await until(lambda: world.service.adapters._store._running.num_held == 0)
 
 
 async def test_chats_that_nobody_renders_are_seen(serve, stuck, monkeypatch):

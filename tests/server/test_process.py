@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
-import sys
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,12 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lora_runtime.errors import Unavailable
 from server.client import AsyncClient
 from server.watchdog import MAX_FAILED_IN_A_ROW
+from tests.fork_server import Program, start_program
 from tests.server.faulty_server import FROZEN_S
 from tests.tiny import tiny_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 
 START_S = 60
-REPO = Path(__file__).parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -44,18 +43,13 @@ def free_address() -> str:
 class Server:
     """A server's process and its clients."""
 
-    def __init__(self, process: asyncio.subprocess.Process, fault: Path, target: str, http: str):
-        self.process, self.fault, self.target = process, fault, target
+    def __init__(
+        self, process: Program | subprocess.Popen, log: Path, fault: Path, target: str, http: str
+    ):
+        self.process, self.log, self.fault, self.target = process, log, fault, target
         self.http = httpx.AsyncClient(base_url=f"http://{http}", timeout=2)
         self.client = AsyncClient(target)
-        self.lines: list[str] = []
         self.probes_before: set[int] = set()
-        self._reading = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            self.lines.append(line.decode())
 
     async def readyz(self) -> int:
         try:
@@ -69,15 +63,14 @@ class Server:
         async with asyncio.timeout(timeout_s):
             while (found := await self.readyz()) != status:
                 self.probes_before.add(found)
-                assert self.process.returncode is None, "".join(self.lines)
+                assert self.process.poll() is None, self.log.read_text()
                 await asyncio.sleep(0.05)
         return time.monotonic() - begun
 
     async def end(self, timeout_s: float) -> tuple[int, float]:
         """Wait for the process: its exit code, and after how many seconds."""
         begun = time.monotonic()
-        code = await asyncio.wait_for(self.process.wait(), timeout_s)
-        await self._reading
+        code = await asyncio.to_thread(self.process.wait, timeout_s)
         return code, time.monotonic() - begun
 
     async def endless_stream(self) -> asyncio.Task:
@@ -98,26 +91,24 @@ class Server:
 async def started(base: Path, tmp_path: Path, *flags: str) -> AsyncIterator[Server]:
     """A server's process that is ready; killed in the end if it still lives."""
     target, http = free_address(), free_address()
-    fault = tmp_path / "fault"
+    fault, log = tmp_path / "fault", tmp_path / "log"
     arguments = [
         "serve", "--base", str(base), "--device", "cpu", "--dtype", "float32",
         "--grpc-address", target, "--http-address", http, "--kv-bytes", str(1 << 20),
         "--adapter-store", str(tmp_path / "store"), *flags,
     ]  # fmt: skip
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.server.faulty_server", str(fault), *arguments,
-        cwd=REPO, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    server = Server(process, fault, target, http)
+    with log.open("wb") as stream:
+        process = start_program(
+            ["-m", "tests.server.faulty_server", fault, *arguments], stderr=stream.fileno()
+        )
+    server = Server(process, log, fault, target, http)
     try:
         async with server.http, server.client:
             await server.until_readyz(200, START_S)
             yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        process.kill()
+        process.wait()
 
 
 async def health_statuses(target: str, seen: list[tuple[int, float]]) -> None:
@@ -140,13 +131,13 @@ async def test_a_hang_turns_the_probes_ends_streams_typed_and_the_process(base, 
         with pytest.raises(Unavailable, match="no progress"):
             await asyncio.wait_for(stream, 8)
         code, _ = await server.end(8)
-        assert code == 1, "".join(server.lines)
+        assert code == 1, server.log.read_text()
         await watching
         (_, _), (status, seconds), *_ = seen
         assert status != SERVING and seconds <= 5
-        text = "".join(server.lines)
+        text = server.log.read_text()
         assert "gemm_4bit" not in text and "%|" not in text
-        for line in server.lines:
+        for line in text.splitlines():
             assert line.startswith(("{", "error: ")), line
 
 
@@ -172,7 +163,7 @@ async def test_an_interpreter_that_is_frozen_ends_too(base, tmp_path):
         server.process.send_signal(signal.SIGTERM)
         code, seconds = await server.end(FROZEN_S + 5)
         assert code == 1 and seconds <= FROZEN_S + 2
-        assert "faulty_server.py" in "".join(server.lines), "it says what it was doing"
+        assert "faulty_server.py" in server.log.read_text(), "it says what it was doing"
         with pytest.raises(Unavailable):
             await stream
 

@@ -46,7 +46,7 @@ from tests.server.world import until
 REPO = Path(__file__).parents[2]
 MAX_BYTES = 1 << 20
 CALM = FetchLimits(idle_s=20.0, total_s=60.0, pause_s=0.01)
-HASTY = FetchLimits(idle_s=0.6, total_s=20.0, pause_s=0.01)
+HASTY = FetchLimits(idle_s=0.35, total_s=20.0, pause_s=0.01)
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ async def test_a_head_without_an_end_holds_no_thread(store, web, head, method):
     web.bent[(method, f"/x/{WEIGHTS}")] = [head] * 3
     sources = remote(store, f"{web.url}/", limits=HASTY)
     assert "3 attempts" in await failure(sources, source, Unavailable)
-    await until(lambda: sources._threads._num_running == 0)
+    await until(lambda: sources._threads[""]._num_running == 0)
     assert await fetch(sources, source) == adapter()
 
 
@@ -404,7 +404,7 @@ async def test_a_caller_who_goes_away_ends_the_fetch(store, web):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left(store) == []
-    await until(lambda: sources._threads._num_running == 0)  # the read was ended too
+    await until(lambda: sources._threads[""]._num_running == 0)  # the read was ended too
 
 
 async def test_an_adapter_that_changes_while_it_is_fetched_is_one_or_the_other(store, web):
@@ -498,7 +498,7 @@ async def test_too_many_fetches_wait_no_longer(store, web):
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert left(store) == [] and sources._num_fetches == 0
+    assert left(store) == [] and sources._fetches.num_held == 0
 
 
 # Object stores.
@@ -535,6 +535,7 @@ async def test_an_s3_server_that_is_away(store, bucket, monkeypatch):
     from s3fs import S3FileSystem
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own, each with a longer pause
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     S3FileSystem.clear_instance_cache()
     message = await failure(remote(store, "s3://adapters/"), "s3://adapters/x", Unavailable)

@@ -18,10 +18,10 @@ from lora_runtime.errors import (
     LoramuxError,
     Unavailable,
 )
+from lora_runtime.text.chat_prompt import ChatPrompt
 from server.access.caller import ANONYMOUS
 from server.calls import (
     AdapterState,
-    ChatPrompt,
     Delta,
     Finished,
     GenerateCall,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import time
 
 import jsonschema
@@ -18,9 +19,9 @@ from protos.loramux.v1 import types_pb2
 from tests.peft_adapters import write_adapter
 from tests.server import tiny_server
 from tests.server.world import serving
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import lengthen, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import CHATML_TEMPLATE, write_tokenizer
-from tests.tool_templates import QWEN25
+from tests.tool_templates import QWEN3, QWEN25
 
 SCHEMA = {
     "type": "object",
@@ -76,9 +77,7 @@ HARMLESS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("structured")
     write_tokenizer(tiny_checkpoint(folder / "base"), chat_template=QWEN25)
-    config = folder / "base" / "config.json"
-    longer = {**json.loads(config.read_text()), "max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer))
+    lengthen(folder / "base")
     for index in range(2):
         path = folder / "adapters" / f"a{index}"
         write_adapter(tiny_model("llama"), path, seed=index, r=2 + index)
@@ -170,7 +169,7 @@ async def test_tools_are_called_as_the_choice_says(folder):
         assert hidden[0].started.prompt_tokens == len(plain) < shown[0].started.prompt_tokens
 
 
-async def test_templates_get_what_transformers_gives_them(folder):
+async def test_templates_get_what_transformers_gives_them(folder, tmp_path):
     """Calls of earlier turns, their answers and a variable, by the base's own template."""
     call = {"name": "weather", "arguments": '{"city": "Ulm", "days": 2}'}
     messages = [
@@ -184,11 +183,14 @@ async def test_templates_get_what_transformers_gives_them(folder):
     theirs[2]["tool_calls"] = [{"id": "c1", "type": "function", "function": function}]
     tool = {"type": "function", "function": {**WEATHER["function"], "description": ""}}
     tool["function"] = {k: tool["function"][k] for k in ("name", "description", "parameters")}
-    expected = AutoTokenizer.from_pretrained(folder / "base").apply_chat_template(
+    shutil.copytree(folder / "base", tmp_path / "base")
+    write_tokenizer(tmp_path / "base", chat_template=QWEN3)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    expected = tokenizer.apply_chat_template(
         theirs, tools=[tool], add_generation_prompt=True, enable_thinking=False, tokenize=False
     )
     assert '"city": "Ulm"' in expected and "<think>" in expected
-    async with tiny_server.running(folder) as (client, engine):
+    async with tiny_server.running(tmp_path) as (client, engine):
         seen = []
         generate = engine.generate
         engine.generate = lambda request: (seen.append(request), generate(request))[1]
@@ -197,8 +199,7 @@ async def test_templates_get_what_transformers_gives_them(folder):
             messages=messages, tools=[WEATHER], template_variables=variables, max_tokens=1
         )
         await generation.text()
-    decoded = AutoTokenizer.from_pretrained(folder / "base").decode(seen[0].prompt_token_ids)
-    assert decoded == expected
+    assert tokenizer.decode(seen[0].prompt_token_ids) == expected
 
 
 REFUSED = [
@@ -229,6 +230,16 @@ async def test_what_cannot_be_kept_is_refused_by_name(folder):
             with pytest.raises(InvalidRequest) as caught:
                 await client.generate(messages=USER, max_tokens=4, **options).text()
             assert caught.value.field == field
+
+
+async def test_a_prompt_that_does_not_fit_has_no_form_compiled(serve):
+    async with serve(max_model_len=100) as world:
+        form = {"regex": "a+"}
+        with pytest.raises(InvalidRequest, match="at most 99 fit"):
+            await world.client.generate(text="a" * 100, structured_output=form).text()
+        assert not world.service.generation._structures._known
+        await world.client.generate(text="a" * 98, structured_output=form).text()
+        assert len(world.service.generation._structures._known) == 1
 
 
 async def test_hostile_definitions_are_refused_and_disturb_nobody(folder):

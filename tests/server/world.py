@@ -79,6 +79,7 @@ async def serving(
     *,
     gate: Gate = OPEN_GATE,
     api_key: str | None = None,
+    credentials: grpc.ServerCredentials | None = None,
     **engine_options: Any,
 ) -> AsyncIterator[World]:
     """Run a server whose adapter root lies in `folder`; `api_key` is the client's."""
@@ -100,7 +101,9 @@ async def serving(
         base_name="tiny",
         watchers=watchers,
     )
-    server = await start_grpc(service, "127.0.0.1:0", gate=gate, observer=RecordingObserver())
+    server = await start_grpc(
+        service, "127.0.0.1:0", gate=gate, observer=RecordingObserver(), credentials=credentials
+    )
     try:
         async with AsyncClient(f"127.0.0.1:{server.port}", api_key=api_key) as client:
             yield World(engine, service, registry, observer, server, client, root)

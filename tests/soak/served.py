@@ -19,8 +19,9 @@ import psutil
 import torch
 
 from server.client import AsyncClient
+from tests.fork_server import REPO, Program, start_program
 from tests.peft_adapters import write_adapter
-from tests.server.test_process import REPO, free_address
+from tests.server.test_process import free_address
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -43,7 +44,7 @@ class Holdings:
 class Running:
     """A server's process that is ready."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Program
     target: str
     http: str
     log: Path
@@ -126,25 +127,33 @@ def write_world(folder: Path, *, vocab_size: int | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *flags: str, store: Path | None = None) -> Iterator[Running]:
+def running(
+    folder: Path, *flags: str, store: Path | None = None, is_fork: bool = False
+) -> Iterator[Running]:
     """A server over `folder`/base with `folder`/adapters as its root, until the context ends.
 
-    `store`: what outlasts it; None: nothing does.
+    `store`: what outlasts it; None: nothing does. `is_fork`: it starts sooner, and its memory is
+    shared with others, so that it says nothing.
     """
     target, http = free_address(), free_address()
     store = store or Path(tempfile.mkdtemp(prefix="store-", dir=folder))
     log = store.with_suffix(".log")
     command = [
-        sys.executable, "-m", "server", "--base", str(folder / "base"), "--device", "cpu",
+        "-m", "server", "--base", str(folder / "base"), "--device", "cpu",
         "--dtype", "float32", "--grpc-address", target, "--http-address", http,
         "--adapter-roots", str(folder / "adapters"), "--adapter-store", str(store),
         "--kv-bytes", str(8 << 20), "--log-format", "console", "--log-level", "warning", *flags,
     ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process: subprocess.Popen | Program
     with log.open("a") as stream:
-        process = subprocess.Popen(
-            command, cwd=REPO, stderr=stream, stdout=stream,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        if is_fork:
+            output = stream.fileno()
+            process = start_program(command, stdout=output, stderr=output, env=environment)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=REPO, stderr=stream, stdout=stream, env=environment
+            )
     try:
         server = Running(process, target, f"http://{http}", log, folder)
         wait_until_ready(server)

@@ -276,11 +276,11 @@ async def test_kills(folder, roomy, size, figure, tmp_path) -> None:
             await server.client.unload_adapter("probe", wait=True)
     changes = Changes(tmp_path, digests)
     for _ in range(size.of(6, 1)):
-        with running(tmp_path, store=tmp_path / "store") as process:
+        with running(tmp_path, store=tmp_path / "store", is_fork=True) as process:
             async with Served(process) as server:
                 restored.append(await changes.check(server.client))
                 await changes.until_killed(server)
-    with running(tmp_path, store=tmp_path / "store") as process:
+    with running(tmp_path, store=tmp_path / "store", is_fork=True) as process:
         async with Served(process) as server:
             restored.append(await changes.check(server.client))
             stored = (await server.client.list_stored_adapters()).stored

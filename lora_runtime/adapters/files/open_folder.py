@@ -202,7 +202,8 @@ def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:
     root = next((root for root in roots if real.is_relative_to(root)), None)
     if root is None:
         raise PermissionError
-    descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC | (0 if root == real else os.O_DIRECTORY))
+    kind = os.O_NONBLOCK if root == real else os.O_DIRECTORY
+    descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC | kind)
     *folders, last = real.relative_to(root).parts or (".",)
     try:
         for part in folders:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from . import types_pb2 as loramux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloramux/v1/generation.proto\x12\nloramux.v1\x1a\x16loramux/v1/types.proto\"\x9b\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.loramux.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12.\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1c.loramux.v1.AdapterSelection\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.loramux.v1.SamplingParams\x12\x17\n\nrequest_id\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x17\n\ncache_salt\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x16\n\tbase_text\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x13\n\x06tenant\x18\n \x01(\tH\x05\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\r\n\x0b_cache_saltB\x0b\n\t_priorityB\x0c\n\n_base_textB\t\n\x07_tenant\"\xc8\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.loramux.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.loramux.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.loramux.v1.FinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1a.loramux.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"C\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\r\n\x05notes\x18\x03 \x03(\t\"<\n\x0ePromptLogprobs\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"\x92\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\x12-\n\ntool_calls\x18\x05 \x03(\x0b\x32\x19.loramux.v1.ToolCallDelta\"\x90\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.loramux.v1.Usage\x12\"\n\x06timing\x18\x04 \x01(\x0b\x32\x12.loramux.v1.Timing\"X\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.loramux.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xa3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.loramux.v1.GenerateRequest\x1a\x1c.loramux.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.loramux.v1.TokenizeRequest\x1a\x1c.loramux.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloramux/v1/generation.proto\x12\nloramux.v1\x1a\x16loramux/v1/types.proto\"\x9b\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.loramux.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.loramux.v1.TokenIdsH\x00\x12.\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1c.loramux.v1.AdapterSelection\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.loramux.v1.SamplingParams\x12\x17\n\nrequest_id\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x17\n\ncache_salt\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x16\n\tbase_text\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x13\n\x06tenant\x18\n \x01(\tH\x05\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\r\n\x0b_cache_saltB\x0b\n\t_priorityB\x0c\n\n_base_textB\t\n\x07_tenant\"\xc8\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.loramux.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.loramux.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.loramux.v1.FinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1a.loramux.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"C\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\r\n\x05notes\x18\x03 \x03(\t\"<\n\x0ePromptLogprobs\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\"\xa5\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.loramux.v1.TokenLogprob\x12-\n\ntool_calls\x18\x05 \x03(\x0b\x32\x19.loramux.v1.ToolCallDelta\x12\x11\n\treasoning\x18\x06 \x01(\t\"\x90\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.loramux.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.loramux.v1.Usage\x12\"\n\x06timing\x18\x04 \x01(\x0b\x32\x12.loramux.v1.Timing\"X\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.loramux.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xa3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.loramux.v1.GenerateRequest\x1a\x1c.loramux.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.loramux.v1.TokenizeRequest\x1a\x1c.loramux.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPTLOGPROBS']._serialized_start=753
   _globals['_PROMPTLOGPROBS']._serialized_end=813
   _globals['_DELTA']._serialized_start=816
-  _globals['_DELTA']._serialized_end=962
-  _globals['_FINISHED']._serialized_start=965
-  _globals['_FINISHED']._serialized_end=1109
-  _globals['_TOKENIZEREQUEST']._serialized_start=1111
-  _globals['_TOKENIZEREQUEST']._serialized_end=1199
-  _globals['_TOKENIZERESPONSE']._serialized_start=1201
-  _globals['_TOKENIZERESPONSE']._serialized_end=1238
-  _globals['_GENERATIONSERVICE']._serialized_start=1241
-  _globals['_GENERATIONSERVICE']._serialized_end=1404
+  _globals['_DELTA']._serialized_end=981
+  _globals['_FINISHED']._serialized_start=984
+  _globals['_FINISHED']._serialized_end=1128
+  _globals['_TOKENIZEREQUEST']._serialized_start=1130
+  _globals['_TOKENIZEREQUEST']._serialized_end=1218
+  _globals['_TOKENIZERESPONSE']._serialized_start=1220
+  _globals['_TOKENIZERESPONSE']._serialized_end=1257
+  _globals['_GENERATIONSERVICE']._serialized_start=1260
+  _globals['_GENERATIONSERVICE']._serialized_end=1423
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loramux/v1/types.proto\x12\nloramux.v1\"\xbd\x01\n\x0b\x43hatMessage\x12\x11\n\x04role\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x01\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.loramux.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x03\x88\x01\x01\x42\x07\n\x05_roleB\n\n\x08_contentB\x0f\n\r_tool_call_idB\x07\n\x05_name\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"t\n\x04Tool\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0b\x64\x65scription\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x17\n\nparameters\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\x07\n\x05_nameB\x0e\n\x0c_descriptionB\r\n\x0b_parameters\"R\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1a.loramux.v1.ToolChoiceModeH\x00\x12\x0e\n\x04name\x18\x02 \x01(\tH\x00\x42\x08\n\x06\x63hoice\"\xbf\x01\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.loramux.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.loramux.v1.Tool\x12+\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x16.loramux.v1.ToolChoice\x12\x1f\n\x12template_variables\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x15\n\x13_template_variables\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"N\n\x10\x41\x64\x61pterSelection\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_nameB\t\n\x07_weight\"\x86\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).loramux.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\r\x88\x01\x01\x12\x37\n\x11structured_output\x18\x12 \x01(\x0b\x32\x1c.loramux.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x12\n\x10_prompt_logprobs\"\x95\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x13.loramux.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"D\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.loramux.v1.TopLogprob\"5\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\">\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*\x9a\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loramux/v1/types.proto\x12\nloramux.v1\"\xe3\x01\n\x0b\x43hatMessage\x12\x11\n\x04role\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x01\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.loramux.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\x16\n\treasoning\x18\x06 \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05_roleB\n\n\x08_contentB\x0f\n\r_tool_call_idB\x07\n\x05_nameB\x0c\n\n_reasoning\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"t\n\x04Tool\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0b\x64\x65scription\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x17\n\nparameters\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\x07\n\x05_nameB\x0e\n\x0c_descriptionB\r\n\x0b_parameters\"R\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1a.loramux.v1.ToolChoiceModeH\x00\x12\x0e\n\x04name\x18\x02 \x01(\tH\x00\x42\x08\n\x06\x63hoice\"\xf9\x01\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.loramux.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.loramux.v1.Tool\x12+\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x16.loramux.v1.ToolChoice\x12\x1f\n\x12template_variables\x18\x04 \x01(\tH\x00\x88\x01\x01\x12 \n\x13parallel_tool_calls\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x15\n\x13_template_variablesB\x16\n\x14_parallel_tool_calls\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"N\n\x10\x41\x64\x61pterSelection\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_nameB\t\n\x07_weight\"\x86\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).loramux.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\r\x88\x01\x01\x12\x37\n\x11structured_output\x18\x12 \x01(\x0b\x32\x1c.loramux.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x12\n\x10_prompt_logprobs\"\x95\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x13.loramux.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"D\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.loramux.v1.TopLogprob\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x03 \x01(\r\">\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*\x9a\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,40 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_TOOLCHOICEMODE']._serialized_start=2059
-  _globals['_TOOLCHOICEMODE']._serialized_end=2194
-  _globals['_FINISHREASON']._serialized_start=2197
-  _globals['_FINISHREASON']._serialized_end=2351
+  _globals['_TOOLCHOICEMODE']._serialized_start=2181
+  _globals['_TOOLCHOICEMODE']._serialized_end=2316
+  _globals['_FINISHREASON']._serialized_start=2319
+  _globals['_FINISHREASON']._serialized_end=2473
   _globals['_CHATMESSAGE']._serialized_start=39
-  _globals['_CHATMESSAGE']._serialized_end=228
-  _globals['_TOOLCALL']._serialized_start=230
-  _globals['_TOOLCALL']._serialized_end=285
-  _globals['_TOOLCALLDELTA']._serialized_start=287
-  _globals['_TOOLCALLDELTA']._serialized_end=362
-  _globals['_TOOL']._serialized_start=364
-  _globals['_TOOL']._serialized_end=480
-  _globals['_TOOLCHOICE']._serialized_start=482
-  _globals['_TOOLCHOICE']._serialized_end=564
-  _globals['_CHATMESSAGES']._serialized_start=567
-  _globals['_CHATMESSAGES']._serialized_end=758
-  _globals['_TOKENIDS']._serialized_start=760
-  _globals['_TOKENIDS']._serialized_end=783
-  _globals['_ADAPTERSELECTION']._serialized_start=785
-  _globals['_ADAPTERSELECTION']._serialized_end=863
-  _globals['_SAMPLINGPARAMS']._serialized_start=866
-  _globals['_SAMPLINGPARAMS']._serialized_end=1640
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1387
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1435
-  _globals['_STRUCTUREDOUTPUT']._serialized_start=1643
-  _globals['_STRUCTUREDOUTPUT']._serialized_end=1792
-  _globals['_CHOICES']._serialized_start=1794
-  _globals['_CHOICES']._serialized_end=1818
-  _globals['_TOPLOGPROB']._serialized_start=1820
-  _globals['_TOPLOGPROB']._serialized_end=1867
-  _globals['_TOKENLOGPROB']._serialized_start=1869
-  _globals['_TOKENLOGPROB']._serialized_end=1937
-  _globals['_USAGE']._serialized_start=1939
-  _globals['_USAGE']._serialized_end=1992
-  _globals['_TIMING']._serialized_start=1994
-  _globals['_TIMING']._serialized_end=2056
+  _globals['_CHATMESSAGE']._serialized_end=266
+  _globals['_TOOLCALL']._serialized_start=268
+  _globals['_TOOLCALL']._serialized_end=323
+  _globals['_TOOLCALLDELTA']._serialized_start=325
+  _globals['_TOOLCALLDELTA']._serialized_end=400
+  _globals['_TOOL']._serialized_start=402
+  _globals['_TOOL']._serialized_end=518
+  _globals['_TOOLCHOICE']._serialized_start=520
+  _globals['_TOOLCHOICE']._serialized_end=602
+  _globals['_CHATMESSAGES']._serialized_start=605
+  _globals['_CHATMESSAGES']._serialized_end=854
+  _globals['_TOKENIDS']._serialized_start=856
+  _globals['_TOKENIDS']._serialized_end=879
+  _globals['_ADAPTERSELECTION']._serialized_start=881
+  _globals['_ADAPTERSELECTION']._serialized_end=959
+  _globals['_SAMPLINGPARAMS']._serialized_start=962
+  _globals['_SAMPLINGPARAMS']._serialized_end=1736
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1483
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1531
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=1739
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1888
+  _globals['_CHOICES']._serialized_start=1890
+  _globals['_CHOICES']._serialized_end=1914
+  _globals['_TOPLOGPROB']._serialized_start=1916
+  _globals['_TOPLOGPROB']._serialized_end=1963
+  _globals['_TOKENLOGPROB']._serialized_start=1965
+  _globals['_TOKENLOGPROB']._serialized_end=2033
+  _globals['_USAGE']._serialized_start=2035
+  _globals['_USAGE']._serialized_end=2114
+  _globals['_TIMING']._serialized_start=2116
+  _globals['_TIMING']._serialized_end=2178
 # @@protoc_insertion_point(module_scope)

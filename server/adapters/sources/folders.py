@@ -90,6 +90,8 @@ def refused(source: str, why: str) -> AdapterSourceRefused:
 
 def without_path(error: LoramuxError, folder: Path, source: str) -> LoramuxError:
     """Return the error with the folder's real path replaced by what the client wrote."""
+    if str(folder) not in error.message:
+        return error
     return type(error)(error.message.replace(str(folder), source), field=error.field)
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeAlias, TypeVar
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
-from lora_runtime.errors import Overloaded, Unavailable
+from lora_runtime.errors import Unavailable
+from server.access.places import TenantPlaces
 from server.adapters.sources.buckets import Buckets
 from server.adapters.sources.folders import refused
 from server.adapters.sources.https import WebServers
@@ -70,6 +71,15 @@ class Fetched:
     """Not in the store yet; None: the store has them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """What is fetched, for whom, and who is told how far it is."""
+
+    location: Location
+    tenant: str
+    on_progress: OnProgress
+
+
 class RemoteSources:
     """Where adapters may be fetched from, and the fetching."""
 
@@ -91,13 +101,13 @@ class RemoteSources:
         self._limits = limits or FetchLimits()
         addresses = named_addresses((*self._prefixes, *named))
         self._places = places or _places(self._limits.idle_s, tuple(networks), addresses)
-        self._threads = WorkerPool(
-            "adapter sources",
-            num_threads=2 * MAX_FETCHES,  # a hung read of an ended fetch keeps its thread a while
-            max_waiting=2 * MAX_FETCHES,
+        self._threads: dict[str, WorkerPool] = {}
+        """By tenant: a hung read of an ended fetch keeps its thread a while, and threads are
+        started when they are needed only.
+        """
+        self._fetches = TenantPlaces(
+            "adapters", "are being fetched", MAX_FETCHES, max_waiting=MAX_WAITING_FETCHES
         )
-        self._room = asyncio.Semaphore(MAX_FETCHES)
-        self._num_fetches = 0
         self._known: OrderedDict[str, str] = OrderedDict()
         """Version of a remote folder → digest of its files, least recently used first."""
 
@@ -111,40 +121,31 @@ class RemoteSources:
 
     @asynccontextmanager
     async def fetch(
-        self, location: Location, on_progress: OnProgress = lambda done, total: None
+        self,
+        location: Location,
+        on_progress: OnProgress = lambda done, total: None,
+        *,
+        tenant: str = "",
     ) -> AsyncIterator[Fetched]:
         """Yield an adapter's files; without any network where its digest is given and known.
+        `tenant`: who fetches; all share the places for fetches.
 
         Raises AdapterSourceRefused (missing, forbidden, too large, another content than pinned),
         Unavailable after three attempts or too long a time, and Overloaded where the store is full
-        or too many fetches wait.
+        or too many fetches of the tenant wait.
         """
         async with AsyncExitStack() as held:
             if location.pin and await self._store.has(location.pin):
                 held.enter_context(self._store.in_use(location.pin))
                 yield Fetched(location.pin, None)
                 return
-            with self._place():
-                fetched = await self._fetched(location, held, on_progress)
-            yield fetched
+            yield await self._fetched(_Fetch(location, tenant, on_progress), held)
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._num_fetches >= MAX_FETCHES + MAX_WAITING_FETCHES:
-            raise Overloaded(f"{self._num_fetches} adapters are being fetched; try again later")
-        self._num_fetches += 1
+    async def _fetched(self, fetch: _Fetch, held: AsyncExitStack) -> Fetched:
+        location, total_s = fetch.location, self._limits.total_s
         try:
-            yield
-        finally:
-            self._num_fetches -= 1
-
-    async def _fetched(
-        self, location: Location, held: AsyncExitStack, on_progress: OnProgress
-    ) -> Fetched:
-        total_s = self._limits.total_s
-        try:
-            async with asyncio.timeout(total_s), self._room:
-                return await self._tried(location, held, on_progress)
+            async with asyncio.timeout(total_s), self._fetches.waited_for(fetch.tenant):
+                return await self._tried(fetch, held)
         except TimeoutError:
             raise Unavailable(
                 f"source {location.text[:200]!r} was not fetched within {total_s:.0f} s; try again "
@@ -152,27 +153,26 @@ class RemoteSources:
                 field="source",
             ) from None
 
-    async def _tried(
-        self, location: Location, held: AsyncExitStack, on_progress: OnProgress
-    ) -> Fetched:
+    async def _tried(self, fetch: _Fetch, held: AsyncExitStack) -> Fetched:
         """Attempts until one succeeds; what it fetched exists until `held` is closed."""
-        pause_s = self._limits.pause_s
+        pause_s, why = self._limits.pause_s, ""
         for attempt in range(NUM_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(pause_s * 2 ** (attempt - 1))
             try:
-                return await held.enter_async_context(self._attempt(location, on_progress))
+                return await held.enter_async_context(self._attempt(fetch))
             except TransferFailed as error:
                 why = str(error)
         raise Unavailable(
-            f"source {location.text[:200]!r} could not be fetched in {NUM_ATTEMPTS} attempts: "
-            f"{why}; try again later",
+            f"source {fetch.location.text[:200]!r} could not be fetched in {NUM_ATTEMPTS} "
+            f"attempts: {why}; try again later",
             field="source",
         )
 
     @asynccontextmanager
-    async def _attempt(self, location: Location, on_progress: OnProgress) -> AsyncIterator[Fetched]:
-        folder = await self._list(location)
+    async def _attempt(self, fetch: _Fetch) -> AsyncIterator[Fetched]:
+        location = fetch.location
+        folder = await self._list(fetch)
         self._check(location, folder.files)
         known = self._known.get(folder.version, "")
         if known and await self._store.has(known):
@@ -183,13 +183,13 @@ class RemoteSources:
         files = tuple(UploadFile(name=f.name, num_bytes=f.num_bytes) for f in folder.files)
         call = UploadCall(name=location.text, files=files)
         async with (
-            aclosing(self._parts(folder, on_progress)) as parts,
-            self._store.receive(call, parts, may_idle=True) as upload,
+            aclosing(self._parts(fetch, folder)) as parts,
+            self._store.receive(call, parts, tenant=fetch.tenant, may_idle=True) as upload,
         ):
             for file in folder.files:
                 if file.sha256 and upload.hashes[file.name] != file.sha256:
                     raise TransferFailed(f"its {file.name} came with another SHA-256 than it has")
-            again = await self._list(location)
+            again = await self._list(fetch)
             if (again.files, again.version) != (folder.files, folder.version):
                 raise TransferFailed("it changed while it was fetched")
             _check_pin(location, upload.digest)
@@ -209,27 +209,25 @@ class RemoteSources:
                 "(--max-upload-bytes)",
             )
 
-    async def _parts(
-        self, folder: RemoteFolder, on_progress: OnProgress
-    ) -> AsyncGenerator[bytes, None]:
+    async def _parts(self, fetch: _Fetch, folder: RemoteFolder) -> AsyncGenerator[bytes, None]:
         """The bytes of all files, one after another, exactly as many as were announced."""
         total, done = sum(file.num_bytes for file in folder.files), 0
-        on_progress(done, total)
+        fetch.on_progress(done, total)
         for file in folder.files:
-            async for part in self._parts_of(folder, file):
+            async for part in self._parts_of(fetch, folder, file):
                 done += len(part)
-                on_progress(done, total)
+                fetch.on_progress(done, total)
                 yield part
 
     async def _parts_of(
-        self, folder: RemoteFolder, file: RemoteFile
+        self, fetch: _Fetch, folder: RemoteFolder, file: RemoteFile
     ) -> AsyncGenerator[bytes, None]:
         idle_s, opened = self._limits.idle_s, _Opened()
         try:
-            reader = await self._step(idle_s, opened.open, folder, file)
+            reader = await self._step(fetch, idle_s, opened.open, folder, file)
             num_left = file.num_bytes
             while num_left:
-                part = await self._step(idle_s, reader.read, min(num_left, MAX_PART_BYTES))
+                part = await self._step(fetch, idle_s, reader.read, min(num_left, MAX_PART_BYTES))
                 if not part:
                     raise TransferFailed(
                         f"its {file.name} ended after {file.num_bytes - num_left} of "
@@ -240,17 +238,28 @@ class RemoteSources:
         finally:
             opened.close()
 
-    async def _list(self, location: Location) -> RemoteFolder:
-        place, idle_s = self._places[location.scheme], self._limits.idle_s
-        return await self._step(len(NAMES) * idle_s, place.list_folder, location, NAMES)
+    async def _list(self, fetch: _Fetch) -> RemoteFolder:
+        location, idle_s = fetch.location, self._limits.idle_s
+        list_folder = self._places[location.scheme].list_folder
+        return await self._step(fetch, len(NAMES) * idle_s, list_folder, location, NAMES)
 
     async def _step(
-        self, idle_s: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+        self,
+        fetch: _Fetch,
+        idle_s: float,
+        function: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> T:
         """One blocking call of a place. Raises TransferFailed when it takes too long."""
+        threads = self._threads.get(fetch.tenant)
+        if threads is None:
+            threads = self._threads[fetch.tenant] = WorkerPool(
+                "adapter sources", num_threads=2 * MAX_FETCHES, max_waiting=2 * MAX_FETCHES
+            )
         try:
             async with asyncio.timeout(idle_s):
-                return await self._threads.run(function, *args, **kwargs)
+                return await threads.run(function, *args, **kwargs)
         except TimeoutError:
             raise TransferFailed(f"nothing came for {idle_s:g} s") from None
 

@@ -140,12 +140,13 @@ export class Prompt {
   }
 }
 
-/** One column: who answers, how fast, and the text. */
+/** One column: who answers, how fast, what was thought before the answer, and the text. */
 class Answer {
   constructor(name, isBase) {
     this.name = name;
     this.facts = make("p", { class: "quiet" }, "waiting …");
     this.text = make("div", { class: "output", tabindex: "0", role: "group", "aria-label": `Answer of ${name}` });
+    this.thought = null;
     this.error = make("p", { class: "error" });
     const kind = make("span", { class: "quiet" }, isBase ? "base " : "adapter ");
     this.element = make("article", { class: "answer" }, make("h3", {}, kind, name), this.facts, this.error, this.text);
@@ -175,16 +176,29 @@ class Answer {
 
   take(event) {
     const choice = event.choices?.[0];
+    const thought = choice?.delta?.reasoning_content ?? "";
     const text = choice?.delta?.content ?? choice?.text ?? "";
-    if (text !== "") {
+    if (thought !== "" || text !== "") {
       this.last = performance.now();
       this.first ??= this.last;
       this.numTokens += 1;
-      this.text.append(text);
     }
+    if (thought !== "") {
+      this.think(thought);
+    }
+    this.text.append(text);
     this.reason = choice?.finish_reason ?? this.reason;
     this.numTokens = event.usage?.completion_tokens ?? this.numTokens;
     this.tell();
+  }
+
+  /** Show more of a thought, which comes before the text. */
+  think(thought) {
+    if (this.thought === null) {
+      this.thought = make("div", { class: "thought quiet" }, make("span", { class: "unseen" }, "Thought: "));
+      this.text.append(this.thought);
+    }
+    this.thought.append(thought);
   }
 
   tell() {

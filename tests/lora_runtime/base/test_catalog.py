@@ -178,6 +178,21 @@ def test_local_folder_is_used_in_place(tmp_path: Path) -> None:
         resolve_base(str(folder))
 
 
+def test_a_folder_of_a_hub_cache_is_named_by_its_hub_id_where_that_means_it(tmp_path: Path) -> None:
+    commit, repository = "0a" * 20, tmp_path / "models--someone--some-model"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    assert resolve_base(str(folder)).name_or_path == str(folder)
+    main = repository / "refs" / "main"
+    main.parent.mkdir()
+    main.write_text(commit)
+    assert resolve_base(str(folder)).name_or_path == "someone/some-model"
+    main.write_text("1b" * 20)
+    assert resolve_base(str(folder)).name_or_path == str(folder)
+
+
 def test_hub_gives_weights_and_tokenizer_but_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -59,6 +61,8 @@ class Blocks(RuleBasedStateMachine):
         self.owners: list[Row] = []
         self.memory = [[None] * BLOCK_SIZE for _ in range(NUM_BLOCKS)]
         self.public: dict[tuple, int] = {}
+        self.payers: dict[int, str] = {}
+        """Findable block → the `cache_owner` of who published it."""
         self.num_offered: dict[Row, int] = {}
 
     def contents(self, owner, index):
@@ -76,9 +80,10 @@ class Blocks(RuleBasedStateMachine):
         adapters=ADAPTERS,
         num_planes=st.sampled_from([1, 1, 1, 2]),
         salt=st.sampled_from(["", "", "", "tenant"]),
+        payer=st.sampled_from(["", "one", "two"]),
     )
-    def start(self, tokens, adapters, num_planes, salt):
-        new = row(tokens, num_planes, adapters=tuple(adapters), cache_salt=salt)
+    def start(self, tokens, adapters, num_planes, salt, payer):
+        new = row(tokens, num_planes, adapters=tuple(adapters), cache_salt=salt, cache_owner=payer)
         found, expected = self.blocks.find(new), []
         for index in range((len(tokens) - 1) // BLOCK_SIZE):
             here = [self.public.get(content) for content in self.contents(new, index)]
@@ -122,6 +127,11 @@ class Blocks(RuleBasedStateMachine):
         cached = {block for block in self.public.values() if block in free}
         num_evicted = len(cached & set(taken))
         assert num_evicted == max(0, len(taken) - len(free - cached)), "empty blocks go first"
+        for block in taken:
+            if block in cached:
+                held = Counter(self.payers[other] for other in cached)
+                assert held[self.payers[block]] == max(held.values()), "of who has most"
+                cached.remove(block)
         self.public = {c: block for c, block in self.public.items() if block not in taken}
         return has_grown
 
@@ -137,7 +147,8 @@ class Blocks(RuleBasedStateMachine):
         for index in range(self.num_offered[owner], owner.num_computed_tokens // BLOCK_SIZE):
             for plane, content in enumerate(self.contents(owner, index)):
                 block = owner.block_table[index * owner.num_planes + plane]
-                self.public.setdefault(content, block)
+                if self.public.setdefault(content, block) == block:
+                    self.payers[block] = owner.request.cache_owner
             self.num_offered[owner] = index + 1
 
     @rule(data=st.data(), is_suspect=st.booleans())
@@ -211,6 +222,21 @@ def test_the_least_recently_used_prefix_is_evicted_from_its_end():
     assert begin(blocks, big) == 0
     assert blocks.find(row([2] * 7)) == []
     assert len(blocks.find(row([1] * 7))) == 2
+
+
+def test_many_prompts_of_one_owner_leave_the_prefixes_of_another():
+    blocks = BlockManager(num_blocks=12, block_size=2)
+    modest = row([1] * 6, cache_owner="modest", cache_salt="m")
+    begin(blocks, modest)
+    blocks.release(modest)
+    for seed in range(30):
+        greedy = row([2 + seed] * 8, cache_owner="greedy", cache_salt=f"g{seed}")
+        begin(blocks, greedy)
+        blocks.release(greedy)
+        blocks.check_integrity([])
+    assert len(blocks.find(row([1] * 7, cache_salt="m"))) == 3
+    assert len(blocks.find(row([31] * 9, cache_salt="g29"))) == 4, "its own newest is there"
+    assert blocks.find(row([2] * 9, cache_salt="g0")) == []
 
 
 def test_of_equal_blocks_the_first_is_found_and_the_other_stays_private():

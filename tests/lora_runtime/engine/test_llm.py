@@ -5,9 +5,11 @@ import json
 import math
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import pytest
 
 from lora_runtime.config import (
@@ -30,8 +32,9 @@ from lora_runtime.errors import (
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.driver import greedy, run, tiny_engine
 from tests.peft_adapters import write_adapter
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import lengthen, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
+from tests.tool_templates import QWEN3
 
 PROMPTS = ["The quick brown fox", "What is the name of the ship", "the sun"]
 NAMES = ["a", "b", None]
@@ -239,14 +242,17 @@ def test_names_may_be_looked_at_while_another_thread_loads_one(llm, folder):
         while not is_over.is_set():
             seen.append(set(llm.adapters))
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the threads take turns often, and neither waits long for its own
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
         try:
-            for _ in range(100):
+            for _ in range(30):
                 llm.load("late", folder / "a")
                 llm.unload("late")
         finally:
             is_over.set()
+            sys.setswitchinterval(interval)
         looking.result()
     assert all(names - {"late"} == {"a", "b"} for names in seen)
 
@@ -387,3 +393,57 @@ def test_what_is_no_path_is_named(llm, path):
     with pytest.raises(InvalidRequest, match="path of the adapter's folder") as caught:
         llm.load("new", path)
     assert caught.value.field == "folder" and "new" not in llm.adapters
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 3}, "days": {"enum": [1, 2]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_conversations_call_tools_and_think(tmp_path):
+    tags = ("<think>", "</think>")
+    write_tokenizer(tiny_checkpoint(tmp_path / "base"), chat_template=QWEN3, more_special=tags)
+    lengthen(tmp_path / "base")
+    config = EngineConfig(
+        base=BaseConfig(model=str(tmp_path / "base"), dtype="float32"),
+        cache=CacheConfig(block_size=16, num_blocks=200),
+    )
+    user = {"role": "user", "content": "What is the weather?"}
+    begin, end = range(3, 5)
+    with LLM(config=config) as llm:
+        straight = {"template_variables": {"enable_thinking": False}}
+        options = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 400, **straight}
+        (answer,) = llm.generate([[user]], **options, n=2, parallel_tool_calls=False, seed=1)
+        for one in (answer, *answer.others):
+            (call,) = one.tool_calls
+            jsonschema.validate(json.loads(call.arguments), TOOL["function"]["parameters"])
+            assert one.finish_reason is FinishReason.TOOL_CALLS
+            assert not one.text.strip() and not one.reasoning
+        turn = {"role": "assistant", "tool_calls": [call.as_message()]}
+        reply = {"role": "tool", "content": "12 degrees", "tool_call_id": call.id}
+        llm.generate([[user, turn, reply]], tools=[TOOL], max_tokens=1)
+
+        form = {"structured_output": {"choice": ["yes", "no"]}, "max_tokens": 100, "seed": 1}
+        (thinks,) = llm.generate([[user]], **form, logit_bias={begin: 100, end: 4})
+        (none,) = llm.generate([[user]], **form, **straight)
+        assert thinks.reasoning and {thinks.text, none.text} <= {"yes", "no"} and not none.reasoning
+
+        for wrong, field in [
+            ({"tools": ["weather"]}, "tools"),
+            ({"tools": [TOOL], "tool_choice": "clock"}, "messages.tool_choice"),
+            ({"tool_choice": "required"}, "messages.tool_choice"),
+        ]:
+            with pytest.raises(InvalidRequest) as caught:
+                llm.generate([[user]], **wrong)
+            assert caught.value.field == field
+        with pytest.raises(InvalidRequest, match="no conversation"):
+            llm.generate(["The"], tools=[TOOL])

@@ -6,7 +6,8 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import (
     MAX_BYTES,
     Matcher,
+    Structure,
     Vocabulary,
     compile_grammar,
     grammar_of,
     token_masks,
 )
 from lora_runtime.text.text_side import TextSide
+from lora_runtime.text.thinking import Tags, Thinking
 from lora_runtime.text.token_reader import vocabulary_bytes
 from lora_runtime.text.tokenizer import Tokenizer
 from lora_runtime.text.worker_processes import LimitExceeded
@@ -201,6 +204,79 @@ def test_answers_are_remembered_and_a_dead_process_is_replaced(
     monkeypatch.setattr(structure_compiler, "PENALTY_S", -1.0)
     compiler._refused_until = {key: 0.0 for key in compiler._refused_until}
     assert served("c+")
+
+
+def test_an_owner_neither_finds_nor_displaces_what_another_has_compiled(
+    compiler: StructureCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    held: list[bool] = []
+    """Places that were entered: True while held."""
+
+    @asynccontextmanager
+    async def place() -> AsyncIterator[None]:
+        held.append(True)
+        yield
+        held[-1] = False
+
+    async def accepted(work: object) -> dict[str, object]:
+        assert held[-1]
+        tried.append(work)
+        return {}
+
+    def compile_for(owner: str, pattern: str) -> bool:
+        """Whether it had to be tried."""
+        num_tried, num_held = len(tried), len(held)
+        form = StructuredOutput.of({"regex": pattern})
+        asyncio.run(compiler.compile(form, owner=owner, place=place()))
+        assert len(held) - num_held == len(tried) - num_tried
+        return len(tried) > num_tried
+
+    monkeypatch.setattr(compiler._processes, "run", accepted)
+    monkeypatch.setattr(structure_compiler, "MAX_REMEMBERED", 12)
+    assert compile_for("modest", "a") and compile_for("greedy", "a"), "each has its own"
+    assert compile_for("modest", "b")
+    for index in range(40):
+        assert compile_for("greedy", f"a{{{index + 1}}}")
+    assert not compile_for("modest", "a") and not compile_for("modest", "b")
+    assert not compile_for("greedy", "a{40}") and compile_for("greedy", "a{20}")
+    assert len(compiler._known) == 12
+
+
+def test_a_form_after_a_thought_is_another_than_the_form_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two tenants ask for one form, with a thought that the prompt opened, with one that the model
+    may open, and without: whoever asks first, each gets its own.
+    """
+    form = StructuredOutput.of({"choice": ["yes", "no"]})
+    texts = {"yes", "no", "so</think>yes", "</think>\n\nno", "<think>so</think>no"}
+    tags = Tags("<think>", "</think>")
+    allowed: list[tuple[Thinking | None, set[str]]] = [
+        (None, {"yes", "no"}),
+        (Thinking(tags, True, {}), texts - {"yes", "no"}),
+        (Thinking(tags, False, {}), {"yes", "no", "<think>so</think>no"}),
+    ]
+    asked = [(owner, *case) for case in allowed for owner in ("acme", "other")]
+    random.Random(0).shuffle(asked)
+    num_bytes = 256
+    vocabulary = Vocabulary([*(bytes([i]) for i in range(num_bytes)), b"<end>"], [num_bytes])
+
+    def is_written(structure: Structure, text: str) -> bool:
+        matcher = structure.start()
+        for byte in text.encode():
+            if not token_masks([matcher], vocabulary.size)[0][byte]:
+                return False
+            matcher.take(byte)
+        return matcher.can_end
+
+    with closing(StructureCompiler(lambda: vocabulary)) as compiler:
+        for owner, thinking, _ in asked:
+            asyncio.run(compiler.compile(form, None, thinking, owner=owner))
+        monkeypatch.setattr(compiler._processes, "run", None)  # nothing known is tried again
+        for owner, thinking, expected in asked:
+            structure = asyncio.run(compiler.compile(form, None, thinking, owner=owner))
+            assert {text for text in texts if is_written(structure, text)} == expected
 
 
 def test_tokens_of_another_text_are_not_drawn(

@@ -66,7 +66,7 @@ def workers(base: Path) -> Iterator[TextWorkers]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_workers, "RENDERING_S", 1.5)
+    monkeypatch.setattr(text_workers, "RENDERING_S", 0.8)
 
 
 def side_of(template: str) -> TextSide:
@@ -151,9 +151,10 @@ def test_a_hungry_template_is_refused_at_load_and_the_loop_goes_on(
 
 
 def test_others_are_served_while_templates_use_up_their_limits(
-    workers: TextWorkers, quick: None
+    workers: TextWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two templates that never end: one of them only at a time, and then neither for a while."""
+    monkeypatch.setattr(text_workers, "RENDERING_S", 1.5)
 
     async def check() -> None:
         good, _ = await workers.read({"chat_template.jinja": b"{{ messages[0].content }}!"})

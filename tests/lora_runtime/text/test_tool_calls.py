@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import time
+import tracemalloc
+from dataclasses import replace
 
+import jsonschema
+import numpy as np
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_runtime.text.tool_calls import FORMATS, CallReader, format_of, shows_tools
-from tests.tool_templates import HERMES, LLAMA31, MISTRAL03, QWEN3_CODER, QWEN25
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, chat_answer
+from lora_runtime.text.chat_prompt import ChatPrompt, Tool
+from lora_runtime.text.structured_output import (
+    Matcher,
+    Vocabulary,
+    compile_grammar,
+    grammar_of,
+    token_masks,
+)
+from lora_runtime.text.tool_calls import CallReader
+from lora_runtime.text.tool_formats.catalog import FORMATS, format_of, shows_tools
+from lora_runtime.text.tool_formats.tool_format import Schemas
+from tests.fakes import ByteTokenizer
+from tests.tool_templates import (
+    HERMES,
+    LLAMA31,
+    MISTRAL03,
+    MISTRAL_NEMO,
+    MISTRAL_SMALL32,
+    QWEN3,
+    QWEN3_CODER,
+    QWEN25,
+)
 
 WEATHER = {
     "type": "object",
@@ -90,17 +119,19 @@ CASES = {
 }
 
 
-def read(format_name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list]:
-    reader = CallReader(FORMATS[format_name], SCHEMAS)
+def read(
+    format_name: str, pieces: list[str], schemas: Schemas = SCHEMAS
+) -> tuple[str, list[tuple[str, str]], list]:
+    reader = CallReader(FORMATS[format_name], schemas)
     parsed = [reader.push(piece) for piece in pieces] + [reader.flush()]
     calls: list[list[str]] = []
     for part in (part for one in parsed for part in one.calls):
-        if part.number == len(calls):
+        if part.index == len(calls):
             assert part.name
             calls.append([part.name, ""])
         else:
-            assert part.number == len(calls) - 1 and not part.name
-        calls[part.number][1] += part.arguments
+            assert part.index == len(calls) - 1 and not part.name
+        calls[part.index][1] += part.arguments
     assert reader.num_calls == len(calls)
     return "".join(one.text for one in parsed), [tuple(call) for call in calls], parsed
 
@@ -130,6 +161,119 @@ def test_a_text_that_is_cut_short_gives_what_it_has(case: str) -> None:
             assert tool == real and all_arguments.startswith(arguments)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_after_the_only_call_nothing_is_read(case: str) -> None:
+    name, text, _, calls = CASES[case]
+    for pieces in ([text], list(text)):
+        reader = CallReader(FORMATS[name], SCHEMAS, max_calls=1)
+        parts = [part for piece in pieces for part in reader.push(piece).calls]
+        assert reader.flush().text.strip() in ("", text.strip() if not calls else "")
+        assert reader.is_over == bool(calls)
+        assert [part.name for part in parts if part.name] == [tool for tool, _ in calls[:1]]
+        given = "".join(part.arguments for part in parts)
+        assert not calls or json.loads(given) == calls[0][1]
+
+
+NASTY = [
+    "é",
+    "東京",
+    "😀",
+    '"',
+    "\\",
+    "{",
+    "}",
+    "[",
+    "]",
+    "</tool_call",
+    "<",
+    "\n",
+    "a b",
+    "[ARGS]",
+    ";",
+]
+TEMPLATES = {
+    "hermes": (HERMES, "hermes", False),
+    "qwen2.5": (QWEN25, "hermes", True),
+    "qwen3": (QWEN3, "hermes", True),
+    "qwen3-coder": (QWEN3_CODER, "qwen3_coder", True),
+    "llama3.1": (LLAMA31, "llama3_json", False),
+    "mistral-v0.3": (MISTRAL03, "mistral", False),
+    "mistral-nemo": (MISTRAL_NEMO, "mistral", False),
+    "mistral-small3.2": (MISTRAL_SMALL32, "mistral_named", True),
+}
+"""Template, format, and whether it writes text before calls."""
+
+
+def any_value(rng: random.Random, depth: int = 2):
+    kind = rng.randrange(7 if depth else 5)
+    if kind == 5:
+        return [any_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+    if kind == 6:
+        return {any_text(rng): any_value(rng, depth - 1) for _ in range(rng.randrange(3))}
+    return [None, rng.random() < 0.5, rng.randrange(-9, 99), rng.random() * 5, any_text(rng)][kind]
+
+
+def any_text(rng: random.Random) -> str:
+    return "".join(rng.choices(NASTY, k=rng.randrange(1, 6)))
+
+
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_what_a_template_writes_is_read_again(model: str) -> None:
+    """Calls with random arguments, rendered by transformers, cut into random pieces."""
+    template, name, has_text = TEMPLATES[model]
+    schema = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "flag": {"type": "boolean"}, "any": {}},
+    }
+    tools = [
+        {"type": "function", "function": {"name": tool, "description": "", "parameters": schema}}
+        for tool in ("look_up", "tell")
+    ]
+    user = {"role": "user", "content": "Hi."}
+    rng = random.Random(model)
+    for _ in range(60):
+        calls = [
+            (
+                rng.choice(["look_up", "tell"]),
+                {
+                    "text": any_text(rng),
+                    "flag": rng.random() < 0.5,
+                    "any": {"x": any_value(rng), "y": [any_text(rng)]},
+                },
+            )
+            for _ in range(1 if name == "llama3_json" else 2)
+        ]
+        said = "Let me {see}: [1]" if has_text and rng.random() < 0.5 else ""
+        turn = {
+            "role": "assistant",
+            "content": said,
+            "tool_calls": [
+                {"id": "abcdefgh1", "function": {"name": tool, "arguments": arguments}}
+                for tool, arguments in calls
+            ],
+        }
+        before, whole = (
+            render_jinja_template(
+                [turns],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=is_prompt,
+                bos_token="<s>",
+                eos_token="</s>",
+            )[0][0]
+            for turns, is_prompt in (([user], True), ([user, turn], False))
+        )
+        assert whole.startswith(before.rstrip("\n"))
+        text = whole[len(before.rstrip("\n")) :]
+        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>"):
+            text = text.removesuffix(end)
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(9)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        found, found_calls, _ = read(name, pieces, dict.fromkeys(("look_up", "tell"), schema))
+        assert [(tool, json.loads(arguments)) for tool, arguments in found_calls] == calls, text
+        assert found.strip() == said
+
+
 def test_arguments_come_as_they_are_written() -> None:
     text = f"<tool_call>\n{BODY}\n</tool_call>"
     _, _, parsed = read("hermes", list(text))
@@ -143,7 +287,10 @@ def test_arguments_come_as_they_are_written() -> None:
         (QWEN25, "hermes"),
         (HERMES, "hermes"),
         (LLAMA31, "llama3_json"),
+        (QWEN3, "hermes"),
         (MISTRAL03, "mistral"),
+        (MISTRAL_NEMO, "mistral"),
+        (MISTRAL_SMALL32, "mistral_named"),
         (QWEN3_CODER, "qwen3_coder"),
     ],
 )
@@ -155,3 +302,156 @@ def test_a_template_says_its_format(template: str, expected: str) -> None:
 def test_a_template_without_tools_is_known() -> None:
     plain = "{# tools #}You have no tools.{% for m in messages %}{{ m.content }}{% endfor %}"
     assert format_of(plain) is None and not shows_tools(plain)
+
+
+STRICT = {
+    "weather": {
+        "type": "object",
+        "properties": {"days": {"type": "integer"}},
+        "required": ["days"],
+        "additionalProperties": False,
+    },
+    "clock": None,
+}
+ONE_CALL = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"days": 1}}\n</tool_call>',
+    "qwen3_coder": (
+        "<tool_call>\n<function=weather>\n<parameter=days>\n1\n</parameter>\n</function>\n</tool_call>"
+    ),
+    "mistral": '[TOOL_CALLS] [{"name": "weather", "arguments": {"days": 1}}]',
+    "mistral_named": '[TOOL_CALLS]weather[ARGS]{"days": 1}',
+}
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_strict_calls_within_text_keep_to_their_schema(name: str, is_special: bool) -> None:
+    """What the grammar of an output with calls of the model's choice lets through."""
+    found, call = FORMATS[name], ONE_CALL[name]
+    special_ids = {text: 257 + i for i, text in enumerate(found.hidden)} if is_special else {}
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"<end>", *(text.encode() for text in special_ids)]
+    vocabulary = Vocabulary(tokens, [256, *special_ids.values()])
+
+    def is_taken(text: str, max_calls: int = 8) -> bool | None:
+        """True: it may end there; None: more must follow; False: it may not be written."""
+        form = found.free_form(STRICT, special_ids, max_calls)
+        matcher = Matcher(compile_grammar(grammar_of(form), vocabulary), frozenset())
+        parts = re.split("(" + "|".join(map(re.escape, special_ids)) + ")", text)
+        for part in parts if is_special else [text]:
+            for token in [special_ids[part]] if part in special_ids else part.encode():
+                if not token_masks([matcher], vocabulary.size)[0][token]:
+                    return False
+                matcher.take(token)
+        return matcher.can_end or None
+
+    wrong = call.replace("1}", '"y"}').replace("\n1\n", "\nz\n")
+    assert wrong != call
+    for text in ("", "Just <text>, [T {é", call, f"So.\n\n{call}", f"{call} Done <b"):
+        assert is_taken(text)
+    for text in (wrong, f"So {wrong}", call.replace("weather", "forecast")):
+        assert is_taken(text) is False
+    assert is_taken(f"So {call[:14]}") is None
+    if found.marks_each:
+        assert is_taken(f"{call}\n{call}") and is_taken(f"{call}\n{call}", 1) is False
+    read_back = read(name, [f"So.\n{call}"], STRICT)
+    assert read_back[:2] == ("So.", [("weather", '{"days": 1}')])
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_a_grammar_lets_as_many_calls_through_as_may_be_made(name: str) -> None:
+    vocabulary = Vocabulary([*(bytes([byte]) for byte in range(256)), b"<end>"], [256])
+    for max_calls in (1, 3):
+        grammar = grammar_of(FORMATS[name].form(STRICT, {}, max_calls))
+        matcher = Matcher(compile_grammar(grammar, vocabulary), frozenset())
+        one = ONE_CALL[name].removeprefix("[TOOL_CALLS] [").removesuffix("]")
+        begin, between, end = {
+            "mistral": ("[TOOL_CALLS] [", ", ", "]"),
+            "mistral_named": ("", "", ""),
+        }.get(name, ("", "\n", ""))
+        for byte in f"{begin}{between.join([one] * max_calls)}".encode():
+            assert token_masks([matcher], vocabulary.size)[0][byte]
+            matcher.take(byte)
+        allowed = np.flatnonzero(token_masks([matcher], vocabulary.size)[0])
+        assert [bytes([byte]) for byte in allowed if byte < 256] == [b"]"] * bool(end)
+        assert matcher.is_complete == (not end)
+
+
+def test_strict_calls_need_a_marker() -> None:
+    class Llama(ByteTokenizer):
+        def chat_template(self, *, has_tools: bool = False) -> str:
+            return LLAMA31
+
+    prompt = ChatPrompt(({"role": "user", "content": "Hi"},), (Tool("clock", strict=True),))
+    for tokenizer, parsers in ((Llama(), AS_TEMPLATES_SAY), (ByteTokenizer(), Parsers("none"))):
+        with pytest.raises(InvalidRequest) as caught:
+            chat_answer(prompt, [], tokenizer, None, parsers)
+        assert caught.value.field == "messages.tools[0].strict"
+    named = replace(prompt, tool_choice="clock")
+    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
+
+
+PATTERNS = {
+    "^[a-c/]+$": ("a/b", "ad"),
+    "b+": ("abba", "ac"),
+    r"^\$\/x": ("$/xy", "x$/x"),
+    "a$": ("ba", "ab"),
+    r"a\$": ("a$b", "a"),
+    "é\n": ("é\n", "é"),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_texts_of_qwen3_coder_keep_to_their_schema(pattern: str) -> None:
+    good, bad = PATTERNS[pattern]
+    shape = {"type": "string", "pattern": pattern, "minLength": 2, "maxLength": 5}
+    if good == "é\n":
+        shape["minLength"] = 1
+    jsonschema.validate(good, shape)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bad, shape)
+    schemas = {"f": {"type": "object", "properties": {"x": shape}, "required": ["x"]}}
+    vocabulary = Vocabulary([*(bytes([byte]) for byte in range(256)), b"<end>"], [256])
+    for text, is_good in ((good, True), (bad, False), ("a" * 6, False)):
+        grammar = grammar_of(FORMATS["qwen3_coder"].form(schemas, {}))
+        matcher = Matcher(compile_grammar(grammar, vocabulary), frozenset())
+        call = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
+        taken = []
+        for token in call.encode():
+            taken.append(bool(token_masks([matcher], 257)[0][token]))
+            if not taken[-1]:
+                break
+            matcher.take(token)
+        assert all(taken) == is_good, text
+
+
+@pytest.mark.parametrize("wrong", [
+    {"properties": [1]}, {"required": 5},
+    {"properties": {"x": {"type": "string", "maxLength": "9"}}},
+    {"properties": {"x": {"type": "string", "pattern": 5}}},
+], ids=str)  # fmt: skip
+def test_what_is_no_schema_is_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        FORMATS["qwen3_coder"].form({"f": wrong}, {})
+    assert caught.value.field == "messages.tools"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_large_schema_takes_no_more_time_or_memory_than_it_is_large(name: str) -> None:
+    """Qwen3-Coder has a rule for each parameter, which needs the schema's definitions again."""
+    schema = {
+        "type": "object",
+        "properties": {f"p{index}": {} for index in range(4_000)},
+        "required": [f"q{index}" for index in range(100_000)],
+        "$defs": {"a": {"const": "x" * 20_000}},
+    }
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        with pytest.raises(InvalidRequest):
+            grammar_of(FORMATS[name].form({"f": schema}, {}))
+        assert time.process_time() - began < 2
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(json.dumps(schema))

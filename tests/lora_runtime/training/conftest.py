@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from lora_runtime.base.fingerprint import fingerprint
 from lora_runtime.base.loader import load_base
@@ -23,6 +25,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing():
+    """To draw a plot takes as long as a tiny run; test_report.py does."""
+
+    def savefig(_: Figure, path: Path, **__: object) -> None:
+        path.write_bytes(b"\x89PNG")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
 
 
 @pytest.fixture(scope="session")

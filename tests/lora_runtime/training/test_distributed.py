@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -15,9 +11,8 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.data import balanced
 from lora_runtime.training.distributed import ALONE, joined
+from tests.fork_server import run_program
 from tests.lora_runtime.training.distributed_runs import Runs
-
-REPO = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +21,10 @@ def folder(tmp_path_factory, tokenizer, exact_base):
     folder = tmp_path_factory.mktemp("distributed")
     for name in ("one", "two"):
         (folder / name).mkdir()
-    module = ["-m", "tests.lora_runtime.training.distributed_runs", str(folder / "two")]
-    process = subprocess.Popen(
-        [sys.executable, *module], cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    module = ["-m", "tests.lora_runtime.training.distributed_runs", folder / "two"]
+    done = run_program(module, timeout=100)
+    assert done.returncode == 0, done.stderr
     Runs(folder / "one", exact_base, tokenizer).run("whole", "out")
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import bitsandbytes.optim
 import pytest
 import torch
@@ -66,20 +68,34 @@ def tensors_of(folder):
     return load_file(folder / "u" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tokenizer, base):
+    """init → (updates, tensors) of a run in 8 bits that nothing stopped."""
+
+    @cache
+    def whole(init):
+        folder = tmp_path_factory.mktemp("whole")
+        config = config_of(folder, "adamw-8bit", init=init)
+        (result,) = run(base, tokenizer, folder / "out", [config])
+        return result.records, tensors_of(folder / "out")
+
+    return whole
+
+
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("num_passes", [1, 2, 7])
-def test_8bit_resumes_exactly(tmp_path, tokenizer, base, num_passes, init):
+def test_8bit_resumes_exactly(tmp_path, tokenizer, base, whole_run, num_passes, init):
     """Also where first factors are a fixed part of what decays."""
     config = config_of(tmp_path, "adamw-8bit", init=init)
-    whole = run(base, tokenizer, tmp_path / "whole", [config])
+    records, expected = whole_run(init)
     out = tmp_path / "out"
     run(base, tokenizer, out, [config], should_stop=StopAfter(num_passes))
     (folder,) = (out / "checkpoints").iterdir()
     dtypes = {tensor.dtype for tensor in load_file(folder / "state.safetensors").values()}
     assert (torch.uint8 in dtypes) == (num_passes > 1)
     resumed = run(base, tokenizer, out, [config], resume=True)
-    assert [r[:-1] for r in resumed[0].records] == [r[:-1] for r in whole[0].records]
-    expected, found = tensors_of(tmp_path / "whole"), tensors_of(out)
+    assert [r[:-1] for r in resumed[0].records] == [r[:-1] for r in records]
+    found = tensors_of(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -77,6 +77,14 @@ def units_of(base, tokenizer, tmp_path):
     return [make_unit(base, tokenizer, config) for config in configs_of(tmp_path)]
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, tokenizer, exact_base):
+    """The units, trained with all the memory that they ask for."""
+    units = units_of(exact_base, tokenizer, tmp_path_factory.mktemp("expected"))
+    train_until_done(exact_base, units)
+    return units
+
+
 def assert_same(units, others):
     for unit, other in zip(units, others, strict=True):
         assert unit.status is other.status is UnitStatus.DONE
@@ -93,11 +101,9 @@ def longest_of(units):
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("room", [1, 2.3])
 def test_less_memory_gives_the_same_training(
-    tmp_path, tokenizer, exact_base, monkeypatch, in_backward, room
+    tmp_path, tokenizer, exact_base, expected, monkeypatch, in_backward, room
 ):
     """Room for one longest example takes every unit apart; a failed backward leaves nothing."""
-    expected = units_of(exact_base, tokenizer, tmp_path)
-    train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
     small = SmallMemory(monkeypatch, room * longest_of(units), in_backward=in_backward)
     for unit in units:
@@ -111,10 +117,8 @@ def test_less_memory_gives_the_same_training(
         assert units[0].limits.num_examples == 1 and any(u.limits.is_alone for u in units)
 
 
-def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monkeypatch):
+def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, expected, monkeypatch):
     """Two of three fit together; a unit over the bound by itself is not divided."""
-    expected = units_of(exact_base, tokenizer, tmp_path)
-    train_until_done(exact_base, expected)
     units, most = units_of(exact_base, tokenizer, tmp_path), []
 
     def forward(base, token_ids, *others, real=Base.hidden_states):
@@ -129,10 +133,10 @@ def test_many_units_take_several_forwards(tmp_path, tokenizer, exact_base, monke
     assert_same(units, expected)
 
 
-def test_units_share_less_before_any_gets_smaller(tmp_path, tokenizer, exact_base, monkeypatch):
+def test_units_share_less_before_any_gets_smaller(
+    tmp_path, tokenizer, exact_base, expected, monkeypatch
+):
     """Where a forward may have more tokens than is the least of any device."""
-    expected = units_of(exact_base, tokenizer, tmp_path)
-    train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
     monkeypatch.setattr(out_of_memory, "TOKENS_PER_FORWARD", {"cpu": 8192})
     monkeypatch.setattr(out_of_memory, "LEAST_PER_FORWARD", 10)
@@ -148,10 +152,8 @@ def test_units_share_less_before_any_gets_smaller(tmp_path, tokenizer, exact_bas
 
 
 def test_an_example_that_never_fits_fails_its_unit_alone(
-    tmp_path, tokenizer, exact_base, monkeypatch
+    tmp_path, tokenizer, exact_base, expected, monkeypatch
 ):
-    expected = units_of(exact_base, tokenizer, tmp_path)
-    train_until_done(exact_base, expected)
     units = units_of(exact_base, tokenizer, tmp_path)
     long = write_jsonl(tmp_path / "long", [{"prompt": "", "completion": "the fox " * 40}])
     config = UnitConfig(name="long", data=long, rank=2, max_steps=3)

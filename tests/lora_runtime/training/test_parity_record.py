@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,12 +52,20 @@ def peft_logits(base, folder):
     return logits
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer, base):
+    folder = tmp_path_factory.mktemp("trained")
+    return run(base, tokenizer, folder / "out", units(folder))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_peft_gives_the_recorded_effect_in_float32(tmp_path, tokenizer, dtype):
+def test_peft_gives_the_recorded_effect_in_float32(tmp_path, tokenizer, base, trained, dtype):
     """Whatever the training's dtype; and the noise recorded beside it is bfloat16's."""
-    base = tiny_base("llama", dtype=dtype)
-    noises = []
-    for result in run(base, tokenizer, tmp_path / "out", units(tmp_path)):
+    results, noises = trained, []
+    if dtype != torch.float32:
+        base = tiny_base("llama", dtype=dtype)
+        results = run(base, tokenizer, tmp_path / "out", units(tmp_path))
+    for result in results:
         record = read_parity_record(result.folder, base.spec)
         parity = gate(record, peft_logits(base, result.folder), "float32")
         assert parity.error < 1e-4 and parity.effect_rms > 0.5
@@ -65,22 +74,22 @@ def test_peft_gives_the_recorded_effect_in_float32(tmp_path, tokenizer, dtype):
     assert len(set(noises)) == len(noises) == 5
 
 
-def test_weights_changed_after_training_are_caught(tmp_path, tokenizer, base):
+def test_weights_changed_after_training_are_caught(tmp_path, base, trained):
     """By the numbers, where one tensor's share of the effect is large enough, and by the digest."""
-    (result, *_) = run(base, tokenizer, tmp_path / "out", units(tmp_path))
-    tensors = load_file(result.folder / TENSORS_FILE)
+    folder = shutil.copytree(trained[0].folder, tmp_path / "changed")
+    tensors = load_file(folder / TENSORS_FILE)
     name = next(name for name in tensors if "layers.2.mlp.down_proj.lora_B" in name)
     tensors[name] *= 1.5
-    save_file(tensors, result.folder / TENSORS_FILE)
-    record = read_parity_record(result.folder, base.spec)
+    save_file(tensors, folder / TENSORS_FILE)
+    record = read_parity_record(folder, base.spec)
     with pytest.raises(ParityFailed, match="relative error"):
-        gate(record, peft_logits(base, result.folder), "float32")
-    assert record.tensors_sha256 != read_adapter(result.folder).tensors_sha256
+        gate(record, peft_logits(base, folder), "float32")
+    assert record.tensors_sha256 != read_adapter(folder).tensors_sha256
 
 
 def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):
     out = tmp_path / "out"
-    (result, *_) = run(base, tokenizer, out, units(tmp_path))
+    (result, *_) = run(base, tokenizer, out, units(tmp_path)[:2])
     before = (result.folder / PARITY_FILE).read_text()
 
     def die(*_):
@@ -88,17 +97,17 @@ def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monk
 
     monkeypatch.setattr(export, "write_parity_record", die)
     with pytest.raises(KeyboardInterrupt):
-        run(base, tokenizer, out, units(tmp_path), seed=5)
+        run(base, tokenizer, out, units(tmp_path)[:2], seed=5)
     assert not (result.folder / PARITY_FILE).exists()
     monkeypatch.undo()
-    run(base, tokenizer, out, units(tmp_path), seed=5, resume=True)
+    run(base, tokenizer, out, units(tmp_path)[:2], seed=5, resume=True)
     assert (result.folder / PARITY_FILE).read_text() != before
 
 
-def test_a_record_holds_no_training_data(tmp_path, tokenizer, base):
+def test_a_record_holds_no_training_data(trained):
     """Its rows depend on the base alone: other data, the same rows."""
     rows = {
         json.dumps(json.loads((result.folder / PARITY_FILE).read_text())["rows"])
-        for result in run(base, tokenizer, tmp_path / "out", units(tmp_path))
+        for result in trained
     }
     assert len(rows) == 1

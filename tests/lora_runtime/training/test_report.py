@@ -26,6 +26,11 @@ def units_of(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing():
+    """Everything is drawn here."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer, base):
     folder = tmp_path_factory.mktemp("report")

@@ -43,6 +43,20 @@ async def test_a_tenant_finds_its_own_prefixes_and_no_others(folder, tmp_path):
             assert await hits(engine, acme, cache_salt="s") == own
 
 
+async def test_a_tenant_s_many_prompts_do_not_evict_another_s_prefixes(folder, tmp_path):
+    async with running(folder, gate_of(tmp_path), OPERATOR) as (operator, engine):
+        acme, rival = (AsyncClient(operator.target, api_key=key) for key in (ACME, RIVAL))
+        async with acme, rival:
+            await hits(engine, rival)
+            size, total = engine.info.block_size, engine.stats().kv_blocks_total
+            num_prompts = 2 * total * size // len(PROMPT)
+            for index in range(num_prompts):
+                prompt = [3 + index % 50, 3 + index // 50, *PROMPT[2:]]
+                await acme.generate(token_ids=prompt, max_tokens=1).text()
+            assert await hits(engine, rival) >= len(PROMPT) - size
+            assert await hits(engine, acme) == 0
+
+
 async def test_without_keys_prefixes_are_shared_as_ever(folder):
     async with running(folder, OPEN_GATE) as (anyone, engine):
         assert await hits(engine, anyone, tenant="one") == 0

@@ -21,10 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.server.access.keyring import ACME, OPERATOR, WRONG, write_keys
+from tests.server.test_thinking import SOON, TAGS
 from tests.server.tiny_server import write_folder
+from tests.tiny import lengthen
+from tests.tiny_tokenizer import write_tokenizer
+from tests.tool_templates import THINKS_ALWAYS
 
 START_S = 120
 SIZES = {"wide": (1600, 1000), "middle": (1024, 900), "narrow": (360, 740)}
@@ -60,6 +64,10 @@ def main() -> None:
         with serving(served, options.serve, f"--keys={write_keys(served)}") as url:
             give_key(browser, url)
             use_as_one_of_many(browser, url)
+        lengthen(served / "base")
+        write_tokenizer(served / "base", chat_template=THINKS_ALWAYS, more_special=TAGS)
+        with serving(served, options.serve) as url:
+            think(browser, url, options.out)
         browser.close()
     print("no error on the console, no request to elsewhere, no violation of axe-core")
 
@@ -169,6 +177,31 @@ def use_as_one_of_many(browser: Browser, url: str) -> None:
         page.locator("#run").click()
         expect(page.locator("#try-result")).to_have_attribute("data-tone", "good", timeout=30_000)
         check_access(page)
+
+
+def think(browser: Browser, url: str, out: Path) -> None:
+    """What a model thinks stands dimmed before its answer, which is yes or no here."""
+    asked = {"structured_outputs": {"choice": ["yes", "no"]}, "logit_bias": SOON}
+
+    def ask_for_form(route: Route) -> None:
+        route.continue_(post_data=json.dumps({**route.request.post_data_json, **asked}))
+
+    for scheme in ("light", "dark"):
+        with opened(browser, url, color_scheme=scheme) as page:
+            page.route("**/v1/chat/completions", ask_for_form)
+            page.get_by_label("Prompt", exact=True).fill("Is there a ship?")
+            page.get_by_label("Max tokens").fill("600")
+            page.locator("#run").click()
+            result = page.locator("#try-result")
+            expect(result).to_have_attribute("data-tone", "good", timeout=30_000)
+            output, thought = page.locator(".output"), page.locator(".output > .thought")
+            whole, thought_text = output.evaluate("e => e.textContent"), thought.inner_text()
+            assert len(thought_text) > len("Thought: "), thought_text
+            assert whole.removeprefix(thought.evaluate("e => e.textContent")) in ("yes", "no")
+            colors = [each.evaluate("e => getComputedStyle(e).color") for each in (output, thought)]
+            assert colors[0] != colors[1]
+            check_access(page)
+            page.screenshot(path=out / f"thought-{scheme}.png", full_page=True)
 
 
 def type_key(page: Page, key: str) -> None:
