@@ -28,6 +28,7 @@ def can_capture_on_cpu(base: Base) -> bool:
     like = torch.empty(0, dtype=base.dtype, device=base.device)
     return like.is_cpu and can_fuse(like) and are_fused(decoder_layers(base.model))
 
+
 UNFILLED = ("aten::empty", "aten::new_empty")
 """Ops that give memory and write nothing to it."""
 
@@ -49,12 +50,10 @@ class _TorchOps(TorchDispatchMode):
     """Notes on a tape what torch computes."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
         if func._schema.is_mutable:

@@ -110,6 +110,7 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
+    scales: tuple[Tensor | None, ...]
     if nested is None:
         scales = (absmax, code, None, None, None)
     else:

@@ -1,7 +1,8 @@
 """Host memory in pages of 2 MiB, for what every step reads in full.
 
-A decode step on a CPU is bound by memory, and with pages of 4 KiB a large part of its time goes into
-finding them: one thread of a virtual machine read 156 MB at 8.8 GB/s, and at 15.6 from huge pages.
+A decode step on a CPU is bound by memory, and with pages of 4 KiB a large part of its time goes
+into finding them: one thread of a virtual machine read 156 MB at 8.8 GB/s, and at 15.6 from huge
+pages.
 Where the system has none, this is plain memory.
 """
 
