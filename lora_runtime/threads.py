@@ -1,7 +1,7 @@
-"""How many threads the ops on a CPU run in, and how these wait for each other.
+"""How many threads the ops on a CPU run in.
 
-OpenMP reads both from the environment, once, when it is loaded; so they are chosen before torch is
-imported. Where OMP_NUM_THREADS, OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, that holds.
+torch reads it from the environment, once, when it is imported; so it is chosen before. Where
+OMP_NUM_THREADS is set, that holds.
 """
 
 from __future__ import annotations
@@ -11,19 +11,13 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPINS = 1000
-"""Rounds that a thread looks for its next piece of work before it sleeps, some 40 µs: the ops of a
-step lie closer together, two steps do not. OpenMP's own choice is 300 times as many, in which it
-keeps the core from the event loop and from clients: see bench/NOTES.md."""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def choose(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is not set: a thread a core that this process may use, and short waits."""
+    """Unless it is set: a thread for every core that this process may use."""
     environ.setdefault("OMP_NUM_THREADS", str(num_usable_cores()))
-    if "OMP_WAIT_POLICY" not in environ:
-        environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def num_usable_cores() -> int:

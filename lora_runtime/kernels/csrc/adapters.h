@@ -127,17 +127,16 @@ void apply_adapters(const Adapters<T>& p, int num_threads) {
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
   const std::vector<Columns>& columns = own_columns;
-#pragma omp parallel num_threads(num_threads)
-  {
-    static thread_local Scratch scratch;
-    float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < blocks.size(); i++) {
+  Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
+    for (long i = begin; i < end; i++) {
       const Segment& s = *blocks[i].segment;
       by_tokens(s.last - blocks[i].first, [&](auto n) { shrink_block<n>(p, s, blocks[i].first); });
     }
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < columns.size(); i++)
+  });
+  Pool::get().run(columns.size(), 1, num_threads, [&](long begin, long end) {
+    static thread_local Scratch scratch;
+    float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
+    for (long i = begin; i < end; i++)
       apply_columns(p, *columns[i].module, columns[i].begin, columns[i].end, sums);
-  }
+  });
 }

@@ -96,11 +96,9 @@ template <class T>
 void paged_attention(const Attention<T>& p, int num_threads) {
   const long work = long(p.num_tokens) * p.num_heads * p.head_dim * p.block_size;
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
-#pragma omp parallel num_threads(num_threads)
-  {
+  Pool::get().run(long(p.num_tokens) * p.num_kv_heads, 4, num_threads, [&](long begin, long end) {
     static thread_local Scratch positions, floats;
-#pragma omp for schedule(dynamic, 4)
-    for (int task = 0; task < p.num_tokens * p.num_kv_heads; task++)
-      attend_token(p, task / p.num_kv_heads, task % p.num_kv_heads, positions, floats);
-  }
+    for (long task = begin; task < end; task++)
+      attend_token(p, int(task / p.num_kv_heads), int(task % p.num_kv_heads), positions, floats);
+  });
 }

@@ -2,10 +2,17 @@
 // Every body is compiled for the baseline and, on x86-64 with GCC, for AVX2 and AVX-512; the best
 // one the processor has is chosen at every call.
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -19,6 +26,8 @@
 #endif
 
 namespace {
+
+#include "pool.h"
 
 // Memory that grows and is never given back, aligned for any vector. One for each thread and use.
 class Scratch {

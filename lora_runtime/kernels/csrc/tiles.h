@@ -280,17 +280,16 @@ void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int 
   arrange_tokens<Weight::IS_ODD_FIRST>(x, num_tokens, in, const_cast<uint32_t*>(p.x));
   const Weight w(data);
   const int num_panels = (out + PANEL - 1) / PANEL;
-#pragma omp parallel num_threads(num_threads)
-  {
+  const int panels = std::max(1, std::min(8, num_panels / (4 * num_threads)));  // at a time
+  Pool::get().run(num_panels, panels, num_threads, [&](long begin, long end) {
     static thread_local Scratch decoded;
     bf16* buffer = decoded.get<bf16>(num_tiles <= 2 ? 4 * HALF : long(PANEL) * in);
     Tiles tiles;
-#pragma omp for schedule(dynamic, 4)
-    for (int panel = 0; panel < num_panels; panel++)
+    for (int panel = int(begin); panel < end; panel++)
       if (num_tiles == 1) multiply_few<1>(tiles, w, p, panel, buffer);
       else if (num_tiles == 2) multiply_few<2>(tiles, w, p, panel, buffer);
       else multiply_many(tiles, w, p, panel, buffer);
-  }
+  });
 }
 
 inline void product(const FourBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {

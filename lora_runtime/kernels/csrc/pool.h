@@ -1,0 +1,98 @@
+// Threads that share the work of one op.
+//
+// Not OpenMP's: its threads wait either for milliseconds, in which they keep a core from everybody
+// else, or, as soon as a second thread of the program has used OpenMP, for a microsecond, after
+// which every op of a step pays for waking them. These look for the next op of a step for a while
+// that is longer than the gap between two ops and shorter than that between two steps.
+
+class Pool {
+ public:
+  static Pool& get() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      instance() = new Pool;  // never deleted: its threads wait to the end of the process
+      pthread_atfork(nullptr, nullptr, [] { instance() = new Pool; });  // a child has no threads
+    });
+    return *instance();
+  }
+
+  // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
+  // one and others. Alone where the others are at work for another thread.
+  template <class Body>
+  void run(long count, long grain, int num_threads, const Body& body) {
+    num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
+    std::unique_lock<std::mutex> hold(one_job_, std::defer_lock);
+    if (num_threads < 2 || !hold.try_lock()) {
+      if (count > 0) body(0, count);
+      return;
+    }
+    while (int(num_workers_) < num_threads - 1) start_worker();
+    call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
+    body_ = &body, count_ = count, grain_ = grain, next_ = 0;
+    wanted_ = num_threads - 1;
+    num_left_.store(num_workers_, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> guard(sleep_);
+      job_.fetch_add(1);
+    }
+    if (num_asleep_.load() > 0) wake_.notify_all();
+    work();
+    for (long spins = 0; num_left_.load(std::memory_order_acquire) > 0; spins++) pause(spins);
+  }
+
+ private:
+  static constexpr auto PATIENCE = std::chrono::microseconds(200);
+
+  static Pool*& instance() {
+    static Pool* pool = nullptr;
+    return pool;
+  }
+
+  static void pause(long spins) {
+#ifdef HAS_VARIANTS
+    if (spins % 1024 != 1023) return _mm_pause();
+#endif
+    std::this_thread::yield();  // who is waited for may have lost its core
+  }
+
+  void work() {
+    for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
+  }
+
+  void start_worker() {
+    const int index = num_workers_++;
+    const long seen = job_.load();
+    std::thread([this, index, seen] { serve(index, seen); }).detach();
+  }
+
+  void serve(int index, long seen) {
+    for (;;) {
+      wait_for_job(seen);
+      seen++;
+      if (index < wanted_) work();
+      num_left_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void wait_for_job(long seen) {
+    const auto end = std::chrono::steady_clock::now() + PATIENCE;
+    for (long spins = 1; job_.load(std::memory_order_acquire) == seen; spins++) {
+      pause(1);
+      if (spins % 32 == 0 && std::chrono::steady_clock::now() > end) {
+        std::unique_lock<std::mutex> guard(sleep_);
+        num_asleep_++;
+        wake_.wait(guard, [&] { return job_.load() != seen; });
+        num_asleep_--;
+      }
+    }
+  }
+
+  std::mutex one_job_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<long> job_{0}, next_{0};
+  std::atomic<int> num_left_{0}, num_asleep_{0};
+  void (*call_)(const void*, long, long) = nullptr;
+  const void* body_ = nullptr;
+  long count_ = 0, grain_ = 1;
+  int wanted_ = 0, num_workers_ = 0;
+};
