@@ -45,7 +45,9 @@ def requests_of(forms):
     that rows end and others take their places.
     """
     uses = [(), *((AdapterUse(digest=form.digest, weight=0.7),) for form in forms)]
-    uses.append((AdapterUse(digest=forms[0].digest), AdapterUse(digest=forms[1].digest, weight=-0.5)))
+    uses.append(
+        (AdapterUse(digest=forms[0].digest), AdapterUse(digest=forms[1].digest, weight=-0.5))
+    )
     uses.append((AdapterUse(digest=forms[2].digest, start_position=9),))
     found = []
     for i, use in enumerate([*uses, *uses[:2]]):

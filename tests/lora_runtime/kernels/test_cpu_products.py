@@ -102,6 +102,17 @@ def test_what_tiles_do_not_take_goes_by_torch():
     assert tracked.grad.abs().sum() > 0
 
 
+@needs_tiles
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_copy_is_kept_where_the_codes_are_not_multiplied(kind):
+    """In float32, if the layer may; bfloat16 takes no more memory than the codes."""
+    for dtype, is_kept in ((torch.float32, True), (BFLOAT16, False)):
+        frozen = layer_of(kind, (64, 128), dtype)
+        frozen.keep_copies, before = True, frozen.resident_bytes
+        frozen.product(torch.randn(3, 128).to(dtype))
+        assert (frozen.resident_bytes > before) == is_kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("width", [1, 15, 49, 1024, 5000])
 def test_the_most_likely_token_is_the_first_of_the_largest(dtype, width):
