@@ -113,6 +113,17 @@ struct Choices {
 };
 constexpr Choices CHOICES;
 
+// Lane l: lane choice[l] of a and b behind each other.
+inline vec shuffled(vec a, vec b, ints choice) {
+#ifdef __clang__
+  vec found;
+  for (int l = 0; l < LANES; l++) found[l] = choice[l] < LANES ? a[choice[l]] : b[choice[l] - LANES];
+  return found;
+#else
+  return __builtin_shuffle(a, b, choice);
+#endif
+}
+
 // Lane i: the sum of all lanes of parts[i]. Which values are added in which order is the same for
 // every lane. `parts` is overwritten.
 inline vec sums(vec* parts) {
@@ -122,7 +133,7 @@ inline vec sums(vec* parts) {
     std::memcpy(&high, CHOICES.high[level], sizeof high);
     for (int i = 0; i < LANES; i += 2 * stride) {
       const vec a = parts[i], b = parts[i + stride];
-      parts[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+      parts[i] = shuffled(a, b, low) + shuffled(a, b, high);
     }
   }
   return parts[0];
