@@ -179,30 +179,30 @@ struct SixteenBit {
   }
 };
 
-// Activations (tokens, in) → for every tile of tokens and half unit (16, 16) words of two inputs.
+// Activations of up to 16 tokens (tokens, in) → for every half unit (16, 16) words of two inputs.
 template <bool IS_ODD_FIRST>
-void arrange_tokens(const bf16* x, int num_tokens, int in, uint32_t* to) {
+void arrange_tile(const bf16* x, int num_tokens, int in, uint32_t* to) {
   alignas(64) uint16_t first_index[32], second_index[32];
   for (int i = 0; i < 32; i++) {
     first_index[i] = IS_ODD_FIRST ? 2 * i + 1 : i;
     second_index[i] = IS_ODD_FIRST ? 2 * i : 32 + i;
   }
   const __m512i first_of = _mm512_load_si512(first_index), second_of = _mm512_load_si512(second_index);
-  for (int token = 0; token < num_tokens; token += TILE)
-    for (int k = 0; k < in; k += UNIT, to += 2 * WORDS) {
-      __m512i first[TILE] = {}, second[TILE] = {};
-      for (int t = 0; t < std::min(TILE, num_tokens - token); t++) {
-        const bf16* from = x + long(token + t) * in + k;
-        const __m512i left = _mm512_loadu_si512(from), right = _mm512_loadu_si512(from + 32);
-        first[t] = _mm512_permutex2var_epi16(left, first_of, right);
-        second[t] = _mm512_permutex2var_epi16(left, second_of, right);
-      }
-      transpose(first), transpose(second);
-      for (int i = 0; i < TILE; i++) {
-        _mm512_store_si512(to + i * TILE, first[i]);
-        _mm512_store_si512(to + WORDS + i * TILE, second[i]);
-      }
+  for (int k = 0; k < in; k += UNIT, to += 2 * WORDS) {
+    __m512i first[TILE] = {}, second[TILE] = {};
+    for (int t = 0; t < num_tokens; t++) {
+      const bf16* from = x + long(t) * in + k;
+      const __m512i left = _mm512_loadu_si512(from), right = _mm512_loadu_si512(from + 32);
+      first[t] = _mm512_permutex2var_epi16(left, first_of, right);
+      second[t] = _mm512_permutex2var_epi16(left, second_of, right);
     }
+    transpose(first);
+    transpose(second);
+    for (int i = 0; i < TILE; i++) {
+      _mm512_store_si512(to + i * TILE, first[i]);
+      _mm512_store_si512(to + WORDS + i * TILE, second[i]);
+    }
+  }
 }
 
 // sums (outputs, tokens) → y (tokens, out), `height` of 16 outputs and `width` of 16 tokens.
@@ -217,7 +217,7 @@ inline void write_tile(const float* sums, bf16* y, int out, int height, int widt
 
 struct TileJob {
   bf16* y;
-  const uint32_t* x;  // as `arrange_tokens` lays it
+  const uint32_t* x;  // every tile of tokens as `arrange_tile` lays it
   int num_tokens, in, out;
   long tile_words() const { return long(in) * TILE / 2; }
 };
@@ -275,9 +275,14 @@ void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, b
 template <class Weight, class Data>
 void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
   static thread_local Scratch arranged;
-  const long num_tiles = (num_tokens + TILE - 1) / TILE, num_words = num_tiles * in * TILE / 2;
-  TileJob p{y, arranged.get<uint32_t>(num_words), num_tokens, in, out};
-  arrange_tokens<Weight::IS_ODD_FIRST>(x, num_tokens, in, const_cast<uint32_t*>(p.x));
+  const long num_tiles = (num_tokens + TILE - 1) / TILE, tile_words = long(in) * TILE / 2;
+  uint32_t* words = arranged.get<uint32_t>(num_tiles * tile_words);
+  Pool::get().run(num_tiles, 2, num_threads, [&](long begin, long end) {
+    for (long tile = begin; tile < end; tile++)
+      arrange_tile<Weight::IS_ODD_FIRST>(x + tile * TILE * in, std::min<int>(TILE, num_tokens - int(tile) * TILE), in,
+                                         words + tile * tile_words);
+  });
+  const TileJob p{y, words, num_tokens, in, out};
   const Weight w(data);
   const int num_panels = (out + PANEL - 1) / PANEL;
   const int panels = std::max(1, std::min(8, num_panels / (4 * num_threads)));  // at a time
