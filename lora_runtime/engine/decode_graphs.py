@@ -64,16 +64,17 @@ class DecodeGraphs:
         self,
         forward: Callable[[ForwardBatch], Outputs],
         buffers: tuple[StepBuffers, ...],
-        outputs: Outputs,
         capture: Capture,
+        outputs: Outputs | None = None,
     ) -> None:
         """`buffers`: one a bucket, ascending. `outputs`: room for those of the largest bucket,
-        where every graph leaves its own.
+        where every graph leaves its own; None: each keeps the memory of its own.
         """
         self._forward, self._buffers, self._capture = forward, buffers, capture
         self._outputs = outputs
-        self._replays: dict[tuple[int, int], Replay | None] = {}
-        """By rows and different adapters, 0 for the base alone; None: it cannot be captured."""
+        self._captured: dict[tuple[int, int], tuple[Replay, list[Outputs]] | None] = {}
+        """By rows and different adapters, 0 for the base alone: what plays it, and where it leaves
+        its outputs. None: it cannot be captured."""
         self._layout: object = None
 
     def run(self, plan: ScheduledBatch, layout: object) -> Outputs | None:
@@ -91,11 +92,12 @@ class DecodeGraphs:
             self._drop_adapted()
             self._layout = layout
         bounds = (0, *segment_bounds(buffers.num_rows))
-        replay = self._replay(buffers, next(bound for bound in bounds if num_segments <= bound))
-        if replay is None:
+        found = self._graph(buffers, next(bound for bound in bounds if num_segments <= bound))
+        if found is None:
             return None
+        replay, outputs = found
         replay()
-        logits, best = self._outputs
+        logits, best = outputs[0]
         return logits[: len(rows)], best[: len(rows)]
 
     def warm_up(self, layout: object, on_progress: Callable[[str], None]) -> None:
@@ -107,28 +109,40 @@ class DecodeGraphs:
             for bound in (*reversed(segment_bounds(buffers.num_rows)), 0)
         ]
         for done, (buffers, bound) in enumerate(todo, 1):
-            self._replay(buffers, bound)
+            self._graph(buffers, bound)
             on_progress(f"capturing decode graphs {done}/{len(todo)}")
 
-    def _replay(self, buffers: StepBuffers, max_segments: int) -> Replay | None:
+    def _graph(
+        self, buffers: StepBuffers, max_segments: int
+    ) -> tuple[Replay, list[Outputs]] | None:
         key = (buffers.num_rows, max_segments)
-        if key not in self._replays:
+        if key not in self._captured:
+            found: list[Outputs] = []
 
             def run() -> None:
                 outputs = self._forward(buffers.batch(max_segments))
-                for room, found in zip(self._outputs, outputs, strict=True):
-                    room[: buffers.num_rows].copy_(found)
+                found[:] = [outputs if self._outputs is None else self._kept(outputs)]
 
             try:
-                self._replays[key] = self._capture(run)
+                self._captured[key] = self._capture(run), found
             except Unrecordable:
-                self._replays[key] = None
-        return self._replays[key]
+                self._captured[key] = None
+        return self._captured[key]
+
+    def _kept(self, outputs: Outputs) -> Outputs:
+        """Copy outputs to where those of all graphs lie."""
+        assert self._outputs is not None
+        logits, best = (
+            room[: len(part)] for room, part in zip(self._outputs, outputs, strict=True)
+        )
+        logits.copy_(outputs[0])
+        best.copy_(outputs[1])
+        return logits, best
 
     def _drop_adapted(self) -> None:
-        keys = [key for key in self._replays if key[1] > 0]
-        dropped = [self._replays.pop(key) for key in keys]
-        self._capture.drop([replay for replay in dropped if replay is not None])
+        keys = [key for key in self._captured if key[1] > 0]
+        dropped = [self._captured.pop(key) for key in keys]
+        self._capture.drop([graph[0] for graph in dropped if graph is not None])
 
 
 class CudaCapture:

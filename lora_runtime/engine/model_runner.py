@@ -68,11 +68,14 @@ class ModelRunner:
             StepBuffers(size, num_blocks, self.block_size, self.base.device)
             for size in buckets(max_num_seqs)
         ]
-        largest, vocab_size = buffers[-1].num_rows, self.base.spec.vocab_size
-        logits = torch.empty(largest, vocab_size, dtype=self.base.dtype, device=self.base.device)
-        best = torch.empty(largest, 2, dtype=torch.int64, device=self.base.device)
-        outputs = (logits, best)
-        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), outputs, capture)
+        outputs = None if self.base.device.type == "cpu" else self._room(buffers[-1].num_rows)
+        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), capture, outputs)
+
+    def _room(self, num_rows: int) -> Outputs:
+        """Memory for the outputs of a step."""
+        vocab_size, device = self.base.spec.vocab_size, self.base.device
+        logits = torch.empty(num_rows, vocab_size, dtype=self.base.dtype, device=device)
+        return logits, torch.empty(num_rows, 2, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ class Pool {
   }
 
   // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
-  // one and others. Alone where the others are at work for another thread.
+  // one and those that come in time. Alone where the others are at work for another thread.
   template <class Body>
   void run(long count, long grain, int num_threads, const Body& body) {
     num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
@@ -26,22 +26,25 @@ class Pool {
       if (count > 0) body(0, count);
       return;
     }
-    while (int(num_workers_) < num_threads - 1) start_worker();
+    while (num_workers_ < num_threads - 1) start_worker();
     call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
-    body_ = &body, count_ = count, grain_ = grain, next_ = 0;
-    wanted_ = num_threads - 1;
-    num_left_.store(num_workers_, std::memory_order_relaxed);
+    body_ = &body, count_ = count, grain_ = grain, max_helpers_ = num_threads - 1;
+    next_.store(0, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> guard(sleep_);
-      job_.fetch_add(1);
+      state_.store(((state_.load() >> 32) + 1) << 32 | OPEN);
     }
     if (num_asleep_.load() > 0) wake_.notify_all();
     work();
-    for (long spins = 0; num_left_.load(std::memory_order_acquire) > 0; spins++) pause(spins);
+    // Nobody is waited for who has not begun: a thread that sleeps, or has lost its core, is left out.
+    state_.fetch_and(~OPEN);
+    for (long spins = 0; state_.load(std::memory_order_acquire) & HELPERS; spins++) pause(spins);
   }
 
  private:
   static constexpr auto PATIENCE = std::chrono::microseconds(200);
+  // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
+  static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;
 
   static Pool*& instance() {
     static Pool* pool = nullptr;
@@ -60,28 +63,34 @@ class Pool {
   }
 
   void start_worker() {
-    const int index = num_workers_++;
-    const long seen = job_.load();
-    std::thread([this, index, seen] { serve(index, seen); }).detach();
+    num_workers_++;
+    std::thread([this, seen = state_.load() >> 32] { serve(seen); }).detach();
   }
 
-  void serve(int index, long seen) {
+  void serve(uint64_t seen) {
     for (;;) {
-      wait_for_job(seen);
-      seen++;
-      if (index < wanted_) work();
-      num_left_.fetch_sub(1, std::memory_order_release);
+      uint64_t state = wait_for_job(seen);
+      seen = state >> 32;
+      while (state >> 32 == seen && (state & OPEN) && (state & HELPERS) < max_helpers_)
+        if (state_.compare_exchange_weak(state, state + 1)) {
+          work();
+          state_.fetch_sub(1, std::memory_order_release);
+          break;
+        }
     }
   }
 
-  void wait_for_job(long seen) {
+  // Returns the state once it is another job's than `seen`.
+  uint64_t wait_for_job(uint64_t seen) {
     const auto end = std::chrono::steady_clock::now() + PATIENCE;
-    for (long spins = 1; job_.load(std::memory_order_acquire) == seen; spins++) {
+    for (long spins = 1;; spins++) {
+      const uint64_t state = state_.load(std::memory_order_acquire);
+      if (state >> 32 != seen) return state;
       pause(1);
       if (spins % 32 == 0 && std::chrono::steady_clock::now() > end) {
         std::unique_lock<std::mutex> guard(sleep_);
         num_asleep_++;
-        wake_.wait(guard, [&] { return job_.load() != seen; });
+        wake_.wait(guard, [&] { return state_.load() >> 32 != seen; });
         num_asleep_--;
       }
     }
@@ -89,10 +98,12 @@ class Pool {
 
   std::mutex one_job_, sleep_;
   std::condition_variable wake_;
-  std::atomic<long> job_{0}, next_{0};
-  std::atomic<int> num_left_{0}, num_asleep_{0};
+  std::atomic<uint64_t> state_{0};
+  std::atomic<long> next_{0};
+  std::atomic<int> num_asleep_{0};
+  std::atomic<uint64_t> max_helpers_{0};
   void (*call_)(const void*, long, long) = nullptr;
   const void* body_ = nullptr;
   long count_ = 0, grain_ = 1;
-  int wanted_ = 0, num_workers_ = 0;
+  int num_workers_ = 0;
 };
