@@ -190,10 +190,7 @@ def prepare_base(
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_linears(linears.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
-    if can_fuse(cast(Tensor, model.get_input_embeddings().weight)):
-        stack_linears(model)
-    if device.type == "cpu":
-        _gather_weights(model, linears.values())
+    _settle_weights(model, linears.values())
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, name_or_path, linears)
     _adapt_vocabulary(model, spec, context)
@@ -314,8 +311,14 @@ def _freeze_linears(
         each.linear = freeze(each.linear.weight_values().to(device, dtype), each.linear.bias)
 
 
-def _gather_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:
-    """Let all weights of a model on a CPU lie in huge pages, joined layers' included."""
+def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:
+    """Join layers that are given the same x. Let all weights of a model on a CPU lie in huge pages,
+    joined layers' included.
+    """
+    if can_fuse(cast(Tensor, model.get_input_embeddings().weight)):
+        stack_linears(model)
+    if model.device.type != "cpu":
+        return
     joined = {id(linear.stack.joined): linear.stack.joined for linear in linears if linear.stack}
     modules = [model, *joined.values()]
     huge_pages.move_there(
