@@ -113,7 +113,7 @@ class _Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, R) → (1, T, H)."""
-        if attention is None or len(hidden_states) > 1 or not can_fuse(hidden_states):
+        if attention is None or len(hidden_states) > 1 or not self._can_fuse(hidden_states):
             given = {"position_embeddings": position_embeddings, "attention": attention}
             return super().forward(hidden_states, **given, **kwargs)
         q, k, v = self._heads(hidden_states)
@@ -135,6 +135,10 @@ class _Attention(nn.Module):
         """Queries (T, H, D), keys and values (T, G, D) of x (1, T, width)."""
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         return tuple(part[0].unflatten(1, (-1, self.head_dim)) for part in parts)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """False too where somebody has put another norm of heads into the module."""
+        return can_fuse(x) and isinstance(getattr(self, "q_norm", None), _Norm | None)
 
     def _norm(self) -> HeadNorm | None:
         q: Any = getattr(self, "q_norm", None)
@@ -191,13 +195,20 @@ class _Layer(nn.Module):
     )  # fmt: skip
     norm_behind: tuple[Any, ...] = ()
     """The norm behind the last sum, if it is one of ours; in a tuple it is no submodule."""
+    norms_between: tuple[str, ...] = ("post_attention_layernorm",)
+    """Norms that are part of a sum's launch."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not can_fuse(hidden_states):
+        if not self._can_fuse(hidden_states):
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         total, normed = _add_norm(attended, hidden_states, self.post_attention_layernorm)
         return self._sum(self.mlp(normed), total)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """False too where somebody has put other norms into the layer."""
+        norms = (getattr(self, name) for name in self.norms_between)
+        return can_fuse(x) and all(isinstance(norm, _Norm) for norm in norms)
 
     def _sum(self, x: Tensor, residual: Tensor, branch_norm: Any = None) -> Tensor:
         """residual + x, or what `branch_norm` makes of x, with what `norm_behind` makes of it."""
@@ -215,9 +226,12 @@ class _LayerOfFourNorms(_Layer):
     pre_feedforward_layernorm: nn.Module
     post_feedforward_layernorm: nn.Module
     relies_on = (*_Layer.relies_on, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    norms_between = (
+        "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not can_fuse(hidden_states):
+        if not self._can_fuse(hidden_states):
             return super(_Layer, self).forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         total, normed = _add_norm(
