@@ -3,7 +3,8 @@
 32 requests of 90 prompt and 64 new tokens on SmolLM2-135M, in turn over 8 adapters (rank 16, all
 linear layers) and the base. The contenders run one after another, several rounds, in one process:
 our engine mixed and base-only, PEFT's mixed batch and transformers' generate, both on the
-dequantised base in the compute dtype that is fastest here.
+dequantised base in the compute dtype that is fastest here; and one request alone, on the base and
+under an adapter. No prompt is found in a prefix cache.
 
 The floor of a step is the larger of bytes / read bandwidth (packed base, lm_head, the distinct
 adapters and the keys and values of that step) and multiply-adds / the rate of a large matrix
@@ -28,7 +29,13 @@ from bench import machine
 from lora_runtime.adapters.files.peft_writer import peft_files
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
-from lora_runtime.config import AdapterConfig, BaseConfig, EngineConfig, SchedulerConfig
+from lora_runtime.config import (
+    AdapterConfig,
+    BaseConfig,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+)
 from lora_runtime.core import AdapterUse, Request, SamplingParams
 from lora_runtime.engine.engine import Engine
 
@@ -77,6 +84,7 @@ class Workload:
         self.engine = Engine(
             base,
             EngineConfig(
+                cache=CacheConfig(prefix_cache=False),
                 scheduler=SchedulerConfig(max_num_seqs=args.requests),
                 adapters=AdapterConfig(pool_bytes=args.pool_mib << 20),
             ),
@@ -98,6 +106,15 @@ class Workload:
     def ours_base_only(self) -> float:
         return self._serve(is_mixed=False)
 
+    def ours_alone(self) -> float:
+        return self._serve(is_mixed=False, num_requests=1)
+
+    def ours_alone_adapted(self) -> float:
+        return self._serve(is_mixed=True, num_requests=1, first=1)
+
+    def transformers_alone(self) -> float:
+        return self._generate(self.dense, num_requests=1)
+
     def peft_mixed(self) -> float:
         names = ["__base__" if i < 0 else f"adapter-{i}" for i in self.owners]
         return self._generate(self.peft, adapter_names=names)
@@ -105,11 +122,11 @@ class Workload:
     def transformers_base_only(self) -> float:
         return self._generate(self.dense)
 
-    def _serve(self, *, is_mixed: bool) -> float:
+    def _serve(self, *, is_mixed: bool, num_requests: int | None = None, first: int = 0) -> float:
+        """`num_requests` of the requests, None: all, from the `first` on."""
         sampling = SamplingParams(max_tokens=self.args.new_tokens, temperature=0.0)
-        for index, (prompt, owner) in enumerate(
-            zip(self.prompts.tolist(), self.owners, strict=True)
-        ):
+        chosen = list(zip(self.prompts.tolist(), self.owners, strict=True))[first:][:num_requests]
+        for index, (prompt, owner) in enumerate(chosen):
             request = Request(
                 request_id=str(index), prompt_token_ids=tuple(prompt), sampling=sampling
             )
@@ -122,13 +139,16 @@ class Workload:
         return num_tokens / (time.perf_counter() - start)
 
     @torch.inference_mode()
-    def _generate(self, model: torch.nn.Module, **kwargs: object) -> float:
+    def _generate(
+        self, model: torch.nn.Module, num_requests: int | None = None, **kwargs: object
+    ) -> float:
         new_tokens, start = self.args.new_tokens, time.perf_counter()
+        prompts = self.prompts[:num_requests]
         out = model.generate(
-            input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=False,
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
             min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0, **kwargs,
         )  # fmt: skip
-        num_tokens = (out.shape[1] - self.prompts.shape[1]) * out.shape[0]
+        num_tokens = (out.shape[1] - prompts.shape[1]) * out.shape[0]
         return num_tokens / (time.perf_counter() - start)
 
     def floor(self, bandwidth: float, rate: float, *, is_mixed: bool) -> float:
@@ -177,7 +197,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = write_random_adapters(base, Path(folder), args.adapters, args.rank)
         workload = Workload(args, base, folders)
-    contenders = ("ours_mixed", "ours_base_only", "peft_mixed", "transformers_base_only")
+    contenders = (
+        "ours_mixed", "ours_base_only", "peft_mixed", "transformers_base_only",
+        "ours_alone", "ours_alone_adapted", "transformers_alone",
+    )  # fmt: skip
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(args.rounds + 1):
         for name in contenders:
@@ -202,6 +225,10 @@ def main() -> None:
         "multiply_adds_per_s": round(ceilings[1]),
         "floor": floors,
         "mixed_over_peft": round(median["ours_mixed"] / median["peft_mixed"], 2),
+        "base_only_over_transformers": round(
+            median["ours_base_only"] / median["transformers_base_only"], 2
+        ),
+        "base_only_over_floor": round(median["ours_base_only"] / floors["base_only"], 3),
         "mixed_over_base_only": round(median["ours_mixed"] / median["ours_base_only"], 3),
         "mixed_over_floor": round(median["ours_mixed"] / floors["mixed"], 3),
     }

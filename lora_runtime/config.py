@@ -108,7 +108,8 @@ class BaseConfig:
     device: DeviceName = setting(default="auto", group=BASE)
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dequantized_cache: bool = setting(default=True, group=BASE)
-    """CPU only: keep a private dequantised copy of the weights; faster, more memory."""
+    """CPU only, in float32: keep a private dequantised copy of the weights; faster, more memory.
+    In bfloat16 the codes are multiplied as they are."""
 
 
 @settings

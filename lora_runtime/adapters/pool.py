@@ -14,7 +14,7 @@ import torch
 from lora_runtime.adapters.packed_adapter import ALIGNMENT, PackedAdapter, empty_extents
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.core import AdapterPlacement
-from lora_runtime.kernels import AdapterMemory
+from lora_runtime.kernels import AdapterMemory, huge_pages
 
 USUAL_MAX_ROWS = 64
 """The least bound of replaced vocabulary rows, once an adapter replaces any."""
@@ -43,7 +43,7 @@ class AdapterPool:
         it; see `layout`.
         """
         size = num_bytes // ALIGNMENT * ALIGNMENT
-        self._storage = torch.empty(size, dtype=torch.uint8, device=like.device)
+        self._storage = huge_pages.zeros(size, like.device)
         self.nbytes = size
         memory = AdapterMemory.over(self._storage, like.dtype, ALIGNMENT)
         self.memory = replace(memory, max_rank=max_rank)

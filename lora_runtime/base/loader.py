@@ -47,7 +47,7 @@ from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import BaseRefused
-from lora_runtime.kernels import can_run_on_gpu
+from lora_runtime.kernels import can_fuse, huge_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,8 +190,7 @@ def prepare_base(
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_linears(linears.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
-    if can_run_on_gpu(cast(Tensor, model.get_input_embeddings().weight)):
-        stack_linears(model)
+    _settle_weights(model, linears.values())
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, name_or_path, linears)
     _adapt_vocabulary(model, spec, context)
@@ -310,6 +309,21 @@ def _freeze_linears(
     """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn."""
     for each in adapted:
         each.linear = freeze(each.linear.weight_values().to(device, dtype), each.linear.bias)
+
+
+def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:
+    """Join layers that are given the same x. Let all weights of a model on a CPU lie in huge pages,
+    joined layers' included.
+    """
+    if can_fuse(cast(Tensor, model.get_input_embeddings().weight)):
+        stack_linears(model)
+    if model.device.type != "cpu":
+        return
+    joined = {id(linear.stack.joined): linear.stack.joined for linear in linears if linear.stack}
+    modules = [model, *joined.values()]
+    huge_pages.move_there(
+        tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import ForwardBatch
 from lora_runtime.engine.step_buffers import StepBuffers
+from lora_runtime.kernels.cpu import Unrecordable
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows that a graph is captured for; a step takes the smallest that holds it."""
@@ -28,7 +29,7 @@ MAX_SEGMENTS = (4, 16, 64)
 alone would save a few empty programs of the one for four, which end at once."""
 
 Outputs = tuple[Tensor, Tensor]
-"""Logits (n, vocab) of the rows, and what `sampler.greedy` makes of them (n, 2)."""
+"""Logits (n, vocab) of the rows, and what `kernels.most_likely` makes of them (n, 2)."""
 Replay = Callable[[], object]
 """Runs again what was captured."""
 
@@ -37,7 +38,7 @@ class Capture(Protocol):
     """Makes functions that a device repeats on its own."""
 
     def __call__(self, run: Callable[[], object]) -> Replay:
-        """Capture what `run` does on the device."""
+        """Capture what `run` does on the device. Raises Unrecordable where it cannot."""
         ...
 
     def drop(self, replays: Iterable[Replay]) -> None:
@@ -63,16 +64,17 @@ class DecodeGraphs:
         self,
         forward: Callable[[ForwardBatch], Outputs],
         buffers: tuple[StepBuffers, ...],
-        outputs: Outputs,
         capture: Capture,
+        outputs: Outputs | None = None,
     ) -> None:
         """`buffers`: one a bucket, ascending. `outputs`: room for those of the largest bucket,
-        where every graph leaves its own.
+        where every graph leaves its own; None: each keeps the memory of its own.
         """
         self._forward, self._buffers, self._capture = forward, buffers, capture
         self._outputs = outputs
-        self._replays: dict[tuple[int, int], Replay] = {}
-        """By rows and different adapters, 0 for the base alone."""
+        self._captured: dict[tuple[int, int], tuple[Replay, list[Outputs]] | None] = {}
+        """By rows and different adapters, 0 for the base alone: what plays it, and where it leaves
+        its outputs. None: it cannot be captured."""
         self._layout: object = None
 
     def run(self, plan: ScheduledBatch, layout: object) -> Outputs | None:
@@ -90,8 +92,12 @@ class DecodeGraphs:
             self._drop_adapted()
             self._layout = layout
         bounds = (0, *segment_bounds(buffers.num_rows))
-        self._replay(buffers, next(bound for bound in bounds if num_segments <= bound))()
-        logits, best = self._outputs
+        found = self._graph(buffers, next(bound for bound in bounds if num_segments <= bound))
+        if found is None:
+            return None
+        replay, outputs = found
+        replay()
+        logits, best = outputs[0]
         return logits[: len(rows)], best[: len(rows)]
 
     def warm_up(self, layout: object, on_progress: Callable[[str], None]) -> None:
@@ -103,24 +109,40 @@ class DecodeGraphs:
             for bound in (*reversed(segment_bounds(buffers.num_rows)), 0)
         ]
         for done, (buffers, bound) in enumerate(todo, 1):
-            self._replay(buffers, bound)
+            self._graph(buffers, bound)
             on_progress(f"capturing decode graphs {done}/{len(todo)}")
 
-    def _replay(self, buffers: StepBuffers, max_segments: int) -> Replay:
+    def _graph(
+        self, buffers: StepBuffers, max_segments: int
+    ) -> tuple[Replay, list[Outputs]] | None:
         key = (buffers.num_rows, max_segments)
-        if key not in self._replays:
+        if key not in self._captured:
+            found: list[Outputs] = []
 
             def run() -> None:
                 outputs = self._forward(buffers.batch(max_segments))
-                for room, found in zip(self._outputs, outputs, strict=True):
-                    room[: buffers.num_rows].copy_(found)
+                found[:] = [outputs if self._outputs is None else self._kept(outputs)]
 
-            self._replays[key] = self._capture(run)
-        return self._replays[key]
+            try:
+                self._captured[key] = self._capture(run), found
+            except Unrecordable:
+                self._captured[key] = None
+        return self._captured[key]
+
+    def _kept(self, outputs: Outputs) -> Outputs:
+        """Copy outputs to where those of all graphs lie."""
+        assert self._outputs is not None
+        logits, best = (
+            room[: len(part)] for room, part in zip(self._outputs, outputs, strict=True)
+        )
+        logits.copy_(outputs[0])
+        best.copy_(outputs[1])
+        return logits, best
 
     def _drop_adapted(self) -> None:
-        keys = [key for key in self._replays if key[1] > 0]
-        self._capture.drop([self._replays.pop(key) for key in keys])
+        keys = [key for key in self._captured if key[1] > 0]
+        dropped = [self._captured.pop(key) for key in keys]
+        self._capture.drop([graph[0] for graph in dropped if graph is not None])
 
 
 class CudaCapture:

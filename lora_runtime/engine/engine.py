@@ -37,6 +37,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.admission import admit
 from lora_runtime.engine.block_manager import BlockManager
 from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
+from lora_runtime.engine.cpu_capture import CpuCapture, can_capture_on_cpu
 from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.memory_budget import num_kv_blocks
@@ -103,8 +104,8 @@ class Engine:
             base, cache, config.cache.block_size, self.pool, self.host, max_num_seqs
         )
         self.info = _info(base, config, num_blocks, self.pool.nbytes)
-        if has_graphs:
-            capture = CudaCapture(base.device)
+        if has_graphs or can_capture_on_cpu(base):
+            capture = CudaCapture(base.device) if has_graphs else CpuCapture()
             self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, capture)
         self.num_steps_ahead = int(base.device.type == "cuda")
         """0, or 1: a step runs on the device while the next one is planned and queued."""

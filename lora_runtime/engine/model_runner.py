@@ -27,9 +27,9 @@ from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.reordered_batch import reordered_batch
-from lora_runtime.engine.sampler import Draw, PromptScores, draw, greedy
+from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
-from lora_runtime.kernels import can_run_on_gpu
+from lora_runtime.kernels import can_run_on_gpu, most_likely
 
 WARM_TOKENS = (2, 16, 32, 64, 96, 320)
 """Tokens of the steps that are run before any request: one of every size by which a kernel is
@@ -56,7 +56,7 @@ class ModelRunner:
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
-        """`greedy` of the last logits, if a graph has computed it along with them."""
+        """`most_likely` of the last logits, if a graph has computed it along with them."""
         self._prompts: list[PromptScores] = []
         """What the last forward says of prompts' own tokens."""
 
@@ -68,11 +68,14 @@ class ModelRunner:
             StepBuffers(size, num_blocks, self.block_size, self.base.device)
             for size in buckets(max_num_seqs)
         ]
-        largest, vocab_size = buffers[-1].num_rows, self.base.spec.vocab_size
-        logits = torch.empty(largest, vocab_size, dtype=self.base.dtype, device=self.base.device)
-        best = torch.empty(largest, 2, dtype=torch.int64, device=self.base.device)
-        outputs = (logits, best)
-        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), outputs, capture)
+        outputs = None if self.base.device.type == "cpu" else self._room(buffers[-1].num_rows)
+        self.graphs = DecodeGraphs(self._forward_and_choose, tuple(buffers), capture, outputs)
+
+    def _room(self, num_rows: int) -> Outputs:
+        """Memory for the outputs of a step."""
+        vocab_size, device = self.base.spec.vocab_size, self.base.device
+        logits = torch.empty(num_rows, vocab_size, dtype=self.base.dtype, device=device)
+        return logits, torch.empty(num_rows, 2, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
@@ -147,7 +150,7 @@ class ModelRunner:
 
     def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
         logits = self.forward(batch)
-        return logits, greedy(logits)
+        return logits, most_likely(logits)
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_runtime.core import PromptChunk, Row, SampledToken, SamplingParams, TokenLogprob
 from lora_runtime.engine.batch import Rows, ScoredTokens
 from lora_runtime.engine.logits_rules import modified
-from lora_runtime.kernels import draw_cut, invert, to_device
+from lora_runtime.kernels import draw_cut, invert, most_likely, to_device
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """A top_p below it would be 0 in float32, and keep no token."""
@@ -88,7 +88,7 @@ def draw(
     drawn: Tensor | None = None,
     prompts: Sequence[PromptScores] = (),
 ) -> Draw:
-    """Draw one token a row: logits (n, vocab), row i for rows[i]. `best`: `greedy` of the
+    """Draw one token a row: logits (n, vocab), row i for rows[i]. `best`: `most_likely` of the
     logits, if it is known. `drawn`: what the step before drew; see `modified`. `prompts`: what is
     copied to the host beside the tokens.
 
@@ -113,12 +113,12 @@ def choose(
     best: Tensor | None = None,
     drawn: Tensor | None = None,
 ) -> Tensor:
-    """What `draw` draws, still on the device: (n, 2) int64 as in `greedy`.
+    """What `draw` draws, still on the device: (n, 2) int64 as in `most_likely`.
 
     One copy goes there, of all parameters, if any row draws, beside those of `logits_rules`.
     """
     scores = modified(logits, rows, drawn)
-    chosen = greedy(scores) if best is None or scores is not logits else best.clone()
+    chosen = most_likely(scores) if best is None or scores is not logits else best.clone()
     random_rows = [index for index, s in enumerate(rows) if s.request.sampling.temperature > 0]
     if random_rows:
         random_rows.sort(key=lambda index: not _is_cut(rows[index].request.sampling))
@@ -128,16 +128,6 @@ def choose(
         token_ids = _draw(scores.index_select(0, indices).float(), table[:, 1:], num_cut)
         chosen[:, 0].index_copy_(0, indices, token_ids)
     return chosen
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """(n, 2) int64: every row's most likely token, and 1 if the row is finite throughout.
-
-    Depends on shapes alone, so a CUDA graph can hold it.
-    """
-    low, high = torch.aminmax(logits, dim=1)
-    is_finite = (low > float("-inf")) & (high < float("inf"))
-    return torch.stack([logits.argmax(dim=1), is_finite.long()], dim=1)
 
 
 def _is_cut(sampling: SamplingParams) -> bool:

@@ -7,10 +7,12 @@ CUDA tensors, in Triton and CUDA.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import cpu, gpu, reference
+from lora_runtime.kernels import cpu, gpu, huge_pages, reference
 from lora_runtime.kernels.types import (
     NO_EXTENT,
     AdapterMemory,
@@ -44,10 +46,13 @@ __all__ = [
     "apply_gated_adapters",
     "apply_stacked_adapters",
     "can_dequantize",
+    "can_fuse",
+    "can_multiply_dense",
     "can_multiply_codes",
     "can_run_on_gpu",
     "can_shrink_with_product",
     "can_use_panels",
+    "dense_product",
     "draw_cut",
     "embed_adapters",
     "four_bit_gated_product",
@@ -55,9 +60,11 @@ __all__ = [
     "four_bit_product_and_shrink",
     "four_bit_values",
     "gated_activation",
+    "huge_pages",
     "int8_product",
     "int8_product_and_shrink",
     "invert",
+    "most_likely",
     "pack_panels",
     "paged_attention",
     "panel_product",
@@ -73,6 +80,20 @@ __all__ = [
 
 BACKEND = gpu.name() or cpu.name() or "torch"
 """The fastest backend of this installation."""
+
+
+def _fastest(*activations: Tensor) -> ModuleType:
+    """The fastest backend that takes these tensors."""
+    if gpu.can_run(*activations):
+        return gpu
+    return cpu if cpu.can_run(*activations) else _reference()
+
+
+def _reference() -> ModuleType:
+    """The definition. It reads tables in Python, so what is recorded must not contain it."""
+    if cpu.is_recording():
+        raise cpu.Unrecordable
+    return reference
 
 
 def apply_adapters(
@@ -101,7 +122,7 @@ def apply_adapters(
     meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):
         return gpu.apply_adapters(base, x, bias, memory, extents, meta, hidden)
-    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else reference
+    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else _reference()
     return backend.apply_adapters(base, x, bias, memory, extents, meta)
 
 
@@ -123,6 +144,8 @@ def apply_stacked_adapters(
     meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):
         return gpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths, hidden)
+    if cpu.can_run(base, x, weights=(memory.weights,)):
+        return cpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, extents, strict=True)
     return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
@@ -171,7 +194,7 @@ def embed_adapters(
     `apply_adapters`. Returns (T, hidden) in base's dtype.
     """
     meta.check_within(extents)
-    backend = gpu if gpu.can_run(base, weights=(memory.weights,)) else reference
+    backend = gpu if gpu.can_run(base, weights=(memory.weights,)) else _reference()
     return backend.embed_adapters(base, token_ids, scale, memory, extents, meta, vocab_size)
 
 
@@ -184,7 +207,7 @@ def patch_logits(
     Returns (T, vocab) in y's dtype; y itself may be overwritten.
     """
     meta.check_within(extents)
-    backend = gpu if gpu.can_run(y, base, x, weights=(memory.weights,)) else reference
+    backend = gpu if gpu.can_run(y, base, x, weights=(memory.weights,)) else _reference()
     return backend.patch_logits(y, base, x, memory, extents, meta)
 
 
@@ -194,7 +217,7 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, cache_slots: Te
     A token whose slot is negative is not stored. Shapes: keys, values (cache slots, G, D) of one
     layer, k, v (T, G, D), cache_slots (T,) int64.
     """
-    backend = gpu if gpu.can_run(k, v, keys, values) else reference
+    backend = gpu if gpu.can_run(k, v, keys, values) else _reference()
     backend.write_kv(keys, values, k, v, cache_slots)
 
 
@@ -217,7 +240,7 @@ def paged_attention(
     position sees nothing: 0.
     Source: PagedAttention, arXiv:2309.06180.
     """
-    backend = next((b for b in (gpu, cpu) if b.can_run(q, keys, values)), reference)
+    backend = _fastest(q, keys, values)
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
 
 
@@ -227,7 +250,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     With `plus_one` y = (1 + weight) · n, rounded once (Gemma). Shapes: x (..., width), weight
     (width,); float32 inside. Source: RMSNorm, arXiv:1910.07467.
     """
-    backend = gpu if gpu.can_run(x, weight) else reference
+    backend = _fastest(x, weight)
     return backend.rms_norm(x, weight, eps, plus_one=plus_one)
 
 
@@ -247,7 +270,7 @@ def add_rms_norm(
     (width,). Returns (s, y).
     """
     weights = (weight,) if branch_weight is None else (weight, branch_weight)
-    backend = gpu if gpu.can_run(x, residual, *weights) else reference
+    backend = _fastest(x, residual, *weights)
     return backend.add_rms_norm(
         x, residual, weight, eps, plus_one=plus_one, branch_weight=branch_weight
     )
@@ -262,7 +285,7 @@ def rotate(
     k (T, G, D), cos and sin (T, R); of a head's D values the first R are rotated. Rounded once.
     Source: RoFormer, arXiv:2104.09864.
     """
-    backend = gpu if gpu.can_run(q, k, cos, sin, *_weights(norm)) else reference
+    backend = _fastest(q, k, cos, sin, *_weights(norm))
     return backend.rotate(q, k, cos, sin, norm)
 
 
@@ -282,7 +305,7 @@ def rotate_and_write(
     Shapes as there. Returns the rotated queries (T, H, D).
     """
     tensors = (q, k, v, cos, sin, keys, values, *_weights(norm))
-    backend = gpu if gpu.can_run(*tensors) else reference
+    backend = _fastest(*tensors)
     return backend.rotate_and_write(q, k, v, cos, sin, keys, values, cache_slots, norm)
 
 
@@ -295,8 +318,16 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
     Source: GLU variants, arXiv:2002.05202.
     """
-    backend = gpu if gpu.can_run(gate, up) else reference
+    backend = _fastest(gate, up)
     return backend.gated_activation(gate, up, kind)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """(n, 2) int64 of logits (n, vocab): every row's most likely token, the first of equal ones,
+    and 1 if the row is finite throughout. Depends on shapes alone, so a captured step can hold it.
+    """
+    backend = cpu if cpu.can_run(logits) else reference
+    return backend.most_likely(logits)
 
 
 def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -345,11 +376,33 @@ def can_run_on_gpu(x: Tensor) -> bool:
     return gpu.can_run(x)
 
 
-def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
-    """True when `int8_product`, or with `is_four_bit` `four_bit_product`, takes x: CUDA, few rows,
-    no gradient.
+def can_fuse(x: Tensor) -> bool:
+    """True when a compiled backend runs norms, rotation, activation and stacked adapters of x as
+    one pass each: float32 or bfloat16, no gradient.
     """
-    return gpu.can_multiply_codes(x, is_four_bit=is_four_bit)
+    return gpu.can_run(x) or cpu.can_run(x)
+
+
+def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
+    """True when `int8_product`, or with `is_four_bit` `four_bit_product`, takes x without a
+    gradient: on CUDA few rows, on a CPU bfloat16 if the processor multiplies it.
+    """
+    if gpu.can_run(x):
+        return gpu.can_multiply_codes(x, is_four_bit=is_four_bit)
+    return cpu.can_multiply(x)
+
+
+def can_multiply_dense(x: Tensor) -> bool:
+    """True when `dense_product` takes x: as `can_multiply_codes` on a CPU."""
+    return cpu.can_multiply(x)
+
+
+def dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """W x: x (..., in) → (..., out), weight (out, in), both bfloat16; sums in float32.
+
+    A row's result is bit-equal whatever the number of rows.
+    """
+    return cpu.dense_product(x, weight)
 
 
 def four_bit_product(
@@ -367,7 +420,8 @@ def four_bit_product(
     high nibble first, at an address that is a multiple of 4; absmax (out · in / 64,) float32, or
     uint8 with `nested`; code (16,) float32; in a multiple of 64. Source: QLoRA, arXiv:2305.14314.
     """
-    return gpu.four_bit_product(x, packed, absmax, code, out_features, nested)
+    backend = _fastest(x)
+    return backend.four_bit_product(x, packed, absmax, code, out_features, nested)
 
 
 def four_bit_gated_product(
@@ -379,12 +433,13 @@ def four_bit_gated_product(
     kind: str,
     nested: NestedScales | None = None,
 ) -> Tensor:
-    """act(gate) · up of two layers that share x: x (..., in) → (..., out / 2), one launch.
+    """act(gate) · up of two layers that share x: x (..., in) → (..., out / 2), on a GPU one launch.
 
     The first half of W's rows gives gate, the second up. Bit-equal to `gated_activation` of the
     halves of `four_bit_product`, whose names and shapes these are.
     """
-    return gpu.four_bit_gated_product(x, packed, absmax, code, out_features, kind, nested)
+    backend = _fastest(x)
+    return backend.four_bit_gated_product(x, packed, absmax, code, out_features, kind, nested)
 
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
@@ -393,7 +448,7 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     W = fp32(code × (absmax / 127)) rounded once to x's dtype; sums in float32. Shapes: codes
     (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
     """
-    return gpu.int8_product(x, codes, absmax)
+    return _fastest(x).int8_product(x, codes, absmax)
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:

@@ -8,17 +8,53 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels.types import AdapterMemory, AttentionMeta, StepMeta, wants_gradient
+from lora_runtime.kernels.types import (
+    AdapterMemory,
+    AttentionMeta,
+    HeadNorm,
+    NestedScales,
+    StepMeta,
+    wants_gradient,
+)
 
-ABI = 3
-LEVELS = ("baseline", "avx2", "avx512")
+ABI = 4
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+FIRST_LEVEL_WITH_TILES = 3
+"""From it on the processor multiplies bfloat16, and `*_product` below take it."""
+TILE_INPUTS = 64
+"""The products of bfloat16 take inputs in multiples of it."""
+ALIGNMENT = 64
+"""Bytes; where tensors of a tape begin."""
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+TYPES = {"p": c_void_p, "i": c_int, "l": c_long, "f": c_float}
+SIGNATURES = {
+    "product_f32": "ppp iii i",
+    "four_bit_product": "pp pppppp iii i",
+    "int8_product": "pp pp iii i",
+    "dense_product": "pp p iii i",
+    "apply_adapters": "pppp ppp ii pi ppppp i iii i",
+    "attention": "pppp ppp iiiiiii ff i",
+    "rms_norm": "pppppp iii f i",
+    "rotate": "ppp ppp pp pp p lll iiiiii f i",
+    "gated_activation": "ppp ll iii i",
+    "most_likely": "pp ii i",
+}
+"""Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
+number of threads.
+"""
 
 
 @cache
@@ -43,15 +79,103 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     It takes CPU tensors without gradients: activations of one dtype, float32 or bfloat16, and
     adapter weights in float32.
     """
-    tensors, dtype = (*activations, *weights), activations[0].dtype
+    dtype = activations[0].dtype
+    if dtype not in SUFFIXES or library() is None or wants_gradient(*activations, *weights):
+        return False
+    for tensor in activations:
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    return all(weight.dtype == torch.float32 and weight.is_cpu for weight in weights)
+
+
+def can_multiply(x: Tensor) -> bool:
+    """True when the products of bfloat16 take x (..., in)."""
     return (
-        library() is not None
-        and dtype in SUFFIXES
-        and all(t.device.type == "cpu" for t in tensors)
-        and all(t.dtype == dtype for t in activations)
-        and all(w.dtype == torch.float32 for w in weights)
-        and not wants_gradient(*tensors)
+        x.dtype == torch.bfloat16 and x.shape[-1] % TILE_INPUTS == 0 and can_run(x) and has_tiles()
     )
+
+
+def has_tiles() -> bool:
+    """True when the processor multiplies bfloat16, and the library was built for that."""
+    found = library()
+    return found is not None and found.loramux_level() >= FIRST_LEVEL_WITH_TILES
+
+
+def four_bit_product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """See `lora_runtime.kernels.four_bit_product`."""
+    scales: tuple[Tensor | None, ...]
+    if nested is None:
+        scales = (absmax, code, None, None, None)
+    else:
+        scales = (nested.absmax, code, absmax, nested.code, nested.offset)
+    return _product("four_bit_product", x, out_features, packed, *scales)
+
+
+def four_bit_gated_product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    kind: str,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """See `lora_runtime.kernels.four_bit_gated_product`."""
+    gate, up = four_bit_product(x, packed, absmax, code, out_features, nested).chunk(2, dim=-1)
+    return gated_activation(gate, up, kind)
+
+
+def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.int8_product`."""
+    return _product("int8_product", x, len(codes), codes, absmax)
+
+
+def dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.dense_product`."""
+    return _product("dense_product", x, len(weight), weight)
+
+
+def _product(op: str, x: Tensor, out_features: int, *weight: Tensor | None) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    y = empty((*x.shape[:-1], out_features), x.dtype)
+    _run(op, None, *_pointers(y, x, *weight), x.numel() // width, width, out_features)
+    return y
+
+
+def apply_stacked_adapters(
+    base: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    memory: AdapterMemory,
+    extents: Tensor,
+    meta: StepMeta,
+    widths: tuple[int, ...],
+) -> Tensor:
+    """See `lora_runtime.kernels.apply_stacked_adapters`."""
+    base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
+    y = empty(base.shape, base.dtype)
+    columns = (ctypes.c_int64 * len(widths))(*widths)
+    _run(
+        "apply_adapters",
+        base.dtype,
+        *_pointers(y, base, x, bias, memory.weights, memory.vectors, extents),
+        *extents.shape[1:3],
+        columns,
+        len(widths),
+        *_pointers(meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts),
+        len(meta.segment_starts) - 1,
+        len(base),
+        x.shape[1],
+        base.shape[1],
+    )
+    return y
 
 
 def apply_adapters(
@@ -61,21 +185,11 @@ def apply_adapters(
     memory: AdapterMemory,
     extents: Tensor,
     meta: StepMeta,
+    hidden: Tensor | None = None,
 ) -> Tensor:
-    """See `lora_runtime.kernels.apply_adapters`."""
-    base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
-    y = torch.empty_like(base)
-    _function("apply_adapters", base.dtype)(
-        *_pointers(y, base, x, bias, memory.weights, memory.vectors, extents),
-        extents.shape[1],
-        *_pointers(meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts),
-        len(meta.segment_starts) - 1,
-        *base.shape[:1],
-        x.shape[1],
-        base.shape[1],
-        torch.get_num_threads(),
-    )
-    return y
+    """See `lora_runtime.kernels.apply_adapters`; no product here makes `hidden`."""
+    widths = (base.shape[1],)
+    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths)
 
 
 def paged_attention(
@@ -89,19 +203,160 @@ def paged_attention(
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`."""
     q = q.contiguous()
-    out = torch.empty_like(q)
-    _function("attention", q.dtype)(
+    out = empty(q.shape, q.dtype)
+    _run(
+        "attention",
+        q.dtype,
         *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables),
         *q.shape[:2],
         *keys.shape[1:],
         meta.block_size,
         meta.block_tables.shape[1],
         window or 0,
-        ctypes.c_float(scale),
-        ctypes.c_float(softcap or 0.0),
-        torch.get_num_threads(),
+        scale,
+        softcap or 0.0,
     )
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """See `lora_runtime.kernels.rms_norm`."""
+    x = x.contiguous()
+    y = empty(x.shape, x.dtype)
+    _norm(y, None, x, None, weight, None, eps, plus_one=plus_one)
+    return y
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool,
+    branch_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.add_rms_norm`."""
+    x, residual = x.contiguous(), residual.contiguous()
+    y, total = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
+    _norm(y, total, x, residual, weight, branch_weight, eps, plus_one=plus_one)
+    return total, y
+
+
+def _norm(
+    y: Tensor,
+    total: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    branch_weight: Tensor | None,
+    eps: float,
+    *,
+    plus_one: bool,
+) -> None:
+    width = x.shape[-1]
+    _run(
+        "rms_norm",
+        x.dtype,
+        *_pointers(y, total, x, residual, weight, branch_weight),
+        x.numel() // width,
+        width,
+        plus_one,
+        eps,
+    )
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None
+) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.rotate`."""
+    q_out, k_out = (empty(part.shape, part.dtype) for part in (q, k))
+    _rotate(q_out, k_out, None, q, k, None, cos, sin, None, norm)
+    return q_out, k_out
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache_slots: Tensor,
+    norm: HeadNorm | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.rotate_and_write`."""
+    q_out = empty(q.shape, q.dtype)
+    _rotate(q_out, keys, values, q, k, v, cos, sin, cache_slots, norm)
+    return q_out
+
+
+def _rotate(
+    q_out: Tensor,
+    k_out: Tensor,
+    v_out: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor | None,
+    norm: HeadNorm | None,
+) -> None:
+    """Heads of q, k and v may lie between others; a token's own are side by side."""
+    q, k = _side_by_side(q), _side_by_side(k)
+    v = None if v is None else _side_by_side(v)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    weights = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
+    num_tokens, num_heads, head_dim = q.shape
+    _run(
+        "rotate",
+        q.dtype,
+        *_pointers(q_out, k_out, v_out, q, k, v, cos, sin, *weights, slots),
+        q.stride(0),
+        k.stride(0),
+        0 if v is None else v.stride(0),
+        num_tokens,
+        num_heads,
+        k.shape[1],
+        head_dim,
+        cos.shape[1],
+        norm is not None and norm.plus_one,
+        0.0 if norm is None else norm.eps,
+    )
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    """(T, H, D) with every token's H · D values in one run."""
+    is_one_run = heads.stride(2) == 1 and heads.stride(1) == heads.shape[2]
+    return heads if is_one_run else heads.contiguous()
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """See `lora_runtime.kernels.gated_activation`."""
+    width = gate.shape[-1]
+    rows = [part.reshape(-1, width) for part in (gate, up)]
+    rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
+    y = empty(gate.shape, gate.dtype)
+    _run(
+        "gated_activation",
+        gate.dtype,
+        *_pointers(y, *rows),
+        *(part.stride(0) for part in rows),
+        len(rows[0]),
+        width,
+        kind == "gelu_tanh",
+    )
+    return y
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.most_likely`."""
+    logits = logits.contiguous()
+    found = empty((len(logits), 2), torch.int64)
+    _run("most_likely", logits.dtype, *_pointers(found, logits), *logits.shape)
+    return found
 
 
 def pack_panels(weight: Tensor) -> Tensor:
@@ -118,21 +373,104 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     """See `lora_runtime.kernels.panel_product`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = rows.new_empty(len(rows), out_features)
-    _function("product", x.dtype)(
-        *_pointers(y, rows, panels), *rows.shape, out_features, torch.get_num_threads()
-    )
-    return y.view(*x.shape[:-1], out_features)
+    return _product("product_f32", x, out_features, panels)
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+class Tape:
+    """The library's calls of one run, to be made again in the same order on the same memory.
+
+    What an op gives lies meanwhile in memory of the tape's own, which is used again as soon as
+    nobody holds the tensor any more, as the run's other tensors would be.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.kept: list[object] = []
+        """What must not be freed while the tape may be played."""
+        self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
+        self._addresses: set[int] = set()
+
+    def play(self) -> None:
+        """Run all again."""
+        for function, arguments in self.steps:
+            function(*arguments)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """As `torch.empty`, of the tape's memory."""
+        size = -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else _aligned(size)
+        self._addresses.add(memory.ctypes.data)
+        lent = memory.view()
+        weakref.finalize(lent, free.append, memory)  # once the last tensor over it has gone
+        values = torch.from_numpy(lent).view(dtype)
+        return values[: math.prod(shape)].view(*shape)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Hold a tensor of others' memory that a call reads or writes."""
+        if tensor.untyped_storage().data_ptr() not in self._addresses:
+            self.kept.append(tensor)
+
+
+class Unrecordable(Exception):
+    """An op of this forward computes in Python what its tensors hold: it cannot be played again."""
+
+
+class _Recording(threading.local):
+    tape: Tape | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded_on(tape: Tape) -> Iterator[None]:
+    """Note this thread's calls of the library on `tape`; they run as well."""
+    _recording.tape = tape
+    try:
+        yield
+    finally:
+        _recording.tape = None
+
+
+def is_recording() -> bool:
+    """True within `recorded_on`, on its thread."""
+    return _recording.tape is not None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor for an op's result."""
+    tape = _recording.tape
+    return torch.empty(shape, dtype=dtype) if tape is None else tape.empty(shape, dtype)
+
+
+def _aligned(size: int) -> np.ndarray[Any, Any]:
+    """Memory that begins at a multiple of ALIGNMENT."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    if (tape := _recording.tape) is not None:
+        for tensor in tensors:
+            if tensor is not None:
+                tape.keep(tensor)
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _run(op: str, dtype: torch.dtype | None, *arguments: Any) -> None:
+    function, arguments = _function(op, dtype), (*arguments, torch.get_num_threads())
+    if (tape := _recording.tape) is not None:
+        tape.steps.append((function, arguments))
+    function(*arguments)
 
 
 @cache
-def _function(op: str, dtype: torch.dtype) -> Callable[..., None]:
-    function = getattr(library(), f"loramux_{op}_{SUFFIXES[dtype]}")
+def _function(op: str, dtype: torch.dtype | None) -> Callable[..., None]:
+    symbol = f"loramux_{op}" if dtype is None else f"loramux_{op}_{SUFFIXES[dtype]}"
+    function = getattr(library(), symbol)
     function.restype = None
+    function.argtypes = [TYPES[kind] for kind in SIGNATURES[op].replace(" ", "")]
     call: Callable[..., None] = function
     return call

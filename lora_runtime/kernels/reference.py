@@ -263,6 +263,13 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.most_likely`."""
+    low, high = torch.aminmax(logits, dim=1)
+    is_finite = (low > float("-inf")) & (high < float("inf"))
+    return torch.stack([logits.argmax(dim=1), is_finite.long()], dim=1)
+
+
 def draw_cut(scaled: Tensor, number: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See `lora_runtime.kernels.draw_cut`."""
     ordered, order = torch.sort(scaled, dim=1, descending=True, stable=True)

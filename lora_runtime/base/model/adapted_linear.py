@@ -120,7 +120,9 @@ class StepContext:
 
 
 class Stack(Protocol):
-    """Linear layers that can run as one."""
+    """Linear layers that can run as one: the layer `joined`, whose outputs are all of theirs."""
+
+    joined: FrozenLinear
 
     def takes(self, x: Tensor) -> bool:
         """True when `output` can be asked for x."""

@@ -6,6 +6,7 @@ and values are kept. Serving reads and writes the paged cache; training has whol
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import AttentionInterface
 from lora_runtime.kernels import (
     AttentionMeta,
     HeadNorm,
+    huge_pages,
     paged_attention,
     rotate_and_write,
     write_kv,
@@ -87,7 +89,9 @@ class KVCache:
         cls, num_layers: int, num_cache_slots: int, num_kv_heads: int, head_dim: int, like: Tensor
     ) -> KVCache:
         shape = (num_layers, num_cache_slots, num_kv_heads, head_dim)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+        num_bytes = math.prod(shape) * like.dtype.itemsize
+        memory = [huge_pages.zeros(num_bytes, like.device) for _ in range(2)]
+        return cls(*(part.view(like.dtype).view(shape) for part in memory))
 
     @property
     def num_cache_slots(self) -> int:

@@ -6,6 +6,7 @@ forward is the original wherever a fused kernel cannot run: on a CPU, or with gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.kernels import (
     HeadNorm,
     add_rms_norm,
-    can_run_on_gpu,
+    can_fuse,
     gated_activation,
     rms_norm,
     rotate,
@@ -36,7 +37,7 @@ class _Norm(nn.Module):
         norm, normed = vars(x).pop("handed_on", (None, None))
         if norm is self:
             return normed
-        if not can_run_on_gpu(x):
+        if not can_fuse(x):
             return super().forward(x)
         return rms_norm(x, self.weight, getattr(self, self.epsilon), plus_one=self.plus_one)
 
@@ -67,7 +68,7 @@ class _GatedMLP(nn.Module):
     relies_on: tuple[str, ...] = ("config", "gate_proj", "up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_run_on_gpu(x):
+        if not can_fuse(x):
             return super().forward(x)
         kind, stack = ACTIVATIONS[_activation(self)], getattr(self.gate_proj, "stack", None)
         gated = None if stack is None else stack.gated(x, kind)
@@ -82,7 +83,7 @@ class _JoinedGateMLP(nn.Module):
     relies_on: tuple[str, ...] = ("config", "gate_up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_run_on_gpu(x):
+        if not can_fuse(x):
             return super().forward(x)
         kind = ACTIVATIONS[_activation(self)]
         if isinstance(self.gate_up_proj, AdaptedLinear):
@@ -112,7 +113,7 @@ class _Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (1, T, H), position_embeddings (cos, sin) (1, T, R) → (1, T, H)."""
-        if attention is None or len(hidden_states) > 1 or not can_run_on_gpu(hidden_states):
+        if attention is None or len(hidden_states) > 1 or not self._can_fuse(hidden_states):
             given = {"position_embeddings": position_embeddings, "attention": attention}
             return super().forward(hidden_states, **given, **kwargs)
         q, k, v = self._heads(hidden_states)
@@ -134,6 +135,10 @@ class _Attention(nn.Module):
         """Queries (T, H, D), keys and values (T, G, D) of x (1, T, width)."""
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         return tuple(part[0].unflatten(1, (-1, self.head_dim)) for part in parts)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """False too where somebody has put another norm of heads into the module."""
+        return can_fuse(x) and isinstance(getattr(self, "q_norm", None), _Norm | None)
 
     def _norm(self) -> HeadNorm | None:
         q: Any = getattr(self, "q_norm", None)
@@ -190,17 +195,24 @@ class _Layer(nn.Module):
     )  # fmt: skip
     norm_behind: tuple[Any, ...] = ()
     """The norm behind the last sum, if it is one of ours; in a tuple it is no submodule."""
+    norms_between: tuple[str, ...] = ("post_attention_layernorm",)
+    """Norms that are part of a sum's launch."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not can_run_on_gpu(hidden_states):
+        if not self._can_fuse(hidden_states):
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         total, normed = _add_norm(attended, hidden_states, self.post_attention_layernorm)
         return self._sum(self.mlp(normed), total)
 
+    def _can_fuse(self, x: Tensor) -> bool:
+        """False too where somebody has put other norms into the layer."""
+        norms = (getattr(self, name) for name in self.norms_between)
+        return can_fuse(x) and all(isinstance(norm, _Norm) for norm in norms)
+
     def _sum(self, x: Tensor, residual: Tensor, branch_norm: Any = None) -> Tensor:
         """residual + x, or what `branch_norm` makes of x, with what `norm_behind` makes of it."""
-        if not self.norm_behind or not can_run_on_gpu(x):
+        if not self.norm_behind or not can_fuse(x):
             return residual + (x if branch_norm is None else branch_norm(x))
         (norm,) = self.norm_behind
         total, normed = _add_norm(x, residual, norm, branch_norm)
@@ -214,9 +226,12 @@ class _LayerOfFourNorms(_Layer):
     pre_feedforward_layernorm: nn.Module
     post_feedforward_layernorm: nn.Module
     relies_on = (*_Layer.relies_on, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    norms_between = (
+        "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not can_run_on_gpu(hidden_states):
+        if not self._can_fuse(hidden_states):
             return super(_Layer, self).forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         total, normed = _add_norm(
@@ -256,6 +271,16 @@ def fuse_modules(model: nn.Module) -> None:
             module.__class__ = _fused(kind, original)
     for module in model.modules():
         _join_layers(getattr(module, "layers", None), getattr(module, "norm", None))
+
+
+def are_fused(layers: Iterable[Any]) -> bool:
+    """True when every one of these decoder layers is of TABLE's, with all of its parts."""
+    return all(
+        isinstance(layer, _Layer)
+        and isinstance(layer.self_attn, _Attention)
+        and isinstance(layer.mlp, _GatedMLP | _JoinedGateMLP)
+        for layer in layers
+    )
 
 
 def _join_layers(layers: Any, last_norm: Any) -> None:

@@ -60,7 +60,7 @@ class Int8Linear(FrozenLinear):
         return super().product_and_shrink(x, adapters)
 
     def _reads_codes(self, x: Tensor) -> bool:
-        return not self.keep_copies and can_multiply_codes(x)
+        return can_multiply_codes(x)
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)

@@ -22,8 +22,10 @@ from lora_runtime.kernels import (
     PooledAdapters,
     can_dequantize,
     can_multiply_codes,
+    can_multiply_dense,
     can_shrink_with_product,
     can_use_panels,
+    dense_product,
     four_bit_gated_product,
     four_bit_product,
     four_bit_product_and_shrink,
@@ -173,6 +175,11 @@ class DenseLinear(FrozenLinear):
     def joined_parts(self) -> tuple[str, ...]:
         return ("weight",)
 
+    def product(self, x: Tensor) -> Tensor:
+        if can_multiply_dense(x):
+            return dense_product(x, self.weight)
+        return super().product(x)
+
     def weight_values(self) -> Tensor:
         return self.weight.detach()  # a Parameter kept as a copy would join the state dict
 
@@ -267,7 +274,7 @@ class QuantLinear(FrozenLinear):
 
     def _reads_codes(self, x: Tensor) -> bool:
         is_whole_blocks = self.in_features % BLOCK_SIZE == 0
-        return not self.keep_copies and is_whole_blocks and can_multiply_codes(x, is_four_bit=True)
+        return is_whole_blocks and can_multiply_codes(x, is_four_bit=True)
 
     def _nested_scales(self) -> NestedScales | None:
         if not self.is_nested:

@@ -17,7 +17,7 @@ from lora_runtime.kernels import (
     PooledAdapters,
     apply_gated_adapters,
     apply_stacked_adapters,
-    can_run_on_gpu,
+    can_fuse,
 )
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -40,7 +40,7 @@ class StackedLinears:
     def takes(self, x: Tensor) -> bool:
         """True for a GPU without gradients, where all members have adapters in one pool or none."""
         return x is self._x or (
-            can_run_on_gpu(x) and (self._extents() is not None or not self._is_adapted())
+            can_fuse(x) and (self._extents() is not None or not self._is_adapted())
         )
 
     def output(self, member: AdaptedLinear, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class StackedLinears:
         or, with adapters of both, theirs. None where only some have adapters, or where somebody
         listens to a member: ask each.
         """
-        if not can_run_on_gpu(x) or any(member.is_observed for member in self.members):
+        if not can_fuse(x) or any(member.is_observed for member in self.members):
             return None
         if not self._is_adapted():
             return self.joined.gated_product(x, kind)

@@ -1,87 +1,104 @@
 // Attention over the paged cache, one token and key-value head at a time.
 
-// exp(x) for x ≤ 0 within 2 ulp; 0 below -87; NaN stays (Cephes' polynomial).
-inline float exp_negative(float x) {
-  const float y = x >= -87.f ? x : -87.f;
-  const float n = std::floor(y * 1.44269504f + 0.5f);
-  const float r = y - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  const float e = (p * r * r + r + 1) * scale;
-  return x >= -87.f ? e : x != x ? x : 0.f;
-}
-
-// scores[0:count] → unnormalised softmax weights; returns their sum. NaN or ∞ gives NaN.
+// scores[0:count] → unnormalised softmax weights; returns their sum. NaN or ∞ gives NaN. What lies
+// behind them in the last vector becomes 0.
 template <class T>
 inline float soften(const Attention<T>& p, float* scores, int count) {
-  float largest = -INFINITY, total = 0;
+  float largest = -INFINITY;
   if (p.softcap > 0)
     for (int i = 0; i < count; i++) scores[i] = p.softcap * std::tanh(scores[i] / p.softcap);
   for (int i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
-  for (int i = 0; i < count; i++) scores[i] = exp_negative(scores[i] - largest);
-  for (int i = 0; i < count; i++) total += scores[i];
-  return total;
+  for (int i = count; i % LANES; i++) scores[i] = -INFINITY;
+  vec totals = {};
+  for (int i = 0; i < count; i += LANES) {
+    const vec weights = exp_negative(load(scores + i) - largest);
+    store(scores + i, weights);
+    totals += weights;
+  }
+  return sum(totals);
 }
 
-// N query heads of one token that share a key-value head, over `count` cached positions.
+// N query heads of one token that share a key-value head, over `count` cached positions. `scores`
+// has room for `count` of every head, and as many more as fill a vector.
 template <int N, class T>
-void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int count, float* buffer) {
-  const T* queries[N];
-  float* scores[N];
-  float totals[N];
-  for (int j = 0; j < N; j++) queries[j] = q + long(j) * p.head_dim;
-  for (int j = 0; j < N; j++) scores[j] = buffer + long(j) * count;
-  for (int i = 0; i < count; i++) {
-    float found[N];
-    dots<N>(p.keys + slots[i], queries, p.head_dim, found);
-    for (int j = 0; j < N; j++) scores[j][i] = found[j] * p.scale;
+void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int count, float* scores) {
+  const int room = (count + LANES - 1) / LANES * LANES, size = (p.head_dim + LANES - 1) / LANES;
+  vec queries[N][MAX_CHUNKS], products[N][LANES];
+  for (int j = 0; j < N; j++)
+    for (int c = 0; c < size; c++)
+      queries[j][c] = load_part(q + long(j) * p.head_dim + c * LANES, std::min(LANES, p.head_dim - c * LANES));
+  for (int begin = 0; begin < count; begin += LANES) {
+    for (int i = 0; i < LANES; i++) {
+      const int place = std::min(begin + i, count - 1), ahead = std::min(place + LANES, count - 1);
+      const T* key = p.keys + slots[place];
+      for (int d = 0; d < p.head_dim; d += 64 / int(sizeof(T))) {
+        __builtin_prefetch(p.keys + slots[ahead] + d);
+        __builtin_prefetch(p.values + slots[place] + d, 0, 2);
+      }
+      vec total[N] = {};
+      for (int c = 0; c < p.head_dim / LANES; c++) {
+        const vec part = load(key + c * LANES);
+        for (int j = 0; j < N; j++) total[j] += queries[j][c] * part;
+      }
+      if (p.head_dim % LANES) {
+        const vec part = load_part(key + (size - 1) * LANES, p.head_dim % LANES);
+        for (int j = 0; j < N; j++) total[j] += queries[j][size - 1] * part;
+      }
+      for (int j = 0; j < N; j++) products[j][i] = total[j];
+    }
+    for (int j = 0; j < N; j++) {
+      store(scores + long(j) * room + begin, sums(products[j]) * p.scale);
+    }
   }
-  for (int j = 0; j < N; j++) totals[j] = count > 0 ? soften(p, scores[j], count) : 1;
+  float totals[N];
+  const float* weights[N];
+  for (int j = 0; j < N; j++) weights[j] = scores + long(j) * room;
+  for (int j = 0; j < N; j++) totals[j] = count > 0 ? soften(p, scores + long(j) * room, count) : 1;
   for (int d = 0; d < p.head_dim; d += WIDE) {
     const int width = std::min(WIDE, p.head_dim - d);
-    float sums[N][WIDE];
-    combine<N>(scores, count, width, [&](int i) { return p.values + slots[i] + d; }, sums);
+    float found[N][WIDE];
+    combine<N>(weights, count, width, [&](int i) { return p.values + slots[i] + d; }, found);
     for (int j = 0; j < N; j++)
-      for (int c = 0; c < width; c++) store(out + long(j) * p.head_dim + d + c, sums[j][c] / totals[j]);
+      for (int c = 0; c < width; c++) store(out + long(j) * p.head_dim + d + c, found[j][c] / totals[j]);
+  }
+}
+
+// Where in `keys` the positions begin to end of a token's row lie, for one key-value head.
+template <class T>
+void find_slots(const Attention<T>& p, int token, int kv_head, int begin, int end, long* slots) {
+  const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
+  const long step = long(p.num_kv_heads) * p.head_dim;
+  for (int block = begin / p.block_size; block * p.block_size < end; block++) {
+    const int first = std::max(begin, block * p.block_size), last = std::min(end, (block + 1) * p.block_size);
+    const long at = long(table[block]) * p.block_size - long(block) * p.block_size;
+    for (int i = first; i < last; i++) slots[i - begin] = (at + i) * step + long(kv_head) * p.head_dim;
   }
 }
 
 template <class T>
-void attend_token(const Attention<T>& p, int token, int kv_head, long* slots, float* buffer) {
+void attend_token(const Attention<T>& p, int token, int kv_head, Scratch& positions, Scratch& floats) {
   const int end = p.positions[token] + 1, begin = p.window > 0 ? std::max(0, end - p.window) : 0;
-  const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
-  for (int i = begin; i < end; i++) {
-    const long slot = long(table[i / p.block_size]) * p.block_size + i % p.block_size;
-    slots[i - begin] = (slot * p.num_kv_heads + kv_head) * p.head_dim;
-  }
-  const int group = p.num_heads / p.num_kv_heads;
+  const int count = end - begin, group = p.num_heads / p.num_kv_heads;
+  long* slots = positions.get<long>(count);
+  float* scores = floats.get<float>(long(TOKENS) * (count + LANES));
+  find_slots(p, token, kv_head, begin, end, slots);
   const long at = (long(token) * p.num_heads + kv_head * group) * p.head_dim;
+  const T* q = p.q + at;
+  T* out = p.out + at;
   int head = 0;
   for (; head + TOKENS <= group; head += TOKENS)
-    attend<TOKENS>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
-  for (; head + 3 <= group; head += 3)
-    attend<3>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
-  for (; head < group; head++)
-    attend<1>(p, p.q + at + head * p.head_dim, p.out + at + head * p.head_dim, slots, end - begin, buffer);
+    attend<TOKENS>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+  for (; head + 3 <= group; head += 3) attend<3>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+  for (; head < group; head++) attend<1>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
 }
 
 template <class T>
 void paged_attention(const Attention<T>& p, int num_threads) {
   const long work = long(p.num_tokens) * p.num_heads * p.head_dim * p.block_size;
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
-#pragma omp parallel num_threads(num_threads)
-  {
-    std::vector<long> slots(long(p.table_width) * p.block_size);
-    std::vector<float> buffer(TOKENS * slots.size());
-#pragma omp for schedule(dynamic, 4)
-    for (int task = 0; task < p.num_tokens * p.num_kv_heads; task++)
-      attend_token(p, task / p.num_kv_heads, task % p.num_kv_heads, slots.data(), buffer.data());
-  }
+  Pool::get().run(long(p.num_tokens) * p.num_kv_heads, 4, num_threads, [&](long begin, long end) {
+    static thread_local Scratch positions, floats;
+    for (long task = begin; task < end; task++)
+      attend_token(p, int(task / p.num_kv_heads), int(task % p.num_kv_heads), positions, floats);
+  });
 }

@@ -2,13 +2,46 @@
 // Every body is compiled for the baseline and, on x86-64 with GCC, for AVX2 and AVX-512; the best
 // one the processor has is chosen at every call.
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
+#include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_VARIANTS 1
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
+
+#include "pool.h"
+
+// Memory that grows and is never given back, aligned for any vector. One for each thread and use.
+class Scratch {
+ public:
+  template <class T>
+  T* get(long count) {
+    const size_t size = count * sizeof(T) + 64;
+    if (storage_.size() < size) storage_.resize(size);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<char> storage_;
+};
 
 struct Product {
   float* y;
@@ -21,8 +54,19 @@ struct bf16 { uint16_t bits; };
 // Where the parts of one adapter in one module lie, as in types.py: rank, then element offsets, -1
 // for none.
 struct Extent { int64_t rank, a, b, gain, bias, num_rows, rows, row_ids; };
-struct Segment { int first, last, rank; const Extent* extent; long hidden; };
+// An adapter's entries first to last at one module, whose outputs are `width` columns.
+struct Segment {
+  int first, last, rank, column, width;
+  const Extent* extent;
+  long hidden;
+  const int* places;
+};
+// One of the modules whose outputs stand side by side. places: of every token among those with
+// several adapters here, or one of the two constants.
+constexpr int NO_ADAPTER = -1, ONE_ADAPTER = -2;
+struct Module { int column, width, num_segments; const Segment* segments; const int* places; };
 struct Block { const Segment* segment; int first; };
+struct Columns { const Module* module; int begin, end; };
 
 template <class T>
 struct Adapters {
@@ -30,9 +74,9 @@ struct Adapters {
   const T *base, *x, *bias;
   const float *memory, *vectors, *weights;
   const int32_t* tokens;
-  const std::vector<Segment>* segments;
-  float *hidden, *sums;
-  long num_tokens;
+  const std::vector<Module>* modules;
+  float* hidden;
+  long num_tokens, num_sums;
   int in, out;
 };
 
@@ -45,141 +89,303 @@ struct Attention {
   float scale, softcap;
 };
 
+// Rows of width values; with a residual the sum of both is kept in `total` and normed.
+template <class T>
+struct Norm {
+  T *y, *total;
+  const T *x, *residual, *weight, *branch_weight;
+  int num_rows, width, plus_one;
+  float eps;
+};
+
+// Queries and keys to be normed and rotated; with slots keys and values go to these of the cache.
+template <class T>
+struct Rotation {
+  T *q_out, *k_out, *v_out;
+  const T *q, *k, *v, *cos, *sin, *q_weight, *k_weight;
+  const int64_t* slots;
+  long q_stride, k_stride, v_stride;
+  int num_tokens, num_heads, num_kv_heads, head_dim, rotated, plus_one;
+  float eps;
+};
+
+template <class T>
+struct Gated {
+  T* y;
+  const T *gate, *up;
+  long gate_stride, up_stride;
+  int num_rows, width, is_gelu;
+};
+
+struct FourBitWeight {
+  const uint8_t* packed;
+  const float *absmax, *code;
+  const uint8_t* nested_codes;  // null without double quantisation; absmax is then the second one
+  const float *nested_code, *nested_offsets;
+};
+struct EightBitWeight { const int8_t* codes; const float* absmax; };
+struct SixteenBitWeight { const bf16* values; };
+
 #define VECTOR_BYTES 32
+#define VECTOR_LEVEL 0
 namespace baseline {
 #include "vectors.h"
 #include "product.h"
 #include "adapters.h"
+#include "elementwise.h"
 #include "attention.h"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_VARIANTS 1
+#ifdef HAS_VARIANTS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#undef VECTOR_LEVEL
+#define VECTOR_LEVEL 1
 namespace avx2 {
 #include "vectors.h"
 #include "product.h"
 #include "adapters.h"
+#include "elementwise.h"
 #include "attention.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #undef VECTOR_BYTES
 #define VECTOR_BYTES 64
+#undef VECTOR_LEVEL
+#define VECTOR_LEVEL 2
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 #include "vectors.h"
 #include "product.h"
 #include "adapters.h"
+#include "elementwise.h"
 #include "attention.h"
 }
 #pragma GCC pop_options
+#if __GNUC__ >= 11
+#define HAS_TILES 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#define WITH_AMX 0
+namespace avx512_bf16 {
+#include "tiles.h"
+}
+#undef WITH_AMX
+#pragma GCC target("amx-tile,amx-bf16")
+#define WITH_AMX 1
+namespace amx {
+#include "tiles.h"
+}
+#pragma GCC pop_options
+#endif
 #endif
 
-int level() {
+#ifdef HAS_TILES
+// Linux gives a process the tile registers only when it asks for them.
+bool has_amx() {
+#ifdef __linux__
+  constexpr int REQUEST_STATE = 0x1023, TILE_DATA = 18;
+  unsigned a, b, c, d;
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "0"(7), "2"(0));
+  const bool in_processor = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
+  return in_processor && syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// What the processor has: 0 the baseline, 1 AVX2, 2 AVX-512, 3 AVX512-BF16, 4 AMX.
+int found_level() {
 #ifdef HAS_VARIANTS
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
+  const bool has_avx512 = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl");
+#ifdef HAS_TILES
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx() ? 4 : 3;
+#endif
+  if (has_avx512) return 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
 
-template <class T>
-void run(const Adapters<T>& p, int num_threads) {
-#ifdef HAS_VARIANTS
-  if (level() == 2) return avx512::apply_adapters(p, num_threads);
-  if (level() == 1) return avx2::apply_adapters(p, num_threads);
-#endif
-  baseline::apply_adapters(p, num_threads);
+int highest_level = 4;  // a test may lower it
+
+int level() {
+  static const int found = found_level();
+  return std::min(found, highest_level);
 }
+
+#ifdef HAS_VARIANTS
+#define RUN(function, ...)                                            \
+  if (level() >= 2) return avx512::function(__VA_ARGS__);             \
+  if (level() == 1) return avx2::function(__VA_ARGS__);               \
+  baseline::function(__VA_ARGS__)
+#else
+#define RUN(function, ...) baseline::function(__VA_ARGS__)
+#endif
 
 template <class T>
-void run(const Attention<T>& p, int num_threads) {
-#ifdef HAS_VARIANTS
-  if (level() == 2) return avx512::paged_attention(p, num_threads);
-  if (level() == 1) return avx2::paged_attention(p, num_threads);
+void run(const Adapters<T>& p, int num_threads) { RUN(apply_adapters, p, num_threads); }
+template <class T>
+void run(const Attention<T>& p, int num_threads) { RUN(paged_attention, p, num_threads); }
+template <class T>
+void run(const Norm<T>& p, int num_threads) { RUN(rms_norm, p, num_threads); }
+template <class T>
+void run(const Rotation<T>& p, int num_threads) { RUN(rotate, p, num_threads); }
+template <class T>
+void run(const Gated<T>& p, int num_threads) { RUN(gated_activation, p, num_threads); }
+template <class T>
+void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
+  RUN(most_likely, x, found, num_rows, width, num_threads);
+}
+void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
+
+// The caller has seen that the level is 3 at least.
+template <class Weight>
+void run_tiles(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+#ifdef HAS_TILES
+  if (level() == 4) return amx::product(w, y, x, num_tokens, in, out, num_threads);
+  avx512_bf16::product(w, y, x, num_tokens, in, out, num_threads);
 #endif
-  baseline::paged_attention(p, num_threads);
 }
 
-void run(const Product& p, int num_threads) {
-#ifdef HAS_VARIANTS
-  if (level() == 2) return avx512::product(p, num_threads);
-  if (level() == 1) return avx2::product(p, num_threads);
-#endif
-  baseline::product(p, num_threads);
-}
-
-std::vector<Segment> read_segments(const int64_t* extents, int num_replicas, const int32_t* slots,
-                                   const int32_t* replicas, const int32_t* starts, int count,
-                                   long* num_hidden) {
+// What acts at the modules of which extents (modules, slots, replicas) and widths tell.
+struct Work {
   std::vector<Segment> segments;
-  *num_hidden = 0;
-  for (int i = 0; i < count; i++) {
-    const int first = starts[i], last = starts[i + 1];
-    const Extent* extent = reinterpret_cast<const Extent*>(extents) +
-                     (long(slots[first]) * num_replicas + replicas[first]);
-    if (extent->rank == 0 && extent->gain < 0 && extent->bias < 0) continue;
-    segments.push_back({first, last, int(extent->rank), extent, *num_hidden});
-    *num_hidden += long(last - first) * extent->rank;
-  }
-  return segments;
-}
+  std::vector<Module> modules;
+  std::vector<int> places;
+  long num_hidden = 0, num_sums = 0;
 
-float* buffer(std::vector<float>& storage, long size) {
-  if (long(storage.size()) < size) storage.resize(size);
-  return storage.data();
-}
+  void read(const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,
+            int num_modules, const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
+            const int32_t* starts, int count, long num_tokens) {
+    segments.clear();
+    segments.reserve(size_t(num_modules) * count);  // so that none moves
+    modules.clear();
+    places.assign(num_modules * num_tokens, NO_ADAPTER);
+    num_hidden = num_sums = 0;
+    int column = 0;
+    for (int module = 0; module < num_modules; module++) {
+      const Extent* own = reinterpret_cast<const Extent*>(extents) + long(module) * num_slots * num_replicas;
+      const Segment* first_segment = segments.data() + segments.size();
+      int* own_places = places.data() + module * num_tokens;
+      const int width = int(widths[module]);
+      for (int i = 0; i < count; i++) {
+        const int first = starts[i], last = starts[i + 1];
+        if (first == last) continue;  // padding of tables that stay in place
+        const Extent* extent = own + (long(slots[first]) * num_replicas + replicas[first]);
+        if (extent->rank == 0 && extent->gain < 0 && extent->bias < 0) continue;
+        segments.push_back({first, last, int(extent->rank), column, width, extent, num_hidden, own_places});
+        num_hidden += long(last - first) * extent->rank;
+      }
+      const int own_count = int(segments.data() + segments.size() - first_segment);
+      modules.push_back({column, width, own_count, first_segment, own_places});
+      num_sums = std::max(num_sums, find_places(modules.back(), tokens, own_places));
+      column += width;
+    }
+  }
+
+  static long find_places(const Module& m, const int32_t* tokens, int* places) {
+    long count = 0;
+    for (int i = 0; i < m.num_segments; i++)
+      for (int entry = m.segments[i].first; entry < m.segments[i].last; entry++) {
+        int& place = places[tokens[entry]];
+        if (place == NO_ADAPTER) place = ONE_ADAPTER;
+        else if (place == ONE_ADAPTER) place = int(count++);
+      }
+    return count;
+  }
+};
 
 template <class T>
 void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float* memory,
-                    const float* vectors, const int64_t* extents, int num_replicas,
-                    const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
-                    const float* weights, const int32_t* starts, int num_segments, int num_tokens,
-                    int in, int out, int num_threads) {
-  static thread_local std::vector<float> hidden, sums;
-  long num_hidden;
-  const auto segments =
-      read_segments(extents, num_replicas, slots, replicas, starts, num_segments, &num_hidden);
-  float* accumulators = sizeof(T) == 4 ? reinterpret_cast<float*>(y)
-                                       : buffer(sums, long(num_tokens) * out);
-  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &segments,
-                  buffer(hidden, num_hidden), accumulators, num_tokens, in, out},
+                    const float* vectors, const int64_t* extents, int num_slots, int num_replicas,
+                    const int64_t* widths, int num_modules, const int32_t* tokens,
+                    const int32_t* slots, const int32_t* replicas, const float* weights,
+                    const int32_t* starts, int num_segments, int num_tokens, int in, int out,
+                    int num_threads) {
+  static thread_local Scratch hidden;
+  static thread_local Work work;
+  work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
+            num_segments, num_tokens);
+  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules,
+                  hidden.get<float>(work.num_hidden), num_tokens, work.num_sums, in, out},
       num_threads);
 }
 
 }  // namespace
 
-#define ADAPTER_ARGS(T)                                                                          \
-  T *y, const T *base, const T *x, const T *bias, const float *memory, const float *vectors,     \
-      const int64_t *extents, int num_replicas, const int32_t *tokens,                           \
-      const int32_t *slots, const int32_t *replicas, const float *weights, const int32_t *starts, \
-      int num_segments, int num_tokens, int in, int out, int num_threads
-#define ADAPTER_NAMES                                                                            \
-  y, base, x, bias, memory, vectors, extents, num_replicas, tokens, slots, replicas, weights,    \
-      starts, num_segments, num_tokens, in, out, num_threads
-#define ATTENTION_ARGS(T)                                                                        \
-  T *out, const T *q, const T *keys, const T *values, const int32_t *rows,                       \
-      const int32_t *positions, const int32_t *tables, int num_tokens, int num_heads,            \
-      int num_kv_heads, int head_dim, int block_size, int table_width, int window, float scale,  \
-      float softcap, int num_threads
-#define ATTENTION_FIELDS                                                                         \
-  out, q, keys, values, rows, positions, tables, num_tokens, num_heads, num_kv_heads, head_dim,  \
-      block_size, table_width, window, scale, softcap
-
 extern "C" {
-int loramux_abi() { return 3; }  // raise it with every change of a signature below
+int loramux_abi() { return 4; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
-int loramux_panel_width() { return level() == 2 ? 32 : 16; }
+void loramux_limit_level(int highest) { highest_level = highest; }
+int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
 void loramux_product_f32(float* y, const float* x, const float* panels, int num_tokens, int in, int out,
                          int num_threads) {
   run(Product{y, x, panels, num_tokens, in, out}, num_threads);
 }
-void loramux_apply_adapters_f32(ADAPTER_ARGS(float)) { apply_adapters<float>(ADAPTER_NAMES); }
-void loramux_apply_adapters_bf16(ADAPTER_ARGS(bf16)) { apply_adapters<bf16>(ADAPTER_NAMES); }
-void loramux_attention_f32(ATTENTION_ARGS(float)) { run(Attention<float>{ATTENTION_FIELDS}, num_threads); }
-void loramux_attention_bf16(ATTENTION_ARGS(bf16)) { run(Attention<bf16>{ATTENTION_FIELDS}, num_threads); }
+void loramux_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
+                              const float* code, const uint8_t* nested_codes, const float* nested_code,
+                              const float* nested_offsets, int num_tokens, int in, int out, int num_threads) {
+  run_tiles(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x,
+            num_tokens, in, out, num_threads);
+}
+void loramux_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
+                          int num_tokens, int in, int out, int num_threads) {
+  run_tiles(EightBitWeight{codes, absmax}, y, x, num_tokens, in, out, num_threads);
+}
+void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_tokens, int in, int out,
+                           int num_threads) {
+  run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
+}
+
+#define FOR_DTYPE(T, SUFFIX)                                                                         \
+  void loramux_apply_adapters_##SUFFIX(                                                              \
+      T* y, const T* base, const T* x, const T* bias, const float* memory, const float* vectors,     \
+      const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,                \
+      int num_modules, const int32_t* tokens, const int32_t* slots, const int32_t* replicas,         \
+      const float* weights, const int32_t* starts, int num_segments, int num_tokens, int in,         \
+      int out, int num_threads) {                                                                    \
+    apply_adapters<T>(y, base, x, bias, memory, vectors, extents, num_slots, num_replicas, widths,   \
+                      num_modules, tokens, slots, replicas, weights, starts, num_segments,           \
+                      num_tokens, in, out, num_threads);                                             \
+  }                                                                                                  \
+  void loramux_attention_##SUFFIX(                                                                   \
+      T* out, const T* q, const T* keys, const T* values, const int32_t* rows,                       \
+      const int32_t* positions, const int32_t* tables, int num_tokens, int num_heads,                \
+      int num_kv_heads, int head_dim, int block_size, int table_width, int window, float scale,      \
+      float softcap, int num_threads) {                                                              \
+    run(Attention<T>{out, q, keys, values, rows, positions, tables, num_tokens, num_heads,           \
+                     num_kv_heads, head_dim, block_size, table_width, window, scale, softcap},       \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_rms_norm_##SUFFIX(T* y, T* total, const T* x, const T* residual, const T* weight,     \
+                                 const T* branch_weight, int num_rows, int width, int plus_one,      \
+                                 float eps, int num_threads) {                                       \
+    run(Norm<T>{y, total, x, residual, weight, branch_weight, num_rows, width, plus_one, eps},       \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_rotate_##SUFFIX(                                                                      \
+      T* q_out, T* k_out, T* v_out, const T* q, const T* k, const T* v, const T* cos, const T* sin,  \
+      const T* q_weight, const T* k_weight, const int64_t* slots, long q_stride, long k_stride,      \
+      long v_stride, int num_tokens, int num_heads, int num_kv_heads, int head_dim, int rotated,     \
+      int plus_one, float eps, int num_threads) {                                                    \
+    run(Rotation<T>{q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, slots, q_stride,     \
+                    k_stride, v_stride, num_tokens, num_heads, num_kv_heads, head_dim, rotated,      \
+                    plus_one, eps},                                                                  \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_most_likely_##SUFFIX(int64_t* found, const T* x, int num_rows, int width,             \
+                                    int num_threads) {                                               \
+    run_most_likely(x, found, num_rows, width, num_threads);                                         \
+  }                                                                                                  \
+  void loramux_gated_activation_##SUFFIX(T* y, const T* gate, const T* up, long gate_stride,         \
+                                         long up_stride, int num_rows, int width, int is_gelu,       \
+                                         int num_threads) {                                          \
+    run(Gated<T>{y, gate, up, gate_stride, up_stride, num_rows, width, is_gelu}, num_threads);       \
+  }
+FOR_DTYPE(float, f32)
+FOR_DTYPE(bf16, bf16)
 }

@@ -24,20 +24,24 @@ inline void product_block(const float* x, long x_stride, const float* panel, int
   }
 }
 
+// One panel's columns of y.
+inline void multiply_panel(const Product& p, int column) {
+  constexpr int ROWS = 6;  // 2 · ROWS sums and two weights fill the registers
+  const float* panel = p.panels + column / WIDE * (long(p.in) * WIDE);
+  const int width = std::min(WIDE, p.out - column);
+  int t = 0;
+  for (; t + ROWS <= p.num_tokens; t += ROWS)
+    product_block<ROWS>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
+  for (; t + 2 <= p.num_tokens; t += 2)
+    product_block<2>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
+  for (; t < p.num_tokens; t++)
+    product_block<1>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
+}
+
 // y = x Wᵀ with W in panels: (out / WIDE, in, WIDE), the last one padded with zeros.
 inline void product(const Product& p, int num_threads) {
-  constexpr int ROWS = 6;  // 2 · ROWS sums and two weights fill the registers
-  const long panel_size = long(p.in) * WIDE;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (int column = 0; column < p.out; column += WIDE) {
-    const float* panel = p.panels + column / WIDE * panel_size;
-    const int width = std::min(WIDE, p.out - column);
-    int t = 0;
-    for (; t + ROWS <= p.num_tokens; t += ROWS)
-      product_block<ROWS>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
-    for (; t + 2 <= p.num_tokens; t += 2)
-      product_block<2>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
-    for (; t < p.num_tokens; t++)
-      product_block<1>(p.x + long(t) * p.in, p.in, panel, p.in, p.y + long(t) * p.out + column, p.out, width);
-  }
+  constexpr int PANELS = 4;  // that a thread takes at a time
+  Pool::get().run((p.out + WIDE - 1) / WIDE, PANELS, num_threads, [&](long begin, long end) {
+    for (long panel = begin; panel < end; panel++) multiply_panel(p, int(panel) * WIDE);
+  });
 }

@@ -3,13 +3,24 @@
 // A value never depends on the block it was computed in: every sum runs over one token's own
 // elements in one fixed order, so a row's result is bit-equal whatever rows stand beside it.
 
+// GCC takes a function that only prefetches for one without effects, and drops the call: such
+// functions are inlined by force.
+#undef ALWAYS_INLINE
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 constexpr int LANES = VECTOR_BYTES / 4;  // floats of a vector
 constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipliers busy
 constexpr int DEPTH = 64;  // products summed before they join the total: short sums round less
+constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
+constexpr int AHEAD = 1024;  // floats by which a row that is read once is asked for early
+constexpr int RANKS = 4;  // rows of A that share each load of a token
 constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
+constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
+constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t bits32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t bits16 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
@@ -26,18 +37,38 @@ inline void store(bf16* to, float x) {  // round to nearest even, keep NaN
   std::memcpy(&bits, &x, 4);
   to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline void store(float* to, vec x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bf16* to, vec x) {
+  bits32 bits = (bits32)x;
+  bits = x != x ? bits32{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if VECTOR_LEVEL == 2  // by name: GCC widens and narrows in several steps where one or two do it
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#elif VECTOR_LEVEL == 1
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  const bits16 narrow = __builtin_convertvector(bits, bits16);
+  std::memcpy(to, &narrow, sizeof narrow);
+#endif
+}
 inline vec load(const float* from) {
   vec v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
 inline vec load(const bf16* from) {
+#if VECTOR_LEVEL == 2
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif VECTOR_LEVEL == 1
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
   bits16 narrow;
   std::memcpy(&narrow, from, sizeof narrow);
   const bits32 wide = __builtin_convertvector(narrow, bits32) << 16;
   vec v;
   std::memcpy(&v, &wide, sizeof v);
   return v;
+#endif
 }
 template <class T>
 inline vec load_part(const T* from, int width) {
@@ -53,22 +84,81 @@ inline float sum(vec v) {
   return parts[0];
 }
 
-// out[j] = row · xs[j] for N vectors of length n.
-template <int N, class W, class T>
-inline void dots(const W* row, const T* const* xs, int n, float* out) {
-  vec even[N] = {}, odd[N] = {};
+// exp(x) for x ≤ 0 within 2 ulp; 0 below -87; NaN stays (Cephes' polynomial).
+inline vec exp_negative(vec x) {
+  const vec y = x < -87.f ? vec{} - 87.f : x;
+  const ints n = __builtin_convertvector(y * 1.44269504f - 0.5f, ints);  // rounded: it is negative
+  const vec whole = __builtin_convertvector(n, vec), r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const vec e = (p * r * r + r + 1.f) * (vec)((n + 127) << 23);
+  return x != x ? x : x < -87.f ? vec{} : e;
+}
+
+// Which lanes of two vectors are added at each level of `sums`: of the second one in every lane l
+// with l & stride, else of the first.
+struct Choices {
+  int32_t low[4][LANES] = {}, high[4][LANES] = {};
+  constexpr Choices() {
+    for (int level = 0; 1 << level < LANES; level++)
+      for (int l = 0; l < LANES; l++) {
+        const int stride = 1 << level;
+        low[level][l] = l & stride ? LANES + (l & ~stride) : l;
+        high[level][l] = low[level][l] + stride;
+      }
+  }
+};
+constexpr Choices CHOICES;
+
+// Lane l: lane choice[l] of a and b behind each other.
+inline vec shuffled(vec a, vec b, ints choice) {
+#ifdef __clang__
+  vec found;
+  for (int l = 0; l < LANES; l++) found[l] = choice[l] < LANES ? a[choice[l]] : b[choice[l] - LANES];
+  return found;
+#else
+  return __builtin_shuffle(a, b, choice);
+#endif
+}
+
+// Lane i: the sum of all lanes of parts[i]. Which values are added in which order is the same for
+// every lane. `parts` is overwritten.
+inline vec sums(vec* parts) {
+  for (int level = 0, stride = 1; stride < LANES; level++, stride *= 2) {
+    ints low, high;
+    std::memcpy(&low, CHOICES.low[level], sizeof low);
+    std::memcpy(&high, CHOICES.high[level], sizeof high);
+    for (int i = 0; i < LANES; i += 2 * stride) {
+      const vec a = parts[i], b = parts[i + stride];
+      parts[i] = shuffled(a, b, low) + shuffled(a, b, high);
+    }
+  }
+  return parts[0];
+}
+
+// out[r][j] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
+template <int R, int N, class T>
+inline void dots(const float* rows, const T* const* xs, int n, float (*out)[N]) {
+  vec totals[R][N] = {};
   int i = 0;
-  for (; i + WIDE <= n; i += WIDE) {
-    const vec first = load(row + i), second = load(row + i + LANES);
-    for (int j = 0; j < N; j++) even[j] += first * load(xs[j] + i);
-    for (int j = 0; j < N; j++) odd[j] += second * load(xs[j] + i + LANES);
+  for (; i + LANES <= n; i += LANES) {
+    vec x[N];
+    for (int j = 0; j < N; j++) x[j] = load(xs[j] + i);
+    for (int r = 0; r < R; r++) {
+      __builtin_prefetch(rows + long(r) * n + i + AHEAD);
+      const vec row = load(rows + long(r) * n + i);
+      for (int j = 0; j < N; j++) totals[r][j] += row * x[j];
+    }
   }
-  for (; i < n; i += LANES) {
-    const int width = std::min(LANES, n - i);
-    const vec first = load_part(row + i, width);
-    for (int j = 0; j < N; j++) even[j] += first * load_part(xs[j] + i, width);
-  }
-  for (int j = 0; j < N; j++) out[j] = sum(even[j] + odd[j]);
+  if (i < n)
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++)
+        totals[r][j] += load_part(rows + long(r) * n + i, n - i) * load_part(xs[j] + i, n - i);
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) out[r][j] = sum(totals[r][j]);
 }
 
 // sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and `width` ≤ WIDE.

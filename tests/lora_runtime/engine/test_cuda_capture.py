@@ -56,7 +56,7 @@ class Graphs(DecodeGraphs):
             Launched(torch.full((sizes[-1], VOCAB), -1.0), cuda, device) for _ in range(2)
         )
         capture = CudaCapture(torch.device(device))
-        super().__init__(self.model, buffers, (logits, best), capture)
+        super().__init__(self.model, buffers, capture, (logits, best))
 
     def step(self, slots, layout="a"):
         plan = ScheduledBatch(rows_of([([1, 2], 5)] * len(slots), slots))
@@ -97,7 +97,7 @@ def test_a_replay_runs_the_step_on_any_device(cuda, device):
 def test_all_captures_share_one_stream(cuda):
     graphs = Graphs(cuda, "cuda:1", sizes=(1, 2, 4, 6))
     graphs.warm_up("a", lambda _: None)
-    assert len(graphs._replays) == 4 + sum(len(segment_bounds(n)) for n in (1, 2, 4, 6))
+    assert len(graphs._captured) == 4 + sum(len(segment_bounds(n)) for n in (1, 2, 4, 6))
     assert len(cuda.shared["workspaces"]) == 1
     graphs.step([None])
     assert len(cuda.shared["workspaces"]) == 1 and len(graphs.model.bounds) == 9 + 1
@@ -116,7 +116,7 @@ def test_another_layout_drops_graphs_that_are_not_running_and_captures_anew(cuda
         assert graphs.step([3, 3], layout)[0][1] == 2
     assert len(before) == 1 and (set(cuda.shared["pools"]) == before) == has_base_graph
     live = sum(cuda.shared["pools"].values())
-    assert live == len(graphs._replays) == 1 + has_base_graph
+    assert live == len(graphs._captured) == 1 + has_base_graph
 
 
 def test_a_step_takes_the_graph_of_the_next_number_of_adapters(cuda):

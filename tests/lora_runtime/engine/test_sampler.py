@@ -17,7 +17,8 @@ from transformers import (
 
 from lora_runtime.core import Request, Row, SamplingParams
 from lora_runtime.engine import sampler
-from lora_runtime.engine.sampler import choose, draw, greedy, uniform
+from lora_runtime.engine.sampler import choose, draw, uniform
+from lora_runtime.kernels import cpu, most_likely
 
 VOCAB_SIZE = 50
 
@@ -157,20 +158,21 @@ def test_all_parameters_go_to_the_device_in_one_copy(monkeypatch):
     assert tables == [1]
 
 
-def test_what_is_drawn_depends_on_no_value_on_the_host():
-    """A fake tensor refuses to give one."""
+def test_what_is_drawn_depends_on_no_value_on_the_host(monkeypatch):
+    """A fake tensor refuses to give one. It has no memory for the compiled library either."""
+    monkeypatch.setattr(cpu, "library", lambda: None)
     early = row(seed=1, min_tokens=2, stop_token_ids=frozenset([4, 9]))
     rows = [row(temperature=0.0), row(seed=1), row(top_k=3, top_p=0.5), row(min_p=0.1), early]
     with FakeTensorMode():
         assert choose(torch.empty(5, VOCAB_SIZE), rows).shape == (5, 2)
-        assert greedy(torch.empty(5, VOCAB_SIZE, dtype=torch.bfloat16)).shape == (5, 2)
+        assert most_likely(torch.empty(5, VOCAB_SIZE, dtype=torch.bfloat16)).shape == (5, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_gives_the_best_token_and_whether_the_row_is_finite(dtype):
     logits = random_logits(5).to(dtype)
     logits[1, 4], logits[2, 0], logits[3, 9] = float("nan"), float("-inf"), float("inf")
-    found = greedy(logits)
+    found = most_likely(logits)
     assert found[:, 1].tolist() == [1, 0, 0, 0, 1]
     assert torch.equal(found[[0, 4], 0], logits[[0, 4]].argmax(1))
 
@@ -180,9 +182,10 @@ def test_what_a_graph_has_chosen_is_taken_over_where_nothing_is_excluded(monkeyp
     logits, greedy_row, drawing = random_logits(2), row(temperature=0.0), row(seed=1)
     early = row(temperature=0.0, min_tokens=2, stop_token_ids=frozenset([4, 9]))
     expected = [choose(logits, rows) for rows in ([greedy_row, drawing], [greedy_row, early])]
-    best, calls = greedy(logits), []
+    best, calls = most_likely(logits), []
     kept = best.clone()
-    monkeypatch.setattr(sampler, "greedy", lambda *a, real=greedy: calls.append(1) or real(*a))
+    real = most_likely
+    monkeypatch.setattr(sampler, "most_likely", lambda *a: calls.append(1) or real(*a))
     assert torch.equal(choose(logits, [greedy_row, drawing], best), expected[0])
     assert torch.equal(best, kept) and calls == []
     assert torch.equal(choose(logits, [greedy_row, early], best), expected[1]) and calls == [1]

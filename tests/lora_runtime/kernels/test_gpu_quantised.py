@@ -151,10 +151,3 @@ def test_large_batches_odd_widths_and_gradients_take_the_dequantised_weight(monk
         torch.testing.assert_close(y, F.linear(x, layer.dequantize()))
     y.sum().backward()
     assert calls == [] and x.grad is not None
-
-
-def test_a_layer_that_keeps_copies_uses_them(monkeypatch):
-    calls = counted(monkeypatch, "four_bit_product")
-    layer = QuantLinear(torch.randn(20, 64, device=DEVICE), None, keep_copies=True)
-    layer.product(torch.randn(2, 64, device=DEVICE))
-    assert calls == []

@@ -85,10 +85,10 @@ def by_a_link(top: Path, number: int) -> None:
 
 
 class InPlace:
-    """File by file, slower than a read of them all takes; then it rests."""
+    """File by file, `pause_s` after each; then it rests, if it does."""
 
-    def __init__(self) -> None:
-        self.longest_pause_s = 0.0
+    def __init__(self, pause_s: float, rest_s: float) -> None:
+        self.pause_s, self.rest_s, self.longest_pause_s = pause_s, rest_s, 0.0
         """On a busy machine a pause is as long as the writer waits for its turn."""
 
     def __call__(self, top: Path, number: int) -> None:
@@ -96,18 +96,17 @@ class InPlace:
 
         def pause() -> None:
             nonlocal last
-            time.sleep(0.004)
+            time.sleep(self.pause_s)
             self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - last)
             last = time.monotonic()
 
         write_version(top / "adapter", number, pause=pause)
         self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - last)
-        time.sleep(0.3)
+        time.sleep(self.rest_s)
 
 
-def without_rest(top: Path, number: int) -> None:
-    """File by file, without end."""
-    write_version(top / "adapter", number)
+slower_than_reads = InPlace(pause_s=0.004, rest_s=0.3)
+without_rest = InPlace(pause_s=0, rest_s=0)
 
 
 @contextmanager
@@ -150,7 +149,7 @@ def loads_while(write: Callable[[Path, int], None], top: Path) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("write", [by_renames, by_a_link, InPlace(), without_rest])
+@pytest.mark.parametrize("write", [by_renames, by_a_link, slower_than_reads, without_rest])
 def test_a_load_is_of_one_version_or_refused(
     write: Callable[[Path, int], None], tmp_path: Path
 ) -> None:

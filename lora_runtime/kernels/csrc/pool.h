@@ -1,0 +1,109 @@
+// Threads that share the work of one op.
+//
+// Not OpenMP's: its threads wait either for milliseconds, in which they keep a core from everybody
+// else, or, as soon as a second thread of the program has used OpenMP, for a microsecond, after
+// which every op of a step pays for waking them. These look for the next op of a step for a while
+// that is longer than the gap between two ops and shorter than that between two steps.
+
+class Pool {
+ public:
+  static Pool& get() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      instance() = new Pool;  // never deleted: its threads wait to the end of the process
+      pthread_atfork(nullptr, nullptr, [] { instance() = new Pool; });  // a child has no threads
+    });
+    return *instance();
+  }
+
+  // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
+  // one and those that come in time. Alone where the others are at work for another thread.
+  template <class Body>
+  void run(long count, long grain, int num_threads, const Body& body) {
+    num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
+    std::unique_lock<std::mutex> hold(one_job_, std::defer_lock);
+    if (num_threads < 2 || !hold.try_lock()) {
+      if (count > 0) body(0, count);
+      return;
+    }
+    while (num_workers_ < num_threads - 1) start_worker();
+    call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
+    body_ = &body, count_ = count, grain_ = grain, max_helpers_ = num_threads - 1;
+    next_.store(0, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> guard(sleep_);
+      state_.store(((state_.load() >> 32) + 1) << 32 | OPEN);
+    }
+    if (num_asleep_.load() > 0) wake_.notify_all();
+    work();
+    // Nobody is waited for who has not begun: a thread that sleeps, or has lost its core, is left out.
+    state_.fetch_and(~OPEN);
+    for (long spins = 0; state_.load(std::memory_order_acquire) & HELPERS; spins++) pause(spins);
+  }
+
+ private:
+  static constexpr auto PATIENCE = std::chrono::microseconds(200);
+  // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
+  static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;
+
+  static Pool*& instance() {
+    static Pool* pool = nullptr;
+    return pool;
+  }
+
+  static void pause(long spins) {
+#ifdef HAS_VARIANTS
+    if (spins % 1024 != 1023) return _mm_pause();
+#endif
+    std::this_thread::yield();  // who is waited for may have lost its core
+  }
+
+  void work() {
+    for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
+  }
+
+  void start_worker() {
+    num_workers_++;
+    std::thread([this, seen = state_.load() >> 32] { serve(seen); }).detach();
+  }
+
+  void serve(uint64_t seen) {
+    for (;;) {
+      uint64_t state = wait_for_job(seen);
+      seen = state >> 32;
+      while (state >> 32 == seen && (state & OPEN) && (state & HELPERS) < max_helpers_)
+        if (state_.compare_exchange_weak(state, state + 1)) {
+          work();
+          state_.fetch_sub(1, std::memory_order_release);
+          break;
+        }
+    }
+  }
+
+  // Returns the state once it is another job's than `seen`.
+  uint64_t wait_for_job(uint64_t seen) {
+    const auto end = std::chrono::steady_clock::now() + PATIENCE;
+    for (long spins = 1;; spins++) {
+      const uint64_t state = state_.load(std::memory_order_acquire);
+      if (state >> 32 != seen) return state;
+      pause(1);
+      if (spins % 32 == 0 && std::chrono::steady_clock::now() > end) {
+        std::unique_lock<std::mutex> guard(sleep_);
+        num_asleep_++;
+        wake_.wait(guard, [&] { return state_.load() >> 32 != seen; });
+        num_asleep_--;
+      }
+    }
+  }
+
+  std::mutex one_job_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> state_{0};
+  std::atomic<long> next_{0};
+  std::atomic<int> num_asleep_{0};
+  std::atomic<uint64_t> max_helpers_{0};
+  void (*call_)(const void*, long, long) = nullptr;
+  const void* body_ = nullptr;
+  long count_ = 0, grain_ = 1;
+  int num_workers_ = 0;
+};

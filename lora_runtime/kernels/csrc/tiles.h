@@ -1,0 +1,308 @@
+// Products of bfloat16 activations with the base's weights, in tiles of 16 × 16 outputs. Compiled
+// once with AMX and once with AVX512-BF16 alone. No include guard on purpose.
+//
+// 32 outputs ("a panel") are multiplied at a time. Their weights are decoded from 4 or 8 bits,
+// rounded to bfloat16 and laid in a buffer that stays in the first-level cache; the tiles are then
+// multiplied from there. So memory is read at the size of the codes, and no decoded copy is kept.
+// Every output is one sum over the inputs in one order: it is bit-equal whatever rows stand beside.
+
+constexpr int TILE = 16;  // outputs and tokens of a tile
+constexpr int PANEL = 2 * TILE;  // outputs that share one pass over the activations
+constexpr int UNIT = 64;  // inputs that are decoded at a time: one scale of 4-bit codes
+constexpr int HALF = PANEL * UNIT / 2;  // elements of a panel's unit that are multiplied together
+constexpr int WORDS = TILE * UNIT / 4;  // words of half a unit of one tile of tokens
+
+#if WITH_AMX
+// Tile registers: 0 to 3 hold sums, 4 and 5 weights, 6 and 7 activations.
+struct Tiles {
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  Tiles() {
+    Configuration c;
+    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = TILE;
+    _tile_loadconfig(&c);
+  }
+  ~Tiles() { _tile_release(); }
+  void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  // Add the product of one unit: weights (2, 32, 32), tokens of one or two tiles (2, 16, 16 words).
+  template <int N>
+  void multiply(const bf16* weights, const uint32_t* x, long next_tile) {
+    for (int half = 0; half < 2; half++, weights += HALF, x += WORDS) {
+      _tile_loadd(4, weights, 64);
+      _tile_loadd(6, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, weights + HALF / 2, 64);
+      _tile_dpbf16ps(1, 5, 6);
+      if (N == 1) continue;
+      _tile_loadd(7, x + next_tile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  // The sums of tile i: (outputs, tokens) floats.
+  void store(float (*sums)[TILE * TILE]) {
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  }
+};
+#else
+struct Tiles {
+  alignas(64) float sums[4][TILE * TILE];
+  void clear() { std::memset(sums, 0, sizeof sums); }
+  template <int N>
+  void multiply(const bf16* weights, const uint32_t* x, long next_tile) {
+    for (int half = 0; half < 2; half++, weights += HALF, x += WORDS)
+      for (int i = 0; i < 2 * N; i++)
+        multiply_tile(weights + i % 2 * HALF / 2, x + i / 2 * next_tile, sums[i]);
+  }
+  static void multiply_tile(const bf16* weights, const uint32_t* x, float* sums) {
+    __m512 total[TILE];
+    for (int n = 0; n < TILE; n++) total[n] = _mm512_load_ps(sums + n * TILE);
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(weights);
+    for (int k = 0; k < TILE; k++) {
+      const __m512bh tokens = (__m512bh)_mm512_load_si512(x + k * TILE);
+      for (int n = 0; n < TILE; n++)
+        total[n] = _mm512_dpbf16_ps(total[n], (__m512bh)_mm512_set1_epi32(pairs[n * TILE + k]), tokens);
+    }
+    for (int n = 0; n < TILE; n++) _mm512_store_ps(sums + n * TILE, total[n]);
+  }
+  void store(float (*to)[TILE * TILE]) { std::memcpy(to, sums, sizeof sums); }
+};
+#endif
+
+inline void transpose(__m512i* r) {  // 16 × 16 words
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// 4-bit codes as bitsandbytes keeps them: two a byte, high nibble first. A unit's odd inputs are
+// decoded to its first half and its even inputs to the second; the activations are laid likewise.
+struct FourBit {
+  static constexpr bool IS_ODD_FIRST = true;
+  const FourBitWeight& w;
+  const __m512 code;
+  explicit FourBit(const FourBitWeight& weight) : w(weight), code(_mm512_loadu_ps(weight.code)) {}
+  float scale(long block) const {
+    float absmax = w.nested_code[w.nested_codes[block]] * w.absmax[block / 256];
+    asm volatile("" : "+x"(absmax));  // rounded before the offset is added
+    return absmax + w.nested_offsets[block / 256];
+  }
+  void decode(int row, int height, int unit, int in, bf16* to) const {
+    const int blocks_of_row = in / UNIT;
+    long block = long(row) * blocks_of_row + unit;
+    const uint8_t* codes = w.packed + block * (UNIT / 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < height; r++, block += blocks_of_row, codes += in / 2, to += 32) {
+      const __m512 values = _mm512_mul_ps(code, _mm512_set1_ps(w.nested_codes ? scale(block) : w.absmax[block]));
+      const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice: bit 4 is ignored
+      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+      _mm512_store_si512(to, _mm512_permutexvar_epi16(bytes, table));
+      _mm512_store_si512(to + HALF, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+    }
+  }
+  // Ask for unit `unit` of the panel from `row` on: the whole of it lies in one run.
+  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
+    const long block = (long(row) * in) / UNIT + long(unit) * PANEL;
+    for (int i = 0; i < PANEL * UNIT / 2; i += 64) _mm_prefetch(w.packed + block * (UNIT / 2) + i, _MM_HINT_T1);
+    if (w.nested_codes) return _mm_prefetch(w.nested_codes + block, _MM_HINT_T1);
+    for (int i = 0; i < PANEL; i += 16) _mm_prefetch(w.absmax + block + i, _MM_HINT_T1);
+  }
+};
+
+struct EightBit {
+  static constexpr bool IS_ODD_FIRST = false;
+  const EightBitWeight& w;
+  explicit EightBit(const EightBitWeight& weight) : w(weight) {}
+  void decode(int row, int height, int unit, int in, bf16* to) const {
+    const int8_t* codes = w.codes + long(row) * in + unit * UNIT;
+    for (int r = 0; r < height; r++, codes += in, to += 32) {
+      const __m512 scale = _mm512_set1_ps(w.absmax[row + r] / 127);
+      for (int half = 0; half < 2; half++) {
+        const int8_t* own = codes + half * 32;
+        const __m512 first = _mm512_mul_ps(floats(own), scale), second = _mm512_mul_ps(floats(own + 16), scale);
+        _mm512_store_si512(to + half * HALF, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+      }
+    }
+  }
+  static __m512 floats(const int8_t* codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  }
+  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
+    const int8_t* codes = w.codes + long(row) * in + long(unit) * PANEL * UNIT;
+    for (int i = 0; i < PANEL * UNIT; i += 64) _mm_prefetch(codes + i, _MM_HINT_T1);
+  }
+};
+
+struct SixteenBit {
+  static constexpr bool IS_ODD_FIRST = false;
+  const SixteenBitWeight& w;
+  explicit SixteenBit(const SixteenBitWeight& weight) : w(weight) {}
+  void decode(int row, int height, int unit, int in, bf16* to) const {
+    const bf16* from = w.values + long(row) * in + unit * UNIT;
+    for (int r = 0; r < height; r++, from += in, to += 32) {
+      _mm512_store_si512(to, _mm512_loadu_si512(from));
+      _mm512_store_si512(to + HALF, _mm512_loadu_si512(from + 32));
+    }
+  }
+  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
+    const bf16* from = w.values + long(row) * in + long(unit) * PANEL * UNIT;
+    for (int i = 0; i < PANEL * UNIT; i += 32) _mm_prefetch(from + i, _MM_HINT_T1);
+  }
+};
+
+// Activations of up to 16 tokens (tokens, in) → for every half unit (16, 16) words of two inputs.
+template <bool IS_ODD_FIRST>
+void arrange_tile(const bf16* x, int num_tokens, int in, uint32_t* to) {
+  alignas(64) uint16_t first_index[32], second_index[32];
+  for (int i = 0; i < 32; i++) {
+    first_index[i] = IS_ODD_FIRST ? 2 * i + 1 : i;
+    second_index[i] = IS_ODD_FIRST ? 2 * i : 32 + i;
+  }
+  const __m512i first_of = _mm512_load_si512(first_index), second_of = _mm512_load_si512(second_index);
+  for (int k = 0; k < in; k += UNIT, to += 2 * WORDS) {
+    __m512i first[TILE] = {}, second[TILE] = {};
+    for (int t = 0; t < num_tokens; t++) {
+      const bf16* from = x + long(t) * in + k;
+      const __m512i left = _mm512_loadu_si512(from), right = _mm512_loadu_si512(from + 32);
+      first[t] = _mm512_permutex2var_epi16(left, first_of, right);
+      second[t] = _mm512_permutex2var_epi16(left, second_of, right);
+    }
+    transpose(first);
+    transpose(second);
+    for (int i = 0; i < TILE; i++) {
+      _mm512_store_si512(to + i * TILE, first[i]);
+      _mm512_store_si512(to + WORDS + i * TILE, second[i]);
+    }
+  }
+}
+
+// sums (outputs, tokens) → y (tokens, out), `height` of 16 outputs and `width` of 16 tokens.
+inline void write_tile(const float* sums, bf16* y, int out, int height, int width) {
+  __m512i rows[TILE];
+  for (int i = 0; i < TILE; i++) rows[i] = _mm512_load_si512(sums + i * TILE);
+  transpose(rows);
+  const __mmask16 valid = (1u << height) - 1;
+  for (int t = 0; t < width; t++)
+    _mm256_mask_storeu_epi16(y + long(t) * out, valid, (__m256i)_mm512_cvtneps_pbh((__m512)rows[t]));
+}
+
+struct TileJob {
+  bf16* y;
+  const uint32_t* x;  // every tile of tokens as `arrange_tile` lays it
+  int num_tokens, in, out;
+  long tile_words() const { return long(in) * TILE / 2; }
+};
+
+template <class Weight>
+inline void decode_unit(const Weight& w, const TileJob& p, int panel, int unit, bf16* to) {
+  const int row = panel * PANEL, height = std::min(PANEL, p.out - row);
+  w.decode(row, height, unit, p.in, to);
+  if (row + 2 * PANEL <= p.out) w.prefetch(row + PANEL, unit, p.in);
+}
+
+template <int N>
+inline void write_panel(Tiles& tiles, const TileJob& p, int panel, int token) {
+  alignas(64) float sums[4][TILE * TILE];
+  tiles.store(sums);
+  for (int i = 0; i < 2 * N; i++) {
+    const int column = panel * PANEL + i % 2 * TILE, first = token + i / 2 * TILE;
+    if (column < p.out)
+      write_tile(sums[i], p.y + long(first) * p.out + column, p.out, std::min(TILE, p.out - column),
+                 std::min(TILE, p.num_tokens - first));
+  }
+}
+
+// One or two tiles of tokens: a unit is decoded while the one before it is multiplied.
+template <int N, class Weight>
+void multiply_few(Tiles& tiles, const Weight& w, const TileJob& p, int panel, bf16* buffer) {
+  const int num_units = p.in / UNIT;
+  tiles.clear();
+  decode_unit(w, p, panel, 0, buffer);
+  for (int unit = 0; unit < num_units; unit++) {
+    if (unit + 1 < num_units) decode_unit(w, p, panel, unit + 1, buffer + (unit + 1) % 2 * 2 * HALF);
+    tiles.multiply<N>(buffer + unit % 2 * 2 * HALF, p.x + unit * 2 * WORDS, p.tile_words());
+  }
+  write_panel<N>(tiles, p, panel, 0);
+}
+
+template <int N>
+void multiply_tokens(Tiles& tiles, const TileJob& p, int panel, int token, const bf16* decoded) {
+  const uint32_t* x = p.x + token / TILE * p.tile_words();
+  tiles.clear();
+  for (int unit = 0; unit < p.in / UNIT; unit++)
+    tiles.multiply<N>(decoded + unit * 2 * HALF, x + unit * 2 * WORDS, p.tile_words());
+  write_panel<N>(tiles, p, panel, token);
+}
+
+// More tokens: the whole panel is decoded once for all.
+template <class Weight>
+void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, bf16* buffer) {
+  for (int unit = 0; unit < p.in / UNIT; unit++) decode_unit(w, p, panel, unit, buffer + unit * 2 * HALF);
+  int token = 0;
+  for (; token + TILE < p.num_tokens; token += 2 * TILE) multiply_tokens<2>(tiles, p, panel, token, buffer);
+  if (token < p.num_tokens) multiply_tokens<1>(tiles, p, panel, token, buffer);
+}
+
+template <class Weight, class Data>
+void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+  static thread_local Scratch arranged;
+  const long num_tiles = (num_tokens + TILE - 1) / TILE, tile_words = long(in) * TILE / 2;
+  uint32_t* words = arranged.get<uint32_t>(num_tiles * tile_words);
+  Pool::get().run(num_tiles, 2, num_threads, [&](long begin, long end) {
+    for (long tile = begin; tile < end; tile++)
+      arrange_tile<Weight::IS_ODD_FIRST>(x + tile * TILE * in, std::min<int>(TILE, num_tokens - int(tile) * TILE), in,
+                                         words + tile * tile_words);
+  });
+  const TileJob p{y, words, num_tokens, in, out};
+  const Weight w(data);
+  const int num_panels = (out + PANEL - 1) / PANEL;
+  const int panels = std::max(1, std::min(8, num_panels / (4 * num_threads)));  // at a time
+  Pool::get().run(num_panels, panels, num_threads, [&](long begin, long end) {
+    static thread_local Scratch decoded;
+    bf16* buffer = decoded.get<bf16>(num_tiles <= 2 ? 4 * HALF : long(PANEL) * in);
+    Tiles tiles;
+    for (int panel = int(begin); panel < end; panel++)
+      if (num_tiles == 1) multiply_few<1>(tiles, w, p, panel, buffer);
+      else if (num_tiles == 2) multiply_few<2>(tiles, w, p, panel, buffer);
+      else multiply_many(tiles, w, p, panel, buffer);
+  });
+}
+
+inline void product(const FourBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+  tile_product<FourBit>(w, y, x, num_tokens, in, out, num_threads);
+}
+inline void product(const EightBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+  tile_product<EightBit>(w, y, x, num_tokens, in, out, num_threads);
+}
+inline void product(const SixteenBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+  tile_product<SixteenBit>(w, y, x, num_tokens, in, out, num_threads);
+}

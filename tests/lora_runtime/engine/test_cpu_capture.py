@@ -1,0 +1,172 @@
+"""Decode steps that are played from a tape give what plain steps give, as the mix changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.core import AdapterUse
+from lora_runtime.engine.cpu_capture import CpuCapture, can_capture_on_cpu
+from lora_runtime.kernels import cpu
+from tests.driver import greedy, run, tiny_engine
+from tests.lora_runtime.engine.mixed_batch import prompt
+from tests.peft_adapters import four_adapters, write_adapter
+from tests.tiny import CONFIGS, dense_twin, tiny_base
+
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+def counting(engine):
+    """How often the engine captures and plays."""
+    counts, graphs = {"captured": 0, "played": 0}, engine.runner.graphs
+    real = graphs._capture
+
+    def capture(forward):
+        play = real(forward)
+        counts["captured"] += 1
+
+        def counted():
+            counts["played"] += 1
+            play()
+
+        return counted
+
+    capture.drop = lambda replays: None
+    graphs._capture = capture
+    return counts
+
+
+def requests_of(forms):
+    """Base rows, each adapter, one late in its prompt, and a composition; of several lengths, so
+    that rows end and others take their places.
+    """
+    uses = [(), *((AdapterUse(digest=form.digest, weight=0.7),) for form in forms)]
+    uses.append(
+        (AdapterUse(digest=forms[0].digest), AdapterUse(digest=forms[1].digest, weight=-0.5))
+    )
+    uses.append((AdapterUse(digest=forms[2].digest, start_position=9),))
+    found = []
+    for i, use in enumerate([*uses, *uses[:2]]):
+        request = greedy(str(i), prompt(3 + 5 * i, seed=i), max_tokens=4 + 3 * i, adapters=use)
+        found.append(request)
+    seeded = replace(found[1].sampling, temperature=0.8, seed=3, repetition_penalty=1.3)
+    found[1] = replace(found[1], sampling=seeded)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("shape", [shape for shape in CONFIGS if shape != "phi3-longrope"])
+def test_played_steps_are_plain_steps(tmp_path, shape, dtype):
+    base = tiny_base(shape, dtype=dtype)
+    folders = four_adapters(dense_twin(base, shape), tmp_path, fused=shape.startswith("phi3"))
+    forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
+    traces = []
+    for has_graphs in (False, True):
+        engine = tiny_engine(base, max_num_seqs=6)
+        counts = counting(engine)
+        if not has_graphs:
+            engine.runner.graphs = None
+        for form in forms:
+            engine.add_adapter(form)
+        traces.append(run(engine, requests_of(forms), arrivals={"2": 3, "5": 9}))
+        assert (counts["played"] > 10) == has_graphs
+    assert 0 < counts["captured"] < counts["played"]
+    for request_id, plain in traces[0].items():
+        played = traces[1][request_id]
+        assert played.token_ids == plain.token_ids
+        assert torch.equal(torch.stack(played.logits), torch.stack(plain.logits))
+
+
+def test_an_adapter_that_comes_goes_and_comes_back(tmp_path):
+    """Its slot is another's meanwhile, and the modules that are adapted change."""
+    base = tiny_base("llama")
+    twin = dense_twin(base, "llama")
+    forms = [
+        load_adapter(
+            write_adapter(twin, tmp_path / str(i), seed=i, r=3 + i, target_modules=targets),
+            base.spec,
+            base.weights,
+        )
+        for i, targets in enumerate((["q_proj"], ["down_proj", "v_proj"], "all-linear"))
+    ]
+    engines = [tiny_engine(base, max_slots=1) for _ in range(2)]
+    engines[0].runner.graphs = None
+    counts = counting(engines[1])
+    for form in (forms[0], forms[1], forms[0], forms[2], forms[1]):
+        found = []
+        for engine in engines:
+            engine.add_adapter(form)
+            requests = [greedy("a", [5, 6, 7], form.digest, 6), greedy("b", [8, 9], max_tokens=9)]
+            found.append(run(engine, requests))
+            engine.drop_adapter(form.digest)
+        for request_id in ("a", "b"):
+            assert found[0][request_id].token_ids == found[1][request_id].token_ids
+    assert counts["played"] > counts["captured"]
+
+
+def test_steps_that_read_tables_in_python_are_not_captured(tmp_path):
+    """Adapters of the embedding and the output layer go by plain torch, which looks at values."""
+    base = tiny_base("llama-bias")
+    twin = dense_twin(base, "llama-bias")
+    forms = [
+        load_adapter(
+            write_adapter(twin, tmp_path / str(i), seed=i, r=4, target_modules=targets),
+            base.spec,
+            base.weights,
+        )
+        for i, targets in enumerate((["embed_tokens", "q_proj"], ["lm_head"], ["q_proj"]))
+    ]
+    traces = []
+    for has_graphs in (False, True):
+        engine = tiny_engine(base)
+        counts = counting(engine)
+        if not has_graphs:
+            engine.runner.graphs = None
+        for form in forms:
+            engine.add_adapter(form)
+        requests = [greedy(str(i), [5 + i, 9], form.digest, 8) for i, form in enumerate(forms)]
+        traces.append(run(engine, [*requests, greedy("base", [4, 4], max_tokens=16)]))
+    assert counts["played"] > 0, "the base alone is still played"
+    for request_id, plain in traces[0].items():
+        assert traces[1][request_id].token_ids == plain.token_ids
+
+
+def test_a_base_whose_layers_are_not_all_known_is_not_captured():
+    base = tiny_base("llama")
+    assert can_capture_on_cpu(base)
+    layers = base.model.get_decoder().layers
+    layers.append(nn.Identity())
+    assert not can_capture_on_cpu(base)
+
+
+def test_a_tape_plays_torch_ops_into_the_same_tensors():
+    x, out = torch.ones(3), torch.zeros(3)
+
+    def forward():
+        y = (x * 2).view(3, 1).squeeze(1)
+        y += torch.stack([x, x]).sum(0)
+        out.copy_(y)
+
+    play = CpuCapture()(forward)
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    out.zero_()
+    play()
+    assert out.tolist() == [4.0, 8.0, 12.0]
+
+
+def test_memory_of_a_tape_is_used_again_once_nobody_holds_it():
+    tape = cpu.Tape()
+    with cpu.recorded_on(tape):
+        first = cpu.empty((4, 16), FLOAT32)
+        view, address = first[1:], first.data_ptr()
+        del first
+        second = cpu.empty((4, 16), FLOAT32)
+        assert second.data_ptr() != address, "a view still holds it"
+        del view
+        assert cpu.empty((4, 16), FLOAT32).data_ptr() == address
+        assert cpu.is_recording()
+    assert not cpu.is_recording()

@@ -1,0 +1,129 @@
+"""The compiled products of bfloat16 against bitsandbytes' dequantised weight in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_runtime.base.model.quant_linear import DenseLinear
+from lora_runtime.kernels import cpu, reference
+from tests.lora_runtime.kernels.adapter_cases import layer_of
+
+BFLOAT16 = torch.bfloat16
+KINDS = ["nf4", "fp4", "nf4-double", "int8", "none"]
+ROWS = [1, 2, 15, 16, 17, 32, 33, 48, 133]
+"""Parts of a tile, whole tiles, and more tokens than share one pass over the codes."""
+
+needs_tiles = pytest.mark.skipif(not cpu.has_tiles(), reason="needs AVX512-BF16")
+
+
+@pytest.fixture(params=["amx", "avx512_bf16"])
+def level(request):
+    """The instructions that are used, where the processor has them."""
+    found, wanted = cpu.library(), cpu.LEVELS.index(request.param)
+    if found.loramux_level() < wanted:
+        pytest.skip(f"the processor has no {request.param}")
+    found.loramux_limit_level(wanted)
+    yield request.param
+    found.loramux_limit_level(len(cpu.LEVELS) - 1)
+
+
+def layer(kind, out_features, in_features):
+    if kind == "none":
+        weight = (torch.randn(out_features, in_features) / in_features**0.5).to(BFLOAT16)
+        return DenseLinear(weight, None)
+    return layer_of(kind, (out_features, in_features), BFLOAT16)
+
+
+def random_shape():
+    """(out, in): mostly no multiples of a tile's 16 or a panel's 32 outputs."""
+    return int(torch.randint(1, 200, ())), 64 * int(torch.randint(1, 9, ()))
+
+
+def expected(frozen, x):
+    return x.double() @ frozen.weight_values().double().T
+
+
+@needs_tiles
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_dequantised_weight(level, kind, num_rows):
+    shape = random_shape()
+    frozen, x = layer(kind, *shape), torch.randn(1, num_rows, shape[1]).to(BFLOAT16)
+    y = frozen.product(x)
+    assert y.dtype == BFLOAT16 and y.shape == (1, num_rows, shape[0])
+    torch.testing.assert_close(y.double(), expected(frozen, x), rtol=2**-8, atol=2e-4)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_is_bitsandbytes_rounded_once(level, kind):
+    """Rows of the identity read the weights themselves: not one bit may differ."""
+    shape = (70, 192)
+    frozen = layer(kind, *shape)
+    read = frozen.product(torch.eye(shape[1]).to(BFLOAT16))
+    assert torch.equal(read.T, frozen.weight_values())
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
+    shape = random_shape()
+    frozen, x = layer(kind, *shape), torch.randn(133, shape[1]).to(BFLOAT16)
+    x[7] = float("nan")
+    together = frozen.product(x)
+    for rows in (slice(0, 1), slice(3, 9), slice(20, 50), slice(100, 133)):
+        some = frozen.product(x[rows])
+        assert torch.equal(some.nan_to_num(7.0), together[rows].nan_to_num(7.0))
+    assert together[7].isnan().all() and not together[8:].isnan().any()
+
+
+@needs_tiles
+def test_threads_change_no_bit(level):
+    frozen, x = layer("nf4", 500, 320), torch.randn(40, 320).to(BFLOAT16)
+    found, num_threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(frozen.product(x))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_tiles
+def test_what_tiles_do_not_take_goes_by_torch():
+    """Inputs that are no multiple of a unit, float32, and x that wants a gradient."""
+    odd, x = layer("none", 30, 96), torch.randn(3, 96).to(BFLOAT16)
+    assert not cpu.can_multiply(x)
+    torch.testing.assert_close(odd.product(x).double(), expected(odd, x), rtol=2**-7, atol=2e-3)
+    tracked = torch.randn(3, 128).to(BFLOAT16).requires_grad_()
+    layer("nf4", 30, 128).product(tracked).float().sum().backward()
+    assert tracked.grad.abs().sum() > 0
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_copy_is_kept_where_the_codes_are_not_multiplied(kind):
+    """In float32, if the layer may; bfloat16 takes no more memory than the codes."""
+    for dtype, is_kept in ((torch.float32, True), (BFLOAT16, False)):
+        frozen = layer_of(kind, (64, 128), dtype)
+        frozen.keep_copies, before = True, frozen.resident_bytes
+        frozen.product(torch.randn(3, 128).to(dtype))
+        assert (frozen.resident_bytes > before) == is_kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("width", [1, 15, 49, 1024, 5000])
+def test_the_most_likely_token_is_the_first_of_the_largest(dtype, width):
+    logits = torch.randn(9, width).to(dtype)
+    logits[1] = -3.0
+    logits[2, width // 2] = float("nan")
+    logits[3, width - 1] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, width - 1] = 100.0
+    found, wanted = cpu.most_likely(logits), reference.most_likely(logits)
+    assert torch.equal(found[:, 1], wanted[:, 1])
+    is_finite = wanted[:, 1].bool()
+    assert torch.equal(found[is_finite, 0], logits[is_finite].max(dim=1).indices)
+    assert 0 <= found[:, 0].min() and found[:, 0].max() < width
