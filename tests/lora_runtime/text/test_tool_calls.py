@@ -150,6 +150,107 @@ def test_a_text_is_read_in_pieces_as_in_one(case: str) -> None:
     assert read(name, list(text))[:2] == (found, found_calls)
 
 
+WEATHER_CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
+ULM, NONE = ("weather", '{"city": "Ulm"}'), ("clock", "{}")
+BROKEN = {
+    "no end": (
+        "hermes",
+        f"<tool_call>{WEATHER_CALL}<tool_call>{CLOCK}</tool_call>!",
+        "!",
+        [ULM, NONE],
+    ),
+    "text for the end": (
+        "hermes",
+        f"<tool_call>{WEATHER_CALL}\nSo it is: <tool_call>{CLOCK}</tool_call>",
+        "So it is:",
+        [ULM, NONE],
+    ),
+    "a key twice": (
+        "hermes",
+        f'<tool_call>{WEATHER_CALL[:-1]}, "arguments": {{"days": 3}}, "name": "x"}}</tool_call>!',
+        "!",
+        [ULM],
+    ),
+    "no number": (
+        "hermes",
+        '<tool_call>{"arguments": {"days": NaN}, "name": "weather"}</tool_call>',
+        '<tool_call>{"arguments": {"days": NaN}, "name": "weather"}</tool_call>',
+        [],
+    ),
+    "half a surrogate pair": (
+        "hermes",
+        '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+        [],
+    ),
+    "a list that goes wrong": (
+        "mistral",
+        f"[TOOL_CALLS] [{WEATHER_CALL}, so it is.] [TOOL_CALLS] [{CLOCK}]",
+        "so it is.]",
+        [ULM, NONE],
+    ),
+    "an object that goes wrong": (
+        "llama3_json",
+        f"{WEATHER_CALL[:-1]}; so it is",
+        "; so it is",
+        [ULM],
+    ),
+    "infinite": (
+        "qwen3_coder",
+        XML.replace("\n3\n", "\n1e999\n"),
+        "",
+        [("weather", '{"city": "12", "days": "1e999"}')],
+    ),
+    "a function without a name": (
+        "qwen3_coder",
+        XML.replace("=weather", "="),
+        XML.replace("=weather", "="),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_in_a_call_is_text_and_calls_behind_it_are_read(case: str) -> None:
+    name, text, said, calls = BROKEN[case]
+    rng = random.Random(case)
+    for count in range(40):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=count))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert read(name, pieces)[:2] == (said, calls)
+    assert read(name, list(text))[:2] == (said, calls)
+
+
+LONG_CALLS = {
+    "brackets": ("hermes", '<tool_call>{"name": "a", "arguments": {"x": [', "[1],"),
+    "a text": ("hermes", '<tool_call>{"name": "a", "arguments": {"x": "', 'a \\" '),
+    "a name": ("hermes", '<tool_call>{"name": "', "a-b "),
+    "many calls": ("mistral", "[TOOL_CALLS] [", f"{CLOCK},"),
+    "calls with ;": ("llama3_json", "", f"{CLOCK};"),
+    "parameters": ("qwen3_coder", XML.partition("<parameter")[0], "<parameter=a>1</parameter>"),
+    "calls in calls": ("hermes", "", '<tool_call>{"a":['),
+}
+
+
+@pytest.mark.parametrize("case", LONG_CALLS)
+def test_reading_takes_time_in_proportion_to_the_text(case: str) -> None:
+    """A stream's neighbours wait while its text is read."""
+    name, begin, part = LONG_CALLS[case]
+
+    def seconds(size: int) -> float:
+        text = (begin + part * size)[:size]
+        reader = CallReader(FORMATS[name], SCHEMAS)
+        begun = time.process_time()
+        for start in range(0, size, 4):
+            reader.push(text[start : start + 4])
+        reader.push("}]" * (size // 2) + "?")
+        reader.flush()
+        return time.process_time() - begun
+
+    seconds(1000)
+    assert seconds(40_000) < 1.0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_text_that_is_cut_short_gives_what_it_has(case: str) -> None:
     name, text, _, _ = CASES[case]
