@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.tool_formats.catalog import shows_tools
 
 MAX_TOOLS = 128
@@ -108,6 +108,12 @@ def _check_tools(tools: Sequence[Tool]) -> None:
         if tool.name in names:
             raise InvalidRequest(f"{where} is {tool.name!r} once more", field=where)
         names.add(tool.name)
+        kind = (tool.parameters or {}).get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            where = f"messages.tools[{index}].parameters"
+            raise InvalidRequest(
+                f"{where} has the type {written(kind)}; arguments are an object", field=where
+            )
 
 
 def _check_choice(choice: ToolMode | str, names: set[str]) -> None:

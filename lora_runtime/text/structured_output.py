@@ -40,10 +40,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-JSON_OPTIONS: dict[str, Any] = {
-    "whitespace_pattern": r"( |\n[ \t]{0,20})?",
-    "lenient": False,
-}
+WHITESPACE = r"( |\n[ \t]{0,20})?"
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": False}
 """Between the parts of a JSON text stand at most a space, or a line break and an indentation: with
 any white space allowed a model may write nothing else to the end."""
 

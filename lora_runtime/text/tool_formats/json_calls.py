@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_runtime.text.structured_output import JSON_OPTIONS
+from lora_runtime.text.structured_output import JSON_OPTIONS, WHITESPACE
 from lora_runtime.text.tool_formats.incoming_text import IncomingText, Waiting
 from lora_runtime.text.tool_formats.tool_format import Call, NoCall, Schemas
 
@@ -124,24 +124,21 @@ def call_rules(schemas: Schemas, key: str) -> str:
     """The rule `call`: an object of a tool's name and, under `key`, its arguments."""
     rules = []
     for index, (name, schema) in enumerate(schemas.items()):
-        parts = {"name": {"const": name}, key: schema or {"type": "object"}}
-        whole = {
-            "type": "object",
-            "properties": parts,
-            "required": list(parts),
-            "additionalProperties": False,
-            **definitions(schema),
-        }
-        rules.append(f"call_{index}: {json_rule(whole)}")
-    names = " | ".join(f"call_{index}" for index in range(len(rules)))
-    return "\n".join((f"call: {names}", *rules))
+        parts = ["{", '"name"', ":", json.dumps(name), ",", json.dumps(key), ":"]
+        opening = " space ".join(map(json.dumps, parts))
+        rules.append(f'call_{index}: {opening} space arguments_{index} space "}}"')
+        rules.append(f"arguments_{index}: {arguments_rule(schema)}")
+    names = " | ".join(f"call_{index}" for index in range(len(schemas)))
+    return "\n".join((f"call: {names}", f"space: /{WHITESPACE}/", *rules))
+
+
+def arguments_rule(schema: Mapping[str, Any] | None) -> str:
+    """The right side of a rule: an object that a tool's schema allows. It is a document of its own,
+    in which `#` is that schema.
+    """
+    return json_rule({**(schema or {}), "type": "object"})
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """The right side of a rule: JSON that a schema allows."""
     return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}"
-
-
-def definitions(schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the parts of a schema refer to, which must stand beside any of them."""
-    return {name: schema[name] for name in ("$defs", "definitions") if schema and name in schema}

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 from lora_runtime.text.tool_formats.incoming_text import IncomingText, Waiting
 from lora_runtime.text.tool_formats.json_calls import (
+    arguments_rule,
     call_rules,
-    json_rule,
     read_arguments,
     read_call,
 )
@@ -97,7 +97,7 @@ def _named_grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
     for index, (name, schema) in enumerate(schemas.items()):
         opening = f"{literal(MARKER)} {json.dumps(name)} {literal(ARGS)}"
         calls.append(f"{opening} arguments_{index}")
-        rules.append(f"arguments_{index}: {json_rule(schema or {'type': 'object'})}")
+        rules.append(f"arguments_{index}: {arguments_rule(schema)}")
     start = f"calls: {several('call', '', max_calls)}\ncall: {' | '.join(calls)}"
     return "\n".join((start, *rules))
 

@@ -22,7 +22,7 @@ from typing import Any
 from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.structured_output import MAX_BYTES
 from lora_runtime.text.tool_formats.incoming_text import IncomingText
-from lora_runtime.text.tool_formats.json_calls import definitions, json_rule
+from lora_runtime.text.tool_formats.json_calls import json_rule
 from lora_runtime.text.tool_formats.tool_format import (
     Call,
     Literal,
@@ -35,6 +35,8 @@ from lora_runtime.text.tool_formats.tool_format import (
 BEGIN, END = "<tool_call>", "</tool_call>"
 _AFTER_FUNCTION, _AFTER_PARAMETER = "</function>", "</parameter>"
 _AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
+_DEFINITIONS = ("$defs", "definitions")
+"""What the parts of a schema refer to, which must stand beside any of them."""
 _NO_TAG = r"~/(?s:.*)<\/parameter>(?s:.*)/"
 """A text in which no parameter ends."""
 
@@ -115,6 +117,8 @@ def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
 def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The rule `call` of one tool, and those of its parameters, in the schema's order."""
     required = {key for key in _member(name, schema, "required", list, ()) if isinstance(key, str)}
+    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
+    _check_references(name, schema)
     body = []
     for number, (key, value) in enumerate(_member(name, schema, "properties", dict, {}).items()):
         place = f"{index}_{number}"
@@ -126,9 +130,29 @@ def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[st
         else:
             shape = value if isinstance(value, Mapping) else {}
             yield f'parameter{place}: {start} value{place} "\\n{_AFTER_PARAMETER}\\n"'
-            yield f"value{place}: {json_rule({**definitions(schema), **shape})}"
+            yield f"value{place}: {json_rule({**definitions, **shape})}"
     opening = json.dumps(f"<function={name}>\n")
     yield f'call{index}: {" ".join((opening, *body))} "{_AFTER_FUNCTION}"'
+
+
+def _check_references(tool: str, schema: object) -> None:
+    """Refuse what refers to other places than definitions: a parameter's rule is a document of its
+    own, in which `#` is another schema. Raises InvalidRequest.
+    """
+    if isinstance(schema, list):
+        for value in schema:
+            _check_references(tool, value)
+    if not isinstance(schema, Mapping):
+        return
+    for value in schema.values():
+        _check_references(tool, value)
+    where = schema.get("$ref")
+    if isinstance(where, str) and not where.startswith(tuple(f"#/{key}/" for key in _DEFINITIONS)):
+        raise InvalidRequest(
+            f"messages.tools: the parameters of {tool!r} have $ref {written(where)}; in this "
+            "format of calls it must begin with #/$defs/ or #/definitions/",
+            field="messages.tools",
+        )
 
 
 def _text_rule(tool: str, schema: Mapping[str, Any]) -> str:

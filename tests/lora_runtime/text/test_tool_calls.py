@@ -405,6 +405,59 @@ def test_a_template_without_tools_is_known() -> None:
     assert format_of(plain) is None and not shows_tools(plain)
 
 
+TREE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "integer"},
+        "parts": {"type": "array", "items": {"$ref": "#"}},
+        "like": {"$ref": "#/properties/name"},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+CALLS_OF_TREE = {
+    "hermes": '<tool_call>\n{"name": "tree", "arguments": %s}\n</tool_call>',
+    "llama3_json": '{"name": "tree", "parameters": %s}',
+    "mistral": '[TOOL_CALLS] [{"name": "tree", "arguments": %s}]',
+    "mistral_named": "[TOOL_CALLS]tree[ARGS]%s",
+}
+
+
+def allows(grammar: str, text: str) -> bool:
+    matcher = compile_grammar(grammar, Vocabulary([bytes([i]) for i in range(256)], []))
+    return all(matcher.consume_token(byte) for byte in text.encode()) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("name", CALLS_OF_TREE)
+def test_references_within_a_tools_schema_are_to_that_schema(name: str) -> None:
+    grammar = grammar_of(FORMATS[name].form({"tree": TREE}, {}))
+    for value in (
+        {"name": 1, "parts": [{"name": 2, "parts": []}], "like": 3},
+        {"name": 1, "parts": [{"name": "tree", "arguments": {"name": 1}}]},
+        {"name": 1, "parts": [{"name": "x"}]},
+        {"name": 1, "parts": [], "like": "tree"},
+    ):
+        try:
+            jsonschema.validate(value, TREE)
+            is_valid = True
+        except jsonschema.ValidationError:
+            is_valid = False
+        assert allows(grammar, CALLS_OF_TREE[name] % json.dumps(value)) == is_valid, value
+
+
+@pytest.mark.parametrize("schema", [{}, {"properties": {"a": {}}}, {"type": ["null", "object"]}])
+@pytest.mark.parametrize("name", CALLS_OF_TREE)
+def test_arguments_are_an_object_whatever_the_schema_says(name: str, schema: dict) -> None:
+    grammar = grammar_of(FORMATS[name].form({"tree": schema}, {}))
+    for arguments, is_allowed in (("{}", True), ("[]", False), ("null", False), ("3", False)):
+        assert allows(grammar, CALLS_OF_TREE[name] % arguments) == is_allowed
+
+
+def test_qwen3_coder_refuses_references_that_its_parameters_cannot_follow() -> None:
+    with pytest.raises(InvalidRequest, match="'#'.*must begin with"):
+        FORMATS["qwen3_coder"].form({"tree": TREE}, {})
+
+
 STRICT = {
     "weather": {
         "type": "object",
