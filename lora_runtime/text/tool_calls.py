@@ -41,14 +41,13 @@ class CallReader:
     def __init__(self, format: ToolFormat, schemas: Schemas, max_calls: int | None = None) -> None:
         """`max_calls`: None, as many as there are."""
         self.num_calls = 0
-        self.are_whole = True
-        """No call has ended within its arguments, or is still within them."""
         self.is_over = False
         self._format, self._schemas, self._max_calls = format, schemas, max_calls
         self._held = ""
         """Text before calls that is not given yet."""
         self._space = ""
         """White space before the calls that are being read; it goes with them."""
+        self._num_whole = 0
         self._may_open = bool(format.opening)
         self._text = IncomingText("")
         """What is being read as calls."""
@@ -60,6 +59,11 @@ class CallReader:
         """Characters of the first one's arguments that are given; -1: it has not begun."""
         self._is_begun = False
         """One of the calls that are being read has begun."""
+
+    @property
+    def are_whole(self) -> bool:
+        """False: a call ends within its arguments, so far as it has come."""
+        return self._num_whole == self.num_calls
 
     def push(self, text: str) -> Parsed:
         """Take more text, give what is certain by now."""
@@ -137,7 +141,6 @@ class CallReader:
             self.num_calls += is_new
             self._is_begun = True
             self._num_given = len(call.arguments)
-            self.are_whole = call.is_whole
             if is_new or self._num_given > num_given:
                 new_id, name = (self._format.new_id(), call.name) if is_new else ("", "")
                 more = call.arguments[num_given:]
@@ -145,6 +148,7 @@ class CallReader:
             if not call.is_whole:
                 return
             del self._calls[0]
+            self._num_whole += 1
             self._num_given = -1
             self.is_over = self.num_calls == self._max_calls
 

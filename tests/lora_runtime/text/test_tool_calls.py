@@ -15,7 +15,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, chat_answer
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, ToolUse, chat_answer
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool
 from lora_runtime.text.structured_output import (
     Matcher,
@@ -542,7 +542,7 @@ def test_strict_calls_need_a_marker() -> None:
             chat_answer(prompt, [], tokenizer, None, parsers)
         assert caught.value.field == "messages.tools[0].strict"
     named = replace(prompt, tool_choice="clock")
-    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
+    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).with_form(None)[1] is not None
 
 
 PATTERNS = {
@@ -609,3 +609,13 @@ def test_a_large_schema_takes_no_more_time_or_memory_than_it_is_large(name: str)
     finally:
         tracemalloc.stop()
     assert peak < 20 * len(json.dumps(schema))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_schemas_that_are_too_deep_are_refused(name: str) -> None:
+    schema: dict = {}
+    for _ in range(2000):
+        schema = {"properties": {"a": schema}}
+    tools = ToolUse(FORMATS[name], {"weather": schema}, {}, ("weather",), frozenset(), None)
+    with pytest.raises(InvalidRequest, match="nested too deep"):
+        _ = tools.form
