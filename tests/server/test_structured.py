@@ -207,6 +207,7 @@ REFUSED = [
     ({"tools": [{"name": "a b"}]}, "messages.tools[0].name"),
     ({"tools": [CLOCK, CLOCK]}, "messages.tools[1].name"),
     ({"tools": [{"name": "x", "parameters": "["}]}, "messages.tools[0].parameters"),
+    ({"tools": [{"name": "x", "parameters": '{"title": "\\ud800"}'}]}, "messages"),
     (
         {
             "tools": [{"name": "x", "parameters": {"properties": {"a": {"type": "nope"}}}}],
