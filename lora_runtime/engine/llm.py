@@ -358,10 +358,12 @@ class LLM:
         answer = PLAIN
         if isinstance(prompt, ChatPrompt):
             answer = chat_answer(prompt, token_ids, self._tokenizer, side, AS_TEMPLATES_SAY)
-        structure, form = None, answer.form(params.structured_output)
+        answer, form = answer.with_form(params.structured_output)
+        structure = None
         params = replace(params, structured_output=form)
         if form is not None:
-            structure = _awaited(self._structures.compile(form, side, answer.thinking))
+            with answer.naming_tools():
+                structure = _awaited(self._structures.compile(form, side, answer.thinking))
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lora_runtime.core import FinishReason, StructuredOutput
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.thinking import PROMPT_END, Thinking, ThoughtReader, tags_of, thinking_of
@@ -54,7 +55,19 @@ class ToolUse:
 
     @property
     def form(self) -> StructuredOutput | None:
-        """What an output must look like that has to call tools, or may call strict ones."""
+        """What an output must look like that has to call tools, or may call strict ones. Raises
+        InvalidRequest for schemas of which no grammar can be made.
+        """
+        try:
+            return self._form
+        except RecursionError:
+            raise InvalidRequest(
+                "messages.tools: their parameters are nested too deep for a grammar",
+                field="messages.tools",
+            ) from None
+
+    @property
+    def _form(self) -> StructuredOutput | None:
         max_calls = self.max_calls or MAX_PARALLEL
         if self.required:
             wanted = {name: self.schemas[name] for name in self.required}
@@ -76,19 +89,33 @@ class ChatAnswer:
     notes: tuple[str, ...] = ()
     """What the caller should know."""
 
-    def form(self, wanted: StructuredOutput | None) -> StructuredOutput | None:
-        """The form of what is said: the one that is asked for, or that the tools want. Raises
-        InvalidRequest for both.
+    def with_form(
+        self, wanted: StructuredOutput | None
+    ) -> tuple[ChatAnswer, StructuredOutput | None]:
+        """The answer and the form of what is said: the one that is asked for, in which no calls are
+        looked for, or that the tools want. Raises InvalidRequest for both.
         """
-        if self.tools is None or (wanted is not None and not self.tools.required):
-            return wanted
-        if wanted is not None:
+        if wanted is None:
+            return self, None if self.tools is None else self.tools.form
+        if self.tools is not None and self.tools.required:
             raise InvalidRequest(
                 "sampling.structured_output stands beside a messages.tool_choice that asks for a "
                 "call, which has a form of its own; send one of them",
                 field="sampling.structured_output",
             )
-        return self.tools.form
+        return replace(self, tools=None), wanted
+
+    @contextmanager
+    def naming_tools(self) -> Iterator[None]:
+        """While the form is compiled: what is refused of one that the tools want is theirs."""
+        try:
+            yield
+        except (InvalidRequest, UnsupportedFeature) as error:
+            field = error.field or ""
+            if self.tools is None or not field.startswith("sampling.structured_output"):
+                raise
+            message = error.message.replace(field, "messages.tools: the form of their calls", 1)
+            raise type(error)(message, field="messages.tools") from None
 
     def decoder(self, tokenizer: Tokenizer, side: TextSide | None) -> TokenDecoder | Tokenizer:
         """A decoder that shows those special tokens by which the text is read apart."""
@@ -147,12 +174,12 @@ def _tool_use(
     if parser == AUTO and template is not None:
         found = format_of(template)
     choice = prompt.tool_choice
-    if found is None and choice != ToolMode.AUTO:
+    if found is None and choice is not ToolMode.AUTO:
         raise InvalidRequest(
             f"messages.tool_choice asks for a call; {UNKNOWN_FORMAT}",
             field="messages.tool_choice",
         )
-    if choice == ToolMode.AUTO:
+    if choice is ToolMode.AUTO:
         _check_strict(prompt.tools, found)
     if found is None:
         return None
@@ -162,7 +189,7 @@ def _tool_use(
         format=found,
         schemas=schemas,
         special_ids={text: special_ids[text] for text in found.hidden if text in special_ids},
-        required=() if choice == ToolMode.AUTO else wanted,
+        required=() if choice is ToolMode.AUTO else wanted,
         strict=frozenset(tool.name for tool in prompt.tools if tool.strict),
         max_calls=None if prompt.parallel_tool_calls else 1,
     )
@@ -219,8 +246,11 @@ class AnswerReader:
         return self._calls is not None and self._calls.is_over
 
     def reason(self, reason: FinishReason) -> FinishReason:
-        """Why the output ended: for its calls, if it ended of itself and has some."""
-        has_calls = self._calls is not None and self._calls.num_calls > 0
+        """Why the output ended: for its calls, if it ended of itself, has some, and did not break
+        one off, as a stop string may.
+        """
+        calls = self._calls
+        has_calls = calls is not None and calls.num_calls > 0 and calls.are_whole
         is_called = reason is FinishReason.STOP and has_calls
         return FinishReason.TOOL_CALLS if is_called else reason
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.tool_formats.catalog import shows_tools
 
 MAX_TOOLS = 128
@@ -46,7 +46,7 @@ class ChatPrompt:
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolMode | str = ToolMode.AUTO
-    """A ToolMode, or the name of the tool that is to be called."""
+    """A ToolMode, or the name of the tool that is to be called, which may be that of a mode."""
     parallel_tool_calls: bool = True
     """False: an output ends with its first call."""
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -59,7 +59,7 @@ class ChatPrompt:
     @property
     def has_tools(self) -> bool:
         """True where the template is shown tools."""
-        return bool(self.tools) and self.tool_choice != ToolMode.NONE
+        return bool(self.tools) and self.tool_choice is not ToolMode.NONE
 
 
 def shown_tools(prompt: ChatPrompt, template: str | None) -> list[dict[str, Any]]:
@@ -108,10 +108,16 @@ def _check_tools(tools: Sequence[Tool]) -> None:
         if tool.name in names:
             raise InvalidRequest(f"{where} is {tool.name!r} once more", field=where)
         names.add(tool.name)
+        kind = (tool.parameters or {}).get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            where = f"messages.tools[{index}].parameters"
+            raise InvalidRequest(
+                f"{where} has the type {written(kind)}; arguments are an object", field=where
+            )
 
 
 def _check_choice(choice: ToolMode | str, names: set[str]) -> None:
-    if choice == ToolMode.REQUIRED and not names:
+    if choice is ToolMode.REQUIRED and not names:
         raise InvalidRequest(
             "messages.tool_choice asks for a tool, and messages.tools is empty",
             field="messages.tool_choice",

@@ -40,10 +40,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-JSON_OPTIONS: dict[str, Any] = {
-    "whitespace_pattern": r"( |\n[ \t]{0,20})?",
-    "lenient": False,
-}
+WHITESPACE = r"( |\n[ \t]{0,20})?"
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": False}
 """Between the parts of a JSON text stand at most a space, or a line break and an indentation: with
 any white space allowed a model may write nothing else to the end."""
 
@@ -74,6 +72,16 @@ def grammar_of(form: StructuredOutput) -> str:
         raise InvalidRequest(
             f"{field} has {num_bytes} bytes; at most {MAX_BYTES} are compiled", field=field
         )
+    try:
+        return _written_as_grammar(form, text, field)
+    except ValueError as error:
+        raise InvalidRequest(f"{field} cannot be served: {error}", field=field) from None
+
+
+def _written_as_grammar(form: StructuredOutput, text: str, field: str) -> str:
+    """Raises InvalidRequest, and ValueError for what llguidance cannot read at all, such as NaN or
+    half a surrogate pair.
+    """
     match form.kind:
         case StructureKind.JSON_OBJECT:
             return _json_grammar('{"type": "object"}')
@@ -87,6 +95,8 @@ def grammar_of(form: StructuredOutput) -> str:
         case StructureKind.GRAMMAR:
             if not text.strip():
                 raise InvalidRequest(f"{field} is empty", field=field)
+            if text.lstrip().startswith("{"):  # llguidance would take it for several, in its JSON
+                raise InvalidRequest(f"{field} is no Lark: it begins with '{{'", field=field)
             return LLMatcher.grammar_from_lark(text)
 
 
@@ -107,7 +117,7 @@ def _check_schema(text: str, field: str) -> None:
         schema = json.loads(text)
     except ValueError as error:
         raise InvalidRequest(f"{field} is no JSON: {error}", field=field) from None
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         raise InvalidRequest(f"{field} is no JSON schema: it must be an object", field=field)
 
 

@@ -95,8 +95,10 @@ class Tokenizer:
         return TokenReader(self._inner.backend_tokenizer, added)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a conversation that a template has rendered, special tokens included."""
-        return self._encode(text, add_special_tokens=False)
+        """Token ids of a conversation that a template has rendered, special tokens included. Raises
+        InvalidRequest (field `messages`).
+        """
+        return self._encode(text, add_special_tokens=False, field="messages")
 
     def chat_template(self, *, has_tools: bool = False) -> str | None:
         """The base's chat template; of several the one for tools where there are some."""
@@ -206,13 +208,13 @@ class Tokenizer:
         texts = {str(self._inner.decode(token_id)): token_id for token_id in self.eos_token_ids}
         return {text: token_id for text, token_id in texts.items() if text.strip()}
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, *, add_special_tokens: bool, field: str = "text") -> list[int]:
         try:
             return list(
                 self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
             )
         except (TypeError, UnicodeError):  # half of a surrogate pair, which no UTF-8 has
-            raise InvalidRequest("the text is not valid Unicode", field="text") from None
+            raise InvalidRequest(f"{field} is not valid Unicode", field=field) from None
 
     def _render(
         self,

@@ -186,17 +186,18 @@ class Generation:
             token_ids = await self._prompts.tokenize(call.prompt, side)
             self._room(call, len(token_ids), self._records(call))  # what is too long has no form
             answer = self._answer(call.prompt, token_ids, side)
-            form = answer.form(call.sampling.structured_output)
+            answer, form = answer.with_form(call.sampling.structured_output)
             structure = None
             if form is not None:
                 tenant = call.caller.tenant
-                structure = await self._structures.compile(
-                    form,
-                    side,
-                    answer.thinking,
-                    owner=tenant,
-                    place=self._compiling.waited_for(tenant),
-                )
+                with answer.naming_tools():
+                    structure = await self._structures.compile(
+                        form,
+                        side,
+                        answer.thinking,
+                        owner=tenant,
+                        place=self._compiling.waited_for(tenant),
+                    )
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
             if side == used:

@@ -185,6 +185,8 @@ def chat_prompt(
     check_tokens(len(messages), field, limits)
     turns = tuple(_turn(message, f"{field}[{i}]") for i, message in enumerate(messages))
     check_bytes(sum(len(str(value).encode()) for t in turns for value in t.values()), field, limits)
+    given = [[t.name, t.description, t.parameters] for t in tools], template_variables
+    check_bytes(_num_bytes(given), "tools", limits)
     return ChatPrompt(
         messages=turns,
         tools=tuple(Tool(t.name, t.description or "", t.parameters, bool(t.strict)) for t in tools),
@@ -316,6 +318,22 @@ def _prompts(value: Any, limits: PromptLimits) -> list[Prompt]:
         else token_ids(each, f"prompt[{index}]", limits)
         for index, each in enumerate(value)
     ]
+
+
+def _num_bytes(value: object) -> int:
+    """Bytes of a JSON value without its punctuation. Counted here and not in C, so that other
+    threads run meanwhile, and without recursion, as it may be nested deeper than Python calls.
+    """
+    num_bytes, left = 0, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+        else:
+            num_bytes += len(part.encode()) if isinstance(part, str) else 1
+    return num_bytes
 
 
 def _turn(message: Message, field: str) -> dict[str, Any]:

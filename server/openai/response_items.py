@@ -163,11 +163,14 @@ class Output:
         for call in delta.tool_calls:
             yield from self._call(call)
 
-    def finish(self, status: str) -> Iterator[Told]:
-        """Close the last item; without any, the output is an empty message."""
+    def finish(self, status: str, *, is_called: bool) -> Iterator[Told]:
+        """Close the last item; without any, the output is an empty message. `is_called`: its calls
+        are whole.
+        """
         if not self._items:
             yield from self._open(MessageItem)
-        yield from self._close(status)
+        is_broken = isinstance(self._items[-1], CallItem) and not is_called
+        yield from self._close("incomplete" if is_broken else status)
 
     def _text(self, kind: type[MessageItem | ReasoningItem], text: str) -> Iterator[Told]:
         if not self._items or type(self._items[-1]) is not kind:

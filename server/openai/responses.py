@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from lora_runtime.core import FinishReason
 from server.calls import Delta, Event, Finished, Started
 from server.openai import encode
 from server.openai.boundary import Exchange
@@ -72,7 +73,8 @@ class _Response:
                 self._usage.num_reasoning_tokens = event.num_reasoning_tokens
                 is_cut = encode.finish_reason(event) == "length"
                 self._status = "incomplete" if is_cut else "completed"
-                yield from self._output.finish(self._status)
+                is_called = event.finish_reason is FinishReason.TOOL_CALLS
+                yield from self._output.finish(self._status, is_called=is_called)
                 yield self._status, {"response": self.body()}
 
     def body(self) -> dict[str, Any]:

@@ -758,6 +758,27 @@ async def test_calls_of_tools_come_in_parts_and_whole(api, monkeypatch) -> None:
         ]
 
 
+async def test_tools_are_bounded_as_a_prompt_is(api) -> None:
+    tool = {"type": "function", "function": {"name": "look", "description": "x" * 600}}
+    flat = {"type": "function", "name": "look", "parameters": {"x": ["y" * 600] * 1000}}
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"properties": {"a": deep}}
+    nested = {"type": "function", "function": {"name": "look", "parameters": deep}}
+    async with api() as (_, api):
+        many = [tool | {"function": tool["function"] | {"name": f"f{n}"}} for n in range(120)]
+        for path, more in (
+            (CHAT, {"tools": many}),
+            (CHAT, {"chat_template_kwargs": {"a": "x" * 70_000}}),
+            ("/v1/responses", {"tools": [flat]}),
+        ):
+            status, error = await api.error(path, **GOOD[path] | more)
+            assert status == 400 and "can be the" in error["message"] and error["param"] == "tools"
+        for choice in ("auto", "required"):
+            asked = GOOD[CHAT] | {"tools": [nested], "tool_choice": choice}
+            assert (await api.post(CHAT, **asked)).status_code in (200, 400)
+
+
 async def test_what_a_caller_must_know_is_in_the_answer(api) -> None:
     async with api() as (world, api):
         await world.load("quiet", "q", invocation_tokens=[1, 2, 3])

@@ -18,6 +18,7 @@ from lora_runtime.errors import InvalidRequest
 from protos.loramux.v1 import types_pb2
 from tests.peft_adapters import write_adapter
 from tests.server import tiny_server
+from tests.server.http_api import serving_http
 from tests.server.world import serving
 from tests.tiny import lengthen, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import CHATML_TEMPLATE, write_tokenizer
@@ -206,6 +207,18 @@ REFUSED = [
     ({"tools": [{"name": "a b"}]}, "messages.tools[0].name"),
     ({"tools": [CLOCK, CLOCK]}, "messages.tools[1].name"),
     ({"tools": [{"name": "x", "parameters": "["}]}, "messages.tools[0].parameters"),
+    ({"tools": [{"name": "x", "parameters": '{"title": "\\ud800"}'}]}, "messages"),
+    (
+        {
+            "tools": [{"name": "x", "parameters": {"properties": {"a": {"type": "nope"}}}}],
+            "tool_choice": "required",
+        },
+        "messages.tools",
+    ),
+    (
+        {"tools": [{"name": "x", "parameters": {"type": "array"}}]},
+        "messages.tools[0].parameters",
+    ),
     ({"tool_choice": "required"}, "messages.tool_choice"),
     ({"tools": [CLOCK], "tool_choice": "weather"}, "messages.tool_choice"),
     ({"template_variables": {"messages": []}}, "messages.template_variables"),
@@ -285,3 +298,64 @@ async def test_calls_stream_apart_from_the_text(tmp_path):
     assert len([delta for delta in deltas(events) if delta.tool_calls]) > 5
     tokens = [token for delta in deltas(events) for token in delta.token_ids]
     assert bytes(tokens).decode() == f"<user>{text}"
+
+
+async def test_a_call_that_is_broken_off_is_no_call_that_ended_the_output(tmp_path):
+    """By a stop string within its arguments; the caller would take half of them for all."""
+    text = '<tool_call>{"name": "clock", "arguments": {"zone": "Ulm"}}</tool_call>'
+    async with serving(tmp_path) as world, serving_http(world.service) as api:
+        for stop, arguments, reason in (
+            ("Ulm", '{"zone": "', "stop"),
+            ('"}}', '{"zone": "Ulm', "stop"),
+            ("</tool", '{"zone": "Ulm"}', "tool_calls"),
+        ):
+            answer = await api.client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": text}],
+                tools=[CLOCK],
+                max_tokens=len(f"<user>{text}"),
+                n=2,
+                logprobs=True,
+                stop=[stop],
+                temperature=1.0,
+            )
+            for choice in answer.choices:
+                (call,) = choice.message.tool_calls
+                assert (call.function.arguments, choice.finish_reason) == (arguments, reason)
+
+
+async def test_in_a_form_no_calls_are_looked_for(tmp_path):
+    """A form is a promise about the text; a call in it would be taken out."""
+    text = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    prompt = f"<user>{text}"
+    async with serving(tmp_path) as world:
+        generation = world.client.generate(
+            messages=[{"role": "user", "content": text}],
+            tools=[CLOCK],
+            structured_output={"regex": "(?s:.*)"},
+            max_tokens=len(prompt),
+        )
+        events = [event async for event in generation]
+    assert "".join(delta.text for delta in deltas(events)) == prompt
+    assert not calls_of(events)
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "required"])
+async def test_a_tool_may_be_named_as_a_choice_is(name, folder):
+    tool = {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+    async with (
+        tiny_server.running_service(folder) as (service, _),
+        serving_http(service) as api,
+    ):
+        answer = await api.client.chat.completions.create(
+            model="tiny",
+            messages=USER,
+            tools=[CLOCK, tool],
+            tool_choice={"type": "function", "function": {"name": name}},
+            parallel_tool_calls=False,
+            max_tokens=1000,
+            seed=1,
+        )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == name
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)

@@ -9,7 +9,10 @@ Source: the chat templates of NousResearch/Hermes-2-Pro-Llama-3-8B and Qwen/Qwen
 
 from __future__ import annotations
 
-from lora_runtime.text.tool_formats.json_calls import call_rules, expect, read_call, skip
+from collections.abc import Iterator
+
+from lora_runtime.text.tool_formats.incoming_text import IncomingText
+from lora_runtime.text.tool_formats.json_calls import call_rules, read_call
 from lora_runtime.text.tool_formats.tool_format import (
     Call,
     Literal,
@@ -21,9 +24,12 @@ from lora_runtime.text.tool_formats.tool_format import (
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 
-def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
-    at = read_call(text, skip(text, expect(text, 0, BEGIN)), calls)
-    return expect(text, skip(text, at), END)
+def _read(text: IncomingText, calls: list[Call], schemas: Schemas) -> Iterator[None]:
+    yield from text.expect(BEGIN)
+    yield from text.skip()
+    yield from read_call(text, calls)
+    yield from text.skip()
+    yield from text.expect(END)
 
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:

@@ -1,139 +1,144 @@
-"""Calls that are JSON objects of a name and arguments, and JSON within other text: read as far as
-they go, and as rules of a grammar.
-
-Reading moves a position on; whoever finds the text at its end raises CutShort.
+"""Calls that are JSON objects of a name and arguments: read as they come, and as rules of a
+grammar.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_runtime.text.structured_output import JSON_OPTIONS
-from lora_runtime.text.tool_formats.tool_format import Call, CutShort, NoCall, Schemas
+from lora_runtime.text.structured_output import JSON_OPTIONS, WHITESPACE
+from lora_runtime.text.tool_formats.incoming_text import IncomingText, Waiting
+from lora_runtime.text.tool_formats.tool_format import Call, NoCall, Schemas
 
 ARGUMENTS = ("arguments", "parameters")
 """Keys of a call's arguments."""
 
-_SPACE = re.compile(r"\s*")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_SCALAR = re.compile(r"[^\s,{}\[\]\"]+")
-_NESTED = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
+_SCALAR = re.compile(r"[^\s,{}\[\]\"]*")
+_BRACKET_OR_QUOTE = re.compile(r'["{}\[\]]')
+_QUOTE_OR_ESCAPE = re.compile(r'["\\]')
 
 
-def skip(text: str, at: int) -> int:
-    """The position after white space, where the text goes on."""
-    found = _SPACE.match(text, at)
-    assert found is not None
-    if found.end() == len(text):
-        raise CutShort
-    return found.end()
-
-
-def expect(text: str, at: int, wanted: str) -> int:
-    """The position after a wanted text. Raises NoCall where another stands there."""
-    if text.startswith(wanted, at):
-        return at + len(wanted)
-    raise CutShort if wanted.startswith(text[at:]) else NoCall
-
-
-def until(text: str, at: int, end: str) -> tuple[str, int]:
-    """What stands before `end`, and the position after it."""
-    found = text.find(end, at)
-    if found < 0:
-        raise CutShort
-    return text[at:found], found + len(end)
-
-
-def read_arguments(text: str, at: int, call: Call) -> int:
+def read_arguments(text: IncomingText, call: Call) -> Iterator[None]:
     """Read the object that begins here as a call's arguments, as far as it goes."""
-    end = _value_end(text, at)
-    call.arguments = text[at:end]
-    if end is None:
-        raise CutShort
-    return end
+    call.arguments = ""
+    for _ in _to_value_end(text):
+        call.arguments += text.taken(len(text.held))
+        yield
+    call.arguments += text.taken(text.seen)
 
 
-def read_call(text: str, at: int, calls: list[Call], *, needs_arguments: bool = False) -> int:
-    """Read {"name": …, "arguments": {…}}, keys in any order, and return the position after it."""
+def read_call(
+    text: IncomingText, calls: list[Call], *, needs_arguments: bool = False
+) -> Iterator[None]:
+    """Read {"name": …, "arguments": {…}}, keys in any order; of a key twice the first counts."""
     call, held = Call(), None
     calls.append(call)
-    at = expect(text, at, "{")
+    yield from text.expect("{")
     while True:
-        key, at = _value(text, skip(text, at))
-        at = skip(text, expect(text, skip(text, at), ":"))
-        if key in ARGUMENTS and call.name and text[at] == "{":
-            at = read_arguments(text, at, call)
+        yield from text.skip()
+        if text.next != '"':
+            raise NoCall
+        key = yield from _value(text)
+        yield from text.skip()
+        yield from text.expect(":")
+        yield from text.skip()
+        if (
+            key in ARGUMENTS
+            and call.name
+            and text.next == "{"
+            and (held, call.arguments) == (None, None)
+        ):
+            yield from read_arguments(text, call)
         else:
-            value, at = _value(text, at)
-            if key == "name" and isinstance(value, str):
+            value = yield from _value(text)
+            if key == "name" and isinstance(value, str) and not call.name:
                 call.name = value
-            elif key in ARGUMENTS:
+            elif key in ARGUMENTS and held is None:
                 held = value if isinstance(value, str) else json.dumps(value or {})
-        at = skip(text, at)
-        if text[at] == "}":
+        yield from text.skip()
+        if text.next == "}":
             break
-        at = expect(text, at, ",")
+        yield from text.expect(",")
     if not call.name or (needs_arguments and held is None and call.arguments is None):
         raise NoCall
+    yield from text.expect("}")
     call.arguments = call.arguments or held or "{}"
     call.is_whole = True
-    return at + 1
 
 
-def _value_end(text: str, at: int) -> int | None:
-    """Where the JSON value that begins here ends; None: the text ends before. Raises NoCall."""
-    if text[at] not in '{["':
-        scalar = _SCALAR.match(text, at)
-        if scalar is None:
-            raise NoCall
-        return scalar.end() if scalar.end() < len(text) else None
-    if text[at] == '"':
-        string = _STRING.match(text, at)
-        return None if string is None else string.end()
-    depth = 0
-    for found in _NESTED.finditer(text, at):
-        depth += (found[0] in "{[") - (found[0] in "}]")
-        if depth == 0:
-            return found.end()
-    return None
+def _to_value_end(text: IncomingText) -> Iterator[None]:
+    """Move on what is seen to the end of the JSON value that begins here. Raises NoCall."""
+    text.seen = text.at
+    if text.next not in '{["':
+        yield from _to_scalar_end(text)
+        return
+    depth, is_text = 0, False
+    while True:
+        found = (_QUOTE_OR_ESCAPE if is_text else _BRACKET_OR_QUOTE).search(text.held, text.seen)
+        if found is None:
+            text.seen = max(text.seen, len(text.held))
+            yield
+            continue
+        text.seen = found.end()
+        if found[0] == "\\":
+            text.seen += 1  # whatever it is, it ends no text
+        elif found[0] == '"':
+            is_text = not is_text
+        else:
+            depth += 1 if found[0] in "{[" else -1
+        if depth == 0 and not is_text:
+            return
 
 
-def _value(text: str, at: int) -> tuple[Any, int]:
-    """A JSON value and the position after it."""
-    end = _value_end(text, at)
-    if end is None:
-        raise CutShort
+def _to_scalar_end(text: IncomingText) -> Iterator[None]:
+    while True:
+        found = _SCALAR.match(text.held, text.seen)
+        assert found is not None
+        text.seen = found.end()
+        if text.seen < len(text.held):
+            break
+        yield
+    if text.seen == text.at:
+        raise NoCall
+
+
+def _value(text: IncomingText) -> Waiting[Any]:
+    """A JSON value. What is none is passed over as a whole. Raises NoCall."""
+    yield from _to_value_end(text)
     try:
-        return json.loads(text[at:end]), end
-    except (ValueError, RecursionError):
+        value = json.loads(text.taken(text.seen), parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # no JSON, infinite, or half a surrogate pair
         raise NoCall from None
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def call_rules(schemas: Schemas, key: str) -> str:
     """The rule `call`: an object of a tool's name and, under `key`, its arguments."""
     rules = []
     for index, (name, schema) in enumerate(schemas.items()):
-        parts = {"name": {"const": name}, key: schema or {"type": "object"}}
-        whole = {
-            "type": "object",
-            "properties": parts,
-            "required": list(parts),
-            "additionalProperties": False,
-            **definitions(schema),
-        }
-        rules.append(f"call_{index}: {json_rule(whole)}")
-    names = " | ".join(f"call_{index}" for index in range(len(rules)))
-    return "\n".join((f"call: {names}", *rules))
+        parts = ["{", '"name"', ":", json.dumps(name), ",", json.dumps(key), ":"]
+        opening = " space ".join(map(json.dumps, parts))
+        rules.append(f'call_{index}: {opening} space arguments_{index} space "}}"')
+        rules.append(f"arguments_{index}: {arguments_rule(schema)}")
+    names = " | ".join(f"call_{index}" for index in range(len(schemas)))
+    return "\n".join((f"call: {names}", f"space: /{WHITESPACE}/", *rules))
+
+
+def arguments_rule(schema: Mapping[str, Any] | None) -> str:
+    """The right side of a rule: an object that a tool's schema allows. It is a document of its own,
+    in which `#` is that schema.
+    """
+    return json_rule({**(schema or {}), "type": "object"})
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """The right side of a rule: JSON that a schema allows."""
     return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}"
-
-
-def definitions(schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the parts of a schema refer to, which must stand beside any of them."""
-    return {name: schema[name] for name in ("$defs", "definitions") if schema and name in schema}

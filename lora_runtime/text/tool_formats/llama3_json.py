@@ -8,18 +8,26 @@ Source: the chat template of meta-llama/Llama-3.1-8B-Instruct.
 
 from __future__ import annotations
 
-from lora_runtime.text.tool_formats.json_calls import call_rules, expect, read_call, skip
+from collections.abc import Iterator
+
+from lora_runtime.text.tool_formats.incoming_text import IncomingText
+from lora_runtime.text.tool_formats.json_calls import call_rules, read_call
 from lora_runtime.text.tool_formats.tool_format import Call, Literal, Schemas, ToolFormat
 
 TAG = "<|python_tag|>"
 
 
-def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
-    at = 0 if text.startswith("{") else skip(text, expect(text, 0, TAG))
-    at = read_call(text, at, calls, needs_arguments=True)
-    while text[skip(text, at)] == ";":
-        at = read_call(text, skip(text, skip(text, at) + 1), calls, needs_arguments=True)
-    return at
+def _read(text: IncomingText, calls: list[Call], schemas: Schemas) -> Iterator[None]:
+    if text.next != "{":
+        yield from text.expect(TAG)
+        yield from text.skip()
+    yield from read_call(text, calls, needs_arguments=True)
+    yield from text.skip()
+    while text.next == ";":
+        yield from text.expect(";")
+        yield from text.skip()
+        yield from read_call(text, calls, needs_arguments=True)
+        yield from text.skip()
 
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Iterator
 
+from lora_runtime.text.tool_formats.incoming_text import IncomingText, Waiting
 from lora_runtime.text.tool_formats.json_calls import (
+    arguments_rule,
     call_rules,
-    expect,
-    json_rule,
     read_arguments,
     read_call,
-    skip,
 )
 from lora_runtime.text.tool_formats.tool_format import (
     Call,
@@ -41,37 +41,49 @@ def call_id() -> str:
     return uuid.uuid4().hex[:9]
 
 
-def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
-    at = skip(text, expect(text, 0, MARKER))
-    if text[at] != "[":
-        return _read_named(text, at, calls)
-    at = read_call(text, skip(text, at + 1), calls)
-    while text[at := skip(text, at)] == ",":
-        at = read_call(text, skip(text, at + 1), calls)
-    return expect(text, at, "]")
+def _read(text: IncomingText, calls: list[Call], schemas: Schemas) -> Iterator[None]:
+    yield from text.expect(MARKER)
+    yield from text.skip()
+    if text.next != "[":
+        yield from _read_named(text, calls)
+        return
+    separator = yield from text.expect("[")
+    while separator != "]":
+        yield from text.skip()
+        yield from read_call(text, calls)
+        yield from text.skip()
+        separator = yield from text.expect(",", "]")
 
 
-def _read_named(text: str, at: int, calls: list[Call]) -> int:
+def _read_named(text: IncomingText, calls: list[Call]) -> Iterator[None]:
     """Read name[ARGS]{…}, where [ARGS] may be missing and [CALL_ID]… may stand before it."""
-    name, at = _word(text, at)
-    if text.startswith("[C", at):
-        _, at = _word(text, skip(text, expect(text, at, CALL_ID)))
-    if text[at] == "[":
-        at = skip(text, expect(text, at, ARGS))
-    if text[at] != "{":
-        raise NoCall
-    call = Call(name)
+    call = Call((yield from _word(text)))
+    found = yield from text.expect(CALL_ID, ARGS, "{")
+    if found == CALL_ID:
+        yield from text.skip()
+        yield from _word(text)
+        found = yield from text.expect(ARGS, "{")
+    if found == ARGS:
+        yield from text.skip()
+        yield from text.expect("{")
+    text.at -= 1
     calls.append(call)
-    end = read_arguments(text, at, call)
+    yield from read_arguments(text, call)
     call.is_whole = True
-    return end
 
 
-def _word(text: str, at: int) -> tuple[str, int]:
-    found = _NAME.match(text, at)
-    if found is None:
-        raise NoCall
-    return found[0], skip(text, found.end())
+def _word(text: IncomingText) -> Waiting[str]:
+    """Read a name and the white space after it."""
+    while True:
+        found = _NAME.match(text.held, text.at)
+        if found is None and text.at < len(text.held):
+            raise NoCall
+        if found is not None and found.end() < len(text.held):
+            break
+        yield
+    word = text.taken(found.end())
+    yield from text.skip()
+    return word
 
 
 def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
@@ -85,7 +97,7 @@ def _named_grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
     for index, (name, schema) in enumerate(schemas.items()):
         opening = f"{literal(MARKER)} {json.dumps(name)} {literal(ARGS)}"
         calls.append(f"{opening} arguments_{index}")
-        rules.append(f"arguments_{index}: {json_rule(schema or {'type': 'object'})}")
+        rules.append(f"arguments_{index}: {arguments_rule(schema)}")
     start = f"calls: {several('call', '', max_calls)}\ncall: {' | '.join(calls)}"
     return "\n".join((start, *rules))
 

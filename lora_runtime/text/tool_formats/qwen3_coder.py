@@ -21,16 +21,12 @@ from typing import Any
 
 from lora_runtime.errors import InvalidRequest, written
 from lora_runtime.text.structured_output import MAX_BYTES
-from lora_runtime.text.tool_formats.json_calls import (
-    definitions,
-    expect,
-    json_rule,
-    skip,
-    until,
-)
+from lora_runtime.text.tool_formats.incoming_text import IncomingText
+from lora_runtime.text.tool_formats.json_calls import json_rule
 from lora_runtime.text.tool_formats.tool_format import (
     Call,
     Literal,
+    NoCall,
     Schemas,
     ToolFormat,
     several,
@@ -39,28 +35,34 @@ from lora_runtime.text.tool_formats.tool_format import (
 BEGIN, END = "<tool_call>", "</tool_call>"
 _AFTER_FUNCTION, _AFTER_PARAMETER = "</function>", "</parameter>"
 _AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
+_DEFINITIONS = ("$defs", "definitions")
+"""What the parts of a schema refer to, which must stand beside any of them."""
 _NO_TAG = r"~/(?s:.*)<\/parameter>(?s:.*)/"
 """A text in which no parameter ends."""
 
 
-def _read(text: str, calls: list[Call], schemas: Schemas) -> int:
-    at = expect(text, skip(text, expect(text, 0, BEGIN)), "<function=")
-    name, at = until(text, at, ">")
-    properties = (schemas.get(name) or {}).get("properties")
-    call, separator = Call(name, "{"), ""
+def _read(text: IncomingText, calls: list[Call], schemas: Schemas) -> Iterator[None]:
+    yield from text.expect(BEGIN)
+    yield from text.skip()
+    yield from text.expect("<function=")
+    call = Call((yield from text.until(">")))
+    if not call.name:
+        raise NoCall
+    properties = (schemas.get(call.name) or {}).get("properties")
     calls.append(call)
-    while True:
-        at = skip(text, at)
-        if _AFTER_FUNCTION.startswith(text[at : at + len(_AFTER_FUNCTION)]):
-            at = expect(text, at, _AFTER_FUNCTION)
-            call.arguments = f"{call.arguments}}}"
-            call.is_whole = True
-            return expect(text, skip(text, at), END)
-        key, at = until(text, expect(text, at, "<parameter="), ">")
-        value, at = until(text, at, _AFTER_PARAMETER)
+    arguments, separator = "{", ""
+    yield from text.skip()
+    while (yield from text.expect(_AFTER_FUNCTION, "<parameter=")) != _AFTER_FUNCTION:
+        key = yield from text.until(">")
+        value = yield from text.until(_AFTER_PARAMETER)
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        pair = f"{json.dumps(key)}: {_typed(value, schema)}"
-        call.arguments, separator = f"{call.arguments}{separator}{pair}", ", "
+        call.arguments = f"{arguments}{separator}{json.dumps(key)}: {_typed(value, schema)}"
+        arguments, separator = call.arguments, ", "
+        yield from text.skip()
+    call.arguments = f"{arguments}}}"
+    call.is_whole = True
+    yield from text.skip()
+    yield from text.expect(END)
 
 
 def _typed(value: str, schema: object) -> str:
@@ -68,8 +70,8 @@ def _typed(value: str, schema: object) -> str:
     value = value.removeprefix("\n").removesuffix("\n")
     if not _is_text(schema):
         try:
-            return json.dumps(json.loads(_AS_PYTHON.get(value, value)))
-        except (ValueError, RecursionError):
+            return json.dumps(json.loads(_AS_PYTHON.get(value, value)), allow_nan=False)
+        except (ValueError, RecursionError):  # NaN and infinity are no JSON either
             pass
     return json.dumps(value)
 
@@ -115,6 +117,8 @@ def _grammar(schemas: Schemas, literal: Literal, max_calls: int) -> str:
 def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The rule `call` of one tool, and those of its parameters, in the schema's order."""
     required = {key for key in _member(name, schema, "required", list, ()) if isinstance(key, str)}
+    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
+    _check_references(name, schema)
     body = []
     for number, (key, value) in enumerate(_member(name, schema, "properties", dict, {}).items()):
         place = f"{index}_{number}"
@@ -126,9 +130,29 @@ def _call_rules(index: str, name: str, schema: Mapping[str, Any]) -> Iterator[st
         else:
             shape = value if isinstance(value, Mapping) else {}
             yield f'parameter{place}: {start} value{place} "\\n{_AFTER_PARAMETER}\\n"'
-            yield f"value{place}: {json_rule({**definitions(schema), **shape})}"
+            yield f"value{place}: {json_rule({**definitions, **shape})}"
     opening = json.dumps(f"<function={name}>\n")
     yield f'call{index}: {" ".join((opening, *body))} "{_AFTER_FUNCTION}"'
+
+
+def _check_references(tool: str, schema: object) -> None:
+    """Refuse what refers to other places than definitions: a parameter's rule is a document of its
+    own, in which `#` is another schema. Raises InvalidRequest.
+    """
+    if isinstance(schema, list):
+        for value in schema:
+            _check_references(tool, value)
+    if not isinstance(schema, Mapping):
+        return
+    for value in schema.values():
+        _check_references(tool, value)
+    where = schema.get("$ref")
+    if isinstance(where, str) and not where.startswith(tuple(f"#/{key}/" for key in _DEFINITIONS)):
+        raise InvalidRequest(
+            f"messages.tools: the parameters of {tool!r} have $ref {written(where)}; in this "
+            "format of calls it must begin with #/$defs/ or #/definitions/",
+            field="messages.tools",
+        )
 
 
 def _text_rule(tool: str, schema: Mapping[str, Any]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_runtime.core import StructuredOutput, StructureKind
+
+if TYPE_CHECKING:
+    from lora_runtime.text.tool_formats.incoming_text import IncomingText
 
 MAX_PARALLEL = 8
 """Calls of one output that has to call tools."""
@@ -32,17 +35,13 @@ class Call:
     """The arguments are complete."""
 
 
-class CutShort(Exception):
-    """The text is the beginning of a call."""
-
-
 class NoCall(Exception):
     """The text is no call from here on."""
 
 
-Reading = Callable[[str, list[Call], Schemas], int]
-"""Reads calls from the beginning of a text, which is that of their marker, into a list, and returns
-where they end. Raises CutShort where the text ends before they do, and NoCall."""
+Reading = Callable[["IncomingText", list[Call], Schemas], Iterator[None]]
+"""Reads calls from the beginning of a text, which is that of their marker, into a list, and ends
+where they do. Yields where it needs more text. Raises NoCall."""
 Grammar = Callable[[Schemas, Literal, int], str]
 """The rule `calls` of a grammar in llguidance's dialect of Lark, and those that it needs: calls of
 some tools, at most so many, and nothing else."""

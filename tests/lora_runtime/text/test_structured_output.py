@@ -143,6 +143,11 @@ def test_white_space_in_json_has_bounds(vocabulary: Vocabulary) -> None:
     [
         ("json_schema", "{", "no JSON"),
         ("json_schema", "[1]", "no JSON schema"),
+        ("json_schema", "true", "must be an object"),
+        ("json_schema", '{"minimum": NaN}', "cannot be served"),
+        ("json_schema", '{"const": "\\ud800"}', "cannot be served"),
+        ("grammar", '{"grammars": []}', "no Lark"),
+        ("grammar", ' {"grammars": [1]}', "no Lark"),
         ("json_schema", "[" * 65 + "]" * 65, "65 deep"),
         ("json_schema", '"' + "x" * MAX_BYTES + '"', "bytes"),
         ("grammar", " ", "empty"),

@@ -15,7 +15,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, chat_answer
+from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers, ToolUse, chat_answer
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool
 from lora_runtime.text.structured_output import (
     Matcher,
@@ -148,6 +148,107 @@ def test_a_text_is_read_in_pieces_as_in_one(case: str) -> None:
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert read(name, pieces)[:2] == (found, found_calls)
     assert read(name, list(text))[:2] == (found, found_calls)
+
+
+WEATHER_CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
+ULM, NONE = ("weather", '{"city": "Ulm"}'), ("clock", "{}")
+BROKEN = {
+    "no end": (
+        "hermes",
+        f"<tool_call>{WEATHER_CALL}<tool_call>{CLOCK}</tool_call>!",
+        "!",
+        [ULM, NONE],
+    ),
+    "text for the end": (
+        "hermes",
+        f"<tool_call>{WEATHER_CALL}\nSo it is: <tool_call>{CLOCK}</tool_call>",
+        "So it is:",
+        [ULM, NONE],
+    ),
+    "a key twice": (
+        "hermes",
+        f'<tool_call>{WEATHER_CALL[:-1]}, "arguments": {{"days": 3}}, "name": "x"}}</tool_call>!',
+        "!",
+        [ULM],
+    ),
+    "no number": (
+        "hermes",
+        '<tool_call>{"arguments": {"days": NaN}, "name": "weather"}</tool_call>',
+        '<tool_call>{"arguments": {"days": NaN}, "name": "weather"}</tool_call>',
+        [],
+    ),
+    "half a surrogate pair": (
+        "hermes",
+        '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+        [],
+    ),
+    "a list that goes wrong": (
+        "mistral",
+        f"[TOOL_CALLS] [{WEATHER_CALL}, so it is.] [TOOL_CALLS] [{CLOCK}]",
+        "so it is.]",
+        [ULM, NONE],
+    ),
+    "an object that goes wrong": (
+        "llama3_json",
+        f"{WEATHER_CALL[:-1]}; so it is",
+        "; so it is",
+        [ULM],
+    ),
+    "infinite": (
+        "qwen3_coder",
+        XML.replace("\n3\n", "\n1e999\n"),
+        "",
+        [("weather", '{"city": "12", "days": "1e999"}')],
+    ),
+    "a function without a name": (
+        "qwen3_coder",
+        XML.replace("=weather", "="),
+        XML.replace("=weather", "="),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_in_a_call_is_text_and_calls_behind_it_are_read(case: str) -> None:
+    name, text, said, calls = BROKEN[case]
+    rng = random.Random(case)
+    for count in range(40):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=count))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert read(name, pieces)[:2] == (said, calls)
+    assert read(name, list(text))[:2] == (said, calls)
+
+
+LONG_CALLS = {
+    "brackets": ("hermes", '<tool_call>{"name": "a", "arguments": {"x": [', "[1],"),
+    "a text": ("hermes", '<tool_call>{"name": "a", "arguments": {"x": "', 'a \\" '),
+    "a name": ("hermes", '<tool_call>{"name": "', "a-b "),
+    "many calls": ("mistral", "[TOOL_CALLS] [", f"{CLOCK},"),
+    "calls with ;": ("llama3_json", "", f"{CLOCK};"),
+    "parameters": ("qwen3_coder", XML.partition("<parameter")[0], "<parameter=a>1</parameter>"),
+    "calls in calls": ("hermes", "", '<tool_call>{"a":['),
+}
+
+
+@pytest.mark.parametrize("case", LONG_CALLS)
+def test_reading_takes_time_in_proportion_to_the_text(case: str) -> None:
+    """A stream's neighbours wait while its text is read."""
+    name, begin, part = LONG_CALLS[case]
+
+    def seconds(size: int) -> float:
+        text = (begin + part * size)[:size]
+        reader = CallReader(FORMATS[name], SCHEMAS)
+        begun = time.process_time()
+        for start in range(0, size, 4):
+            reader.push(text[start : start + 4])
+        reader.push("}]" * (size // 2) + "?")
+        reader.flush()
+        return time.process_time() - begun
+
+    seconds(1000)
+    assert seconds(40_000) < 1.0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -304,6 +405,59 @@ def test_a_template_without_tools_is_known() -> None:
     assert format_of(plain) is None and not shows_tools(plain)
 
 
+TREE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "integer"},
+        "parts": {"type": "array", "items": {"$ref": "#"}},
+        "like": {"$ref": "#/properties/name"},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+CALLS_OF_TREE = {
+    "hermes": '<tool_call>\n{"name": "tree", "arguments": %s}\n</tool_call>',
+    "llama3_json": '{"name": "tree", "parameters": %s}',
+    "mistral": '[TOOL_CALLS] [{"name": "tree", "arguments": %s}]',
+    "mistral_named": "[TOOL_CALLS]tree[ARGS]%s",
+}
+
+
+def allows(grammar: str, text: str) -> bool:
+    matcher = compile_grammar(grammar, Vocabulary([bytes([i]) for i in range(256)], []))
+    return all(matcher.consume_token(byte) for byte in text.encode()) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("name", CALLS_OF_TREE)
+def test_references_within_a_tools_schema_are_to_that_schema(name: str) -> None:
+    grammar = grammar_of(FORMATS[name].form({"tree": TREE}, {}))
+    for value in (
+        {"name": 1, "parts": [{"name": 2, "parts": []}], "like": 3},
+        {"name": 1, "parts": [{"name": "tree", "arguments": {"name": 1}}]},
+        {"name": 1, "parts": [{"name": "x"}]},
+        {"name": 1, "parts": [], "like": "tree"},
+    ):
+        try:
+            jsonschema.validate(value, TREE)
+            is_valid = True
+        except jsonschema.ValidationError:
+            is_valid = False
+        assert allows(grammar, CALLS_OF_TREE[name] % json.dumps(value)) == is_valid, value
+
+
+@pytest.mark.parametrize("schema", [{}, {"properties": {"a": {}}}, {"type": ["null", "object"]}])
+@pytest.mark.parametrize("name", CALLS_OF_TREE)
+def test_arguments_are_an_object_whatever_the_schema_says(name: str, schema: dict) -> None:
+    grammar = grammar_of(FORMATS[name].form({"tree": schema}, {}))
+    for arguments, is_allowed in (("{}", True), ("[]", False), ("null", False), ("3", False)):
+        assert allows(grammar, CALLS_OF_TREE[name] % arguments) == is_allowed
+
+
+def test_qwen3_coder_refuses_references_that_its_parameters_cannot_follow() -> None:
+    with pytest.raises(InvalidRequest, match="'#'.*must begin with"):
+        FORMATS["qwen3_coder"].form({"tree": TREE}, {})
+
+
 STRICT = {
     "weather": {
         "type": "object",
@@ -388,7 +542,7 @@ def test_strict_calls_need_a_marker() -> None:
             chat_answer(prompt, [], tokenizer, None, parsers)
         assert caught.value.field == "messages.tools[0].strict"
     named = replace(prompt, tool_choice="clock")
-    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).form(None) is not None
+    assert chat_answer(named, [], Llama(), None, AS_TEMPLATES_SAY).with_form(None)[1] is not None
 
 
 PATTERNS = {
@@ -455,3 +609,13 @@ def test_a_large_schema_takes_no_more_time_or_memory_than_it_is_large(name: str)
     finally:
         tracemalloc.stop()
     assert peak < 20 * len(json.dumps(schema))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_schemas_that_are_too_deep_are_refused(name: str) -> None:
+    schema: dict = {}
+    for _ in range(2000):
+        schema = {"properties": {"a": schema}}
+    tools = ToolUse(FORMATS[name], {"weather": schema}, {}, ("weather",), frozenset(), None)
+    with pytest.raises(InvalidRequest, match="nested too deep"):
+        _ = tools.form
