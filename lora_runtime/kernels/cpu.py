@@ -413,7 +413,9 @@ class Tape:
 
 
 class Unrecordable(Exception):
-    """An op of this forward computes in Python what its tensors hold: it cannot be played again."""
+    """This forward cannot be played again: it computes in Python what its tensors hold, or makes
+    more than a tape should keep.
+    """
 
 
 class _Recording(threading.local):
@@ -433,9 +435,25 @@ def recorded_on(tape: Tape) -> Iterator[None]:
         _recording.tape = None
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What is made within stays: a tape that is recorded holds it, and not how it is made."""
+    tape, _recording.tape = _recording.tape, None
+    try:
+        yield
+    finally:
+        _recording.tape = tape
+
+
 def is_recording() -> bool:
-    """True within `recorded_on`, on its thread."""
+    """True within `recorded_on`, on its thread, outside of `unrecorded`."""
     return _recording.tape is not None
+
+
+def refuse_recording() -> None:
+    """Raise Unrecordable while a tape is recorded: what follows must not be on it."""
+    if is_recording():
+        raise Unrecordable
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
