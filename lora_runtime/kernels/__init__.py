@@ -243,6 +243,8 @@ def paged_attention(
     Source: PagedAttention, arXiv:2309.06180.
     """
     backend = _fastest(q, keys, values)
+    if backend is cpu and q.shape[-1] > cpu.MAX_HEAD_DIM:
+        backend = _reference()
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
 
 

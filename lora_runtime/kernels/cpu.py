@@ -36,6 +36,8 @@ FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
 TILE_INPUTS = 64
 """The products of bfloat16 take inputs in multiples of it."""
+MAX_HEAD_DIM = 512
+"""Values of a head that `paged_attention` has room for: MAX_CHUNKS vectors in vectors.h."""
 ALIGNMENT = 64
 """Bytes; where tensors of a tape begin."""
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}

@@ -17,7 +17,8 @@ class Pool {
   }
 
   // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
-  // one and others. Alone where the others are at work for another thread.
+  // one and others. Alone where the others are at work for another thread, and with fewer where the
+  // system gives no more.
   template <class Body>
   void run(long count, long grain, int num_threads, const Body& body) {
     num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
@@ -26,7 +27,7 @@ class Pool {
       if (count > 0) body(0, count);
       return;
     }
-    while (int(num_workers_) < num_threads - 1) start_worker();
+    while (num_workers_ < num_threads - 1 && start_worker()) {}
     call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
     body_ = &body, count_ = count, grain_ = grain, next_ = 0;
     wanted_ = num_threads - 1;
@@ -59,10 +60,16 @@ class Pool {
     for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
   }
 
-  void start_worker() {
-    const int index = num_workers_++;
+  bool start_worker() {
+    const int index = num_workers_;
     const long seen = job_.load();
-    std::thread([this, index, seen] { serve(index, seen); }).detach();
+    try {
+      std::thread([this, index, seen] { serve(index, seen); }).detach();
+    } catch (const std::system_error&) {  // a limit of processes or of memory
+      return false;
+    }
+    num_workers_++;
+    return true;
   }
 
   void serve(int index, long seen) {
