@@ -192,8 +192,7 @@ def prepare_base(
     _freeze_head(model, keep_copies=keep_copies)
     if can_fuse(cast(Tensor, model.get_input_embeddings().weight)):
         stack_linears(model)
-    if device.type == "cpu":
-        _gather_weights(model, linears.values())
+    _gather_weights(model, linears.values())
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, name_or_path, linears)
     _adapt_vocabulary(model, spec, context)
@@ -316,6 +315,8 @@ def _freeze_linears(
 
 def _gather_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:
     """Let all weights of a model on a CPU lie in huge pages, joined layers' included."""
+    if model.device.type != "cpu":
+        return
     joined = {id(linear.stack.joined): linear.stack.joined for linear in linears if linear.stack}
     modules = [model, *joined.values()]
     huge_pages.move_there(
