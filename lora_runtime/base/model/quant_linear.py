@@ -172,7 +172,7 @@ class DenseLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_copies: bool = False) -> None:
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property

@@ -83,6 +83,13 @@ def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
 
 
 @needs_tiles
+def test_a_weight_that_lies_in_columns_is_read_by_rows():
+    weight, x = torch.randn(128, 30).to(BFLOAT16), torch.randn(3, 128).to(BFLOAT16)
+    y = DenseLinear(weight.T, None).product(x)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double(), rtol=2**-8, atol=2e-3)
+
+
+@needs_tiles
 @pytest.mark.parametrize("limit", [3, 4])
 def test_no_rows_touch_no_memory(limit):
     """The output layer of a step that samples nothing. In a process of its own: what is written
