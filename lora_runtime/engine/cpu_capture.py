@@ -7,6 +7,7 @@ itself computes is noted by a dispatch mode, and done again into the tensors tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lora_runtime.base.model.fused_modules import are_fused
 from lora_runtime.base.streamed_load import decoder_layers
 from lora_runtime.engine.decode_graphs import Replay
 from lora_runtime.kernels import can_fuse
-from lora_runtime.kernels.cpu import Tape, recorded_on
+from lora_runtime.kernels.cpu import Tape, Unrecordable, is_recording, recorded_on
 
 
 def can_capture_on_cpu(base: Base) -> bool:
@@ -29,6 +30,14 @@ def can_capture_on_cpu(base: Base) -> bool:
     return like.is_cpu and can_fuse(like) and are_fused(decoder_layers(base.model))
 
 
+VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Of ops that tell Python what a tensor holds, or whose result's shape does."""
+UNTAGGED = {
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.where.default,
+}
+"""Ops made of such, which have no tag themselves."""
 UNFILLED = ("aten::empty", "aten::new_empty")
 """Ops that give memory and write nothing to it."""
 
@@ -55,9 +64,13 @@ class _TorchOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not is_recording():
+            return func(*args, **kwargs)
+        if _reads_values(func, args):
+            raise Unrecordable(str(func))
         outputs = func(*args, **kwargs)
         if func._schema.is_mutable:
-            self._tape.steps.append((func, args))
+            self._tape.steps.append((partial(func, **kwargs), args))
             return outputs
         taken = {_memory(tensor) for tensor in _tensors((*args, *kwargs.values()))}
         fresh = [output for output in _tensors((outputs,)) if _memory(output) not in taken]
@@ -66,6 +79,13 @@ class _TorchOps(TorchDispatchMode):
             if not func._schema.name.startswith(UNFILLED):
                 self._tape.steps.append((_again, (func, args, kwargs, outputs)))
         return outputs
+
+
+def _reads_values(func: Any, args: Any) -> bool:
+    """True where another step's values could give other numbers to Python, or another shape."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and not index.dtype.is_signed for index in args[1])
+    return func in UNTAGGED or not VALUE_TAGS.isdisjoint(func.tags)
 
 
 def _tensors(values: Iterable[object]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.kernels import cpu, gpu, huge_pages, reference
+from lora_runtime.kernels.cpu import refuse_recording, unrecorded
 from lora_runtime.kernels.types import (
     NO_EXTENT,
     AdapterMemory,
@@ -69,12 +70,14 @@ __all__ = [
     "paged_attention",
     "panel_product",
     "patch_logits",
+    "refuse_recording",
     "rms_norm",
     "rotate",
     "rotate_and_write",
     "segment_starts",
     "spans_of_rows",
     "to_device",
+    "unrecorded",
     "write_kv",
 ]
 
@@ -91,8 +94,7 @@ def _fastest(*activations: Tensor) -> ModuleType:
 
 def _reference() -> ModuleType:
     """The definition. It reads tables in Python, so what is recorded must not contain it."""
-    if cpu.is_recording():
-        raise cpu.Unrecordable
+    cpu.refuse_recording()
     return reference
 
 
@@ -241,6 +243,8 @@ def paged_attention(
     Source: PagedAttention, arXiv:2309.06180.
     """
     backend = _fastest(q, keys, values)
+    if backend is cpu and q.shape[-1] > cpu.MAX_HEAD_DIM:
+        backend = _reference()
     return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
 
 

@@ -36,6 +36,8 @@ FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
 TILE_INPUTS = 64
 """The products of bfloat16 take inputs in multiples of it."""
+MAX_HEAD_DIM = 512
+"""Values of a head that `paged_attention` has room for: MAX_CHUNKS vectors in vectors.h."""
 ALIGNMENT = 64
 """Bytes; where tensors of a tape begin."""
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -413,7 +415,9 @@ class Tape:
 
 
 class Unrecordable(Exception):
-    """An op of this forward computes in Python what its tensors hold: it cannot be played again."""
+    """This forward cannot be played again: it computes in Python what its tensors hold, or makes
+    more than a tape should keep.
+    """
 
 
 class _Recording(threading.local):
@@ -433,9 +437,25 @@ def recorded_on(tape: Tape) -> Iterator[None]:
         _recording.tape = None
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What is made within stays: a tape that is recorded holds it, and not how it is made."""
+    tape, _recording.tape = _recording.tape, None
+    try:
+        yield
+    finally:
+        _recording.tape = tape
+
+
 def is_recording() -> bool:
-    """True within `recorded_on`, on its thread."""
+    """True within `recorded_on`, on its thread, outside of `unrecorded`."""
     return _recording.tape is not None
+
+
+def refuse_recording() -> None:
+    """Raise Unrecordable while a tape is recorded: what follows must not be on it."""
+    if is_recording():
+        raise Unrecordable
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

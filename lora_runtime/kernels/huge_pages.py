@@ -24,13 +24,22 @@ def zeros(num_bytes: int, device: torch.device | str = "cpu") -> Tensor:
     """
     if num_bytes == 0 or torch.device(device).type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    mapped = mmap.mmap(-1, num_bytes)
+    mapped = _mapped(num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             mapped.madvise(mmap.MADV_HUGEPAGE)
         except OSError:  # a kernel without them
             pass
     return torch.frombuffer(mapped, dtype=torch.uint8)  # it keeps the mapping
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    """Memory of this process alone. By default Python's is shared: a process that is forked from
+    this one would write to the same, and most systems give shared memory no huge pages.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes)
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def move_there(tensors: Iterable[Tensor]) -> None:

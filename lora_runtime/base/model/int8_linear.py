@@ -17,6 +17,7 @@ from lora_runtime.kernels import (
     can_shrink_with_product,
     int8_product,
     int8_product_and_shrink,
+    refuse_recording,
 )
 
 MAX_CODE = 127
@@ -73,6 +74,7 @@ class Int8Linear(FrozenLinear):
         return self._dequantized(slice(None))
 
     def _dequantized(self, rows: slice) -> Tensor:
+        refuse_recording()  # a tape would keep the values, those of every layer
         return self.codes[rows] * (self.absmax[rows, None] / MAX_CODE)
 
 

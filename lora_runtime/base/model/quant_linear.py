@@ -33,6 +33,8 @@ from lora_runtime.kernels import (
     gated_activation,
     pack_panels,
     panel_product,
+    refuse_recording,
+    unrecorded,
 )
 
 BLOCK_SIZE = 64
@@ -65,7 +67,8 @@ class FrozenLinear(nn.Module):
         """W x: x (..., in) → (..., out), in the compute dtype."""
         if self.keep_copies and can_use_panels(x):
             if self._panels is None:
-                self._panels = pack_panels(self.weight_values())
+                with unrecorded():
+                    self._panels = pack_panels(self.weight_values())
             return panel_product(x, self._panels, self.out_features)
         product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product
@@ -107,10 +110,11 @@ class FrozenLinear(nn.Module):
         """`weight_values`, made once if the layer keeps copies."""
         if self._dense is not None:
             return self._dense
-        values = self.weight_values()
-        if self.keep_copies:
-            self._dense = values
-        return values
+        if not self.keep_copies:
+            return self.weight_values()
+        with unrecorded():
+            self._dense = self.weight_values()
+        return self._dense
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.product(x)
@@ -168,7 +172,7 @@ class DenseLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_copies: bool = False) -> None:
         super().__init__(keep_copies=keep_copies)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
@@ -317,6 +321,7 @@ class QuantLinear(FrozenLinear):
         """As one long row where a row of the weight ends inside a block: there bitsandbytes 0.50.2
         misreads absmax on a CPU.
         """
+        refuse_recording()  # a tape would keep the values, those of every layer
         size = (num_rows, self.in_features)
         state = bnb.QuantState(
             absmax=absmax,

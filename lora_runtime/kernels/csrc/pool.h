@@ -17,7 +17,8 @@ class Pool {
   }
 
   // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
-  // one and those that come in time. Alone where the others are at work for another thread.
+  // one and those that come in time. Alone where the others are at work for another thread, and with
+  // fewer where the system gives no more.
   template <class Body>
   void run(long count, long grain, int num_threads, const Body& body) {
     num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
@@ -26,7 +27,7 @@ class Pool {
       if (count > 0) body(0, count);
       return;
     }
-    while (num_workers_ < num_threads - 1) start_worker();
+    while (num_workers_ < num_threads - 1 && start_worker()) {}
     call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
     body_ = &body, count_ = count, grain_ = grain, max_helpers_ = num_threads - 1;
     next_.store(0, std::memory_order_relaxed);
@@ -62,9 +63,14 @@ class Pool {
     for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
   }
 
-  void start_worker() {
+  bool start_worker() {
+    try {
+      std::thread([this, seen = state_.load() >> 32] { serve(seen); }).detach();
+    } catch (const std::system_error&) {  // a limit of processes or of memory
+      return false;
+    }
     num_workers_++;
-    std::thread([this, seen = state_.load() >> 32] { serve(seen); }).detach();
+    return true;
   }
 
   void serve(uint64_t seen) {

@@ -274,6 +274,7 @@ void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, b
 
 template <class Weight, class Data>
 void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+  if (num_tokens == 0) return;  // the output layer, in a step that ends no row's prompt
   static thread_local Scratch arranged;
   const long num_tiles = (num_tokens + TILE - 1) / TILE, tile_words = long(in) * TILE / 2;
   uint32_t* words = arranged.get<uint32_t>(num_tiles * tile_words);

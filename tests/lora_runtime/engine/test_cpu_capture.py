@@ -158,6 +158,71 @@ def test_a_tape_plays_torch_ops_into_the_same_tensors():
     assert out.tolist() == [4.0, 8.0, 12.0]
 
 
+def test_a_tape_plays_the_options_of_ops_that_write():
+    x, out = torch.ones(3), torch.zeros(3)
+
+    def forward():
+        y = x.clone()
+        y.add_(x, alpha=2)
+        torch.mul(y, y, out=out)
+
+    play = CpuCapture()(forward)
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    play()
+    assert out.tolist() == [9.0, 36.0, 81.0]
+
+
+READERS = {
+    "item": lambda x: x * x[0].item(),
+    "bool": lambda x: x * 2 if x[0] > 0 else x,
+    "equal": lambda x: x * 2 if torch.equal(x, x) else x,
+    "mask": lambda x: x[x > 1],
+    "where": lambda x: torch.where(x > 1)[0],
+    "repeat": lambda x: x.repeat_interleave(x.long()),
+    "unique": lambda x: x.unique(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_ops_that_tell_python_values_are_not_recorded(name):
+    """A tape would give every step the value, or the shape, of the one that was recorded."""
+    with pytest.raises(cpu.Unrecordable):
+        CpuCapture()(lambda: READERS[name](torch.ones(3)))
+    assert not cpu.is_recording()
+    CpuCapture()(lambda: torch.ones(3)[torch.tensor([0, 2])])
+
+
+def dequantisations(play):
+    """How often a tape makes a weight of its codes."""
+    names = [str(arguments[0]) for _, arguments in play.__self__.steps if arguments]
+    return sum("dequantize" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_copies_of_weights_are_made_once_and_not_at_every_step(quantization, dtype, monkeypatch):
+    """Engines capture before the first request, when no copy has been made yet."""
+    monkeypatch.setattr(cpu, "has_tiles", lambda: False)  # bfloat16 needs copies too
+    base = tiny_base("llama", quantization=quantization, dtype=dtype)
+    engine = tiny_engine(base, max_num_seqs=2)
+    engine.runner.warm_up(lambda _: None)
+    plays = list(engine.runner.graphs._replays.values())
+    assert plays and all(plays)
+    sizes = {len(play.__self__.steps) for play in plays}
+    assert len(sizes) == 1 and not any(map(dequantisations, plays))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_steps_that_decode_weights_are_not_captured(quantization):
+    """Without copies of the weights a tape would be one."""
+    base = tiny_base("llama", quantization=quantization, dequantized_cache=False)
+    engine = tiny_engine(base, max_num_seqs=2)
+    engine.runner.warm_up(lambda _: None)
+    assert set(engine.runner.graphs._replays.values()) == {None}
+    (trace,) = run(engine, [greedy("a", [5, 6, 7], max_tokens=6)]).values()
+    assert len(trace.token_ids) == 6
+
+
 def test_memory_of_a_tape_is_used_again_once_nobody_holds_it():
     tape = cpu.Tape()
     with cpu.recorded_on(tape):

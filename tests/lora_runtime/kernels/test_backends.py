@@ -136,6 +136,21 @@ def test_a_token_at_a_negative_position_sees_nothing(backend, window):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("head_dim", [cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 8, 1000])
+def test_heads_of_any_size_are_served(head_dim):
+    """Those that the compiled backend has no room for go by torch."""
+    q, keys = torch.randn(2, 4, head_dim), torch.randn(12, 2, head_dim)
+    positions = torch.tensor([6, 7], dtype=torch.int32)
+    rows, table = torch.zeros(2, dtype=torch.int32), torch.tensor([[2, 1]], dtype=torch.int32)
+    meta = AttentionMeta(rows, positions, torch.zeros(2, dtype=torch.int64), table, block_size=4)
+    y = kernels.paged_attention(q, keys, keys, meta, scale=head_dim**-0.5)
+    seen = torch.cat([keys[8:12], keys[4:8]]).double().repeat_interleave(2, dim=1)
+    for token, count in enumerate((7, 8)):
+        scores = torch.einsum("hd,jhd->hj", q[token].double(), seen[:count]) * head_dim**-0.5
+        expected = torch.einsum("hj,jhd->hd", scores.softmax(1), seen[:count])
+        torch.testing.assert_close(y[token].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paged_attention_in_bfloat16_is_within_rounding_of_torch(backend):
     q, keys, values, meta, dense = attention_case(6, 2, 64, torch.bfloat16)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -76,6 +80,46 @@ def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
         some = frozen.product(x[rows])
         assert torch.equal(some.nan_to_num(7.0), together[rows].nan_to_num(7.0))
     assert together[7].isnan().all() and not together[8:].isnan().any()
+
+
+@needs_tiles
+def test_a_weight_that_lies_in_columns_is_read_by_rows():
+    weight, x = torch.randn(128, 30).to(BFLOAT16), torch.randn(3, 128).to(BFLOAT16)
+    y = DenseLinear(weight.T, None).product(x)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double(), rtol=2**-8, atol=2e-3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("limit", [3, 4])
+def test_no_rows_touch_no_memory(limit):
+    """The output layer of a step that samples nothing. In a process of its own: what is written
+    past the end of a buffer shows when memory is taken or given back.
+    """
+    program = f"""
+        import torch
+        from lora_runtime.kernels import cpu
+
+        cpu.library().loramux_limit_level({limit})
+        weight = torch.ones(64, 8192, dtype=torch.bfloat16)
+        codes, scales = weight.to(torch.int8), torch.ones(64)
+        packed = torch.zeros(64 * 8192 // 2, dtype=torch.uint8)
+        absmax, code = torch.ones(8192), torch.ones(16)
+        for rows in (1, 0, 2, 0):
+            x = torch.ones(rows, 8192, dtype=torch.bfloat16)
+            found = (
+                cpu.dense_product(x, weight),
+                cpu.int8_product(x, codes, scales),
+                cpu.four_bit_product(x, packed, absmax, code, 64),
+            )
+            assert all(y.shape == (rows, 64) for y in found)
+            kept = [torch.ones(size) for size in range(1, 4000, 7)]
+            assert all(bool((one == 1).all()) for one in kept)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @needs_tiles

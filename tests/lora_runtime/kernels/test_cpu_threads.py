@@ -1,0 +1,88 @@
+"""The compiled backend's own threads: processes of their own, so that their ends are seen too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lora_runtime.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs the compiled library")
+
+SETUP = """
+import os, resource, threading
+from pathlib import Path
+import numpy as np
+import torch
+from lora_runtime.kernels import cpu
+
+torch.set_num_threads(1)  # torch's own threads, which do not live through a fork, stay out of it
+x, weight = torch.randn(64, 512), torch.randn(2048, 512)
+panels, expected = cpu.pack_panels(weight), x.double().numpy() @ weight.double().numpy().T
+
+def check():
+    y = cpu.panel_product(x, panels, 2048).numpy()
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+"""
+
+
+def run_alone(body):
+    """Run SETUP and `body` as a program; it ends by itself, without an error."""
+    program = SETUP + textwrap.dedent(body)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_op_runs_in_fewer_threads_where_the_system_gives_no_more():
+    run_alone("""
+        torch.set_num_threads(16)
+        used = next(
+            int(line.split()[1]) << 10
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmSize")
+        )
+        resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)  # stacks take 8 MiB each
+        for _ in range(3):
+            check()
+    """)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    run_alone("""
+        torch.set_num_threads(3)
+        check()
+        for _ in range(3):
+            child = os.fork()
+            check()
+            if child == 0:
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile():
+    run_alone("""
+        failed = []
+
+        def work(count):
+            try:
+                torch.set_num_threads(count)
+                for _ in range(30):
+                    check()
+            except AssertionError as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in (1, 2, 5, 64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        threading.Thread(target=lambda: [check() for _ in iter(int, 1)], daemon=True).start()
+        check()
+    """)
