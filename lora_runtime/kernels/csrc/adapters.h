@@ -34,7 +34,7 @@ template <class T>
 inline float shift(const Adapters<T>& p, const Segment& s, long token, int column) {
   const int own = column - s.column;
   float total = 0;
-  if (s.extent->gain >= 0) total += (p.vectors[s.extent->gain + own] - 1) * value(p.base[token * p.out + column]);
+  if (s.extent->gain >= 0) total = std::fma(p.vectors[s.extent->gain + own] - 1, value(p.base[token * p.out + column]), total);
   if (s.extent->bias >= 0)
     total += p.vectors[s.extent->bias + own] - (p.bias ? value(p.bias[column]) : 0.f);
   return total;
@@ -66,7 +66,7 @@ void expand_block(const Adapters<T>& p, const Segment& s, int first, int column,
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j], at = token * p.out + column;
     if (s.extent->gain >= 0 || s.extent->bias >= 0)
-      for (int c = 0; c < width; c++) deltas[j][c] += p.weights[first + j] * shift(p, s, token, column + c);
+      for (int c = 0; c < width; c++) deltas[j][c] = std::fma(p.weights[first + j], shift(p, s, token, column + c), deltas[j][c]);
     const int place = s.places[token];
     if (place == ONE_ADAPTER)
       add_up(p.y + at, p.base + at, p.bias ? p.bias + column : nullptr, deltas[j], width);

@@ -38,11 +38,11 @@ void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int co
       vec total[N] = {};
       for (int c = 0; c < p.head_dim / LANES; c++) {
         const vec part = load(key + c * LANES);
-        for (int j = 0; j < N; j++) total[j] += queries[j][c] * part;
+        for (int j = 0; j < N; j++) total[j] = fused(total[j], queries[j][c], part);
       }
       if (p.head_dim % LANES) {
         const vec part = load_part(key + (size - 1) * LANES, p.head_dim % LANES);
-        for (int j = 0; j < N; j++) total[j] += queries[j][size - 1] * part;
+        for (int j = 0; j < N; j++) total[j] = fused(total[j], queries[j][size - 1], part);
       }
       for (int j = 0; j < N; j++) products[j][i] = total[j];
     }

@@ -10,8 +10,8 @@ inline void product_block(const float* x, long x_stride, const float* panel, int
     for (int k = begin; k < std::min(in, begin + DEPTH); k++) {
       const vec first = load(panel + long(k) * WIDE), second = load(panel + long(k) * WIDE + LANES);
       for (int j = 0; j < N; j++) {
-        left[j] += x[j * x_stride + k] * first;
-        right[j] += x[j * x_stride + k] * second;
+        left[j] = fused(left[j], x[j * x_stride + k], first);
+        right[j] = fused(right[j], x[j * x_stride + k], second);
       }
     }
     for (int j = 0; j < N; j++) totals[j][0] += left[j];

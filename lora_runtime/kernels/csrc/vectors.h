@@ -70,6 +70,18 @@ inline vec load(const bf16* from) {
   return v;
 #endif
 }
+// sums + a · b, rounded once. By name: left to itself the compiler fuses in some of the blocks that a
+// row may be computed in and not in others.
+inline vec fused(vec sums, vec a, vec b) {
+#if VECTOR_LEVEL == 2
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums);
+#elif VECTOR_LEVEL == 1
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
+#else
+  return sums + a * b;
+#endif
+}
+inline vec fused(vec sums, float a, vec b) { return fused(sums, vec{} + a, b); }
 template <class T>
 inline vec load_part(const T* from, int width) {
   vec v = {};
@@ -150,13 +162,13 @@ inline void dots(const float* rows, const T* const* xs, int n, float (*out)[N]) 
     for (int r = 0; r < R; r++) {
       __builtin_prefetch(rows + long(r) * n + i + AHEAD);
       const vec row = load(rows + long(r) * n + i);
-      for (int j = 0; j < N; j++) totals[r][j] += row * x[j];
+      for (int j = 0; j < N; j++) totals[r][j] = fused(totals[r][j], row, x[j]);
     }
   }
   if (i < n)
     for (int r = 0; r < R; r++)
       for (int j = 0; j < N; j++)
-        totals[r][j] += load_part(rows + long(r) * n + i, n - i) * load_part(xs[j] + i, n - i);
+        totals[r][j] = fused(totals[r][j], load_part(rows + long(r) * n + i, n - i), load_part(xs[j] + i, n - i));
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++) out[r][j] = sum(totals[r][j]);
 }
@@ -168,15 +180,15 @@ inline void combine(const float* const* scales, int count, int width, Row row, f
   if (width == WIDE)
     for (int k = 0; k < count; k++) {
       const vec first = load(row(k)), second = load(row(k) + LANES);
-      for (int j = 0; j < N; j++) left[j] += scales[j][k] * first;
-      for (int j = 0; j < N; j++) right[j] += scales[j][k] * second;
+      for (int j = 0; j < N; j++) left[j] = fused(left[j], scales[j][k], first);
+      for (int j = 0; j < N; j++) right[j] = fused(right[j], scales[j][k], second);
     }
   else
     for (int k = 0; k < count; k++) {
       const vec first = load_part(row(k), std::min(width, LANES));
       const vec second = load_part(row(k) + LANES, width - LANES);
-      for (int j = 0; j < N; j++) left[j] += scales[j][k] * first;
-      for (int j = 0; j < N; j++) right[j] += scales[j][k] * second;
+      for (int j = 0; j < N; j++) left[j] = fused(left[j], scales[j][k], first);
+      for (int j = 0; j < N; j++) right[j] = fused(right[j], scales[j][k], second);
     }
   for (int j = 0; j < N; j++) {
     std::memcpy(sums[j], &left[j], sizeof(vec));
