@@ -80,11 +80,14 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
         """Compile and capture what steps need, before the first request waits for it. Only while
-        nothing runs: it writes to the cache.
+        nothing runs: it writes to the cache. Not on a CPU: nothing is compiled there, a capture
+        takes about as long as a step, and most of them would wait for a number of rows that never
+        comes.
         """
-        if can_run_on_gpu(torch.empty(0, dtype=self.base.dtype, device=self.base.device)):
-            on_progress("compiling the kernels of prompts and adapters")
-            self._warm_up_kernels()
+        if not can_run_on_gpu(torch.empty(0, dtype=self.base.dtype, device=self.base.device)):
+            return
+        on_progress("compiling the kernels of prompts and adapters")
+        self._warm_up_kernels()
         if self.graphs is not None:
             self.graphs.warm_up(self.pool.layout, on_progress)
 

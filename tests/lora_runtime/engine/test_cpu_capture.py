@@ -192,6 +192,12 @@ def test_ops_that_tell_python_values_are_not_recorded(name):
     CpuCapture()(lambda: torch.ones(3)[torch.tensor([0, 2])])
 
 
+@torch.inference_mode()
+def capture_all(engine):
+    """Every graph, before the first request."""
+    engine.runner.graphs.warm_up(engine.pool.layout, lambda _: None)
+
+
 def dequantisations(play):
     """How often a tape makes a weight of its codes."""
     names = [str(arguments[0]) for _, arguments in play.__self__.steps if arguments]
@@ -201,11 +207,11 @@ def dequantisations(play):
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_copies_of_weights_are_made_once_and_not_at_every_step(quantization, dtype, monkeypatch):
-    """Engines capture before the first request, when no copy has been made yet."""
+    """Also where a step is captured before the first request, when no copy has been made yet."""
     monkeypatch.setattr(cpu, "has_tiles", lambda: False)  # bfloat16 needs copies too
     base = tiny_base("llama", quantization=quantization, dtype=dtype)
     engine = tiny_engine(base, max_num_seqs=2)
-    engine.runner.warm_up(lambda _: None)
+    capture_all(engine)
     plays = [graph[0] for graph in engine.runner.graphs._captured.values() if graph]
     assert len(plays) == len(engine.runner.graphs._captured)
     sizes = {len(play.__self__.steps) for play in plays}
@@ -217,7 +223,7 @@ def test_steps_that_decode_weights_are_not_captured(quantization):
     """Without copies of the weights a tape would be one."""
     base = tiny_base("llama", quantization=quantization, dequantized_cache=False)
     engine = tiny_engine(base, max_num_seqs=2)
-    engine.runner.warm_up(lambda _: None)
+    capture_all(engine)
     assert set(engine.runner.graphs._captured.values()) == {None}
     (trace,) = run(engine, [greedy("a", [5, 6, 7], max_tokens=6)]).values()
     assert len(trace.token_ids) == 6
