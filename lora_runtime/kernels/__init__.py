@@ -121,11 +121,8 @@ def apply_adapters(
     `extents` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
-    meta.check_within(extents)
-    if gpu.can_run(base, x, weights=(memory.weights,)):
-        return gpu.apply_adapters(base, x, bias, memory, extents, meta, hidden)
-    backend = cpu if cpu.can_run(base, x, weights=(memory.weights,)) else _reference()
-    return backend.apply_adapters(base, x, bias, memory, extents, meta)
+    widths = (base.shape[1],)
+    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths, hidden)
 
 
 def apply_stacked_adapters(
@@ -150,7 +147,8 @@ def apply_stacked_adapters(
         return cpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, extents, strict=True)
-    return torch.cat([apply_adapters(y, x, b, memory, own, meta) for y, b, own in parts], 1)
+    plain = _reference().apply_adapters
+    return torch.cat([plain(y, x, b, memory, own, meta) for y, b, own in parts], 1)
 
 
 def apply_gated_adapters(

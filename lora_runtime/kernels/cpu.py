@@ -180,20 +180,6 @@ def apply_stacked_adapters(
     return y
 
 
-def apply_adapters(
-    base: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    memory: AdapterMemory,
-    extents: Tensor,
-    meta: StepMeta,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    """See `lora_runtime.kernels.apply_adapters`; no product here makes `hidden`."""
-    widths = (base.shape[1],)
-    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths)
-
-
 def paged_attention(
     q: Tensor,
     keys: Tensor,

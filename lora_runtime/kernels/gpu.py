@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.kernels.cuda import product as cuda_product
-from lora_runtime.kernels.types import AdapterMemory, PooledAdapters, StepMeta, wants_gradient
+from lora_runtime.kernels.types import PooledAdapters, wants_gradient
 
 DEVICES = {"cuda"}
 """Device types that are handed to Triton. Tests add "cpu", under TRITON_INTERPRET=1."""
@@ -110,17 +110,3 @@ rotate_and_write = _op("triton.elementwise", "rotate_and_write")
 apply_gated_adapters = _op("triton.adapters", "apply_gated_adapters")
 gated_activation = _op("triton.elementwise", "gated_activation")
 draw_cut = _op("triton.sampling", "draw_cut")
-
-
-def apply_adapters(
-    base: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    memory: AdapterMemory,
-    extents: Tensor,
-    meta: StepMeta,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    """See `lora_runtime.kernels.apply_adapters`."""
-    widths = (base.shape[1],)
-    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths, hidden)

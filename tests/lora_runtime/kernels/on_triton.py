@@ -8,6 +8,7 @@ import torch
 
 from lora_runtime.kernels import AdapterMemory, StepMeta, gpu
 from tests.lora_runtime.kernels import interpreter
+from tests.lora_runtime.kernels.one_module import of_one_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,4 +28,4 @@ def on_device(value):
 
 def apply_adapters(*arguments):
     """The Triton backend's op on DEVICE, its result back on the host."""
-    return gpu.apply_adapters(*map(on_device, arguments)).cpu()
+    return of_one_module(gpu, *map(on_device, arguments)).cpu()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lora_runtime import kernels
 from lora_runtime.kernels import AttentionMeta, Span, StepMeta, cpu, reference
 from tests.lora_runtime.kernels.adapter_cases import popularity
+from tests.lora_runtime.kernels.one_module import of_one_module
 from tests.lora_runtime.kernels.scattered import Scattered, table
 
 BACKENDS = [reference, cpu]
@@ -57,7 +58,7 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
         expected[t] += a.double() @ x[t].double() @ b.double()
     memory = scattered.memory(torch.float32)
     for backend in BACKENDS:
-        y = backend.apply_adapters(base, x, None, memory, extents, meta)
+        y = of_one_module(backend, base, x, None, memory, extents, meta)
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -69,10 +70,10 @@ def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
     memory = scattered.memory(torch.float32)
     x, base = torch.randn(11, 40), torch.randn(11, 24)
     spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
-    together = cpu.apply_adapters(base, x, None, memory, extents, StepMeta.build(spans))
+    together = of_one_module(cpu, base, x, None, memory, extents, StepMeta.build(spans))
     for t in range(11):
         alone = StepMeta.build([Span(slot=int(t >= 6), first_token=0, num_tokens=1)])
-        y = cpu.apply_adapters(base[t : t + 1], x[t : t + 1], None, memory, extents, alone)
+        y = of_one_module(cpu, base[t : t + 1], x[t : t + 1], None, memory, extents, alone)
         assert torch.equal(y[0], together[t])
 
 

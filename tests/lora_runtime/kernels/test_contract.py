@@ -26,6 +26,7 @@ from tests.lora_runtime.kernels.adapter_cases import (
     build_adapters,
     dense,
 )
+from tests.lora_runtime.kernels.one_module import of_one_module
 from tests.lora_runtime.kernels.scattered import Scattered, table
 
 
@@ -40,7 +41,7 @@ def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
     base = torch.randn(NUM_TOKENS, OUT, generator=generator).to(dtype)
     x = torch.randn(NUM_TOKENS, IN, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype) if has_bias else None
-    y = backend.apply_adapters(base, x, bias, memory, extents, StepMeta.build(SPANS))
+    y = of_one_module(backend, base, x, bias, memory, extents, StepMeta.build(SPANS))
     expected = dense(base, x, bias, parts, SPANS)
     assert y.dtype == dtype
     assert (y.double() - expected).abs().max() <= TOLERANCES[dtype]

@@ -281,8 +281,8 @@ def test_a_told_rank_bound_and_a_step_without_ranks():
 
 def test_the_public_op_takes_it_for_tensors_of_its_devices_without_gradient(monkeypatch):
     called = []
-    real = gpu.apply_adapters
-    monkeypatch.setattr(gpu, "apply_adapters", lambda *a: called.append(1) or real(*a))
+    real = gpu.apply_stacked_adapters
+    monkeypatch.setattr(gpu, "apply_stacked_adapters", lambda *a: called.append(1) or real(*a))
     arguments, expected = mixed_batch([2, 1], 16, 24, torch.float32, seed=7)
     arguments = [on_device(value) for value in arguments]
     if DEVICE == "cpu":
