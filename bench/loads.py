@@ -50,20 +50,20 @@ async def measure(args: argparse.Namespace, address: str, folders: list[Path]) -
         await asyncio.sleep(3)
         gaps.clear()
         await asyncio.sleep(args.quiet_s)
-        quiet = sorted(gaps)
+        quiet = list(gaps)
         gaps.clear()
         for folder in folders[1:]:
             begun = time.perf_counter()
             await client.load_adapter(folder.name, str(folder))
             load_s.append(time.perf_counter() - begun)
             await client.unload_adapter(folder.name)
-        loaded = sorted(gaps)
+        loaded = list(gaps)
         stop.set()
         for stream in streams:
             stream.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*streams, return_exceptions=True)
-    p99 = [1000 * each[-(-99 * len(each) // 100) - 1] for each in (quiet, loaded)]
+    p99 = [1000 * machine.percentile(each, 99) for each in (quiet, loaded)]
     return {
         "load_ms_median": round(1000 * statistics.median(load_s), 1),
         "load_ms_largest": round(1000 * max(load_s), 1),

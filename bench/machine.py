@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +68,12 @@ def best_seconds(action: Callable[[], object], repeats: int) -> float:
         action()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def percentile(values: Iterable[float], percent: int) -> float:
+    """The least of some values that so many percent of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[-(-percent * len(ordered) // 100) - 1]
 
 
 def read_bandwidth() -> float:

@@ -180,6 +180,24 @@ class Workload:
         return args.requests * args.new_tokens / seconds
 
 
+CONTENDERS = (
+    "ours_mixed", "ours_base_only", "peft_mixed", "transformers_base_only",
+    "ours_alone", "ours_alone_adapted", "transformers_alone",
+)  # fmt: skip
+
+
+def compared(workload: Workload, num_rounds: int) -> dict[str, list[float]]:
+    """Every contender's output tokens a second in each round; a round before warms ours up."""
+    speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for round_number in range(num_rounds + 1):
+        for name in CONTENDERS:
+            if round_number or name.startswith("ours"):
+                speed = getattr(workload, name)()
+                if round_number:
+                    speeds[name].append(round(speed, 1))
+    return speeds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -197,17 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = write_random_adapters(base, Path(folder), args.adapters, args.rank)
         workload = Workload(args, base, folders)
-    contenders = (
-        "ours_mixed", "ours_base_only", "peft_mixed", "transformers_base_only",
-        "ours_alone", "ours_alone_adapted", "transformers_alone",
-    )  # fmt: skip
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(args.rounds + 1):
-        for name in contenders:
-            if round_number or name.startswith("ours"):  # the first round of ours warms up
-                speed = getattr(workload, name)()
-                if round_number:
-                    speeds[name].append(round(speed, 1))
+    speeds = compared(workload, args.rounds)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     ceilings = machine.read_bandwidth(), machine.gemm_rate(base.dtype)
     floors = {

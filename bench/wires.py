@@ -246,7 +246,7 @@ class Figures:
             found[f"{name}_best_tokens_per_s"] = max(getattr(self, f"{name}_tokens_per_s"))
             found[f"{name}_first_least_ms"] = first[0]
             found[f"{name}_first_p50_ms"] = statistics.median(first)
-            found[f"{name}_first_p99_ms"] = first[-(-99 * len(first) // 100) - 1]
+            found[f"{name}_first_p99_ms"] = machine.percentile(first, 99)
         for name in ("server", "loop", "client"):
             found[f"{name}_cpu_s"] = 1000 * getattr(self, f"{name}_cpu_s") / self.num_tokens
         return {name: round(value, 3) for name, value in found.items()}

@@ -15,8 +15,8 @@ modules, apart from the attention function, which is registered under a name of 
    transformers hands through to it: the paged cache in serving, whole rows in training
    (`varlen_attention.py`).
 4. A module's class becomes a subclass (`module.__class__ = …`, `fused_modules.py`), whose forward
-   runs as one GPU launch what were two to ten. Attributes, names and parameters stay, and the
-   subclass calls the original's forward wherever a fused kernel cannot run.
+   runs as one op what were two to ten. Attributes, names and parameters stay, and the
+   subclass calls the original's forward wherever a fused op cannot run.
 5. A layer's norm is computed early, with the sum before it, and handed on as an attribute of the
    sum (`fused_modules.py`, `_Layer`). Only the norm it was made for takes it, and only from that
    tensor.

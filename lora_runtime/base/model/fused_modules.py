@@ -1,7 +1,8 @@
-"""Modules of transformers that run as one GPU launch where there were two to ten.
+"""Modules of transformers that run as one op where there were two to ten: a launch on a GPU, on a
+CPU a call of the compiled library.
 
 A module keeps its attributes, names and parameters; only its class becomes a subclass, whose
-forward is the original wherever a fused kernel cannot run: on a CPU, or with gradients.
+forward is the original wherever the ops are not compiled (`can_fuse`), or a gradient is wanted.
 """
 
 from __future__ import annotations

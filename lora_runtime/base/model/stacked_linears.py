@@ -1,7 +1,7 @@
 """Linear layers that are given the same x, run as one: q, k and v, or gate and up.
 
-On a GPU a decode step is many short launches. One product over the layers' joined weights and one
-application of their adapters take the place of two or three of each.
+A decode step is many short ops. One product over the layers' joined weights and one application of
+their adapters take the place of two or three of each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StackedLinears:
         self._outputs: tuple[Tensor, ...] = ()
 
     def takes(self, x: Tensor) -> bool:
-        """True for a GPU without gradients, where all members have adapters in one pool or none."""
+        """True where `can_fuse`, and all members have adapters in one pool or none."""
         return x is self._x or (
             can_fuse(x) and (self._extents() is not None or not self._is_adapted())
         )
