@@ -52,9 +52,22 @@ class Item(ABC):
 class _Parted(Item):
     """An item whose text is its one part."""
 
+    item_type: ClassVar[str]
+    besides: ClassVar[dict[str, Any]]
+    """What the item has beside its part."""
     part_type: ClassVar[str]
     none_of: ClassVar[dict[str, Any]]
     """What a part has besides, empty."""
+
+    def body(self) -> dict[str, Any]:
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {
+            "type": self.item_type,
+            "id": self.id,
+            "status": self.status,
+            **self.besides,
+            "content": content,
+        }
 
     def part(self) -> dict[str, Any]:
         return {"type": self.part_type, "text": self.text, **self.none_of}
@@ -82,36 +95,20 @@ class MessageItem(_Parted):
     """What is said."""
 
     prefix = "msg"
+    item_type = "message"
+    besides: ClassVar[dict[str, Any]] = {"role": "assistant"}
     part_type = "output_text"
     none_of: ClassVar[dict[str, Any]] = {"annotations": [], "logprobs": []}
-
-    def body(self) -> dict[str, Any]:
-        content = [] if self.status == "in_progress" else [self.part()]
-        return {
-            "type": "message",
-            "id": self.id,
-            "status": self.status,
-            "role": "assistant",
-            "content": content,
-        }
 
 
 class ReasoningItem(_Parted):
     """What is thought before."""
 
     prefix = "rs"
+    item_type = "reasoning"
+    besides: ClassVar[dict[str, Any]] = {"summary": []}
     part_type = "reasoning_text"
     none_of: ClassVar[dict[str, Any]] = {}
-
-    def body(self) -> dict[str, Any]:
-        content = [] if self.status == "in_progress" else [self.part()]
-        return {
-            "type": "reasoning",
-            "id": self.id,
-            "status": self.status,
-            "summary": [],
-            "content": content,
-        }
 
 
 @dataclass(slots=True)
