@@ -14,6 +14,7 @@ import structlog
 import uvicorn.server
 from typer import testing
 
+from tests.server.places import Place, certificate
 from tests.server.world import World, serving
 
 
@@ -28,6 +29,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[World]]:
     return partial(serving, tmp_path)
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A server of files over https whose certificate is trusted."""
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    with Place(context) as place:
+        yield place
 
 
 @pytest.fixture(scope="session", autouse=True)

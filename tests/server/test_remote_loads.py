@@ -27,7 +27,7 @@ from server.client import AsyncClient
 from server.config import load_config
 from tests.server.access.keyring import ACME as ACME_KEY
 from tests.server.access.keyring import write_keys
-from tests.server.places import WEIGHTS, Hub, Place, adapter, certificate, status
+from tests.server.places import WEIGHTS, Hub, adapter, status
 from tests.server.test_restart import Host, LocalEngine, ask
 from tests.server.world import until
 
@@ -57,14 +57,6 @@ def hub(monkeypatch):
         monkeypatch.setattr(hub_module.constants, "ENDPOINT", place.url)
         monkeypatch.setattr(hub_module.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
-        yield place
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    with Place(context) as place:
         yield place
 
 

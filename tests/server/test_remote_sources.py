@@ -33,10 +33,8 @@ from tests.server.places import (
     WEIGHTS,
     GoogleStorage,
     Hub,
-    Place,
     adapter,
     breaks_off,
-    certificate,
     lies,
     s3,
     status,
@@ -47,14 +45,6 @@ REPO = Path(__file__).parents[2]
 MAX_BYTES = 1 << 20
 CALM = FetchLimits(idle_s=20.0, total_s=60.0, pause_s=0.01)
 HASTY = FetchLimits(idle_s=0.35, total_s=20.0, pause_s=0.01)
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    with Place(context) as place:
-        yield place
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from server.calls import AdapterRecord, AdapterState
 from server.client import AsyncClient
 from tests.fakes import PLAIN
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, limited, write_keys
-from tests.server.places import WEIGHTS, Place, adapter, certificate
+from tests.server.places import WEIGHTS, adapter
 from tests.server.test_restart import Host, LocalEngine, ask
 from tests.server.world import until
 
@@ -75,14 +75,6 @@ def small(num_adapters: int) -> LocalEngine:
     engine = LocalEngine()
     engine.max_loaded = num_adapters
     return engine
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    with Place(context) as place:
-        yield place
 
 
 # Host memory.

@@ -14,7 +14,7 @@ from server.client import AsyncClient
 from tests.peft_adapters import write_adapter
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, write_keys
 from tests.server.access.test_tenants_adapters import keys
-from tests.server.places import CONFIG, WEIGHTS, Place, certificate
+from tests.server.places import CONFIG, WEIGHTS, Place
 from tests.server.test_process import Server, started
 from tests.server.world import until
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -33,17 +33,14 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def web(tmp_path, monkeypatch):
+def web(tmp_path, web):
     """Serves adapters of one size, and says who asked for what."""
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     model = tiny_model("llama")
     names = ["rival-0", "rival-1", *(f"acme-{i}" for i in range(NUM_FLOODED + 8))]
-    with Place(context) as place:
-        for seed, name in enumerate(names):
-            folder = write_adapter(model, tmp_path / name, seed=seed, r=4)
-            place.put(name, {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)})
-        yield place
+    for seed, name in enumerate(names):
+        folder = write_adapter(model, tmp_path / name, seed=seed, r=4)
+        web.put(name, {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)})
+    return web
 
 
 Ask = Callable[[str, str], Awaitable[float]]
