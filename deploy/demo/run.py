@@ -109,6 +109,8 @@ class Demo:
         self.heading("Start the server: the base alone")
         grpc, http = free_address(), free_address()
         arguments = ["serve", "--grpc-address", grpc, "--http-address", http]
+        # A store of its own: the user's knows the names that earlier demos have loaded.
+        arguments += ["--adapter-store", str(OUTPUT / "store")]
         arguments += ["--base", BASE, "--adapter-root", str(OUTPUT)]
         self.say(f"$ loramux {' '.join(arguments)}  > demo-output/server.log")
         with (OUTPUT / "server.log").open("wb") as log:
