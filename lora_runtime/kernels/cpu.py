@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_long, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 4
+ABI = 5
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -57,6 +59,7 @@ SIGNATURES = {
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
 """
+POINTER, FLOAT = "p", "f"
 
 
 @cache
@@ -364,6 +367,10 @@ def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     return _product("product_f32", x, out_features, panels)
 
 
+Step = tuple[Callable[..., object], tuple[Any, ...]]
+"""What to call, and with what."""
+
+
 class Tape:
     """The library's calls of one run, to be made again in the same order on the same memory.
 
@@ -372,16 +379,32 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.steps: list[Step] = []
         self.kept: list[object] = []
         """What must not be freed while the tape may be played."""
         self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
         self._addresses: set[int] = set()
 
     def play(self) -> None:
-        """Run all again."""
-        for function, arguments in self.steps:
+        """Run all again. Calls of the library that follow one another are one call of Python's:
+        each would let other threads have the interpreter, and wait for them to give it back.
+        """
+        for function, arguments in self._joined:
             function(*arguments)
+
+    @cached_property
+    def _joined(self) -> list[Step]:
+        """The steps once all are noted."""
+        joined: list[Step] = []
+        calls: list[tuple[_Function, tuple[Any, ...]]] = []
+        for function, arguments in self.steps:
+            if isinstance(function, _Function):
+                calls.append((function, arguments))
+                continue
+            joined += [*_as_one(calls), (function, arguments)]
+            calls = []
+        joined += _as_one(calls)
+        return joined
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As `torch.empty`, of the tape's memory."""
@@ -472,11 +495,46 @@ def _run(op: str, dtype: torch.dtype | None, *arguments: Any) -> None:
     function(*arguments)
 
 
-@cache
-def _function(op: str, dtype: torch.dtype | None) -> Callable[..., None]:
-    symbol = f"loramux_{op}" if dtype is None else f"loramux_{op}_{SUFFIXES[dtype]}"
-    function = getattr(library(), symbol)
-    function.restype = None
-    function.argtypes = [TYPES[kind] for kind in SIGNATURES[op].replace(" ", "")]
-    call: Callable[..., None] = function
-    return call
+class _Function:
+    """One of the library's functions, for Python to call and for a tape to play."""
+
+    def __init__(self, op: str, dtype: torch.dtype | None) -> None:
+        found, name = library(), op if dtype is None else f"{op}_{SUFFIXES[dtype]}"
+        self._kinds = SIGNATURES[op].replace(" ", "")
+        self._call = getattr(found, f"loramux_{name}")
+        self._call.restype = None
+        self._call.argtypes = [TYPES[kind] for kind in self._kinds]
+        self._played = ctypes.cast(getattr(found, f"loramux_played_{name}"), c_void_p).value
+
+    def __call__(self, *arguments: Any) -> None:
+        self._call(*arguments)
+
+    def words(self, arguments: Sequence[Any]) -> list[int]:
+        """A call as `loramux_play` reads it: what to call, how many arguments, and these."""
+        assert self._played is not None
+        packed = map(_word, self._kinds, arguments)
+        return [self._played, len(self._kinds), *packed]
+
+
+_function = cache(_Function)
+
+
+def _word(kind: str, value: Any) -> int:
+    """An argument in 8 bytes; a float as the bits of a double."""
+    if kind == POINTER:
+        return ctypes.addressof(value) if isinstance(value, ctypes.Array) else value or 0
+    if kind == FLOAT:
+        return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
+    return int(value)
+
+
+def _as_one(calls: Sequence[tuple[_Function, tuple[Any, ...]]]) -> list[Step]:
+    """Calls of the library as one step, which also holds what they point at; none as none."""
+    words = [word for function, arguments in calls for word in function.words(arguments)]
+    return [(_play, (np.array(words, np.int64), calls))] if calls else []
+
+
+def _play(program: np.ndarray[Any, Any], calls: Sequence[object]) -> None:
+    found = library()
+    assert found is not None
+    found.loramux_play(c_void_p(program.ctypes.data), c_long(len(calls)))

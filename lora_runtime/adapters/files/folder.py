@@ -33,6 +33,7 @@ from lora_runtime.adapters.files.file_names import (
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
 from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
+from lora_runtime.adapters.files.tensors import is_finite
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.strict_json import parse_object
@@ -227,7 +228,7 @@ def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:  # PEFT copies it into float32 parameters
             tensors[name] = tensor.float()
-        if not torch.isfinite(tensors[name]).all():
+        if not is_finite(tensors[name]):
             raise AdapterRefused(
                 f"tensor {name} holds NaN, infinity or more than float32 can hold", field=name
             )

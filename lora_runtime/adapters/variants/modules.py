@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.files.tensors import AdapterTensors
+from lora_runtime.adapters.files.tensors import AdapterTensors, is_finite
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.dora import dora_gain
 from lora_runtime.adapters.variants.mutated_base import (
@@ -161,7 +161,7 @@ def _with_lora_bias(trained: Tensor | None, extra: Tensor, own: Tensor | None) -
 def _check_finite(site: Site, *tensors: Tensor | None) -> None:
     """A is finite in the file, and stays so; what was scaled or divided may not be."""
     for tensor in tensors:
-        if tensor is not None and not torch.isfinite(tensor).all():
+        if tensor is not None and not is_finite(tensor):
             raise AdapterRefused(
                 f"the adapter of {site.name} overflows float32 when it is scaled and combined with "
                 "the base",

@@ -15,6 +15,7 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -316,10 +317,30 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
       num_threads);
 }
 
+// An argument of a played call, from 8 bytes.
+template <class T>
+T argument(const int64_t& word) {
+  if constexpr (std::is_pointer<T>::value) return reinterpret_cast<T>(word);
+  else if constexpr (std::is_floating_point<T>::value) {
+    double x;
+    std::memcpy(&x, &word, sizeof x);
+    return T(x);
+  } else return T(word);
+}
+template <class... A, size_t... I>
+void call(void (*function)(A...), const int64_t* words, std::index_sequence<I...>) {
+  function(argument<A>(words[I])...);
+}
+template <class... A>
+void call(void (*function)(A...), const int64_t* words) {
+  call(function, words, std::index_sequence_for<A...>{});
+}
+using Played = void (*)(const int64_t* words);
+
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 4; }  // raise it with every change of a signature below
+int loramux_abi() { return 5; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -341,6 +362,17 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
                            int num_threads) {
   run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
 }
+
+// A program is, for every call: loramux_played_…, the number of its arguments, and these.
+void loramux_play(const int64_t* program, long num_calls) {
+  for (long i = 0; i < num_calls; i++, program += 2 + program[1]) reinterpret_cast<Played>(program[0])(program + 2);
+}
+#define PLAYED(name) \
+  void loramux_played_##name(const int64_t* words) { call(loramux_##name, words); }
+PLAYED(product_f32)
+PLAYED(four_bit_product)
+PLAYED(int8_product)
+PLAYED(dense_product)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
@@ -389,4 +421,14 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
   }
 FOR_DTYPE(float, f32)
 FOR_DTYPE(bf16, bf16)
+
+#define PLAYED_IN(SUFFIX)        \
+  PLAYED(apply_adapters_##SUFFIX) \
+  PLAYED(attention_##SUFFIX)      \
+  PLAYED(rms_norm_##SUFFIX)       \
+  PLAYED(rotate_##SUFFIX)         \
+  PLAYED(gated_activation_##SUFFIX) \
+  PLAYED(most_likely_##SUFFIX)
+PLAYED_IN(f32)
+PLAYED_IN(bf16)
 }
