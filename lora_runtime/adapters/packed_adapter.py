@@ -6,7 +6,7 @@ A load is then one copy, and the host keeps one copy of the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.adapters.files.tensors import is_finite
 from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
 from lora_runtime.base.loader import Base
-from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Extent
+from lora_runtime.errors import AdapterRefused
+from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Extent, adapter_dtype
 
 ALIGNMENT = 16
 """Bytes; every tensor starts at a multiple, which vector loads want."""
+MAX_DOUBLINGS = 126
+"""Within float32 both 2ⁿ and 2⁻ⁿ are normal numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,28 +78,30 @@ class PackedAdapter:
         return torch.where(self.extents < 0, self.extents, self.extents + torch.tensor(shift))
 
 
-def adapter_dtype(base: Base) -> torch.dtype:
-    """Dtype of adapter weights in the pool: float32 on a CPU, where rounding them to bfloat16
-    would cost more accuracy than the memory is worth; the compute dtype elsewhere.
-    """
-    return torch.float32 if base.device.type == "cpu" else base.dtype
-
-
 def pack_for(base: Base, form: ServingForm) -> PackedAdapter:
     """`form` as the pool of an engine over `base` holds it. Safe on any thread."""
-    return pack(form, adapter_dtype(base), pin=base.device.type == "cuda")
+    dtype = adapter_dtype(base.device, base.dtype)
+    return pack(form, dtype, pin=base.device.type == "cuda")
 
 
 def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
-    """Lay the tensors of `form` end to end, weights in `dtype`; `pin`: in page-locked memory."""
+    """Lay the tensors of `form` end to end, weights in `dtype`; `pin`: in page-locked memory.
+
+    Raises AdapterRefused where float16 cannot hold them.
+    """
     size = packed_bytes(form, dtype.itemsize)
     storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     memory, offsets = AdapterMemory.over(storage, dtype, ALIGNMENT), {}
     for place in _places(form, dtype.itemsize):
-        target: Tensor = getattr(memory, place.view)
+        target: Tensor = getattr(memory, place.part.view)
         offset = place.start // target.itemsize
-        target[offset : offset + place.values.numel()].view(place.values.shape).copy_(place.values)
-        offsets[id(place.tensor)] = offset
+        values = place.part.values
+        room = target[offset : offset + values.numel()].view(values.shape)
+        if dtype == torch.float16 and place.part.view == "weights":
+            _write_halves(place, room)
+        else:
+            room.copy_(values)
+        offsets[place.part.key] = offset
     paths = tuple(sorted({key.path for key in form.modules}))
     return PackedAdapter(
         facts=form.facts,
@@ -111,7 +117,38 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
 
 def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
     """Bytes an adapter takes in the pool: `weight_bytes` a weight, 4 a gain, bias or row id."""
-    return sum(_aligned(p.tensor, p.view, weight_bytes) for p in _places(form, weight_bytes))
+    return sum(_aligned(place.part, weight_bytes) for place in _places(form, weight_bytes))
+
+
+def _write_halves(place: _Place, room: Tensor) -> None:
+    """Write weights in float16. A row of A and its row of B' are first multiplied and divided by a
+    power of two that makes them equally large: their product is the same, and neither is too large
+    or too small for float16 as long as the product is not.
+    """
+    values, factors = place.part.values, place.part.factors
+    if factors is None:
+        room.copy_(values)
+    else:
+        a, b = factors
+        doublings = _doublings(a.abs().amax(1), b.abs().amax(0))
+        scale = torch.ldexp(torch.ones(len(a)), doublings if values is a else -doublings)
+        torch.mul(values, scale[:, None], out=room)
+    if not is_finite(room):
+        raise AdapterRefused(
+            f"the adapter of {place.path} holds values up to {float(values.abs().max()):.3g}: with "
+            "what they are multiplied by they are too large for float16, in which a bfloat16 base "
+            "on this processor holds adapters; serve with --dtype float32",
+            field=place.path,
+        )
+
+
+def _doublings(largest_a: Tensor, largest_b: Tensor) -> Tensor:
+    """n of each rank for which 2ⁿ · largest_a and 2⁻ⁿ · largest_b are about equal; beside a factor
+    of zeros the other is about 1.
+    """
+    (_, of_a), (_, of_b) = torch.frexp(largest_a), torch.frexp(largest_b)
+    found = torch.where(largest_a == 0, of_b, (of_b - of_a) // 2)
+    return torch.where(largest_b == 0, -of_a, found).clamp(-MAX_DOUBLINGS, MAX_DOUBLINGS)
 
 
 def empty_extents(*shape: int) -> Tensor:
@@ -119,49 +156,62 @@ def empty_extents(*shape: int) -> Tensor:
     return torch.tensor(NO_EXTENT).repeat(*shape, 1)
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in its adapter's storage: `start`, in bytes, as elements of `view`."""
+Key = tuple[object, ...]
+Offsets = Mapping[Key, int]
 
-    tensor: Tensor
+
+class _Part(NamedTuple):
+    """What is stored of a module, of which others may share it."""
+
+    key: Key
+    """Equal for parts that are the same."""
     values: Tensor
-    """The values that are stored: the tensor's, or those of B' transposed."""
     view: str
     """The view of AdapterMemory: weights, vectors or indices."""
+    factors: tuple[Tensor, Tensor] | None = None
+    """A and B', if this is one of them: only their product is given."""
+
+
+class _Place(NamedTuple):
+    """Where a part lies in its adapter's storage: from byte `start` on."""
+
+    path: str
+    part: _Part
     start: int
 
 
 def _places(form: ServingForm, weight_bytes: int) -> Iterator[_Place]:
-    """Every tensor once, in the order of the modules, though modules may share some."""
+    """Every part once, in the order of the modules, though modules may share some."""
     start, seen = 0, set()
     # Sorted, so that equal content gives equal bytes. PEFT's visits of one layer share tensors.
     for key in sorted(form.modules):
-        for tensor, values, view in _parts(form.modules[key]):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield _Place(tensor, values, view, start)
-                start += _aligned(tensor, view, weight_bytes)
+        for part in _parts(form.modules[key]):
+            if part.key not in seen:
+                seen.add(part.key)
+                yield _Place(key.path, part, start)
+                start += _aligned(part, weight_bytes)
 
 
-def _parts(module: ModuleForm) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """(tensor, what is stored of it, view) of each part the module has."""
-    if module.a is not None and module.b is not None:
-        yield module.a, module.a, "weights"
-        yield module.b, module.b.T, "weights"
+def _parts(module: ModuleForm) -> Iterator[_Part]:
+    a, b, patch = module.a, module.b, module.patch
+    if a is not None and b is not None:
+        yield _Part(("a", id(a), id(b)), a, "weights", (a, b))
+        yield _Part(("b", id(a), id(b)), b.T, "weights", (a, b))
     for vector in (module.gain, module.bias):
         if vector is not None:
-            yield vector, vector, "vectors"
-    if module.patch is not None:
-        yield module.patch.values, module.patch.values, "weights"
-        if module.patch.ids is not None:
-            yield module.patch.ids, module.patch.ids, "indices"
+            yield _Part((id(vector),), vector, "vectors")
+    if patch is not None:
+        yield _Part((id(patch.values),), patch.values, "weights")
+        if patch.ids is not None:
+            yield _Part((id(patch.ids),), patch.ids, "indices")
 
 
-def _aligned(tensor: Tensor, view: str, weight_bytes: int) -> int:
-    num_bytes = tensor.numel() * (weight_bytes if view == "weights" else 4)
+def _aligned(part: _Part, weight_bytes: int) -> int:
+    num_bytes = part.values.numel() * (weight_bytes if part.view == "weights" else 4)
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _extents(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int]) -> Tensor:
+def _extents(form: ServingForm, paths: tuple[str, ...], offsets: Offsets) -> Tensor:
     index = {path: i for i, path in enumerate(paths)}
     layer_map = form.facts.layer_map
     num_visits = 1 if layer_map is None else max(Counter(layer_map).values())
@@ -171,16 +221,16 @@ def _extents(form: ServingForm, paths: tuple[str, ...], offsets: dict[int, int])
     return extents
 
 
-def _extent(module: ModuleForm, offsets: dict[int, int]) -> Extent:
-    patch = module.patch
+def _extent(module: ModuleForm, offsets: Offsets) -> Extent:
+    a, b, patch = module.a, module.b, module.patch
 
     def offset(tensor: Tensor | None) -> int:
-        return -1 if tensor is None else offsets[id(tensor)]
+        return -1 if tensor is None else offsets[id(tensor),]
 
     return Extent(
         rank=module.rank,
-        a=offset(module.a),
-        b=offset(module.b),
+        a=-1 if a is None else offsets["a", id(a), id(b)],
+        b=-1 if a is None else offsets["b", id(a), id(b)],
         gain=offset(module.gain),
         bias=offset(module.bias),
         num_rows=0 if patch is None else len(patch.values),

@@ -15,7 +15,7 @@ import torch
 
 from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.host_cache import HostCache
-from lora_runtime.adapters.packed_adapter import PackedAdapter, adapter_dtype, pack_for
+from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
@@ -45,7 +45,7 @@ from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
-from lora_runtime.kernels import BACKEND
+from lora_runtime.kernels import BACKEND, adapter_dtype
 from lora_runtime.kernels.compiling import watch_compiles
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Engine:
 
     def __init__(self, base: Base, config: EngineConfig) -> None:
         self.base, self.config = base, config
-        like = torch.empty(0, dtype=adapter_dtype(base), device=base.device)
+        like = torch.empty(0, dtype=adapter_dtype(base.device, base.dtype), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
         has_graphs = config.cuda_graphs and base.device.type == "cuda"

@@ -42,6 +42,7 @@ __all__ = [
     "Extent",
     "Span",
     "StepMeta",
+    "adapter_dtype",
     "add_rms_norm",
     "apply_adapters",
     "apply_gated_adapters",
@@ -96,6 +97,16 @@ def _reference() -> ModuleType:
     """The definition. It reads tables in Python, so what is recorded must not contain it."""
     cpu.refuse_recording()
     return reference
+
+
+def adapter_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """The dtype in which adapters' weights are kept for a base of dtype `compute`.
+
+    On a GPU the compute dtype. On a CPU float32; float16 under a bfloat16 base if the processor
+    multiplies bfloat16: half of the bytes that a step reads, each off by 2⁻¹¹ at most where a
+    bfloat16 is by 2⁻⁸.
+    """
+    return compute if device.type in gpu.DEVICES else cpu.adapter_dtype(compute)
 
 
 def apply_adapters(

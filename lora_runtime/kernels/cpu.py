@@ -32,7 +32,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 5
+ABI = 6
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -50,6 +50,7 @@ SIGNATURES = {
     "int8_product": "pp pp iii i",
     "dense_product": "pp p iii i",
     "apply_adapters": "pppp ppp ii pi ppppp i iii i",
+    "apply_half_adapters": "pppp ppp ii pi ppppp i iii i",
     "attention": "pppp ppp iiiiiii ff i",
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
@@ -82,7 +83,7 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     """True when the library is there and takes these tensors.
 
     It takes CPU tensors without gradients: activations of one dtype, float32 or bfloat16, and
-    adapter weights in float32.
+    adapter weights in float32, or what `adapter_dtype` says.
     """
     dtype = activations[0].dtype
     if dtype not in SUFFIXES or library() is None or wants_gradient(*activations, *weights):
@@ -90,7 +91,13 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     for tensor in activations:
         if tensor.dtype != dtype or not tensor.is_cpu:
             return False
-    return all(weight.dtype == torch.float32 and weight.is_cpu for weight in weights)
+    dtypes = (torch.float32, adapter_dtype(dtype))
+    return all(weight.dtype in dtypes and weight.is_cpu for weight in weights)
+
+
+def adapter_dtype(compute: torch.dtype) -> torch.dtype:
+    """See `lora_runtime.kernels.adapter_dtype`, on a CPU."""
+    return torch.float16 if compute == torch.bfloat16 and has_tiles() else torch.float32
 
 
 def can_multiply(x: Tensor) -> bool:
@@ -167,9 +174,10 @@ def apply_stacked_adapters(
     base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
     y = empty(base.shape, base.dtype)
     columns = (ctypes.c_int64 * len(widths))(*widths)
+    is_half = memory.weights.dtype == torch.float16
     _run(
-        "apply_adapters",
-        base.dtype,
+        "apply_half_adapters" if is_half else "apply_adapters",
+        None if is_half else base.dtype,
         *_pointers(y, base, x, bias, memory.weights, memory.vectors, extents),
         *extents.shape[1:3],
         columns,

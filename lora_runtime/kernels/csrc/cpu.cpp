@@ -69,6 +69,9 @@ constexpr int NO_ADAPTER = -1, ONE_ADAPTER = -2;
 struct Module { int column, width, num_segments; const Segment* segments; const int* places; };
 struct Block { const Segment* segment; int first; };
 struct Columns { const Module* module; int begin, end; };
+constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
+constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
+constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
 template <class T>
 struct Adapters {
@@ -78,6 +81,21 @@ struct Adapters {
   const int32_t* tokens;
   const std::vector<Module>* modules;
   float* hidden;
+  long num_tokens, num_sums;
+  int in, out;
+};
+
+// Of adapters in float16. hidden: of every 16 entries of a segment and 16 of its ranks a tile.
+constexpr int HIDDEN_TILE = 2 * 16 * 16;
+inline int tiles_of(int count) { return (count + 15) / 16; }
+struct HalfAdapters {
+  bf16* y;
+  const bf16 *base, *x, *bias;
+  const uint16_t* memory;
+  const float *vectors, *weights;
+  const int32_t* tokens;
+  const std::vector<Module>* modules;
+  bf16* hidden;
   long num_tokens, num_sums;
   int in, out;
 };
@@ -172,12 +190,14 @@ namespace avx512 {
 #define WITH_AMX 0
 namespace avx512_bf16 {
 #include "tiles.h"
+#include "half_adapters.h"
 }
 #undef WITH_AMX
 #pragma GCC target("amx-tile,amx-bf16")
 #define WITH_AMX 1
 namespace amx {
 #include "tiles.h"
+#include "half_adapters.h"
 }
 #pragma GCC pop_options
 #endif
@@ -262,7 +282,7 @@ struct Work {
 
   void read(const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,
             int num_modules, const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
-            const int32_t* starts, int count, long num_tokens) {
+            const int32_t* starts, int count, long num_tokens, bool in_tiles) {
     segments.clear();
     segments.reserve(size_t(num_modules) * count);  // so that none moves
     modules.clear();
@@ -280,7 +300,8 @@ struct Work {
         const Extent* extent = own + (long(slots[first]) * num_replicas + replicas[first]);
         if (extent->rank == 0 && extent->gain < 0 && extent->bias < 0) continue;
         segments.push_back({first, last, int(extent->rank), column, width, extent, num_hidden, own_places});
-        num_hidden += long(last - first) * extent->rank;
+        const int num_entries = last - first, rank = int(extent->rank);
+        num_hidden += in_tiles ? long(tiles_of(num_entries)) * tiles_of(rank) : long(num_entries) * rank;
       }
       const int own_count = int(segments.data() + segments.size() - first_segment);
       modules.push_back({column, width, own_count, first_segment, own_places});
@@ -311,10 +332,29 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens);
+            num_segments, num_tokens, false);
   run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules,
                   hidden.get<float>(work.num_hidden), num_tokens, work.num_sums, in, out},
       num_threads);
+}
+
+// The caller has seen that the level is 3 at least.
+void apply_half_adapters(bf16* y, const bf16* base, const bf16* x, const bf16* bias, const uint16_t* memory,
+                         const float* vectors, const int64_t* extents, int num_slots, int num_replicas,
+                         const int64_t* widths, int num_modules, const int32_t* tokens,
+                         const int32_t* slots, const int32_t* replicas, const float* weights,
+                         const int32_t* starts, int num_segments, int num_tokens, int in, int out,
+                         int num_threads) {
+#ifdef HAS_TILES
+  static thread_local Scratch hidden;
+  static thread_local Work work;
+  work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
+            num_segments, num_tokens, true);
+  const HalfAdapters p{y, base, x, bias, memory, vectors, weights, tokens, &work.modules,
+                       hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out};
+  if (level() == 4) return amx::apply_adapters(p, num_threads);
+  avx512_bf16::apply_adapters(p, num_threads);
+#endif
 }
 
 // An argument of a played call, from 8 bytes.
@@ -340,7 +380,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 5; }  // raise it with every change of a signature below
+int loramux_abi() { return 6; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -363,6 +403,15 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
   run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
 }
 
+void loramux_apply_half_adapters(
+    bf16* y, const bf16* base, const bf16* x, const bf16* bias, const uint16_t* memory, const float* vectors,
+    const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths, int num_modules,
+    const int32_t* tokens, const int32_t* slots, const int32_t* replicas, const float* weights,
+    const int32_t* starts, int num_segments, int num_tokens, int in, int out, int num_threads) {
+  apply_half_adapters(y, base, x, bias, memory, vectors, extents, num_slots, num_replicas, widths, num_modules,
+                      tokens, slots, replicas, weights, starts, num_segments, num_tokens, in, out, num_threads);
+}
+
 // A program is, for every call: loramux_played_…, the number of its arguments, and these.
 void loramux_play(const int64_t* program, long num_calls) {
   for (long i = 0; i < num_calls; i++, program += 2 + program[1]) reinterpret_cast<Played>(program[0])(program + 2);
@@ -373,6 +422,7 @@ PLAYED(product_f32)
 PLAYED(four_bit_product)
 PLAYED(int8_product)
 PLAYED(dense_product)
+PLAYED(apply_half_adapters)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \

@@ -47,11 +47,36 @@ struct Tiles {
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  // The sums of tile i: (outputs, tokens) floats.
+  // Add the product of M tiles of the left side, each for both halves of the right one: (2, 16, 16)
+  // words of two tiles.
+  template <int M>
+  void multiply_twice(const bf16* left, long next_left, const uint32_t* right) {
+    _tile_loadd(4, left, 64);
+    if (M == 2) _tile_loadd(5, left + next_left, 64);
+    for (int half = 0; half < 2; half++, right += WORDS) {
+      _tile_loadd(6, right, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + 2 * WORDS, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      if (M == 1) continue;
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  // The sums: of tile i % 2 of the left side and i / 2 of the right one.
   void store(float (*sums)[TILE * TILE]) {
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  }
+  // Of M tiles of the left side alone.
+  template <int M>
+  void store_left(float (*sums)[TILE * TILE]) {
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(2, sums[2], 64);
+    if (M == 1) return;
+    _tile_stored(1, sums[1], 64);
     _tile_stored(3, sums[3], 64);
   }
 };
@@ -65,6 +90,12 @@ struct Tiles {
       for (int i = 0; i < 2 * N; i++)
         multiply_tile(weights + i % 2 * HALF / 2, x + i / 2 * next_tile, sums[i]);
   }
+  template <int M>
+  void multiply_twice(const bf16* left, long next_left, const uint32_t* right) {
+    for (int half = 0; half < 2; half++, right += WORDS)
+      for (int i = 0; i < 4; i++)
+        if (i % 2 < M) multiply_tile(left + i % 2 * next_left, right + i / 2 * 2 * WORDS, sums[i]);
+  }
   static void multiply_tile(const bf16* weights, const uint32_t* x, float* sums) {
     __m512 total[TILE];
     for (int n = 0; n < TILE; n++) total[n] = _mm512_load_ps(sums + n * TILE);
@@ -77,8 +108,12 @@ struct Tiles {
     for (int n = 0; n < TILE; n++) _mm512_store_ps(sums + n * TILE, total[n]);
   }
   void store(float (*to)[TILE * TILE]) { std::memcpy(to, sums, sizeof sums); }
+  template <int M>
+  void store_left(float (*to)[TILE * TILE]) { store(to); }
 };
 #endif
+
+inline __mmask32 first_of_32(int count) { return count >= 32 ? ~0u : (1u << std::max(count, 0)) - 1; }
 
 inline void transpose(__m512i* r) {  // 16 × 16 words
   __m512i t[16];
@@ -179,9 +214,10 @@ struct SixteenBit {
   }
 };
 
-// Activations of up to 16 tokens (tokens, in) → for every half unit (16, 16) words of two inputs.
-template <bool IS_ODD_FIRST>
-void arrange_tile(const bf16* x, int num_tokens, int in, uint32_t* to) {
+// Activations of up to 16 tokens, of `in` values from row(token) on → for every half unit (16, 16)
+// words of two inputs.
+template <bool IS_ODD_FIRST, class Row>
+void arrange_rows(int num_tokens, int in, Row row, uint32_t* to) {
   alignas(64) uint16_t first_index[32], second_index[32];
   for (int i = 0; i < 32; i++) {
     first_index[i] = IS_ODD_FIRST ? 2 * i + 1 : i;
@@ -189,10 +225,12 @@ void arrange_tile(const bf16* x, int num_tokens, int in, uint32_t* to) {
   }
   const __m512i first_of = _mm512_load_si512(first_index), second_of = _mm512_load_si512(second_index);
   for (int k = 0; k < in; k += UNIT, to += 2 * WORDS) {
+    const __mmask32 is_left = first_of_32(in - k), is_right = first_of_32(in - k - 32);
     __m512i first[TILE] = {}, second[TILE] = {};
     for (int t = 0; t < num_tokens; t++) {
-      const bf16* from = x + long(t) * in + k;
-      const __m512i left = _mm512_loadu_si512(from), right = _mm512_loadu_si512(from + 32);
+      const bf16* from = row(t) + k;
+      const __m512i left = _mm512_maskz_loadu_epi16(is_left, from);
+      const __m512i right = _mm512_maskz_loadu_epi16(is_right, from + 32);
       first[t] = _mm512_permutex2var_epi16(left, first_of, right);
       second[t] = _mm512_permutex2var_epi16(left, second_of, right);
     }
@@ -280,8 +318,8 @@ void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int 
   uint32_t* words = arranged.get<uint32_t>(num_tiles * tile_words);
   Pool::get().run(num_tiles, 2, num_threads, [&](long begin, long end) {
     for (long tile = begin; tile < end; tile++)
-      arrange_tile<Weight::IS_ODD_FIRST>(x + tile * TILE * in, std::min<int>(TILE, num_tokens - int(tile) * TILE), in,
-                                         words + tile * tile_words);
+      arrange_rows<Weight::IS_ODD_FIRST>(std::min<int>(TILE, num_tokens - int(tile) * TILE), in,
+                                         [&](int t) { return x + (tile * TILE + t) * in; }, words + tile * tile_words);
   });
   const TileJob p{y, words, num_tokens, in, out};
   const Weight w(data);

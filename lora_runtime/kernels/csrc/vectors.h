@@ -15,9 +15,6 @@ constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 51
 constexpr int AHEAD = 1024;  // floats by which a row that is read once is asked for early
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
-constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
-constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
-constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));

@@ -17,7 +17,7 @@ from lora_runtime.adapters.packed_adapter import ALIGNMENT, pack, packed_bytes
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterPlacement
-from lora_runtime.errors import Overloaded
+from lora_runtime.errors import AdapterRefused, Overloaded
 from lora_runtime.kernels import NO_EXTENT, Extent
 from tests.driver import tiny_engine
 from tests.tiny import tiny_base, tiny_checkpoint
@@ -91,7 +91,13 @@ def assert_holds(pool, base, form, slot):
                 assert offset == -1
             else:
                 assert offset * view.itemsize % ALIGNMENT == 0
-                assert torch.equal(part(view, offset, values, stored), values.to(stored))
+                found = part(view, offset, values, stored)
+                if stored == torch.float16 and offset != extent.rows:
+                    assert_rounded_rows(found, values)
+                else:
+                    assert torch.equal(found, values.to(stored))
+        if dtype == torch.float16 and module.a is not None:
+            assert_product_holds(memory, extent, module.a, module.b)
         assert extent.rank == module.rank <= memory.max_rank
         assert extent.num_rows == (0 if patch is None else len(patch.values))
     for place in product(range(len(index)), range(pool.num_replicas)):
@@ -99,7 +105,27 @@ def assert_holds(pool, base, form, slot):
             assert tuple(pool.extents[place[0], slot, place[1]].tolist()) == NO_EXTENT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def assert_product_holds(memory, extent, a, b):
+    """BA from float16 is as far off as roundings of both factors move it."""
+    found_a, found_b = (
+        part(memory.weights, offset, values, torch.float16).double()
+        for offset, values in ((extent.a, a), (extent.b, b.T))
+    )
+    a, b = a.double(), b.double()
+    sizes = b.abs() @ a.abs()
+    bound = 1.01 * 2.0**-10 * sizes + 2.0**-23 * sizes.max()
+    assert ((found_b.T @ found_a - b @ a).abs() <= bound).all()
+
+
+def assert_rounded_rows(found, values):
+    """Every row is the other's times a power of two, rounded to float16."""
+    largest = values.abs().amax(1, keepdim=True)
+    ratio = found.double().abs().amax(1, keepdim=True) / largest.clamp(min=1e-30)
+    values = values * torch.exp2(torch.log2(ratio.clamp(min=1e-30)).round())
+    assert torch.equal(found, values.to(torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", variant_names(has_bias=True))
 def test_every_part_is_read_back_from_any_place(base, forms, name, dtype):
     form = forms[name]
@@ -115,6 +141,32 @@ def test_every_part_is_read_back_from_any_place(base, forms, name, dtype):
         assert_holds(pool, base, form, slot)
     assert pool.extents[:, 1].eq(torch.tensor(NO_EXTENT)).all()
     assert set(pool.bindings) == {key.path for key in form.modules}
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_float16_holds_any_factors_whose_product_it_can_show(base, forms, size):
+    """Whether A is large and B small or the other way round; a row of zeros beside any other."""
+    form = forms["lora"]
+    key, module = next(iter(form.modules.items()))
+    a, b = module.a * size, module.b / size
+    a[0], b[:, 1] = 0, 0
+    scaled = dataclasses.replace(module, a=a, b=b)
+    packed = pack(dataclasses.replace(form, modules={key: scaled}), torch.float16)
+    pool = poisoned_pool(base, torch.float16, packed.nbytes)
+    pool.load(AdapterPlacement(form.digest, 0, 0), packed)
+    extent = Extent(*pool.extents[list(base.spec.shapes).index(key.path), 0, 0].tolist())
+    assert_product_holds(pool.memory, extent, a, b)
+
+
+def test_what_float16_cannot_hold_is_refused_by_name(forms):
+    form = forms["lora"]
+    key, module = next(iter(form.modules.items()))
+    huge = dataclasses.replace(module, a=module.a * 1e8, b=module.b * 1e8)
+    form = dataclasses.replace(form, modules={key: huge})
+    with pytest.raises(AdapterRefused, match="too large for float16.*--dtype float32") as refused:
+        pack(form, torch.float16)
+    assert refused.value.field == key.path
+    pack(form, torch.float32)
 
 
 def test_a_slot_forgets_all_of_its_last_adapter(base, forms):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_runtime.adapters import packed_adapter
 from lora_runtime.base.model import stacked_linears
-from lora_runtime.engine import engine
 from lora_runtime.kernels import gpu
 from tests.driver import run, teacher_forced
 from tests.lora_runtime.engine.variant_world import World, rms, shuffled
@@ -28,8 +26,6 @@ NUM_TEXTS = 6 if HAS_GPU else 1
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE})
-    for module in (packed_adapter, engine):
-        monkeypatch.setattr(module, "adapter_dtype", lambda base: base.dtype)
 
 
 def world_of(shape, dtype, folder, names):

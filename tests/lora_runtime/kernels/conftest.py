@@ -1,9 +1,22 @@
-"""What the tests of the GPU's kernels share."""
+"""What the tests of kernels share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from lora_runtime.kernels import cpu
+
+
+@pytest.fixture(params=["amx", "avx512_bf16"])
+def level(request):
+    """The instructions that are used, where the processor has them."""
+    found, wanted = cpu.library(), cpu.LEVELS.index(request.param)
+    if found.loramux_level() < wanted:
+        pytest.skip(f"the processor has no {request.param}")
+    found.loramux_limit_level(wanted)
+    yield request.param
+    found.loramux_limit_level(len(cpu.LEVELS) - 1)
 
 
 @pytest.fixture

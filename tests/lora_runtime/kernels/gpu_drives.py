@@ -241,8 +241,8 @@ def as_on_cuda() -> Iterator[None]:
         return pool(paths, *args, bound=bound or list(paths))
 
     with (
-        mock.patch.object(packed_adapter, "adapter_dtype", lambda base: base.dtype),
-        mock.patch.object(engine, "adapter_dtype", lambda base: base.dtype),
+        mock.patch.object(packed_adapter, "adapter_dtype", lambda device, compute: compute),
+        mock.patch.object(engine, "adapter_dtype", lambda device, compute: compute),
         mock.patch.object(engine, "AdapterPool", bound_pool),
         mock.patch.dict(
             self_check.SELF_CHECK_TOLERANCE, dict.fromkeys(DTYPES, float("inf")), clear=True

@@ -21,17 +21,6 @@ ROWS = [1, 2, 15, 16, 17, 32, 33, 48, 133]
 needs_tiles = pytest.mark.skipif(not cpu.has_tiles(), reason="needs AVX512-BF16")
 
 
-@pytest.fixture(params=["amx", "avx512_bf16"])
-def level(request):
-    """The instructions that are used, where the processor has them."""
-    found, wanted = cpu.library(), cpu.LEVELS.index(request.param)
-    if found.loramux_level() < wanted:
-        pytest.skip(f"the processor has no {request.param}")
-    found.loramux_limit_level(wanted)
-    yield request.param
-    found.loramux_limit_level(len(cpu.LEVELS) - 1)
-
-
 def layer(kind, out_features, in_features):
     if kind == "none":
         weight = (torch.randn(out_features, in_features) / in_features**0.5).to(BFLOAT16)
