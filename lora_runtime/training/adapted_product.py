@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.variants.mutated_base import Factors
+from lora_runtime.base.device import resolve_dtype
 from lora_runtime.base.model.quant_linear import FrozenLinear
 
 
@@ -32,11 +33,12 @@ class AdaptedRows:
 def factor_dtype(device: torch.device, compute: torch.dtype, masters: torch.dtype) -> torch.dtype:
     """The dtype in which a and b, kept in `masters`, are multiplied on a base of dtype `compute`.
 
-    On a GPU bfloat16 for a bfloat16 base: its tensor cores sum such products in float32 and many
-    times faster than float32 ones, and neither x nor y needs a float32 copy. Elsewhere `masters`.
+    bfloat16 for a bfloat16 base, on a GPU and on CPUs that multiply it: such products are summed in
+    float32, many times faster than float32 ones, and neither x nor y needs a float32 copy.
+    Elsewhere `masters`.
     """
-    is_faster = device.type == "cuda" and compute == torch.bfloat16
-    return compute if is_faster else masters
+    is_native = device.type == "cuda" or resolve_dtype("auto", device) == torch.bfloat16
+    return compute if compute == torch.bfloat16 and is_native else masters
 
 
 @torch.no_grad()

@@ -33,17 +33,26 @@ BFLOAT16_STEP = 2.0**-8
 
 
 @pytest.fixture
-def on_the_gpu_road(monkeypatch):
+def in_bfloat16(monkeypatch):
     monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.bfloat16)
 
 
-def test_the_dtype_follows_device_and_base():
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.float32)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_the_dtype_follows_device_and_base(monkeypatch, is_native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     single, half, double = torch.float32, torch.bfloat16, torch.float64
     assert factor_dtype(gpu, half, single) is half
     assert factor_dtype(gpu, single, single) is single
     assert factor_dtype(gpu, double, double) is double
-    assert factor_dtype(cpu, half, single) is single
+    assert factor_dtype(cpu, half, single) is (half if is_native else single)
+    assert factor_dtype(cpu, single, single) is single
 
 
 def random_parts(generator, num_tokens, sizes):
@@ -127,7 +136,7 @@ def test_values_and_gradients_are_the_formulas(seed):
             assert (mine == mine.bfloat16()).double().mean() < 0.1, "rounded on its way"
 
 
-def test_a_cpu_multiplies_in_the_masters_dtype(tmp_path, tokenizer):
+def test_products_in_the_masters_dtype(tmp_path, tokenizer, in_float32):
     """To the last bit: what is added to W x, and the gradients, are sums of float32 factors."""
     base = tiny_base("llama", dtype=torch.bfloat16)
     unit = make_unit(base, tokenizer, UnitConfig(name="u", data=ragged_data(tmp_path / "d", 4)))
@@ -169,6 +178,7 @@ def test_every_variant_learns_as_well_as_in_float32(
         constant.copy_(unit.named_constants()[part])
     examples = unit.next_micro_batches()[0]
     wanted = loss_gradients(exact_base, twin, examples)
+    monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.float32)
     in_float32 = loss_gradients(base, unit, examples)
     monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.bfloat16)
     in_bfloat16 = loss_gradients(base, unit, examples)
@@ -178,7 +188,7 @@ def test_every_variant_learns_as_well_as_in_float32(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, on_the_gpu_road, name):
+def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, in_bfloat16, name):
     base = tiny_base("llama", dtype=torch.bfloat16)
     unit = unit_of(base, tokenizer, tmp_path, name)
     started = at_every_token(unit_logits(base, unit))(ROWS, True)
@@ -189,7 +199,7 @@ def test_every_variant_starts_at_exactly_the_base(tmp_path, tokenizer, on_the_gp
         assert torch.equal(ours, theirs)
 
 
-def test_updates_smaller_than_a_step_of_bfloat16_add_up(tmp_path, tokenizer, on_the_gpu_road):
+def test_updates_smaller_than_a_step_of_bfloat16_add_up(tmp_path, tokenizer, in_bfloat16):
     """The weights that are trained are float32 and are not rounded between updates, each of which
     is less than half a step of what is more than 0.02.
     """
