@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_runtime.kernels import cpu, gpu, huge_pages, reference
 from lora_runtime.kernels.cpu import refuse_recording, unrecorded
+from lora_runtime.kernels.expert_pairs import ExpertPairs
 from lora_runtime.kernels.types import (
     NO_EXTENT,
     AdapterMemory,
@@ -35,6 +36,7 @@ __all__ = [
     "NO_EXTENT",
     "AdapterMemory",
     "AttentionMeta",
+    "ExpertPairs",
     "HeadNorm",
     "NestedScales",
     "PooledAdapters",
@@ -50,6 +52,7 @@ __all__ = [
     "can_fuse",
     "can_multiply_dense",
     "can_multiply_codes",
+    "can_multiply_groups",
     "can_run_on_gpu",
     "can_shrink_with_product",
     "can_use_panels",
@@ -61,6 +64,9 @@ __all__ = [
     "four_bit_product_and_shrink",
     "four_bit_values",
     "gated_activation",
+    "grouped_dense_product",
+    "grouped_four_bit_product",
+    "grouped_int8_product",
     "huge_pages",
     "int8_product",
     "int8_product_and_shrink",
@@ -229,13 +235,15 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of every token over its own row's cached positions.
 
     out[t, h] = Σ_j softmax_j(c(scale · q[t, h] · K_j)) V_j over the positions j ≤ positions[t] of
     row rows[t], the last `window` of them if given; c(s) = softcap · tanh(s / softcap) or s.
     Shapes: q (T, H, D), keys and values (cache slots, G, D) of one layer, H a multiple of G;
-    tokens of a row are consecutive. Returns (T, H, D) in q's dtype; softmax and sums in float32.
+    tokens of a row are consecutive. sinks (H,): of every head a score more in the softmax, which
+    has no value (gpt-oss). Returns (T, H, D) in q's dtype; softmax and sums in float32.
     Cache slots that the row does not own may hold anything, NaN included. A token at a negative
     position sees nothing: 0.
     Source: PagedAttention, arXiv:2309.06180.
@@ -243,7 +251,11 @@ def paged_attention(
     backend = _fastest(q, keys, values)
     if backend is cpu and q.shape[-1] > cpu.MAX_HEAD_DIM:
         backend = _reference()
-    return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
+    if backend is gpu:
+        if sinks is None:
+            return gpu.paged_attention(q, keys, values, meta, scale, window, softcap)
+        backend = _reference()
+    return backend.paged_attention(q, keys, values, meta, scale, window, softcap, sinks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
@@ -451,6 +463,40 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
     """
     return _fastest(x).int8_product(x, codes, absmax)
+
+
+def grouped_four_bit_product(
+    x: Tensor,
+    starts: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """W_g x of the rows of every group g, from 4-bit codes: x (P, in) → (P, out) in x's dtype.
+
+    Rows starts[g] to starts[g + 1] of x belong to group g; starts (G + 1,) int32 ascends from 0 to
+    P. W_g is the rows g · out to (g + 1) · out of a weight (G · out, in) that is held as in
+    `four_bit_product`, and so are its values and sums: a row's result is bit-equal whatever rows
+    and groups stand beside it. Groups without rows are not read.
+    """
+    return cpu.grouped_four_bit_product(x, starts, packed, absmax, code, out_features, nested)
+
+
+def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """As `grouped_four_bit_product`, from the 8-bit codes of `int8_product`: (G · out, in)."""
+    return cpu.grouped_int8_product(x, starts, codes, absmax)
+
+
+def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
+    """As `grouped_four_bit_product`, of a weight (G · out, in) in bfloat16."""
+    return cpu.grouped_dense_product(x, starts, weight)
+
+
+def can_multiply_groups(x: Tensor) -> bool:
+    """True when the grouped products take x: bfloat16 on a CPU that multiplies it, no gradient."""
+    return cpu.can_multiply(x)
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:

@@ -30,7 +30,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 4
+ABI = 5
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -47,8 +47,11 @@ SIGNATURES = {
     "four_bit_product": "pp pppppp iii i",
     "int8_product": "pp pp iii i",
     "dense_product": "pp p iii i",
+    "grouped_four_bit_product": "pp pppppp p iii i",
+    "grouped_int8_product": "pp pp p iii i",
+    "grouped_dense_product": "pp p p iii i",
     "apply_adapters": "pppp ppp ii pi ppppp i iii i",
-    "attention": "pppp ppp iiiiiii ff i",
+    "attention": "pppp ppp p iiiiiii ff i",
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
@@ -112,12 +115,13 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    scales: tuple[Tensor | None, ...]
+    return _product("four_bit_product", x, out_features, packed, *_scales(absmax, code, nested))
+
+
+def _scales(absmax: Tensor, code: Tensor, nested: NestedScales | None) -> tuple[Tensor | None, ...]:
     if nested is None:
-        scales = (absmax, code, None, None, None)
-    else:
-        scales = (nested.absmax, code, absmax, nested.code, nested.offset)
-    return _product("four_bit_product", x, out_features, packed, *scales)
+        return absmax, code, None, None, None
+    return nested.absmax, code, absmax, nested.code, nested.offset
 
 
 def four_bit_gated_product(
@@ -142,6 +146,41 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.dense_product`."""
     return _product("dense_product", x, len(weight), weight)
+
+
+def grouped_four_bit_product(
+    x: Tensor,
+    starts: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """See `lora_runtime.kernels.grouped_four_bit_product`."""
+    weight = (packed, *_scales(absmax, code, nested))
+    return _grouped_product("grouped_four_bit_product", x, starts, out_features, *weight)
+
+
+def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.grouped_int8_product`."""
+    out_features = len(codes) // (len(starts) - 1)
+    return _grouped_product("grouped_int8_product", x, starts, out_features, codes, absmax)
+
+
+def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.grouped_dense_product`."""
+    out_features = len(weight) // (len(starts) - 1)
+    return _grouped_product("grouped_dense_product", x, starts, out_features, weight)
+
+
+def _grouped_product(
+    op: str, x: Tensor, starts: Tensor, out_features: int, *weight: Tensor | None
+) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    y = empty((len(x), out_features), x.dtype)
+    _run(op, None, *_pointers(y, x, *weight, starts), len(starts) - 1, width, out_features)
+    return y
 
 
 def _product(op: str, x: Tensor, out_features: int, *weight: Tensor | None) -> Tensor:
@@ -188,14 +227,15 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`."""
-    q = q.contiguous()
+    q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     out = empty(q.shape, q.dtype)
     _run(
         "attention",
         q.dtype,
-        *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables),
+        *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables, sinks),
         *q.shape[:2],
         *keys.shape[1:],
         meta.block_size,

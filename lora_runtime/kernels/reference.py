@@ -150,6 +150,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`. Pads every row's keys to the longest."""
     dtype = _accumulator(q.dtype)
@@ -161,11 +162,22 @@ def paged_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     is_visible = _visible(place, meta, row_keys.shape[1], window)[:, None, None]
-    weights = torch.softmax(scores.masked_fill(~is_visible, float("-inf")), dim=-1)
+    weights = softmax_beside(scores.masked_fill(~is_visible, float("-inf")), sinks)
     weights = weights.masked_fill(~is_visible, 0.0)
     is_used = is_visible.any(dim=3)[:, 0, 0, :, None, None]
     out = torch.einsum("nghql,nlgd->nqghd", weights, row_values.masked_fill(~is_used, 0.0))
     return out.flatten(2, 3)[meta.rows.long(), place].to(q.dtype)
+
+
+def softmax_beside(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """softmax of scores (N, G, H / G, Q, L) over L; with sinks (H,) beside a score more of each
+    head, which has no weight in the result.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    own = sinks.to(scores.dtype).view(scores.shape[1], scores.shape[2], 1, 1)
+    beside = torch.cat([scores, own.expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.softmax(beside, dim=-1)[..., :-1]
 
 
 def _gather(cache: Tensor, meta: AttentionMeta) -> Tensor:

@@ -15,12 +15,28 @@ from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 
 
+class ExpertRows(NamedTuple):
+    """Some outputs of one expert of a mixture."""
+
+    expert: int
+    rows: range
+
+
 class Site(NamedTuple):
     """A module of the base at one visit, and its name in the model of the training."""
 
     path: str
     replica: int
     name: str
+    expert: ExpertRows | None = None
+    """What it is of a mixture of experts, if it is one expert's own layer in the training."""
+    holder: str = ""
+    """The module by which files name its tensors, where that is not `name`."""
+
+    @property
+    def module(self) -> str:
+        """The module by which files name its tensors."""
+        return self.holder or self.name
 
 
 def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.routing import Routing
 from lora_runtime.kernels import (
     AdapterMemory,
     PooledAdapters,
@@ -29,6 +30,17 @@ Where = TypeVar("Where", contravariant=True)
 training."""
 
 
+class ExpertProduct(Protocol):
+    """One product of a mixture of experts; see `AdaptedExperts`."""
+
+    in_features: int
+    out_features: int
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        """W_e x_p of every pair, x (P, in) → (P, out)."""
+        ...
+
+
 class Binding(Protocol[Where]):
     """What adapters do at one module. `where` says which of them act on which of the tokens."""
 
@@ -38,6 +50,10 @@ class Binding(Protocol[Where]):
 
     def head(self, x: Tensor, layer: FrozenLinear, where: Where) -> Tensor:
         """x (T, hidden) → (T, vocab): as `linear`, and rows of W can be replaced."""
+        ...
+
+    def experts(self, x: Tensor, layer: ExpertProduct, routing: Routing, where: Where) -> Tensor:
+        """x (P, in), of the routing's pairs → (P, out), without the base's biases."""
         ...
 
     def embedding(
@@ -69,6 +85,11 @@ class PooledBinding:
         adapters = PooledAdapters(self.memory, extents[None], where)
         product, hidden = layer.product_and_shrink(x, adapters)
         return apply_adapters(product, x, layer.bias, self.memory, extents, where, hidden)
+
+    def experts(self, x: Tensor, layer: ExpertProduct, routing: Routing, where: StepMeta) -> Tensor:
+        pairs, product = routing.pairs(where), layer.product(x, routing)
+        extents = pairs.extents(self.extents, layer.in_features, layer.out_features)
+        return apply_adapters(product, x, None, self.memory, extents, pairs.meta)
 
     def head(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.extents, where)

@@ -86,6 +86,7 @@ struct Attention {
   T* out;
   const T *q, *keys, *values;
   const int32_t *rows, *positions, *tables;
+  const float* sinks;  // of every head a score more that has no value; null without
   int num_tokens, num_heads, num_kv_heads, head_dim, block_size, table_width, window;
   float scale, softcap;
 };
@@ -243,13 +244,21 @@ void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int nu
 }
 void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
 
-// The caller has seen that the level is 3 at least.
+// The caller has seen that the level is 3 at least. Rows starts[g] to starts[g + 1] of x belong to
+// group g, which has `out` rows of the weight.
+template <class Weight>
+void run_groups(const Weight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
+                int num_threads) {
+#ifdef HAS_TILES
+  if (level() == 4) return amx::product(w, y, x, starts, num_groups, in, out, num_threads);
+  avx512_bf16::product(w, y, x, starts, num_groups, in, out, num_threads);
+#endif
+}
+
 template <class Weight>
 void run_tiles(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-#ifdef HAS_TILES
-  if (level() == 4) return amx::product(w, y, x, num_tokens, in, out, num_threads);
-  avx512_bf16::product(w, y, x, num_tokens, in, out, num_threads);
-#endif
+  const int32_t starts[2] = {0, num_tokens};
+  run_groups(w, y, x, starts, 1, in, out, num_threads);
 }
 
 // What acts at the modules of which extents (modules, slots, replicas) and widths tell.
@@ -319,7 +328,7 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 4; }  // raise it with every change of a signature below
+int loramux_abi() { return 5; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -341,6 +350,21 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
                            int num_threads) {
   run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
 }
+void loramux_grouped_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
+                                      const float* code, const uint8_t* nested_codes, const float* nested_code,
+                                      const float* nested_offsets, const int32_t* starts, int num_groups, int in,
+                                      int out, int num_threads) {
+  run_groups(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x, starts,
+             num_groups, in, out, num_threads);
+}
+void loramux_grouped_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
+                                  const int32_t* starts, int num_groups, int in, int out, int num_threads) {
+  run_groups(EightBitWeight{codes, absmax}, y, x, starts, num_groups, in, out, num_threads);
+}
+void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, const int32_t* starts,
+                                   int num_groups, int in, int out, int num_threads) {
+  run_groups(SixteenBitWeight{values}, y, x, starts, num_groups, in, out, num_threads);
+}
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
@@ -355,10 +379,10 @@ void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_t
   }                                                                                                  \
   void loramux_attention_##SUFFIX(                                                                   \
       T* out, const T* q, const T* keys, const T* values, const int32_t* rows,                       \
-      const int32_t* positions, const int32_t* tables, int num_tokens, int num_heads,                \
-      int num_kv_heads, int head_dim, int block_size, int table_width, int window, float scale,      \
-      float softcap, int num_threads) {                                                              \
-    run(Attention<T>{out, q, keys, values, rows, positions, tables, num_tokens, num_heads,           \
+      const int32_t* positions, const int32_t* tables, const float* sinks, int num_tokens,           \
+      int num_heads, int num_kv_heads, int head_dim, int block_size, int table_width, int window,    \
+      float scale, float softcap, int num_threads) {                                                 \
+    run(Attention<T>{out, q, keys, values, rows, positions, tables, sinks, num_tokens, num_heads,    \
                      num_kv_heads, head_dim, block_size, table_width, window, scale, softcap},       \
         num_threads);                                                                                \
   }                                                                                                  \
