@@ -121,6 +121,10 @@ class UnitConfig:
     )
     """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
     inner linear layer."""
+    target_parameters: tuple[str, ...] = setting(default=(), group=ADAPTER, is_fixed=True)
+    """Ends of names of parameters, those of a mixture's experts among them:
+    `experts.gate_up_proj`, `experts.down_proj`. Each expert has an adapter of the rank of its own.
+    Routers are trained only where they are named here or in `target_modules`."""
     modules_to_save: tuple[str, ...] = setting(default=(), group=ADAPTER)
     """Modules whose whole weight is trained: `embed_tokens`, `lm_head`."""
     trainable_token_indices: tuple[TokenId, ...] = setting(default=(), group=ADAPTER)
@@ -226,7 +230,11 @@ class UnitConfig:
             ("name", _is_folder_name(self.name), f"letters, digits, . _ -, not {RESERVED_NAMES}"),
             ("init", re.fullmatch(INITS, self.init) is not None, INIT_RULE),
             ("init", self.init in ("default", self.start), rule),
-            ("target_modules", len(self.target_modules) > 0, "'all-linear' or at least one name"),
+            (
+                "target_modules",
+                len(self.target_modules) > 0 or len(self.target_parameters) > 0,
+                "'all-linear' or at least one name, here or in target_parameters",
+            ),
             (
                 "columns",
                 set(self.columns) <= set(get_args(Column)),

@@ -26,6 +26,10 @@ PER_EXPERT: tuple[PerExpert, ...] = (
 bits.
 """
 
+TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Last names in target_modules that PEFT takes for experts and routers, of the families that
+transformers 4 held in linear layers."""
+
 
 def per_expert_names(modules: Iterable[str]) -> PerExpert | None:
     """The names in PER_EXPERT that a file's modules have, if it has a layer for each expert."""

@@ -87,7 +87,7 @@ def sites_of(
         return tuple(Site(path, 0, names[path]) for path in base.shapes)
     inside: dict[int, list[str]] = {}
     for path in base.linears:
-        inside.setdefault(_layer_index(path), []).append(path)
+        inside.setdefault(layer_index(path), []).append(path)
     visits: Counter[int] = Counter()
     sites = []
     for position, layer in enumerate(layer_map):
@@ -98,7 +98,8 @@ def sites_of(
     return (*sites, *(Site(path, 0, names[path]) for path in ends))
 
 
-def _layer_index(path: str) -> int:
+def layer_index(path: str) -> int:
+    """Which layer of the base the module at `path` is in."""
     return next(int(piece) for piece in path.split(".") if piece.isdecimal())
 
 
