@@ -156,6 +156,9 @@ class UnitConfig:
     """Preferences: label noise rate ε, the share of pairs assumed to be labelled wrongly."""
     dpo_sft_weight: Float = setting(default=0.0, ge=0, le=1e6, group=OBJECTIVE, is_fixed=True)
     """Preferences: weight of the SFT term, the chosen answer's own loss per token."""
+    router_aux_loss: Float = setting(default=0.0, ge=0, le=1e6, group=UPDATE)
+    """Of a mixture of experts: weight of the auxiliary loss that spreads tokens over its experts.
+    Routers themselves are trained only where they are targets."""
     learning_rate: Float = setting(default=2e-4, gt=0, le=1e300, group=UPDATE, also=("lr",))
     """Learning rate at its peak, after the warmup."""
     loraplus_ratio: Float = setting(

@@ -15,18 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_runtime.adapters.config.expert_sites import TAKEN_FOR_EXPERTS
+from lora_runtime.adapters.config.layer_sites import layer_index
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.files.parity_record import remove_parity_record, write_parity_record
 from lora_runtime.adapters.files.peft_writer import PeftFiles, peft_files
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.config.expert_sites import TAKEN_FOR_EXPERTS
-from lora_runtime.adapters.config.layer_sites import layer_index
 from lora_runtime.adapters.parity import ParityRecord
 from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.trained_modules import Trained, TrainedModule
-
 
 PARAMETER_LAYOUT = "0.21.2"
 """A version of PEFT whose order of A and B of experts is the file's; versions differ in it."""

@@ -55,6 +55,12 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
     except AdapterRefused as error:
         raise ConfigError(f"unit {config.name!r}: {error}", field=error.field) from error
     _check_patterns(config, spec)
+    if config.router_aux_loss and not base.routers:
+        raise ConfigError(
+            f"unit {config.name!r}: router_aux_loss is {config.router_aux_loss}, and this base has "
+            "no routers; leave it at 0",
+            field="router_aux_loss",
+        )
     if config.start == "loftq" and any(site.path not in base.linears for site in spec.targets):
         raise ConfigError(
             f"unit {config.name!r}: init is 'loftq', which starts at what quantisation lost, and "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -104,6 +104,16 @@ class PooledBinding:
         )
 
 
+class Routed(NamedTuple):
+    """What one router gave: logits (T, E) and chosen (T, K) of T tokens, and the `where` of the
+    adapters on them.
+    """
+
+    where: Any
+    logits: Tensor
+    chosen: Tensor
+
+
 @dataclass(slots=True)
 class StepContext:
     """The adapters of the forward that is running; no adapters outside of `adapters`."""
@@ -113,6 +123,8 @@ class StepContext:
     bindings: Mapping[str, Binding[Any]] = field(default_factory=dict)
     num_calls: int = 0
     """Linear layers called so far: what moves during a long forward, for who watches over it."""
+    routed: list[Routed] | None = None
+    """Filled by routers, while somebody collects it."""
 
     @contextmanager
     def adapters(
@@ -129,6 +141,16 @@ class StepContext:
             yield
         finally:
             self.meta, self.bindings, self.head_meta = None, {}, None
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Routed]]:
+        """What routers give while inside."""
+        found: list[Routed] = []
+        self.routed = found
+        try:
+            yield found
+        finally:
+            self.routed = None
 
     @contextmanager
     def at(self, meta: Any) -> Iterator[None]:

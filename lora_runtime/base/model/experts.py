@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.adapted_linear import AdaptedLinear, StepContext
+from lora_runtime.base.model.adapted_linear import AdaptedLinear, Routed, StepContext
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear
 from lora_runtime.base.model.reordered_model import shallow_copy
 from lora_runtime.base.model.requirement import require_attributes
@@ -96,7 +96,11 @@ class AdaptedRouter(AdaptedLinear):
         weights (T, K) and experts (T, K).
         """
         x = hidden_states.reshape(-1, self.in_features)
-        return self.choose(super().forward(x.float() if self.is_wide else x))
+        logits = super().forward(x.float() if self.is_wide else x)
+        found = self.choose(logits)
+        if self.context.routed is not None:
+            self.context.routed.append(Routed(self.context.meta, logits, found[2]))
+        return found
 
 
 class _GroupedExperts(nn.Module):
