@@ -29,6 +29,7 @@ from lora_runtime.kernels.types import (
     segment_starts,
     spans_of_rows,
     to_device,
+    wants_gradient,
 )
 
 __all__ = [
@@ -81,7 +82,9 @@ __all__ = [
     "rotate",
     "rotate_and_write",
     "segment_starts",
+    "sort_pairs",
     "spans_of_rows",
+    "sum_pairs",
     "to_device",
     "unrecorded",
     "write_kv",
@@ -492,6 +495,27 @@ def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tenso
 def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
     """As `grouped_four_bit_product`, of a weight (G · out, in) in bfloat16."""
     return cpu.grouped_dense_product(x, starts, weight)
+
+
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pairs of T tokens and the K experts that each chose, in the order of expert, then token.
+
+    chosen (T, K) int64. Returns tokens and experts (T · K,) int64 of the pairs, places (T, K)
+    int64 of each token's pairs among them, and starts (num_experts + 1,) int32: where each
+    expert's begin.
+    """
+    backend = cpu if cpu.can_sort(chosen) else _reference()
+    return backend.sort_pairs(chosen, num_experts)
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k weights[t, k] · y[places[t, k]]: y (P, H), places and weights (T, K) → (T, H).
+
+    Summed in float32 or better, in the order of k, and rounded once to y's dtype.
+    """
+    is_compiled = cpu.can_run(y) and not wants_gradient(weights) and weights.is_cpu
+    backend = cpu if is_compiled else _reference()
+    return backend.sum_pairs(y, places, weights)
 
 
 def can_multiply_groups(x: Tensor) -> bool:

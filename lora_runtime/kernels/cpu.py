@@ -56,6 +56,10 @@ SIGNATURES = {
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
     "most_likely": "pp ii i",
+    "sort_pairs": "p pppp iii i",
+    "find_segments": "p pppp ppp pppp pp iii i",
+    "find_extents": "pp ppp iiii i",
+    "sum_pairs": "pp pp iii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
@@ -384,6 +388,66 @@ def most_likely(logits: Tensor) -> Tensor:
     logits = logits.contiguous()
     found = empty((len(logits), 2), torch.int64)
     _run("most_likely", logits.dtype, *_pointers(found, logits), *logits.shape)
+    return found
+
+
+def can_sort(*integers: Tensor) -> bool:
+    """True when the library is there for integers that are on the CPU; they have no gradient."""
+    return library() is not None and all(tensor.is_cpu for tensor in integers)
+
+
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `lora_runtime.kernels.sort_pairs`."""
+    chosen, num_pairs = chosen.contiguous(), chosen.numel()
+    tokens, experts = (empty((num_pairs,), torch.int64) for _ in range(2))
+    places, starts = empty(chosen.shape, torch.int64), empty((num_experts + 1,), torch.int32)
+    outputs = _pointers(chosen, tokens, experts, places, starts)
+    _run("sort_pairs", None, *outputs, num_pairs, chosen.shape[1], num_experts)
+    return tokens, experts, places, starts
+
+
+def find_segments(
+    meta: StepMeta, places: Tensor, experts: Tensor, num_experts: int
+) -> tuple[Tensor, ...]:
+    """The pairs (E · K,), segments and weights of entries, and starts, slots, replicas and experts
+    of segments; see `ExpertPairs`. How many there are is read here: no tape holds it.
+    """
+    refuse_recording()
+    per_token = places.shape[1]
+    size = len(meta.tokens) * per_token
+    pairs, segments = (torch.empty(size, dtype=torch.int32) for _ in range(2))
+    weights, starts = torch.empty(size), torch.empty(size + 1, dtype=torch.int32)
+    slots, replicas, own = (torch.empty(size, dtype=torch.int64) for _ in range(3))
+    count = torch.empty(1, dtype=torch.int32)
+    outputs = (count, pairs, segments, weights, starts, slots, replicas, own)
+    inputs = (meta.tokens, meta.slots, meta.replicas, meta.weights, places, experts)
+    sizes = (len(meta.tokens), per_token, num_experts)
+    _run("find_segments", None, *_pointers(*outputs, *inputs), *sizes)
+    end = int(count)
+    return pairs, segments, weights, starts[: end + 1], slots[:end], replicas[:end], own[:end]
+
+
+def find_extents(
+    table: Tensor,
+    slots: Tensor,
+    replicas: Tensor,
+    experts: Tensor,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """See `ExpertPairs.extents`."""
+    table, count = table.contiguous(), len(slots)
+    found = empty((count, 1, table.shape[-1]), torch.int64)
+    tensors = _pointers(found, table, slots, replicas, experts)
+    _run("find_extents", None, *tensors, table.shape[1], count, in_features, out_features)
+    return found
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.sum_pairs`."""
+    y, places, weights = y.contiguous(), places.contiguous(), weights.float().contiguous()
+    found = empty((len(places), y.shape[1]), y.dtype)
+    _run("sum_pairs", y.dtype, *_pointers(found, y, places, weights), *places.shape, y.shape[1])
     return found
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_runtime.kernels import cpu
 from lora_runtime.kernels.types import StepMeta
 
 MAX_EXPERTS = 1 << 20
@@ -37,12 +38,22 @@ class ExpertPairs:
     experts: Tensor
 
     @classmethod
-    def of(cls, meta: StepMeta, places: Tensor, experts: Tensor) -> ExpertPairs:
+    def of(cls, meta: StepMeta, places: Tensor, experts: Tensor, num_experts: int) -> ExpertPairs:
         """From the adapters of tokens to those of pairs, in one sort.
 
         places (T, K) int64: where among the pairs each token's are; experts (P,) int64: the expert
         of each pair. A token has K pairs, and each has the entries of the token.
         """
+        if not cpu.can_sort(places, experts, meta.tokens):
+            return cls._sorted(meta, places, experts)
+        pairs, segments, weights, starts, slots, replicas, own = cpu.find_segments(
+            meta, places, experts, num_experts
+        )
+        return cls(_meta(pairs, segments, weights, starts), slots, replicas, own)
+
+    @classmethod
+    def _sorted(cls, meta: StepMeta, places: Tensor, experts: Tensor) -> ExpertPairs:
+        """`of` in torch."""
         pairs = places.index_select(0, meta.tokens.long())
         adapter = meta.slots.long() * MAX_REPLICAS + meta.replicas
         keys = (adapter[:, None] * MAX_EXPERTS + experts[pairs]).flatten()
@@ -54,15 +65,7 @@ class ExpertPairs:
         ends = torch.cat([firsts, firsts.new_full((1,), len(keys))])
         segments = is_first.cumsum(0) - 1
         found = keys[firsts]
-        own = StepMeta(
-            tokens=pairs.flatten()[order].int(),
-            slots=segments.int(),
-            replicas=torch.zeros_like(segments, dtype=torch.int32),
-            weights=weights,
-            segment_starts=ends.int(),
-            end_slot=len(firsts),
-            end_replica=1,
-        )
+        own = _meta(pairs.flatten()[order].int(), segments.int(), weights, ends.int())
         adapter = found // MAX_EXPERTS
         return cls(own, adapter // MAX_REPLICAS, adapter % MAX_REPLICAS, found % MAX_EXPERTS)
 
@@ -70,6 +73,9 @@ class ExpertPairs:
         """(K, 1, 8) int64: where each segment's own expert lies, given a module's table (S, R, 8)
         and the sizes of one expert.
         """
+        if cpu.can_sort(extents, self.slots):
+            where = self.slots, self.replicas, self.experts
+            return cpu.find_extents(extents, *where, in_features, out_features)
         whole = extents[self.slots, self.replicas]
         experts, rank = self.experts, whole[:, 0]
         shift = torch.zeros_like(whole)
@@ -78,3 +84,16 @@ class ExpertPairs:
         shift[:, 3] = shift[:, 4] = experts * out_features
         # −1 says that a part is missing, for every expert.
         return torch.where(whole < 0, whole, whole + shift)[:, None]
+
+
+def _meta(pairs: Tensor, segments: Tensor, weights: Tensor, starts: Tensor) -> StepMeta:
+    """Over pairs as tokens, a segment as a slot."""
+    return StepMeta(
+        tokens=pairs,
+        slots=segments,
+        replicas=torch.zeros_like(segments),
+        weights=weights,
+        segment_starts=starts,
+        end_slot=len(starts) - 1,
+        end_replica=1,
+    )

@@ -275,6 +275,22 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `lora_runtime.kernels.sort_pairs`."""
+    experts, order = torch.sort(chosen.flatten(), stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    edges = torch.arange(num_experts + 1, device=order.device)
+    starts = torch.searchsorted(experts, edges).int()
+    return order // chosen.shape[1], experts, places.view_as(chosen), starts
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.sum_pairs`."""
+    dtype = _accumulator(y.dtype)
+    return (y[places].to(dtype) * weights.to(dtype)[..., None]).sum(1).to(y.dtype)
+
+
 def most_likely(logits: Tensor) -> Tensor:
     """See `lora_runtime.kernels.most_likely`."""
     low, high = torch.aminmax(logits, dim=1)

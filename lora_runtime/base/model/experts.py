@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_runtime.base.model.adapted_linear import AdaptedLinear, Routed, StepContext
+from lora_runtime.base.model.fused_modules import ACTIVATIONS
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear
 from lora_runtime.base.model.reordered_model import shallow_copy
 from lora_runtime.base.model.requirement import require_attributes
@@ -31,6 +32,7 @@ from lora_runtime.base.model.stacked_linears import join_layers
 from lora_runtime.base.streamed_load import EXPERT_WEIGHTS, decoder_layers, expert_modules
 from lora_runtime.core import ExpertsLayout
 from lora_runtime.errors import BaseRefused
+from lora_runtime.kernels import can_fuse, gated_activation
 
 RELIES_ON = (
     "num_experts", "has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm",
@@ -80,7 +82,8 @@ class AdaptedRouter(AdaptedLinear):
 
     transformers' router multiplies and chooses in one forward. Here a copy of it chooses, whose
     weight is the identity, from the logits of a linear layer as any other: so adapters act on it,
-    and the family's rule stays transformers' own. The product with the identity is exact.
+    and the family's rule stays transformers' own. The product with the identity is exact, and in
+    float32 or better, so that the weights of the chosen experts are not rounded.
     `is_wide`: the family multiplies in float32 whatever the compute dtype is.
     """
 
@@ -89,7 +92,7 @@ class AdaptedRouter(AdaptedLinear):
         self_dtype = torch.float32 if _multiplies_in_float32(router) else weight.dtype
         super().__init__(path, DenseLinear(weight.to(self_dtype), bias), context)
         self.is_wide = self_dtype != weight.dtype
-        self.choose = _chooser(router, self_dtype)
+        self.choose = _chooser(router, torch.promote_types(self_dtype, torch.float32))
 
     def forward(self, hidden_states: Tensor) -> Any:
         """hidden_states (..., H) → what the family's router gives: of T tokens logits (T, E),
@@ -97,7 +100,7 @@ class AdaptedRouter(AdaptedLinear):
         """
         x = hidden_states.reshape(-1, self.in_features)
         logits = super().forward(x.float() if self.is_wide else x)
-        found = self.choose(logits)
+        found = self.choose(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         if self.context.routed is not None:
             self.context.routed.append(Routed(self.context.meta, logits, found[2]))
         return found
@@ -109,14 +112,24 @@ class _GroupedExperts(nn.Module):
     num_experts: int
     gate_up_proj: AdaptedExperts
     down_proj: AdaptedExperts
+    config: Any
     _apply_gate: Callable[[Tensor], Tensor]
+    is_plain_gate: bool
+    """act(gate) · up, as transformers has it unless a family says otherwise."""
 
     def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, H), chosen and weights (T, K) → (T, H)."""
         routing = Routing.of(chosen, self.num_experts)
         x = hidden_states.index_select(0, routing.tokens)
-        y = self.down_proj(self._apply_gate(self.gate_up_proj(x, routing)), routing)
+        y = self.down_proj(self._gated(self.gate_up_proj(x, routing)), routing)
         return routing.summed(y, weights)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        kind = ACTIVATIONS.get(getattr(self.config, "hidden_act", ""))
+        if kind is None or not can_fuse(gate_up) or not self.is_plain_gate:
+            return self._apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, kind)
 
 
 class UnfrozenExperts(FrozenLinear):
@@ -271,7 +284,9 @@ def _opened(
 
 @cache
 def _grouped(original: type[Any]) -> type[Any]:
-    return type(f"Grouped{original.__name__}", (_GroupedExperts, original), {})
+    is_plain = original._apply_gate.__name__ == "_default_apply_gate"
+    attributes = {"is_plain_gate": is_plain}
+    return type(f"Grouped{original.__name__}", (_GroupedExperts, original), attributes)
 
 
 def _chooser(router: Any, dtype: torch.dtype) -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from lora_runtime.kernels import ExpertPairs, StepMeta
+from lora_runtime.kernels import ExpertPairs, StepMeta, sort_pairs, sum_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +27,17 @@ class Routing:
     @classmethod
     def of(cls, chosen: Tensor, num_experts: int) -> Routing:
         """chosen (T, K) int64: each token's experts."""
-        experts, order = torch.sort(chosen.flatten(), stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        edges = torch.arange(num_experts + 1, device=order.device)
-        starts = torch.searchsorted(experts, edges).int()
-        return cls(order // chosen.shape[1], experts, places.view_as(chosen), starts)
+        return cls(*sort_pairs(chosen, num_experts))
 
     def pairs(self, meta: StepMeta) -> ExpertPairs:
         """The pairs under the adapters of a step; found once for all products of a mixture."""
         known = self._pairs.get(id(meta))
         if known is None or known[0] is not meta:
-            known = self._pairs[id(meta)] = meta, ExpertPairs.of(meta, self.places, self.experts)
+            known = self._pairs[id(meta)] = meta, self._pairs_of(meta)
         return known[1]
+
+    def _pairs_of(self, meta: StepMeta) -> ExpertPairs:
+        return ExpertPairs.of(meta, self.places, self.experts, len(self.starts) - 1)
 
     def pairs_in(self, tokens: slice) -> Iterator[tuple[int, Tensor]]:
         """Each expert that some consecutive tokens chose, and their pairs with it (n,) int64."""
@@ -52,6 +49,4 @@ class Routing:
         """Σ_k weights[t, k] · y of the token's k-th pair: y (P, H), weights (T, K) → (T, H), summed
         in float32 or better and rounded once to y's dtype.
         """
-        wide = torch.promote_types(y.dtype, torch.float32)
-        chosen = y[self.places].to(wide)
-        return (chosen * weights.to(wide)[..., None]).sum(1).to(y.dtype)
+        return sum_pairs(y, self.places, weights)

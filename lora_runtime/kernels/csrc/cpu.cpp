@@ -119,6 +119,16 @@ struct Gated {
   int num_rows, width, is_gelu;
 };
 
+// The pairs of every token, weighted and summed.
+template <class T>
+struct PairSum {
+  T* y;
+  const T* x;
+  const int64_t* places;
+  const float* weights;
+  int num_rows, per_token, width;
+};
+
 struct FourBitWeight {
   const uint8_t* packed;
   const float *absmax, *code;
@@ -127,6 +137,8 @@ struct FourBitWeight {
 };
 struct EightBitWeight { const int8_t* codes; const float* absmax; };
 struct SixteenBitWeight { const bf16* values; };
+
+#include "experts.h"
 
 #define VECTOR_BYTES 32
 #define VECTOR_LEVEL 0
@@ -238,6 +250,8 @@ template <class T>
 void run(const Rotation<T>& p, int num_threads) { RUN(rotate, p, num_threads); }
 template <class T>
 void run(const Gated<T>& p, int num_threads) { RUN(gated_activation, p, num_threads); }
+template <class T>
+void run(const PairSum<T>& p, int num_threads) { RUN(sum_pairs, p, num_threads); }
 template <class T>
 void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
   RUN(most_likely, x, found, num_rows, width, num_threads);
@@ -365,6 +379,24 @@ void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, c
                                    int num_groups, int in, int out, int num_threads) {
   run_groups(SixteenBitWeight{values}, y, x, starts, num_groups, in, out, num_threads);
 }
+void loramux_sort_pairs(const int64_t* chosen, int64_t* tokens, int64_t* experts, int64_t* places,
+                        int32_t* starts, int num_pairs, int per_token, int num_experts, int) {
+  sort_pairs(chosen, tokens, experts, places, starts, num_pairs, per_token, num_experts);
+}
+void loramux_find_segments(int32_t* count, int32_t* pairs, int32_t* segments, float* pair_weights,
+                           int32_t* starts, int64_t* own_slots, int64_t* own_replicas, int64_t* own_experts,
+                           const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
+                           const float* weights, const int64_t* places, const int64_t* experts,
+                           int num_entries, int per_token, int num_experts, int) {
+  *count = find_segments(Entries{tokens, slots, replicas, weights, num_entries},
+                         PairEntries{pairs, segments, pair_weights, starts, own_slots, own_replicas, own_experts},
+                         places, experts, per_token, num_experts);
+}
+void loramux_find_extents(int64_t* found, const int64_t* table, const int64_t* slots, const int64_t* replicas,
+                          const int64_t* experts, int num_replicas, int count, int in, int out, int) {
+  find_extents(reinterpret_cast<Extent*>(found), reinterpret_cast<const Extent*>(table), num_replicas, slots,
+               replicas, experts, count, in, out);
+}
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
@@ -405,6 +437,10 @@ void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, c
   void loramux_most_likely_##SUFFIX(int64_t* found, const T* x, int num_rows, int width,             \
                                     int num_threads) {                                               \
     run_most_likely(x, found, num_rows, width, num_threads);                                         \
+  }                                                                                                  \
+  void loramux_sum_pairs_##SUFFIX(T* y, const T* x, const int64_t* places, const float* weights,     \
+                                  int num_rows, int per_token, int width, int num_threads) {         \
+    run(PairSum<T>{y, x, places, weights, num_rows, per_token, width}, num_threads);                 \
   }                                                                                                  \
   void loramux_gated_activation_##SUFFIX(T* y, const T* gate, const T* up, long gate_stride,         \
                                          long up_stride, int num_rows, int width, int is_gelu,       \

@@ -108,6 +108,7 @@ def test_adapters_of_pairs_are_those_of_each_token_and_expert(level, monkeypatch
     """
     if level == "reference":
         monkeypatch.setattr(cpu, "can_run", lambda *a, **k: False)
+        monkeypatch.setattr(cpu, "can_sort", lambda *a: False)
     num_experts, width, out, num_tokens = 4, 24, 40, 11
     memory = AdapterMemory.over(torch.full((200_000,), 255, dtype=torch.uint8), torch.float32, 16)
     table = torch.tensor(Extent()).repeat(4, 1, 1)
@@ -134,7 +135,7 @@ def test_adapters_of_pairs_are_those_of_each_token_and_expert(level, monkeypatch
     chosen = torch.stack([torch.randperm(num_experts)[:2] for _ in range(num_tokens)])
     routing = Routing.of(chosen, num_experts)
     x, product = torch.randn(num_tokens, width), torch.randn(2 * num_tokens, out)
-    pairs = ExpertPairs.of(meta, routing.places, routing.experts)
+    pairs = ExpertPairs.of(meta, routing.places, routing.experts, num_experts)
     extents = pairs.extents(table, width, out)
     found = apply_adapters(product, x[routing.tokens], None, memory, extents, pairs.meta)
     expected = product.clone()
