@@ -484,12 +484,13 @@ def grouped_four_bit_product(
     `four_bit_product`, and so are its values and sums: a row's result is bit-equal whatever rows
     and groups stand beside it. Groups without rows are not read.
     """
-    return cpu.grouped_four_bit_product(x, starts, packed, absmax, code, out_features, nested)
+    backend = _fastest(x)
+    return backend.grouped_four_bit_product(x, starts, packed, absmax, code, out_features, nested)
 
 
 def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """As `grouped_four_bit_product`, from the 8-bit codes of `int8_product`: (G · out, in)."""
-    return cpu.grouped_int8_product(x, starts, codes, absmax)
+    return _fastest(x).grouped_int8_product(x, starts, codes, absmax)
 
 
 def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
@@ -518,9 +519,11 @@ def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return backend.sum_pairs(y, places, weights)
 
 
-def can_multiply_groups(x: Tensor) -> bool:
-    """True when the grouped products take x: bfloat16 on a CPU that multiplies it, no gradient."""
-    return cpu.can_multiply(x)
+def can_multiply_groups(x: Tensor, *, is_dense: bool = False) -> bool:
+    """True when the grouped products take x without a gradient: CUDA, but for those of a dense
+    weight (`is_dense`), and bfloat16 on a CPU that multiplies it.
+    """
+    return cpu.can_multiply(x) or (gpu.can_run(x) and not is_dense)
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:

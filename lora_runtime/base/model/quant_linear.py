@@ -246,7 +246,7 @@ class DenseLinear(FrozenLinear):
         return super().product(x)
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
-        if can_multiply_groups(x):
+        if can_multiply_groups(x, is_dense=True):
             return grouped_dense_product(x, starts, self.weight)
         return super().grouped_product(x, starts)
 
@@ -335,7 +335,7 @@ class QuantLinear(FrozenLinear):
         return super().product_and_shrink(x, adapters)
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
-        if not self._reads_codes(x) or not can_multiply_groups(x):
+        if self.in_features % BLOCK_SIZE or not can_multiply_groups(x):
             return super().grouped_product(x, starts)
         out_features, nested = self.out_features // (len(starts) - 1), self._nested_scales()
         return grouped_four_bit_product(
