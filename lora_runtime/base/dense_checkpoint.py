@@ -46,7 +46,7 @@ def dense_tensors(base: Base) -> Iterator[tuple[str, Tensor]]:
             continue
         yield f"{path}.weight", dense_weight(module)
         if isinstance(module, AdaptedRouter):
-            for name, buffer in module.choose.named_buffers():
+            for name, buffer in module.choose.state_dict().items():
                 yield f"{path}.{name}", buffer
         if isinstance(module, AdaptedLinear) and module.linear.bias is not None:
             yield f"{path}.bias", module.linear.bias

@@ -100,7 +100,7 @@ class AdaptedRouter(AdaptedLinear):
         """
         x = hidden_states.reshape(-1, self.in_features)
         logits = super().forward(x.float() if self.is_wide else x)
-        found = self.choose(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        found = self.choose(logits.to(self.choose.weight.dtype))
         if self.context.routed is not None:
             self.context.routed.append(Routed(self.context.meta, logits, found[2]))
         return found
@@ -292,18 +292,19 @@ def _grouped(original: type[Any]) -> type[Any]:
 def _chooser(router: Any, dtype: torch.dtype) -> Any:
     """A copy of a router that takes logits for hidden states and multiplies them by 1."""
     chooser = shallow_copy(router)
+    chooser._buffers, own = dict(router._buffers), dict(router._parameters)
+    chooser._non_persistent_buffers_set = set(router._non_persistent_buffers_set)
+    chooser._parameters = {}
     num_experts, device = len(router.weight), router.weight.device
-    chooser._parameters = dict(router._parameters)
-    chooser.weight = _constant(torch.eye(num_experts, dtype=dtype, device=device))
-    if chooser._parameters.get("bias") is not None:
-        chooser.bias = _constant(torch.zeros(num_experts, dtype=dtype, device=device))
+    # Buffers, as those keep their dtype in a view of the base in another.
+    constants = {"weight": torch.eye(num_experts, dtype=dtype, device=device)}
+    if own.get("bias") is not None:
+        constants["bias"] = torch.zeros(num_experts, dtype=dtype, device=device)
+    for name, values in constants.items():
+        chooser.register_buffer(name, values, persistent=False)
     if hasattr(chooser, "hidden_dim"):
         chooser.hidden_dim = num_experts
     return chooser
-
-
-def _constant(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)
 
 
 @torch.no_grad()
