@@ -315,23 +315,23 @@ def grouped_product_kernel(
         n = tl.program_id(0) // num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         is_output = n < out_features
         row = tl.where(is_output, n, 0).to(tl.int64) + group.to(tl.int64) * out_features
-        m = first + tl.arange(0, BLOCK_M)
+        m, begin = first + tl.arange(0, BLOCK_M), tl.full((), 0, tl.int32)
         sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
         for _ in tl.static_range(TILES - 1):
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
         if FORMAT == "eight_bit":
             sums = _add_int8(
-                sums, x_ptr, codes_ptr, absmax_ptr, m, end, row, 0, in_features, in_features,
+                sums, x_ptr, codes_ptr, absmax_ptr, m, end, row, begin, in_features, in_features,
                 IS_EVEN, TILES, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         elif x_ptr.dtype.element_ty == tl.bfloat16:
             sums = _add_four_bit(
                 sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
-                end, row, 0, in_features, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
+                end, row, begin, in_features, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             sums = _add_four_bit_float32(
-                sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end, row, 0, in_features,
+                sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end, row, begin, in_features,
                 num_blocks, TILES, BLOCK_M,
             )  # fmt: skip
         for tile in tl.static_range(TILES):
