@@ -12,6 +12,7 @@ from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
+from tests.lora_runtime.base.test_streamed_load import DenseCopies
 from tests.tiny import MIXTURES, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
 
 SERVED = list(MIXTURES)
@@ -121,3 +122,42 @@ def test_dense_tensors_are_the_family_s_own(shape):
 def test_experts_that_no_block_of_codes_fits_are_refused():
     with pytest.raises(BaseRefused, match="nf4-double"):
         tiny_base("qwen3-moe", quantization="nf4-double")
+
+
+@pytest.mark.parametrize("shape", ["qwen3-moe", "gpt-oss"])
+def test_one_expert_at_a_time_is_unquantised(tmp_path, shape):
+    """float32 copies of the experts of a 16-bit checkpoint: all of one layer's while the original
+    runs, one expert's otherwise.
+    """
+    folder = tiny_checkpoint(tmp_path / "tiny", shape)
+    spec = tiny_base(shape).spec
+    layouts = {p: s for p, s in spec.linears.items() if s.experts is not None}
+    sizes = {(s.out_features, s.in_features) for s in layouts.values()}
+    stacks = {(s.experts.count, *size) for s in layouts.values() for size in sizes}
+    one_layer = sum(4 * s.experts.count * s.in_features * s.out_features for s in layouts.values())
+    one_layer //= len(layouts) // 2
+    one_expert = max(4 * out * width for out, width in sizes)
+    config = BaseConfig(model=str(folder), dtype="float32", device="cpu", dequantized_cache=False)
+    whole = DenseCopies({*stacks, *((n, i, o) for n, o, i in stacks)})
+    with whole, DenseCopies({*sizes, *((i, o) for o, i in sizes)}) as alone:
+        load_base(config)
+    assert 0 < whole.most <= one_layer
+    assert 0 < alone.most <= 6 * one_expert
+
+
+def test_a_router_near_a_tie_does_not_look_like_a_wrong_model():
+    """In bfloat16 rounding alone sends some tokens of these models to other experts."""
+    for shape, seed in (("gpt-oss", 0), ("gpt-oss", 1), ("mixtral", 1)):
+        tiny_base(shape, dtype=torch.bfloat16, seed=seed)
+
+
+def test_a_router_that_gives_other_logits_is_refused(monkeypatch):
+    real = AdaptedRouter.forward
+
+    def shifted(self, x):
+        logits, *rest = real(self, x)
+        return logits + 0.1 * logits.abs().max(), *rest
+
+    monkeypatch.setattr(AdaptedRouter, "forward", shifted)
+    with pytest.raises(BaseRefused, match="on a router"):
+        tiny_base("qwen3-moe")
