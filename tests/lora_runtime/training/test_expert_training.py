@@ -11,6 +11,7 @@ from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.parity import gate
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.recompute import recomputed
 from lora_runtime.engine.probe import adapter_logits
 from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import UnitConfig
@@ -103,6 +104,18 @@ def test_units_together_equal_each_alone_and_the_base_stays(tmp_path, tokenizer,
         for name, value in alone.named_parameters().items():
             assert (unit.named_parameters()[name] - value).abs().max() <= 1e-3, name
     assert fingerprint(mixture.model, "nf4") == before
+
+
+def test_layers_computed_again_give_the_same_gradients(tmp_path, tokenizer, mixture):
+    found = []
+    unit = unit_of(mixture, tokenizer, tmp_path, router_aux_loss=0.1)
+    randomise(unit, 0.2)
+    for base in (mixture, recomputed(mixture)):
+        unit.optimizer.zero_grad()
+        window_losses(base, [unit], [unit.next_micro_batches()[0]])[:, 0].sum().backward()
+        found.append([parameter.grad.clone() for parameter in unit.parameters])
+    assert all(map(torch.equal, *found))
+    assert all(gradient.abs().max() > 0 for gradient in found[0])
 
 
 def test_exports_pass_the_parity_gate_and_load_in_peft(tmp_path, tokenizer, mixture, shape):
