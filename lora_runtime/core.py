@@ -494,11 +494,28 @@ ANY_FOLDER = FolderRules()
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsLayout:
+    """How a mixture's experts lie in the checkpoint's parameter of them all."""
+
+    count: int
+    is_transposed: bool = False
+    """An expert's weight is (in, out)."""
+    is_interleaved: bool = False
+    """Outputs of gate and up alternate, where others have gate's first."""
+
+
+@dataclass(frozen=True, slots=True)
 class LinearShape:
-    """Sizes of one linear layer that adapters may target."""
+    """Sizes of one linear layer that adapters may target, or of each of a mixture's experts."""
 
     in_features: int
     out_features: int
+    experts: ExpertsLayout | None = None
+    """None: every token goes through the one layer."""
+
+    @property
+    def num_experts(self) -> int:
+        return 1 if self.experts is None else self.experts.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -528,6 +545,8 @@ class BaseSpec:
     device: str
     model_type: str
     """`config.model_type` of the checkpoint: llama, qwen3, gemma2 …"""
+    routers: tuple[str, ...] = ()
+    """Those of `linears` that choose among experts."""
 
     @property
     def shapes(self) -> dict[str, LinearShape]:

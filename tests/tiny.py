@@ -56,13 +56,42 @@ CONFIGS: dict[str, dict] = {
         rope_parameters={**_LONGROPE, "partial_rotary_factor": 1.0},
     ),
 }  # fmt: skip
+_EXPERTS = dict(moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2)
+MIXTURES: dict[str, dict] = {
+    "qwen3-moe": dict(
+        model_type="qwen3_moe", head_dim=16, norm_topk_prob=True, mlp_only_layers=[1], **_EXPERTS
+    ),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": dict(model_type="olmoe", **{**_EXPERTS, "intermediate_size": 64}),
+    "qwen2-moe": dict(
+        model_type="qwen2_moe", shared_expert_intermediate_size=128, **_EXPERTS
+    ),
+    "granite-moe": dict(
+        model_type="granitemoe", intermediate_size=64, num_local_experts=6, num_experts_per_tok=3,
+        attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=0.5,
+    ),
+    "glm4-moe": dict(
+        model_type="glm4_moe", head_dim=16, n_routed_experts=8, n_shared_experts=1,
+        moe_intermediate_size=64, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1,
+        topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5,
+    ),
+    "qwen3.5-moe": dict(
+        model_type="qwen3_5_moe_text", head_dim=16, layer_types=["full_attention"] * 3,
+        shared_expert_intermediate_size=64, **_EXPERTS,
+    ),
+    "gpt-oss": dict(
+        model_type="gpt_oss", head_dim=16, intermediate_size=64, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=24,
+    ),
+}  # fmt: skip
+"""Mixtures of experts. The dense shapes' tests do not run over them."""
 SHAPES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
 """One of every family that must be served."""
 
 
 def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose weights are exact in bfloat16, so that every dtype starts equal."""
-    options = {**_COMMON, **CONFIGS[shape]}
+    options = {**_COMMON, **(CONFIGS | MIXTURES)[shape]}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -132,7 +161,13 @@ def dense_twin(base: Base, shape: str, *, seed: int = 0, dtype: torch.dtype | No
     """The untouched transformers model with the base's dequantised weights: PEFT's oracle base."""
     twin = copy.deepcopy(_untouched(shape, seed, dtype or base.dtype))
     with torch.no_grad():
-        for path in base.spec.linears:
+        for path, linear in base.spec.linears.items():
             values = base.model.get_submodule(path).linear.weight_values()
-            twin.get_submodule(path).weight.copy_(values)
+            if linear.experts is None:
+                twin.get_submodule(path).weight.copy_(values)
+            else:
+                values = values.unflatten(0, (linear.experts.count, -1))
+                is_transposed = linear.experts.is_transposed
+                parameter = twin.get_parameter(path)
+                parameter.copy_(values.transpose(1, 2) if is_transposed else values)
     return twin

@@ -68,6 +68,8 @@ def plain_files(
 def _refuse_inexpressible(form: ServingForm) -> None:
     if any(module.gain is not None for module in form.modules.values()):
         raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
+    if any(module.num_experts > 1 for module in form.modules.values()):
+        raise _refused("target_parameters", "the file of an adapter of experts stays as it is")
     if form.facts.layer_map is not None:
         raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")
     if form.facts.invocation_tokens:

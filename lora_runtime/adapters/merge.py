@@ -132,6 +132,8 @@ def _refuse_inexpressible(form: ServingForm) -> None:
         raise _refused(
             "layer_replication", "the visits of one layer have a change each, and one weight"
         )
+    if any(module.num_experts > 1 for module in form.modules.values()):
+        raise _refused("target_parameters", "experts are served unmerged")
     if form.facts.invocation_tokens:
         raise _refused(
             "alora_invocation_tokens", "it acts from those tokens on, a weight on every token"

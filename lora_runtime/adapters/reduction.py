@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.expert_sites import per_expert_names
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
 from lora_runtime.adapters.facts import AdapterFacts
@@ -24,6 +25,7 @@ from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
 from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
+from lora_runtime.adapters.variants.experts import joined_experts
 from lora_runtime.adapters.variants.modules import Reduced, collect, reduce_module
 from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
@@ -48,7 +50,8 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     tensors = AdapterTensors(files.tensors)
     names = trained_names(tensors.names, base)
     try:
-        spec = parse_config(files.config, base, trained_names=names)
+        experts = per_expert_names(name.module for name in tensors.names)
+        spec = parse_config(files.config, base, trained_names=names, experts=experts)
         initial = _initial_adapter(content, spec)
         start = None if initial is None else AdapterTensors(initial.tensors)
         form = reduce_adapter(spec, tensors, base, weights, start)
@@ -92,8 +95,9 @@ def reduce_adapter(
     for raw in modules:
         started = "" if raw.site.path in untouched else spec.initialisation
         bias = biases.get(_key(raw.site))
-        reduced[_key(raw.site)] = reduce_module(raw, started, base, weights, initial, bias)
-    forms = {key: one.form for key, one in reduced.items()}
+        reduced[raw.site] = reduce_module(raw, started, base, weights, initial, bias)
+    forms = {_key(site): one.form for site, one in reduced.items() if site.expert is None}
+    forms |= joined_experts({s: one.form for s, one in reduced.items() if s.expert}, base)
     for key, bias in biases.items():
         forms.setdefault(key, ModuleForm(bias=bias))
     for path, patch in patches.items():
@@ -143,14 +147,24 @@ def _trained_biases(
         is_wanted = spec.bias == "all" or (spec.bias == "lora_only" and site in spec.targets)
         is_wanted = is_wanted or site.path in spec.vocabulary.replaced
         if is_wanted and weights.bias(site.path) is not None:
+            _refuse_expert_bias(site, base)
             size = (base.shapes[site.path].out_features,)
-            bias = tensors.take(site.name, Part.BIAS, size).float()
+            bias = tensors.take(site.module, Part.BIAS, size).float()
             if not torch.equal(bias, shared.setdefault(site.path, bias)):
                 raise AdapterRefused(
                     f"the visits of {site.path} share one bias, and the file holds different ones",
                     field="bias",
                 )
     return {_key(site): shared[site.path] for site in spec.sites if site.path in shared}
+
+
+def _refuse_expert_bias(site: Site, base: BaseSpec) -> None:
+    if base.shapes[site.path].experts is not None:
+        raise AdapterRefused(
+            f"bias: trained biases of experts, as of {site.name}, are not served; train with "
+            "bias 'none'",
+            field="bias",
+        )
 
 
 def _subtracted(

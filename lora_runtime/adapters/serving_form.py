@@ -37,7 +37,8 @@ class RowPatch:
 class ModuleForm:
     """a (r, in) and b (out, r), or both None; gain (out,) float32 or None; bias (out,) or None.
 
-    `patch`: for the embedding and the head only.
+    `patch`: for the embedding and the head only. Of a mixture of E experts a (E · r, in), the
+    columns of b (out, E · r), and gain (E · out,) are E blocks of one size, expert after expert.
     """
 
     a: Tensor | None = None
@@ -45,10 +46,12 @@ class ModuleForm:
     gain: Tensor | None = None
     bias: Tensor | None = None
     patch: RowPatch | None = None
+    num_experts: int = 1
 
     @property
     def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[0]
+        """Of a mixture the rank at each expert."""
+        return 0 if self.a is None else self.a.shape[0] // self.num_experts
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

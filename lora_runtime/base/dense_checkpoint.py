@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear
+from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
 from lora_runtime.base.weights import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 4 << 30
@@ -36,16 +37,31 @@ def dense_tensors(base: Base) -> Iterator[tuple[str, Tensor]]:
     adapted = {
         path: module
         for path, module in base.model.named_modules()
-        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding | AdaptedExperts)
     }
     inner = tuple(f"{path}." for path in adapted)
     for path, module in adapted.items():
+        if isinstance(module, AdaptedExperts):
+            yield from _expert_tensors(path, module)
+            continue
         yield f"{path}.weight", dense_weight(module)
+        if isinstance(module, AdaptedRouter):
+            for name, buffer in module.choose.state_dict().items():
+                yield f"{path}.{name}", buffer
         if isinstance(module, AdaptedLinear) and module.linear.bias is not None:
             yield f"{path}.bias", module.linear.bias
     for name, tensor in base.model.state_dict().items():
         if not name.startswith(inner):
             yield name, tensor
+
+
+def _expert_tensors(path: str, experts: AdaptedExperts) -> Iterator[tuple[str, Tensor]]:
+    """The parameters in whose place the experts are, as the family holds them."""
+    count, bias = experts.layout.count, experts.linear.bias
+    values = experts.linear.weight_values().detach().unflatten(0, (count, -1))
+    yield path, values.transpose(1, 2) if experts.layout.is_transposed else values
+    if bias is not None:
+        yield f"{path}_bias", bias.view(count, -1)
 
 
 def dense_weight(module: AdaptedLinear | AdaptedEmbedding) -> Tensor:

@@ -28,6 +28,15 @@ from lora_runtime.base.model.adapted_linear import (
     StepContext,
 )
 from lora_runtime.base.model.attention import Attention, KVCache
+from lora_runtime.base.model.experts import (
+    UNQUANTISED,
+    AdaptedExperts,
+    AdaptedRouter,
+    freeze_experts,
+    replace_experts,
+    replace_routers,
+    routers,
+)
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
@@ -38,6 +47,7 @@ from lora_runtime.base.model.stacked_linears import stack_linears
 from lora_runtime.base.self_check import original_logits, self_check
 from lora_runtime.base.streamed_load import (
     decoder_layers,
+    expert_modules,
     inner_linears,
     place,
     read_model,
@@ -177,22 +187,24 @@ def prepare_base(
     place(model, device)
     fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
     on_progress("checking against the original model")
-    with visiting(inner_linears(model).values(), device, dtype):
+    visitors = [*inner_linears(model).values(), *expert_modules(model).values()]
+    with visiting(visitors, device, dtype):
         original = original_logits(model)
     context = StepContext()
-    linears = _replace_linears(model, context)
+    layers = _replace_layers(model, context, device, dtype)
+    linears = [layer for layer in layers.values() if type(layer) is AdaptedLinear]
     model.set_attn_implementation(attention.NAME)
     fuse_modules(model)
-    with visiting([adapted.linear for adapted in linears.values()], device, dtype):
+    with visiting([adapted.linear for adapted in linears], device, dtype):
         self_check(model, original)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
-    _freeze_linears(linears.values(), freeze, device, dtype)
+    _freeze_layers(layers.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
-    _settle_weights(model, linears.values())
+    _settle_weights(model, linears)
     on_progress("fingerprinting")
-    spec = _spec(model, config.quantization, name, name_or_path, linears)
+    spec = _spec(model, config.quantization, name, name_or_path, layers)
     _adapt_vocabulary(model, spec, context)
     on_progress("measuring the rows of the linear layers")
     weights = BaseWeights(model, spec, folder)
@@ -215,7 +227,7 @@ def _spec(
     quantization: str,
     name: str,
     name_or_path: str | None,
-    linears: Mapping[str, AdaptedLinear],
+    layers: Mapping[str, AdaptedLinear | AdaptedExperts],
 ) -> BaseSpec:
     """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
     embedding: Any = model.get_input_embeddings()
@@ -225,7 +237,7 @@ def _spec(
         name=name,
         name_or_path=name_or_path,
         fingerprint=fingerprint(model, quantization),
-        linears={path: LinearShape(m.in_features, m.out_features) for path, m in linears.items()},
+        linears={path: _shape(layer) for path, layer in layers.items()},
         embedding=_path_of(model, embedding),
         head=_path_of(model, head),
         is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
@@ -237,7 +249,13 @@ def _spec(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         model_type=model.config.model_type,
+        routers=tuple(p for p, layer in layers.items() if isinstance(layer, AdaptedRouter)),
     )
+
+
+def _shape(layer: AdaptedLinear | AdaptedExperts) -> LinearShape:
+    layout = layer.layout if isinstance(layer, AdaptedExperts) else None
+    return LinearShape(layer.in_features, layer.out_features, layout)
 
 
 def _adapt_vocabulary(model: PreTrainedModel, spec: BaseSpec, context: StepContext) -> None:
@@ -260,15 +278,32 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for weights that are not in an nn.Linear: experts, Conv1D, state spaces."""
+    """Raise BaseRefused for weights that are in no nn.Linear, nor experts or their routers: Conv1D,
+    state spaces.
+    """
+    known = {*expert_modules(model), *routers(model)}
     for path, module in decoder_layers(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and type(module) is not nn.Linear:
+            if parameter.ndim > 1 and type(module) is not nn.Linear and path not in known:
                 raise BaseRefused(
                     f"{model.config.model_type} keeps weights in {path}.{name} "
-                    f"({type(module).__name__}), which adapters cannot act on; mixture-of-experts "
-                    "and convolutional layers are not served"
+                    f"({type(module).__name__}), which adapters cannot act on; convolutional "
+                    "layers and mixtures of experts of an unknown form are not served"
                 )
+
+
+def _replace_layers(
+    model: PreTrainedModel, context: StepContext, device: torch.device, dtype: torch.dtype
+) -> dict[str, AdaptedLinear | AdaptedExperts]:
+    """Let adapters act on every linear layer, router and mixture, still unquantised. Returns path →
+    each, in the order in which the model holds them, by which PEFT names experts.
+    """
+    found: dict[str, AdaptedLinear | AdaptedExperts] = {
+        **_replace_linears(model, context),
+        **replace_routers(model, context),
+        **replace_experts(model, context, device, dtype),
+    }
+    return {path: found[path] for path, _ in model.named_modules() if path in found}
 
 
 def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedLinear]:
@@ -300,15 +335,21 @@ def _freezer(quantization: str) -> Callable[..., FrozenLinear]:
     return makers[quantization]
 
 
-def _freeze_linears(
-    adapted: Iterable[AdaptedLinear],
+def _freeze_layers(
+    layers: Iterable[AdaptedLinear | AdaptedExperts],
     freeze: Callable[..., FrozenLinear],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn."""
-    for each in adapted:
-        each.linear = freeze(each.linear.weight_values().to(device, dtype), each.linear.bias)
+    """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn; of
+    a mixture that of each expert. Routers stay as they are.
+    """
+    for layer in layers:
+        if isinstance(layer, AdaptedExperts):
+            freeze_experts(layer, freeze)
+        elif not isinstance(layer, AdaptedRouter):
+            maker = DenseLinear if layer.path.endswith(UNQUANTISED) else freeze
+            layer.linear = maker(layer.linear.weight_values().to(device, dtype), layer.linear.bias)
 
 
 def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:

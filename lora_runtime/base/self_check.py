@@ -1,11 +1,20 @@
-"""Checks that a model with replaced modules gives the logits it gave before; not yet quantised."""
+"""Checks that a model with replaced modules gives the logits it gave before; not yet quantised.
+
+A mixture's router turns a difference of rounding into another expert where two are nearly as good.
+So its logits are compared as the model's are, and behind it both go the way of the original.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_runtime.base.model.experts import AdaptedRouter, routers
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.errors import BaseRefused
 
@@ -21,33 +30,78 @@ def _check_rows(model: PreTrainedModel) -> list[Tensor]:
     return [row.to(model.device) for row in rows]
 
 
-@torch.no_grad()
-def original_logits(model: PreTrainedModel) -> list[Tensor]:
-    """Last logits (vocab,) of each row, run alone through transformers' own modules."""
-    return [model(row[None], use_cache=False).logits[0, -1] for row in _check_rows(model)]
+class Original(NamedTuple):
+    """What transformers' own modules gave.
+
+    logits: the last ones (vocab,) of each row, run alone. routed: of every router in turn, logits,
+    weights and experts of the tokens of all rows.
+    """
+
+    logits: list[Tensor]
+    routed: list[tuple[Tensor, ...]]
 
 
 @torch.no_grad()
-def self_check(model: PreTrainedModel, original: list[Tensor]) -> None:
+def original_logits(model: PreTrainedModel) -> Original:
+    """Run each row alone."""
+    logits: list[Tensor] = []
+    routed: list[list[tuple[Tensor, ...]]] = []
+    for row in _check_rows(model):
+        routed.append([])
+        with _hooked(routers(model).values(), lambda found: routed[-1].append(found)):
+            logits.append(model(row[None], use_cache=False).logits[0, -1])
+    of_router = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*routed, strict=True)]
+    return Original(logits, of_router)
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any], Any]) -> Iterator[None]:
+    """Let `hook` see, and replace, what modules return."""
+    handles = [m.register_forward_hook(lambda _m, _x, found: hook(found)) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel, original: Original) -> None:
     """Run a short row beside a long one through the replaced modules.
 
     Raises BaseRefused if the logits of either differ from `original`, where each ran alone.
     """
     rows = _check_rows(model)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
-    out = model(
-        torch.cat(rows)[None],
-        position_ids=torch.cat([torch.arange(len(row), device=model.device) for row in rows])[None],
-        use_cache=False,
-        attention=VarlenAttention([RowLengths(lengths.tolist())], model.device),
-        logits_to_keep=lengths.cumsum(0) - 1,
-    )
-    scale = max(float(logits.abs().max()) for logits in original)
-    for row, logits in enumerate(original):
-        error = float((out.logits[0, row] - logits).abs().max()) / scale
-        if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
-            raise BaseRefused(
-                f"{model.config.model_type} does not give its own logits with our attention and "
-                f"linear layers (relative error {error:.2g} on a row of {SELF_CHECK_LENGTHS[row]} "
-                "tokens); this architecture is not served"
-            )
+    choices = iter(original.routed)
+
+    def route(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        theirs = next(choices)
+        _compare(model, found[0], theirs[0], float(theirs[0].abs().max()), "a router")
+        return theirs
+
+    ours = [module for module in model.modules() if isinstance(module, AdaptedRouter)]
+    with _hooked(ours, route):
+        out = model(
+            torch.cat(rows)[None],
+            position_ids=torch.cat([torch.arange(len(r), device=model.device) for r in rows])[None],
+            use_cache=False,
+            attention=VarlenAttention([RowLengths(lengths.tolist())], model.device),
+            logits_to_keep=lengths.cumsum(0) - 1,
+        )
+    scale = max(float(logits.abs().max()) for logits in original.logits)
+    for row, logits in enumerate(original.logits):
+        where = f"a row of {SELF_CHECK_LENGTHS[row]} tokens"
+        _compare(model, out.logits[0, row], logits, scale, where)
+
+
+def _compare(
+    model: PreTrainedModel, ours: Tensor, theirs: Tensor, scale: float, where: str
+) -> None:
+    error = float((ours - theirs).abs().max()) / scale
+    if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
+        raise BaseRefused(
+            f"{model.config.model_type} does not give its own logits with our attention and "
+            f"linear layers (relative error {error:.2g} on {where}); this architecture is not "
+            "served"
+        )

@@ -23,6 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from lora_runtime.errors import BaseRefused
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""Parameters that hold the experts of a layer, one after another: (E, out, in) or (E, in, out)."""
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """How safetensors names dtypes."""
 
@@ -79,34 +81,60 @@ def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:
-    """Copy all but the weights of inner linears to `device`: out of the checkpoint's files."""
+    """Copy all but the weights of inner linears and experts to `device`: out of the checkpoint's
+    files.
+    """
     for tensor in _all_but_inner_weights(model):
         tensor.data = tensor.data.to(device, copy=True)
 
 
+def expert_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every module that holds experts as parameters, by its path from the list of layers."""
+    return {
+        path: module
+        for path, module in decoder_layers(model).named_modules()
+        if any(weight is not None and weight.ndim == 3 for weight in _expert_weights(module))
+    }
+
+
+def _expert_weights(module: nn.Module) -> list[nn.Parameter]:
+    found = (module._parameters.get(name) for name in EXPERT_WEIGHTS)
+    return [weight for weight in found if weight is not None]
+
+
 @contextmanager
 def visiting(
-    linears: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
+    modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """While inside, each of `linears` has its weight on `device` in `dtype` when it runs."""
-    stored: dict[nn.Module, Tensor] = {}
+    """While inside, each of these linears and experts has its weights on `device` in `dtype` when
+    it runs.
+    """
+    stored: dict[nn.Module, list[Tensor]] = {}
 
-    def arrive(linear: Any, _args: object) -> None:
-        stored[linear] = linear.weight.data
-        linear.weight.data = linear.weight.data.to(device, dtype)
+    def arrive(module: nn.Module, _args: object) -> None:
+        weights = _visiting_weights(module)
+        stored[module] = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.to(device, dtype)
 
-    def leave(linear: Any, _args: object, _output: object) -> None:
-        linear.weight.data = stored.pop(linear)
+    def leave(module: nn.Module, _args: object, _output: object) -> None:
+        for weight, data in zip(_visiting_weights(module), stored.pop(module), strict=True):
+            weight.data = data
 
     hooks = []
-    for linear in linears:
-        hooks.append(linear.register_forward_pre_hook(arrive))
-        hooks.append(linear.register_forward_hook(leave, always_call=True))
+    for module in modules:
+        hooks.append(module.register_forward_pre_hook(arrive))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _visiting_weights(module: nn.Module) -> list[nn.Parameter]:
+    weight = module._parameters.get("weight")
+    return _expert_weights(module) if weight is None else [weight]
 
 
 def _half_dtype(folder: Path) -> torch.dtype | None:
@@ -120,7 +148,8 @@ def _half_dtype(folder: Path) -> torch.dtype | None:
 
 
 def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
-    """A float32 model with the tensors of `stored`, of which inner linears keep theirs as they are.
+    """A float32 model with the tensors of `stored`, of which inner linears and experts keep theirs
+    as they are.
 
     Built anew, because a model computes some of its buffers in the dtype it is built in.
     """
@@ -137,6 +166,8 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
 
 
 def _all_but_inner_weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Every parameter and buffer once, but for the weights of inner linears."""
+    """Every parameter and buffer once, but for the weights of inner linears and experts."""
     weights = {id(linear.weight) for linear in inner_linears(model).values()}
+    for experts in expert_modules(model).values():
+        weights |= {id(weight) for weight in _expert_weights(experts)}
     return (t for t in chain(model.parameters(), model.buffers()) if id(t) not in weights)

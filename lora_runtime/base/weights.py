@@ -54,9 +54,12 @@ class BaseWeights:
         return self._squared_norms[path]
 
     def measure_rows(self) -> None:
-        """Compute the norms of every inner linear, so that no DoRA's load has to wait for them."""
-        for path in self._spec.linears:
-            self.squared_norms(path)
+        """Compute the norms of every inner linear, so that no DoRA's load has to wait for them; but
+        for experts, of whose rows there are hundreds of times as many.
+        """
+        for path, shape in self._spec.linears.items():
+            if shape.experts is None:
+                self.squared_norms(path)
 
     def times_transposed(self, path: str, a: Tensor) -> Tensor:
         """W Aᵀ: a (r, in) float32 → (out, r) float32."""
@@ -81,8 +84,14 @@ class BaseWeights:
         values = self._module(path).weight_values().detach()
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
+    def expert(self, path: str, expert: int) -> Tensor:
+        """W (out, in) of one expert of a mixture, dense, in float32 or better, on the host."""
+        num_experts = self._spec.linears[path].num_experts
+        values = self._module(path).group_values(expert, num_experts).detach()
+        return values.to(torch.promote_types(values.dtype, torch.float32)).cpu()
+
     def bias(self, path: str) -> Tensor | None:
-        """The module's own bias (out,) in float32, or None."""
+        """The module's own bias (out,), of experts (E · out,), in float32, or None."""
         if path == self._spec.embedding:
             return None
         bias = self._module(path).bias

@@ -80,7 +80,8 @@ class Engine:
         like = torch.empty(0, dtype=adapter_dtype(base.device, base.dtype), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
-        has_graphs = config.cuda_graphs and base.device.type == "cuda"
+        # How many segments a mixture's pairs have is read on the host.
+        has_graphs = config.cuda_graphs and base.device.type == "cuda" and not base.spec.routers
         check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,

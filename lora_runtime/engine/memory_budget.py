@@ -149,8 +149,11 @@ def _peak(device: torch.device, run: Callable[[], object]) -> int:
 
 
 def _pool_with_an_adapter(base: Base) -> AdapterPool:
-    """A pool whose slot 0 has an adapter for all inner linears and the output layer."""
-    paths = (*base.spec.linears, base.spec.head)
+    """A pool whose slot 0 has an adapter for all inner linears and the output layer, but not for
+    experts, whose adapters are as large as hundreds of others.
+    """
+    inner = (path for path, shape in base.spec.linears.items() if shape.experts is None)
+    paths = (*inner, base.spec.head)
     modules = {}
     for path in paths:
         shape = base.spec.shapes[path]

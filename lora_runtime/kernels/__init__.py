@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_runtime.kernels import cpu, gpu, huge_pages, reference
 from lora_runtime.kernels.cpu import refuse_recording, unrecorded
+from lora_runtime.kernels.expert_pairs import ExpertPairs
 from lora_runtime.kernels.types import (
     NO_EXTENT,
     AdapterMemory,
@@ -28,6 +29,7 @@ from lora_runtime.kernels.types import (
     segment_starts,
     spans_of_rows,
     to_device,
+    wants_gradient,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "NO_EXTENT",
     "AdapterMemory",
     "AttentionMeta",
+    "ExpertPairs",
     "HeadNorm",
     "NestedScales",
     "PooledAdapters",
@@ -51,6 +54,7 @@ __all__ = [
     "can_fuse",
     "can_multiply_dense",
     "can_multiply_codes",
+    "can_multiply_groups",
     "can_run_on_gpu",
     "can_shrink_with_product",
     "can_use_panels",
@@ -62,6 +66,9 @@ __all__ = [
     "four_bit_product_and_shrink",
     "four_bit_values",
     "gated_activation",
+    "grouped_dense_product",
+    "grouped_four_bit_product",
+    "grouped_int8_product",
     "huge_pages",
     "int8_product",
     "int8_product_and_shrink",
@@ -76,7 +83,9 @@ __all__ = [
     "rotate",
     "rotate_and_write",
     "segment_starts",
+    "sort_pairs",
     "spans_of_rows",
+    "sum_pairs",
     "to_device",
     "unrecorded",
     "write_kv",
@@ -240,13 +249,15 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of every token over its own row's cached positions.
 
     out[t, h] = Σ_j softmax_j(c(scale · q[t, h] · K_j)) V_j over the positions j ≤ positions[t] of
     row rows[t], the last `window` of them if given; c(s) = softcap · tanh(s / softcap) or s.
     Shapes: q (T, H, D), keys and values (cache slots, G, D) of one layer, H a multiple of G;
-    tokens of a row are consecutive. Returns (T, H, D) in q's dtype; softmax and sums in float32.
+    tokens of a row are consecutive. sinks (H,): of every head a score more in the softmax, which
+    has no value (gpt-oss). Returns (T, H, D) in q's dtype; softmax and sums in float32.
     Cache slots that the row does not own may hold anything, NaN included. A token at a negative
     position sees nothing: 0.
     Source: PagedAttention, arXiv:2309.06180.
@@ -254,7 +265,11 @@ def paged_attention(
     backend = _fastest(q, keys, values)
     if backend is cpu and q.shape[-1] > cpu.MAX_HEAD_DIM:
         backend = _reference()
-    return backend.paged_attention(q, keys, values, meta, scale, window, softcap)
+    if backend is gpu:
+        if sinks is None:
+            return gpu.paged_attention(q, keys, values, meta, scale, window, softcap)
+        backend = _reference()
+    return backend.paged_attention(q, keys, values, meta, scale, window, softcap, sinks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
@@ -462,6 +477,64 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     (out, in) int8, absmax (out,) float32. Source: LLM.int8, arXiv:2208.07339 §2.
     """
     return _fastest(x).int8_product(x, codes, absmax)
+
+
+def grouped_four_bit_product(
+    x: Tensor,
+    starts: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """W_g x of the rows of every group g, from 4-bit codes: x (P, in) → (P, out) in x's dtype.
+
+    Rows starts[g] to starts[g + 1] of x belong to group g; starts (G + 1,) int32 ascends from 0 to
+    P. W_g is the rows g · out to (g + 1) · out of a weight (G · out, in) that is held as in
+    `four_bit_product`, and so are its values and sums: a row's result is bit-equal whatever rows
+    and groups stand beside it. Groups without rows are not read.
+    """
+    backend = _fastest(x)
+    return backend.grouped_four_bit_product(x, starts, packed, absmax, code, out_features, nested)
+
+
+def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """As `grouped_four_bit_product`, from the 8-bit codes of `int8_product`: (G · out, in)."""
+    return _fastest(x).grouped_int8_product(x, starts, codes, absmax)
+
+
+def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
+    """As `grouped_four_bit_product`, of a weight (G · out, in) in bfloat16."""
+    return cpu.grouped_dense_product(x, starts, weight)
+
+
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pairs of T tokens and the K experts that each chose, in the order of expert, then token.
+
+    chosen (T, K) int64. Returns tokens and experts (T · K,) int64 of the pairs, places (T, K)
+    int64 of each token's pairs among them, and starts (num_experts + 1,) int32: where each
+    expert's begin.
+    """
+    backend = cpu if cpu.can_sort(chosen) else _reference()
+    return backend.sort_pairs(chosen, num_experts)
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k weights[t, k] · y[places[t, k]]: y (P, H), places and weights (T, K) → (T, H).
+
+    Summed in float32 or better, in the order of k, and rounded once to y's dtype.
+    """
+    is_compiled = cpu.can_run(y) and not wants_gradient(weights) and weights.is_cpu
+    backend = cpu if is_compiled else _reference()
+    return backend.sum_pairs(y, places, weights)
+
+
+def can_multiply_groups(x: Tensor, *, is_dense: bool = False) -> bool:
+    """True when the grouped products take x without a gradient: CUDA, but for those of a dense
+    weight (`is_dense`), and bfloat16 on a CPU that multiplies it.
+    """
+    return cpu.can_multiply(x) or (gpu.can_run(x) and not is_dense)
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:

@@ -32,7 +32,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 6
+ABI = 7
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -49,13 +49,20 @@ SIGNATURES = {
     "four_bit_product": "pp pppppp iii i",
     "int8_product": "pp pp iii i",
     "dense_product": "pp p iii i",
+    "grouped_four_bit_product": "pp pppppp p iii i",
+    "grouped_int8_product": "pp pp p iii i",
+    "grouped_dense_product": "pp p p iii i",
     "apply_adapters": "pppp ppp ii pi ppppp i iii i",
     "apply_half_adapters": "pppp ppp ii pi ppppp i iii i",
-    "attention": "pppp ppp iiiiiii ff i",
+    "attention": "pppp ppp p iiiiiii ff i",
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
     "most_likely": "pp ii i",
+    "sort_pairs": "p pppp iii i",
+    "find_segments": "p pppp ppp pppp pp iii i",
+    "find_extents": "pp ppp iiii i",
+    "sum_pairs": "pp pp iii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
@@ -122,12 +129,13 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    scales: tuple[Tensor | None, ...]
+    return _product("four_bit_product", x, out_features, packed, *_scales(absmax, code, nested))
+
+
+def _scales(absmax: Tensor, code: Tensor, nested: NestedScales | None) -> tuple[Tensor | None, ...]:
     if nested is None:
-        scales = (absmax, code, None, None, None)
-    else:
-        scales = (nested.absmax, code, absmax, nested.code, nested.offset)
-    return _product("four_bit_product", x, out_features, packed, *scales)
+        return absmax, code, None, None, None
+    return nested.absmax, code, absmax, nested.code, nested.offset
 
 
 def four_bit_gated_product(
@@ -152,6 +160,41 @@ def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.dense_product`."""
     return _product("dense_product", x, len(weight), weight)
+
+
+def grouped_four_bit_product(
+    x: Tensor,
+    starts: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """See `lora_runtime.kernels.grouped_four_bit_product`."""
+    weight = (packed, *_scales(absmax, code, nested))
+    return _grouped_product("grouped_four_bit_product", x, starts, out_features, *weight)
+
+
+def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.grouped_int8_product`."""
+    out_features = len(codes) // (len(starts) - 1)
+    return _grouped_product("grouped_int8_product", x, starts, out_features, codes, absmax)
+
+
+def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.grouped_dense_product`."""
+    out_features = len(weight) // (len(starts) - 1)
+    return _grouped_product("grouped_dense_product", x, starts, out_features, weight)
+
+
+def _grouped_product(
+    op: str, x: Tensor, starts: Tensor, out_features: int, *weight: Tensor | None
+) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    y = empty((len(x), out_features), x.dtype)
+    _run(op, None, *_pointers(y, x, *weight, starts), len(starts) - 1, width, out_features)
+    return y
 
 
 def _product(op: str, x: Tensor, out_features: int, *weight: Tensor | None) -> Tensor:
@@ -199,14 +242,15 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`."""
-    q = q.contiguous()
+    q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     out = empty(q.shape, q.dtype)
     _run(
         "attention",
         q.dtype,
-        *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables),
+        *_pointers(out, q, keys, values, meta.rows, meta.positions, meta.block_tables, sinks),
         *q.shape[:2],
         *keys.shape[1:],
         meta.block_size,
@@ -355,6 +399,66 @@ def most_likely(logits: Tensor) -> Tensor:
     logits = logits.contiguous()
     found = empty((len(logits), 2), torch.int64)
     _run("most_likely", logits.dtype, *_pointers(found, logits), *logits.shape)
+    return found
+
+
+def can_sort(*integers: Tensor) -> bool:
+    """True when the library is there for integers that are on the CPU; they have no gradient."""
+    return library() is not None and all(tensor.is_cpu for tensor in integers)
+
+
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `lora_runtime.kernels.sort_pairs`."""
+    chosen, num_pairs = chosen.contiguous(), chosen.numel()
+    tokens, experts = (empty((num_pairs,), torch.int64) for _ in range(2))
+    places, starts = empty(chosen.shape, torch.int64), empty((num_experts + 1,), torch.int32)
+    outputs = _pointers(chosen, tokens, experts, places, starts)
+    _run("sort_pairs", None, *outputs, num_pairs, chosen.shape[1], num_experts)
+    return tokens, experts, places, starts
+
+
+def find_segments(
+    meta: StepMeta, places: Tensor, experts: Tensor, num_experts: int
+) -> tuple[Tensor, ...]:
+    """The pairs (E · K,), segments and weights of entries, and starts, slots, replicas and experts
+    of segments; see `ExpertPairs`. How many there are is read here: no tape holds it.
+    """
+    refuse_recording()
+    per_token = places.shape[1]
+    size = len(meta.tokens) * per_token
+    pairs, segments = (torch.empty(size, dtype=torch.int32) for _ in range(2))
+    weights, starts = torch.empty(size), torch.empty(size + 1, dtype=torch.int32)
+    slots, replicas, own = (torch.empty(size, dtype=torch.int64) for _ in range(3))
+    count = torch.empty(1, dtype=torch.int32)
+    outputs = (count, pairs, segments, weights, starts, slots, replicas, own)
+    inputs = (meta.tokens, meta.slots, meta.replicas, meta.weights, places, experts)
+    sizes = (len(meta.tokens), per_token, num_experts)
+    _run("find_segments", None, *_pointers(*outputs, *inputs), *sizes)
+    end = int(count)
+    return pairs, segments, weights, starts[: end + 1], slots[:end], replicas[:end], own[:end]
+
+
+def find_extents(
+    table: Tensor,
+    slots: Tensor,
+    replicas: Tensor,
+    experts: Tensor,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """See `ExpertPairs.extents`."""
+    table, count = table.contiguous(), len(slots)
+    found = empty((count, 1, table.shape[-1]), torch.int64)
+    tensors = _pointers(found, table, slots, replicas, experts)
+    _run("find_extents", None, *tensors, table.shape[1], count, in_features, out_features)
+    return found
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.sum_pairs`."""
+    y, places, weights = y.contiguous(), places.contiguous(), weights.float().contiguous()
+    found = empty((len(places), y.shape[1]), y.dtype)
+    _run("sum_pairs", y.dtype, *_pointers(found, y, places, weights), *places.shape, y.shape[1])
     return found
 
 

@@ -150,6 +150,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.paged_attention`. Pads every row's keys to the longest."""
     dtype = _accumulator(q.dtype)
@@ -161,11 +162,22 @@ def paged_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     is_visible = _visible(place, meta, row_keys.shape[1], window)[:, None, None]
-    weights = torch.softmax(scores.masked_fill(~is_visible, float("-inf")), dim=-1)
+    weights = softmax_beside(scores.masked_fill(~is_visible, float("-inf")), sinks)
     weights = weights.masked_fill(~is_visible, 0.0)
     is_used = is_visible.any(dim=3)[:, 0, 0, :, None, None]
     out = torch.einsum("nghql,nlgd->nqghd", weights, row_values.masked_fill(~is_used, 0.0))
     return out.flatten(2, 3)[meta.rows.long(), place].to(q.dtype)
+
+
+def softmax_beside(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """softmax of scores (N, G, H / G, Q, L) over L; with sinks (H,) beside a score more of each
+    head, which has no weight in the result.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    own = sinks.to(scores.dtype).view(scores.shape[1], scores.shape[2], 1, 1)
+    beside = torch.cat([scores, own.expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.softmax(beside, dim=-1)[..., :-1]
 
 
 def _gather(cache: Tensor, meta: AttentionMeta) -> Tensor:
@@ -261,6 +273,22 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     dtype = _accumulator(gate.dtype)
     activation = F.silu if kind == "silu" else partial(F.gelu, approximate="tanh")
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `lora_runtime.kernels.sort_pairs`."""
+    experts, order = torch.sort(chosen.flatten(), stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    edges = torch.arange(num_experts + 1, device=order.device)
+    starts = torch.searchsorted(experts, edges).int()
+    return order // chosen.shape[1], experts, places.view_as(chosen), starts
+
+
+def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.sum_pairs`."""
+    dtype = _accumulator(y.dtype)
+    return (y[places].to(dtype) * weights.to(dtype)[..., None]).sum(1).to(y.dtype)
 
 
 def most_likely(logits: Tensor) -> Tensor:

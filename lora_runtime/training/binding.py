@@ -13,8 +13,9 @@ from torch import Tensor
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
-from lora_runtime.base.model.adapted_linear import AdaptedEmbedding
+from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, ExpertProduct
 from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.routing import Routing
 from lora_runtime.kernels import Span
 from lora_runtime.training.adapted_product import (
     AdaptedRows,
@@ -50,6 +51,22 @@ class TrainedBinding:
                 factors = self.factors.get(place)
                 adapted.append(AdaptedRows(span.rows, form.a, form.b, form.gain, factors))
         return adapted_product(x, layer, adapted)
+
+    def experts(
+        self, x: Tensor, layer: ExpertProduct, routing: Routing, where: Sequence[Span]
+    ) -> Tensor:
+        """See `Binding`. One product pair for each unit and each expert that its tokens chose."""
+        y = layer.product(x, routing)
+        for span in where:
+            form = self.forms.get((span.slot, span.replica))
+            if form is None or form.a is None or form.b is None:
+                continue
+            a = form.a.unflatten(0, (form.num_experts, -1))
+            b = form.b.unflatten(1, (form.num_experts, -1))
+            for expert, pairs in routing.pairs_in(span.rows):
+                shrunk = x.index_select(0, pairs).to(a.dtype) @ a[expert].T
+                y = y.index_add(0, pairs, (shrunk @ b[:, expert].T).to(y.dtype))
+        return y
 
     def head(self, x: Tensor, layer: FrozenLinear, where: Sequence[Span]) -> Tensor:
         """See `Binding`. Rows of a unit that trains the whole weight are multiplied by it alone."""

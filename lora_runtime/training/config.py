@@ -121,6 +121,10 @@ class UnitConfig:
     )
     """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
     inner linear layer."""
+    target_parameters: tuple[str, ...] = setting(default=(), group=ADAPTER, is_fixed=True)
+    """Ends of names of parameters, those of a mixture's experts among them:
+    `experts.gate_up_proj`, `experts.down_proj`. Each expert has an adapter of the rank of its own.
+    Routers are trained only where they are named here or in `target_modules`."""
     modules_to_save: tuple[str, ...] = setting(default=(), group=ADAPTER)
     """Modules whose whole weight is trained: `embed_tokens`, `lm_head`."""
     trainable_token_indices: tuple[TokenId, ...] = setting(default=(), group=ADAPTER)
@@ -152,6 +156,9 @@ class UnitConfig:
     """Preferences: label noise rate ε, the share of pairs assumed to be labelled wrongly."""
     dpo_sft_weight: Float = setting(default=0.0, ge=0, le=1e6, group=OBJECTIVE, is_fixed=True)
     """Preferences: weight of the SFT term, the chosen answer's own loss per token."""
+    router_aux_loss: Float = setting(default=0.0, ge=0, le=1e6, group=UPDATE)
+    """Of a mixture of experts: weight of the auxiliary loss that spreads tokens over its experts.
+    Routers themselves are trained only where they are targets."""
     learning_rate: Float = setting(default=2e-4, gt=0, le=1e300, group=UPDATE, also=("lr",))
     """Learning rate at its peak, after the warmup."""
     loraplus_ratio: Float = setting(
@@ -226,7 +233,11 @@ class UnitConfig:
             ("name", _is_folder_name(self.name), f"letters, digits, . _ -, not {RESERVED_NAMES}"),
             ("init", re.fullmatch(INITS, self.init) is not None, INIT_RULE),
             ("init", self.init in ("default", self.start), rule),
-            ("target_modules", len(self.target_modules) > 0, "'all-linear' or at least one name"),
+            (
+                "target_modules",
+                len(self.target_modules) > 0 or len(self.target_parameters) > 0,
+                "'all-linear' or at least one name, here or in target_parameters",
+            ),
             (
                 "columns",
                 set(self.columns) <= set(get_args(Column)),

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_runtime.adapters.config.expert_sites import TAKEN_FOR_EXPERTS
+from lora_runtime.adapters.config.layer_sites import layer_index
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.files.parity_record import remove_parity_record, write_parity_record
 from lora_runtime.adapters.files.peft_writer import PeftFiles, peft_files
@@ -24,6 +26,30 @@ from lora_runtime.adapters.variants.mutated_base import Factors, rebalanced
 from lora_runtime.core import BaseSpec
 from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.trained_modules import Trained, TrainedModule
+
+PARAMETER_LAYOUT = "0.21.2"
+"""A version of PEFT whose order of A and B of experts is the file's; versions differ in it."""
+
+
+def target_names(config: UnitConfig, base: BaseSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """target_modules and target_parameters as the file names them.
+
+    "all-linear" leaves out routers and experts. On a base with experts PEFT takes `gate_proj` and
+    its like in target_modules for theirs: so plain layers of these names, of shared experts or of
+    layers without experts, are written as parameters.
+    """
+    targets, parameters = config.target_modules, config.target_parameters
+    plain = [p for p, shape in base.linears.items() if shape.experts is None]
+    if targets == "all-linear":
+        targets = tuple({p.rpartition(".")[2] for p in plain if p not in base.routers})
+    if len(plain) == len(base.linears):
+        return targets, parameters
+    taken = tuple(name for name in targets if name.rpartition(".")[2] in TAKEN_FOR_EXPERTS)
+    named = [p for p in plain if any(f".{p}".endswith(f".{name}") for name in taken)]
+    layers = config.layers_to_transform
+    named = [p for p in named if not layers or layer_index(p) in layers]
+    rest = tuple(name for name in targets if name not in taken)
+    return rest, (*parameters, *(f"{path}.weight" for path in named))
 
 
 def adapter_config(config: UnitConfig, base: BaseSpec, growth: int = 1) -> dict[str, object]:
@@ -41,11 +67,14 @@ def adapter_files(
     adapted = {name: m for name, m in modules.items() if isinstance(m, TrainedModule)}
     growth = 2 if any(module.start is not None for module in adapted.values()) else 1
     dtype = getattr(torch, config.adapter_dtype)
-    tensors = {name: _exported(module, growth, dtype) for name, module in adapted.items()}
+    tensors = {
+        module.holder or name: _exported(module, growth, dtype) for name, module in adapted.items()
+    }
     files = _files(config, base, tensors, metadata, growth=growth)
     for name, module in modules.items():
+        holder = module.holder if isinstance(module, TrainedModule) else ""
         for part, tensor in _whole_tensors(module).items():
-            files.add(name, part, tensor)
+            files.add(holder or name, part, tensor)
     return files
 
 
@@ -87,9 +116,7 @@ def _files(
     A start that is no zero doubles them: ΔW = s·(BA − B₀A₀) is one product of rank 2r. alpha grows
     too, so that the scaling s stays.
     """
-    targets = config.target_modules
-    if targets == "all-linear":
-        targets = tuple({path.rpartition(".")[2] for path in base.linears})
+    targets, parameters = target_names(config, base)
     alpha_growth = math.sqrt(growth) if config.has_root_scaling else growth
     files = peft_files(
         rank=growth * config.rank,
@@ -102,6 +129,9 @@ def _files(
         alpha_pattern={key: alpha_growth * alpha for key, alpha in config.alpha_pattern.items()},
         metadata=metadata,
     )
+    if parameters:
+        files.config["target_parameters"] = sorted(parameters)
+        files.config["peft_version"] = PARAMETER_LAYOUT
     files.config["use_dora"] = config.has_gain
     files.config["init_lora_weights"] = True
     files.config["layers_to_transform"] = list(config.layers_to_transform) or None
@@ -120,6 +150,9 @@ def _exported(module: TrainedModule, growth: int, dtype: torch.dtype) -> tuple[T
     factors = Factors(*(part.detach() for part in module.unscaled()))
     if module.start is not None:
         factors = rebalanced(factors)
+    if module.num_experts > 1:  # PEFT's B has the columns of all experts for one rank together
+        b = factors.b.unflatten(1, (module.num_experts, -1)).transpose(1, 2).flatten(1)
+        factors = Factors(factors.a, b)
     missing = growth * len(module.a) - len(factors.a)
     a, b = (part.to(dtype).contiguous() for part in factors)
     return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_runtime.adapters.parity import Logits
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.adapted_linear import Routed
 from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.training.binding import bind
 from lora_runtime.training.data import Example, Item, PackedBatch
@@ -22,6 +23,7 @@ from lora_runtime.training.forward import (
     states_of_rows,
 )
 from lora_runtime.training.preferences import pair_sums
+from lora_runtime.training.routing_loss import balance_loss
 from lora_runtime.training.units import Unit
 
 CHUNK_LOGITS = 1 << 25
@@ -47,9 +49,25 @@ def loss_sums(base: Base, units: Sequence[Unit], batches: Sequence[Sequence[Item
     """
     examples = [[example for item in items for example in item.examples] for items in batches]
     _add_references(base, units, examples)
-    losses = token_losses(base, units, examples)
+    with base.context.collecting() as routed:
+        losses = token_losses(base, units, examples)
     parts = torch.split(losses, [_num_targets(some) for some in examples])
-    return torch.stack([_sums(*each) for each in zip(units, examples, parts, strict=True)])
+    sums = torch.stack([_sums(*each) for each in zip(units, examples, parts, strict=True)])
+    return sums + F.pad(_routing_losses(units, batches, routed, losses)[:, None], (0, 2))
+
+
+def _routing_losses(
+    units: Sequence[Unit],
+    batches: Sequence[Sequence[Item]],
+    routed: Sequence[Routed],
+    like: Tensor,
+) -> Tensor:
+    """Each unit's auxiliary loss (N,) times the weight of its items, as sums have it."""
+    found = []
+    for slot, (unit, items) in enumerate(zip(units, batches, strict=True)):
+        weight = unit.config.router_aux_loss * sum(item.weight for item in items)
+        found.append(weight * balance_loss(routed, slot) if weight else like.new_zeros(()))
+    return torch.stack(found)
 
 
 def _sums(unit: Unit, examples: Sequence[Example], losses: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ def adapter_spec(config: UnitConfig, base: BaseSpec) -> AdapterSpec:
     except AdapterRefused as error:
         raise ConfigError(f"unit {config.name!r}: {error}", field=error.field) from error
     _check_patterns(config, spec)
+    if config.router_aux_loss and not base.routers:
+        raise ConfigError(
+            f"unit {config.name!r}: router_aux_loss is {config.router_aux_loss}, and this base has "
+            "no routers; leave it at 0",
+            field="router_aux_loss",
+        )
     if config.start == "loftq" and any(site.path not in base.linears for site in spec.targets):
         raise ConfigError(
             f"unit {config.name!r}: init is 'loftq', which starts at what quantisation lost, and "
@@ -120,6 +126,12 @@ def _start(
     """A module at the start of training, see `UnitConfig.init`."""
     path, start = site.path, None
     shape = base.spec.shapes[path]
+    if shape.experts is not None and config.start != "default":
+        raise ConfigError(
+            f"unit {config.name!r}: init is {config.start!r}, which has no meaning for a mixture's "
+            f"experts as {path}; use 'default', or leave them out of target_parameters",
+            field="init",
+        )
     if path == base.spec.embedding:
         is_tied = config.ensure_weight_tying and base.spec.is_tied
         factors = embedding_start(shape, target.rank, generator, is_tied=is_tied)
@@ -133,10 +145,17 @@ def _start(
         rms = measured[path, site.replica] if config.start == "qera" else None
         factors = _lost_by_quantisation(config, base, path, target, rms)
     else:
-        factors = kaiming(shape, target.rank, generator)
+        factors = kaiming(shape, target.rank * shape.num_experts, generator)
     a, b = (_parameter(part, base) for part in factors)
     module = TrainedModule(
-        path=path, replica=site.replica, scaling=target.scaling, a=a, b=b, start=start
+        path=path,
+        replica=site.replica,
+        scaling=target.scaling,
+        a=a,
+        b=b,
+        start=start,
+        num_experts=shape.num_experts,
+        holder=site.holder,
     )
     return _with_magnitude(module, base) if config.has_gain else module
 

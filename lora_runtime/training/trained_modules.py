@@ -36,6 +36,10 @@ class TrainedModule:
     magnitude: Parameter | None = None
     start: Factors | None = None
     """A₀ and B₀, fixed."""
+    num_experts: int = 1
+    """a and b are those of so many experts, one after another, each of the unit's rank."""
+    holder: str = ""
+    """The module by which files name the tensors, where that is not the module's own name."""
     is_transposed: bool = False
     """The output layer tied to the embedding, whose a and b these are: A = bᵀ, B = aᵀ."""
 
@@ -67,7 +71,7 @@ class TrainedModule:
         a, b = self.unscaled()
         b = self.scaling * b
         if self.magnitude is None:
-            return ModuleForm(a=a, b=b)
+            return ModuleForm(a=a, b=b, num_experts=self.num_experts)
         return ModuleForm(a=a, b=b, gain=self.magnitude / norms(weights, self.path, Factors(a, b)))
 
 

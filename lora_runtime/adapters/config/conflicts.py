@@ -32,6 +32,8 @@ def _trains_bias(config: Config) -> bool:
     return config.get("bias") not in (None, "none")
 
 
+_OF_MODULES = ("loftq", "mica")
+"""Inits of linear layers alone."""
 _BASE_BEFORE_START = "before its start a request sees the base, which this would change as well"
 _CONFLICTS = (
     _Conflict("lora_bias", _is_set("use_dora"), "PEFT has no DoRA with lora_bias"),
@@ -62,6 +64,17 @@ _CONFLICTS = (
         "use_dora",
         lambda config: config.get("init_lora_weights") == "mica",
         "PEFT has no DoRA with MiCA",
+    ),
+    _Conflict(
+        "target_parameters",
+        _is_set("use_dora", "lora_bias", "alora_invocation_tokens"),
+        "PEFT has no DoRA, lora_bias or activated LoRA on parameters",
+    ),
+    _Conflict(
+        "target_parameters",
+        lambda config: mutates_base(config) or config.get("init_lora_weights") in _OF_MODULES,
+        "PEFT has no such init of parameters; convert the adapter with PEFT's "
+        "path_initial_model_for_weight_conversion",
     ),
     _Conflict(
         "layer_replication",

@@ -43,6 +43,9 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "rank_pattern": FieldRule(_HONOURED, "rank of the modules it names"),
         "alpha_pattern": FieldRule(_HONOURED, "alpha of the modules it names"),
         "target_modules": FieldRule(_HONOURED, "the modules it adapts"),
+        "target_parameters": FieldRule(
+            _HONOURED, "weights it adapts by name, those of experts too"
+        ),
         "exclude_modules": FieldRule(_HONOURED, "modules taken out of target_modules"),
         "layers_to_transform": FieldRule(_HONOURED, "layers that target_modules is limited to"),
         "layers_pattern": FieldRule(_HONOURED, "where layers_to_transform finds the layer index"),
@@ -78,7 +81,6 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "auto_mapping": FieldRule(_INERT, "names Python classes, which are never imported"),
         "inference_mode": FieldRule(_INERT, "freezes parameters in training"),
         "runtime_config": FieldRule(_INERT, "describes the process that wrote it"),
-        "target_parameters": FieldRule(_REFUSED, "bare parameters (MoE) are not served"),
         "megatron_config": FieldRule(_REFUSED, "Megatron layers are not served"),
         "use_qalora": FieldRule(_REFUSED, "QALoRA is not served"),
         "use_bdlora": FieldRule(_REFUSED, "BD-LoRA is not served"),

@@ -15,12 +15,28 @@ from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused
 
 
+class ExpertRows(NamedTuple):
+    """Some outputs of one expert of a mixture."""
+
+    expert: int
+    rows: range
+
+
 class Site(NamedTuple):
     """A module of the base at one visit, and its name in the model of the training."""
 
     path: str
     replica: int
     name: str
+    expert: ExpertRows | None = None
+    """What it is of a mixture of experts, if it is one expert's own layer in the training."""
+    holder: str = ""
+    """The module by which files name its tensors, where that is not `name`."""
+
+    @property
+    def module(self) -> str:
+        """The module by which files name its tensors."""
+        return self.holder or self.name
 
 
 def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
@@ -71,7 +87,7 @@ def sites_of(
         return tuple(Site(path, 0, names[path]) for path in base.shapes)
     inside: dict[int, list[str]] = {}
     for path in base.linears:
-        inside.setdefault(_layer_index(path), []).append(path)
+        inside.setdefault(layer_index(path), []).append(path)
     visits: Counter[int] = Counter()
     sites = []
     for position, layer in enumerate(layer_map):
@@ -82,7 +98,8 @@ def sites_of(
     return (*sites, *(Site(path, 0, names[path]) for path in ends))
 
 
-def _layer_index(path: str) -> int:
+def layer_index(path: str) -> int:
+    """Which layer of the base the module at `path` is in."""
     return next(int(piece) for piece in path.split(".") if piece.isdecimal())
 
 

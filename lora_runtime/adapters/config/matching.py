@@ -40,6 +40,7 @@ class Selection:
     """The fields that decide which modules are adapted; a tuple is a list, a string a pattern."""
 
     target_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()

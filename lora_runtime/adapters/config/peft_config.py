@@ -13,6 +13,12 @@ from dataclasses import dataclass
 
 from lora_runtime.adapters.config import values as read
 from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
+from lora_runtime.adapters.config.expert_sites import (
+    PerExpert,
+    is_mixture,
+    parameter_sites,
+    split_experts,
+)
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
 from lora_runtime.adapters.config.layer_sites import Site, parse_layer_map, sites_of
 from lora_runtime.adapters.config.matching import PatternMatcher, Selection, unmatched_targets
@@ -66,15 +72,22 @@ class AdapterSpec:
     """Fields present without effect at serving, each with its reason."""
     notes: tuple[str, ...] = ()
     """What people should know of how the config was read."""
+    peft_version: str = ""
+    """Of the writer, where the file says it."""
 
 
 def parse_config(
-    config: Config, base: BaseSpec, *, trained_names: Mapping[str, str] | None = None
+    config: Config,
+    base: BaseSpec,
+    *,
+    trained_names: Mapping[str, str] | None = None,
+    experts: PerExpert | None = None,
 ) -> AdapterSpec:
     """Resolve a config against a base, exactly as PEFT would, or refuse it.
 
     `trained_names` maps every path of `base.shapes` to the module's name in the model the adapter
-    was trained in, where that differs: patterns are matched against that name.
+    was trained in, where that differs: patterns are matched against that name. `experts`: how that
+    model named each expert's own layers, where it had such.
 
     Raises: AdapterRefused; `field` is the key of the config.
     """
@@ -82,6 +95,8 @@ def parse_config(
     names = trained_names or {path: path for path in base.shapes}
     layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
     sites = sites_of(base, names, layer_map)
+    if experts is not None:
+        sites = split_experts(sites, base, experts)
     scalings = _Scalings.of(config)
     selection = _selection(config)
     vocabulary = parse_vocabulary(config, base, names)
@@ -103,19 +118,28 @@ def parse_config(
         invocation_tokens=_invocation_tokens(config, base),
         honoured=_honoured(config, scalings, selection),
         inert=_inert(config),
-        notes=_notes(unmatched_targets(selection, [site.name for site in sites])),
+        notes=_notes(selection, sites, base),
+        peft_version=str(config.get("peft_version") or ""),
     )
 
 
-def _notes(unmatched: list[str]) -> tuple[str, ...]:
-    """A note on targets that match no module: PEFT passes them over when others match.
+def _notes(selection: Selection, sites: tuple[Site, ...], base: BaseSpec) -> tuple[str, ...]:
+    """Notes on targets that match nothing: PEFT passes them over when others match.
 
     No tensor is lost with them: a tensor that belongs to no target is refused later.
     """
-    if not unmatched:
-        return ()
-    listed = ", ".join(repr(name[:40]) for name in unmatched[:8])
-    return (f"target_modules also names {listed}: no module of this base, passed over as in PEFT",)
+    names = [site.name for site in sites if not is_mixture(site, base)]
+    _, parameters = parameter_sites(selection.target_parameters, sites, base)
+    unmatched = {
+        "target_modules": ("module", unmatched_targets(selection, names)),
+        "target_parameters": ("weight", parameters),
+    }
+    return tuple(
+        f"{field} also names {', '.join(repr(name[:40]) for name in found[:8])}: no {kind} of this "
+        "base, passed over as in PEFT"
+        for field, (kind, found) in unmatched.items()
+        if found
+    )
 
 
 def _check_fields(config: Config) -> None:
@@ -233,15 +257,16 @@ class _Scalings:
 
 
 def _selection(config: Config) -> Selection:
-    targets = read.names(config, "target_modules")
+    targets, parameters = read.names(config, "target_modules"), _parameters(config)
     layers_pattern = read.names(config, "layers_pattern")
     selection = Selection(
         target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=read.names(config, "exclude_modules"),
         layers_to_transform=read.layers(config, "layers_to_transform"),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
     )
-    if not targets:
+    if not targets and not parameters:
         raise AdapterRefused(
             "target_modules is missing; list the modules the adapter changes",
             field="target_modules",
@@ -255,6 +280,13 @@ def _selection(config: Config) -> Selection:
             "layers_to_transform needs target_modules to be a list", field="layers_to_transform"
         )
     return selection
+
+
+def _parameters(config: Config) -> tuple[str, ...]:
+    found = read.names(config, "target_parameters")
+    if isinstance(found, str):
+        raise read.wrong_value("target_parameters", found, "a list of names of parameters")
+    return tuple(sorted(set(found)))
 
 
 _VERBATIM = (
@@ -274,6 +306,7 @@ def _honoured(config: Config, scalings: _Scalings, selection: Selection) -> dict
         "rank_pattern": scalings.rank_pattern,
         "alpha_pattern": scalings.alpha_pattern,
         "target_modules": _as_json(selection.target_modules),
+        "target_parameters": list(selection.target_parameters),
         "exclude_modules": _as_json(selection.exclude_modules),
         "layers_to_transform": sorted(selection.layers_to_transform),
         "layers_pattern": list(selection.layers_pattern),

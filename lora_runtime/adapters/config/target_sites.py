@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lora_runtime.adapters.config.conflicts import mutates_base
+from lora_runtime.adapters.config.expert_sites import is_mixture, parameter_sites
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
 from lora_runtime.adapters.config.values import Config, flag, refused
@@ -40,14 +41,43 @@ def select_sites(
     if ties_head and isinstance(selection.target_modules, tuple):
         targets = (*selection.target_modules, ends[base.embedding])
         selection = replace(selection, target_modules=targets)
-    names = [site.name for site in sites]
-    chosen = select_modules(selection, names, num_layers, matcher, ends=set(ends.values()))
+    layers = [site for site in sites if not is_mixture(site, base)]
+    apart = set(ends.values()) | {site.name for site in layers if site.path in base.routers}
+    chosen: frozenset[str] = frozenset()
+    if selection.target_modules:
+        names = [site.name for site in layers]
+        chosen = select_modules(selection, names, num_layers, matcher, ends=apart)
     if ties_head:
         chosen = chosen | set(ends.values())
     replaced = vocabulary.replaced
-    found = tuple(site for site in sites if site.name in chosen and site.path not in replaced)
+    found = tuple(site for site in layers if site.name in chosen and site.path not in replaced)
+    found += _parameters(selection, sites, found, base)
     _check_ends({site.path for site in found}, base, vocabulary, config)
     return found, ties_head
+
+
+def _parameters(
+    selection: Selection, sites: tuple[Site, ...], modules: tuple[Site, ...], base: BaseSpec
+) -> tuple[Site, ...]:
+    """The sites of target_parameters. Raises AdapterRefused for one that is a target already, or
+    where nothing is selected at all.
+    """
+    ends = (base.embedding, base.head)
+    inner = [site for site in sites if site.path not in ends]
+    found, unmatched = parameter_sites(selection.target_parameters, inner, base)
+    if unmatched and not found and not modules:
+        raise AdapterRefused(
+            f"target_parameters names {unmatched[0][:80]!r}, which is no weight of this base that "
+            "can be adapted, and neither is any other of its names",
+            field="target_parameters",
+        )
+    twice = {site.path for site in modules} & {site.path for site in found}
+    if twice:
+        raise AdapterRefused(
+            f"target_parameters names {min(twice)}, which target_modules adapts already",
+            field="target_parameters",
+        )
+    return tuple(found)
 
 
 def _targets_end(selection: Selection, matcher: PatternMatcher) -> bool:

@@ -57,6 +57,8 @@ _NAMES = {part: re.compile(_PREFIX + ending) for part, ending in _ENDINGS.items(
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 """Where a text decoder sits: in multimodal models of transformers 5 and 4, and alone. An adapter
 trained in one of them fits the same decoder in another. The longest match comes first."""
+OLD_BLOCKS = {".block_sparse_moe.": ".mlp."}
+"""What transformers 4 called a block of Mixtral → what 5 calls it."""
 _HEADS = {"language_model.model.": "language_model.lm_head"}
 """The output layer's name where it is not at the top."""
 
@@ -105,10 +107,12 @@ def trained_names(names: Iterable[TensorName], base: BaseSpec) -> dict[str, str]
     prefixes = (ours, *TEXT_PREFIXES) if ours in TEXT_PREFIXES else (ours,)
     roots = {_root(path.removeprefix(ours)) for path in (*base.linears, base.embedding)}
     modules = {name.module for name in names}
-    for prefix in prefixes:
-        if any(_is_named_by(module, prefix, roots) for module in modules):
-            return _renamed(base, ours, prefix)
-    return _renamed(base, ours, ours)
+    prefix = next((p for p in prefixes if any(_is_named_by(m, p, roots) for m in modules)), ours)
+    found = _renamed(base, ours, prefix)
+    for old, new in OLD_BLOCKS.items():
+        if any(old in module for module in modules) and not any(old in path for path in found):
+            found = {path: name.replace(new, old) for path, name in found.items()}
+    return found
 
 
 def _root(path: str) -> str:

@@ -28,6 +28,11 @@ class AdapterTensors:
         key = self._keys.get(name)
         return None if key is None else self._tensors[key].shape[0]
 
+    def shape(self, module: str, part: Part) -> tuple[int, ...] | None:
+        """The shape of a tensor, or None where the file has none."""
+        key = self._keys.get(TensorName(module, part))
+        return None if key is None else tuple(self._tensors[key].shape)
+
     def take(self, module: str, part: Part, shape: tuple[int, ...]) -> Tensor:
         """The tensor, on the host as the file has it.
 

@@ -8,14 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.layer_sites import ExpertRows
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.weights import BaseWeights
 
 
-def dora_gain(weights: BaseWeights, path: str, delta: Factors, magnitude: Tensor) -> Tensor:
-    """g = m / ‖W + ΔW‖ per output row, (out,) float32; W is the serving weight, ΔW = b a."""
-    product = weights.times_transposed(path, delta.a)
-    norms = row_norms(weights.squared_norms(path), product, delta)
+def dora_gain(
+    weights: BaseWeights,
+    path: str,
+    delta: Factors,
+    magnitude: Tensor,
+    expert: ExpertRows | None = None,
+) -> Tensor:
+    """g = m / ‖W + ΔW‖ per output row, (out,) float32; W is the serving weight, ΔW = b a.
+
+    `expert`: of a mixture, whose rows these are.
+    """
+    if expert is None:
+        product, squared = weights.times_transposed(path, delta.a), weights.squared_norms(path)
+    else:
+        own = weights.expert(path, expert.expert)[list(expert.rows)]
+        product, squared = own @ delta.a.T, own.square().sum(1, dtype=torch.float64)
+    norms = row_norms(squared, product, delta)
     return (magnitude.double() / norms).float()
 
 

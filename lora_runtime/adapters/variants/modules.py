@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_runtime.adapters.config.expert_sites import is_mixture
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec
 from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.adapters.files.tensors import AdapterTensors, is_finite
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.dora import dora_gain
+from lora_runtime.adapters.variants.experts import site_shape, take_of_all_experts
 from lora_runtime.adapters.variants.mutated_base import (
     Factors,
     cancels,
@@ -44,15 +46,16 @@ def collect(spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors) -> list[
     """Take what the config asks for of every target. Raises AdapterRefused."""
     modules = []
     for site, target in spec.targets.items():
-        shape = base.shapes[site.path]
-        size = (shape.out_features,)
+        size = (site_shape(site, base).out_features,)
         modules.append(
             RawModule(
                 site=site,
                 target=target,
                 factors=_take_factors(site, target, spec, base, tensors),
-                magnitude=tensors.take(site.name, Part.MAGNITUDE, size) if spec.use_dora else None,
-                lora_bias=tensors.take(site.name, Part.B_BIAS, size) if spec.lora_bias else None,
+                magnitude=tensors.take(site.module, Part.MAGNITUDE, size)
+                if spec.use_dora
+                else None,
+                lora_bias=tensors.take(site.module, Part.B_BIAS, size) if spec.lora_bias else None,
             )
         )
     return modules
@@ -64,8 +67,8 @@ def take_factors(
     """A (r, in) and B (out, r) of one module, in float32."""
     is_embedding = site.path == base.embedding
     a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
-    a = tensors.take(site.name, a_part, (rank, shape.in_features))
-    b = tensors.take(site.name, b_part, (shape.out_features, rank))
+    a = tensors.take(site.module, a_part, (rank, shape.in_features))
+    b = tensors.take(site.module, b_part, (shape.out_features, rank))
     return Factors(a.float(), b.float())
 
 
@@ -73,7 +76,9 @@ def _take_factors(
     site: Site, target: TargetSpec, spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors
 ) -> Factors:
     """A and B of a target; a tied output layer has those of the embedding, transposed."""
-    shape = base.shapes[site.path]
+    shape = site_shape(site, base)
+    if is_mixture(site, base):
+        return take_of_all_experts(site, target.rank, shape, tensors, spec.peft_version)
     if not (spec.ties_head and site.path == base.head):
         return take_factors(site, target.rank, shape, base, tensors)
     embedding = next(s for s in spec.targets if s.path == base.embedding)
@@ -82,12 +87,12 @@ def _take_factors(
     )
     tied = Factors(own.b.T.contiguous(), own.a.T.contiguous())
     for part, tensor in ((Part.A, tied.a), (Part.B, tied.b)):
-        copy = tensors.take_if_there(site.name, part, tuple(tensor.shape))
+        copy = tensors.take_if_there(site.module, part, tuple(tensor.shape))
         if copy is not None and not torch.equal(copy.float(), tensor):
             raise AdapterRefused(
-                f"tensor base_model.model.{site.name}.{part} differs from the embedding's, to "
+                f"tensor base_model.model.{site.module}.{part} differs from the embedding's, to "
                 "which ensure_weight_tying ties it",
-                field=f"base_model.model.{site.name}.{part}",
+                field=f"base_model.model.{site.module}.{part}",
             )
     return tied
 
@@ -119,17 +124,20 @@ def reduce_module(
     if initialisation:
         _check_finite(raw.site, delta.b)
         delta, error = _subtract_initial(delta, raw, initialisation, base, weights, initial)
-    elif cancels(delta):
+    elif not is_mixture(raw.site, base) and cancels(delta):
         delta = rebalanced(delta)
     gain = None
     if raw.magnitude is not None:
-        gain = dora_gain(weights, path, delta, raw.magnitude)
+        gain = dora_gain(weights, path, delta, raw.magnitude, raw.site.expert)
         delta = Factors(delta.a, gain[:, None] * delta.b)
     bias = trained_bias
     if raw.lora_bias is not None:
-        bias = _with_lora_bias(trained_bias, raw.lora_bias.float() * scaling, weights.bias(path))
+        own = None if raw.site.expert else weights.bias(path)
+        bias = _with_lora_bias(trained_bias, raw.lora_bias.float() * scaling, own)
     _check_finite(raw.site, delta.b, gain, bias)
-    return Reduced(ModuleForm(a=delta.a, b=delta.b, gain=gain, bias=bias), error)
+    num_experts = base.shapes[path].num_experts if is_mixture(raw.site, base) else 1
+    form = ModuleForm(a=delta.a, b=delta.b, gain=gain, bias=bias, num_experts=num_experts)
+    return Reduced(form, error)
 
 
 def _subtract_initial(
@@ -165,5 +173,5 @@ def _check_finite(site: Site, *tensors: Tensor | None) -> None:
             raise AdapterRefused(
                 f"the adapter of {site.name} overflows float32 when it is scaled and combined with "
                 "the base",
-                field=f"base_model.model.{site.name}.{Part.B}",
+                field=f"base_model.model.{site.module}.{Part.B}",
             )

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.routing import Routing
 from lora_runtime.kernels import (
     AdapterMemory,
     PooledAdapters,
@@ -29,6 +30,17 @@ Where = TypeVar("Where", contravariant=True)
 training."""
 
 
+class ExpertProduct(Protocol):
+    """One product of a mixture of experts; see `AdaptedExperts`."""
+
+    in_features: int
+    out_features: int
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        """W_e x_p of every pair, x (P, in) → (P, out)."""
+        ...
+
+
 class Binding(Protocol[Where]):
     """What adapters do at one module. `where` says which of them act on which of the tokens."""
 
@@ -38,6 +50,10 @@ class Binding(Protocol[Where]):
 
     def head(self, x: Tensor, layer: FrozenLinear, where: Where) -> Tensor:
         """x (T, hidden) → (T, vocab): as `linear`, and rows of W can be replaced."""
+        ...
+
+    def experts(self, x: Tensor, layer: ExpertProduct, routing: Routing, where: Where) -> Tensor:
+        """x (P, in), of the routing's pairs → (P, out), without the base's biases."""
         ...
 
     def embedding(
@@ -70,6 +86,11 @@ class PooledBinding:
         product, hidden = layer.product_and_shrink(x, adapters)
         return apply_adapters(product, x, layer.bias, self.memory, extents, where, hidden)
 
+    def experts(self, x: Tensor, layer: ExpertProduct, routing: Routing, where: StepMeta) -> Tensor:
+        pairs, product = routing.pairs(where), layer.product(x, routing)
+        extents = pairs.extents(self.extents, layer.in_features, layer.out_features)
+        return apply_adapters(product, x, None, self.memory, extents, pairs.meta)
+
     def head(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.extents, where)
         y = apply_adapters(product, x, layer.bias, *adapters)
@@ -83,6 +104,16 @@ class PooledBinding:
         )
 
 
+class Routed(NamedTuple):
+    """What one router gave: logits (T, E) and chosen (T, K) of T tokens, and the `where` of the
+    adapters on them.
+    """
+
+    where: Any
+    logits: Tensor
+    chosen: Tensor
+
+
 @dataclass(slots=True)
 class StepContext:
     """The adapters of the forward that is running; no adapters outside of `adapters`."""
@@ -92,6 +123,8 @@ class StepContext:
     bindings: Mapping[str, Binding[Any]] = field(default_factory=dict)
     num_calls: int = 0
     """Linear layers called so far: what moves during a long forward, for who watches over it."""
+    routed: list[Routed] | None = None
+    """Filled by routers, while somebody collects it."""
 
     @contextmanager
     def adapters(
@@ -108,6 +141,16 @@ class StepContext:
             yield
         finally:
             self.meta, self.bindings, self.head_meta = None, {}, None
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Routed]]:
+        """What routers give while inside."""
+        found: list[Routed] = []
+        self.routed = found
+        try:
+            yield found
+        finally:
+            self.routed = None
 
     @contextmanager
     def at(self, meta: Any) -> Iterator[None]:

@@ -37,11 +37,13 @@ class Attention(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """q (T, H, D), k and v (T, G, D) → (T, H, D); H is a multiple of G.
 
         A token sees the positions of its own row up to its own, the last `window` of them if
-        given; scores s become softcap · tanh(s / softcap) if softcap is given.
+        given; scores s become softcap · tanh(s / softcap) if softcap is given. sinks (H,): of each
+        head a score more that has no value.
         """
         ...
 
@@ -56,6 +58,7 @@ def loramux_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     attention: Attention | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -70,6 +73,7 @@ def loramux_attention(
         scale=scaling,
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
     )
     return out[None], None
 
@@ -122,10 +126,11 @@ class PagedAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         keys, values = self._memory(layer)
         write_kv(keys, values, k, v, self.meta.cache_slots)
-        return paged_attention(q, keys, values, self.meta, scale, window, softcap)
+        return paged_attention(q, keys, values, self.meta, scale, window, softcap, sinks)
 
     def rotate_and_attend(
         self,

@@ -242,16 +242,21 @@ class _LayerOfFourNorms(_Layer):
 
 
 TABLE: dict[type[Any], tuple[str, ...]] = {
-    _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"),
+    _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm",
+            "Qwen3MoeRMSNorm", "Qwen2MoeRMSNorm", "MixtralRMSNorm", "OlmoeRMSNorm",
+            "GraniteMoeRMSNorm", "Glm4MoeRMSNorm"),
     _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm"),
-    _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"),
+    _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP",
+                "Qwen3MoeMLP", "Qwen2MoeMLP", "Glm4MoeMLP"),
     _JoinedGateMLP: ("Phi3MLP",),
-    _Attention: ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention"),
-    _AttentionOfConfigsWindow: ("MistralAttention",),
+    _Attention: ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention",
+                 "Qwen3MoeAttention", "Qwen2MoeAttention"),
+    _AttentionOfConfigsWindow: ("MistralAttention", "MixtralAttention"),
     _JoinedAttention: ("Phi3Attention",),
     _CappedAttention: ("Gemma2Attention",),
     _Layer: ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
-             "Phi3DecoderLayer"),
+             "Phi3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2MoeDecoderLayer",
+             "MixtralDecoderLayer"),
     _LayerOfFourNorms: ("Gemma2DecoderLayer", "Gemma3DecoderLayer"),
 }  # fmt: skip
 """How modules are fused → classes of transformers. A class that is not here stays as it is."""

@@ -14,7 +14,9 @@ from lora_runtime.base.model.quant_linear import ROW_BLOCK, FrozenLinear
 from lora_runtime.kernels import (
     PooledAdapters,
     can_multiply_codes,
+    can_multiply_groups,
     can_shrink_with_product,
+    grouped_int8_product,
     int8_product,
     int8_product_and_shrink,
     refuse_recording,
@@ -52,6 +54,11 @@ class Int8Linear(FrozenLinear):
         if self._reads_codes(x):
             return int8_product(x, self.codes, self.absmax)
         return super().product(x)
+
+    def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
+        if can_multiply_groups(x):
+            return grouped_int8_product(x, starts, self.codes, self.absmax)
+        return super().grouped_product(x, starts)
 
     def product_and_shrink(
         self, x: Tensor, adapters: PooledAdapters

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
@@ -23,6 +24,7 @@ from lora_runtime.kernels import (
     can_dequantize,
     can_multiply_codes,
     can_multiply_dense,
+    can_multiply_groups,
     can_shrink_with_product,
     can_use_panels,
     dense_product,
@@ -31,6 +33,8 @@ from lora_runtime.kernels import (
     four_bit_product_and_shrink,
     four_bit_values,
     gated_activation,
+    grouped_dense_product,
+    grouped_four_bit_product,
     pack_panels,
     panel_product,
     refuse_recording,
@@ -66,12 +70,35 @@ class FrozenLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """W x: x (..., in) → (..., out), in the compute dtype."""
         if self.keep_copies and can_use_panels(x):
-            if self._panels is None:
-                with unrecorded():
-                    self._panels = pack_panels(self.weight_values())
-            return panel_product(x, self._panels, self.out_features)
+            return panel_product(x, self._kept_panels(), self.out_features)
         product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product
+
+    def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
+        """`product` where groups of rows are multiplied by parts of W: x (P, in) → (P, out / G).
+
+        Rows starts[g] to starts[g + 1] of x, starts (G + 1,) int32, are multiplied by the g-th of G
+        equal parts of W's rows. Parts without rows are not read.
+        """
+        product: Tensor = _GroupedProduct.apply(x, self, starts.tolist())  # type: ignore[no-untyped-call]
+        return product
+
+    def product_of_group(self, x: Tensor, group: int, num_groups: int) -> Tensor:
+        """One part of `grouped_product`."""
+        out_features = self.out_features // num_groups
+        if self.keep_copies and can_use_panels(x):
+            panels = self._kept_panels()
+            height, rest = divmod(out_features, panels.shape[-1])
+            if not rest:
+                own = panels[group * height : (group + 1) * height]
+                return panel_product(x, own, out_features)
+        return F.linear(x, self.group_values(group, num_groups))
+
+    def group_values(self, group: int, num_groups: int) -> Tensor:
+        """The g-th of G equal parts of `weight_values`: (out / G, in)."""
+        height = self.out_features // num_groups
+        rows = slice(group * height, (group + 1) * height)
+        return self.kept_values()[rows] if self.keep_copies else self.row_values(rows)
 
     def product_and_shrink(
         self, x: Tensor, adapters: PooledAdapters
@@ -103,7 +130,9 @@ class FrozenLinear(nn.Module):
         return torch.cat(products).cpu()
 
     def row_values(self, rows: slice) -> Tensor:
-        """Rows of `weight_values`; the slice starts at a multiple of ROW_BLOCK."""
+        """Rows of `weight_values`; the slice starts where a quantiser's block does: at a multiple
+        of ROW_BLOCK, or where a group of rows does.
+        """
         raise TypeError(f"{type(self).__name__} has no weight")
 
     def kept_values(self) -> Tensor:
@@ -115,6 +144,13 @@ class FrozenLinear(nn.Module):
         with unrecorded():
             self._dense = self.weight_values()
         return self._dense
+
+    def _kept_panels(self) -> Tensor:
+        """W in panels, made once."""
+        if self._panels is None:
+            with unrecorded():
+                self._panels = pack_panels(self.weight_values())
+        return self._panels
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.product(x)
@@ -166,6 +202,31 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.layer.kept_values(), None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """`grouped_product`, of one group after another; backward takes their parts of W again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, bounds: list[int]) -> Tensor:
+        ctx.layer, ctx.bounds = layer, bounds
+        return _by_group(x, bounds, layer.product_of_group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        layer = ctx.layer
+        back = lambda rows, *group: rows @ layer.group_values(*group)  # noqa: E731
+        return _by_group(grad, ctx.bounds, back), None, None
+
+
+def _by_group(x: Tensor, bounds: list[int], multiply: Callable[..., Tensor]) -> Tensor:
+    """`multiply` of each group's rows, its number and that of all, end to end."""
+    parts = [
+        multiply(x[first:end], group, len(bounds) - 1)
+        for group, (first, end) in enumerate(pairwise(bounds))
+        if first < end
+    ]
+    return torch.cat(parts)
+
+
 class DenseLinear(FrozenLinear):
     """An unquantised layer: weight (out, in) in the compute dtype."""
 
@@ -183,6 +244,11 @@ class DenseLinear(FrozenLinear):
         if can_multiply_dense(x):
             return dense_product(x, self.weight)
         return super().product(x)
+
+    def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
+        if can_multiply_groups(x, is_dense=True):
+            return grouped_dense_product(x, starts, self.weight)
+        return super().grouped_product(x, starts)
 
     def weight_values(self) -> Tensor:
         return self.weight.detach()  # a Parameter kept as a copy would join the state dict
@@ -267,6 +333,14 @@ class QuantLinear(FrozenLinear):
                 self._nested_scales(),
             )  # fmt: skip
         return super().product_and_shrink(x, adapters)
+
+    def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
+        if self.in_features % BLOCK_SIZE or not can_multiply_groups(x):
+            return super().grouped_product(x, starts)
+        out_features, nested = self.out_features // (len(starts) - 1), self._nested_scales()
+        return grouped_four_bit_product(
+            x, starts, self.packed, self.absmax, self.code, out_features, nested
+        )
 
     def gated_product(self, x: Tensor, kind: str) -> Tensor:
         if self.bias is None and self._reads_codes(x):

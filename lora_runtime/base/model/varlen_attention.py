@@ -61,11 +61,12 @@ class VarlenAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Attention`."""
-        if can_use_flash(q, softcap):
+        if sinks is None and can_use_flash(q, softcap):
             return self._end_to_end.attend(q, k, v, scale, window)
-        return self._padded.attend(q, k, v, scale, window, softcap)
+        return self._padded.attend(q, k, v, scale, window, softcap, sinks)
 
     @cached_property
     def _end_to_end(self) -> _EndToEnd:
@@ -188,9 +189,10 @@ class _Padded:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """(T, H, D) of all tokens."""
-        outs = [group.attend(q, k, v, scale, window, softcap) for group in self._groups]
+        outs = [group.attend(q, k, v, scale, window, softcap, sinks) for group in self._groups]
         return torch.cat(outs).index_select(0, self._order)
 
 
@@ -233,12 +235,13 @@ class _Group:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """(N · Q, H, D) of all queries, padding included."""
         q = _gathered(q, self.queries)
         k, v = _gathered(k, self.keys), _gathered(v, self.keys)
         longest = k.shape[2]
-        is_whole = softcap is None and (window is None or window >= longest)
+        is_whole = softcap is None and sinks is None and (window is None or window >= longest)
         if is_whole and not _is_slow_backward(q, longest):
             is_square = q.shape[2] == longest
             mask = None if is_square else self.distance >= 0
@@ -247,7 +250,7 @@ class _Group:
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         else:
-            out = _masked_attention(q, k, v, self.distance, scale, window, softcap)
+            out = _masked_attention(q, k, v, self.distance, scale, window, softcap, sinks)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -278,6 +281,7 @@ def _masked_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
@@ -286,5 +290,9 @@ def _masked_attention(
         scores = torch.tanh(scores / softcap) * softcap
     is_hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
     scores = scores.masked_fill(is_hidden, float("-inf"))
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=dtype).to(v.dtype) @ v
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is None:
+        return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+    own = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([scores, own], dim=-1), dim=-1)[..., :-1]
+    return weights.to(v.dtype) @ v

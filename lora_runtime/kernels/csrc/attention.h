@@ -1,10 +1,10 @@
 // Attention over the paged cache, one token and key-value head at a time.
 
-// scores[0:count] → unnormalised softmax weights; returns their sum. NaN or ∞ gives NaN. What lies
-// behind them in the last vector becomes 0.
+// scores[0:count] → unnormalised softmax weights; returns their sum and that of the sink, a score
+// more. NaN or ∞ gives NaN. What lies behind them in the last vector becomes 0.
 template <class T>
-inline float soften(const Attention<T>& p, float* scores, int count) {
-  float largest = -INFINITY;
+inline float soften(const Attention<T>& p, float* scores, int count, float sink) {
+  float largest = sink;
   if (p.softcap > 0)
     for (int i = 0; i < count; i++) scores[i] = p.softcap * std::tanh(scores[i] / p.softcap);
   for (int i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
@@ -15,13 +15,13 @@ inline float soften(const Attention<T>& p, float* scores, int count) {
     store(scores + i, weights);
     totals += weights;
   }
-  return sum(totals);
+  return sum(totals) + std::exp(sink - largest);
 }
 
 // N query heads of one token that share a key-value head, over `count` cached positions. `scores`
 // has room for `count` of every head, and as many more as fill a vector.
 template <int N, class T>
-void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int count, float* scores) {
+void attend(const Attention<T>& p, int head, const T* q, T* out, const long* slots, int count, float* scores) {
   const int room = (count + LANES - 1) / LANES * LANES, size = (p.head_dim + LANES - 1) / LANES;
   vec queries[N][MAX_CHUNKS], products[N][LANES];
   for (int j = 0; j < N; j++)
@@ -53,7 +53,10 @@ void attend(const Attention<T>& p, const T* q, T* out, const long* slots, int co
   float totals[N];
   const float* weights[N];
   for (int j = 0; j < N; j++) weights[j] = scores + long(j) * room;
-  for (int j = 0; j < N; j++) totals[j] = count > 0 ? soften(p, scores + long(j) * room, count) : 1;
+  for (int j = 0; j < N; j++) {
+    const float sink = p.sinks ? p.sinks[head + j] : -INFINITY;
+    totals[j] = count > 0 ? soften(p, scores + long(j) * room, count, sink) : 1;
+  }
   for (int d = 0; d < p.head_dim; d += WIDE) {
     const int width = std::min(WIDE, p.head_dim - d);
     float found[N][WIDE];
@@ -85,11 +88,14 @@ void attend_token(const Attention<T>& p, int token, int kv_head, Scratch& positi
   const long at = (long(token) * p.num_heads + kv_head * group) * p.head_dim;
   const T* q = p.q + at;
   T* out = p.out + at;
+  const int first = kv_head * group;
   int head = 0;
   for (; head + TOKENS <= group; head += TOKENS)
-    attend<TOKENS>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
-  for (; head + 3 <= group; head += 3) attend<3>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
-  for (; head < group; head++) attend<1>(p, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+    attend<TOKENS>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+  for (; head + 3 <= group; head += 3)
+    attend<3>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+  for (; head < group; head++)
+    attend<1>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
 }
 
 template <class T>

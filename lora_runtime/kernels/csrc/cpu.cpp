@@ -105,6 +105,7 @@ struct Attention {
   T* out;
   const T *q, *keys, *values;
   const int32_t *rows, *positions, *tables;
+  const float* sinks;  // of every head a score more that has no value; null without
   int num_tokens, num_heads, num_kv_heads, head_dim, block_size, table_width, window;
   float scale, softcap;
 };
@@ -137,6 +138,16 @@ struct Gated {
   int num_rows, width, is_gelu;
 };
 
+// The pairs of every token, weighted and summed.
+template <class T>
+struct PairSum {
+  T* y;
+  const T* x;
+  const int64_t* places;
+  const float* weights;
+  int num_rows, per_token, width;
+};
+
 struct FourBitWeight {
   const uint8_t* packed;
   const float *absmax, *code;
@@ -145,6 +156,8 @@ struct FourBitWeight {
 };
 struct EightBitWeight { const int8_t* codes; const float* absmax; };
 struct SixteenBitWeight { const bf16* values; };
+
+#include "experts.h"
 
 #define VECTOR_BYTES 32
 #define VECTOR_LEVEL 0
@@ -259,18 +272,28 @@ void run(const Rotation<T>& p, int num_threads) { RUN(rotate, p, num_threads); }
 template <class T>
 void run(const Gated<T>& p, int num_threads) { RUN(gated_activation, p, num_threads); }
 template <class T>
+void run(const PairSum<T>& p, int num_threads) { RUN(sum_pairs, p, num_threads); }
+template <class T>
 void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
   RUN(most_likely, x, found, num_rows, width, num_threads);
 }
 void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
 
-// The caller has seen that the level is 3 at least.
+// The caller has seen that the level is 3 at least. Rows starts[g] to starts[g + 1] of x belong to
+// group g, which has `out` rows of the weight.
+template <class Weight>
+void run_groups(const Weight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
+                int num_threads) {
+#ifdef HAS_TILES
+  if (level() == 4) return amx::product(w, y, x, starts, num_groups, in, out, num_threads);
+  avx512_bf16::product(w, y, x, starts, num_groups, in, out, num_threads);
+#endif
+}
+
 template <class Weight>
 void run_tiles(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-#ifdef HAS_TILES
-  if (level() == 4) return amx::product(w, y, x, num_tokens, in, out, num_threads);
-  avx512_bf16::product(w, y, x, num_tokens, in, out, num_threads);
-#endif
+  const int32_t starts[2] = {0, num_tokens};
+  run_groups(w, y, x, starts, 1, in, out, num_threads);
 }
 
 // What acts at the modules of which extents (modules, slots, replicas) and widths tell.
@@ -380,7 +403,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 6; }  // raise it with every change of a signature below
+int loramux_abi() { return 7; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -401,6 +424,39 @@ void loramux_int8_product(bf16* y, const bf16* x, const int8_t* codes, const flo
 void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_tokens, int in, int out,
                            int num_threads) {
   run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
+}
+void loramux_grouped_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
+                                      const float* code, const uint8_t* nested_codes, const float* nested_code,
+                                      const float* nested_offsets, const int32_t* starts, int num_groups, int in,
+                                      int out, int num_threads) {
+  run_groups(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x, starts,
+             num_groups, in, out, num_threads);
+}
+void loramux_grouped_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
+                                  const int32_t* starts, int num_groups, int in, int out, int num_threads) {
+  run_groups(EightBitWeight{codes, absmax}, y, x, starts, num_groups, in, out, num_threads);
+}
+void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, const int32_t* starts,
+                                   int num_groups, int in, int out, int num_threads) {
+  run_groups(SixteenBitWeight{values}, y, x, starts, num_groups, in, out, num_threads);
+}
+void loramux_sort_pairs(const int64_t* chosen, int64_t* tokens, int64_t* experts, int64_t* places,
+                        int32_t* starts, int num_pairs, int per_token, int num_experts, int) {
+  sort_pairs(chosen, tokens, experts, places, starts, num_pairs, per_token, num_experts);
+}
+void loramux_find_segments(int32_t* count, int32_t* pairs, int32_t* segments, float* pair_weights,
+                           int32_t* starts, int64_t* own_slots, int64_t* own_replicas, int64_t* own_experts,
+                           const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
+                           const float* weights, const int64_t* places, const int64_t* experts,
+                           int num_entries, int per_token, int num_experts, int) {
+  *count = find_segments(Entries{tokens, slots, replicas, weights, num_entries},
+                         PairEntries{pairs, segments, pair_weights, starts, own_slots, own_replicas, own_experts},
+                         places, experts, per_token, num_experts);
+}
+void loramux_find_extents(int64_t* found, const int64_t* table, const int64_t* slots, const int64_t* replicas,
+                          const int64_t* experts, int num_replicas, int count, int in, int out, int) {
+  find_extents(reinterpret_cast<Extent*>(found), reinterpret_cast<const Extent*>(table), num_replicas, slots,
+               replicas, experts, count, in, out);
 }
 
 void loramux_apply_half_adapters(
@@ -423,6 +479,12 @@ PLAYED(four_bit_product)
 PLAYED(int8_product)
 PLAYED(dense_product)
 PLAYED(apply_half_adapters)
+PLAYED(grouped_four_bit_product)
+PLAYED(grouped_int8_product)
+PLAYED(grouped_dense_product)
+PLAYED(sort_pairs)
+PLAYED(find_segments)
+PLAYED(find_extents)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
@@ -437,10 +499,10 @@ PLAYED(apply_half_adapters)
   }                                                                                                  \
   void loramux_attention_##SUFFIX(                                                                   \
       T* out, const T* q, const T* keys, const T* values, const int32_t* rows,                       \
-      const int32_t* positions, const int32_t* tables, int num_tokens, int num_heads,                \
-      int num_kv_heads, int head_dim, int block_size, int table_width, int window, float scale,      \
-      float softcap, int num_threads) {                                                              \
-    run(Attention<T>{out, q, keys, values, rows, positions, tables, num_tokens, num_heads,           \
+      const int32_t* positions, const int32_t* tables, const float* sinks, int num_tokens,           \
+      int num_heads, int num_kv_heads, int head_dim, int block_size, int table_width, int window,    \
+      float scale, float softcap, int num_threads) {                                                 \
+    run(Attention<T>{out, q, keys, values, rows, positions, tables, sinks, num_tokens, num_heads,    \
                      num_kv_heads, head_dim, block_size, table_width, window, scale, softcap},       \
         num_threads);                                                                                \
   }                                                                                                  \
@@ -464,6 +526,10 @@ PLAYED(apply_half_adapters)
                                     int num_threads) {                                               \
     run_most_likely(x, found, num_rows, width, num_threads);                                         \
   }                                                                                                  \
+  void loramux_sum_pairs_##SUFFIX(T* y, const T* x, const int64_t* places, const float* weights,     \
+                                  int num_rows, int per_token, int width, int num_threads) {         \
+    run(PairSum<T>{y, x, places, weights, num_rows, per_token, width}, num_threads);                 \
+  }                                                                                                  \
   void loramux_gated_activation_##SUFFIX(T* y, const T* gate, const T* up, long gate_stride,         \
                                          long up_stride, int num_rows, int width, int is_gelu,       \
                                          int num_threads) {                                          \
@@ -478,7 +544,8 @@ FOR_DTYPE(bf16, bf16)
   PLAYED(rms_norm_##SUFFIX)       \
   PLAYED(rotate_##SUFFIX)         \
   PLAYED(gated_activation_##SUFFIX) \
-  PLAYED(most_likely_##SUFFIX)
+  PLAYED(most_likely_##SUFFIX)   \
+  PLAYED(sum_pairs_##SUFFIX)
 PLAYED_IN(f32)
 PLAYED_IN(bf16)
 }

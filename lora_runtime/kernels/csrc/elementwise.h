@@ -161,3 +161,29 @@ void gated_activation(const Gated<T>& p, int num_threads) {
     for (int row = int(begin); row < end; row++) gated_activation_row(p, row);
   });
 }
+
+// y[t] = Σ_k weights[t][k] · x[places[t][k]], the sum in the order of k.
+template <class T>
+inline void sum_pairs_row(const PairSum<T>& p, int row) {
+  const int64_t* places = p.places + long(row) * p.per_token;
+  const float* weights = p.weights + long(row) * p.per_token;
+  T* y = p.y + long(row) * p.width;
+  for (int i = 0; i < p.width; i += LANES) {
+    const int width = std::min(LANES, p.width - i);
+    vec total = {};
+    for (int k = 0; k < p.per_token; k++) {
+      const T* from = p.x + places[k] * p.width + i;
+      total = fused(total, weights[k], width == LANES ? load(from) : load_part(from, width));
+    }
+    if (width == LANES) store(y + i, total);
+    else for (int c = 0; c < width; c++) store(y + i + c, total[c]);
+  }
+}
+
+template <class T>
+void sum_pairs(const PairSum<T>& p, int num_threads) {
+  if (long(p.num_rows) * p.width * p.per_token < MIN_PARALLEL_WORK) num_threads = 1;
+  Pool::get().run(p.num_rows, ROWS_AT_A_TIME, num_threads, [&](long begin, long end) {
+    for (int row = int(begin); row < end; row++) sum_pairs_row(p, row);
+  });
+}

@@ -253,18 +253,21 @@ inline void write_tile(const float* sums, bf16* y, int out, int height, int widt
     _mm256_mask_storeu_epi16(y + long(t) * out, valid, (__m256i)_mm512_cvtneps_pbh((__m512)rows[t]));
 }
 
+// Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
 struct TileJob {
   bf16* y;
   const uint32_t* x;  // every tile of tokens as `arrange_tile` lays it
-  int num_tokens, in, out;
+  int num_tokens, in, out, first_row;
   long tile_words() const { return long(in) * TILE / 2; }
 };
+
+struct TokenTile { int first, count; };
 
 template <class Weight>
 inline void decode_unit(const Weight& w, const TileJob& p, int panel, int unit, bf16* to) {
   const int row = panel * PANEL, height = std::min(PANEL, p.out - row);
-  w.decode(row, height, unit, p.in, to);
-  if (row + 2 * PANEL <= p.out) w.prefetch(row + PANEL, unit, p.in);
+  w.decode(p.first_row + row, height, unit, p.in, to);
+  if (row + 2 * PANEL <= p.out) w.prefetch(p.first_row + row + PANEL, unit, p.in);
 }
 
 template <int N>
@@ -310,38 +313,64 @@ void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, b
   if (token < p.num_tokens) multiply_tokens<1>(tiles, p, panel, token, buffer);
 }
 
+// Tokens `starts[g]` to `starts[g + 1]` times the weight's rows g · out to (g + 1) · out, for all
+// groups g in one go: panels of any of them are a thread's next piece of work.
 template <class Weight, class Data>
-void tile_product(const Data& data, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-  if (num_tokens == 0) return;  // the output layer, in a step that ends no row's prompt
+void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
+                  int num_threads) {
   static thread_local Scratch arranged;
-  const long num_tiles = (num_tokens + TILE - 1) / TILE, tile_words = long(in) * TILE / 2;
+  static thread_local std::vector<TokenTile> tiles_of_all;
+  static thread_local std::vector<TileJob> jobs_of_all;
+  tiles_of_all.clear();
+  jobs_of_all.clear();
+  const long tile_words = long(in) * TILE / 2;
+  long num_tiles = 0;
+  for (int g = 0; g < num_groups; g++) num_tiles += (starts[g + 1] - starts[g] + TILE - 1) / TILE;
+  if (num_tiles == 0) return;  // the output layer, in a step that ends no row's prompt
   uint32_t* words = arranged.get<uint32_t>(num_tiles * tile_words);
+  int most = 0;
+  for (int g = 0; g < num_groups; g++) {
+    const int first = starts[g], count = starts[g + 1] - first;
+    if (count == 0) continue;
+    jobs_of_all.push_back({y + long(first) * out, words + long(tiles_of_all.size()) * tile_words, count, in, out, g * out});
+    for (int i = 0; i < count; i += TILE) tiles_of_all.push_back({first + i, std::min(TILE, count - i)});
+    most = std::max(most, count);
+  }
+  const TokenTile* tiles = tiles_of_all.data();
+  const TileJob* jobs = jobs_of_all.data();
   Pool::get().run(num_tiles, 2, num_threads, [&](long begin, long end) {
-    for (long tile = begin; tile < end; tile++)
-      arrange_rows<Weight::IS_ODD_FIRST>(std::min<int>(TILE, num_tokens - int(tile) * TILE), in,
-                                         [&](int t) { return x + (tile * TILE + t) * in; }, words + tile * tile_words);
+    for (long i = begin; i < end; i++) {
+      const bf16* first = x + long(tiles[i].first) * in;
+      arrange_rows<Weight::IS_ODD_FIRST>(tiles[i].count, in, [&](int t) { return first + long(t) * in; },
+                                         words + i * tile_words);
+    }
   });
-  const TileJob p{y, words, num_tokens, in, out};
   const Weight w(data);
-  const int num_panels = (out + PANEL - 1) / PANEL;
-  const int panels = std::max(1, std::min(8, num_panels / (4 * num_threads)));  // at a time
-  Pool::get().run(num_panels, panels, num_threads, [&](long begin, long end) {
+  const long num_panels = (out + PANEL - 1) / PANEL, num_all = num_panels * long(jobs_of_all.size());
+  const long panels = std::max(1L, std::min(8L, num_all / (4 * num_threads)));  // at a time
+  Pool::get().run(num_all, panels, num_threads, [&](long begin, long end) {
     static thread_local Scratch decoded;
-    bf16* buffer = decoded.get<bf16>(num_tiles <= 2 ? 4 * HALF : long(PANEL) * in);
-    Tiles tiles;
-    for (int panel = int(begin); panel < end; panel++)
-      if (num_tiles == 1) multiply_few<1>(tiles, w, p, panel, buffer);
-      else if (num_tiles == 2) multiply_few<2>(tiles, w, p, panel, buffer);
-      else multiply_many(tiles, w, p, panel, buffer);
+    bf16* buffer = decoded.get<bf16>(most <= 2 * TILE ? 4 * HALF : long(PANEL) * in);
+    Tiles registers;
+    for (long i = begin; i < end; i++) {
+      const TileJob& job = jobs[i / num_panels];
+      const int panel = int(i % num_panels);
+      if (job.num_tokens <= TILE) multiply_few<1>(registers, w, job, panel, buffer);
+      else if (job.num_tokens <= 2 * TILE) multiply_few<2>(registers, w, job, panel, buffer);
+      else multiply_many(registers, w, job, panel, buffer);
+    }
   });
 }
 
-inline void product(const FourBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-  tile_product<FourBit>(w, y, x, num_tokens, in, out, num_threads);
+inline void product(const FourBitWeight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in,
+                    int out, int num_threads) {
+  tile_product<FourBit>(w, y, x, starts, num_groups, in, out, num_threads);
 }
-inline void product(const EightBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-  tile_product<EightBit>(w, y, x, num_tokens, in, out, num_threads);
+inline void product(const EightBitWeight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in,
+                    int out, int num_threads) {
+  tile_product<EightBit>(w, y, x, starts, num_groups, in, out, num_threads);
 }
-inline void product(const SixteenBitWeight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
-  tile_product<SixteenBit>(w, y, x, num_tokens, in, out, num_threads);
+inline void product(const SixteenBitWeight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in,
+                    int out, int num_threads) {
+  tile_product<SixteenBit>(w, y, x, starts, num_groups, in, out, num_threads);
 }

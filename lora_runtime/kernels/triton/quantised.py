@@ -27,6 +27,7 @@ from lora_runtime.kernels.counters import counters
 from lora_runtime.kernels.cuda import product as cuda_product
 from lora_runtime.kernels.triton.adapters import ShrinkLaunch, shrink_launch
 from lora_runtime.kernels.triton.quantised_kernels import (
+    grouped_product_kernel,
     product_and_shrink_kernel,
     product_kernel,
     scales_kernel,
@@ -97,6 +98,76 @@ def four_bit_gated_product(
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.int8_product`."""
     return _product(x, codes, absmax, absmax, len(codes), "eight_bit")
+
+
+def grouped_four_bit_product(
+    x: Tensor,
+    starts: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    nested: NestedScales | None = None,
+) -> Tensor:
+    """See `lora_runtime.kernels.grouped_four_bit_product`."""
+    scales = _scales(absmax, nested)
+    return _grouped_product(x, starts, packed, scales, code, out_features, "four_bit")
+
+
+def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.grouped_int8_product`."""
+    out_features = len(codes) // (len(starts) - 1)
+    return _grouped_product(x, starts, codes, absmax, absmax, out_features, "eight_bit")
+
+
+def _grouped_product(
+    x: Tensor,
+    starts: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    out_features: int,
+    name: str,
+) -> Tensor:
+    """The sums of an output are over all inputs in order, in one program: as many programs as
+    experts and tiles of outputs fill a GPU.
+    """
+    x = x.contiguous()
+    num_rows, in_features = x.shape
+    tiling = TILINGS[name, x.dtype]
+    tiles = row_tiles(starts, num_rows, tiling.block_m)
+    y = x.new_empty(num_rows, out_features)
+    grouped_product_kernel[(len(tiles) * triton.cdiv(out_features, BLOCK_N),)](
+        *(y, x, codes, absmax, table, tiles, len(tiles)),
+        *(in_features, in_features // 64, out_features),
+        FORMAT=name,
+        IS_EVEN=in_features % tiling.block_k == 0,
+        TILES=1,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=tiling.block_k,
+        num_warps=4,
+        num_stages=tiling.num_stages,
+    )
+    return y
+
+
+def row_tiles(starts: Tensor, num_rows: int, height: int) -> Tensor:
+    """(n, 3) int32: the group, first and end row of every tile of up to `height` rows of a group.
+
+    How many there are is known on the device alone: n is their largest number for so many rows,
+    and those beyond are empty. Nothing is read back from the device.
+    """
+    num_groups = len(starts) - 1
+    counts = starts[1:] - starts[:-1]
+    ends = ((counts + height - 1) // height).cumsum(0)
+    tiles = torch.arange(num_rows // height + min(num_groups, num_rows), device=starts.device)
+    groups = torch.searchsorted(ends, tiles, right=True)
+    own = groups.clamp(max=num_groups - 1)
+    before = (ends - (counts + height - 1) // height)[own]
+    first = starts[own] + (tiles - before) * height
+    end = torch.minimum(first + height, starts[own + 1])
+    return torch.stack([own, first, torch.where(groups < num_groups, end, first)], 1).int()
 
 
 def four_bit_product_and_shrink(

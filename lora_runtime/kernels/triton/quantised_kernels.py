@@ -297,6 +297,48 @@ def product_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def grouped_product_kernel(
+    y_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, tiles_ptr, num_tiles, in_features, num_blocks,
+    out_features, FORMAT: tl.constexpr, IS_EVEN: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Groups of rows, each multiplied by its own part of W's rows: a tile of outputs for up to
+    TILES · BLOCK_M rows of one group.
+
+    tiles (num_tiles, 3) int32: the group, and its first and end row; a tile without rows is none.
+    Tiles vary fastest, and those of a group follow one another: they read the same weights.
+    """
+    tile_at = tiles_ptr + tl.program_id(0) % num_tiles * 3
+    group, first, end = tl.load(tile_at), tl.load(tile_at + 1), tl.load(tile_at + 2)
+    if first < end:
+        n = tl.program_id(0) // num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_output = n < out_features
+        row = tl.where(is_output, n, 0).to(tl.int64) + group.to(tl.int64) * out_features
+        m, begin = first + tl.arange(0, BLOCK_M), tl.full((), 0, tl.int32)
+        sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        for _ in tl.static_range(TILES - 1):
+            sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        if FORMAT == "eight_bit":
+            sums = _add_int8(
+                sums, x_ptr, codes_ptr, absmax_ptr, m, end, row, begin, in_features, in_features,
+                IS_EVEN, TILES, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        elif x_ptr.dtype.element_ty == tl.bfloat16:
+            sums = _add_four_bit(
+                sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
+                end, row, begin, in_features, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            sums = _add_four_bit_float32(
+                sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end, row, begin, in_features,
+                num_blocks, TILES, BLOCK_M,
+            )  # fmt: skip
+        for tile in tl.static_range(TILES):
+            cell, is_cell = _cells(tile * BLOCK_M + m, n, is_output, end, out_features)
+            tl.store(y_ptr + cell, sums[tile].to(y_ptr.dtype.element_ty), mask=is_cell)
+
+
 @batch_jit
 def product_and_shrink_kernel(
     y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, num_rows,

@@ -217,3 +217,22 @@ def test_a_share_of_no_change():
     assert TensorLoss("x", 0.0, 0.0).ratio == 0.0
     assert TensorLoss("x", 0.0, 1.0).ratio == math.inf
     assert TensorLoss("x", 2.0, 1.0).ratio == 0.5
+
+
+@pytest.mark.parametrize("shape", ["qwen3-moe", "gpt-oss"])
+@torch.no_grad()
+def test_a_mixture_with_an_adapter_of_attention_merges_to_what_peft_has(shape, tmp_path):
+    """Experts are written as transformers holds them; adapters of experts are refused."""
+    base = base_on_disk(shape, tmp_path)
+    twin = dense_twin(base, shape)
+    names = {"attention": {}, "experts": {"target_parameters": ["experts.down_proj"]}}
+    folders = [
+        write_adapter(twin, tmp_path / name, seed=1, r=4, target_modules=["q_proj"], **own)
+        for name, own in names.items()
+    ]
+    _, merged = merge(base, folders[0], tmp_path / "merged")
+    expected = token_logits(load_in_peft(twin, folders[0]))
+    assert (token_logits(merged) - expected).abs().max() <= TOLERANCE
+    assert (expected - token_logits(twin)).abs().max() > 0.1
+    with pytest.raises(AdapterRefused, match="experts"):
+        merge(base, folders[1], tmp_path / "refused")

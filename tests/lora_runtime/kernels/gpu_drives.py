@@ -224,12 +224,20 @@ def sample() -> None:
 
 
 def other_ops(dtype: torch.dtype) -> None:
-    """The write of keys that transformers has rotated, and draws from a large vocabulary."""
+    """The write of keys that transformers has rotated, draws from a large vocabulary, and a layer
+    of Qwen3-30B-A3B's experts.
+    """
     with torch.device("meta"):
         k, slots = torch.empty(3, 8, 128, dtype=dtype), torch.empty(3, dtype=torch.int64)
         scaled, number = torch.empty(3, 128256), torch.empty(3, 1, dtype=torch.float64)
         kernels.write_kv(k, k, k, k, slots)
         kernels.draw_cut(scaled, number, *torch.empty(3, 3, 1))
+        x, starts = torch.empty(96, 2048, dtype=dtype), torch.empty(129, dtype=torch.int32)
+        codes = torch.empty(128 * 1536, 2048, dtype=torch.int8)
+        packed = torch.empty(codes.numel() // 2, dtype=torch.uint8)
+        scales, code = torch.empty(codes.numel() // 64), torch.empty(16)
+        kernels.grouped_four_bit_product(x, starts, packed, scales, code, 1536)
+        kernels.grouped_int8_product(x, starts, codes, scales[: len(codes)])
 
 
 @contextlib.contextmanager

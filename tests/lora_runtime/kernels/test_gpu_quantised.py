@@ -151,3 +151,30 @@ def test_large_batches_odd_widths_and_gradients_take_the_dequantised_weight(monk
         torch.testing.assert_close(y, F.linear(x, layer.dequantize()))
     y.sum().backward()
     assert calls == [] and x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_products_are_those_of_each_groups_rows(kind, dtype):
+    """Groups without rows, of one row, of several tiles; outputs and inputs that fill no tile."""
+    counts, out_features, num_inputs = [0, 1, 19, 0, 8, 33], 140, 320
+    if kind == "nf4-double":
+        out_features = 256  # whole blocks of scales a group
+    layer = layer_of(kind, (len(counts) * out_features, num_inputs), dtype)
+    x = torch.randn(sum(counts), num_inputs).to(DEVICE, dtype)
+    starts = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    y = layer.grouped_product(x, starts)
+    weights = layer.dequantize().to(dtype).double().view(len(counts), out_features, num_inputs)
+    rows = x.double().split(counts)
+    expected = torch.cat([own @ weight.T for own, weight in zip(rows, weights, strict=True)])
+    rounding = 2**-8 if dtype == BFLOAT16 else 1e-5
+    torch.testing.assert_close(y.double(), expected, rtol=rounding, atol=2e-4)
+
+
+def test_tiles_cover_every_row_once_and_no_group_but_its_own():
+    for counts in ([0, 0, 5], [8, 9, 0, 1], [1] * 7, [40], [0, 17, 16, 0]):
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        tiles = triton_quantised.row_tiles(starts, sum(counts), 8).tolist()
+        rows = [(g, row) for g, first, end in tiles for row in range(first, end)]
+        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).tolist()
+        assert rows == list(zip(owners, range(sum(counts)), strict=True))
