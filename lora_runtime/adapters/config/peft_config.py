@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from lora_runtime.adapters.config import values as read
 from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
-from lora_runtime.adapters.config.layer_sites import Site, parse_layer_map, sites_of
+from lora_runtime.adapters.config.layer_sites import (
+    Site,
+    check_no_state,
+    parse_layer_map,
+    sites_of,
+)
 from lora_runtime.adapters.config.matching import PatternMatcher, Selection, unmatched_targets
 from lora_runtime.adapters.config.target_sites import select_sites
 from lora_runtime.adapters.config.values import Config, is_neutral, shown
@@ -81,6 +86,7 @@ def parse_config(
     _check_fields(config)
     names = trained_names or {path: path for path in base.shapes}
     layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
+    check_no_state(layer_map, base)
     sites = sites_of(base, names, layer_map)
     scalings = _Scalings.of(config)
     selection = _selection(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lora_runtime.base.model.reordered_model import with_submodule
 
@@ -19,9 +19,11 @@ class GivenStates(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        """inputs_embeds (1, n, H) → the same as the last hidden state."""
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        """inputs_embeds (1, n, H) → the same as the last hidden state; with all fields that any
+        family's model reads of its decoder's output.
+        """
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def head_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -31,5 +33,8 @@ def head_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     decoder: Any = model.get_decoder()
     states = GivenStates(copy.deepcopy(decoder.config))
+    for name, value in vars(decoder).items():
+        if isinstance(value, int | float):  # Falcon-H1 takes the logits' factor from its decoder
+            setattr(states, name, value)
     head: PreTrainedModel = with_submodule(model, decoder, states, {})
     return head
