@@ -12,7 +12,8 @@ those of hundreds to thousands of tokens, so not every block end can have one. S
 - every SNAPSHOT_INTERVAL tokens: whatever two prompts share, the second finds all but the last
   part of it. With one at the end of a prompt alone, as in engines that cut prompts at blocks and
   keep the last, requests find nothing as soon as that lies in what is their own.
-- the last whole block before the end of a prompt: for the same prompt again, and the next turn.
+- the last whole block before the end of a prompt: for the same prompt again, and the next turn. It
+  gives way to that of the output, unless somebody has begun with it.
 - the last block whose keys and values a new row found, where no snapshot was found there: that is
   where its prompt leaves what another began with, say the end of a system prompt. The third request
   of a kind finds all of it.
@@ -21,10 +22,11 @@ those of hundreds to thousands of tokens, so not every block end can have one. S
 
 A step is not cut for them: recurrent layers alone run such a chunk in several pieces.
 
-When slots are short, a snapshot goes that nobody has begun with yet: of the owner who has most of
-them the one unused longest; only where all were used, one of those. So a hundred long prompts of
-one kind do not push out the one system prompt that all others begin with. One whose block is
-evicted goes with it.
+When slots are short, a snapshot goes that is not known to be shared, as fewer than SHARED_BY rows
+began with it: of the owner who has most of them the one unused longest; only where all are shared,
+one of those. So a hundred long prompts of one kind do not push out the one system prompt that all
+others begin with, while the end of a conversation's turn, with which the next turn begins and
+nobody else, goes before that of the next. One whose block is evicted goes with it.
 Sources: what vLLM's and SGLang's issues report of snapshots at ends of prompts alone, and of dense
 ones that fill the cache.
 """
@@ -42,6 +44,7 @@ from lora_runtime.engine.block_manager import BlockManager
 
 SNAPSHOT_INTERVAL = 128
 """Tokens; rounded up to whole blocks."""
+SHARED_BY = 2
 LEAST_SNAPSHOTS = 16
 """Slots for snapshots where no setting says how many, however few rows run at once."""
 
@@ -52,8 +55,8 @@ class _Snapshot:
     owner: str
     last_use: int
     """By a clock that counts what is done with snapshots."""
-    was_used: bool = False
-    """A row has begun with it."""
+    num_uses: int = 0
+    """Rows that have begun with it."""
 
 
 class Snapshots:
@@ -81,7 +84,7 @@ class Snapshots:
         """A slot to write a state to, or None where all are in use."""
         if not self._free:
             idle = {k: s for k, s in self._by_key.items() if s.slot not in self._readers}
-            left = {k: s for k, s in idle.items() if not s.was_used} or idle
+            left = {k: s for k, s in idle.items() if s.num_uses < SHARED_BY} or idle
             if not left:
                 return None
             counts = Counter(snapshot.owner for snapshot in left.values())
@@ -106,7 +109,8 @@ class Snapshots:
     def begin(self, key: BlockKey) -> int:
         """The slot of a snapshot that a row begins with; nothing is written to it until `begun`."""
         snapshot = self._by_key[key]
-        snapshot.was_used, snapshot.last_use = True, self._tick()
+        snapshot.num_uses += 1
+        snapshot.last_use = self._tick()
         self._readers[snapshot.slot] += 1
         return snapshot.slot
 
@@ -126,7 +130,7 @@ class Snapshots:
 
     def drop_unused(self, key: BlockKey) -> None:
         """Forget a snapshot that no row has begun with."""
-        if key in self._by_key and not self._by_key[key].was_used:
+        if key in self._by_key and not self._by_key[key].num_uses:
             self.drop(key)
 
     def check_integrity(self, rows: Sequence[Row]) -> None:
@@ -166,8 +170,8 @@ class StatefulBlockManager(BlockManager):
         self._interval = -(-SNAPSHOT_INTERVAL // block_size) * block_size
         self._junctions: dict[Row, int] = {}
         """Running row → tokens whose keys and values were found when it began."""
-        self._outputs: dict[Row, BlockKey] = {}
-        """Running row → the snapshot of its output so far."""
+        self._ends: dict[Row, BlockKey] = {}
+        """Running row → its last snapshot: that of its prompt's end, or of its output so far."""
 
     def find(self, row: Row) -> list[int]:
         """As for a base without state, up to the last block end that has a snapshot."""
@@ -206,8 +210,8 @@ class StatefulBlockManager(BlockManager):
                 self.snapshots.give_back(slot)
                 continue
             self.snapshots.publish(key, slot, row.request.cache_owner)
-            if position > row.num_prompt_tokens:
-                self._outputs[row] = key
+            if position >= self._end_of_prompt(row):
+                self._ends[row] = key
         if row.resumed is not None and num_tokens > row.resumed[0]:
             self._end_resumption(row)
 
@@ -226,14 +230,14 @@ class StatefulBlockManager(BlockManager):
         row.snapshots = []
         self._end_resumption(row)
         del self._junctions[row]
-        self._outputs.pop(row, None)
+        self._ends.pop(row, None)
 
     def check_integrity(self, owners: list[Row]) -> None:
         """See `BlockManager.check_integrity`; slots and snapshots too."""
         super().check_integrity(owners)
         used = [row.state_slot for row in owners]
         assert sorted([*used, *self._free_slots]) == list(range(self._num_rows))
-        assert self._junctions.keys() == set(owners) >= self._outputs.keys()
+        assert self._junctions.keys() == set(owners) >= self._ends.keys()
         self.snapshots.check_integrity(owners)
         keys = {key for key, _ in self._cached}
         assert keys.issuperset(self.snapshots.keys), "a snapshot without its blocks"
@@ -247,8 +251,8 @@ class StatefulBlockManager(BlockManager):
                 self._extend_keys(row, index + 1)
                 if row.block_keys[index] in self.snapshots:
                     continue
-            elif row in self._outputs:
-                self.snapshots.drop_unused(self._outputs.pop(row))
+            elif row in self._ends:
+                self.snapshots.drop_unused(self._ends.pop(row))
             slot = self.snapshots.reserve()
             if slot is None:
                 return
@@ -257,13 +261,16 @@ class StatefulBlockManager(BlockManager):
     def _positions(self, row: Row, start: int, end: int) -> set[int]:
         """Where snapshots are wanted behind `start` and up to `end`; see the top of this file."""
         first = (start // self._interval + 1) * self._interval
-        last_of_prompt = (row.num_prompt_tokens - 1) // self.block_size * self.block_size
         last_of_all = end // self.block_size * self.block_size
         wanted = {*range(first, min(end, row.num_prompt_tokens) + 1, self._interval)}
-        wanted |= {last_of_prompt, self._junctions[row]}
+        wanted |= {self._end_of_prompt(row), self._junctions[row]}
         if last_of_all > row.num_prompt_tokens:
             wanted.add(last_of_all)
         return {position for position in wanted if start < position <= end}
+
+    def _end_of_prompt(self, row: Row) -> int:
+        """The last whole block before a prompt's last token, whose logits are needed."""
+        return (row.num_prompt_tokens - 1) // self.block_size * self.block_size
 
     def _end_resumption(self, row: Row) -> None:
         if row.resumed is not None:

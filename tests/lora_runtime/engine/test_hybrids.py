@@ -61,12 +61,12 @@ pass it by."""
 @pytest.mark.parametrize("shape", HYBRIDS)
 def test_a_mixed_batch_equals_peft(shape, tmp_path):
     base, twin = base_of(shape), twin_of(shape)
-    attention = ["q_proj", "v_proj", "down_proj", "output_linear", "w2"]
+    attention = ["q_proj", "o_proj", "output_linear", "w2", "mixer.down_proj"]
     targets = [name for name in attention if any(p.endswith(name) for p in base.spec.linears)]
     options = {"mixers": dict(r=8, lora_alpha=16), **ADAPTERS}
     folders = [
         write_adapter(
-            twin, tmp_path / name, seed=seed, scale=2.0,
+            twin, tmp_path / name, seed=seed, scale=1.0,
             target_modules=MIXERS[shape] if name == "mixers" else [*MIXERS[shape], *targets],
             **config,
         )
@@ -102,7 +102,7 @@ def test_preempted_rows_give_the_tokens_they_give_alone(shape, steps_ahead):
         base_of(shape), num_blocks=60, max_num_batched_tokens=23, steps_ahead=steps_ahead
     )
     assert tokens(run(engine, requests)) == alone
-    assert engine.scheduler.num_preemptions > 3
+    assert engine.scheduler.num_preemptions >= 3
 
 
 @pytest.mark.parametrize("shape", HYBRIDS)
@@ -168,7 +168,8 @@ def test_what_others_leave_in_the_cache_changes_no_token():
 
 def test_a_row_of_infinite_numbers_fails_alone(tmp_path):
     base, twin = base_of("qwen3.5"), twin_of("qwen3.5")
-    bad = write_adapter(twin, tmp_path, seed=0, scale=1e30, target_modules=MIXERS["qwen3.5"])
+    targets = [*MIXERS["qwen3.5"], "gate_proj", "up_proj"]
+    bad = write_adapter(twin, tmp_path, seed=0, scale=1e25, target_modules=targets)
     form = load_adapter(bad, base.spec, base.weights)
     engine = with_adapters(base, [form])
     stem = prompt(70)

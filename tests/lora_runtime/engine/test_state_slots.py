@@ -117,12 +117,26 @@ def test_the_random_schedules_resume_evict_and_preempt():
 PROMPT = [0, 1, 2, 2] * 10  # ten whole blocks
 
 
-def test_the_same_prompt_and_the_next_turn_find_all_but_the_last_block():
+def test_the_same_prompt_finds_all_but_its_last_block():
+    driver = StateDriver()
+    assert driver.serve(ask("1", PROMPT)) == [40]
+    assert driver.serve(ask("2", PROMPT)) == [4]
+
+
+def test_the_next_turn_finds_what_the_one_before_has_written():
     driver = StateDriver()
     assert driver.serve(ask("1", PROMPT, max_tokens=9)) == [40 + 8]
-    assert driver.serve(ask("2", PROMPT)) == [4]
     turn = [*PROMPT, *driver.tokens["1"], 1, 1]
-    assert driver.serve(ask("3", turn)) == [len(turn) - 48]
+    assert driver.serve(ask("2", turn)) == [len(turn) - 48]
+
+
+def test_a_prompts_end_that_others_began_with_stays_beside_the_outputs():
+    driver = StateDriver()
+    driver.add(ask("1", PROMPT, max_tokens=9))
+    driver.step()
+    driver.add(ask("2", PROMPT))
+    driver.finish()
+    assert driver.serve(ask("3", PROMPT)) == [4]
 
 
 def test_where_prompts_part_is_found_by_the_third():
@@ -154,14 +168,15 @@ def test_others_under_an_adapter_a_salt_or_late_activation_share_no_state():
     assert driver.serve(ask("late again", PROMPT, late)) == [20]
 
 
-def test_a_prefix_that_is_used_outlives_many_that_are_not():
+def test_a_prefix_that_is_shared_outlives_many_that_are_not():
     driver = StateDriver(num_blocks=400, num_snapshots=4)
     driver.serve(ask("first", PROMPT))
-    assert driver.serve(ask("second", [*PROMPT, 1])) == [5]
+    assert driver.serve(ask("second", [*PROMPT, 1]), ask("third", [*PROMPT, 0])) == [5, 1]
+    assert driver.serve(ask("fourth", [*PROMPT, 0])) == [1]
     rng = random.Random(0)
     for n in range(20):
         driver.serve(ask(f"other {n}", rng.choices(range(3), k=30)))
-    assert driver.serve(ask("third", [*PROMPT, 2])) == [5]
+    assert driver.serve(ask("last", [*PROMPT, 2])) == [1]
 
 
 def test_without_slots_for_snapshots_everything_is_computed():
