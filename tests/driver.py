@@ -59,8 +59,7 @@ def tiny_engine(
 
 
 def poison_free_memory(engine: Engine) -> None:
-    """Fill all cache blocks, states and the adapter pool with NaN. Only before anything is loaded.
-    """
+    """Fill cache blocks, states and the adapter pool with NaN. Only before anything is loaded."""
     states = engine.runner.states
     held = [] if states is None else [part for own in states.layers.values() for part in own]
     for tensor in (engine.runner.cache.keys, engine.runner.cache.values, *held):

@@ -5,8 +5,8 @@ On a CUDA device with neither `num_blocks` nor `kv_bytes` set:
     KV bytes = gpu_memory_utilization · total − in use − activations − graphs − states
 
 in use: the base, the adapter pool, CUDA itself and other processes; activations: the peak of a
-largest step; graphs: memory of the largest decode graph, which the others reuse, and its logits; states: the
-recurrent states of as many rows as may run, and snapshots of them, on bases that have such.
+largest step; graphs: memory of the largest decode graph, which the others reuse, and its logits;
+states: of a base with recurrent layers, those of as many rows as may run, and snapshots.
 Both are measured with an adapter on every linear of every row. CUDA's own bookkeeping of each
 graph, the graphs' block tables and adapters that are being checked must fit into the share left
 over, 1 − gpu_memory_utilization.
@@ -109,9 +109,9 @@ def blocks_that_fit(
         raise ConfigError(
             f"gpu_memory_utilization is {utilization}: of {memory.total} bytes, {memory.in_use} of "
             f"them in use, {memory.activations} needed by a step, {memory.graphs} by decode "
-            f"graphs and {states} by recurrent states, it leaves {max(left, 0)} for keys and values, and the {num_tokens} tokens of "
-            f"a step take {least}; raise it, or lower max_num_batched_tokens, max_num_seqs or the "
-            "adapter pool's bytes",
+            f"graphs and {states} by recurrent states, it leaves {max(left, 0)} for keys and "
+            f"values, and the {num_tokens} tokens of a step take {least}; raise it, or lower "
+            "max_num_batched_tokens, max_num_seqs or the adapter pool's bytes",
             field="gpu_memory_utilization",
         )
     return left // block_bytes

@@ -107,7 +107,8 @@ class KVCache:
         shape = (len(layers), num_cache_slots, num_kv_heads, head_dim)
         num_bytes = math.prod(shape) * like.dtype.itemsize
         memory = [huge_pages.zeros(num_bytes, like.device) for _ in range(2)]
-        return cls(*(part.view(like.dtype).view(shape) for part in memory), layers)
+        keys, values = (part.view(like.dtype).view(shape) for part in memory)
+        return cls(keys, values, layers)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (num_blocks · block_size, G, D) of one of the model's layers."""

@@ -1,4 +1,4 @@
-"""Linear recurrences with decay over padded rows, in chunks for many tokens and in one step for one.
+"""Linear recurrences with decay over padded rows: many tokens in chunks, one in one step.
 
 Of every head, with state S (K, V) before a token that brings q, k (K,), v (V,) and decay g ≤ 0:
 

@@ -58,7 +58,9 @@ class Rule(Protocol):
     """What one recurrent layer does with its rows."""
 
     layer_idx: int
-    state_shapes: StateShapes
+
+    @property
+    def state_shapes(self) -> StateShapes: ...
 
     def advance(
         self, states: States, inputs: tuple[Tensor, ...], padding: Padding
@@ -79,9 +81,7 @@ class StatePool:
         self.layers, self.num_slots = layers, num_slots
 
     @classmethod
-    def allocate(
-        cls, shapes: Mapping[int, StateShapes], num_slots: int, like: Tensor
-    ) -> StatePool:
+    def allocate(cls, shapes: Mapping[int, StateShapes], num_slots: int, like: Tensor) -> StatePool:
         """Room for states of `like`'s dtype, on its device; `shapes` by layer."""
 
         def empty(shape: tuple[int, ...]) -> Tensor:

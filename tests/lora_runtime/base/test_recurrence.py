@@ -104,7 +104,9 @@ def test_a_row_may_be_cut_anywhere_and_its_states_kept(cuts):
     for step, length in enumerate(cuts):
         before = 2 if step else None
         pieces = [Piece(0, length, loads=before, stores=(2,)), Piece(length, 3, stores=(1,))]
-        inputs = [torch.cat([a[done : done + length], b[:3]]) for a, b in zip(parts, other, strict=True)]
+        inputs = [
+            torch.cat([a[done : done + length], b[:3]]) for a, b in zip(parts, other, strict=True)
+        ]
         found.append(Recurrence(pieces, "cpu", pool).run(rule, inputs)[:length])
         done += length
     torch.testing.assert_close(torch.cat(found), whole, rtol=0, atol=1e-10)

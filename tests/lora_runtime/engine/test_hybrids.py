@@ -54,8 +54,8 @@ MIXERS = {
     "falcon-h1": ["in_proj"],
     "nemotron-h": ["in_proj"],
 }
-"""Linear layers of recurrent ones. PEFT refuses `out_proj` of some Mamba models, whose kernels would
-pass it by."""
+"""Linear layers of recurrent ones. PEFT refuses `out_proj` of some Mamba models, whose kernels
+would pass it by."""
 
 
 @pytest.mark.parametrize("shape", HYBRIDS)
