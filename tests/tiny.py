@@ -69,6 +69,8 @@ CONFIGS: dict[str, dict] = {
         original_max_position_embeddings=64,
         rope_parameters={**_LONGROPE, "partial_rotary_factor": 1.0},
     ),
+}  # fmt: skip
+HYBRIDS: dict[str, dict] = {
     "qwen3.5": dict(model_type="qwen3_5_text", **_LINEAR_ATTENTION),
     "qwen3-next": dict(model_type="qwen3_next", mlp_only_layers=[0, 1, 2], **_LINEAR_ATTENTION),
     "lfm2": dict(
@@ -91,7 +93,6 @@ CONFIGS: dict[str, dict] = {
         layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
     ),
 }  # fmt: skip
-HYBRIDS = ["qwen3.5", "qwen3-next", "lfm2", "granite-h", "bamba", "falcon-h1", "nemotron-h"]
 """Families with recurrent layers."""
 SHAPES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
 """One of every family that must be served."""
@@ -99,7 +100,7 @@ SHAPES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
 
 def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose weights are exact in bfloat16, so that every dtype starts equal."""
-    options = {**_COMMON, **CONFIGS[shape]}
+    options = {**_COMMON, **(CONFIGS | HYBRIDS)[shape]}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +26,17 @@ def _check_rows(model: PreTrainedModel) -> list[Tensor]:
 @torch.no_grad()
 def original_logits(model: PreTrainedModel) -> list[Tensor]:
     """Last logits (vocab,) of each row, run alone through transformers' own modules."""
-    return [model(row[None], use_cache=False).logits[0, -1] for row in _check_rows(model)]
+    # It advises to install faster kernels for its recurrent layers, which are never run again.
+    advice = logging.getLogger("transformers.integrations.hub_kernels")
+    advice.addFilter(_says_nothing)
+    try:
+        return [model(row[None], use_cache=False).logits[0, -1] for row in _check_rows(model)]
+    finally:
+        advice.removeFilter(_says_nothing)
+
+
+def _says_nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 @torch.no_grad()

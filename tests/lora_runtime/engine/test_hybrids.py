@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.config import BaseConfig, EngineConfig
 from lora_runtime.core import FinishReason
+from lora_runtime.engine.llm import LLM
 from tests.driver import greedy, run, teacher_forced, tiny_engine
 from tests.lora_runtime.engine.mixed_batch import prompt, tokens, with_adapters
 from tests.peft_adapters import load_in_peft, write_adapter
-from tests.tiny import HYBRIDS, dense_twin, tiny_base
+from tests.tiny import HYBRIDS, dense_twin, tiny_base, tiny_checkpoint, tiny_model
+from tests.tiny_tokenizer import write_tokenizer
 
 base_of = cache(tiny_base)
 twin_of = cache(lambda shape: dense_twin(base_of(shape), shape))
@@ -89,6 +92,33 @@ def test_a_mixed_batch_equals_peft(shape, tmp_path):
             plain = teacher_forced(twin, list(request.prompt_token_ids), trace.token_ids)
             effects.append(float((torch.stack(trace.logits) - plain).abs().max()))
     assert min(effects) >= 1.0
+
+
+@pytest.mark.parametrize("shape", ["qwen3.5", "lfm2", "granite-h"])
+def test_bfloat16_error_is_within_a_quarter_of_pefts(shape, tmp_path):
+    base = tiny_base(shape, dtype=torch.bfloat16)
+    exact_twin = dense_twin(base, shape, dtype=torch.float64)
+    single_twin = dense_twin(base, shape, dtype=torch.float32)
+    folder = write_adapter(
+        single_twin, tmp_path, seed=0, r=8, lora_alpha=8, target_modules=MIXERS[shape]
+    )
+    form = load_adapter(folder, base.spec, base.weights)
+    requests = [greedy(str(n), prompt(40 + 20 * n, seed=n), form.digest, 24) for n in range(4)]
+    traces = run(with_adapters(base, [form], max_num_batched_tokens=37), requests)
+    exact_model = load_in_peft(exact_twin, folder).double()
+    peft_model = load_in_peft(dense_twin(base, shape), folder)
+    ours, theirs = [], []
+    for request in requests:
+        trace = traces[request.request_id]
+        row = list(request.prompt_token_ids), trace.token_ids
+        exact = teacher_forced(exact_model, *row)
+        ours.append(torch.stack(trace.logits) - exact)
+        theirs.append(teacher_forced(peft_model, *row) - exact)
+    our_error, peft_error = (
+        float(torch.cat(errors).double().square().mean().sqrt()) for errors in (ours, theirs)
+    )
+    print(f"{shape}: bfloat16 error {our_error:.4f}, peft's {peft_error:.4f}")
+    assert our_error <= 1.25 * peft_error
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
@@ -210,6 +240,28 @@ def test_rows_of_a_failed_step_are_computed_again_from_a_state_before_it():
         engine.check_integrity()
     for request in requests:
         assert traces[request.request_id] == tokens(run(tiny_engine(base), [request])).popitem()[1]
+
+
+def test_a_checkpoint_is_served_and_its_prompts_found_again(tmp_path):
+    """Through the door of a process: from files to texts."""
+    shape = "qwen3.5"
+    write_tokenizer(tiny_checkpoint(tmp_path / "base", shape))
+    adapter = write_adapter(
+        tiny_model(shape), tmp_path / "a", seed=1, scale=3.0, target_modules=MIXERS[shape]
+    )
+    config = EngineConfig(base=BaseConfig(model=str(tmp_path / "base"), dtype="float32"))
+    system = "The quick brown fox jumps over a lazy dog while storms in the night sink ships. " * 12
+    prompts = [system + end for end in ("the sun", "a dog", "what is the name", "of the ship")]
+    options = dict(max_tokens=12, temperature=0.0, ignore_eos=True)
+    with LLM(adapters={"a": adapter}, config=config) as llm:
+        together = llm.generate(prompts, adapter=["a", None, "a", None], **options)
+        engine = llm._engine
+        before = engine.blocks.num_prefix_hits
+        again = llm.generate(prompts, adapter=["a", None, "a", None], **options)
+        num_found = engine.blocks.num_prefix_hits - before
+        num_tokens = sum(len(llm._tokenizer.encode(prompt)) for prompt in prompts)
+    assert [one.text for one in again] == [one.text for one in together]
+    assert num_found > 0.8 * num_tokens
 
 
 def test_the_state_of_a_row_is_stated_and_is_what_the_pool_takes():
