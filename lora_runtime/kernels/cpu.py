@@ -30,7 +30,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 4
+ABI = 5
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -53,6 +53,7 @@ SIGNATURES = {
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
     "most_likely": "pp ii i",
+    "recurrent_step": "ppp ppppp iiii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
@@ -345,6 +346,24 @@ def most_likely(logits: Tensor) -> Tensor:
     found = empty((len(logits), 2), torch.int64)
     _run("most_likely", logits.dtype, *_pointers(found, logits), *logits.shape)
     return found
+
+
+def recurrent_step(
+    states: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.recurrent_step`."""
+    q, k, v, keep = (part.contiguous() for part in (q, k, v, keep))
+    beta = None if beta is None else beta.contiguous()
+    out = empty(v.shape, v.dtype)
+    given = _pointers(out, states, slots, q, k, v, keep, beta)
+    _run("recurrent_step", None, *given, *q.shape, v.shape[2])
+    return out
 
 
 def pack_panels(weight: Tensor) -> Tensor:

@@ -263,6 +263,25 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return (activation(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+def recurrent_step(
+    states: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.recurrent_step`."""
+    q, k, v = (part[:, :, None] for part in (q, k, v))
+    state = states.index_select(0, slots) * keep[..., None, None]
+    if beta is not None:
+        v = (v - k @ state) * beta[..., None, None]
+    state = state + k.transpose(2, 3) * v
+    states.index_copy_(0, slots, state)
+    return (q @ state)[:, :, 0]
+
+
 def most_likely(logits: Tensor) -> Tensor:
     """See `lora_runtime.kernels.most_likely`."""
     low, high = torch.aminmax(logits, dim=1)

@@ -14,22 +14,47 @@ one triangular system a chunk is used here, as in transformers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lora_runtime.kernels import recurrent_step
 
 CHUNK = 64
 """Tokens of a chunk: within it products of matrices, from one to the next the state."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """The states of N rows where they are kept: slots (N,) int64 of memory (slots, H, K, V)."""
+
+    memory: Tensor
+    slots: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
+
 def advance(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    state: Tensor | HeldState,
+) -> tuple[Tensor, Tensor | HeldState]:
     """q, k (N, L, H, K), v (N, L, H, V), g and beta (N, L, H), state (N, H, K, V), all of one
     floating dtype, float32 or better → outputs (N, L, H, V) and the state behind the last token.
 
     A token with v = g = 0, and β = 0 where there is one, leaves the state as it is. Differentiable.
+    The states of single tokens, L = 1, may be HeldState: they change where they are kept.
     """
+    if isinstance(state, HeldState):
+        one = (None if part is None else part[:, 0] for part in (q, k, v, g.exp(), beta))
+        return recurrent_step(state.memory, state.slots, *one)[:, None], state
     if q.shape[1] == 1:
         return _step(q, k, v, g, beta, state)
     return _chunks(q, k, v, g, beta, state)

@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lora_runtime.base.model.linear_recurrence import HeldState
 from lora_runtime.kernels import huge_pages, to_device
 
 PADDED_TO = 64
 """Pieces whose lengths round up to the same multiple of it share a call: the length of the chunks
 in which the rules compute, so that padding costs them nothing."""
 
-States = tuple[Tensor, ...]
-"""What a layer carries from token to token, each (N, *shape) in float32 or better."""
+States = tuple[Any, ...]
+"""What a layer carries from token to token: tensors (N, *shape) in float32 or better. One that the
+rule names in `changes_in_place` may be a HeldState."""
 StateShapes = tuple[tuple[int, ...], ...]
 """The shapes of one row's States."""
 
@@ -58,6 +60,9 @@ class Rule(Protocol):
     """What one recurrent layer does with its rows."""
 
     layer_idx: int
+
+    changes_in_place: tuple[int, ...]
+    """Which of its states may be a HeldState, for single tokens."""
 
     @property
     def state_shapes(self) -> StateShapes: ...
@@ -97,7 +102,8 @@ class StatePool:
 class _Group:
     """N pieces that run together. tokens (N, L) int64. Of the int64 pairs below, the first says
     which of the N it is about: `loads` names slots, `follows` earlier pieces in the order in which
-    they ran, `stores` slots, where a piece may stand several times.
+    they ran, `stores` slots, where a piece may stand several times. slots (N,) int64, of single
+    tokens: the slot that each both loads from and stores to; copies: from these to further ones.
     """
 
     tokens: Tensor
@@ -105,6 +111,8 @@ class _Group:
     loads: tuple[Tensor, Tensor] | None
     follows: tuple[Tensor, Tensor] | None
     stores: tuple[Tensor, Tensor] | None
+    slots: Tensor | None = None
+    copies: tuple[Tensor, Tensor] | None = None
 
 
 class Recurrence:
@@ -123,8 +131,10 @@ class Recurrence:
             places = end + torch.arange(tokens.numel()).view_as(tokens)
             order[tokens[is_token]] = places[is_token]
             end += tokens.numel()
-            self._groups.append(_group(pieces, members, ran, tokens, is_token, device))
-            ran |= {index: len(ran) + place for place, index in enumerate(members)}
+            group = _group(pieces, members, ran, tokens, is_token, device)
+            self._groups.append(group)
+            if group.slots is None:  # else all are their rows' last pieces, which none follows
+                ran |= {index: len(ran) + place for place, index in enumerate(members)}
         self._order = to_device(order, device)
 
     def run(self, rule: Rule, inputs: Sequence[Tensor]) -> Tensor:
@@ -137,7 +147,8 @@ class Recurrence:
             out, after = rule.advance(before, given, group.padding)
             self._store(rule, group, after)
             outs.append(out.flatten(0, 1))
-            ended.append(after)
+            if group.slots is None:
+                ended.append(after)
         joined = outs[0] if len(outs) == 1 else torch.cat(outs)
         return joined.index_select(0, self._order)
 
@@ -147,6 +158,9 @@ class Recurrence:
         dtype = torch.promote_types(like.dtype, torch.float32)
         found = []
         for index, shape in enumerate(rule.state_shapes):
+            if group.slots is not None and index in rule.changes_in_place:
+                found.append(HeldState(self._memory(rule)[index], group.slots))
+                continue
             if group.loads is not None and len(group.loads[0]) == num_pieces:
                 found.append(self._memory(rule)[index].index_select(0, group.loads[1]))
                 continue
@@ -167,7 +181,11 @@ class Recurrence:
             return
         places, slots = group.stores
         for memory, state in zip(self._memory(rule), after, strict=True):
-            memory.index_copy_(0, slots, state.index_select(0, places).to(memory.dtype))
+            if not isinstance(state, HeldState):
+                memory.index_copy_(0, slots, state.index_select(0, places).to(memory.dtype))
+            elif group.copies is not None:
+                own, further = group.copies
+                memory.index_copy_(0, further, memory.index_select(0, own))
 
     def _memory(self, rule: Rule) -> States:
         if self._pool is None:
@@ -216,12 +234,16 @@ def _group(
     padding = Padding(
         to_device(lengths, device), None if bool(is_token.all()) else to_device(is_token, device)
     )
+    stays = tokens.shape[1] == 1 and all(piece.loads in piece.stores for piece in own)
+    further = [(p.loads, slot) for p in own if stays for slot in p.stores if slot != p.loads]
     return _Group(
         tokens=to_device(tokens, device),
         padding=padding,
         loads=pair([(n, piece.loads) for n, piece in enumerate(own) if piece.loads is not None]),
         follows=pair([(n, ran[p.after]) for n, p in enumerate(own) if p.after is not None]),
         stores=pair([(n, slot) for n, piece in enumerate(own) for slot in piece.stores]),
+        slots=to_device(torch.tensor([piece.loads for piece in own]), device) if stays else None,
+        copies=pair(further),
     )
 
 

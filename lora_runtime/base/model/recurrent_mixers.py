@@ -28,6 +28,8 @@ class RecurrentMixer(nn.Module):
     convolution = "conv1d"
     """The submodule whose weights are the convolution's: it is no layer that adapters act on."""
 
+    changes_in_place: tuple[int, ...] = (1,)
+
     @property
     def state_shapes(self) -> StateShapes:
         """The shapes of one row's states: of the convolution's (K − 1, C), and its others."""
