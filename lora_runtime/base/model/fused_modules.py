@@ -252,9 +252,11 @@ class _LayerOfFourNorms(_Layer):
 
 
 TABLE: dict[type[Any], tuple[str, ...]] = {
-    _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"),
-    _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm"),
-    _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"),
+    _Norm: ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm",
+            "Lfm2RMSNorm", "BambaRMSNorm", "FalconH1RMSNorm", "GraniteMoeHybridRMSNorm"),
+    _NormPlusOne: ("Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm", "Qwen3NextRMSNorm"),
+    _GatedMLP: ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP",
+                "Qwen3_5MLP", "Qwen3NextMLP", "BambaMLP"),
     _JoinedGateMLP: ("Phi3MLP",),
     _Attention: ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention"),
     _AttentionOfConfigsWindow: ("MistralAttention",),

@@ -100,13 +100,15 @@ class StatePool:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """N pieces that run together. tokens (N, L) int64. Of the int64 pairs below, the first says
+    """N pieces that run together. tokens (N, L) int64; is_all: they are all of the forward's tokens,
+    in order. Of the int64 pairs below, the first says
     which of the N it is about: `loads` names slots, `follows` earlier pieces in the order in which
     they ran, `stores` slots, where a piece may stand several times. slots (N,) int64, of single
     tokens: the slot that each both loads from and stores to; copies: from these to further ones.
     """
 
     tokens: Tensor
+    is_all: bool
     padding: Padding
     loads: tuple[Tensor, Tensor] | None
     follows: tuple[Tensor, Tensor] | None
@@ -142,15 +144,16 @@ class Recurrence:
         outs: list[Tensor] = []
         ended: list[States] = []
         for group in self._groups:
-            given = tuple(_gathered(each, group.tokens) for each in inputs)
+            given = tuple(_gathered(each, group) for each in inputs)
             before = self._before(rule, group, ended, inputs[0])
             out, after = rule.advance(before, given, group.padding)
             self._store(rule, group, after)
             outs.append(out.flatten(0, 1))
             if group.slots is None:
                 ended.append(after)
-        joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return joined.index_select(0, self._order)
+        if self._groups[0].is_all:
+            return outs[0]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, self._order)
 
     def _before(self, rule: Rule, group: _Group, ended: list[States], like: Tensor) -> States:
         """The states before a group's pieces: zeros where a row begins."""
@@ -238,6 +241,7 @@ def _group(
     further = [(p.loads, slot) for p in own if stays for slot in p.stores if slot != p.loads]
     return _Group(
         tokens=to_device(tokens, device),
+        is_all=tokens.flatten().equal(torch.arange(sum(piece.length for piece in pieces))),
         padding=padding,
         loads=pair([(n, piece.loads) for n, piece in enumerate(own) if piece.loads is not None]),
         follows=pair([(n, ran[p.after]) for n, p in enumerate(own) if p.after is not None]),
@@ -247,6 +251,8 @@ def _group(
     )
 
 
-def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
-    """(T, …), tokens (N, L) → (N, L, …). Select, never multiply: rows stay apart."""
-    return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+def _gathered(x: Tensor, group: _Group) -> Tensor:
+    """(T, …) → (N, L, …). Select, never multiply: rows stay apart."""
+    tokens = group.tokens
+    own = x if group.is_all else x.index_select(0, tokens.flatten())
+    return own.unflatten(0, tokens.shape)
