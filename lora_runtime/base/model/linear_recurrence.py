@@ -53,8 +53,9 @@ def advance(
     The states of single tokens, L = 1, may be HeldState: they change where they are kept.
     """
     if isinstance(state, HeldState):
-        one = (None if part is None else part[:, 0] for part in (q, k, v, g.exp(), beta))
-        return recurrent_step(state.memory, state.slots, *one)[:, None], state
+        q, k, v, keep = (part[:, 0] for part in (q, k, v, g.exp()))
+        beta = None if beta is None else beta[:, 0]
+        return recurrent_step(state.memory, state.slots, q, k, v, keep, beta)[:, None], state
     if q.shape[1] == 1:
         return _step(q, k, v, g, beta, state)
     return _chunks(q, k, v, g, beta, state)

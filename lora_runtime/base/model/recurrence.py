@@ -100,11 +100,12 @@ class StatePool:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """N pieces that run together. tokens (N, L) int64; is_all: they are all of the forward's tokens,
-    in order. Of the int64 pairs below, the first says
-    which of the N it is about: `loads` names slots, `follows` earlier pieces in the order in which
-    they ran, `stores` slots, where a piece may stand several times. slots (N,) int64, of single
-    tokens: the slot that each both loads from and stores to; copies: from these to further ones.
+    """N pieces that run together. tokens (N, L) int64; is_all: they are the forward's, in order.
+
+    Of the int64 pairs, the first says which of the N it is about: `loads` names slots, `follows`
+    earlier pieces in the order in which they ran, `stores` slots, where a piece may stand several
+    times. slots (N,) int64, of single tokens: the slot that each both loads from and stores to;
+    copies: from these to further ones.
     """
 
     tokens: Tensor
@@ -159,7 +160,7 @@ class Recurrence:
         """The states before a group's pieces: zeros where a row begins."""
         num_pieces = len(group.tokens)
         dtype = torch.promote_types(like.dtype, torch.float32)
-        found = []
+        found: list[Any] = []
         for index, shape in enumerate(rule.state_shapes):
             if group.slots is not None and index in rule.changes_in_place:
                 found.append(HeldState(self._memory(rule)[index], group.slots))
@@ -238,7 +239,13 @@ def _group(
         to_device(lengths, device), None if bool(is_token.all()) else to_device(is_token, device)
     )
     stays = tokens.shape[1] == 1 and all(piece.loads in piece.stores for piece in own)
-    further = [(p.loads, slot) for p in own if stays for slot in p.stores if slot != p.loads]
+    further = [
+        (piece.loads, slot)
+        for piece in own
+        if stays and piece.loads is not None
+        for slot in piece.stores
+        if slot != piece.loads
+    ]
     return _Group(
         tokens=to_device(tokens, device),
         is_all=tokens.flatten().equal(torch.arange(sum(piece.length for piece in pieces))),
