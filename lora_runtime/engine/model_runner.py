@@ -191,13 +191,12 @@ class ModelRunner:
 def _warm_plan(num_tokens: int, slots: tuple[int, ...], block_size: int) -> ScheduledBatch:
     """A decode row beside a prompt, `num_tokens` tokens in all."""
     rows, uses = [], tuple(AdapterUse(digest="") for _ in slots)
-    for index, (length, start) in enumerate(((num_tokens - 1, 0), (2, 1))):
+    for length, start in ((num_tokens - 1, 0), (2, 1)):
         sampling = SamplingParams(max_tokens=1)
         request = Request(
             request_id="", prompt_token_ids=(0,) * length, sampling=sampling, adapters=uses
         )
         row = Row.of(request)
         row.slots, row.block_table = slots, list(range(-(-length // block_size)))
-        row.state_slot = index
         rows.append(ScheduledRow(row, start, length - start))
     return ScheduledBatch(tuple(rows))
