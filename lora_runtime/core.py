@@ -339,6 +339,15 @@ class Row:
     num_steps_passed_over: int = 0
     """Steps in which its adapters found no room in the pool."""
     num_preemptions: int = 0
+    state_slot: int = 0
+    """Of a base with recurrent layers, while running: the slot that holds the state behind the
+    row's computed tokens."""
+    resumed: tuple[int, int] | None = None
+    """(Position, slot) of the snapshot that the row's first tokens go on from, until they are
+    done."""
+    snapshots: list[tuple[int, int]] = field(default_factory=list)
+    """(Position, slot): where states behind leading tokens are kept, or will be by the steps that
+    are planned or run; not yet to be found by others."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Those of the prompt's tokens after the first, as far as they are known; None where none are
     wanted, or they have been given out."""
@@ -547,6 +556,8 @@ class BaseSpec:
     """`config.model_type` of the checkpoint: llama, qwen3, gemma2 …"""
     routers: tuple[str, ...] = ()
     """Those of `linears` that choose among experts."""
+    state_bytes: int = 0
+    """Bytes of recurrent state that one row takes, however long it is; 0 where all layers attend"""
 
     @property
     def shapes(self) -> dict[str, LinearShape]:

@@ -39,9 +39,10 @@ def tiny_engine(
         base,
         EngineConfig(
             cache=CacheConfig(
-                block_size=4,
+                block_size=options.pop("block_size", 4),
                 num_blocks=options.pop("num_blocks", 400),
                 prefix_cache=options.pop("prefix_cache", True),
+                state_snapshots=options.pop("state_snapshots", None),
             ),
             scheduler=SchedulerConfig(
                 max_num_seqs=options.pop("max_num_seqs", 16),
@@ -58,8 +59,10 @@ def tiny_engine(
 
 
 def poison_free_memory(engine: Engine) -> None:
-    """Fill all cache blocks and the adapter pool with NaN. Only before anything is loaded."""
-    for tensor in (engine.runner.cache.keys, engine.runner.cache.values):
+    """Fill cache blocks, states and the adapter pool with NaN. Only before anything is loaded."""
+    states = engine.runner.states
+    held = [] if states is None else [part for own in states.layers.values() for part in own]
+    for tensor in (engine.runner.cache.keys, engine.runner.cache.values, *held):
         tensor.fill_(float("nan"))
     engine.pool.memory.weights.fill_(float("nan"))
 

@@ -35,8 +35,22 @@ _LONGROPE = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+_LINEAR_ATTENTION = dict(
+    max_position_embeddings=4096,
+    head_dim=32,
+    linear_key_head_dim=16,
+    linear_value_head_dim=24,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+_MAMBA = dict(
+    max_position_embeddings=4096, mamba_n_heads=8, mamba_d_head=16, mamba_expand=2,
+    mamba_d_state=24, mamba_n_groups=2, mamba_chunk_size=16,
+)  # fmt: skip
 CONFIGS: dict[str, dict] = {
     "llama": dict(model_type="llama", tie_word_embeddings=True),
+    "llama-long": dict(model_type="llama", max_position_embeddings=4096),
     "llama-bias": dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "mistral": dict(model_type="mistral", sliding_window=24, head_dim=16),
     "qwen2": dict(model_type="qwen2"),
@@ -85,13 +99,37 @@ MIXTURES: dict[str, dict] = {
     ),
 }  # fmt: skip
 """Mixtures of experts. The dense shapes' tests do not run over them."""
+HYBRIDS: dict[str, dict] = {
+    "qwen3.5": dict(model_type="qwen3_5_text", **_LINEAR_ATTENTION),
+    "qwen3-next": dict(model_type="qwen3_next", mlp_only_layers=[0, 1, 2], **_LINEAR_ATTENTION),
+    "lfm2": dict(
+        model_type="lfm2", max_position_embeddings=4096, block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "conv"],
+    ),
+    "granite-h": dict(
+        model_type="granitemoehybrid", num_local_experts=0, num_experts_per_tok=0,
+        shared_intermediate_size=128, attention_multiplier=0.2, residual_multiplier=0.7,
+        layer_types=["linear_attention", "full_attention", "linear_attention"], **_MAMBA,
+    ),
+    "bamba": dict(model_type="bamba", attn_layer_indices=[1], **_MAMBA),
+    "falcon-h1": dict(
+        model_type="falcon_h1", head_dim=16, mamba_d_ssm=128, ssm_in_multiplier=1.3,
+        ssm_multipliers=[0.9, 1.1, 1.2, 0.8, 1.05], **_MAMBA,
+    ),
+    "nemotron-h": dict(
+        model_type="nemotron_h", max_position_embeddings=4096, head_dim=16, mamba_num_heads=8,
+        mamba_head_dim=16, n_groups=2, ssm_state_size=24, chunk_size=16,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+    ),
+}  # fmt: skip
+"""Families with recurrent layers."""
 SHAPES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
 """One of every family that must be served."""
 
 
 def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose weights are exact in bfloat16, so that every dtype starts equal."""
-    options = {**_COMMON, **(CONFIGS | MIXTURES)[shape]}
+    options = {**_COMMON, **(CONFIGS | MIXTURES | HYBRIDS)[shape]}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -41,6 +41,14 @@ from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
+from lora_runtime.base.model.recurrence import StatePool
+from lora_runtime.base.model.recurrent_layers import (
+    attention_layers,
+    check_recurrence,
+    convolutions,
+    state_bytes,
+    state_shapes,
+)
 from lora_runtime.base.model.reordered_model import LayerSteps, reordering
 from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.stacked_linears import stack_linears
@@ -117,12 +125,22 @@ class Base:
         """An empty paged cache with room for the keys and values of `num_cache_slots` tokens."""
         heads, head_dim = kv_shape(self.model)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return KVCache.allocate(self.spec.num_layers, num_cache_slots, heads, head_dim, like)
+        layers = attention_layers(self.model)
+        return KVCache.allocate(layers, num_cache_slots, heads, head_dim, like)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""
         heads, head_dim = kv_shape(self.model)
-        return 2 * self.spec.num_layers * heads * head_dim * self.dtype.itemsize
+        return 2 * len(attention_layers(self.model)) * heads * head_dim * self.dtype.itemsize
+
+    def allocate_states(self, num_slots: int) -> StatePool | None:
+        """Room for the recurrent states of `num_slots` rows or snapshots; None for a base whose
+        layers have none.
+        """
+        shapes = state_shapes(self.model)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return StatePool.allocate(shapes, num_slots, like) if shapes else None
 
 
 def load_base(
@@ -250,6 +268,7 @@ def _spec(
         device=str(model.device),
         model_type=model.config.model_type,
         routers=tuple(p for p, layer in layers.items() if isinstance(layer, AdaptedRouter)),
+        state_bytes=state_bytes(model),
     )
 
 
@@ -278,13 +297,17 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for weights that are in no nn.Linear, nor experts or their routers: Conv1D,
-    state spaces.
+    """Raise BaseRefused for weights that are in no nn.Linear, nor experts, their routers or the
+    convolutions of recurrent layers that we know: Conv1D, state spaces.
     """
+    check_recurrence(model)
     known = {*expert_modules(model), *routers(model)}
+    convolved = convolutions(model)
     for path, module in decoder_layers(model).named_modules():
+        if path in known or module in convolved:
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and type(module) is not nn.Linear and path not in known:
+            if parameter.ndim > 1 and type(module) is not nn.Linear:
                 raise BaseRefused(
                     f"{model.config.model_type} keeps weights in {path}.{name} "
                     f"({type(module).__name__}), which adapters cannot act on; convolutional "

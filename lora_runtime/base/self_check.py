@@ -6,6 +6,7 @@ So its logits are compared as the model's are, and behind it both go the way of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -48,10 +49,28 @@ def original_logits(model: PreTrainedModel) -> Original:
     routed: list[list[tuple[Tensor, ...]]] = []
     for row in _check_rows(model):
         routed.append([])
-        with _hooked(routers(model).values(), lambda found: routed[-1].append(found)):
+        hooked = _hooked(routers(model).values(), lambda found: routed[-1].append(found))
+        with _without_advice(), hooked:
             logits.append(model(row[None], use_cache=False).logits[0, -1])
     of_router = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*routed, strict=True)]
     return Original(logits, of_router)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """transformers advises to install faster kernels for recurrent layers, which are never run
+    again.
+    """
+    advice = logging.getLogger("transformers.integrations.hub_kernels")
+    advice.addFilter(_says_nothing)
+    try:
+        yield
+    finally:
+        advice.removeFilter(_says_nothing)
+
+
+def _says_nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager

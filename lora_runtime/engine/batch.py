@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_runtime.base.model.recurrence import Recurrence, StatePool
 from lora_runtime.core import ScheduledBatch, ScheduledRow
+from lora_runtime.engine.recurrent_batch import pieces
 from lora_runtime.kernels import AttentionMeta, SlotUse, Span, StepMeta, spans_of_rows, to_device
 
 Rows = tuple[ScheduledRow, ...]
@@ -50,10 +52,17 @@ class ForwardBatch:
     head_adapters: StepMeta | None
     scored: tuple[ScoredTokens, ...] = ()
     """The tokens behind which prompts are scored, in groups."""
+    recurrence: Recurrence | None = None
+    """Where rows keep the states of recurrent layers, if the base has such."""
 
 
-def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-    """Lay out the rows of `plan`. Host lists first, then one copy a tensor, unwaited for."""
+def build_batch(
+    plan: ScheduledBatch, block_size: int, device: torch.device, states: StatePool | None = None
+) -> ForwardBatch:
+    """Lay out the rows of `plan`. Host lists first, then one copy a tensor, unwaited for.
+
+    `states`: the pool of a base with recurrent layers.
+    """
     rows = plan.rows
     token_ids = [t for scheduled in rows for t in _tokens(scheduled)]
     positions = [p for scheduled in rows for p in range(scheduled.start, scheduled.end)]
@@ -74,6 +83,7 @@ def build_batch(plan: ScheduledBatch, block_size: int, device: torch.device) -> 
         logits_at=to_device(torch.tensor(ends, dtype=torch.int64), device),
         head_adapters=StepMeta.build(spans(sampled_tokens(rows)), device),
         scored=tuple(_scored(group, device) for group in _groups(rows)),
+        recurrence=None if states is None else Recurrence(pieces(rows), device, states),
     )
 
 

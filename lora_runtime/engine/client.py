@@ -28,6 +28,9 @@ class EngineInfo:
     max_slots: int
     max_adapter_layers: int
     """The most layers that an adapter may have by replicating the base's."""
+    num_snapshots: int = 0
+    """Recurrent states that the prefix cache keeps, of `base.state_bytes` each, beside those of
+    `max_num_seqs` rows; 0 for a base without recurrent layers."""
     max_queued_requests: int = 1024
     """Requests that may wait; at most three quarters of them may be one client's. A further one
     is refused as overloaded."""

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from lora_runtime.core import (
     Row,
     RowStatus,
     ScheduledBatch,
+    ScheduledRow,
     StepOutput,
 )
 from lora_runtime.engine.admission import admit
@@ -40,10 +41,11 @@ from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.cpu_capture import CpuCapture, can_capture_on_cpu
 from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.load import AdapterLoad
-from lora_runtime.engine.memory_budget import num_kv_blocks
+from lora_runtime.engine.memory_budget import num_kv_blocks, num_state_slots
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
+from lora_runtime.engine.state_slots import StatefulBlockManager, num_snapshots
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from lora_runtime.kernels import BACKEND, adapter_dtype
 from lora_runtime.kernels.compiling import watch_compiles
@@ -80,8 +82,12 @@ class Engine:
         like = torch.empty(0, dtype=adapter_dtype(base.device, base.dtype), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
+        # The recurrent layers' pieces are laid out anew by every step's host: none of it at fixed
+        # addresses, so that a captured step would run on another step's states. They run eager.
+        has_state = base.spec.state_bytes > 0
         # How many segments a mixture's pairs have is read on the host.
-        has_graphs = config.cuda_graphs and base.device.type == "cuda" and not base.spec.routers
+        is_fixed = not has_state and not base.spec.routers
+        has_graphs = config.cuda_graphs and base.device.type == "cuda" and is_fixed
         check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,
@@ -92,20 +98,17 @@ class Engine:
             max_rank=USUAL_MAX_RANK if has_graphs else 0,
         )
         num_blocks = num_kv_blocks(base, config)
-        self.blocks = BlockManager(
-            num_blocks,
-            config.cache.block_size,
-            enable_prefix_cache=config.cache.prefix_cache,
-        )
+        self.blocks = _block_manager(config, num_blocks, has_state)
         self.slots = SlotTable(self.pool.nbytes, max_slots)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.slots)
         cache = base.allocate_kv(num_blocks * config.cache.block_size)
+        states = base.allocate_states(num_state_slots(base, config))
         max_num_seqs = config.scheduler.max_num_seqs
         self.runner = ModelRunner(
-            base, cache, config.cache.block_size, self.pool, self.host, max_num_seqs
+            base, cache, config.cache.block_size, self.pool, self.host, max_num_seqs, states
         )
         self.info = _info(base, config, num_blocks, self.pool.nbytes)
-        if has_graphs or can_capture_on_cpu(base):
+        if has_graphs or (can_capture_on_cpu(base) and not has_state):
             capture = CudaCapture(base.device) if has_graphs else CpuCapture()
             self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, capture)
         self.num_steps_ahead = int(base.device.type == "cuda")
@@ -317,7 +320,8 @@ class Engine:
     def _run_each(self, plan: ScheduledBatch) -> None:
         """Run the rows of a failed step one by one, with no step in flight; those that fail end.
 
-        A row's keys and values are only its own, so that writing them again changes nothing.
+        A row's keys and values are only its own, so that writing them again changes nothing. A
+        recurrent state is not what it was before the step: it is computed again as well.
         """
         num_run = num_failed = 0
         for scheduled in plan.rows:
@@ -326,6 +330,8 @@ class Engine:
             num_run += 1
             alone = ScheduledBatch((scheduled,))
             try:
+                for before in self._state_again(scheduled):
+                    self.runner.start(before).result()
                 drawn = self.runner.start(alone)
                 sampled, prompts = drawn.result(), drawn.prompt_chunks()
             except Exception as cause:
@@ -336,6 +342,17 @@ class Engine:
                 self._outputs += self.scheduler.commit(alone, sampled, prompts)
         if num_failed == num_run:
             self.runner.check()
+
+    def _state_again(self, scheduled: ScheduledRow) -> Iterator[ScheduledBatch]:
+        """Steps after which a row's state is again what it was before `scheduled`."""
+        row = scheduled.row
+        if not self.base.spec.state_bytes:
+            return
+        first = 0 if row.resumed is None else row.resumed[0]
+        longest = self.info.max_num_batched_tokens
+        for start in range(first, scheduled.start, longest):
+            num_tokens = min(longest, scheduled.start - start)
+            yield ScheduledBatch((ScheduledRow(row, start, num_tokens, samples=False),))
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and people."""
@@ -454,6 +471,19 @@ def _uses(row: Row, digest: str) -> bool:
     return any(use.digest == digest for use in row.request.adapters)
 
 
+def _block_manager(config: EngineConfig, num_blocks: int, has_state: bool) -> BlockManager:
+    cache = config.cache
+    if not has_state:
+        return BlockManager(num_blocks, cache.block_size, enable_prefix_cache=cache.prefix_cache)
+    return StatefulBlockManager(
+        num_blocks,
+        cache.block_size,
+        num_rows=config.scheduler.max_num_seqs,
+        num_snapshots=num_snapshots(config),
+        enable_prefix_cache=cache.prefix_cache,
+    )
+
+
 def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) -> EngineInfo:
     limit = config.scheduler.max_model_len or base.spec.max_model_len
     return EngineInfo(
@@ -467,5 +497,6 @@ def _info(base: Base, config: EngineConfig, num_blocks: int, pool_bytes: int) ->
         pool_bytes=pool_bytes,
         max_slots=config.adapters.max_slots,
         max_adapter_layers=config.adapters.layer_limit(base.spec.num_layers),
+        num_snapshots=num_snapshots(config) if base.spec.state_bytes else 0,
         max_queued_requests=config.scheduler.max_queued_requests,
     )

@@ -2,10 +2,11 @@
 
 On a CUDA device with neither `num_blocks` nor `kv_bytes` set:
 
-    KV bytes = gpu_memory_utilization · total − in use − activations − graphs
+    KV bytes = gpu_memory_utilization · total − in use − activations − graphs − states
 
 in use: the base, the adapter pool, CUDA itself and other processes; activations: the peak of a
-largest step; graphs: memory of the largest decode graph, which the others reuse, and its logits.
+largest step; graphs: memory of the largest decode graph, which the others reuse, and its logits;
+states: of a base with recurrent layers, those of as many rows as may run, and snapshots.
 Both are measured with an adapter on every linear of every row. CUDA's own bookkeeping of each
 graph, the graphs' block tables and adapters that are being checked must fit into the share left
 over, 1 − gpu_memory_utilization.
@@ -38,6 +39,7 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.model_runner import ModelRunner
+from lora_runtime.engine.state_slots import num_snapshots
 from lora_runtime.errors import ConfigError
 
 DEFAULT_KV_BYTES = 1 << 30
@@ -68,11 +70,13 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     """
     cache = config.cache
     block_bytes = base.kv_bytes_per_token() * cache.block_size
+    states = num_state_slots(base, config) * base.spec.state_bytes
+    check_memory(base.device, states, "max_num_seqs")
     if cache.num_blocks is not None:
         check_memory(base.device, cache.num_blocks * block_bytes, "num_blocks")
         return cache.num_blocks
     if cache.kv_bytes is None and base.device.type == "cuda":
-        return blocks_that_fit(measure(base, config), block_bytes, config)
+        return blocks_that_fit(measure(base, config), block_bytes, config, states)
     kv_bytes = cache.kv_bytes or DEFAULT_KV_BYTES
     if kv_bytes < block_bytes:
         raise ConfigError(
@@ -82,23 +86,32 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     return kv_bytes // block_bytes
 
 
-def blocks_that_fit(memory: DeviceMemory, block_bytes: int, config: EngineConfig) -> int:
-    """Blocks of `block_bytes` in what the settings leave of `memory`.
+def num_state_slots(base: Base, config: EngineConfig) -> int:
+    """Slots of the state pool: one for each row that may run, and those for snapshots."""
+    if not base.spec.state_bytes:
+        return 0
+    return config.scheduler.max_num_seqs + num_snapshots(config)
+
+
+def blocks_that_fit(
+    memory: DeviceMemory, block_bytes: int, config: EngineConfig, states: int = 0
+) -> int:
+    """Blocks of `block_bytes` in what the settings and recurrent `states` leave of `memory`.
 
     Raises ConfigError (field `gpu_memory_utilization`) when a largest step would not fit.
     """
     utilization = config.cache.gpu_memory_utilization
     needed = memory.activations + memory.graphs
-    left = int(utilization * memory.total) - memory.in_use - needed
+    left = int(utilization * memory.total) - memory.in_use - needed - states
     num_tokens = config.scheduler.max_num_batched_tokens
     least = -(-num_tokens // config.cache.block_size) * block_bytes
     if left < least:
         raise ConfigError(
             f"gpu_memory_utilization is {utilization}: of {memory.total} bytes, {memory.in_use} of "
-            f"them in use, {memory.activations} needed by a step and {memory.graphs} by decode "
-            f"graphs, it leaves {max(left, 0)} for keys and values, and the {num_tokens} tokens of "
-            f"a step take {least}; raise it, or lower max_num_batched_tokens, max_num_seqs or the "
-            "adapter pool's bytes",
+            f"them in use, {memory.activations} needed by a step, {memory.graphs} by decode "
+            f"graphs and {states} by recurrent states, it leaves {max(left, 0)} for keys and "
+            f"values, and the {num_tokens} tokens of a step take {least}; raise it, or lower "
+            "max_num_batched_tokens, max_num_seqs or the adapter pool's bytes",
             field="gpu_memory_utilization",
         )
     return left // block_bytes
@@ -121,7 +134,8 @@ def _largest_steps(base: Base, config: EngineConfig) -> tuple[int, int]:
     num_blocks = sum(len(scheduled.row.block_table) for scheduled in plan.rows)
     cache = base.allocate_kv(num_blocks * block_size)
     pool = _pool_with_an_adapter(base)
-    runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.rows))
+    states = base.allocate_states(len(plan.rows))
+    runner = ModelRunner(base, cache, block_size, pool, HostCache(), len(plan.rows), states)
     activations = _peak(base.device, lambda: runner.start(plan).result())
     return activations, _graph_bytes(runner, plan) if config.cuda_graphs else 0
 
@@ -182,7 +196,7 @@ def largest_step(base: Base, config: EngineConfig) -> ScheduledBatch:
         row = Row.of(_request(str(index), length))
         num_blocks = -(-length // config.cache.block_size)
         row.block_table = list(range(first_block, first_block + num_blocks))
-        row.slots = (0,)
+        row.slots, row.state_slot = (0,), index
         first_block += num_blocks
         rows.append(ScheduledRow(row, 0, length))
     return ScheduledBatch(tuple(rows))

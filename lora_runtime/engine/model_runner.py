@@ -12,6 +12,7 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.base.model.attention import KVCache, PagedAttention
+from lora_runtime.base.model.recurrence import StatePool
 from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import (
@@ -47,8 +48,10 @@ class ModelRunner:
         pool: AdapterPool,
         host: HostCache,
         max_num_seqs: int,
+        states: StatePool | None = None,
     ) -> None:
         self.base, self.cache, self.block_size = base, cache, block_size
+        self.states = states
         self.pool, self.host = pool, host
         is_cuda = base.device.type == "cuda"
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
@@ -100,7 +103,7 @@ class ModelRunner:
         for num_tokens in sorted({min(n, longest) for n in WARM_TOKENS}):
             for slots in ((), (0,)):
                 plan = _warm_plan(num_tokens, slots, self.block_size)
-                batch = build_batch(plan, self.block_size, self.base.device)
+                batch = build_batch(plan, self.block_size, self.base.device, self.states)
                 self.forward(batch, bindings=bindings)
 
     @torch.inference_mode()
@@ -148,7 +151,7 @@ class ModelRunner:
             if replayed is not None:
                 logits, self._best = replayed
                 return logits
-        batch = build_batch(plan, self.block_size, self.base.device)
+        batch = build_batch(plan, self.block_size, self.base.device, self.states)
         return self.forward(batch, reordered_batch(plan, batch, self.cache))
 
     def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
@@ -169,7 +172,9 @@ class ModelRunner:
         """
         drawn = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
         token_ids = torch.where(batch.token_ids < 0, drawn, batch.token_ids)
-        attention = layer_steps or PagedAttention(self.cache, batch.attention)
+        attention = layer_steps or PagedAttention(
+            self.cache, batch.attention, recurrence=batch.recurrence
+        )
         bound = self.pool.bindings if bindings is None else bindings
         with self.base.context.adapters(batch.adapters, bound, batch.head_adapters):
             if not batch.scored:

@@ -74,6 +74,7 @@ __all__ = [
     "int8_product_and_shrink",
     "invert",
     "most_likely",
+    "recurrent_step",
     "pack_panels",
     "paged_attention",
     "panel_product",
@@ -348,6 +349,26 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """
     backend = _fastest(gate, up)
     return backend.gated_activation(gate, up, kind)
+
+
+def recurrent_step(
+    states: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """One token of N rows of a linear recurrence with decay; their states change in place.
+
+    Of every head, with state S (K, V): S ← keep · S; v ← β · (v − Sᵀk) if β is given;
+    S ← S + k vᵀ; out = Sᵀq. Shapes: states (slots, H, K, V) of float32 or better, contiguous; slots
+    (N,) int64, each once; q, k (N, H, K), v (N, H, V), keep and β (N, H) of the states' dtype →
+    (N, H, V). No gradient. Source: gated delta networks, arXiv:2412.06464.
+    """
+    backend = cpu if v.dtype == torch.float32 and cpu.can_run(states, v) else reference
+    return backend.recurrent_step(states, slots, q, k, v, keep, beta)
 
 
 def most_likely(logits: Tensor) -> Tensor:

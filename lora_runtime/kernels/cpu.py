@@ -63,6 +63,7 @@ SIGNATURES = {
     "find_segments": "p pppp ppp pppp pp iii i",
     "find_extents": "pp ppp iiii i",
     "sum_pairs": "pp pp iii i",
+    "recurrent_step": "ppp ppppp iiii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads.
@@ -460,6 +461,24 @@ def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     found = empty((len(places), y.shape[1]), y.dtype)
     _run("sum_pairs", y.dtype, *_pointers(found, y, places, weights), *places.shape, y.shape[1])
     return found
+
+
+def recurrent_step(
+    states: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.recurrent_step`."""
+    q, k, v, keep = (part.contiguous() for part in (q, k, v, keep))
+    beta = None if beta is None else beta.contiguous()
+    out = empty(v.shape, v.dtype)
+    given = _pointers(out, states, slots, q, k, v, keep, beta)
+    _run("recurrent_step", None, *given, *q.shape, v.shape[2])
+    return out
 
 
 def pack_panels(weight: Tensor) -> Tensor:

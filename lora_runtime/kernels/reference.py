@@ -291,6 +291,25 @@ def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return (y[places].to(dtype) * weights.to(dtype)[..., None]).sum(1).to(y.dtype)
 
 
+def recurrent_step(
+    states: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.recurrent_step`."""
+    q, k, v = (part[:, :, None] for part in (q, k, v))
+    state = states.index_select(0, slots) * keep[..., None, None]
+    if beta is not None:
+        v = (v - k @ state) * beta[..., None, None]
+    state = state + k.transpose(2, 3) * v
+    states.index_copy_(0, slots, state)
+    return (q @ state)[:, :, 0]
+
+
 def most_likely(logits: Tensor) -> Tensor:
     """See `lora_runtime.kernels.most_likely`."""
     low, high = torch.aminmax(logits, dim=1)

@@ -321,6 +321,8 @@ def encode_server_info(info: ServerInfo) -> server_pb2.GetServerInfoResponse:
             max_slots=engine.max_slots,
             max_adapter_layers=engine.max_adapter_layers,
             max_queued_requests=engine.max_queued_requests,
+            state_bytes=base.state_bytes,
+            num_snapshots=engine.num_snapshots,
         ),
         kernel_backend=engine.kernel_backend,
         num_loaded_adapters=info.num_loaded_adapters,

@@ -67,6 +67,18 @@ def check_depth(layer_map: tuple[int, ...] | None, limit: int) -> None:
         )
 
 
+def check_no_state(layer_map: tuple[int, ...] | None, base: BaseSpec) -> None:
+    """Raise AdapterRefused (field `layer_replication`) on a base with recurrent layers: one that is
+    visited twice would need a state for each visit.
+    """
+    if layer_map is not None and base.state_bytes:
+        raise AdapterRefused(
+            f"layer_replication is not served on {base.model_type}, whose recurrent layers keep "
+            "one state a row; train without it",
+            field="layer_replication",
+        )
+
+
 def _range(pair: object, num_layers: int) -> range:
     if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
         start, end = pair

@@ -20,7 +20,12 @@ from lora_runtime.adapters.config.expert_sites import (
     split_experts,
 )
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
-from lora_runtime.adapters.config.layer_sites import Site, parse_layer_map, sites_of
+from lora_runtime.adapters.config.layer_sites import (
+    Site,
+    check_no_state,
+    parse_layer_map,
+    sites_of,
+)
 from lora_runtime.adapters.config.matching import PatternMatcher, Selection, unmatched_targets
 from lora_runtime.adapters.config.target_sites import select_sites
 from lora_runtime.adapters.config.values import Config, is_neutral, shown
@@ -94,6 +99,7 @@ def parse_config(
     _check_fields(config)
     names = trained_names or {path: path for path in base.shapes}
     layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
+    check_no_state(layer_map, base)
     sites = sites_of(base, names, layer_map)
     if experts is not None:
         sites = split_experts(sites, base, experts)

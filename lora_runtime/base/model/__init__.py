@@ -28,7 +28,10 @@ modules, apart from the attention function, which is registered under a name of 
    (`reordered_model.py`), the part behind the decoder alone (`head_model.py`), activation
    checkpointing (`base/recompute.py`), another dtype (`base/dtype_view.py`). The model itself is
    not changed, and weights are not duplicated.
-8. A decoder layer in such a copy is wrapped by a module that delegates all attributes
+8. Recurrent layers are replaced by the table of 4., always (`recurrent_mixers.py`): each row's
+   state is where the `Attention` object says (`recurrence.py`). A model that may carry state in a
+   way that the table does not know is refused (`recurrent_layers.py`).
+9. A decoder layer in such a copy is wrapped by a module that delegates all attributes
    (`WrappedLayer` in `reordered_model.py`), as decoders ask layers for some.
 
 `requirement.py` raises BaseRefused, which names transformers' version and what is missing, where

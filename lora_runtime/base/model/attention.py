@@ -7,11 +7,13 @@ and values are kept. Serving reads and writes the paged cache; training has whol
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import AttentionInterface
 
+from lora_runtime.base.model.recurrence import Recurrence
 from lora_runtime.kernels import (
     AttentionMeta,
     HeadNorm,
@@ -26,6 +28,11 @@ NAME = "loramux"
 
 class Attention(Protocol):
     """Causal attention of one layer over all rows of the step."""
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """Where the same rows keep the states of recurrent layers."""
+        ...
 
     def attend(
         self,
@@ -83,19 +90,34 @@ AttentionInterface.register(NAME, loramux_attention)
 
 
 class KVCache:
-    """Paged keys and values of all layers: two (L, num_blocks · block_size, G, D) tensors."""
+    """Paged keys and values of all layers: two (L, num_blocks · block_size, G, D) tensors.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    `layers`: the model's layers that they are of, ascending, where not every layer attends.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, layers: Sequence[int] | None = None) -> None:
         self.keys, self.values = keys, values
+        self._places = None if layers is None else {layer: n for n, layer in enumerate(layers)}
 
     @classmethod
     def allocate(
-        cls, num_layers: int, num_cache_slots: int, num_kv_heads: int, head_dim: int, like: Tensor
+        cls,
+        layers: Sequence[int],
+        num_cache_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        like: Tensor,
     ) -> KVCache:
-        shape = (num_layers, num_cache_slots, num_kv_heads, head_dim)
+        shape = (len(layers), num_cache_slots, num_kv_heads, head_dim)
         num_bytes = math.prod(shape) * like.dtype.itemsize
         memory = [huge_pages.zeros(num_bytes, like.device) for _ in range(2)]
-        return cls(*(part.view(like.dtype).view(shape) for part in memory))
+        keys, values = (part.view(like.dtype).view(shape) for part in memory)
+        return cls(keys, values, layers)
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (num_blocks · block_size, G, D) of one of the model's layers."""
+        place = layer if self._places is None else self._places[layer]
+        return self.keys[place], self.values[place]
 
     @property
     def num_cache_slots(self) -> int:
@@ -110,11 +132,25 @@ class KVCache:
 class PagedAttention:
     """Attention over the paged cache; writes this step's keys and values first.
 
-    `layer`: the cache's layer to use, whichever layer of the model asks.
+    `layer`: the cache's layer to use, whichever layer of the model asks. `recurrence`: of a base
+    with recurrent layers, where the step's rows keep their states.
     """
 
-    def __init__(self, cache: KVCache, meta: AttentionMeta, layer: int | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        meta: AttentionMeta,
+        layer: int | None = None,
+        recurrence: Recurrence | None = None,
+    ) -> None:
         self.cache, self.meta, self.layer = cache, meta, layer
+        self._recurrence = recurrence
+
+    @property
+    def recurrence(self) -> Recurrence:
+        if self._recurrence is None:
+            raise TypeError("a recurrent layer was run without a pool of states")
+        return self._recurrence
 
     def attend(
         self,
@@ -153,5 +189,4 @@ class PagedAttention:
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
 
     def _memory(self, layer: int) -> tuple[Tensor, Tensor]:
-        layer = layer if self.layer is None else self.layer
-        return self.cache.keys[layer], self.cache.values[layer]
+        return self.cache.of_layer(layer if self.layer is None else self.layer)

@@ -33,5 +33,8 @@ def head_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     decoder: Any = model.get_decoder()
     states = GivenStates(copy.deepcopy(decoder.config))
+    for name, value in vars(decoder).items():
+        if isinstance(value, int | float):  # Falcon-H1 takes the logits' factor from its decoder
+            setattr(states, name, value)
     head: PreTrainedModel = with_submodule(model, decoder, states, {})
     return head

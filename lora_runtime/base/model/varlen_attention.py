@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_runtime.base.model.recurrence import Piece, Recurrence
+
 PADDED_TO = 32
 """Segments whose lengths round up to the same multiple of it are padded to the longest of them."""
 
@@ -67,6 +69,17 @@ class VarlenAttention:
         if sinks is None and can_use_flash(q, softcap):
             return self._end_to_end.attend(q, k, v, scale, window)
         return self._padded.attend(q, k, v, scale, window, softcap, sinks)
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        """The same rows for recurrent layers: those that share a prefix go on from its state."""
+        segments = self._segments
+        first = {own.start: index for index, own in enumerate(segments) if not own.prefix}
+        pieces = [
+            Piece(own.start, own.length, first[own.prefix_start] if own.prefix else None)
+            for own in segments
+        ]
+        return Recurrence(pieces, self._device)
 
     @cached_property
     def _end_to_end(self) -> _EndToEnd:

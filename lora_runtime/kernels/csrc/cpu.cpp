@@ -148,6 +148,15 @@ struct PairSum {
   int num_rows, per_token, width;
 };
 
+// One token of each row: states (slots, heads, keys, values) change in place; q and k (rows, heads,
+// keys), v and out (rows, heads, values), keep and beta (rows, heads), beta null without one.
+struct RecurrentStep {
+  float *out, *states;
+  const int64_t* slots;
+  const float *q, *k, *v, *keep, *beta;
+  int num_rows, num_heads, num_keys, num_values;
+};
+
 struct FourBitWeight {
   const uint8_t* packed;
   const float *absmax, *code;
@@ -166,6 +175,7 @@ namespace baseline {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "recurrence.h"
 #include "attention.h"
 }
 
@@ -179,6 +189,7 @@ namespace avx2 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "recurrence.h"
 #include "attention.h"
 }
 #pragma GCC pop_options
@@ -193,6 +204,7 @@ namespace avx512 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "recurrence.h"
 #include "attention.h"
 }
 #pragma GCC pop_options
@@ -278,6 +290,7 @@ void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int nu
   RUN(most_likely, x, found, num_rows, width, num_threads);
 }
 void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
+void run(const RecurrentStep& p, int num_threads) { RUN(recurrent_step, p, num_threads); }
 
 // The caller has seen that the level is 3 at least. Rows starts[g] to starts[g + 1] of x belong to
 // group g, which has `out` rows of the weight.
@@ -411,6 +424,12 @@ void loramux_product_f32(float* y, const float* x, const float* panels, int num_
                          int num_threads) {
   run(Product{y, x, panels, num_tokens, in, out}, num_threads);
 }
+void loramux_recurrent_step(float* out, float* states, const int64_t* slots, const float* q,
+                            const float* k, const float* v, const float* keep, const float* beta,
+                            int num_rows, int num_heads, int num_keys, int num_values, int num_threads) {
+  run(RecurrentStep{out, states, slots, q, k, v, keep, beta, num_rows, num_heads, num_keys, num_values},
+      num_threads);
+}
 void loramux_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
                               const float* code, const uint8_t* nested_codes, const float* nested_code,
                               const float* nested_offsets, int num_tokens, int in, int out, int num_threads) {
@@ -485,6 +504,7 @@ PLAYED(grouped_dense_product)
 PLAYED(sort_pairs)
 PLAYED(find_segments)
 PLAYED(find_extents)
+PLAYED(recurrent_step)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \

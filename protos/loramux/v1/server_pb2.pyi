@@ -60,7 +60,7 @@ class BaseInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model_type: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks", "pool_bytes", "max_slots", "max_adapter_layers", "max_queued_requests")
+    __slots__ = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks", "pool_bytes", "max_slots", "max_adapter_layers", "max_queued_requests", "state_bytes", "num_snapshots")
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,8 @@ class Limits(_message.Message):
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_ADAPTER_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -79,4 +81,6 @@ class Limits(_message.Message):
     max_slots: int
     max_adapter_layers: int
     max_queued_requests: int
-    def __init__(self, max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., pool_bytes: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_adapter_layers: _Optional[int] = ..., max_queued_requests: _Optional[int] = ...) -> None: ...
+    state_bytes: int
+    num_snapshots: int
+    def __init__(self, max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., pool_bytes: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_adapter_layers: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., state_bytes: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...

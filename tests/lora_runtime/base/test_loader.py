@@ -13,7 +13,15 @@ from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
-from tests.tiny import CONFIGS, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
+from tests.tiny import (
+    CONFIGS,
+    HYBRIDS,
+    VOCAB_SIZE,
+    dense_twin,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 
 def packed_logits(base, rows):
@@ -23,7 +31,7 @@ def packed_logits(base, rows):
     return base.forward(torch.cat(rows), positions, VarlenAttention([RowLengths(lengths)]), ends)
 
 
-@pytest.mark.parametrize("shape", CONFIGS)
+@pytest.mark.parametrize("shape", [*CONFIGS, *HYBRIDS])
 @torch.no_grad()
 def test_packed_rows_equal_the_original_model_alone(shape):
     """Short rows beside a long one, longrope too, where the original's frequencies are fixed."""
@@ -79,6 +87,26 @@ def test_a_checkpoint_on_disk_gives_the_same_base(tmp_path):
 def test_conv1d_is_refused_by_name():
     config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(BaseRefused, match="gpt2"):
+        prepare_base(AutoModelForCausalLM.from_config(config), BaseConfig(), "x", ".")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("mamba2", dict(num_heads=4, head_dim=16, state_size=8, n_groups=1)),
+        ("mamba", {}),
+        ("jamba", dict(num_attention_heads=2, num_key_value_heads=2, num_experts=1)),
+        ("olmo_hybrid", dict(num_attention_heads=2, num_hidden_layers=4, pad_token_id=0)),
+        ("recurrent_gemma", dict(num_attention_heads=2, num_hidden_layers=3)),
+        ("minimax", dict(num_attention_heads=2, num_local_experts=1)),
+        ("kimi_linear", dict(num_attention_heads=2, pad_token_id=0)),
+        ("rwkv", {}),
+    ],
+)
+def test_layers_that_carry_state_in_a_way_we_do_not_know_are_refused_by_name(model_type, options):
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=32)
+    config = AutoConfig.for_model(model_type, **{**small, **options})
+    with pytest.raises(BaseRefused, match=model_type):
         prepare_base(AutoModelForCausalLM.from_config(config), BaseConfig(), "x", ".")
 
 
