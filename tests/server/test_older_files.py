@@ -26,6 +26,8 @@ def test_an_older_file_means_what_it_meant(name):
 
 def known(meant, before):
     """The part of what a file means now that it meant before."""
+    if isinstance(meant, list) and isinstance(before, list) and len(meant) == len(before):
+        return [known(*pair) for pair in zip(meant, before, strict=True)]
     if not (isinstance(meant, dict) and isinstance(before, dict)):
         return meant
     return {key: known(value, before[key]) for key, value in meant.items() if key in before}

@@ -47,7 +47,7 @@ def check_recurrence(model: PreTrainedModel) -> None:
             f"layer {index} of {model.config.model_type} is of type {kind!r}, which is not served: "
             "its tokens may depend on each other in ways that are not known"
         )
-    if getattr(model, "_is_stateful", False) and not known:
+    if getattr(model, "_is_stateful", False) and not known and not types:
         raise BaseRefused(
             f"{model.config.model_type} keeps a recurrent state in layers of a kind that is not "
             "served; served are gated delta nets, Mamba-2 and the short convolutions of LFM2"
