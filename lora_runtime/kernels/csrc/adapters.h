@@ -111,22 +111,12 @@ void apply_columns(const Adapters<T>& p, const Module& m, int begin, int end, fl
 template <class T>
 void apply_adapters(const Adapters<T>& p, int num_threads) {
   static thread_local std::vector<Block> own_blocks;
-  static thread_local std::vector<Columns> own_columns;
   own_blocks.clear();
-  own_columns.clear();
-  long work = p.num_tokens * p.out;
-  const int num_columns = p.num_tokens > FEW_TOKENS ? MAX_COLUMNS : MIN_COLUMNS;
-  for (const Module& m : *p.modules) {
-    for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++) {
-      work += long(s->last - s->first) * s->rank * (p.in + s->width);
+  for (const Module& m : *p.modules)
+    for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
-    }
-    const int end = m.column + m.width;
-    for (int c = m.column; c < end; c += num_columns) own_columns.push_back({&m, c, std::min(c + num_columns, end)});
-  }
-  if (work < MIN_PARALLEL_WORK) num_threads = 1;
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  const std::vector<Columns>& columns = own_columns;
+  const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
       const Segment& s = *blocks[i].segment;

@@ -80,6 +80,7 @@ struct Adapters {
   const float *memory, *vectors, *weights;
   const int32_t* tokens;
   const std::vector<Module>* modules;
+  const std::vector<Columns>* columns;  // of all modules, each for one thread
   float* hidden;
   long num_tokens, num_sums;
   int in, out;
@@ -95,6 +96,7 @@ struct HalfAdapters {
   const float *vectors, *weights;
   const int32_t* tokens;
   const std::vector<Module>* modules;
+  const std::vector<Columns>* columns;
   bf16* hidden;
   long num_tokens, num_sums;
   int in, out;
@@ -313,23 +315,27 @@ void run_tiles(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, 
 struct Work {
   std::vector<Segment> segments;
   std::vector<Module> modules;
+  std::vector<Columns> columns;
   std::vector<int> places;
-  long num_hidden = 0, num_sums = 0;
+  long num_hidden = 0, num_sums = 0, num_multiplications = 0;
 
   void read(const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,
             int num_modules, const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
-            const int32_t* starts, int count, long num_tokens, bool in_tiles) {
+            const int32_t* starts, int count, long num_tokens, int in, bool in_tiles) {
     segments.clear();
     segments.reserve(size_t(num_modules) * count);  // so that none moves
     modules.clear();
+    modules.reserve(num_modules);
+    columns.clear();
     places.assign(num_modules * num_tokens, NO_ADAPTER);
-    num_hidden = num_sums = 0;
+    num_hidden = num_sums = num_multiplications = 0;
     int column = 0;
     for (int module = 0; module < num_modules; module++) {
       const Extent* own = reinterpret_cast<const Extent*>(extents) + long(module) * num_slots * num_replicas;
       const Segment* first_segment = segments.data() + segments.size();
       int* own_places = places.data() + module * num_tokens;
       const int width = int(widths[module]);
+      num_multiplications += num_tokens * width;
       for (int i = 0; i < count; i++) {
         const int first = starts[i], last = starts[i + 1];
         if (first == last) continue;  // padding of tables that stay in place
@@ -338,13 +344,18 @@ struct Work {
         segments.push_back({first, last, int(extent->rank), column, width, extent, num_hidden, own_places});
         const int num_entries = last - first, rank = int(extent->rank);
         num_hidden += in_tiles ? long(tiles_of(num_entries)) * tiles_of(rank) : long(num_entries) * rank;
+        num_multiplications += long(num_entries) * rank * (in + width);
       }
       const int own_count = int(segments.data() + segments.size() - first_segment);
       modules.push_back({column, width, own_count, first_segment, own_places});
       num_sums = std::max(num_sums, find_places(modules.back(), tokens, own_places));
-      column += width;
+      const int end = column + width, at_once = num_tokens > FEW_TOKENS ? MAX_COLUMNS : MIN_COLUMNS;
+      for (; column < end; column += at_once) columns.push_back({&modules.back(), column, std::min(column + at_once, end)});
+      column = end;
     }
   }
+
+  int threads(int num_threads) const { return num_multiplications < MIN_PARALLEL_WORK ? 1 : num_threads; }
 
   static long find_places(const Module& m, const int32_t* tokens, int* places) {
     long count = 0;
@@ -368,29 +379,10 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens, false);
-  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules,
+            num_segments, num_tokens, in, false);
+  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
                   hidden.get<float>(work.num_hidden), num_tokens, work.num_sums, in, out},
-      num_threads);
-}
-
-// The caller has seen that the level is 3 at least.
-void apply_half_adapters(bf16* y, const bf16* base, const bf16* x, const bf16* bias, const uint16_t* memory,
-                         const float* vectors, const int64_t* extents, int num_slots, int num_replicas,
-                         const int64_t* widths, int num_modules, const int32_t* tokens,
-                         const int32_t* slots, const int32_t* replicas, const float* weights,
-                         const int32_t* starts, int num_segments, int num_tokens, int in, int out,
-                         int num_threads) {
-#ifdef HAS_TILES
-  static thread_local Scratch hidden;
-  static thread_local Work work;
-  work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens, true);
-  const HalfAdapters p{y, base, x, bias, memory, vectors, weights, tokens, &work.modules,
-                       hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out};
-  if (level() == 4) return amx::apply_adapters(p, num_threads);
-  avx512_bf16::apply_adapters(p, num_threads);
-#endif
+      work.threads(num_threads));
 }
 
 // An argument of a played call, from 8 bytes.
@@ -478,13 +470,22 @@ void loramux_find_extents(int64_t* found, const int64_t* table, const int64_t* s
                replicas, experts, count, in, out);
 }
 
+// The caller has seen that the level is 3 at least.
 void loramux_apply_half_adapters(
     bf16* y, const bf16* base, const bf16* x, const bf16* bias, const uint16_t* memory, const float* vectors,
     const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths, int num_modules,
     const int32_t* tokens, const int32_t* slots, const int32_t* replicas, const float* weights,
     const int32_t* starts, int num_segments, int num_tokens, int in, int out, int num_threads) {
-  apply_half_adapters(y, base, x, bias, memory, vectors, extents, num_slots, num_replicas, widths, num_modules,
-                      tokens, slots, replicas, weights, starts, num_segments, num_tokens, in, out, num_threads);
+#ifdef HAS_TILES
+  static thread_local Scratch hidden;
+  static thread_local Work work;
+  work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
+            num_segments, num_tokens, in, true);
+  const HalfAdapters p{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
+                       hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out};
+  if (level() == 4) return amx::apply_adapters(p, work.threads(num_threads));
+  avx512_bf16::apply_adapters(p, work.threads(num_threads));
+#endif
 }
 
 // A program is, for every call: loramux_played_…, the number of its arguments, and these.

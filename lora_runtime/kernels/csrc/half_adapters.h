@@ -67,16 +67,16 @@ inline void decode_columns(const uint16_t* b, int num_rows, long width, __mmask1
 
 struct Shrink { const Segment* segment; int first, last; };  // A x of entries first to last
 
-// w · A x of the entries of one rank block and two tiles of tokens, from the tiles' sums (upper parts
-// of A, then the rest): rows of a token each, as `HIDDEN_TILE` says.
+// w · A x of up to 16 entries and 16 ranks, from the tiles' sums (of the upper parts of A, then of the
+// rest): a row for each token, as `HIDDEN_TILE` says, and zeros behind the last.
 inline void write_hidden(const HalfAdapters& p, const float (*sums)[TILE * TILE], int first, int last, bf16* to) {
   __m512i rows[TILE];
   for (int i = 0; i < TILE; i++)
     rows[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_load_ps(sums[0] + i * TILE), _mm512_load_ps(sums[1] + i * TILE)));
   transpose(rows);
   for (int t = 0; t < TILE; t++, to += 2 * TILE) {
-    const float weight = first + t < last ? p.weights[first + t] : 0;
-    const __m512 found = first + t < last ? _mm512_mul_ps(_mm512_castsi512_ps(rows[t]), _mm512_set1_ps(weight)) : _mm512_setzero_ps();
+    __m512 found = _mm512_setzero_ps();
+    if (first + t < last) found = _mm512_mul_ps(_mm512_castsi512_ps(rows[t]), _mm512_set1_ps(p.weights[first + t]));
     const __m256i high = (__m256i)_mm512_cvtneps_pbh(found);
     const __m512 left = _mm512_sub_ps(found, wide(high));
     _mm256_store_si256(reinterpret_cast<__m256i*>(to), high);
@@ -246,23 +246,13 @@ inline void apply_columns(Tiles& tiles, const HalfAdapters& p, const Module& m, 
 
 inline void apply_adapters(const HalfAdapters& p, int num_threads) {
   static thread_local std::vector<Shrink> own_shrinks;
-  static thread_local std::vector<Columns> own_columns;
   own_shrinks.clear();
-  own_columns.clear();
-  long work = p.num_tokens * p.out;
-  const int num_columns = p.num_tokens > FEW_TOKENS ? MAX_COLUMNS : MIN_COLUMNS;
-  for (const Module& m : *p.modules) {
-    for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++) {
-      work += long(s->last - s->first) * s->rank * (p.in + s->width);
+  for (const Module& m : *p.modules)
+    for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last && s->rank > 0; first += GROUP)
         own_shrinks.push_back({s, first, std::min(first + GROUP, s->last)});
-    }
-    const int end = m.column + m.width;
-    for (int c = m.column; c < end; c += num_columns) own_columns.push_back({&m, c, std::min(c + num_columns, end)});
-  }
-  if (work < MIN_PARALLEL_WORK) num_threads = 1;
   const std::vector<Shrink>& shrinks = own_shrinks;  // the caller's, seen by every thread
-  const std::vector<Columns>& columns = own_columns;
+  const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(shrinks.size(), 1, num_threads, [&](long begin, long end) {
     Tiles tiles;
     for (long i = begin; i < end; i++) shrink(tiles, p, shrinks[i]);

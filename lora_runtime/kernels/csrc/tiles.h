@@ -256,7 +256,7 @@ inline void write_tile(const float* sums, bf16* y, int out, int height, int widt
 // Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
 struct TileJob {
   bf16* y;
-  const uint32_t* x;  // every tile of tokens as `arrange_tile` lays it
+  const uint32_t* x;  // every tile of tokens as `arrange_rows` lays it
   int num_tokens, in, out, first_row;
   long tile_words() const { return long(in) * TILE / 2; }
 };
