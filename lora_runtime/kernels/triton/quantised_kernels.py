@@ -28,6 +28,36 @@ from lora_runtime.kernels.triton.elementwise import gated_value
 
 
 @triton.jit
+def _sums(
+    x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end_row, row, begin, end, in_features, num_blocks,
+    FORMAT: tl.constexpr, IS_EVEN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of TILES tiles Σ_k W[row, k] x[m, k], (BLOCK_N, BLOCK_M) each, over the inputs k from `begin`
+    to `end`; rows of x from `end_row` on are none.
+    """
+    sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    for _ in tl.static_range(TILES - 1):
+        sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    if FORMAT == "eight_bit":
+        sums = _add_int8(
+            sums, x_ptr, codes_ptr, absmax_ptr, m, end_row, row, begin, end, in_features,
+            IS_EVEN, TILES, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    elif x_ptr.dtype.element_ty == tl.bfloat16:
+        sums = _add_four_bit(
+            sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
+            end_row, row, begin, end, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        sums = _add_four_bit_float32(
+            sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end_row, row, begin, end,
+            num_blocks, TILES, BLOCK_M,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
 def product_program(
     program, y_ptr, partial_ptr, counters_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr,
     num_rows, in_features, num_blocks, out_features, inputs_per_split, FORMAT: tl.constexpr,
@@ -59,24 +89,10 @@ def product_program(
     begin = split * inputs_per_split
     end = tl.minimum(begin + inputs_per_split, in_features)
     m = first_row + tl.arange(0, BLOCK_M)
-    sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-    for _ in tl.static_range(TILES - 1):
-        sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-    if FORMAT == "eight_bit":
-        sums = _add_int8(
-            sums, x_ptr, codes_ptr, absmax_ptr, m, num_rows, row, begin, end, in_features,
-            IS_EVEN, TILES, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-    elif x_ptr.dtype.element_ty == tl.bfloat16:
-        sums = _add_four_bit(
-            sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
-            num_rows, row, begin, end, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
-        sums = _add_four_bit_float32(
-            sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end,
-            num_blocks, TILES, BLOCK_M,
-        )  # fmt: skip
+    sums = _sums(
+        x_ptr, codes_ptr, absmax_ptr, table_ptr, m, num_rows, row, begin, end, in_features,
+        num_blocks, FORMAT, IS_EVEN, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if SPLITS == 1:
         for tile in tl.static_range(TILES):
             _store(
@@ -316,24 +332,10 @@ def grouped_product_kernel(
         is_output = n < out_features
         row = tl.where(is_output, n, 0).to(tl.int64) + group.to(tl.int64) * out_features
         m, begin = first + tl.arange(0, BLOCK_M), tl.full((), 0, tl.int32)
-        sums = (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-        for _ in tl.static_range(TILES - 1):
-            sums = sums + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-        if FORMAT == "eight_bit":
-            sums = _add_int8(
-                sums, x_ptr, codes_ptr, absmax_ptr, m, end, row, begin, in_features, in_features,
-                IS_EVEN, TILES, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-        elif x_ptr.dtype.element_ty == tl.bfloat16:
-            sums = _add_four_bit(
-                sums, x_ptr, codes_ptr.to(tl.pointer_type(tl.int32)), absmax_ptr, table_ptr, m,
-                end, row, begin, in_features, num_blocks, IS_EVEN, TILES, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            sums = _add_four_bit_float32(
-                sums, x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end, row, begin, in_features,
-                num_blocks, TILES, BLOCK_M,
-            )  # fmt: skip
+        sums = _sums(
+            x_ptr, codes_ptr, absmax_ptr, table_ptr, m, end, row, begin, in_features, in_features,
+            num_blocks, FORMAT, IS_EVEN, TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         for tile in tl.static_range(TILES):
             cell, is_cell = _cells(tile * BLOCK_M + m, n, is_output, end, out_features)
             tl.store(y_ptr + cell, sums[tile].to(y_ptr.dtype.element_ty), mask=is_cell)
