@@ -92,13 +92,14 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
     size = packed_bytes(form, dtype.itemsize)
     storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     memory, offsets = AdapterMemory.over(storage, dtype, ALIGNMENT), {}
+    scales: dict[Key, Tensor] = {}
     for place in _places(form, dtype.itemsize):
         target: Tensor = getattr(memory, place.part.view)
         offset = place.start // target.itemsize
         values = place.part.values
         room = target[offset : offset + values.numel()].view(values.shape)
         if dtype == torch.float16 and place.part.view == "weights":
-            _write_halves(place, room)
+            _write_halves(place, room, scales)
         else:
             room.copy_(values)
         offsets[place.part.key] = offset
@@ -120,19 +121,22 @@ def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
     return sum(_aligned(place.part, weight_bytes) for place in _places(form, weight_bytes))
 
 
-def _write_halves(place: _Place, room: Tensor) -> None:
+def _write_halves(place: _Place, room: Tensor, scales: dict[Key, Tensor]) -> None:
     """Write weights in float16. A row of A and its row of B' are first multiplied and divided by a
     power of two that makes them equally large: their product is the same, and neither is too large
-    or too small for float16 as long as the product is not.
+    or too small for float16 as long as the product is not. `scales`: what was found for A is used
+    for its B'.
     """
     values, factors = place.part.values, place.part.factors
     if factors is None:
         room.copy_(values)
     else:
         a, b = factors
-        doublings = _doublings(a.abs().amax(1), b.abs().amax(0))
-        scale = torch.ldexp(torch.ones(len(a)), doublings if values is a else -doublings)
-        torch.mul(values, scale[:, None], out=room)
+        if values is a:
+            doublings = _doublings(a.abs().amax(1), b.abs().amax(0))
+            scales[id(a), id(b)] = torch.ldexp(torch.ones(len(a)), doublings)[:, None]
+        scale = scales[id(a), id(b)]
+        torch.mul(values, scale if values is a else 1 / scale, out=room)
     if not is_finite(room):
         raise AdapterRefused(
             f"the adapter of {place.path} holds values up to {float(values.abs().max()):.3g}: with "
