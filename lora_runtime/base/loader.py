@@ -57,6 +57,7 @@ from lora_runtime.base.streamed_load import (
     decoder_layers,
     expert_modules,
     inner_linears,
+    path_of,
     place,
     read_model,
     visiting,
@@ -201,20 +202,9 @@ def prepare_base(
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
-    _refuse_unsupported(model)
-    place(model, device)
-    fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
-    on_progress("checking against the original model")
-    visitors = [*inner_linears(model).values(), *expert_modules(model).values()]
-    with visiting(visitors, device, dtype):
-        original = original_logits(model)
     context = StepContext()
-    layers = _replace_layers(model, context, device, dtype)
-    linears = [layer for layer in layers.values() if type(layer) is AdaptedLinear]
-    model.set_attn_implementation(attention.NAME)
-    fuse_modules(model)
-    with visiting([adapted.linear for adapted in linears], device, dtype):
-        self_check(model, original)
+    layers = _operate(model, context, device, dtype, on_progress)
+    linears = _linears_of(layers)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
@@ -240,6 +230,37 @@ def prepare_base(
     )
 
 
+def _operate(
+    model: PreTrainedModel,
+    context: StepContext,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+) -> dict[str, AdaptedLinear | AdaptedExperts]:
+    """Change the model's modules in place, nothing quantised yet, and see that it is still itself.
+
+    Returns path → what adapters act on there. Raises BaseRefused.
+    """
+    _refuse_unsupported(model)
+    place(model, device)
+    fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
+    on_progress("checking against the original model")
+    visitors = [*inner_linears(model).values(), *expert_modules(model).values()]
+    with visiting(visitors, device, dtype):
+        original = original_logits(model)
+    layers = _replace_layers(model, context, device, dtype)
+    model.set_attn_implementation(attention.NAME)
+    fuse_modules(model)
+    with visiting([adapted.linear for adapted in _linears_of(layers)], device, dtype):
+        self_check(model, original)
+    return layers
+
+
+def _linears_of(layers: Mapping[str, AdaptedLinear | AdaptedExperts]) -> list[AdaptedLinear]:
+    """Those that are plain linear layers, neither experts nor routers."""
+    return [layer for layer in layers.values() if type(layer) is AdaptedLinear]
+
+
 def _spec(
     model: PreTrainedModel,
     quantization: str,
@@ -256,8 +277,8 @@ def _spec(
         name_or_path=name_or_path,
         fingerprint=fingerprint(model, quantization),
         linears={path: _shape(layer) for path, layer in layers.items()},
-        embedding=_path_of(model, embedding),
-        head=_path_of(model, head),
+        embedding=path_of(model, embedding),
+        head=path_of(model, head),
         is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
         num_layers=len(decoder_layers(model)),
         hidden_size=config.hidden_size,
@@ -283,10 +304,6 @@ def _adapt_vocabulary(model: PreTrainedModel, spec: BaseSpec, context: StepConte
     head: Any = model.get_output_embeddings()
     model.set_input_embeddings(AdaptedEmbedding(spec.embedding, embedding, context))
     model.set_output_embeddings(AdaptedHead(spec.head, head, context))
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
@@ -335,7 +352,7 @@ def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, 
     Returns path → the AdaptedLinear there.
     """
     layers, replaced = decoder_layers(model), {}
-    prefix = _path_of(model, layers)
+    prefix = path_of(model, layers)
     for path, linear in inner_linears(model).items():
         parent, _, name = path.rpartition(".")
         adapted = AdaptedLinear(

@@ -71,6 +71,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The path of one of a model's modules."""
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
 def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the decoder layers, by its path from the list of layers."""
     return {

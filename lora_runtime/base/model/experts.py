@@ -29,7 +29,12 @@ from lora_runtime.base.model.reordered_model import shallow_copy
 from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.base.model.routing import Routing
 from lora_runtime.base.model.stacked_linears import join_layers
-from lora_runtime.base.streamed_load import EXPERT_WEIGHTS, decoder_layers, expert_modules
+from lora_runtime.base.streamed_load import (
+    EXPERT_WEIGHTS,
+    decoder_layers,
+    expert_modules,
+    path_of,
+)
 from lora_runtime.core import ExpertsLayout
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, gated_activation
@@ -178,8 +183,7 @@ def replace_experts(
     The routers become AdaptedRouters. Raises BaseRefused for experts of another form.
     """
     found: dict[str, AdaptedExperts] = {}
-    layers = decoder_layers(model)
-    prefix = next(path for path, module in model.named_modules() if module is layers)
+    prefix = path_of(model, decoder_layers(model))
     for path, experts in expert_modules(model).items():
         _check(model, path, experts)
         for name in EXPERT_WEIGHTS:
@@ -193,7 +197,7 @@ def replace_experts(
 def replace_routers(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedRouter]:
     """Put an AdaptedRouter in the place of every router. Returns path → the router there."""
     layers = decoder_layers(model)
-    prefix = next(path for path, module in model.named_modules() if module is layers)
+    prefix = path_of(model, layers)
     found = {}
     for path, router in routers(model).items():
         parent, _, name = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""Linear recurrences with decay over padded rows: many tokens in chunks, one in one step.
+"""Linear recurrences with decay over padded rows: in chunks, and held states in one step.
 
 Of every head, with state S (K, V) before a token that brings q, k (K,), v (V,) and decay g ≤ 0:
 
@@ -56,21 +56,7 @@ def advance(
         q, k, v, keep = (part[:, 0] for part in (q, k, v, g.exp()))
         beta = None if beta is None else beta[:, 0]
         return recurrent_step(state.memory, state.slots, q, k, v, keep, beta)[:, None], state
-    if q.shape[1] == 1:
-        return _step(q, k, v, g, beta, state)
     return _chunks(q, k, v, g, beta, state)
-
-
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token a row."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, H, 1, …)
-    state = state * g[:, 0].exp()[..., None, None]
-    if beta is not None:
-        v = (v - k @ state) * beta[:, 0, :, None, None]
-    state = state + k.transpose(2, 3) * v
-    return (q @ state).transpose(1, 2), state
 
 
 def _chunks(

@@ -212,8 +212,9 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        layer = ctx.layer
-        back = lambda rows, *group: rows @ layer.group_values(*group)  # noqa: E731
+        def back(rows: Tensor, *group: int) -> Tensor:
+            return rows @ ctx.layer.group_values(*group)
+
         return _by_group(grad, ctx.bounds, back), None, None
 
 
