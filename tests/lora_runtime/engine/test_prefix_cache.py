@@ -47,6 +47,30 @@ def random_request(rng: random.Random, index: int, kinds=USES) -> Request:
     )
 
 
+def check_random_requests(rng: random.Random, driver: CacheDriver, kinds, planes=(1,)) -> None:
+    """Requests that come at any time, some of which are cancelled: each gets what it would get
+    without a cache.
+    """
+    expected, cancelled = {}, set()
+    for index in range(25):
+        request, num_planes = random_request(rng, index, kinds), rng.choice(planes)
+        alone = Row.of(request, LAYER_MAPS[num_planes], num_planes)
+        expected[request.request_id] = without_cache(alone)
+        driver.add(request, num_planes)
+        for _ in range(rng.randint(0, 4)):
+            driver.step()
+        if rng.random() < 0.15 and not driver.scheduler.is_idle:
+            victim = rng.choice(driver.scheduler.rows())
+            driver.record(driver.scheduler.end(victim, FinishReason.CANCELLED))
+            cancelled.add(victim.request.request_id)
+    driver.finish()
+    for request_id, (tokens, end) in expected.items():
+        if request_id in cancelled:
+            tokens, end = tokens[: len(driver.tokens[request_id])], FinishReason.CANCELLED
+        assert driver.ends[request_id] == [end]
+        assert driver.tokens[request_id] == tokens
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -65,24 +89,7 @@ def test_every_row_reads_its_own_history_under_any_schedule(
         num_blocks, budget=budget, max_num_seqs=max_num_seqs, max_slots=2, load_steps=load_steps,
         steps_ahead=steps_ahead,
     )  # fmt: skip
-    expected, cancelled = {}, set()
-    for index in range(25):
-        request, num_planes = random_request(rng, index, kinds), rng.choice([1, 1, 1, 2, 3])
-        alone = Row.of(request, LAYER_MAPS[num_planes], num_planes)
-        expected[request.request_id] = without_cache(alone)
-        driver.add(request, num_planes)
-        for _ in range(rng.randint(0, 4)):
-            driver.step()
-        if rng.random() < 0.15 and not driver.scheduler.is_idle:
-            victim = rng.choice(driver.scheduler.rows())
-            driver.record(driver.scheduler.end(victim, FinishReason.CANCELLED))
-            cancelled.add(victim.request.request_id)
-    driver.finish()
-    for request_id, (tokens, end) in expected.items():
-        if request_id in cancelled:
-            tokens, end = tokens[: len(driver.tokens[request_id])], FinishReason.CANCELLED
-        assert driver.ends[request_id] == [end]
-        assert driver.tokens[request_id] == tokens
+    check_random_requests(rng, driver, kinds, [1, 1, 1, 2, 3])
 
 
 def test_the_random_schedules_share_evict_and_preempt():

@@ -11,20 +11,22 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_runtime.core import AdapterUse, FinishReason, Row
+from lora_runtime.core import AdapterUse
 from lora_runtime.engine import state_slots
 from lora_runtime.engine.recurrent_batch import pieces
 from lora_runtime.engine.scheduler import Scheduler
 from lora_runtime.engine.state_slots import StatefulBlockManager
 from tests.lora_runtime.engine.cache_driver import (
     BLOCK_SIZE,
-    LAYER_MAPS,
     CacheDriver,
     ask,
     cell,
-    without_cache,
 )
-from tests.lora_runtime.engine.test_prefix_cache import USES, random_request
+from tests.lora_runtime.engine.test_prefix_cache import (
+    USES,
+    check_random_requests,
+    random_request,
+)
 
 
 class StateDriver(CacheDriver):
@@ -85,23 +87,7 @@ def test_every_row_has_its_own_state_under_any_schedule(
         )  # fmt: skip
     finally:
         state_slots.SNAPSHOT_INTERVAL = before
-    expected, cancelled = {}, set()
-    for index in range(25):
-        request = random_request(rng, index, kinds)
-        expected[request.request_id] = without_cache(Row.of(request, LAYER_MAPS[1]))
-        driver.add(request)
-        for _ in range(rng.randint(0, 4)):
-            driver.step()
-        if rng.random() < 0.15 and not driver.scheduler.is_idle:
-            victim = rng.choice(driver.scheduler.rows())
-            driver.record(driver.scheduler.end(victim, FinishReason.CANCELLED))
-            cancelled.add(victim.request.request_id)
-    driver.finish()
-    for request_id, (tokens, end) in expected.items():
-        if request_id in cancelled:
-            tokens, end = tokens[: len(driver.tokens[request_id])], FinishReason.CANCELLED
-        assert driver.ends[request_id] == [end]
-        assert driver.tokens[request_id] == tokens
+    check_random_requests(rng, driver, kinds)
 
 
 def test_the_random_schedules_resume_evict_and_preempt():
