@@ -4,6 +4,11 @@ A step first takes the rows that need one token (decode); while prompts wait, th
 of the step's tokens. The rest goes to prompts, running and waiting ones, always to the next of the
 client that has been served least. A long prompt is split into chunks that share steps with others.
 
+A client's first row waits for the step that runs and then for little else: the step in which it
+begins has no other prompts of clients that have rows already, and no tokens of a client that has
+more than half of all rows. Every second step at most is such a step, or newcomers that never end
+would hold up the others for ever.
+
 A waiting row begins where a place and blocks are free. Otherwise it may take those of a client that
 has been served at least as much and holds at least two rows more: that client's youngest row is
 preempted. A row is also preempted when a running one needs a block and none is free: the youngest
@@ -72,7 +77,7 @@ class Scheduler:
         self._next_in_pool: Row | None = None
         """A row that was passed over too often: no other row under adapters begins before it."""
         self._was_short = False
-        """The last step held prompts back for a newcomer's."""
+        """The last step held rows back for a newcomer's."""
 
     @property
     def is_idle(self) -> bool:
@@ -111,23 +116,24 @@ class Scheduler:
         turns = self._turns()
         newcomers: set[str] = set()
         may_hold_back, self._was_short = not self._was_short, False
+        may_begin = may_hold_back and any(num_rows == 0 for _, num_rows, _, _ in turns)
+        held_back = self._client_of_most() if may_begin else None
         # While prompts wait, rows that need one token get half of the step: neither starves.
-        self._plan_single_tokens(step, step.budget - step.budget // 2 if turns else step.budget)
+        limit = step.budget - step.budget // 2 if turns else step.budget
+        self._plan_single_tokens(step, limit, held_back)
         while step.budget > 0 and turns:
             _, num_rows, _, client = heapq.heappop(turns)
             if newcomers and num_rows and client not in newcomers:
                 self._was_short = True
                 continue
             if self._plan_prompt(client, step):
-                # A client's first row waits for no prompts of those who have rows already: a step
-                # that these fill takes several times as long. Every second step at most, or
-                # newcomers that never end would hold up the others' prompts for ever.
                 if num_rows == 0 and may_hold_back:
                     newcomers.add(client)
                 num_rows = sum(row.request.client == client for row in self.running)
                 heapq.heappush(turns, self._turn(client, num_rows))
         # What the prompts have left, for the rows that got nothing above.
-        self._plan_single_tokens(step, step.budget)
+        self._was_short |= bool(newcomers and held_back)
+        self._plan_single_tokens(step, step.budget, held_back if newcomers else None)
         return step.batch()
 
     def advance(self, batch: ScheduledBatch) -> None:
@@ -203,12 +209,20 @@ class Scheduler:
         ticket = self.waiting.first_ticket(client)
         return self._shares.counter(client), num_rows, ticket, client
 
-    def _plan_single_tokens(self, step: StepPlan, limit: int) -> None:
-        """Plan up to `limit` running rows that need one token."""
+    def _client_of_most(self) -> str | None:
+        """The client that has more than half of the running rows, if one has."""
+        for client, num_rows in _num_by_client(self.running).most_common(1):
+            return client if 2 * num_rows > len(self.running) else None
+        return None
+
+    def _plan_single_tokens(self, step: StepPlan, limit: int, held_back: str | None) -> None:
+        """Plan up to `limit` running rows that need one token, but none of client `held_back`."""
         for row in list(self.running):
             if limit <= 0:
                 return
-            if row.num_uncomputed_tokens == 1 and self._plan_running(row, step):
+            if row.request.client == held_back or row.num_uncomputed_tokens != 1:
+                continue
+            if self._plan_running(row, step):
                 limit -= 1
 
     def _plan_prompt(self, client: str, step: StepPlan) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_runtime.core import FinishReason, Row
+from lora_runtime.core import AdapterUse, FinishReason, Row
 from lora_runtime.errors import Overloaded
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.cache_driver import CacheDriver, ask
@@ -75,6 +75,41 @@ def test_a_newcomer_waits_for_no_prompts_of_clients_that_run():
     driver.step()  # newcomers that never end hold up nobody: every second step is for all
     assert driver.num_output("three") == 1
     assert driver.num_prompt_served("greedy") > before
+    driver.finish()
+
+
+def test_a_client_of_most_rows_gives_a_newcomer_every_second_step():
+    driver = CacheDriver(num_blocks=400, budget=32, max_num_seqs=20)
+    longs = [f"long {i}" for i in range(12)]
+    for i, name in enumerate(longs):
+        driver.add(asked(ask(name, [1 + i, 2], max_tokens=60), "greedy"))
+    other = asked(ask("other", [1, 1, 2], max_tokens=60), "other")
+    driver.add(other)
+    for _ in range(6):
+        driver.step()
+    for newcomer in ("one", "two", "three", "four"):
+        before, of_other = driver.num_output("greedy"), driver.num_output("other")
+        driver.add(asked(ask(newcomer, [2, 2, 1], max_tokens=20), newcomer))
+        driver.step()
+        assert driver.num_output(newcomer) == 1
+        is_alone = newcomer in ("one", "three")
+        assert driver.num_output("greedy") - before == (0 if is_alone else len(longs))
+        assert driver.num_output("other") - of_other == 1
+    driver.finish()
+
+
+def test_rows_are_held_back_for_no_newcomer_that_cannot_begin():
+    driver = CacheDriver(num_blocks=400, budget=32, max_num_seqs=16, max_slots=1)
+    for i in range(8):
+        long = ask(f"long {i}", [1 + i, 2], AdapterUse(digest="a"), max_tokens=60)
+        driver.add(asked(long, "greedy"))
+    for _ in range(4):
+        driver.step()
+    driver.add(asked(ask("waits for a slot", [1], AdapterUse(digest="b")), "other"))
+    for _ in range(4):
+        before = driver.num_output("greedy")
+        driver.step()
+        assert driver.num_output("greedy") - before == 8
     driver.finish()
 
 
