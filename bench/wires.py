@@ -1,14 +1,16 @@
-"""What does a wire cost: gRPC, HTTP by a thin client and by OpenAI's, and the engine without any?
+"""What does a wire cost: gRPC, HTTP by a client in C and by OpenAI's, and the engine without any?
 
 One `loramux serve` in a process of its own. A load is 32 streams at once, each of 90 prompt and 64
-new tokens, in turn for the base and 4 adapters; then a few streams one after another. Every wire
-takes the same load in every round, beginning with another one each time, from this process, which
-has a client for each. Tokens and tokens a second are those of whole loads; the time to the first
-token is the client's, to the first event that has text (the engine's: to its first token).
+new tokens, in turn for the base and 4 adapters; then a few streams alone: each prompt goes over
+every wire in turn, and no wire finds what another left in the prefix cache (`cache_salt`). Every
+wire takes the same load in every round, beginning with another one each time, from this process,
+which has a client for each. Tokens and tokens a second are those of whole loads; the time to the
+first token is the client's, to the first event that has text (the engine's: to its first token).
 
-Ratios are medians over the rounds of the ratio within one round. Seconds of processor are per
-1,000 tokens: of the server's process, of its event loop's thread, in which both wires are written,
-and of this process. The last line printed is the result as JSON.
+Ratios are medians over the rounds of the ratio within one round; of streams alone, differences of
+first texts are medians over all pairs of a stream and the same prompt's over gRPC. Seconds of
+processor are per 1,000 tokens: of the server's process, of its event loop's thread, in which both
+wires are written, and of this process. The last line printed is the result as JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -26,10 +29,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypedDict
 
+import aiohttp
 import httpx
 import openai
 import psutil
@@ -46,15 +51,18 @@ from server.client import AsyncClient
 
 START_S = 300
 WIRES = ["grpc", "http", "openai", "engine"]
-PACKAGES = ("grpcio", "uvicorn", "h11", "httpx", "openai")
+PACKAGES = ("grpcio", "uvicorn", "h11", "aiohttp", "openai")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: which model continues which tokens; None is the base."""
+    """One request: which model continues which tokens; None is the base. Nothing is found that the
+    cache has of them under another salt.
+    """
 
     adapter: str | None
     token_ids: list[int]
+    salt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +75,13 @@ class Answer:
     num_tokens: int
 
 
-Comparison = dict[str, object]
-"""A median over the rounds, and what each round has given."""
+class Comparison(TypedDict):
+    """A median, and what each round has given."""
+
+    median: float
+    rounds: list[float]
+
+
 Wire = Callable[[Prompt, int], Awaitable[Answer]]
 """Streams one answer of so many tokens, greedily and past the tokens that end one."""
 
@@ -83,7 +96,7 @@ class OverGrpc:
         first, count = 0.0, 0
         async for event in self._client.generate(
             token_ids=prompt.token_ids, adapter=prompt.adapter, max_tokens=num_tokens,
-            temperature=0.0, ignore_eos=True,
+            temperature=0.0, ignore_eos=True, cache_salt=prompt.salt,
         ):  # fmt: skip
             count += len(event.delta.token_ids)
             first = first or (time.perf_counter() if event.delta.text else 0.0)
@@ -91,9 +104,9 @@ class OverGrpc:
 
 
 class OverHttp:
-    """httpx and nothing else: splits the events and reads their JSON."""
+    """A client that, like gRPC's, is written in C, and splits the events and reads their JSON."""
 
-    def __init__(self, client: httpx.AsyncClient, base: str) -> None:
+    def __init__(self, client: aiohttp.ClientSession, base: str) -> None:
         self._client = client
         self._base = base
 
@@ -101,10 +114,10 @@ class OverHttp:
         body = {
             "model": prompt.adapter or self._base, "prompt": prompt.token_ids,
             "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True}, "cache_salt": prompt.salt,
         }  # fmt: skip
         first, count = 0.0, 0
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+        async with self._client.post("/v1/completions", json=body) as response:
             response.raise_for_status()
             async for event in events_of(response):
                 if event["choices"]:
@@ -125,7 +138,7 @@ class OverOpenai:
         stream = await self._client.completions.create(
             model=prompt.adapter or self._base, prompt=prompt.token_ids, max_tokens=num_tokens,
             temperature=0.0, stream=True, stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "cache_salt": prompt.salt},
         )  # fmt: skip
         first, count = 0.0, 0
         async for chunk in stream:
@@ -149,6 +162,7 @@ class InProcess:
             prompt_token_ids=tuple(prompt.token_ids),
             sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
             adapters=(AdapterUse(digest=self._digests[prompt.adapter]),) if prompt.adapter else (),
+            cache_salt=prompt.salt,
         )
         first, count = 0.0, 0
         async for output in self._engine.generate(request):
@@ -157,10 +171,10 @@ class InProcess:
         return Answer(first or time.perf_counter(), count)
 
 
-async def events_of(response: httpx.Response) -> AsyncIterator[dict]:
+async def events_of(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     """The JSON values of a stream of server-sent events. Raises RuntimeError at an error."""
     rest = b""
-    async for piece in response.aiter_bytes():
+    async for piece in response.content.iter_any():
         *whole, rest = (rest + piece).split(b"\n\n")
         for data in whole:
             if data == b"data: [DONE]":
@@ -261,60 +275,72 @@ class Rounds:
         self._args, self._server, self._wires = args, server, wires
         self._vocab_size = vocab_size
         self._generator = torch.Generator().manual_seed(0)
+        self._random = random.Random(0)
         self.figures = {name: Figures() for name in wires}
 
     async def run(self) -> None:
         """Warm up with one round, and measure the others."""
         names = list(self._wires)
         for number in range(self._args.rounds + 1):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                figures = self.figures[name] if number else Figures()
-                await self._measure(self._wires[name], figures)
-                rate, first = figures.full_tokens_per_s[-1], figures.alone_first_ms[-1]
+            order = names[number % len(names) :] + names[: number % len(names)]
+            figures = self.figures if number else {name: Figures() for name in names}
+            for name in order:
+                await self._all_at_once(name, figures[name])
+            await self._one_by_one(figures)
+            for name in order:
+                rate, first = figures[name].full_tokens_per_s[-1], figures[name].alone_first_ms[-1]
                 print(
                     f"round {number} {name}: {rate:.1f} tokens/s, first text of one alone "
                     f"{statistics.median(first):.1f} ms; load {os.getloadavg()[0]:.1f}",
                     flush=True,
                 )
 
-    async def _measure(self, wire: Wire, figures: Figures) -> None:
+    async def _all_at_once(self, name: str, figures: Figures) -> None:
+        """A whole load over one wire."""
+        prompts = self._prompts(name)[: self._args.requests]
         before, client = self._server.cpu_s(), time.process_time()
-        rate, first = await self._load(wire, self._args.requests, at_once=True)
-        figures.full_tokens_per_s.append(rate)
+        start = time.perf_counter()
+        first = await asyncio.gather(*(self._first_ms(name, prompt) for prompt in prompts))
+        num_tokens = self._args.requests * self._args.new_tokens
+        figures.full_tokens_per_s.append(num_tokens / (time.perf_counter() - start))
         figures.full_first_ms.append(first)
         after = self._server.cpu_s()
         figures.client_cpu_s += time.process_time() - client
         figures.server_cpu_s += after[0] - before[0]
         figures.loop_cpu_s += after[1] - before[1]
-        figures.num_tokens += self._args.requests * self._args.new_tokens
-        rate, first = await self._load(wire, self._args.alone, at_once=False)
-        figures.alone_tokens_per_s.append(rate)
-        figures.alone_first_ms.append(first)
+        figures.num_tokens += num_tokens
 
-    async def _load(self, wire: Wire, count: int, *, at_once: bool) -> tuple[float, list[float]]:
-        """Tokens a second of all, and each one's milliseconds to the first token."""
-        prompts, num_tokens = self._prompts(count), self._args.new_tokens
+    async def _one_by_one(self, figures: dict[str, Figures]) -> None:
+        """Streams alone. The machine's speed changes within seconds, so that each prompt goes over
+        all wires before the next one; in an order of its own, because whoever comes after the
+        engine in this process finds the processor's caches full of it.
+        """
+        seconds = dict.fromkeys(figures, 0.0)
+        first: dict[str, list[float]] = {name: [] for name in figures}
+        for prompt in self._prompts("")[: self._args.alone]:
+            for name in self._random.sample(list(figures), len(figures)):
+                start = time.perf_counter()
+                first[name].append(await self._first_ms(name, replace(prompt, salt=name)))
+                seconds[name] += time.perf_counter() - start
+        num_tokens = self._args.alone * self._args.new_tokens
+        for name, figure in figures.items():
+            figure.alone_tokens_per_s.append(num_tokens / seconds[name])
+            figure.alone_first_ms.append(first[name])
 
-        async def first_ms(prompt: Prompt) -> float:
-            start = time.perf_counter()
-            answer = await wire(prompt, num_tokens)
-            if answer.num_tokens != num_tokens:
-                raise RuntimeError(f"an answer has {answer.num_tokens} of {num_tokens} tokens")
-            return 1000 * (answer.first - start)
-
+    async def _first_ms(self, name: str, prompt: Prompt) -> float:
+        """Milliseconds to the first text of a stream, which is read to its end."""
         start = time.perf_counter()
-        if at_once:
-            first = await asyncio.gather(*map(first_ms, prompts))
-        else:
-            first = [await first_ms(prompt) for prompt in prompts]
-        return count * num_tokens / (time.perf_counter() - start), first
+        answer = await self._wires[name](prompt, self._args.new_tokens)
+        if answer.num_tokens != self._args.new_tokens:
+            raise RuntimeError(f"{answer.num_tokens} tokens of {self._args.new_tokens} over {name}")
+        return 1000 * (answer.first - start)
 
-    def _prompts(self, count: int) -> list[Prompt]:
+    def _prompts(self, salt: str) -> list[Prompt]:
         """New ones for every load: nothing of them is in the prefix cache."""
-        shape = (count, self._args.prompt_tokens)
+        shape = (max(self._args.requests, self._args.alone), self._args.prompt_tokens)
         token_ids = torch.randint(5, self._vocab_size, shape, generator=self._generator).tolist()
         names = [None, *adapter_names(self._args)]
-        return [Prompt(names[i % len(names)], ids) for i, ids in enumerate(token_ids)]
+        return [Prompt(names[i % len(names)], ids, salt) for i, ids in enumerate(token_ids)]
 
 
 def adapter_names(args: argparse.Namespace) -> list[str]:
@@ -332,9 +358,9 @@ async def open_wires(
             await grpc.load_adapter(name, str(folder / name))
         base = (await grpc.server_info()).base.name
         url = f"http://{server.http}"
-        # By default httpx keeps 20 connections; the others would be made anew for each load.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.requests)
-        http = httpx.AsyncClient(base_url=url, limits=limits, timeout=START_S)
+        http = aiohttp.ClientSession(
+            url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(START_S)
+        )
         openai_client = openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START_S
         )
@@ -356,26 +382,27 @@ async def open_wires(
 
 
 def against_grpc(figures: dict[str, Figures], name: str) -> dict[str, Comparison]:
-    """A wire beside gRPC: ratios of tokens a second, differences of first tokens."""
+    """A wire beside gRPC: ratios of tokens a second, differences of first texts."""
     own, grpc = figures[name], figures["grpc"]
     found: dict[str, list[float]] = {}
     for kind in ("full_tokens_per_s", "alone_tokens_per_s"):
         pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
         found[kind] = [a / b for a, b in pairs]
-    for kind in ("full_first_ms", "alone_first_ms"):
-        pairs = zip(getattr(own, kind), getattr(grpc, kind), strict=True)
-        found[kind] = [statistics.median(a) - statistics.median(b) for a, b in pairs]
+    rounds = zip(own.full_first_ms, grpc.full_first_ms, strict=True)
+    found["full_first_ms"] = [statistics.median(a) - statistics.median(b) for a, b in rounds]
+    rounds = zip(own.alone_first_ms, grpc.alone_first_ms, strict=True)
+    apart = [[x - y for x, y in zip(a, b, strict=True)] for a, b in rounds]
+    found["alone_first_ms"] = [statistics.median(each) for each in apart]
+    medians = {kind: statistics.median(values) for kind, values in found.items()}
+    medians["alone_first_ms"] = statistics.median(ms for each in apart for ms in each)
     return {
-        kind: {
-            "median": round(statistics.median(values), 3),
-            "rounds": [round(value, 3) for value in values],
-        }
+        kind: {"median": round(medians[kind], 3), "rounds": [round(value, 3) for value in values]}
         for kind, values in found.items()
     }
 
 
 def print_table(
-    summaries: dict[str, dict[str, float]], ratios: dict[str, dict[str, float]]
+    summaries: dict[str, dict[str, float]], ratios: dict[str, dict[str, Comparison]]
 ) -> None:
     heads = list(next(iter(summaries.values())))
     print("| wire | " + " | ".join(heads) + " | × grpc, full | × grpc, alone |")
