@@ -133,7 +133,8 @@ def _write_halves(place: _Place, room: Tensor, scales: dict[Key, Tensor]) -> Non
     else:
         a, b = factors
         if values is a:
-            doublings = _doublings(a.abs().amax(1), b.abs().amax(0))
+            # Sizes along B's columns take four times as long as copying it and looking along rows.
+            doublings = _doublings(a.abs().amax(1), b.T.contiguous().abs().amax(1))
             scales[id(a), id(b)] = torch.ldexp(torch.ones(len(a)), doublings)[:, None]
         scale = scales[id(a), id(b)]
         torch.mul(values, scale if values is a else 1 / scale, out=room)
