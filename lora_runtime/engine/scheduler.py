@@ -6,8 +6,9 @@ client that has been served least. A long prompt is split into chunks that share
 
 A client's first row waits for the step that runs and then for little else: the step in which it
 begins has no other prompts of clients that have rows already, and no tokens of a client that has
-more than half of all rows. Every second step at most is such a step, or newcomers that never end
-would hold up the others for ever.
+more than half of all rows. Of one client's prompts, those that a step can finish go before an
+older one that it cannot. Every second step at most is a step of either kind, or rows that are held
+back could be so for ever.
 
 A waiting row begins where a place and blocks are free. Otherwise it may take those of a client that
 has been served at least as much and holds at least two rows more: that client's youngest row is
@@ -34,7 +35,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -76,8 +77,8 @@ class Scheduler:
         self._shares = FairShares()
         self._next_in_pool: Row | None = None
         """A row that was passed over too often: no other row under adapters begins before it."""
-        self._was_short = False
-        """The last step held rows back for a newcomer's."""
+        self._has_held_back = False
+        """The last step held rows back for others that came later."""
 
     @property
     def is_idle(self) -> bool:
@@ -112,11 +113,13 @@ class Scheduler:
         `loading`: digests of adapters that are being copied; rows under one of them, or under one
         that this plan loads, get no tokens. None: a plan's copies are done before its rows run.
         """
-        step = StepPlan(self._config.max_num_batched_tokens, loading)
+        step = StepPlan(
+            self._config.max_num_batched_tokens, loading, may_hold_back=not self._has_held_back
+        )
+        self._has_held_back = False
         turns = self._turns()
         newcomers: set[str] = set()
-        may_hold_back, self._was_short = not self._was_short, False
-        may_begin = may_hold_back and any(num_rows == 0 for _, num_rows, _, _ in turns)
+        may_begin = step.may_hold_back and any(num_rows == 0 for _, num_rows, _, _ in turns)
         held_back = self._client_of_most() if may_begin else None
         # While prompts wait, rows that need one token get half of the step: neither starves.
         limit = step.budget - step.budget // 2 if turns else step.budget
@@ -124,15 +127,15 @@ class Scheduler:
         while step.budget > 0 and turns:
             _, num_rows, _, client = heapq.heappop(turns)
             if newcomers and num_rows and client not in newcomers:
-                self._was_short = True
+                self._has_held_back = True
                 continue
             if self._plan_prompt(client, step):
-                if num_rows == 0 and may_hold_back:
+                if num_rows == 0 and step.may_hold_back:
                     newcomers.add(client)
                 num_rows = sum(row.request.client == client for row in self.running)
                 heapq.heappush(turns, self._turn(client, num_rows))
         # What the prompts have left, for the rows that got nothing above.
-        self._was_short |= bool(newcomers and held_back)
+        self._has_held_back |= bool(newcomers and held_back)
         self._plan_single_tokens(step, step.budget, held_back if newcomers else None)
         return step.batch()
 
@@ -227,33 +230,50 @@ class Scheduler:
 
     def _plan_prompt(self, client: str, step: StepPlan) -> bool:
         """Plan the next chunk of a client's prompts; False when it has none that can run."""
-        for row in list(self.running):
-            if row.request.client != client or row.num_uncomputed_tokens == 1:
-                continue
-            if self._plan_running(row, step):
+        for row in self._prompts_in_turn(client, step):
+            is_running = row.status is RowStatus.RUNNING
+            if self._plan_running(row, step) if is_running else self._plan_waiting(row, step):
                 return True
+        return False
+
+    def _prompts_in_turn(self, client: str, step: StepPlan) -> Iterator[Row]:
+        """A client's prompts: running ones in the order in which they began, then waiting ones.
+        Before all where the first is longer than what is left of the step: the shorter ones.
+        """
+        prompts = [
+            row
+            for row in self.running
+            if row.request.client == client and row.num_uncomputed_tokens != 1
+        ]
+        prompts += self.waiting.of(client)
+        prompts = [row for row in prompts if row not in step and row not in step.seen]
+        if prompts and step.may_hold_back and not step.has_room(prompts[0]):
+            for row in step.shorter(client, prompts):
+                self._has_held_back = True
+                yield row
+        yield from prompts
+
+    def _plan_waiting(self, row: Row, step: StepPlan) -> bool:
+        """Let a waiting row begin and plan its first tokens; False if it cannot."""
         # A running row has just found no block. Whoever began now would take the blocks that the
         # preempted row gave up, and the two would preempt each other step after step.
-        if step.is_short_of_blocks:
+        if step.is_short_of_blocks or row.request.client in step.crowded_out or row in step.seen:
             return False
-        for row in self.waiting.of(client):
-            if row in step.seen:
-                continue
-            step.seen.add(row)
-            try:
-                if not self._has_pool_room(row, step):
-                    continue
-                if not self._begin(row, step):
-                    return False
-            except Exception as cause:
-                step.failed.append(self.fail(row, cause))
-                continue
-            if not step.lacks_adapter(row):
-                num_tokens = step.num_fitting(row)
-                self._blocks.grow(row, row.num_computed_tokens + num_tokens)
-                self._shares.charge(step.add(row, num_tokens))
-            return True
-        return False
+        step.seen.add(row)
+        try:
+            if not self._has_pool_room(row, step):
+                return False
+            if not self._begin(row, step):
+                step.crowded_out.add(row.request.client)
+                return False
+        except Exception as cause:
+            step.failed.append(self.fail(row, cause))
+            return False
+        if not step.lacks_adapter(row):
+            num_tokens = step.num_fitting(row)
+            self._blocks.grow(row, row.num_computed_tokens + num_tokens)
+            self._shares.charge(step.add(row, num_tokens))
+        return True
 
     def _plan_running(self, row: Row, step: StepPlan) -> bool:
         """Plan the next tokens of a running row; False if it got some already or cannot run."""

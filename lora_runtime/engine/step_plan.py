@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 from lora_runtime.core import (
@@ -16,9 +17,13 @@ from lora_runtime.core import (
 class StepPlan:
     """Rows, copies of adapters and failures of the next step."""
 
-    def __init__(self, budget: int, loading: AbstractSet[str] | None) -> None:
+    def __init__(
+        self, budget: int, loading: AbstractSet[str] | None, *, may_hold_back: bool
+    ) -> None:
         self.budget = budget
         """Tokens that still fit. A prompt's token costs as many as its row has planes."""
+        self.may_hold_back = may_hold_back
+        """Rows may be held back in this step for others that came later."""
         self.loads: list[AdapterPlacement] = []
         self.failed: list[StepOutput] = []
         self.admitted: set[Row] = set()
@@ -27,10 +32,13 @@ class StepPlan:
         """Waiting rows that have had their turn, whether they began or not."""
         self.without_room: set[tuple[str, ...]] = set()
         """Sets of adapters for which the pool has no room now."""
+        self.crowded_out: set[str] = set()
+        """Clients whose next row found no place or no blocks: none of theirs begins any more."""
         self.is_short_of_blocks = False
         """A running row found no free block: no other row begins in this step."""
         self._loading = loading
         self._rows: dict[Row, ScheduledRow] = {}
+        self._shorter: dict[str, Iterator[Row]] = {}
 
     def __contains__(self, row: Row) -> bool:
         return row in self._rows
@@ -41,6 +49,20 @@ class StepPlan:
             return False
         missing = self._loading | {load.digest for load in self.loads}
         return any(use.digest in missing for use in row.request.adapters)
+
+    def has_room(self, row: Row) -> bool:
+        """True when the budget has room for all tokens that a row needs."""
+        return row.num_uncomputed_tokens * row.num_planes <= self.budget
+
+    def shorter(self, client: str, prompts: Sequence[Row]) -> Iterator[Row]:
+        """Those of a client's prompts that the budget has room for, each once in a step, without
+        any of a lower priority than the first one's.
+        """
+        if client not in self._shorter:
+            first = prompts[0].request.priority
+            rows = [row for row in prompts if row.request.priority <= first and self.has_room(row)]
+            self._shorter[client] = iter(rows)
+        return filter(self.has_room, self._shorter[client])
 
     def num_fitting(self, row: Row) -> int:
         """Tokens of a row that the budget has room for.

@@ -113,6 +113,46 @@ def test_rows_are_held_back_for_no_newcomer_that_cannot_begin():
     driver.finish()
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("num_tokens", [1, 5, 30])
+def test_a_short_prompt_waits_for_no_long_ones_of_its_own_client(num_tokens, steps_ahead):
+    driver = CacheDriver(num_blocks=800, budget=32, max_num_seqs=16, steps_ahead=steps_ahead)
+    for i in range(6):
+        driver.add(asked(ask(f"long {i}", [i % 3, 1, 2] * 60, salt=str(i)), "one"))
+    for _ in range(3):
+        driver.step()
+    for i in range(4):
+        driver.add(asked(ask(f"short {i}", [1 + i % 2] * num_tokens, salt=f"s{i}"), "one"))
+        for _ in range(3 + steps_ahead):
+            driver.step()
+        assert driver.tokens[f"short {i}"]
+    driver.finish()
+
+
+def test_short_prompts_that_never_end_leave_half_of_the_steps_to_a_long_one():
+    driver = CacheDriver(num_blocks=800, budget=32, max_num_seqs=16)
+    driver.add(asked(ask("long", [1, 2, 0] * 80), "one"))
+    for i in range(40):
+        for k in range(6):
+            driver.add(asked(ask(f"{i} {k}", [k % 3] * 8, salt=f"{i} {k}"), "one"))
+        driver.step()
+        if driver.tokens["long"]:
+            break
+    assert i <= 2 * 240 // 32 + 1
+    driver.finish()
+
+
+def test_a_short_prompt_of_a_lower_priority_waits():
+    driver = CacheDriver(num_blocks=800, budget=32, max_num_seqs=16)
+    driver.add(asked(ask("long", [1, 2, 0] * 50), "one", priority=1))
+    for name, priority in (("lower", 2), ("equal", 1), ("higher", 0)):
+        driver.add(asked(ask(name, [1, 2], salt=name), "one", priority))
+    driver.step()
+    driver.step()
+    assert [bool(driver.tokens[name]) for name in ("lower", "equal", "higher")] == [0, 1, 1]
+    driver.finish()
+
+
 def test_prompts_of_one_client_share_its_first_step():
     driver = CacheDriver(budget=32)
     for i in range(4):
