@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.experts import is_mixture
 from lora_runtime.base.model.fused_modules import are_fused
 from lora_runtime.base.streamed_load import decoder_layers
 from lora_runtime.engine.decode_graphs import Replay
@@ -27,7 +28,7 @@ def can_capture_on_cpu(base: Base) -> bool:
     others call is not known to be the same at every step.
     """
     like = torch.empty(0, dtype=base.dtype, device=base.device)
-    return like.is_cpu and can_fuse(like) and are_fused(decoder_layers(base.model))
+    return like.is_cpu and can_fuse(like) and are_fused(decoder_layers(base.model), is_mixture)
 
 
 VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

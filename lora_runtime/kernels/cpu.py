@@ -32,7 +32,7 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 7
+ABI = 8
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
@@ -60,7 +60,7 @@ SIGNATURES = {
     "gated_activation": "ppp ll iii i",
     "most_likely": "pp ii i",
     "sort_pairs": "p pppp iii i",
-    "find_segments": "p pppp ppp pppp pp iii i",
+    "find_segments": "pppp ppp ppppp pp iii i",
     "find_extents": "pp ppp iiii i",
     "sum_pairs": "pp pp iii i",
     "recurrent_step": "ppp ppppp iiii i",
@@ -422,21 +422,20 @@ def find_segments(
     meta: StepMeta, places: Tensor, experts: Tensor, num_experts: int
 ) -> tuple[Tensor, ...]:
     """The pairs (E · K,), segments and weights of entries, and starts, slots, replicas and experts
-    of segments; see `ExpertPairs`. How many there are is read here: no tape holds it.
+    of segments; see `ExpertPairs`. There are as many segments as could be: how many have entries
+    is not read here, so that a tape fits the steps to come, and the last ones are empty.
     """
-    refuse_recording()
-    per_token = places.shape[1]
+    per_token, num_adapters = places.shape[1], len(meta.segment_starts) - 1
     size = len(meta.tokens) * per_token
-    pairs, segments = (torch.empty(size, dtype=torch.int32) for _ in range(2))
-    weights, starts = torch.empty(size), torch.empty(size + 1, dtype=torch.int32)
-    slots, replicas, own = (torch.empty(size, dtype=torch.int64) for _ in range(3))
-    count = torch.empty(1, dtype=torch.int32)
-    outputs = (count, pairs, segments, weights, starts, slots, replicas, own)
-    inputs = (meta.tokens, meta.slots, meta.replicas, meta.weights, places, experts)
-    sizes = (len(meta.tokens), per_token, num_experts)
-    _run("find_segments", None, *_pointers(*outputs, *inputs), *sizes)
-    end = int(count)
-    return pairs, segments, weights, starts[: end + 1], slots[:end], replicas[:end], own[:end]
+    most = min(size, num_adapters * num_experts)
+    pairs, segments = (empty((size,), torch.int32) for _ in range(2))
+    weights, starts = empty((size,), torch.float32), empty((most + 1,), torch.int32)
+    slots, replicas, own = (empty((most,), torch.int64) for _ in range(3))
+    outputs = (pairs, segments, weights, starts, slots, replicas, own)
+    entries = (meta.tokens, meta.slots, meta.replicas, meta.weights, meta.segment_starts[-1:])
+    sizes = (most, per_token, num_experts)
+    _run("find_segments", None, *_pointers(*outputs, *entries, places, experts), *sizes)
+    return outputs
 
 
 def find_extents(

@@ -207,6 +207,11 @@ def replace_routers(model: PreTrainedModel, context: StepContext) -> dict[str, A
     return found
 
 
+def is_mixture(module: nn.Module) -> bool:
+    """True for the block of a layer that holds experts which run as groups."""
+    return any(isinstance(child, _GroupedExperts) for child in module.children())
+
+
 def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The module that routes to each mixture, by its path from the list of layers."""
     layers = decoder_layers(model)

@@ -9,7 +9,7 @@ states (`recurrent_mixers.py`), which the originals do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -304,12 +304,14 @@ def fuse_modules(model: nn.Module) -> None:
         _join_layers(getattr(module, "layers", None), getattr(module, "norm", None))
 
 
-def are_fused(layers: Iterable[Any]) -> bool:
-    """True when every one of these decoder layers is of TABLE's, with all of its parts."""
+def are_fused(layers: Iterable[Any], is_mixture: Callable[[nn.Module], bool]) -> bool:
+    """True when every one of these decoder layers is of TABLE's, with all of its parts; in the
+    place of a fused MLP there may be a mixture, of which `is_mixture` tells.
+    """
     return all(
         isinstance(layer, _Layer)
         and isinstance(layer.self_attn, _Attention)
-        and isinstance(layer.mlp, _GatedMLP | _JoinedGateMLP)
+        and (isinstance(layer.mlp, _GatedMLP | _JoinedGateMLP) or is_mixture(layer.mlp))
         for layer in layers
     )
 

@@ -80,6 +80,7 @@ class FrozenLinear(nn.Module):
         Rows starts[g] to starts[g + 1] of x, starts (G + 1,) int32, are multiplied by the g-th of G
         equal parts of W's rows. Parts without rows are not read.
         """
+        refuse_recording()  # the sizes of the groups are read here
         product: Tensor = _GroupedProduct.apply(x, self, starts.tolist())  # type: ignore[no-untyped-call]
         return product
 

@@ -408,7 +408,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 7; }  // raise it with every change of a signature below
+int loramux_abi() { return 8; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -455,14 +455,14 @@ void loramux_sort_pairs(const int64_t* chosen, int64_t* tokens, int64_t* experts
                         int32_t* starts, int num_pairs, int per_token, int num_experts, int) {
   sort_pairs(chosen, tokens, experts, places, starts, num_pairs, per_token, num_experts);
 }
-void loramux_find_segments(int32_t* count, int32_t* pairs, int32_t* segments, float* pair_weights,
+void loramux_find_segments(int32_t* pairs, int32_t* segments, float* pair_weights,
                            int32_t* starts, int64_t* own_slots, int64_t* own_replicas, int64_t* own_experts,
                            const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
-                           const float* weights, const int64_t* places, const int64_t* experts,
-                           int num_entries, int per_token, int num_experts, int) {
-  *count = find_segments(Entries{tokens, slots, replicas, weights, num_entries},
-                         PairEntries{pairs, segments, pair_weights, starts, own_slots, own_replicas, own_experts},
-                         places, experts, per_token, num_experts);
+                           const float* weights, const int32_t* num_entries, const int64_t* places,
+                           const int64_t* experts, int max_segments, int per_token, int num_experts, int) {
+  find_segments(Entries{tokens, slots, replicas, weights, num_entries},
+                PairEntries{pairs, segments, pair_weights, starts, own_slots, own_replicas, own_experts, max_segments},
+                places, experts, per_token, num_experts);
 }
 void loramux_find_extents(int64_t* found, const int64_t* table, const int64_t* slots, const int64_t* replicas,
                           const int64_t* experts, int num_replicas, int count, int in, int out, int) {

@@ -17,27 +17,29 @@ inline void sort_pairs(const int64_t* chosen, int64_t* tokens, int64_t* experts,
   }
 }
 
-// Entries of adapters on tokens, sorted by (slot, replica, token).
+// Entries of adapters on tokens, sorted by (slot, replica, token). Their number lies in memory: a
+// step that is played again has as many as it finds there.
 struct Entries {
   const int32_t *tokens, *slots, *replicas;
   const float* weights;
-  int count;
+  const int32_t* count;
 };
-// The same on pairs: sorted by (slot, replica, expert, token), with what each segment is.
+// The same on pairs: sorted by (slot, replica, expert, token), with what each segment is. There is
+// room for max_segments; those behind the last are empty.
 struct PairEntries {
   int32_t *pairs, *segments;
   float* weights;
   int32_t* starts;
   int64_t *slots, *replicas, *experts;
+  int max_segments;
 };
 
-// Returns the number of segments.
-inline int find_segments(const Entries& from, const PairEntries& to, const int64_t* places, const int64_t* experts,
+inline void find_segments(const Entries& from, const PairEntries& to, const int64_t* places, const int64_t* experts,
                          int per_token, int num_experts) {
   static thread_local std::vector<int32_t> next;
   int num_segments = 0, end = 0;
-  for (int first = 0, last; first < from.count; first = last) {
-    for (last = first + 1; last < from.count && from.slots[last] == from.slots[first] &&
+  for (int first = 0, last; first < *from.count; first = last) {
+    for (last = first + 1; last < *from.count && from.slots[last] == from.slots[first] &&
                            from.replicas[last] == from.replicas[first];)
       last++;
     next.assign(num_experts + 1, 0);
@@ -63,8 +65,8 @@ inline int find_segments(const Entries& from, const PairEntries& to, const int64
         to.weights[at] = from.weights[i];
       }
   }
-  to.starts[num_segments] = end;
-  return num_segments;
+  std::fill(to.starts + num_segments, to.starts + to.max_segments + 1, end);
+  for (int64_t* what : {to.slots, to.replicas, to.experts}) std::fill(what + num_segments, what + to.max_segments, 0);
 }
 
 // Where each segment's own expert lies in the blocks of its adapter.

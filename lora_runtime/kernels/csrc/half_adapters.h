@@ -39,13 +39,15 @@ struct HalfRows {
   void decode(int unit, bf16* to) const {
     for (int half = 0; half < 2; half++, to += HALF) {
       const int first = unit * UNIT + half * UNIT / 2, count = in - first;
-      for (int r = 0; r < TILE; r++) {
+      for (int r = 0; r < num_rows; r++) {
         const uint16_t* from = a + long(r) * in + first;
-        const bool is_row = r < num_rows;
-        const __m512 left = floats(from, is_row ? first_lanes(count) : 0);
-        const __m512 right = floats(from + 16, is_row ? first_lanes(count - 16) : 0);
+        const __m512 left = floats(from, first_lanes(count)), right = floats(from + 16, first_lanes(count - 16));
         _mm512_store_si512(to + r * 32, upper(left, right));
         _mm512_store_si512(to + HALF / 2 + r * 32, upper(rest(left), rest(right)));
+      }
+      for (int r = num_rows; r < TILE; r++) {
+        _mm512_store_si512(to + r * 32, _mm512_setzero_si512());
+        _mm512_store_si512(to + HALF / 2 + r * 32, _mm512_setzero_si512());
       }
     }
   }
@@ -55,9 +57,11 @@ struct HalfRows {
 // twice over, for both parts of A x, then the same of what is left of them.
 inline void decode_columns(const uint16_t* b, int num_rows, long width, __mmask16 valid, uint32_t* to) {
   for (int k = 0; k < TILE / 2; k++, b += 2 * width, to += TILE) {
-    const __m512 even = floats(b, 2 * k < num_rows ? valid : 0);
-    const __m512 odd = floats(b + width, 2 * k + 1 < num_rows ? valid : 0);
-    const __m512i high = upper_pairs(even, odd), low = upper_pairs(rest(even), rest(odd));
+    __m512i high = _mm512_setzero_si512(), low = high;
+    if (2 * k < num_rows) {
+      const __m512 even = floats(b, valid), odd = floats(b + width, 2 * k + 1 < num_rows ? valid : 0);
+      high = upper_pairs(even, odd), low = upper_pairs(rest(even), rest(odd));
+    }
     _mm512_store_si512(to, high);
     _mm512_store_si512(to + TILE * TILE / 2, high);
     _mm512_store_si512(to + TILE * TILE, low);

@@ -146,28 +146,38 @@ struct FourBit {
   const FourBitWeight& w;
   const __m512 code;
   explicit FourBit(const FourBitWeight& weight) : w(weight), code(_mm512_loadu_ps(weight.code)) {}
-  float scale(long block) const {
+  float nested_scale(long block) const {
     float absmax = w.nested_code[w.nested_codes[block]] * w.absmax[block / 256];
     asm volatile("" : "+x"(absmax));  // rounded before the offset is added
     return absmax + w.nested_offsets[block / 256];
   }
-  void decode(int row, int height, int unit, int in, bf16* to) const {
+  ALWAYS_INLINE void decode(int row, int height, int unit, int in, long next, bf16* to) const {
+    const float* absmax = w.absmax;  // a copy: the stores below might change what w holds
+    if (w.nested_codes) decode_rows(row, height, unit, in, next, to, [&](long block) { return nested_scale(block); });
+    else decode_rows(row, height, unit, in, next, to, [&](long block) { return absmax[block]; });
+  }
+  // Codes of the panel from row `next` on, all of which lie in one run, are asked for between the
+  // rows: at once they would fill the few places that the first-level cache has for what it waits for.
+  template <class Scale>
+  ALWAYS_INLINE void decode_rows(int row, int height, int unit, int in, long next, bf16* to, Scale scale) const {
     const int blocks_of_row = in / UNIT;
     long block = long(row) * blocks_of_row + unit;
     const uint8_t* codes = w.packed + block * (UNIT / 2);
+    const __m512 own_code = code;
+    const uint8_t* ahead = w.packed + (next * in / UNIT + long(unit) * PANEL) * (UNIT / 2);
 #pragma GCC unroll 4
     for (int r = 0; r < height; r++, block += blocks_of_row, codes += in / 2, to += 32) {
-      const __m512 values = _mm512_mul_ps(code, _mm512_set1_ps(w.nested_codes ? scale(block) : w.absmax[block]));
+      if (r % 2 == 0) _mm_prefetch(ahead + r * (UNIT / 2), _MM_HINT_T0);
+      const __m512 values = _mm512_mul_ps(own_code, _mm512_set1_ps(scale(block)));
       const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice: bit 4 is ignored
       const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
       _mm512_store_si512(to, _mm512_permutexvar_epi16(bytes, table));
       _mm512_store_si512(to + HALF, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
     }
   }
-  // Ask for unit `unit` of the panel from `row` on: the whole of it lies in one run.
-  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
-    const long block = (long(row) * in) / UNIT + long(unit) * PANEL;
-    for (int i = 0; i < PANEL * UNIT / 2; i += 64) _mm_prefetch(w.packed + block * (UNIT / 2) + i, _MM_HINT_T1);
+  // Ask for the scales of unit `unit` of the panel from `row` on.
+  ALWAYS_INLINE void prefetch(long row, int unit, int in) const {
+    const long block = row * in / UNIT + long(unit) * PANEL;
     if (w.nested_codes) return _mm_prefetch(w.nested_codes + block, _MM_HINT_T1);
     for (int i = 0; i < PANEL; i += 16) _mm_prefetch(w.absmax + block + i, _MM_HINT_T1);
   }
@@ -177,7 +187,7 @@ struct EightBit {
   static constexpr bool IS_ODD_FIRST = false;
   const EightBitWeight& w;
   explicit EightBit(const EightBitWeight& weight) : w(weight) {}
-  void decode(int row, int height, int unit, int in, bf16* to) const {
+  void decode(int row, int height, int unit, int in, long, bf16* to) const {
     const int8_t* codes = w.codes + long(row) * in + unit * UNIT;
     for (int r = 0; r < height; r++, codes += in, to += 32) {
       const __m512 scale = _mm512_set1_ps(w.absmax[row + r] / 127);
@@ -191,8 +201,8 @@ struct EightBit {
   static __m512 floats(const int8_t* codes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
   }
-  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
-    const int8_t* codes = w.codes + long(row) * in + long(unit) * PANEL * UNIT;
+  ALWAYS_INLINE void prefetch(long row, int unit, int in) const {
+    const int8_t* codes = w.codes + row * in + long(unit) * PANEL * UNIT;
     for (int i = 0; i < PANEL * UNIT; i += 64) _mm_prefetch(codes + i, _MM_HINT_T1);
   }
 };
@@ -201,15 +211,15 @@ struct SixteenBit {
   static constexpr bool IS_ODD_FIRST = false;
   const SixteenBitWeight& w;
   explicit SixteenBit(const SixteenBitWeight& weight) : w(weight) {}
-  void decode(int row, int height, int unit, int in, bf16* to) const {
+  void decode(int row, int height, int unit, int in, long, bf16* to) const {
     const bf16* from = w.values + long(row) * in + unit * UNIT;
     for (int r = 0; r < height; r++, from += in, to += 32) {
       _mm512_store_si512(to, _mm512_loadu_si512(from));
       _mm512_store_si512(to + HALF, _mm512_loadu_si512(from + 32));
     }
   }
-  ALWAYS_INLINE void prefetch(int row, int unit, int in) const {
-    const bf16* from = w.values + long(row) * in + long(unit) * PANEL * UNIT;
+  ALWAYS_INLINE void prefetch(long row, int unit, int in) const {
+    const bf16* from = w.values + row * in + long(unit) * PANEL * UNIT;
     for (int i = 0; i < PANEL * UNIT; i += 32) _mm_prefetch(from + i, _MM_HINT_T1);
   }
 };
@@ -263,11 +273,12 @@ struct TileJob {
 
 struct TokenTile { int first, count; };
 
+// ahead: the first row of the panel that is decoded next, in this group or another one.
 template <class Weight>
-inline void decode_unit(const Weight& w, const TileJob& p, int panel, int unit, bf16* to) {
+inline void decode_unit(const Weight& w, const TileJob& p, int panel, int unit, long ahead, bf16* to) {
   const int row = panel * PANEL, height = std::min(PANEL, p.out - row);
-  w.decode(p.first_row + row, height, unit, p.in, to);
-  if (row + 2 * PANEL <= p.out) w.prefetch(p.first_row + row + PANEL, unit, p.in);
+  w.decode(p.first_row + row, height, unit, p.in, ahead, to);
+  w.prefetch(ahead, unit, p.in);
 }
 
 template <int N>
@@ -284,12 +295,12 @@ inline void write_panel(Tiles& tiles, const TileJob& p, int panel, int token) {
 
 // One or two tiles of tokens: a unit is decoded while the one before it is multiplied.
 template <int N, class Weight>
-void multiply_few(Tiles& tiles, const Weight& w, const TileJob& p, int panel, bf16* buffer) {
+void multiply_few(Tiles& tiles, const Weight& w, const TileJob& p, int panel, long ahead, bf16* buffer) {
   const int num_units = p.in / UNIT;
   tiles.clear();
-  decode_unit(w, p, panel, 0, buffer);
+  decode_unit(w, p, panel, 0, ahead, buffer);
   for (int unit = 0; unit < num_units; unit++) {
-    if (unit + 1 < num_units) decode_unit(w, p, panel, unit + 1, buffer + (unit + 1) % 2 * 2 * HALF);
+    if (unit + 1 < num_units) decode_unit(w, p, panel, unit + 1, ahead, buffer + (unit + 1) % 2 * 2 * HALF);
     tiles.multiply<N>(buffer + unit % 2 * 2 * HALF, p.x + unit * 2 * WORDS, p.tile_words());
   }
   write_panel<N>(tiles, p, panel, 0);
@@ -306,8 +317,8 @@ void multiply_tokens(Tiles& tiles, const TileJob& p, int panel, int token, const
 
 // More tokens: the whole panel is decoded once for all.
 template <class Weight>
-void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, bf16* buffer) {
-  for (int unit = 0; unit < p.in / UNIT; unit++) decode_unit(w, p, panel, unit, buffer + unit * 2 * HALF);
+void multiply_many(Tiles& tiles, const Weight& w, const TileJob& p, int panel, long ahead, bf16* buffer) {
+  for (int unit = 0; unit < p.in / UNIT; unit++) decode_unit(w, p, panel, unit, ahead, buffer + unit * 2 * HALF);
   int token = 0;
   for (; token + TILE < p.num_tokens; token += 2 * TILE) multiply_tokens<2>(tiles, p, panel, token, buffer);
   if (token < p.num_tokens) multiply_tokens<1>(tiles, p, panel, token, buffer);
@@ -355,9 +366,10 @@ void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* start
     for (long i = begin; i < end; i++) {
       const TileJob& job = jobs[i / num_panels];
       const int panel = int(i % num_panels);
-      if (job.num_tokens <= TILE) multiply_few<1>(registers, w, job, panel, buffer);
-      else if (job.num_tokens <= 2 * TILE) multiply_few<2>(registers, w, job, panel, buffer);
-      else multiply_many(registers, w, job, panel, buffer);
+      const long next = std::min(i + 1, num_all - 1), ahead = jobs[next / num_panels].first_row + next % num_panels * PANEL;
+      if (job.num_tokens <= TILE) multiply_few<1>(registers, w, job, panel, ahead, buffer);
+      else if (job.num_tokens <= 2 * TILE) multiply_few<2>(registers, w, job, panel, ahead, buffer);
+      else multiply_many(registers, w, job, panel, ahead, buffer);
     }
   });
 }

@@ -81,6 +81,43 @@ def test_played_steps_are_plain_steps(tmp_path, shape, dtype):
         assert torch.equal(torch.stack(played.logits), torch.stack(plain.logits))
 
 
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+MIXTURE_ADAPTERS = (
+    dict(r=4, target_modules=["q_proj", "o_proj"]),
+    dict(r=3, target_modules=[], target_parameters=EXPERTS),
+    dict(r=5, target_modules=["v_proj"], target_parameters=EXPERTS[1:]),
+)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("shape", ["qwen3-moe", "qwen2-moe", "mixtral"])
+def test_played_steps_of_a_mixture_are_plain_steps(tmp_path, shape, dtype):
+    """The tokens choose other experts at every step, and the segments are others. Without products
+    of bfloat16 the groups are sized in Python, and nothing is played.
+    """
+    base = tiny_base(shape, dtype=dtype)
+    twin = dense_twin(base, shape, dtype=FLOAT32)
+    folders = [
+        write_adapter(twin, tmp_path / str(i), seed=i, **settings)
+        for i, settings in enumerate(MIXTURE_ADAPTERS)
+    ]
+    forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
+    traces = []
+    for has_graphs in (False, True):
+        engine = tiny_engine(base, max_num_seqs=6)
+        counts = counting(engine)
+        if not has_graphs:
+            engine.runner.graphs = None
+        for form in forms:
+            engine.add_adapter(form)
+        traces.append(run(engine, requests_of(forms), arrivals={"2": 3, "5": 9}))
+    assert (counts["played"] > 10) == (dtype == BFLOAT16 and cpu.has_tiles())
+    for request_id, plain in traces[0].items():
+        played = traces[1][request_id]
+        assert played.token_ids == plain.token_ids
+        assert torch.equal(torch.stack(played.logits), torch.stack(plain.logits))
+
+
 def test_an_adapter_that_comes_goes_and_comes_back(tmp_path):
     """Its slot is another's meanwhile, and the modules that are adapted change."""
     base = tiny_base("llama")
