@@ -1,8 +1,8 @@
 """The public ops of the runtime.
 
 `reference.py` defines every op in torch; `cpu.py` is a compiled backend that gives the same values
-within rounding and runs whenever it can (CPU tensors, no gradients). `gpu.py` is the same for
-CUDA tensors, in Triton and CUDA.
+within rounding and runs whenever it can (CPU tensors, no gradients; `cpu_tracked.py` has some of
+its ops with gradients). `gpu.py` is the same for CUDA tensors, in Triton and CUDA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import cpu, gpu, huge_pages, reference
+from lora_runtime.kernels import cpu, cpu_tracked, gpu, huge_pages, reference
 from lora_runtime.kernels.cpu import refuse_recording, unrecorded
 from lora_runtime.kernels.expert_pairs import ExpertPairs
 from lora_runtime.kernels.types import (
@@ -52,6 +52,7 @@ __all__ = [
     "apply_stacked_adapters",
     "can_dequantize",
     "can_fuse",
+    "can_fuse_elementwise",
     "can_multiply_dense",
     "can_multiply_codes",
     "can_multiply_groups",
@@ -89,6 +90,7 @@ __all__ = [
     "sum_pairs",
     "to_device",
     "unrecorded",
+    "wants_gradient",
     "write_kv",
 ]
 
@@ -101,6 +103,19 @@ def _fastest(*activations: Tensor) -> ModuleType:
     if gpu.can_run(*activations):
         return gpu
     return cpu if cpu.can_run(*activations) else _reference()
+
+
+def _fastest_tracked(*activations: Tensor, frozen: tuple[Tensor, ...] = ()) -> ModuleType:
+    """`_fastest`, also among backends with gradients of the activations."""
+    if _can_track(*activations, frozen=frozen):
+        return cpu_tracked
+    return _fastest(*activations, *frozen)
+
+
+def _can_track(*activations: Tensor, frozen: tuple[Tensor, ...] = ()) -> bool:
+    """True where `cpu_tracked` runs; a tensor that is the GPU backend's is not its."""
+    is_on_cpu = activations[0].device.type not in gpu.DEVICES
+    return is_on_cpu and cpu_tracked.can_run(*activations, frozen=frozen)
 
 
 def _reference() -> ModuleType:
@@ -279,7 +294,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     With `plus_one` y = (1 + weight) · n, rounded once (Gemma). Shapes: x (..., width), weight
     (width,); float32 inside. Source: RMSNorm, arXiv:1910.07467.
     """
-    backend = _fastest(x, weight)
+    backend = _fastest_tracked(x, frozen=(weight,))
     return backend.rms_norm(x, weight, eps, plus_one=plus_one)
 
 
@@ -299,7 +314,7 @@ def add_rms_norm(
     (width,). Returns (s, y).
     """
     weights = (weight,) if branch_weight is None else (weight, branch_weight)
-    backend = _fastest(x, residual, *weights)
+    backend = _fastest_tracked(x, residual, frozen=weights)
     return backend.add_rms_norm(
         x, residual, weight, eps, plus_one=plus_one, branch_weight=branch_weight
     )
@@ -314,7 +329,7 @@ def rotate(
     k (T, G, D), cos and sin (T, R); of a head's D values the first R are rotated. Rounded once.
     Source: RoFormer, arXiv:2104.09864.
     """
-    backend = _fastest(q, k, cos, sin, *_weights(norm))
+    backend = _fastest_tracked(q, k, frozen=(cos, sin, *_weights(norm)))
     return backend.rotate(q, k, cos, sin, norm)
 
 
@@ -347,7 +362,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
     Source: GLU variants, arXiv:2002.05202.
     """
-    backend = _fastest(gate, up)
+    backend = _fastest_tracked(gate, up)
     return backend.gated_activation(gate, up, kind)
 
 
@@ -430,6 +445,11 @@ def can_fuse(x: Tensor) -> bool:
     one pass each: float32 or bfloat16, no gradient.
     """
     return gpu.can_run(x) or cpu.can_run(x)
+
+
+def can_fuse_elementwise(x: Tensor) -> bool:
+    """`can_fuse` for norms, rotation and activation alone: on a CPU with a gradient too."""
+    return can_fuse(x) or _can_track(x)
 
 
 def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:

@@ -1,7 +1,7 @@
 """The compiled CPU backend: a small C++ library behind ctypes, built with the package.
 
-It is optional: without a compiler the install goes through and `reference` serves. Gradients are
-never asked of it.
+It is optional: without a compiler the install goes through and `reference` serves. Autograd does
+not follow what it makes; `cpu_tracked.py` has the ops that training asks gradients of.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ SIGNATURES = {
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
+    "rms_norm_gradient": "ppppp iii f i",
+    "rotate_gradient": "pp pppp pp pp llll iiiiii f i",
+    "gated_activation_gradient": "pp ppp ll iii i",
     "most_likely": "pp ii i",
     "sort_pairs": "p pppp iii i",
     "find_segments": "pppp ppp ppppp pp iii i",
@@ -66,7 +69,7 @@ SIGNATURES = {
     "recurrent_step": "ppp ppppp iiii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
-number of threads.
+number of threads, see `_num_threads`.
 """
 POINTER, FLOAT = "p", "f"
 
@@ -94,13 +97,18 @@ def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     adapter weights in float32, or what `adapter_dtype` says.
     """
     dtype = activations[0].dtype
-    if dtype not in SUFFIXES or library() is None or wants_gradient(*activations, *weights):
+    if wants_gradient(*activations, *weights) or not takes(*activations):
         return False
-    for tensor in activations:
-        if tensor.dtype != dtype or not tensor.is_cpu:
-            return False
     dtypes = (torch.float32, adapter_dtype(dtype))
     return all(weight.dtype in dtypes and weight.is_cpu for weight in weights)
+
+
+def takes(*activations: Tensor) -> bool:
+    """True when the library is there for CPU tensors of this dtype, the same for all."""
+    dtype = activations[0].dtype
+    if dtype not in SUFFIXES or library() is None:
+        return False
+    return all(tensor.dtype == dtype and tensor.is_cpu for tensor in activations)
 
 
 def adapter_dtype(compute: torch.dtype) -> torch.dtype:
@@ -377,11 +385,68 @@ def _side_by_side(heads: Tensor) -> Tensor:
     return heads if is_one_run else heads.contiguous()
 
 
+def rotate_gradient(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: HeadNorm | None,
+) -> tuple[Tensor, Tensor]:
+    """Those of q (T, H, D) and k (T, G, D), given those of what `rotate` makes of them. Without a
+    norm q and k are not read.
+    """
+    grads = [_side_by_side(part) for part in (grad_q, grad_k)]
+    heads = [_side_by_side(part) for part in (q, k)]
+    cos, sin = cos.contiguous(), sin.contiguous()
+    weights = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
+    found = [empty(part.shape, part.dtype) for part in (q, k)]
+    num_tokens, num_heads, head_dim = q.shape
+    _run(
+        "rotate_gradient",
+        q.dtype,
+        *_pointers(*found, *grads, *heads, cos, sin, *weights),
+        *(part.stride(0) for part in (*grads, *heads)),
+        num_tokens,
+        num_heads,
+        k.shape[1],
+        head_dim,
+        cos.shape[1],
+        norm is not None and norm.plus_one,
+        0.0 if norm is None else norm.eps,
+    )
+    return found[0], found[1]
+
+
+def rms_norm_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool,
+    other: Tensor | None = None,
+) -> Tensor:
+    """That of x, given that of `rms_norm` of x and, added to it, what x has from elsewhere."""
+    grad, x = grad.contiguous(), x.contiguous()
+    other = None if other is None else other.contiguous()
+    found, width = empty(x.shape, x.dtype), x.shape[-1]
+    _run(
+        "rms_norm_gradient",
+        x.dtype,
+        *_pointers(found, grad, other, x, weight),
+        x.numel() // width,
+        width,
+        plus_one,
+        eps,
+    )
+    return found
+
+
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """See `lora_runtime.kernels.gated_activation`."""
-    width = gate.shape[-1]
-    rows = [part.reshape(-1, width) for part in (gate, up)]
-    rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
+    rows, width = _rows_of(gate, up), gate.shape[-1]
     y = empty(gate.shape, gate.dtype)
     _run(
         "gated_activation",
@@ -393,6 +458,31 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         kind == "gelu_tanh",
     )
     return y
+
+
+def gated_activation_gradient(
+    grad: Tensor, gate: Tensor, up: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Those of gate and up, given that of `gated_activation` of them."""
+    rows, width = _rows_of(gate, up), gate.shape[-1]
+    grad = grad.contiguous()
+    dgate, dup = (empty(part.shape, part.dtype) for part in (gate, up))
+    _run(
+        "gated_activation_gradient",
+        gate.dtype,
+        *_pointers(dgate, dup, grad, *rows),
+        *(part.stride(0) for part in rows),
+        len(rows[0]),
+        width,
+        kind == "gelu_tanh",
+    )
+    return dgate, dup
+
+
+def _rows_of(*parts: Tensor) -> list[Tensor]:
+    """(..., width) each as (rows, width), a row's values side by side."""
+    rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+    return [part if part.stride(1) == 1 else part.contiguous() for part in rows]
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -618,8 +708,32 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+class _Threads(threading.local):
+    are_torchs = False
+
+
+_threads = _Threads()
+
+
+@contextmanager
+def beside_torch() -> Iterator[None]:
+    """Within it this thread's calls of the library run on torch's threads: for few calls between
+    many ops of torch, whose threads keep the cores for milliseconds after each.
+    """
+    before, _threads.are_torchs = _threads.are_torchs, True
+    try:
+        yield
+    finally:
+        _threads.are_torchs = before
+
+
+def _num_threads() -> int:
+    """As the library takes it: a negative number is one of torch's threads."""
+    return -torch.get_num_threads() if _threads.are_torchs else torch.get_num_threads()
+
+
 def _run(op: str, dtype: torch.dtype | None, *arguments: Any) -> None:
-    function, arguments = _function(op, dtype), (*arguments, torch.get_num_threads())
+    function, arguments = _function(op, dtype), (*arguments, _num_threads())
     if (tape := _recording.tape) is not None:
         tape.steps.append((function, arguments))
     function(*arguments)

@@ -2,7 +2,8 @@
 CPU a call of the compiled library.
 
 A module keeps its attributes, names and parameters; only its class becomes a subclass, whose
-forward is the original wherever the ops are not compiled (`can_fuse`), or a gradient is wanted.
+forward is the original wherever the ops are not compiled (`can_fuse_elementwise`), and on a GPU
+where a gradient is wanted.
 Recurrent layers are replaced by the same table, and always: theirs know where rows keep their
 states (`recurrent_mixers.py`), which the originals do not.
 """
@@ -29,10 +30,11 @@ from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.kernels import (
     HeadNorm,
     add_rms_norm,
-    can_fuse,
+    can_fuse_elementwise,
     gated_activation,
     rms_norm,
     rotate,
+    wants_gradient,
 )
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -48,7 +50,7 @@ class _Norm(nn.Module):
         norm, normed = vars(x).pop("handed_on", (None, None))
         if norm is self:
             return normed
-        if not can_fuse(x):
+        if not can_fuse_elementwise(x):
             return super().forward(x)
         return rms_norm(x, self.weight, getattr(self, self.epsilon), plus_one=self.plus_one)
 
@@ -79,7 +81,7 @@ class _GatedMLP(nn.Module):
     relies_on: tuple[str, ...] = ("config", "gate_proj", "up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_fuse(x):
+        if not can_fuse_elementwise(x):
             return super().forward(x)
         kind, stack = ACTIVATIONS[_activation(self)], getattr(self.gate_proj, "stack", None)
         gated = None if stack is None else stack.gated(x, kind)
@@ -94,7 +96,7 @@ class _JoinedGateMLP(nn.Module):
     relies_on: tuple[str, ...] = ("config", "gate_up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_fuse(x):
+        if not can_fuse_elementwise(x):
             return super().forward(x)
         kind = ACTIVATIONS[_activation(self)]
         if isinstance(self.gate_up_proj, AdaptedLinear):
@@ -149,7 +151,7 @@ class _Attention(nn.Module):
 
     def _can_fuse(self, x: Tensor) -> bool:
         """False too where somebody has put another norm of heads into the module."""
-        return can_fuse(x) and isinstance(getattr(self, "q_norm", None), _Norm | None)
+        return can_fuse_elementwise(x) and isinstance(getattr(self, "q_norm", None), _Norm | None)
 
     def _norm(self) -> HeadNorm | None:
         q: Any = getattr(self, "q_norm", None)
@@ -194,7 +196,8 @@ class _Layer(nn.Module):
 
     Behind the last sum comes the norm of another module, the next layer's or the decoder's: it
     finds what was made for it on the tensor that it is given, and only on that one. Whoever else
-    is given the tensor finds the plain sum.
+    is given the tensor finds the plain sum. Not where a gradient is wanted: a layer that is
+    computed again for it (`recompute.py`) would not find it.
     """
 
     input_layernorm: nn.Module
@@ -219,11 +222,11 @@ class _Layer(nn.Module):
     def _can_fuse(self, x: Tensor) -> bool:
         """False too where somebody has put other norms into the layer."""
         norms = (getattr(self, name) for name in self.norms_between)
-        return can_fuse(x) and all(isinstance(norm, _Norm) for norm in norms)
+        return can_fuse_elementwise(x) and all(isinstance(norm, _Norm) for norm in norms)
 
     def _sum(self, x: Tensor, residual: Tensor, branch_norm: Any = None) -> Tensor:
         """residual + x, or what `branch_norm` makes of x, with what `norm_behind` makes of it."""
-        if not self.norm_behind or not can_fuse(x):
+        if not self.norm_behind or not can_fuse_elementwise(x) or wants_gradient(x):
             return residual + (x if branch_norm is None else branch_norm(x))
         (norm,) = self.norm_behind
         total, normed = _add_norm(x, residual, norm, branch_norm)

@@ -296,16 +296,18 @@ def _masked_attention(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
-    scores = q @ k.transpose(2, 3) * scale
+    heads, groups = q.shape[:3], k.shape[:2]
+    # Heads that share keys are rows of one product, so that neither keys nor values are repeated.
+    scores = (q.reshape(*groups, -1, q.shape[3]) @ k.transpose(2, 3)).view(*heads, -1) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     is_hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
     scores = scores.masked_fill(is_hidden, float("-inf"))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sinks is None:
-        return torch.softmax(scores, dim=-1).to(v.dtype) @ v
-    own = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-    weights = torch.softmax(torch.cat([scores, own], dim=-1), dim=-1)[..., :-1]
-    return weights.to(v.dtype) @ v
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        own = sinks.to(scores.dtype)[:, None, None].expand(*heads, 1)
+        weights = torch.softmax(torch.cat([scores, own], dim=-1), dim=-1)[..., :-1]
+    weights = weights.to(v.dtype).reshape(*groups, -1, weights.shape[3])
+    return (weights @ v).view(*heads, -1)

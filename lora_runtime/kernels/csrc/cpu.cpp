@@ -27,6 +27,10 @@
 #include <unistd.h>
 #endif
 
+// Of libgomp, if torch has brought it; its threads are torch's.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned num_threads, unsigned flags)
+    __attribute__((weak));
+
 namespace {
 
 #include "pool.h"
@@ -140,6 +144,34 @@ struct Gated {
   int num_rows, width, is_gelu;
 };
 
+// The gradient of a norm's input: `grad` is that of its output, `other`, null for none, what the
+// input has from elsewhere.
+template <class T>
+struct NormGradient {
+  T* dx;
+  const T *grad, *other, *x, *weight;
+  int num_rows, width, plus_one;
+  float eps;
+};
+
+// The gradients of queries and keys before norm and rotation; q and k are null without a norm.
+template <class T>
+struct RotationGradient {
+  T *dq, *dk;
+  const T *grad_q, *grad_k, *q, *k, *cos, *sin, *q_weight, *k_weight;
+  long grad_q_stride, grad_k_stride, q_stride, k_stride;
+  int num_tokens, num_heads, num_kv_heads, head_dim, rotated, plus_one;
+  float eps;
+};
+
+template <class T>
+struct GatedGradient {
+  T *dgate, *dup;
+  const T *grad, *gate, *up;
+  long gate_stride, up_stride;
+  int num_rows, width, is_gelu;
+};
+
 // The pairs of every token, weighted and summed.
 template <class T>
 struct PairSum {
@@ -177,6 +209,7 @@ namespace baseline {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
 }
@@ -191,6 +224,7 @@ namespace avx2 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
 }
@@ -206,6 +240,7 @@ namespace avx512 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
 }
@@ -285,6 +320,12 @@ template <class T>
 void run(const Rotation<T>& p, int num_threads) { RUN(rotate, p, num_threads); }
 template <class T>
 void run(const Gated<T>& p, int num_threads) { RUN(gated_activation, p, num_threads); }
+template <class T>
+void run(const NormGradient<T>& p, int num_threads) { RUN(rms_norm_gradient, p, num_threads); }
+template <class T>
+void run(const RotationGradient<T>& p, int num_threads) { RUN(rotate_gradient, p, num_threads); }
+template <class T>
+void run(const GatedGradient<T>& p, int num_threads) { RUN(gated_activation_gradient, p, num_threads); }
 template <class T>
 void run(const PairSum<T>& p, int num_threads) { RUN(sum_pairs, p, num_threads); }
 template <class T>
@@ -551,6 +592,27 @@ PLAYED(recurrent_step)
                                   int num_rows, int per_token, int width, int num_threads) {         \
     run(PairSum<T>{y, x, places, weights, num_rows, per_token, width}, num_threads);                 \
   }                                                                                                  \
+  void loramux_rms_norm_gradient_##SUFFIX(T* dx, const T* grad, const T* other, const T* x,          \
+                                          const T* weight, int num_rows, int width, int plus_one,    \
+                                          float eps, int num_threads) {                              \
+    run(NormGradient<T>{dx, grad, other, x, weight, num_rows, width, plus_one, eps}, num_threads);   \
+  }                                                                                                  \
+  void loramux_rotate_gradient_##SUFFIX(                                                             \
+      T* dq, T* dk, const T* grad_q, const T* grad_k, const T* q, const T* k, const T* cos,          \
+      const T* sin, const T* q_weight, const T* k_weight, long grad_q_stride, long grad_k_stride,    \
+      long q_stride, long k_stride, int num_tokens, int num_heads, int num_kv_heads, int head_dim,   \
+      int rotated, int plus_one, float eps, int num_threads) {                                       \
+    run(RotationGradient<T>{dq, dk, grad_q, grad_k, q, k, cos, sin, q_weight, k_weight,              \
+                            grad_q_stride, grad_k_stride, q_stride, k_stride, num_tokens, num_heads, \
+                            num_kv_heads, head_dim, rotated, plus_one, eps},                         \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_gated_activation_gradient_##SUFFIX(                                                   \
+      T* dgate, T* dup, const T* grad, const T* gate, const T* up, long gate_stride, long up_stride, \
+      int num_rows, int width, int is_gelu, int num_threads) {                                       \
+    run(GatedGradient<T>{dgate, dup, grad, gate, up, gate_stride, up_stride, num_rows, width, is_gelu},\
+        num_threads);                                                                                \
+  }                                                                                                  \
   void loramux_gated_activation_##SUFFIX(T* y, const T* gate, const T* up, long gate_stride,         \
                                          long up_stride, int num_rows, int width, int is_gelu,       \
                                          int num_threads) {                                          \
@@ -565,6 +627,9 @@ FOR_DTYPE(bf16, bf16)
   PLAYED(rms_norm_##SUFFIX)       \
   PLAYED(rotate_##SUFFIX)         \
   PLAYED(gated_activation_##SUFFIX) \
+  PLAYED(rms_norm_gradient_##SUFFIX) \
+  PLAYED(rotate_gradient_##SUFFIX) \
+  PLAYED(gated_activation_gradient_##SUFFIX) \
   PLAYED(most_likely_##SUFFIX)   \
   PLAYED(sum_pairs_##SUFFIX)
 PLAYED_IN(f32)

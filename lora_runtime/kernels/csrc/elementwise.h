@@ -134,11 +134,15 @@ inline vec silu(vec x) {
   return x * (x < 0 ? e : vec{} + 1.f) / (1.f + e);
 }
 
-inline vec gelu_tanh(vec x) {
-  const vec inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+constexpr float GELU_SCALE = 0.7978845608f, GELU_CUBE = 0.044715f;
+
+inline vec tanh_of_gelu(vec x) {
+  const vec inner = GELU_SCALE * (x + GELU_CUBE * x * x * x);
   const vec e = exp_negative(inner < 0 ? 2 * inner : -2 * inner), tanh = (1.f - e) / (1.f + e);
-  return 0.5f * x * (1.f + (inner < 0 ? -tanh : tanh));
+  return inner < 0 ? -tanh : tanh;
 }
+
+inline vec gelu_tanh(vec x) { return 0.5f * x * (1.f + tanh_of_gelu(x)); }
 
 template <class T>
 inline void gated_activation_row(const Gated<T>& p, int row) {

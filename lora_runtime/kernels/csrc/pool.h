@@ -18,9 +18,10 @@ class Pool {
 
   // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
   // one and those that come in time. Alone where the others are at work for another thread, and with
-  // fewer where the system gives no more.
+  // fewer where the system gives no more. A negative number: that many of torch's threads.
   template <class Body>
   void run(long count, long grain, int num_threads, const Body& body) {
+    if (num_threads < 0) return run_beside_torch(count, grain, -num_threads, body);
     num_threads = int(std::min<long>(num_threads, (count + grain - 1) / grain));
     std::unique_lock<std::mutex> hold(one_job_, std::defer_lock);
     if (num_threads < 2 || !hold.try_lock()) {
@@ -46,6 +47,25 @@ class Pool {
   static constexpr auto PATIENCE = std::chrono::microseconds(200);
   // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
   static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;
+
+  // After an op of torch its threads look for another for milliseconds, and a thread of ours would wait
+  // for a core: between torch's ops they do the work. Without libgomp this thread does it.
+  template <class Body>
+  static void run_beside_torch(long count, long grain, int num_threads, const Body& body) {
+    if (num_threads < 2 || !GOMP_parallel) return body(0, count);
+    struct Job {
+      const Body& body;
+      long count, grain;
+      std::atomic<long> next{0};
+    } job{body, count, grain};
+    GOMP_parallel(
+        [](void* own) {
+          Job& job = *static_cast<Job*>(own);
+          for (long begin; (begin = job.next.fetch_add(job.grain)) < job.count;)
+            job.body(begin, std::min(begin + job.grain, job.count));
+        },
+        &job, num_threads, 0);
+  }
 
   static Pool*& instance() {
     static Pool* pool = nullptr;
