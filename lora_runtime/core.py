@@ -528,6 +528,8 @@ class BaseSpec:
     device: str
     model_type: str
     """`config.model_type` of the checkpoint: llama, qwen3, gemma2 …"""
+    can_reorder_layers: bool = True
+    """False when its layers cannot run in another order than its own (layer replication)."""
 
     @property
     def shapes(self) -> dict[str, LinearShape]:

@@ -27,22 +27,28 @@ from lora_runtime.base.model.adapted_linear import (
     AdaptedLinear,
     StepContext,
 )
-from lora_runtime.base.model.attention import Attention, KVCache
+from lora_runtime.base.model.attention import Attention, KVCache, KVLayout
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
+from lora_runtime.base.model.parts import (
+    decoder_layers,
+    decoder_of,
+    drop_towers,
+    inner_linears,
+)
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
 from lora_runtime.base.model.reordered_model import LayerSteps, reordering
 from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.stacked_linears import stack_linears
-from lora_runtime.base.self_check import original_logits, self_check
-from lora_runtime.base.streamed_load import (
-    decoder_layers,
-    inner_linears,
-    place,
-    read_model,
-    visiting,
+from lora_runtime.base.self_check import (
+    Findings,
+    observe,
+    original_logits,
+    refusing_errors,
+    self_check,
 )
+from lora_runtime.base.streamed_load import place, read_model, visiting
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
@@ -62,6 +68,8 @@ class Base:
     """The model with these base layers instead of its own; see `reordered_model`."""
     head: PreTrainedModel
     """The model behind its decoder; see `head_model`."""
+    kv_layout: KVLayout
+    """What its layers keep of every token."""
     folder: Path
     device: torch.device
     dtype: torch.dtype
@@ -91,7 +99,7 @@ class Base:
         model: Any = self.model
         if isinstance(attention, LayerSteps):
             model = self.reordered(attention.layers)
-        out = model.get_decoder()(
+        out = decoder_of(model)(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
@@ -105,14 +113,12 @@ class Base:
 
     def allocate_kv(self, num_cache_slots: int) -> KVCache:
         """An empty paged cache with room for the keys and values of `num_cache_slots` tokens."""
-        heads, head_dim = kv_shape(self.model)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return KVCache.allocate(self.spec.num_layers, num_cache_slots, heads, head_dim, like)
+        return KVCache.allocate(self.kv_layout, num_cache_slots, like)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""
-        heads, head_dim = kv_shape(self.model)
-        return 2 * self.spec.num_layers * heads * head_dim * self.dtype.itemsize
+        return self.kv_layout.values_per_token * self.dtype.itemsize
 
 
 def load_base(
@@ -175,16 +181,20 @@ def prepare_base(
     model.eval().requires_grad_(False)
     _refuse_unsupported(model)
     place(model, device)
-    fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
+    with refusing_errors(model, "fixing its rotary frequencies"):
+        fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
     on_progress("checking against the original model")
     with visiting(inner_linears(model).values(), device, dtype):
         original = original_logits(model)
+    if dropped := drop_towers(model):
+        on_progress(f"serving its text only; left out: {', '.join(dropped)}")
     context = StepContext()
     linears = _replace_linears(model, context)
-    model.set_attn_implementation(attention.NAME)
-    fuse_modules(model)
     with visiting([adapted.linear for adapted in linears.values()], device, dtype):
-        self_check(model, original)
+        found, observed = observe(model)
+        model.set_attn_implementation(attention.NAME)
+        fuse_modules(model)
+        self_check(model, original, observed)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
@@ -192,7 +202,7 @@ def prepare_base(
     _freeze_head(model, keep_copies=keep_copies)
     _settle_weights(model, linears.values())
     on_progress("fingerprinting")
-    spec = _spec(model, config.quantization, name, name_or_path, linears)
+    spec = _spec(model, config.quantization, name, name_or_path, linears, found)
     _adapt_vocabulary(model, spec, context)
     on_progress("measuring the rows of the linear layers")
     weights = BaseWeights(model, spec, folder)
@@ -204,6 +214,7 @@ def prepare_base(
         weights=weights,
         reordered=reordering(model, context),
         head=head_model(model),
+        kv_layout=found.layout,
         folder=folder,
         device=model.device,
         dtype=model.dtype,
@@ -216,6 +227,7 @@ def _spec(
     name: str,
     name_or_path: str | None,
     linears: Mapping[str, AdaptedLinear],
+    found: Findings,
 ) -> BaseSpec:
     """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
     embedding: Any = model.get_input_embeddings()
@@ -230,6 +242,7 @@ def _spec(
         head=_path_of(model, head),
         is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
         num_layers=len(decoder_layers(model)),
+        can_reorder_layers=found.can_reorder,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=int(config.max_position_embeddings),
@@ -252,38 +265,60 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
-def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(key-value heads, head size) of every layer."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
-
-
 def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for weights that are not in an nn.Linear: experts, Conv1D, state spaces."""
+    """Raise BaseRefused for what no run of the model would show: weights that are not in an
+    nn.Linear (experts, Conv1D, state spaces), and ends that adapters could not act on.
+    """
+    kind, config = model.config.model_type, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise BaseRefused(f"{kind} has an encoder; only decoders are served")
     for path, module in decoder_layers(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and type(module) is not nn.Linear:
                 raise BaseRefused(
-                    f"{model.config.model_type} keeps weights in {path}.{name} "
-                    f"({type(module).__name__}), which adapters cannot act on; mixture-of-experts "
-                    "and convolutional layers are not served"
+                    f"{kind} keeps weights in {path}.{name} ({type(module).__name__}), which "
+                    "adapters cannot act on; mixture-of-experts and convolutional layers are not "
+                    "served"
                 )
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        raise BaseRefused(f"{kind} does not say max_position_embeddings, the longest row it takes")
+    _refuse_ends(model, kind, (config.vocab_size, config.hidden_size))
+
+
+def _refuse_ends(model: PreTrainedModel, kind: str, shape: tuple[int, int]) -> None:
+    """Raise BaseRefused unless embedding and output layer are plain, their weights of `shape`."""
+    with refusing_errors(model, "looking for its embedding and output layer"):
+        ends = {
+            "embedding": (model.get_input_embeddings(), nn.Embedding),
+            "output layer": (model.get_output_embeddings(), nn.Linear),
+        }
+    for name, (module, plain) in ends.items():
+        if not isinstance(module, plain):
+            raise BaseRefused(
+                f"the {name} of {kind} is {type(module).__name__}, not {plain.__name__}; adapters "
+                "could not act on it"
+            )
+        if tuple(module.weight.shape) != shape:
+            raise BaseRefused(
+                f"the {name} of {kind} is {tuple(module.weight.shape)}, not (vocab_size, "
+                f"hidden_size) = {shape}; projections between them are not served"
+            )
 
 
 def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedLinear]:
-    """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers.
+    """Put a dense AdaptedLinear in the place of every nn.Linear of the decoder.
 
     Returns path → the AdaptedLinear there.
     """
-    layers, replaced = decoder_layers(model), {}
-    prefix = _path_of(model, layers)
+    decoder, replaced = decoder_of(model), {}
+    prefix = _path_of(model, decoder)
     for path, linear in inner_linears(model).items():
         parent, _, name = path.rpartition(".")
         adapted = AdaptedLinear(
             f"{prefix}.{path}", DenseLinear(linear.weight, linear.bias), context
         )
-        setattr(layers.get_submodule(parent), name, adapted)
+        setattr(decoder.get_submodule(parent), name, adapted)
         replaced[adapted.path] = adapted
     return replaced
 

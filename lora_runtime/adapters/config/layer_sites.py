@@ -23,11 +23,12 @@ class Site(NamedTuple):
     name: str
 
 
-def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
+def parse_layer_map(value: object, base: BaseSpec) -> tuple[int, ...] | None:
     """`layer_replication` [[start, end), …] → base layers in the order of their visits.
 
     None where each layer is visited once, in order. Raises AdapterRefused.
     """
+    num_layers = base.num_layers
     if not value:
         return None
     ranges = value if isinstance(value, list) else [value]
@@ -38,7 +39,15 @@ def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
             field="layer_replication",
         )
     layers = [layer for span in spans for layer in span]
-    return None if layers == list(range(num_layers)) else tuple(layers)
+    if layers == list(range(num_layers)):
+        return None
+    if not base.can_reorder_layers:
+        raise AdapterRefused(
+            f"layer_replication is not served on {base.model_type}: its layers differ in what they "
+            "keep of a token or are given of it, so they run in their own order only",
+            field="layer_replication",
+        )
+    return tuple(layers)
 
 
 def check_depth(layer_map: tuple[int, ...] | None, limit: int) -> None:
@@ -70,20 +79,23 @@ def sites_of(
     if layer_map is None:
         return tuple(Site(path, 0, names[path]) for path in base.shapes)
     inside: dict[int, list[str]] = {}
+    outside = []
     for path in base.linears:
-        inside.setdefault(_layer_index(path), []).append(path)
+        layer = _layer_index(path)
+        (outside if layer is None else inside.setdefault(layer, [])).append(path)
     visits: Counter[int] = Counter()
     sites = []
     for position, layer in enumerate(layer_map):
         for path in inside.get(layer, []):
             sites.append(Site(path, visits[layer], _moved(names[path], position)))
         visits[layer] += 1
-    ends = (base.embedding, base.head)
+    ends = (*outside, base.embedding, base.head)
     return (*sites, *(Site(path, 0, names[path]) for path in ends))
 
 
-def _layer_index(path: str) -> int:
-    return next(int(piece) for piece in path.split(".") if piece.isdecimal())
+def _layer_index(path: str) -> int | None:
+    """The layer that a module is part of, the first number in its path; None outside of layers."""
+    return next((int(piece) for piece in path.split(".") if piece.isdecimal()), None)
 
 
 def _moved(name: str, position: int) -> str:

@@ -80,7 +80,7 @@ def parse_config(
     """
     _check_fields(config)
     names = trained_names or {path: path for path in base.shapes}
-    layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
+    layer_map = parse_layer_map(config.get("layer_replication"), base)
     sites = sites_of(base, names, layer_map)
     scalings = _Scalings.of(config)
     selection = _selection(config)

@@ -1,0 +1,99 @@
+"""Prints docs/families.md, made by running every family; `make families` keeps it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import transformers
+from peft import PeftModel
+
+from tests import family_checks as checks
+from tests.families import FAMILIES, TEXT_TOWERS
+from tests.family_checks import Verdict, verdict_of
+
+HEAD = """# Families of models
+
+Written by `make families`, which makes a tiny random model of every causal language model that
+transformers {version} has, and does all of this with it; not edited by hand. *yes*: float32 logits
+within 2e-4 of PEFT's, and PEFT's tokens or gradients. A family is served by what its model is, never
+by its name: one that is missing here is tried in the same way when it is loaded, before it is
+quantised, and either gives its own logits or is refused.
+
+- **serve**: a base row, LoRA, DoRA and rsLoRA of three ranks on every linear layer, in one batch.
+- **train**: the gradients of every factor, with and without activation checkpointing.
+- **NF4**, **int8**: as serve, over the quantised base.
+- **experts**: adapters on the fused weights of experts (`target_parameters`).
+- **prefix**: a second prompt that begins as the first finds it in the cache.
+"""
+COLUMNS: dict[str, Callable[[str, Path], None]] = {
+    "serve": checks.serves,
+    "train": checks.trains,
+    "NF4": partial(checks.serves, quantization="nf4"),
+    "int8": partial(checks.serves, quantization="int8"),
+    "experts": checks.serves_experts,
+    "prefix": checks.serves_a_prefix,
+}
+
+
+def verdicts(family: str) -> dict[str, Verdict]:
+    """Column → verdict; only the first column of a family that is refused."""
+    found = {}
+    for name, check in COLUMNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = verdict_of(partial(check, family, Path(folder)))
+        if not found["serve"].is_good:
+            break
+    return found
+
+
+def row(family: str, found: dict[str, Verdict]) -> str:
+    """A line of the page."""
+    if not found["serve"].is_good:
+        return f"| {family} | {plain(found['serve'].why)} |"
+    return f"| {family} | " + " | ".join(map(cell, found.values())) + " |"
+
+
+def cell(verdict: Verdict) -> str:
+    return verdict.why if verdict.has_nothing else "yes" if verdict.is_good else plain(verdict.why)
+
+
+def plain(why: str) -> str:
+    """One line without what differs between machines."""
+    why = re.sub(r" \(relative error [^)]*\)", "", " ".join(why.split()))
+    return why.removeprefix("refused: ").replace("|", "\\|")
+
+
+def page(families: Iterable[str]) -> Iterator[str]:
+    """The lines of the page."""
+    found = {family: verdicts(family) for family in sorted(families)}
+    served = {family: of for family, of in found.items() if of["serve"].is_good}
+    yield HEAD.format(version=transformers.__version__)
+    yield f"## Served: {len(served)}\n"
+    yield "| family | " + " | ".join(COLUMNS) + " |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    yield from (row(family, of) for family, of in served.items())
+    yield "\n## The text of models of text and images\n"
+    yield "What is no part of the text is left out; adapters of the text model alone fit too.\n"
+    yield "| family | " + " | ".join(COLUMNS) + " |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    yield f"\n## Refused at load: {len(found) - len(served)}\n"
+    yield "| family | why |\n|---|---|"
+    yield from (row(family, of) for family, of in found.items() if family not in served)
+
+
+def quiet() -> None:
+    """transformers and PEFT warn of much that is meant here."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    PeftModel.create_or_update_model_card = lambda self, folder: None
+
+
+if __name__ == "__main__":
+    quiet()
+    print(*page(sys.argv[1:] or FAMILIES), sep="\n")

@@ -1,0 +1,74 @@
+"""Where the parts of transformers' model are: decoder, layers, linears, and what is no text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_runtime.errors import BaseRefused
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that makes hidden states of tokens. Raises BaseRefused for a model without one.
+
+    transformers' own answer, which is a guess by names, or else what holds the input embedding.
+    """
+    embedding = model.get_input_embeddings()
+    holders = (m for m in model.modules() if any(child is embedding for child in m.children()))
+    for module in (model.get_decoder(), *holders):
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            found: nn.Module = module
+            return found
+    raise BaseRefused(
+        f"{model.config.model_type} has no decoder with a list `layers`; only decoders of causal "
+        "language models that transformers writes so are served"
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers. Raises BaseRefused for a model that has none."""
+    layers: Any = decoder_of(model).layers
+    found: nn.ModuleList = layers
+    return found
+
+
+def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every nn.Linear of the decoder, by its path from there. The output layer is none of them."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in decoder_of(model).named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
+
+
+def towers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What a model of text and images or sounds has besides its text: path → module, the outermost.
+    Empty for a model of text.
+    """
+    if model.config.get_text_config() is model.config:
+        return {}
+    needed = {decoder_of(model), model.get_output_embeddings()}
+    found: dict[str, nn.Module] = {}
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        prefix, parent = waiting.pop()
+        for name, child in parent.named_children():
+            if child in needed:
+                continue
+            if needed.isdisjoint(child.modules()):
+                found[f"{prefix}{name}"] = child
+            else:
+                waiting.append((f"{prefix}{name}.", child))
+    return found
+
+
+def drop_towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Take them out of `model`, in place, and return their paths."""
+    paths = tuple(towers(model))
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        delattr(model.get_submodule(parent), name)
+    return paths
