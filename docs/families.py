@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from tests import family_checks as checks
-from tests.families import FAMILIES, TEXT_TOWERS
+from tests.families import FAMILIES, TEXT_TOWERS, VARIANTS, is_composite, tiny_family
 from tests.family_checks import Verdict, verdict_of
 
 HEAD = """# Families of models
@@ -43,6 +43,10 @@ COLUMNS: dict[str, Callable[[str, Path], None]] = {
 
 def verdicts(family: str) -> dict[str, Verdict]:
     """Column → verdict; only the first column of a family that is refused."""
+    try:
+        tiny_family(family)
+    except Exception as error:
+        return {"serve": Verdict(False, f"no tiny model of it was made: {type(error).__name__}")}
     found = {}
     for name, check in COLUMNS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -71,20 +75,27 @@ def plain(why: str) -> str:
 
 def page(families: Iterable[str]) -> Iterator[str]:
     """The lines of the page."""
-    found = {family: verdicts(family) for family in sorted(families)}
+    found = {family: verdicts(family) for family in families}
     served = {family: of for family, of in found.items() if of["serve"].is_good}
+    composite = sorted(filter(is_composite, served))
+    text = sorted(served.keys() - set(composite))
     yield HEAD.format(version=transformers.__version__)
-    yield f"## Served: {len(served)}\n"
-    yield "| family | " + " | ".join(COLUMNS) + " |"
-    yield "|---" * (len(COLUMNS) + 1) + "|"
-    yield from (row(family, of) for family, of in served.items())
-    yield "\n## The text of models of text and images\n"
-    yield "What is no part of the text is left out; adapters of the text model alone fit too.\n"
-    yield "| family | " + " | ".join(COLUMNS) + " |"
-    yield "|---" * (len(COLUMNS) + 1) + "|"
-    yield f"\n## Refused at load: {len(found) - len(served)}\n"
+    yield f"## Served: {len(text)}\n"
+    yield from table(served, text)
+    yield "\n## Served: the text of models of text and images\n"
+    yield "Other parts are left out, with a note. An adapter of the same text model alone fits too.\n"
+    yield from table(served, composite)
+    refused = sorted(found.keys() - served.keys())
+    yield f"\n## Refused at load: {len(refused)}\n"
     yield "| family | why |\n|---|---|"
-    yield from (row(family, of) for family, of in found.items() if family not in served)
+    yield from (row(family, found[family]) for family in refused)
+
+
+def table(found: dict[str, dict[str, Verdict]], families: Iterable[str]) -> Iterator[str]:
+    """The verdicts of families that are served."""
+    yield "| family | " + " | ".join(COLUMNS) + " |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    yield from (row(family, found[family]) for family in families)
 
 
 def quiet() -> None:
@@ -96,4 +107,4 @@ def quiet() -> None:
 
 if __name__ == "__main__":
     quiet()
-    print(*page(sys.argv[1:] or FAMILIES), sep="\n")
+    print(*page(sys.argv[1:] or [*FAMILIES, *TEXT_TOWERS, *VARIANTS]), sep="\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -13,13 +13,13 @@ from lora_runtime.base.streamed_load import auto_class
 from tests.tiny import randomised
 
 VOCAB_SIZE = 300
-FAMILIES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-"""Their `model_type`s."""
 TEXT_TOWERS = [
     "gemma3", "gemma4", "glm4v", "internvl", "llava", "mistral3", "paligemma", "qwen2_vl",
     "qwen2_5_vl", "qwen3_vl", "smolvlm",
 ]  # fmt: skip
 """Models of text and images."""
+FAMILIES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in TEXT_TOWERS]
+"""The `model_type`s of the others."""
 
 SMALL: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = dict(
     ffn_dim=96, n_inner=96, ffn_hidden_size=96, d_model=64, d_ff=96, d_kv=16, num_layers=4,
     n_embd=64, n_layer=4, n_head=4, n_positions=512, embedding_size=64, decoder_layers=4,
     encoder_layers=2, decoder_attention_heads=4, encoder_attention_heads=4, decoder_ffn_dim=96,
-    encoder_ffn_dim=96, rotary_dim=8, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    encoder_ffn_dim=96, rotary_dim=8,
     # Latent attention.
     kv_lora_rank=24, q_lora_rank=32, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16,
     # Experts.
@@ -48,6 +48,9 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 """Sizes by the names that configs have for them; a config is given those that it knows."""
 
+_MROPE = dict(
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+)
 _GEMMA4 = dict(
     num_hidden_layers=6, num_key_value_heads=1, global_head_dim=32, num_kv_shared_layers=2,
     layer_types=["sliding_attention", "full_attention"] * 3, hidden_size_per_layer_input=8,
@@ -56,19 +59,70 @@ _GEMMA4 = dict(
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": dict(logit_scale=0.5),
     "cohere2": dict(logit_scale=0.5),
+    "cohere_compass_text": dict(
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        }
+    ),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0)),
+    "dots1": dict(n_shared_experts=1),
     "falcon": dict(head_dim=None),
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "mamba2": dict(num_heads=8, head_dim=16),
-    "minicpm3": dict(head_dim=None),
-    "mpt": dict(attn_pdrop=None, resid_pdrop=None),
+    "glm4v_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
     "xlstm": dict(v_head_dim=None, num_heads=4),
-    "youtu": dict(head_dim=None),
     "zaya": dict(num_experts_per_tok=1),
 }
 """What a family needs besides, for a model that has all of its parts; None: not to be given."""
+def _rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **options}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama (linear)": ("llama", dict(rope_parameters=_rope("linear", factor=4.0))),
+    "llama (dynamic)": ("llama", dict(rope_parameters=_rope("dynamic", factor=4.0))),
+    "llama (yarn)": (
+        "llama",
+        dict(rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    ),
+    "llama (llama3)": (
+        "llama",
+        dict(
+            rope_parameters=_rope(
+                "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            )
+        ),
+    ),
+    "phi3 (longrope)": (
+        "phi3",
+        dict(
+            original_max_position_embeddings=64,
+            rope_parameters=_rope(
+                "longrope", short_factor=[1.0 + 0.1 * i for i in range(8)],
+                long_factor=[2.0 + 0.5 * i for i in range(8)], partial_rotary_factor=1.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
+    "glm (half rotated)": ("glm", dict(rope_parameters=_rope("default", partial_rotary_factor=0.5))),
+    "gemma3_text (linear)": (
+        "gemma3_text",
+        dict(
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters={
+                "sliding_attention": _rope("default"),
+                "full_attention": _rope("linear", factor=8.0),
+            },
+        ),
+    ),
     "deepseek_v2 (dense)": ("deepseek_v2", dict(first_k_dense_replace=4)),
     "deepseek_v3 (dense)": ("deepseek_v3", dict(first_k_dense_replace=4)),
     "gemma4_text (K is V)": (
@@ -92,14 +146,26 @@ def tiny_config(family: str) -> PreTrainedConfig:
     return _config_of(CONFIG_MAPPING[model_type], options)
 
 
+def is_composite(family: str) -> bool:
+    """True for a model that has other parts than its text."""
+    config = tiny_config(family)
+    return config.get_text_config() is not config
+
+
 def _config_of(kind: Any, changes: dict[str, Any]) -> PreTrainedConfig:
     known = kind()
     options = {name: value for name, value in SMALL.items() if _knows(known, name)}
+    kinds = list(dict.fromkeys(getattr(known, "layer_types", None) or ()))
+    if len(kinds) > 1 and not isinstance(getattr(kind, "layer_types", None), property):
+        options["layer_types"] = (4 * kinds)[: options["num_hidden_layers"]]
+    if "kv_lora_rank" in options:  # latent attention: every head has keys of its own, half rotated
+        options |= {"num_key_value_heads": options["num_attention_heads"], "head_dim": 8}
     options |= SPECIAL.get(kind.model_type, {}) | changes
-    for name in getattr(kind, "sub_configs", {}):
+    for name, declared in getattr(kind, "sub_configs", {}).items():
         part = getattr(known, name, None)
-        if isinstance(part, PreTrainedConfig):
-            options[name] = _config_of(type(part), {}).to_dict()
+        made_by = type(part) if isinstance(part, PreTrainedConfig) else declared
+        if made_by is not AutoConfig:
+            options.setdefault(name, _config_of(made_by, {}).to_dict())
     return kind(**{name: value for name, value in options.items() if value is not None})
 
 

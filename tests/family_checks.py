@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.base.dense_checkpoint import dense_tensors
 from lora_runtime.base.loader import Base, prepare_base
 from lora_runtime.base.model.parts import decoder_layers
+from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.recompute import recomputed
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import AdapterRefused, BaseRefused
@@ -33,7 +36,7 @@ from tests.lora_runtime.training.tiny_runs import (
     randomise,
 )
 from tests.lora_runtime.training.trained_variants import mean_loss
-from tests.peft_adapters import load_in_peft, write_adapter
+from tests.peft_adapters import load_in_peft, random_adapter
 
 TOLERANCE = 2e-4
 LEAST_EFFECT = 0.5
@@ -53,6 +56,8 @@ class Verdict:
 
     is_good: bool
     why: str = ""
+    has_nothing: bool = False
+    """There is nothing that could be done."""
 
     @property
     def is_refused(self) -> bool:
@@ -66,6 +71,8 @@ def verdict_of(check: Callable[[], None]) -> Verdict:
     """GOOD if `check` returns; refusals of a typed error are told apart from all else."""
     try:
         check()
+    except NoExperts:
+        return Verdict(False, "–", has_nothing=True)
     except (BaseRefused, AdapterRefused) as error:
         return Verdict(False, f"refused: {error}")
     except Exception as error:
@@ -79,21 +86,38 @@ def base_of(model: PreTrainedModel, quantization: str) -> Base:
 
 
 def twin_of(family: str, base: Base) -> PreTrainedModel:
-    """The untouched model with the base's dequantised weights."""
+    """The untouched model with the base's dequantised weights.
+
+    The frequencies of `longrope` are those of the longest row, as everywhere in the base:
+    transformers takes others for a row that is short.
+    """
     twin = tiny_family(family)
-    with torch.no_grad():
-        for path in base.spec.linears:
-            values = base.model.get_submodule(path).linear.weight_values()
-            twin.get_submodule(path).weight.copy_(values)
+    if "longrope" in str(twin.config):
+        fix_rotary(twin, base.spec.max_model_len)
+    if base.spec.quantization != "none":
+        twin.load_state_dict(dict(dense_tensors(base)), strict=False)
     return twin
 
 
 def targets_of(model: PreTrainedModel, base: Base) -> dict[str, Any]:
-    """Every linear layer, by PEFT's own word for it; of a model that is not text alone, each by
-    its path, as its other parts have some too.
+    """Every linear layer, by PEFT's own word for it. Each by its path in a model that has other
+    parts than its text, or experts: PEFT's word means those as well; and it takes names like
+    gate_proj for those of experts.
     """
-    is_text = model.config.get_text_config() is model.config
-    return {} if is_text else {"target_modules": sorted(base.spec.linears)}
+    facts = model.config.to_dict()
+    linears = [p for p in base.spec.linears if type(model.get_submodule(p)) is nn.Linear]
+    if any("expert" in key for key in facts):
+        linears = [path for path in linears if not path.endswith(("gate_proj", "up_proj", "down_proj"))]
+    elif "text_config" not in facts:
+        return {}
+    return {"target_modules": sorted(linears)}
+
+
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    model.config.dtype = torch.float64
+    return model
 
 
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -113,12 +137,12 @@ def serves(
     base = base_of(tiny_family(family), quantization)
     twin = twin_of(family, base)
     targets = targets_of(twin, base)
-    folders = [
-        write_adapter(twin, folder / name, seed=seed, **{**targets, **options})
-        for seed, (name, options) in enumerate(adapters.items())
-    ]
+    oracles = [twin]
+    for seed, (name, options) in enumerate(adapters.items()):
+        oracles.append(random_adapter(twin, seed=seed, **{**targets, **options}))
+        oracles[-1].save_pretrained(folder / name)
     engine = tiny_engine(base, pool_bytes=8 << 20)
-    forms = [load_adapter(one, base.spec, base.weights) for one in folders]
+    forms = [load_adapter(folder / name, base.spec, base.weights) for name in adapters]
     for form in forms:
         engine.add_adapter(form)
     digests = [None, *(form.digest for form in forms)]
@@ -127,7 +151,6 @@ def serves(
         for i, (prompt, digest) in enumerate(zip(prompts(), digests, strict=False))
     ]
     traces = run(engine, rows)
-    oracles = [twin, *(load_in_peft(twin, one) for one in folders)]
     for i, (row, oracle) in enumerate(zip(rows, oracles, strict=True)):
         assert traces[str(i)].error is None, traces[str(i)].error
         same_as(oracle, list(row.prompt_token_ids), traces[str(i)], None if i == 0 else twin)
@@ -147,13 +170,13 @@ def same_as(oracle, prompt: list[int], trace, base=None) -> None:
 def serves_a_prefix(family: str, folder: Path) -> None:
     """A second request with the first's prompt computes its last block only, to the same logits."""
     base = base_of(tiny_family(family), "none")
-    twin = tiny_family(family)
-    own = write_adapter(twin, folder / "lora", seed=1, **targets_of(twin, base))
+    twin = twin_of(family, base)
+    oracle = random_adapter(twin, seed=1, **targets_of(twin, base))
+    oracle.save_pretrained(folder)
     engine = tiny_engine(base, pool_bytes=8 << 20)
-    form = load_adapter(own, base.spec, base.weights)
+    form = load_adapter(folder, base.spec, base.weights)
     engine.add_adapter(form)
     (shared,) = prompts((32,))
-    oracle = load_in_peft(twin, own)
     for name, ending in (("first", [7, 9]), ("second", [8, 11, 4])):
         prompt = [*shared, *ending]
         trace = run(engine, [greedy(name, prompt, form.digest, 4)])[name]
@@ -162,18 +185,25 @@ def serves_a_prefix(family: str, folder: Path) -> None:
 
 
 def trains(family: str, folder: Path) -> None:
-    """The gradients of every module's A and B are PEFT's, and layers may be computed again."""
-    base = base_of(tiny_family(family), "none")
+    """The gradients of every module's A and B are PEFT's, and layers may be computed again.
+
+    In float64: an activation with a step in its slope makes rounding visible in gradients.
+    """
+    base = base_of(in_double(tiny_family(family)), "none")
+    twin = in_double(twin_of(family, base))
+    targets = {name: tuple(paths) for name, paths in targets_of(twin, base).items()}
     config = UnitConfig(
         name="unit", data=ragged_data(folder / "data.jsonl", 4), rank=4, alpha=6.0, warmup=0,
-        adapter_dtype="float32",
+        adapter_dtype="float32", **targets,
     )  # fmt: skip
     unit = make_unit(base, make_tokenizer(folder / "tokenizer"), config)
     randomise(unit)
     adapter_files(config, base.spec, unit.modules, {}).write(folder / "unit")
-    oracle = load_in_peft(tiny_family(family), folder / "unit")
+    oracle = load_in_peft(twin, folder / "unit")
     examples = unit.next_micro_batches()[0]
-    mean_loss(lambda ids: oracle_with_gradients(oracle)(ids[None]).logits[0], examples).backward()
+    for name, parameter in oracle.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    mean_loss(lambda ids: oracle(ids[None]).logits[0], examples).backward()
     for each in (base, recomputed(base)):
         for parameter in unit.parameters:
             parameter.grad = None
@@ -185,12 +215,6 @@ def trains(family: str, folder: Path) -> None:
                 expected = layer["default"].weight.grad
                 error = float((ours.grad - expected).norm() / expected.norm())
                 assert error <= 1e-4, f"the gradient of {path} differs by {error:.2g}"
-
-
-def oracle_with_gradients(oracle):
-    for name, parameter in oracle.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return oracle
 
 
 def serves_experts(family: str, folder: Path) -> None:

@@ -179,7 +179,8 @@ def prepare_base(
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
-    _refuse_unsupported(model)
+    with refusing_errors(model, "looking at its parts"):
+        _refuse_unsupported(model)
     place(model, device)
     with refusing_errors(model, "fixing its rotary frequencies"):
         fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
@@ -280,6 +281,12 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
                     "adapters cannot act on; mixture-of-experts and convolutional layers are not "
                     "served"
                 )
+    for path, module in decoder_of(model).named_modules():
+        if path and isinstance(module, PreTrainedModel):
+            raise BaseRefused(
+                f"the decoder of {kind} holds another model, {path} ({type(module).__name__}); "
+                "text alone cannot be told from it"
+            )
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         raise BaseRefused(f"{kind} does not say max_position_embeddings, the longest row it takes")
@@ -288,11 +295,10 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
 
 def _refuse_ends(model: PreTrainedModel, kind: str, shape: tuple[int, int]) -> None:
     """Raise BaseRefused unless embedding and output layer are plain, their weights of `shape`."""
-    with refusing_errors(model, "looking for its embedding and output layer"):
-        ends = {
-            "embedding": (model.get_input_embeddings(), nn.Embedding),
-            "output layer": (model.get_output_embeddings(), nn.Linear),
-        }
+    ends = {
+        "embedding": (model.get_input_embeddings(), nn.Embedding),
+        "output layer": (model.get_output_embeddings(), nn.Linear),
+    }
     for name, (module, plain) in ends.items():
         if not isinstance(module, plain):
             raise BaseRefused(

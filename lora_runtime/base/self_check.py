@@ -140,8 +140,8 @@ def compare(model: PreTrainedModel, found: list[Tensor], original: list[Tensor])
             raise BaseRefused(
                 f"{model.config.model_type} does not give its own logits with our attention and "
                 f"linear layers (relative error {error:.2g} on a row of {SELF_CHECK_LENGTHS[row]} "
-                "tokens): something other than causal attention carries values from token to "
-                "token; this architecture is not served"
+                "tokens): it tells tokens' places, or brings values from one to another, by other "
+                "means than position_ids and causal attention; this architecture is not served"
             )
 
 
@@ -261,11 +261,26 @@ Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def observed_mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Visible, **options: Any
 ) -> Tensor:
-    """Stands for a mask of transformers: carries the rule by which it would have been made."""
-    device = options.get("device")
-    mask: Any = torch.zeros(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
-    mask.visible = mask_function
-    return mask  # type: ignore[no-any-return]
+    """Stands for a mask of transformers."""
+    shape = batch_size, 1, q_length, kv_length
+    mask = torch.zeros(shape, dtype=torch.bool, device=options.get("device"))
+    return RuleMask.of(mask, mask_function)
+
+
+class RuleMask(Tensor):
+    """A mask with the rule by which it would have been made; slices of all of it keep the rule."""
+
+    visible: Visible | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor, visible: Visible | None) -> RuleMask:
+        made: RuleMask = mask.as_subclass(cls)
+        made.visible = visible
+        return made
+
+    def __getitem__(self, index: Any) -> Tensor:
+        part = super().__getitem__(index)
+        return RuleMask.of(part, self.visible) if part.shape == self.shape else part
 
 
 def _check_mask(
@@ -275,12 +290,12 @@ def _check_mask(
 
     Asked at any place up to the longest row, as a window or a chunk may be longer than a short row.
     """
-    rule: Visible | None = getattr(mask, "visible", None)
-    if rule is None:
+    if getattr(mask, "visible", None) is None:
         raise attention.refused(layer, "makes an attention mask of its own")
     query, key = _places(attention.max_model_len, window)
     zero = torch.zeros((), dtype=torch.int64)
-    seen = rule(zero, zero, query, key)
+    rule: Any = mask
+    seen = rule.visible(zero, zero, query, key)
     ours = key <= query if window is None else (key <= query) & (query - key < window)
     wrong = seen != ours
     if wrong.any():

@@ -89,7 +89,9 @@ def _files(
     """
     targets = config.target_modules
     if targets == "all-linear":
-        targets = tuple({path.rpartition(".")[2] for path in base.linears})
+        # A module of a list is named by its place, as layers are: its path alone means only it.
+        names = {path: path.rpartition(".")[2] for path in base.linears}
+        targets = tuple({path if name.isdecimal() else name for path, name in names.items()})
     alpha_growth = math.sqrt(growth) if config.has_root_scaling else growth
     files = peft_files(
         rank=growth * config.rank,

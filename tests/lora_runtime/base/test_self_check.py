@@ -80,7 +80,7 @@ def test_a_value_that_goes_from_token_to_token_beside_attention_is_found(monkeyp
         return forward(self, x + 0.5 * before)
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", shifted)
-    with pytest.raises(BaseRefused, match="carries values from token to token"):
+    with pytest.raises(BaseRefused, match="brings values from one to another"):
         prepared(tiny_model("llama"))
 
 
