@@ -21,9 +21,9 @@ HEAD = """# Families of models
 
 Written by `make families`, which makes a tiny random model of every causal language model that
 transformers {version} has, and does all of this with it; not edited by hand. *yes*: float32 logits
-within 2e-4 of PEFT's, and PEFT's tokens or gradients. A family is served by what its model is, never
-by its name: one that is missing here is tried in the same way when it is loaded, before it is
-quantised, and either gives its own logits or is refused.
+within 2e-4 of PEFT's, and PEFT's tokens or gradients. A family is served by what its model is, not
+by its name: one that is missing here is tried when it is loaded, before it is quantised, and either
+gives its own logits or is refused.
 
 - **serve**: a base row, LoRA, DoRA and rsLoRA of three ranks on every linear layer, in one batch.
 - **train**: the gradients of every factor, with and without activation checkpointing.
@@ -83,7 +83,7 @@ def page(families: Iterable[str]) -> Iterator[str]:
     yield f"## Served: {len(text)}\n"
     yield from table(served, text)
     yield "\n## Served: the text of models of text and images\n"
-    yield "Other parts are left out, with a note. An adapter of the same text model alone fits too.\n"
+    yield "Other parts are left out, with a note. Adapters of the same text model alone fit too.\n"
     yield from table(served, composite)
     refused = sorted(found.keys() - served.keys())
     yield f"\n## Refused at load: {len(refused)}\n"

@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = dict(
     # Of single families.
     query_pre_attn_scalar=16, vocab_size_per_layer_input=VOCAB_SIZE, hidden_size_per_layer_input=8,
     global_head_dim=32, num_kv_shared_layers=2, use_double_wide_mlp=True, laurel_rank=8,
+    encoder_hash_byte_group_vocab=50,
 )  # fmt: skip
 """Sizes by the names that configs have for them; a config is given those that it knows."""
 
@@ -76,11 +77,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=8, head_dim=16),
     "glm4v_text": _MROPE,
     "qwen2_vl_text": _MROPE,
+    "qwen2_vl_vision": dict(embed_dim=32, depth=1, num_heads=2),
+    "recurrent_gemma": dict(layer_types=None),
     "qwen2_5_vl_text": _MROPE,
     "xlstm": dict(v_head_dim=None, num_heads=4),
     "zaya": dict(num_experts_per_tok=1),
 }
 """What a family needs besides, for a model that has all of its parts; None: not to be given."""
+
+
 def _rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, **options}
 
@@ -112,7 +117,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         ),
     ),
-    "glm (half rotated)": ("glm", dict(rope_parameters=_rope("default", partial_rotary_factor=0.5))),
+    "glm (a quarter rotated)": (
+        "glm",
+        dict(rope_parameters=_rope("default", partial_rotary_factor=0.25)),
+    ),
     "gemma3_text (linear)": (
         "gemma3_text",
         dict(

@@ -107,7 +107,9 @@ def targets_of(model: PreTrainedModel, base: Base) -> dict[str, Any]:
     facts = model.config.to_dict()
     linears = [p for p in base.spec.linears if type(model.get_submodule(p)) is nn.Linear]
     if any("expert" in key for key in facts):
-        linears = [path for path in linears if not path.endswith(("gate_proj", "up_proj", "down_proj"))]
+        linears = [
+            path for path in linears if not path.endswith(("gate_proj", "up_proj", "down_proj"))
+        ]
     elif "text_config" not in facts:
         return {}
     return {"target_modules": sorted(linears)}

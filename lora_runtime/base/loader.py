@@ -36,6 +36,7 @@ from lora_runtime.base.model.parts import (
     decoder_of,
     drop_towers,
     inner_linears,
+    set_attention,
 )
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
 from lora_runtime.base.model.reordered_model import LayerSteps, reordering
@@ -193,7 +194,7 @@ def prepare_base(
     linears = _replace_linears(model, context)
     with visiting([adapted.linear for adapted in linears.values()], device, dtype):
         found, observed = observe(model)
-        model.set_attn_implementation(attention.NAME)
+        set_attention(model, attention.NAME)
         fuse_modules(model)
         self_check(model, original, observed)
     on_progress(f"freezing the linear layers ({config.quantization})")
@@ -295,7 +296,7 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
 
 def _refuse_ends(model: PreTrainedModel, kind: str, shape: tuple[int, int]) -> None:
     """Raise BaseRefused unless embedding and output layer are plain, their weights of `shape`."""
-    ends = {
+    ends: dict[str, tuple[Any, Any]] = {
         "embedding": (model.get_input_embeddings(), nn.Embedding),
         "output layer": (model.get_output_embeddings(), nn.Linear),
     }

@@ -49,7 +49,8 @@ def recomputed(base: Base) -> Base:
 
     Weights and context are shared; the given base is not changed.
     """
-    model, decoder = base.model, decoder_of(base.model)
+    model = base.model
+    decoder: Any = decoder_of(model)
     lighter = shallow_copy(decoder)
     lighter.layers = nn.ModuleList(RecomputedLayer(layer, base.context) for layer in decoder.layers)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

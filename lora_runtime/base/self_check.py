@@ -27,7 +27,7 @@ from lora_runtime.base.model.attention import (
 )
 from lora_runtime.base.model.handing_on import hand_on_attention
 from lora_runtime.base.model.head_model import head_model
-from lora_runtime.base.model.parts import decoder_layers, decoder_of
+from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attention
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import AttentionMeta
@@ -95,7 +95,7 @@ def observe(model: PreTrainedModel) -> tuple[Findings, ObservedAttention]:
     """
     attention = ObservedAttention(model)
     row = _check_rows(model)[1][:FIRST_PIECE]
-    model.set_attn_implementation(OBSERVED)
+    set_attention(model, OBSERVED)
     running = _running.set(attention)
     try:
         with _layer_calls(model) as calls, refusing_errors(model, "a forward with our attention"):
@@ -109,9 +109,7 @@ def observe(model: PreTrainedModel) -> tuple[Findings, ObservedAttention]:
 
 
 @torch.no_grad()
-def self_check(
-    model: PreTrainedModel, original: list[Tensor], observed: ObservedAttention
-) -> None:
+def self_check(model: PreTrainedModel, original: list[Tensor], observed: ObservedAttention) -> None:
     """Run the short row beside the rest of the long one, through all replaced modules.
 
     Raises BaseRefused if the logits of either differ from `original`, where each ran alone.
@@ -283,9 +281,7 @@ class RuleMask(Tensor):
         return RuleMask.of(part, self.visible) if part.shape == self.shape else part
 
 
-def _check_mask(
-    mask: Tensor, layer: int, window: int | None, attention: ObservedAttention
-) -> None:
+def _check_mask(mask: Tensor, layer: int, window: int | None, attention: ObservedAttention) -> None:
     """Raise BaseRefused unless transformers' rule is: own and earlier tokens, the last `window`.
 
     Asked at any place up to the longest row, as a window or a chunk may be longer than a short row.
@@ -329,7 +325,9 @@ AttentionInterface.register(OBSERVED, observed_attention)
 AttentionMaskInterface.register(OBSERVED, observed_mask)
 
 
-def _hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Any) -> Tensor:
+def _hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Any
+) -> Tensor:
     """As `Base.hidden_states`: (T, H)."""
     decoder: Any = decoder_of(model)
     out = decoder(

@@ -74,8 +74,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
         if type(config) in kind._model_mapping:
             return kind
     raise BaseRefused(
-        f"{config.model_type} is no language model in transformers {transformers.__version__}; only "
-        "models that give logits of the next token are served"
+        f"{config.model_type} is no language model in transformers {transformers.__version__}; "
+        "only models that give logits of the next token are served"
     )
 
 

@@ -79,7 +79,7 @@ def sites_of(
     if layer_map is None:
         return tuple(Site(path, 0, names[path]) for path in base.shapes)
     inside: dict[int, list[str]] = {}
-    outside = []
+    outside: list[str] = []
     for path in base.linears:
         layer = _layer_index(path)
         (outside if layer is None else inside.setdefault(layer, [])).append(path)

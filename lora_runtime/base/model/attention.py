@@ -6,8 +6,6 @@ and values are kept. Serving reads and writes the paged cache; training has whol
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
@@ -64,7 +62,8 @@ def loramux_attention(
     attention: Attention | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key (1, H, T, D), value (1, H, T, E) → (1, T, H, E).
+    """transformers' attention interface: query, key (1, H, T, D), value (1, H, T, E) →
+    (1, T, H, E).
 
     Where keys and values differ in size, as in latent attention, the smaller are padded with zeros,
     which changes no score and no sum. Without `scaling`, scores are divided by √D.
@@ -144,9 +143,9 @@ class KVCache:
         tokens = 2 * keys.numel() // layout.values_per_token
         self.num_cache_slots = tokens
         """Number of cache slots of each layer; a slot holds one token's keys and values."""
-        ends = accumulate((tokens * shape.size for shape in layout.shapes), initial=0)
+        ends = list(accumulate((tokens * shape.size for shape in layout.shapes), initial=0))
         kept = [
-            tuple(whole[start:end].view(tokens, *shape) for whole in (keys, values))
+            (keys[start:end].view(tokens, *shape), values[start:end].view(tokens, *shape))
             for (start, end), shape in zip(pairwise(ends), layout.shapes, strict=True)
         ]
         self._layers = [kept[index] for index in layout.kept_by]
@@ -155,8 +154,8 @@ class KVCache:
     @classmethod
     def allocate(cls, layout: KVLayout, num_cache_slots: int, like: Tensor) -> KVCache:
         num_bytes = num_cache_slots * layout.values_per_token // 2 * like.dtype.itemsize
-        memory = [huge_pages.zeros(num_bytes, like.device) for _ in range(2)]
-        return cls(*(part.view(like.dtype) for part in memory), layout)
+        keys, values = (huge_pages.zeros(num_bytes, like.device) for _ in range(2))
+        return cls(keys.view(like.dtype), values.view(like.dtype), layout)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values (num_cache_slots, G, D) that layer `index` reads."""

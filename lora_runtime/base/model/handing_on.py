@@ -34,7 +34,8 @@ def hand_on_attention(layers: nn.ModuleList, attending: Collection[nn.Module]) -
     for layer in layers:
         paths = [path for path, module in layer.named_modules() if module in attending]
         if paths:
-            layer.__class__ = _handing_on(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _handing_on(kind)
             layer.attends_in = tuple(paths)
 
 

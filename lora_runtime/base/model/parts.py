@@ -27,6 +27,12 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     )
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let the decoder attend by the function that transformers knows under `name`."""
+    decoder: Any = decoder_of(model)
+    (decoder if isinstance(decoder, PreTrainedModel) else model).set_attn_implementation(name)
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers. Raises BaseRefused for a model that has none."""
     layers: Any = decoder_of(model).layers
