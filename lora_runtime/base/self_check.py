@@ -203,6 +203,7 @@ class ObservedAttention:
         return cache
 
     def refused(self, layer: int, reason: str) -> BaseRefused:
+        """The error for a layer that does what `reason` says."""
         kind = type(self.layers[layer]).__name__ if layer < len(self.layers) else "a layer"
         return BaseRefused(
             f"{self.model_type} cannot be served: layer {layer} ({kind}) {reason}; each decoder "
@@ -368,7 +369,10 @@ def _layer_calls(model: PreTrainedModel) -> Iterator[list[tuple[tuple[Any, ...],
             hook.remove()
 
 
-KNOWN_TENSORS = {"hidden_states", "position_embeddings", "position_ids", "attention_mask"}
+KNOWN_TENSORS = {
+    "attention_mask", "cache_position", "hidden_states", "position_embeddings", "position_ids",
+}  # fmt: skip
+"""What a decoder may give its layers of each token in a model whose layers run in any order."""
 
 
 def _is_plain_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
