@@ -46,6 +46,9 @@ ADAPTERS = {
     "rslora": dict(r=12, lora_alpha=8, use_rslora=True),
 }
 """Every row of the mixed batch but the base's."""
+STEPPED = ("apertus",)
+"""Families with a step in the slope of their activation, at 0: in float32 a rounding moves values
+across it, and gradients differ by 0.3 %. They are compared in float64."""
 LENGTHS = (27, 5, 40, 13)
 """Of the prompts: the base's first. Beyond a step's 32 tokens, and beyond a window of 20."""
 
@@ -187,12 +190,10 @@ def serves_a_prefix(family: str, folder: Path) -> None:
 
 
 def trains(family: str, folder: Path) -> None:
-    """The gradients of every module's A and B are PEFT's, and layers may be computed again.
-
-    In float64: an activation with a step in its slope makes rounding visible in gradients.
-    """
-    base = base_of(in_double(tiny_family(family)), "none")
-    twin = in_double(twin_of(family, base))
+    """The gradients of every module's A and B are PEFT's, and layers may be computed again."""
+    exact = in_double if family in STEPPED else lambda model: model
+    base = base_of(exact(tiny_family(family)), "none")
+    twin = exact(twin_of(family, base))
     targets = {name: tuple(paths) for name, paths in targets_of(twin, base).items()}
     config = UnitConfig(
         name="unit", data=ragged_data(folder / "data.jsonl", 4), rank=4, alpha=6.0, warmup=0,

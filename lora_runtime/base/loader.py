@@ -180,23 +180,8 @@ def prepare_base(
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
-    with refusing_errors(model, "looking at its parts"):
-        _refuse_unsupported(model)
-    place(model, device)
-    with refusing_errors(model, "fixing its rotary frequencies"):
-        fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
-    on_progress("checking against the original model")
-    with visiting(inner_linears(model).values(), device, dtype):
-        original = original_logits(model)
-    if dropped := drop_towers(model):
-        on_progress(f"serving its text only; left out: {', '.join(dropped)}")
     context = StepContext()
-    linears = _replace_linears(model, context)
-    with visiting([adapted.linear for adapted in linears.values()], device, dtype):
-        found, observed = observe(model)
-        set_attention(model, attention.NAME)
-        fuse_modules(model)
-        self_check(model, original, observed)
+    linears, found = _operate(model, context, device, dtype, on_progress)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
@@ -221,6 +206,36 @@ def prepare_base(
         device=model.device,
         dtype=model.dtype,
     )
+
+
+def _operate(
+    model: PreTrainedModel,
+    context: StepContext,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+) -> tuple[dict[str, AdaptedLinear], Findings]:
+    """Change the model's modules in place, nothing quantised yet, and see that it is still itself.
+
+    Returns path → linear layer, and what was found out about the model. Raises BaseRefused.
+    """
+    with refusing_errors(model, "looking at its parts"):
+        _refuse_unsupported(model)
+    place(model, device)
+    with refusing_errors(model, "fixing its rotary frequencies"):
+        fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
+    on_progress("checking against the original model")
+    with visiting(inner_linears(model).values(), device, dtype):
+        original = original_logits(model)
+    if dropped := drop_towers(model):
+        on_progress(f"serving its text only; left out: {', '.join(dropped)}")
+    linears = _replace_linears(model, context)
+    with visiting([adapted.linear for adapted in linears.values()], device, dtype):
+        found, observed = observe(model)
+        set_attention(model, attention.NAME)
+        fuse_modules(model)
+        self_check(model, original, observed)
+    return linears, found
 
 
 def _spec(
