@@ -1,4 +1,11 @@
-"""Checks that a model with replaced modules gives the logits it gave before; not yet quantised.
+"""Whether a model can be served, found by running it: before it is quantised, in every part that a
+family may do in its own way.
+
+Nothing here knows families by name. A model is served if its layers attend through transformers'
+attention interface, each once, as our attention can, or are recurrent layers that we have replaced;
+and if two rows in one batch, one of them in two pieces over a cache, get the logits that the
+untouched model gives each alone. What carries something else from token to token, a recurrent state
+that is not known, a convolution, positions of its own, cannot.
 
 A mixture's router turns a difference of rounding into another expert where two are nearly as good.
 So its logits are compared as the model's are, and behind it both go the way of the original.
@@ -15,20 +22,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_runtime.base.model.attention import KVLayout
 from lora_runtime.base.model.experts import AdaptedRouter, routers
-from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
+from lora_runtime.base.model.handing_on import hand_on_attention
+from lora_runtime.base.model.head_model import head_model
+from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attention
+from lora_runtime.base.observed_attention import OBSERVED, ObservedAttention, observing
 from lora_runtime.errors import BaseRefused
 
 SELF_CHECK_LENGTHS = (5, 23)
+FIRST_PIECE = 22
+"""Tokens of the second row that run before the others. One is left: whatever a layer brings to it
+from those before, but by what we keep of them, is missing in its logits."""
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
 """The largest logit difference that is accepted, relative to the largest logit."""
 
 
-def _check_rows(model: PreTrainedModel) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    rows = [torch.randint(vocab_size, (n,), generator=generator) for n in SELF_CHECK_LENGTHS]
-    return [row.to(model.device) for row in rows]
+class Findings(NamedTuple):
+    """What the check has seen of a model."""
+
+    layout: KVLayout
+    can_reorder: bool
+    """True when its layers could run in another order: they are alike, carry no state, and are
+    given nothing of each token that is not known to us."""
 
 
 class Original(NamedTuple):
@@ -42,6 +58,27 @@ class Original(NamedTuple):
     routed: list[tuple[Tensor, ...]]
 
 
+@contextmanager
+def refusing_errors(model: PreTrainedModel, doing: str) -> Iterator[None]:
+    """Turn whatever transformers' code raises inside into BaseRefused, memory errors apart."""
+    try:
+        yield
+    except (BaseRefused, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise BaseRefused(
+            f"{model.config.model_type} cannot be served: {doing} failed with "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
+
+
+def _check_rows(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    rows = [torch.randint(vocab_size, (n,), generator=generator) for n in SELF_CHECK_LENGTHS]
+    return [row.to(model.device) for row in rows]
+
+
 @torch.no_grad()
 def original_logits(model: PreTrainedModel) -> Original:
     """Run each row alone."""
@@ -50,7 +87,8 @@ def original_logits(model: PreTrainedModel) -> Original:
     for row in _check_rows(model):
         routed.append([])
         hooked = _hooked(routers(model).values(), lambda found: routed[-1].append(found))
-        with _without_advice(), hooked:
+        doing = refusing_errors(model, "transformers' own forward of a few tokens")
+        with _without_advice(), hooked, doing:
             logits.append(model(row[None], use_cache=False).logits[0, -1])
     of_router = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*routed, strict=True)]
     return Original(logits, of_router)
@@ -85,42 +123,135 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any], Any]) -> Iterato
 
 
 @torch.no_grad()
-def self_check(model: PreTrainedModel, original: Original) -> None:
-    """Run a short row beside a long one through the replaced modules.
+def observe(model: PreTrainedModel, original: Original) -> tuple[Findings, ObservedAttention]:
+    """Run the first piece of the longer row, and look at how every layer attends and is called.
+
+    The attention holds what the cache then has. Raises BaseRefused for what our attention cannot
+    do.
+    """
+    attention = ObservedAttention(model, FIRST_PIECE)
+    short, long = _check_rows(model)
+    positions = torch.arange(FIRST_PIECE, device=model.device)
+    set_attention(model, OBSERVED)
+    with (
+        observing(attention),
+        _layer_calls(model) as calls,
+        _routed_as(model, original, len(short) + positions),
+        refusing_errors(model, "a forward with our attention"),
+    ):
+        _hidden_states(model, long[:FIRST_PIECE], positions, attention)
+    hand_on_attention(attention.layers, attention.not_handed)
+    layout = attention.layout()
+    is_alike = layout.is_uniform and attention.states is None
+    return Findings(layout, is_alike and all(map(_is_plain_call, calls))), attention
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel, original: Original, observed: ObservedAttention) -> None:
+    """Run the short row beside the end of the long one, through all replaced modules.
 
     Raises BaseRefused if the logits of either differ from `original`, where each ran alone.
     """
-    rows = _check_rows(model)
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    short, long = _check_rows(model)
+    ids = torch.cat([short, long[FIRST_PIECE:]])
+    positions = [torch.arange(len(short)), torch.arange(FIRST_PIECE, len(long))]
+    tokens = torch.cat([positions[0], len(short) + positions[1]])
+    with (
+        refusing_errors(model, "a batch of two rows over a cache"),
+        _routed_as(model, original, tokens),
+    ):
+        attention = observed.followed_by(positions)
+        states = _hidden_states(model, ids, torch.cat(positions).to(model.device), attention)
+        ends = [len(short) - 1, len(ids) - 1]
+        found = head_model(model)(inputs_embeds=states[None, ends], use_cache=False).logits[0]
+    compare(model, list(found), original.logits)
+
+
+@contextmanager
+def _routed_as(model: PreTrainedModel, original: Original, tokens: Tensor) -> Iterator[None]:
+    """Let routers give what the original's gave of `tokens` (n,), which are numbered over all rows.
+
+    Raises BaseRefused if their own logits differ.
+    """
     choices = iter(original.routed)
 
     def route(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         theirs = next(choices)
-        _compare(model, found[0], theirs[0], float(theirs[0].abs().max()), "a router")
+        scale = float(theirs[0].abs().max())
+        theirs = tuple(part[tokens.to(part.device)] for part in theirs)
+        _check_close(model, found[0], theirs[0], scale, "a router")
         return theirs
 
     ours = [module for module in model.modules() if isinstance(module, AdaptedRouter)]
     with _hooked(ours, route):
-        out = model(
-            torch.cat(rows)[None],
-            position_ids=torch.cat([torch.arange(len(r), device=model.device) for r in rows])[None],
-            use_cache=False,
-            attention=VarlenAttention([RowLengths(lengths.tolist())], model.device),
-            logits_to_keep=lengths.cumsum(0) - 1,
-        )
-    scale = max(float(logits.abs().max()) for logits in original.logits)
-    for row, logits in enumerate(original.logits):
+        yield
+
+
+def compare(model: PreTrainedModel, found: list[Tensor], original: list[Tensor]) -> None:
+    """Raise BaseRefused if the logits (vocab,) of a row are not the original's."""
+    scale = max(float(logits.abs().max()) for logits in original)
+    for row, (logits, expected) in enumerate(zip(found, original, strict=True)):
         where = f"a row of {SELF_CHECK_LENGTHS[row]} tokens"
-        _compare(model, out.logits[0, row], logits, scale, where)
+        _check_close(model, logits, expected, scale, where)
 
 
-def _compare(
+def _check_close(
     model: PreTrainedModel, ours: Tensor, theirs: Tensor, scale: float, where: str
 ) -> None:
     error = float((ours - theirs).abs().max()) / scale
     if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
         raise BaseRefused(
             f"{model.config.model_type} does not give its own logits with our attention and "
-            f"linear layers (relative error {error:.2g} on {where}); this architecture is not "
-            "served"
+            f"linear layers (relative error {error:.2g} on {where}): it tells tokens' places, or "
+            "brings values from one to another, by other means than position_ids and causal "
+            "attention; this architecture is not served"
         )
+
+
+def _hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Any
+) -> Tensor:
+    """As `Base.hidden_states`: (T, H)."""
+    decoder: Any = decoder_of(model)
+    out = decoder(
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention=attention
+    )
+    states: Tensor = out.last_hidden_state[0]
+    return states
+
+
+@contextmanager
+def _layer_calls(model: PreTrainedModel) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Collects the arguments with which the decoder calls its layers."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    hooks = [
+        layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+KNOWN_TENSORS = {
+    "attention_mask", "cache_position", "hidden_states", "position_embeddings", "position_ids",
+}  # fmt: skip
+"""What a decoder may give its layers of each token in a model whose layers run in any order."""
+
+
+def _is_plain_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """True for what a `ReorderedLayer` can hand on for some of the tokens."""
+    args, kwargs = call
+    rotary = kwargs.get("position_embeddings")
+    others = [value for name, value in kwargs.items() if name not in KNOWN_TENSORS]
+    return (
+        len(args) + ("hidden_states" in kwargs) == 1
+        and isinstance(rotary, tuple)
+        and isinstance(kwargs.get("position_ids"), Tensor)
+        and not any(isinstance(value, Tensor | dict | list | tuple) for value in others)
+    )

@@ -24,17 +24,17 @@ from transformers import PreTrainedModel
 
 from lora_runtime.base.model.adapted_linear import AdaptedLinear, Routed, StepContext
 from lora_runtime.base.model.fused_modules import ACTIVATIONS
+from lora_runtime.base.model.parts import (
+    EXPERT_WEIGHTS,
+    decoder_of,
+    expert_modules,
+    path_of,
+)
 from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear
 from lora_runtime.base.model.reordered_model import shallow_copy
 from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.base.model.routing import Routing
 from lora_runtime.base.model.stacked_linears import join_layers
-from lora_runtime.base.streamed_load import (
-    EXPERT_WEIGHTS,
-    decoder_layers,
-    expert_modules,
-    path_of,
-)
 from lora_runtime.core import ExpertsLayout
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, gated_activation
@@ -183,7 +183,7 @@ def replace_experts(
     The routers become AdaptedRouters. Raises BaseRefused for experts of another form.
     """
     found: dict[str, AdaptedExperts] = {}
-    prefix = path_of(model, decoder_layers(model))
+    prefix = path_of(model, decoder_of(model))
     for path, experts in expert_modules(model).items():
         _check(model, path, experts)
         for name in EXPERT_WEIGHTS:
@@ -196,25 +196,24 @@ def replace_experts(
 
 def replace_routers(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedRouter]:
     """Put an AdaptedRouter in the place of every router. Returns path → the router there."""
-    layers = decoder_layers(model)
-    prefix = path_of(model, layers)
-    found = {}
+    decoder, found = decoder_of(model), {}
+    prefix = path_of(model, decoder)
     for path, router in routers(model).items():
         parent, _, name = path.rpartition(".")
         adapted = AdaptedRouter(f"{prefix}.{path}", router, context)
-        setattr(layers.get_submodule(parent), name, adapted)
+        setattr(decoder.get_submodule(parent), name, adapted)
         found[adapted.path] = adapted
     return found
 
 
 def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The module that routes to each mixture, by its path from the list of layers."""
-    layers = decoder_layers(model)
+    """The module that routes to each mixture."""
+    decoder = decoder_of(model)
     found: dict[str, nn.Module] = {}
     experts: Any
     for path, experts in expert_modules(model).items():
         parent = path.rpartition(".")[0]
-        block: Any = layers.get_submodule(parent)
+        block: Any = decoder.get_submodule(parent)
         own = {
             name: module
             for name, module in block.named_children()
