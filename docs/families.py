@@ -69,7 +69,7 @@ def cell(verdict: Verdict) -> str:
 
 def plain(why: str) -> str:
     """One line without what differs between machines."""
-    why = re.sub(r" \(relative error [^)]*\)", "", " ".join(why.split()))
+    why = re.sub(r" \(error [^)]*\)", "", " ".join(why.split()))
     return why.removeprefix("refused: ").replace("|", "\\|")
 
 

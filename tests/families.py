@@ -22,7 +22,7 @@ FAMILIES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in TE
 """The `model_type`s of the others."""
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
     initializer_range=0.15, init_std=0.15, bos_token_id=0, eos_token_id=1, pad_token_id=0,
     sliding_window=20, attention_dropout=0.0, hidden_dropout=0.0, dropout=0.0,
@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = dict(
     kv_lora_rank=24, q_lora_rank=32, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16,
     # Experts.
     num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
     first_k_dense_replace=1, n_group=1, topk_group=1,
     # State spaces and other recurrences.
     mamba_n_heads=4, mamba_num_heads=4, mamba_d_head=32, mamba_head_dim=32, mamba_d_state=16,
@@ -58,8 +58,10 @@ _GEMMA4 = dict(
     use_double_wide_mlp=True,
 )  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": dict(attn_layer_indices=[1, 3]),
     "cohere": dict(logit_scale=0.5),
     "cohere2": dict(logit_scale=0.5),
+    "cohere2_moe": dict(logit_scale=0.5),
     "cohere_compass_text": dict(
         rope_parameters={
             kind: {"rope_type": "default", "rope_theta": 10000.0}
@@ -72,6 +74,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "mamba2": dict(num_heads=8, head_dim=16),
@@ -133,6 +136,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2 (dense)": ("deepseek_v2", dict(first_k_dense_replace=4)),
     "deepseek_v3 (dense)": ("deepseek_v3", dict(first_k_dense_replace=4)),
+    "granitemoehybrid (dense)": (
+        "granitemoehybrid",
+        dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=96),
+    ),
+    "nemotron_h (dense)": (
+        "nemotron_h",
+        dict(layer_types=["linear_attention", "mlp", "full_attention", "linear_attention"]),
+    ),
     "gemma4_text (K is V)": (
         "gemma4_text",
         dict(
@@ -142,7 +153,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4_text (experts)": (
         "gemma4_text",
-        dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32),
+        dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64),
     ),
 }  # fmt: skip
 """Other models of a family: what is changed in its config."""

@@ -137,12 +137,12 @@ def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with noise on its vectors, of which many begin as ones and zeros; every weight is
-    exact in bfloat16.
+    """`model` with noise on its vectors, of which many begin as ones and zeros, and on matrices of
+    zeros; every weight is exact in bfloat16.
     """
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
             parameter.copy_(parameter.bfloat16())
     return model.eval()

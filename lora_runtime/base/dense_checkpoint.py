@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear
-from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
+from lora_runtime.base.model.experts import AdaptedExperts
+from lora_runtime.base.model.routers import AdaptedRouter
 from lora_runtime.base.weights import INDEX_FILE, SINGLE_FILE
 from lora_runtime.errors import BaseRefused
 

@@ -29,12 +29,9 @@ from lora_runtime.base.model.adapted_linear import (
 )
 from lora_runtime.base.model.attention import Attention, KVCache, KVLayout
 from lora_runtime.base.model.experts import (
-    UNQUANTISED,
     AdaptedExperts,
-    AdaptedRouter,
     freeze_experts,
     replace_experts,
-    replace_routers,
 )
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
@@ -57,6 +54,12 @@ from lora_runtime.base.model.recurrent_layers import (
 )
 from lora_runtime.base.model.reordered_model import LayerSteps, reordering
 from lora_runtime.base.model.rotary import fix_rotary
+from lora_runtime.base.model.routers import (
+    UNQUANTISED,
+    AdaptedRouter,
+    RouterLinear,
+    replace_routers,
+)
 from lora_runtime.base.model.stacked_linears import stack_linears
 from lora_runtime.base.refusals import refuse_unsupported
 from lora_runtime.base.self_check import (
@@ -254,7 +257,8 @@ def _operate(
         original = original_logits(model)
     if dropped := drop_towers(model):
         on_progress(f"serving its text only; left out: {', '.join(dropped)}")
-    layers = _replace_layers(model, context, device, dtype)
+    with refusing_errors(model, "replacing its layers"):
+        layers = _replace_layers(model, context, device, dtype)
     with visiting([adapted.linear for adapted in _linears_of(layers)], device, dtype):
         found, observed = observe(model, original)
         set_attention(model, attention.NAME)
@@ -264,8 +268,9 @@ def _operate(
 
 
 def _linears_of(layers: Mapping[str, AdaptedLinear | AdaptedExperts]) -> list[AdaptedLinear]:
-    """Those that are plain linear layers, neither experts nor routers."""
-    return [layer for layer in layers.values() if type(layer) is AdaptedLinear]
+    """Those that were nn.Linear in transformers' model."""
+    kinds = AdaptedExperts | AdaptedRouter
+    return [layer for layer in layers.values() if not isinstance(layer, kinds)]
 
 
 def _spec(
@@ -280,6 +285,7 @@ def _spec(
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
+    kinds = AdaptedRouter | RouterLinear
     return BaseSpec(
         name=name,
         name_or_path=name_or_path,
@@ -297,7 +303,7 @@ def _spec(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         model_type=model.config.model_type,
-        routers=tuple(p for p, layer in layers.items() if isinstance(layer, AdaptedRouter)),
+        routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),
         state_bytes=state_bytes(model),
     )
 
@@ -373,7 +379,8 @@ def _freeze_layers(
         if isinstance(layer, AdaptedExperts):
             freeze_experts(layer, freeze)
         elif not isinstance(layer, AdaptedRouter):
-            maker = DenseLinear if layer.path.endswith(UNQUANTISED) else freeze
+            is_exact = isinstance(layer, RouterLinear) or layer.path.endswith(UNQUANTISED)
+            maker = DenseLinear if is_exact else freeze
             layer.linear = maker(layer.linear.weight_values().to(device, dtype), layer.linear.bias)
 
 

@@ -98,8 +98,10 @@ class ObservedAttention:
         a model with recurrent layers: what such a layer does beside, the two rows show.
         """
         indices = range(len(self.layers))
+        if not self._kept and self.states is not None:
+            raise BaseRefused(f"{self.model_type} cannot be served: none of its layers attends")
         for layer in indices:
-            if layer not in self._kept and (self.states is None or not self._kept):
+            if layer not in self._kept and self.states is None:
                 raise self.refused(layer, "does not attend through transformers' interface")
         if (last := max(self._kept)) not in indices:
             raise self.refused(last, "is none of the decoder's layers")

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.experts import routers
+from lora_runtime.base.model.experts import check_experts
 from lora_runtime.base.model.parts import decoder_layers, decoder_of, expert_modules
 from lora_runtime.base.model.recurrent_layers import convolutions
+from lora_runtime.base.model.routers import routers
 from lora_runtime.errors import BaseRefused
 
 
@@ -35,6 +36,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 def _refuse_weights(model: PreTrainedModel, kind: str) -> None:
     """Raise BaseRefused for weights in layers of forms that we do not know."""
+    check_experts(model)
     known = {*expert_modules(model).values(), *routers(model).values(), *convolutions(model)}
     for path, module in decoder_layers(model).named_modules():
         if type(module) is nn.Linear or module in known:

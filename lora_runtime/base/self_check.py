@@ -14,7 +14,7 @@ So its logits are compared as the model's are, and behind it both go the way of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_runtime.base.model.attention import KVLayout
-from lora_runtime.base.model.experts import AdaptedRouter, routers
 from lora_runtime.base.model.handing_on import hand_on_attention
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attention
+from lora_runtime.base.model.routers import routers
 from lora_runtime.base.observed_attention import OBSERVED, ObservedAttention, observing
 from lora_runtime.errors import BaseRefused
 
@@ -50,12 +50,12 @@ class Findings(NamedTuple):
 class Original(NamedTuple):
     """What transformers' own modules gave.
 
-    logits: the last ones (vocab,) of each row, run alone. routed: of every router in turn, logits,
+    logits: the last ones (vocab,) of each row, run alone. routed: path of a router → logits,
     weights and experts of the tokens of all rows.
     """
 
     logits: list[Tensor]
-    routed: list[tuple[Tensor, ...]]
+    routed: dict[str, tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def refusing_errors(model: PreTrainedModel, doing: str) -> Iterator[None]:
     except (BaseRefused, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise BaseRefused(
-            f"{model.config.model_type} cannot be served: {doing} failed with "
-            f"{type(error).__name__}: {str(error)[:300]}"
-        ) from error
+        why = f"{doing} failed with {type(error).__name__}: {str(error)[:300]}"
+        if isinstance(error, AttributeError) and "Linear' object has no attribute" in str(error):
+            why = "a module reads the weight of a linear layer, past the layer and its adapters"
+        raise BaseRefused(f"{model.config.model_type} cannot be served: {why}") from error
 
 
 def _check_rows(model: PreTrainedModel) -> list[Tensor]:
@@ -83,15 +83,15 @@ def _check_rows(model: PreTrainedModel) -> list[Tensor]:
 def original_logits(model: PreTrainedModel) -> Original:
     """Run each row alone."""
     logits: list[Tensor] = []
-    routed: list[list[tuple[Tensor, ...]]] = []
-    for row in _check_rows(model):
-        routed.append([])
-        hooked = _hooked(routers(model).values(), lambda found: routed[-1].append(found))
-        doing = refusing_errors(model, "transformers' own forward of a few tokens")
-        with _without_advice(), hooked, doing:
+    modules = routers(model)
+    routed: dict[str, list[tuple[Tensor, ...]]] = {path: [] for path in modules}
+    hooks = {module: routed[path].append for path, module in modules.items()}
+    doing = "transformers' own forward of a few tokens"
+    with _without_advice(), _hooked(hooks), refusing_errors(model, doing):
+        for row in _check_rows(model):
             logits.append(model(row[None], use_cache=False).logits[0, -1])
-    of_router = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*routed, strict=True)]
-    return Original(logits, of_router)
+        of_rows = {path: tuple(zip(*own, strict=True)) for path, own in routed.items()}
+        return Original(logits, {path: tuple(map(torch.cat, own)) for path, own in of_rows.items()})
 
 
 @contextmanager
@@ -112,9 +112,12 @@ def _says_nothing(_: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any], Any]) -> Iterator[None]:
-    """Let `hook` see, and replace, what modules return."""
-    handles = [m.register_forward_hook(lambda _m, _x, found: hook(found)) for m in modules]
+def _hooked(hooks: Mapping[nn.Module, Callable[[Any], Any]]) -> Iterator[None]:
+    """Let each module's hook see, and replace, what it returns."""
+    handles = [
+        module.register_forward_hook(lambda _m, _x, found, hook=hook: hook(found))
+        for module, hook in hooks.items()
+    ]
     try:
         yield
     finally:
@@ -173,17 +176,20 @@ def _routed_as(model: PreTrainedModel, original: Original, tokens: Tensor) -> It
 
     Raises BaseRefused if their own logits differ.
     """
-    choices = iter(original.routed)
 
-    def route(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        theirs = next(choices)
+    def hook(theirs: tuple[Tensor, ...]) -> Callable[[Any], Any]:
         scale = float(theirs[0].abs().max())
-        theirs = tuple(part[tokens.to(part.device)] for part in theirs)
-        _check_close(model, found[0], theirs[0], scale, "a router")
-        return theirs
+        chosen = tuple(part[tokens.to(part.device)] for part in theirs)
 
-    ours = [module for module in model.modules() if isinstance(module, AdaptedRouter)]
-    with _hooked(ours, route):
+        def route(ours: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            _check_close(model, ours[0], chosen[0], scale, "a router")
+            return chosen
+
+        return route
+
+    decoder = decoder_of(model)
+    hooks = {decoder.get_submodule(path): hook(own) for path, own in original.routed.items()}
+    with _hooked(hooks):
         yield
 
 
@@ -198,11 +204,11 @@ def compare(model: PreTrainedModel, found: list[Tensor], original: list[Tensor])
 def _check_close(
     model: PreTrainedModel, ours: Tensor, theirs: Tensor, scale: float, where: str
 ) -> None:
-    error = float((ours - theirs).abs().max()) / scale
-    if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
+    error = float((ours - theirs).abs().max())
+    if not error <= SELF_CHECK_TOLERANCE[model.dtype] * scale:
         raise BaseRefused(
-            f"{model.config.model_type} does not give its own logits with our attention and "
-            f"linear layers (relative error {error:.2g} on {where}): it tells tokens' places, or "
+            f"{model.config.model_type} does not give its own logits with our attention and linear "
+            f"layers (error {error:.2g} of {scale:.2g} on {where}): it tells tokens' places, or "
             "brings values from one to another, by other means than position_ids and causal "
             "attention; this architecture is not served"
         )

@@ -8,7 +8,8 @@ import torch
 
 from lora_runtime.base.dense_checkpoint import dense_tensors
 from lora_runtime.base.loader import load_base, prepare_base
-from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
+from lora_runtime.base.model.experts import AdaptedExperts
+from lora_runtime.base.model.routers import AdaptedRouter
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
