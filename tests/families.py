@@ -14,8 +14,8 @@ from tests.tiny import randomised
 
 VOCAB_SIZE = 300
 TEXT_TOWERS = [
-    "gemma3", "gemma4", "glm4v", "internvl", "llava", "mistral3", "paligemma", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_vl", "smolvlm",
+    "gemma3", "gemma4", "glm4v", "internvl", "lfm2_vl", "llava", "mistral3", "paligemma",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 ]  # fmt: skip
 """Models of text and images."""
 FAMILIES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in TEXT_TOWERS]

@@ -128,6 +128,7 @@ def in_double(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     model.config.dtype = torch.float64
+    model.set_experts_implementation("eager")  # torch's grouped products take no float64
     return model
 
 

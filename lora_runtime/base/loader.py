@@ -69,7 +69,7 @@ from lora_runtime.base.self_check import (
     refusing_errors,
     self_check,
 )
-from lora_runtime.base.streamed_load import place, read_model, visiting
+from lora_runtime.base.streamed_load import holds_more, place, read_model, visiting
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
@@ -163,6 +163,8 @@ def load_base(
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
     model = read_model(resolved.folder, dtype)
+    if holds_more(resolved.folder, model):
+        say("serving its text only")
     return prepare_base(
         model,
         config,

@@ -62,13 +62,24 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model if stored is None else _in_float32(model)
 
 
+def holds_more(folder: Path, model: PreTrainedModel) -> bool:
+    """True where transformers has read the text alone of a checkpoint that has other parts."""
+    return _config(folder).model_type != model.config.model_type
+
+
 def _auto_class(folder: Path) -> Any:
     """What loads the checkpoint: as a language model, or as one of text and images."""
+    return auto_class(_config(folder))
+
+
+def _config(folder: Path) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise BaseRefused(f"transformers does not know the model in {folder}: {error}") from error
-    return auto_class(config)
+    return config
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

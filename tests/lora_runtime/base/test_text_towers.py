@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
@@ -15,9 +20,10 @@ from lora_runtime.base.streamed_load import read_model
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
 from tests.driver import greedy, run, tiny_engine
-from tests.families import tiny_family
+from tests.families import tiny_config, tiny_family
 from tests.family_checks import same_as
 from tests.peft_adapters import random_adapter
+from tests.tiny import randomised
 
 TOWERS = ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl"]
 
@@ -48,6 +54,29 @@ def test_the_text_of_a_checkpoint_is_served_and_the_rest_named(tmp_path, family,
         prompt = torch.randint(3, 300, (30,)).tolist()
         trace = run(tiny_engine(base), [greedy("r", prompt, max_tokens=5)])["r"]
         same_as(whole, prompt, trace)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_a_hybrid_that_transformers_itself_reads_the_text_of(tmp_path, family):
+    """Adapters trained on the whole model fit too: recurrent layers, experts of a mixture."""
+    torch.manual_seed(0)
+    whole = randomised(AutoModelForImageTextToText.from_config(tiny_config(family)))
+    whole.save_pretrained(tmp_path / "base")
+    said = []
+    base = load_base(settings(tmp_path / "base", dtype="float32"), on_progress=said.append)
+    assert "serving its text only" in said and base.spec.state_bytes
+    paths = [path.replace("model.", "model.language_model.", 1) for path in base.spec.linears]
+    targets = [path for path in paths if path.endswith(("in_proj_qkv", "out_proj", "q_proj"))]
+    experts = [path for path in paths if "experts." in path]
+    oracle = random_adapter(
+        whole, seed=1, scale=4.0, target_modules=targets, target_parameters=experts
+    )
+    oracle.save_pretrained(tmp_path / "adapter")
+    form = load_adapter(tmp_path / "adapter", base.spec, base.weights)
+    engine = tiny_engine(base)
+    engine.add_adapter(form)
+    prompt = torch.randint(3, 300, (40,)).tolist()
+    same_as(oracle, prompt, run(engine, [greedy("r", prompt, form.digest, 5)])["r"], whole)
 
 
 def test_weights_of_towers_are_not_read(tmp_path):
