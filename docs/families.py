@@ -29,7 +29,8 @@ gives its own logits or is refused.
 - **train**: the gradients of every factor, with and without activation checkpointing.
 - **NF4**, **int8**: as serve, over the quantised base.
 - **experts**: adapters on the fused weights of experts (`target_parameters`).
-- **prefix**: a second prompt that begins as the first finds it in the cache.
+- **prefix**: a second prompt that begins as the first finds it in the cache; where layers carry a
+  state, up to the last snapshot of it.
 """
 COLUMNS: dict[str, Callable[[str, Path], None]] = {
     "serve": checks.serves,

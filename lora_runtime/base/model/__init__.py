@@ -17,7 +17,7 @@ What is no part of a model's text is taken out of it first (`parts.py`).
    transformers hands through to it: the paged cache in serving, whole rows in training
    (`varlen_attention.py`). Where a family's layers keep that keyword to themselves, a subclass of
    theirs leaves it at the module that attends (`handing_on.py`). For one forward at load the
-   function is another, which notes how each layer attends (`base/self_check.py`).
+   function is another, which notes how each layer attends (`base/observed_attention.py`).
 4. A module's class becomes a subclass (`module.__class__ = …`, `fused_modules.py`), whose forward
    runs as one op what were two to ten. Attributes, names and parameters stay, and the
    subclass calls the original's forward wherever a fused op cannot run.
@@ -32,10 +32,12 @@ What is no part of a model's text is taken out of it first (`parts.py`).
    (`reordered_model.py`), the part behind the decoder alone (`head_model.py`), activation
    checkpointing (`base/recompute.py`), another dtype (`base/dtype_view.py`). The model itself is
    not changed, and weights are not duplicated.
-8. Recurrent layers become subclasses of theirs too, by a table (`recurrent_layers.py`,
+8. Experts and their routers are replaced (`experts.py`, `routers.py`): a mixture runs as groups of
+   rows of one weight, and adapters act on both.
+9. Recurrent layers become subclasses of theirs too, by a table (`recurrent_layers.py`,
    `recurrent_mixers.py`): each row's state is where the `Attention` object says (`recurrence.py`).
-9. A decoder layer in such a copy is wrapped by a module that delegates all attributes
-   (`WrappedLayer` in `reordered_model.py`), as decoders ask layers for some.
+10. A decoder layer in a copy of 7. is wrapped by a module that delegates all attributes
+    (`WrappedLayer` in `reordered_model.py`), as decoders ask layers for some.
 
 `requirement.py` raises BaseRefused, which names transformers' version and what is missing, where
 a version lacks an attribute that these changes rely on.

@@ -63,6 +63,36 @@ def test_a_layer_that_does_not_attend_is_refused():
         prepared(model)
 
 
+def test_what_only_the_last_layer_brings_to_a_token_is_found():
+    """No layer attends behind it, so nothing but the token's own logits shows it."""
+    model = tiny_model("llama")
+    forward = modeling_llama.LlamaMLP.forward
+
+    def shifted(x):
+        before = x.roll(1, dims=1)
+        before[:, 0] = 0
+        return forward(last, x + 0.5 * before)
+
+    last = model.model.layers[-1].mlp
+    last.forward = shifted
+    with pytest.raises(BaseRefused, match="brings values from one to another"):
+        prepared(model)
+
+
+def test_layers_that_keep_nothing_have_no_place_in_the_cache():
+    base = prepared(tiny_model("nemotron-h"))
+    assert base.kv_layout == KVLayout((KVShape(2, 16),), (None, None, 0, None))
+    assert base.allocate_states(3).num_slots == 3 and not base.spec.can_reorder_layers
+    cache = base.allocate_kv(8)
+    assert cache.num_cache_slots == 8 and cache.of_layer(2)[0].shape == (8, 2, 16)
+    with pytest.raises(LookupError, match="layer 1 does not attend"):
+        cache.of_layer(1)
+
+
+def test_sinks_of_attention_are_served():
+    assert prepared(tiny_model("gpt-oss")).spec.routers
+
+
 def test_a_layer_that_attends_twice_is_refused():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.layer_idx = 0
