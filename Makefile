@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/loramux/v1/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-gpu-compile lint docs protos clean
+.PHONY: help demo test soak test-gpu-compile lint docs families protos clean
 
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
@@ -17,6 +17,7 @@ help:
 	@echo "                       ARGS='--cards 90' first"
 	@echo "make lint    ruff (rules and format), import-linter, mypy and buf lint"
 	@echo "make docs    write docs/settings.md anew"
+	@echo "make families  try every family of models and write docs/families.md anew; ten minutes"
 	@echo "make protos  regenerate the code of protos/"
 	@echo "make clean   remove $(VENV), build outputs and caches"
 
@@ -41,6 +42,10 @@ lint: $(VENV)/installed-test
 
 docs: $(VENV)/installed-test
 	$(BIN)/python docs/settings.py > docs/settings.md
+
+families: $(VENV)/installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python docs/families.py > docs/families.tmp
+	mv docs/families.tmp docs/families.md
 
 protos: $(VENV)/installed-test
 	$(BIN)/buf lint protos

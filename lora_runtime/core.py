@@ -558,6 +558,8 @@ class BaseSpec:
     """Those of `linears` that choose among experts."""
     state_bytes: int = 0
     """Bytes of recurrent state that one row takes, however long it is; 0 where all layers attend"""
+    can_reorder_layers: bool = True
+    """False when its layers cannot run in another order than its own (layer replication)."""
 
     @property
     def shapes(self) -> dict[str, LinearShape]:

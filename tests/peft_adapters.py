@@ -23,6 +23,12 @@ def over_same_weights(model):
 
 def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **config) -> Path:
     """Save a random PEFT adapter for `model`: B of standard deviation scale / √rank / alpha·r."""
+    random_adapter(model, seed=seed, scale=scale, **config).save_pretrained(folder)
+    return folder
+
+
+def random_adapter(model, *, seed: int, scale: float = 1.0, **config) -> PeftModel:
+    """PEFT's model with the adapter of `write_adapter`, over the weights of `model`."""
     options = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     peft_model = get_peft_model(over_same_weights(model), LoraConfig(**{**options, **config}))
     generator = torch.Generator().manual_seed(seed)
@@ -37,8 +43,7 @@ def write_adapter(model, folder: Path, *, seed: int, scale: float = 1.0, **confi
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
             elif "lora_embedding_A" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    peft_model.save_pretrained(folder)
-    return folder
+    return peft_model.eval()
 
 
 def load_in_peft(model, folder: Path):

@@ -133,12 +133,19 @@ def tiny_model(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return _cast_parameters(randomised(model), dtype)
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with noise on its vectors, of which many begin as ones and zeros, and on matrices of
+    zeros; every weight is exact in bfloat16.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
             parameter.copy_(parameter.bfloat16())
-    return _cast_parameters(model, dtype).eval()
+    return model.eval()
 
 
 def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

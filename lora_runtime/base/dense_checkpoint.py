@@ -10,18 +10,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear
-from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
+from lora_runtime.base.model.experts import AdaptedExperts
+from lora_runtime.base.model.routers import AdaptedRouter
 from lora_runtime.base.weights import INDEX_FILE, SINGLE_FILE
+from lora_runtime.errors import BaseRefused
 
 SHARD_BYTES = 4 << 30
 CONFIG_FILE = "config.json"
@@ -81,22 +85,44 @@ def write_checkpoint(
     """Write a new folder, whole or not at all: tensors, config and the base's tokenizer.
 
     The vocabulary's tables are tied in it if and only if `tensors` holds no output layer. `files`
-    go along, in the place of the base's own of that name.
+    go along, in the place of the base's own of that name. Of a model of text and images it is the
+    model of its text; raises BaseRefused where transformers has none.
     """
+    config, rename = _text_model(base)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as work:
         unfinished = Path(work) / folder.name
         unfinished.mkdir()
         _copy_companions(base.folder, unfinished)
-        names = _write_tensors(unfinished, tensors)
-        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-        config.get_text_config().tie_word_embeddings = f"{base.spec.head}.weight" not in names
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+        names = _write_tensors(unfinished, ((rename(name), tensor) for name, tensor in tensors))
+        config.tie_word_embeddings = rename(f"{base.spec.head}.weight") not in names
         config.dtype = dtype
         config.save_pretrained(unfinished)
         for name, content in files.items():
             (unfinished / name).write_bytes(content)
         os.rename(unfinished, folder)
+
+
+def _text_model(base: Base) -> tuple[PreTrainedConfig, Callable[[str], str]]:
+    """The config of a checkpoint of the base, and from its tensors' names to those in it."""
+    whole = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    config = whole.get_text_config()
+    if config is whole:
+        return config, lambda name: name
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BaseRefused(
+            f"{whole.model_type} is served without the parts that are not text, and transformers "
+            f"{transformers.__version__} has no model of its text alone that could be written; "
+            "serve the adapter unmerged"
+        )
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures = [kind.__name__]
+    prefix = base.spec.embedding.rpartition(".")[0] + "."
+
+    def rename(name: str) -> str:
+        return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+    return config, rename
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -27,45 +27,52 @@ from lora_runtime.base.model.adapted_linear import (
     AdaptedLinear,
     StepContext,
 )
-from lora_runtime.base.model.attention import Attention, KVCache
+from lora_runtime.base.model.attention import Attention, KVCache, KVLayout
 from lora_runtime.base.model.experts import (
-    UNQUANTISED,
     AdaptedExperts,
-    AdaptedRouter,
     freeze_experts,
     replace_experts,
-    replace_routers,
-    routers,
 )
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
-from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
-from lora_runtime.base.model.recurrence import StatePool
-from lora_runtime.base.model.recurrent_layers import (
-    attention_layers,
-    check_recurrence,
-    convolutions,
-    state_bytes,
-    state_shapes,
-)
-from lora_runtime.base.model.reordered_model import LayerSteps, reordering
-from lora_runtime.base.model.rotary import fix_rotary
-from lora_runtime.base.model.stacked_linears import stack_linears
-from lora_runtime.base.self_check import original_logits, self_check
-from lora_runtime.base.streamed_load import (
+from lora_runtime.base.model.parts import (
     decoder_layers,
+    decoder_of,
+    drop_towers,
     expert_modules,
     inner_linears,
     path_of,
-    place,
-    read_model,
-    visiting,
+    set_attention,
 )
+from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear, QuantLinear
+from lora_runtime.base.model.recurrence import StatePool
+from lora_runtime.base.model.recurrent_layers import (
+    allocate_states,
+    replace_recurrent_layers,
+    state_bytes,
+)
+from lora_runtime.base.model.reordered_model import LayerSteps, reordering
+from lora_runtime.base.model.rotary import fix_rotary
+from lora_runtime.base.model.routers import (
+    UNQUANTISED,
+    AdaptedRouter,
+    RouterLinear,
+    replace_routers,
+)
+from lora_runtime.base.model.stacked_linears import stack_linears
+from lora_runtime.base.refusals import refuse_unsupported
+from lora_runtime.base.self_check import (
+    Findings,
+    observe,
+    original_logits,
+    refusing_errors,
+    self_check,
+)
+from lora_runtime.base.streamed_load import holds_more, place, read_model, visiting
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
-from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, huge_pages
 
 
@@ -81,6 +88,8 @@ class Base:
     """The model with these base layers instead of its own; see `reordered_model`."""
     head: PreTrainedModel
     """The model behind its decoder; see `head_model`."""
+    kv_layout: KVLayout
+    """What its layers keep of every token."""
     folder: Path
     device: torch.device
     dtype: torch.dtype
@@ -110,7 +119,7 @@ class Base:
         model: Any = self.model
         if isinstance(attention, LayerSteps):
             model = self.reordered(attention.layers)
-        out = model.get_decoder()(
+        out = decoder_of(model)(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
@@ -124,24 +133,18 @@ class Base:
 
     def allocate_kv(self, num_cache_slots: int) -> KVCache:
         """An empty paged cache with room for the keys and values of `num_cache_slots` tokens."""
-        heads, head_dim = kv_shape(self.model)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        layers = attention_layers(self.model)
-        return KVCache.allocate(layers, num_cache_slots, heads, head_dim, like)
+        return KVCache.allocate(self.kv_layout, num_cache_slots, like)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""
-        heads, head_dim = kv_shape(self.model)
-        return 2 * len(attention_layers(self.model)) * heads * head_dim * self.dtype.itemsize
+        return self.kv_layout.values_per_token * self.dtype.itemsize
 
     def allocate_states(self, num_slots: int) -> StatePool | None:
         """Room for the recurrent states of `num_slots` rows or snapshots; None for a base whose
         layers have none.
         """
-        shapes = state_shapes(self.model)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        like = torch.empty(0, dtype=dtype, device=self.device)
-        return StatePool.allocate(shapes, num_slots, like) if shapes else None
+        return allocate_states(self.model, num_slots)
 
 
 def load_base(
@@ -160,6 +163,8 @@ def load_base(
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
     model = read_model(resolved.folder, dtype)
+    if holds_more(resolved.folder, model):
+        say("serving its text only")
     return prepare_base(
         model,
         config,
@@ -203,7 +208,7 @@ def prepare_base(
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
     context = StepContext()
-    layers = _operate(model, context, device, dtype, on_progress)
+    layers, found = _operate(model, context, device, dtype, on_progress)
     linears = _linears_of(layers)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
@@ -212,7 +217,7 @@ def prepare_base(
     _freeze_head(model, keep_copies=keep_copies)
     _settle_weights(model, linears)
     on_progress("fingerprinting")
-    spec = _spec(model, config.quantization, name, name_or_path, layers)
+    spec = _spec(model, config.quantization, name, name_or_path, layers, found)
     _adapt_vocabulary(model, spec, context)
     on_progress("measuring the rows of the linear layers")
     weights = BaseWeights(model, spec, folder)
@@ -224,6 +229,7 @@ def prepare_base(
         weights=weights,
         reordered=reordering(model, context),
         head=head_model(model),
+        kv_layout=found.layout,
         folder=folder,
         device=model.device,
         dtype=model.dtype,
@@ -236,29 +242,37 @@ def _operate(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Progress,
-) -> dict[str, AdaptedLinear | AdaptedExperts]:
+) -> tuple[dict[str, AdaptedLinear | AdaptedExperts], Findings]:
     """Change the model's modules in place, nothing quantised yet, and see that it is still itself.
 
-    Returns path → what adapters act on there. Raises BaseRefused.
+    Returns path → what adapters act on there, and what was found out about the model. Raises
+    BaseRefused.
     """
-    _refuse_unsupported(model)
+    with refusing_errors(model, "looking at its parts"):
+        refuse_unsupported(model)
     place(model, device)
-    fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
+    with refusing_errors(model, "fixing its rotary frequencies"):
+        fix_rotary(model, int(model.config.get_text_config().max_position_embeddings))
     on_progress("checking against the original model")
     visitors = [*inner_linears(model).values(), *expert_modules(model).values()]
     with visiting(visitors, device, dtype):
         original = original_logits(model)
-    layers = _replace_layers(model, context, device, dtype)
-    model.set_attn_implementation(attention.NAME)
-    fuse_modules(model)
+    if dropped := drop_towers(model):
+        on_progress(f"serving its text only; left out: {', '.join(dropped)}")
+    with refusing_errors(model, "replacing its layers"):
+        layers = _replace_layers(model, context, device, dtype)
     with visiting([adapted.linear for adapted in _linears_of(layers)], device, dtype):
-        self_check(model, original)
-    return layers
+        found, observed = observe(model, original)
+        set_attention(model, attention.NAME)
+        fuse_modules(model)
+        self_check(model, original, observed)
+    return layers, found
 
 
 def _linears_of(layers: Mapping[str, AdaptedLinear | AdaptedExperts]) -> list[AdaptedLinear]:
-    """Those that are plain linear layers, neither experts nor routers."""
-    return [layer for layer in layers.values() if type(layer) is AdaptedLinear]
+    """Those that were nn.Linear in transformers' model."""
+    kinds = AdaptedExperts | AdaptedRouter
+    return [layer for layer in layers.values() if not isinstance(layer, kinds)]
 
 
 def _spec(
@@ -267,11 +281,13 @@ def _spec(
     name: str,
     name_or_path: str | None,
     layers: Mapping[str, AdaptedLinear | AdaptedExperts],
+    found: Findings,
 ) -> BaseSpec:
     """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
+    kinds = AdaptedRouter | RouterLinear
     return BaseSpec(
         name=name,
         name_or_path=name_or_path,
@@ -281,6 +297,7 @@ def _spec(
         head=path_of(model, head),
         is_tied=embedding.weight.data_ptr() == head.weight.data_ptr(),
         num_layers=len(decoder_layers(model)),
+        can_reorder_layers=found.can_reorder,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=int(config.max_position_embeddings),
@@ -288,7 +305,7 @@ def _spec(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         model_type=model.config.model_type,
-        routers=tuple(p for p, layer in layers.items() if isinstance(layer, AdaptedRouter)),
+        routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),
         state_bytes=state_bytes(model),
     )
 
@@ -306,38 +323,14 @@ def _adapt_vocabulary(model: PreTrainedModel, spec: BaseSpec, context: StepConte
     model.set_output_embeddings(AdaptedHead(spec.head, head, context))
 
 
-def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(key-value heads, head size) of every layer."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
-
-
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for weights that are in no nn.Linear, nor experts, their routers or the
-    convolutions of recurrent layers that we know: Conv1D, state spaces.
-    """
-    check_recurrence(model)
-    known = {*expert_modules(model), *routers(model)}
-    convolved = convolutions(model)
-    for path, module in decoder_layers(model).named_modules():
-        if path in known or module in convolved:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and type(module) is not nn.Linear:
-                raise BaseRefused(
-                    f"{model.config.model_type} keeps weights in {path}.{name} "
-                    f"({type(module).__name__}), which adapters cannot act on; convolutional "
-                    "layers and mixtures of experts of an unknown form are not served"
-                )
-
-
 def _replace_layers(
     model: PreTrainedModel, context: StepContext, device: torch.device, dtype: torch.dtype
 ) -> dict[str, AdaptedLinear | AdaptedExperts]:
-    """Let adapters act on every linear layer, router and mixture, still unquantised. Returns path →
-    each, in the order in which the model holds them, by which PEFT names experts.
+    """Let adapters act on every linear layer, router and mixture, still unquantised, and recurrent
+    layers keep states. Returns path → what adapters act on, in the order in which the model holds
+    them, by which PEFT names experts.
     """
+    replace_recurrent_layers(model)
     found: dict[str, AdaptedLinear | AdaptedExperts] = {
         **_replace_linears(model, context),
         **replace_routers(model, context),
@@ -347,18 +340,18 @@ def _replace_layers(
 
 
 def _replace_linears(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedLinear]:
-    """Put a dense AdaptedLinear in the place of every nn.Linear inside the decoder layers.
+    """Put a dense AdaptedLinear in the place of every nn.Linear of the decoder.
 
     Returns path → the AdaptedLinear there.
     """
-    layers, replaced = decoder_layers(model), {}
-    prefix = path_of(model, layers)
+    decoder, replaced = decoder_of(model), {}
+    prefix = path_of(model, decoder)
     for path, linear in inner_linears(model).items():
         parent, _, name = path.rpartition(".")
         adapted = AdaptedLinear(
             f"{prefix}.{path}", DenseLinear(linear.weight, linear.bias), context
         )
-        setattr(layers.get_submodule(parent), name, adapted)
+        setattr(decoder.get_submodule(parent), name, adapted)
         replaced[adapted.path] = adapted
     return replaced
 
@@ -388,7 +381,8 @@ def _freeze_layers(
         if isinstance(layer, AdaptedExperts):
             freeze_experts(layer, freeze)
         elif not isinstance(layer, AdaptedRouter):
-            maker = DenseLinear if layer.path.endswith(UNQUANTISED) else freeze
+            is_exact = isinstance(layer, RouterLinear) or layer.path.endswith(UNQUANTISED)
+            maker = DenseLinear if is_exact else freeze
             layer.linear = maker(layer.linear.weight_values().to(device, dtype), layer.linear.bias)
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.parts import decoder_of
 from lora_runtime.base.model.reordered_model import (
     WrappedLayer,
     reordering,
@@ -48,7 +49,8 @@ def recomputed(base: Base) -> Base:
 
     Weights and context are shared; the given base is not changed.
     """
-    model, decoder = base.model, base.model.get_decoder()
+    model = base.model
+    decoder: Any = decoder_of(model)
     lighter = shallow_copy(decoder)
     lighter.layers = nn.ModuleList(RecomputedLayer(layer, base.context) for layer in decoder.layers)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

@@ -1,4 +1,11 @@
-"""Checks that a model with replaced modules gives the logits it gave before; not yet quantised.
+"""Whether a model can be served, found by running it: before it is quantised, in every part that a
+family may do in its own way.
+
+Nothing here knows families by name. A model is served if its layers attend through transformers'
+attention interface, each once, as our attention can, or are recurrent layers that we have replaced;
+and if two rows in one batch, one of them in two pieces over a cache, get the logits that the
+untouched model gives each alone. What carries something else from token to token, a recurrent state
+that is not known, a convolution, positions of its own, cannot.
 
 A mixture's router turns a difference of rounding into another expert where two are nearly as good.
 So its logits are compared as the model's are, and behind it both go the way of the original.
@@ -7,7 +14,7 @@ So its logits are compared as the model's are, and behind it both go the way of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,13 +22,54 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.experts import AdaptedRouter, routers
-from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
+from lora_runtime.base.model.attention import KVLayout
+from lora_runtime.base.model.handing_on import hand_on_attention
+from lora_runtime.base.model.head_model import head_model
+from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attention
+from lora_runtime.base.model.routers import routers
+from lora_runtime.base.observed_attention import OBSERVED, ObservedAttention, observing
 from lora_runtime.errors import BaseRefused
 
 SELF_CHECK_LENGTHS = (5, 23)
+FIRST_PIECE = 22
+"""Tokens of the second row that run before the others. One is left: whatever a layer brings to it
+from those before, but by what we keep of them, is missing in its logits."""
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.15}
 """The largest logit difference that is accepted, relative to the largest logit."""
+
+
+class Findings(NamedTuple):
+    """What the check has seen of a model."""
+
+    layout: KVLayout
+    can_reorder: bool
+    """True when its layers could run in another order: they are alike, carry no state, and are
+    given nothing of each token that is not known to us."""
+
+
+class Original(NamedTuple):
+    """What transformers' own modules gave.
+
+    logits: the last ones (vocab,) of each row, run alone. routed: path of a router → logits,
+    weights and experts of the tokens of all rows.
+    """
+
+    logits: list[Tensor]
+    routed: dict[str, tuple[Tensor, ...]]
+
+
+@contextmanager
+def refusing_errors(model: PreTrainedModel, doing: str) -> Iterator[None]:
+    """Turn whatever transformers' code raises inside into BaseRefused, memory errors apart."""
+    try:
+        yield
+    except (BaseRefused, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{doing} failed with {type(error).__name__}: {str(error)[:300]}"
+        if isinstance(error, AttributeError) and "Linear' object has no attribute" in str(error):
+            why = "a module reads the weight of a linear layer, past the layer and its adapters"
+        raise BaseRefused(f"{model.config.model_type} cannot be served: {why}") from error
 
 
 def _check_rows(model: PreTrainedModel) -> list[Tensor]:
@@ -31,29 +79,19 @@ def _check_rows(model: PreTrainedModel) -> list[Tensor]:
     return [row.to(model.device) for row in rows]
 
 
-class Original(NamedTuple):
-    """What transformers' own modules gave.
-
-    logits: the last ones (vocab,) of each row, run alone. routed: of every router in turn, logits,
-    weights and experts of the tokens of all rows.
-    """
-
-    logits: list[Tensor]
-    routed: list[tuple[Tensor, ...]]
-
-
 @torch.no_grad()
 def original_logits(model: PreTrainedModel) -> Original:
     """Run each row alone."""
     logits: list[Tensor] = []
-    routed: list[list[tuple[Tensor, ...]]] = []
-    for row in _check_rows(model):
-        routed.append([])
-        hooked = _hooked(routers(model).values(), lambda found: routed[-1].append(found))
-        with _without_advice(), hooked:
+    modules = routers(model)
+    routed: dict[str, list[tuple[Tensor, ...]]] = {path: [] for path in modules}
+    hooks = {module: routed[path].append for path, module in modules.items()}
+    doing = "transformers' own forward of a few tokens"
+    with _without_advice(), _hooked(hooks), refusing_errors(model, doing):
+        for row in _check_rows(model):
             logits.append(model(row[None], use_cache=False).logits[0, -1])
-    of_router = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*routed, strict=True)]
-    return Original(logits, of_router)
+        of_rows = {path: tuple(zip(*own, strict=True)) for path, own in routed.items()}
+        return Original(logits, {path: tuple(map(torch.cat, own)) for path, own in of_rows.items()})
 
 
 @contextmanager
@@ -74,9 +112,12 @@ def _says_nothing(_: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any], Any]) -> Iterator[None]:
-    """Let `hook` see, and replace, what modules return."""
-    handles = [m.register_forward_hook(lambda _m, _x, found: hook(found)) for m in modules]
+def _hooked(hooks: Mapping[nn.Module, Callable[[Any], Any]]) -> Iterator[None]:
+    """Let each module's hook see, and replace, what it returns."""
+    handles = [
+        module.register_forward_hook(lambda _m, _x, found, hook=hook: hook(found))
+        for module, hook in hooks.items()
+    ]
     try:
         yield
     finally:
@@ -85,42 +126,138 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any], Any]) -> Iterato
 
 
 @torch.no_grad()
-def self_check(model: PreTrainedModel, original: Original) -> None:
-    """Run a short row beside a long one through the replaced modules.
+def observe(model: PreTrainedModel, original: Original) -> tuple[Findings, ObservedAttention]:
+    """Run the first piece of the longer row, and look at how every layer attends and is called.
+
+    The attention holds what the cache then has. Raises BaseRefused for what our attention cannot
+    do.
+    """
+    attention = ObservedAttention(model, FIRST_PIECE)
+    short, long = _check_rows(model)
+    positions = torch.arange(FIRST_PIECE, device=model.device)
+    set_attention(model, OBSERVED)
+    with (
+        observing(attention),
+        _layer_calls(model) as calls,
+        _routed_as(model, original, len(short) + positions),
+        refusing_errors(model, "a forward with our attention"),
+    ):
+        _hidden_states(model, long[:FIRST_PIECE], positions, attention)
+    hand_on_attention(attention.layers, attention.not_handed)
+    layout = attention.layout()
+    is_alike = layout.is_uniform and attention.states is None
+    return Findings(layout, is_alike and all(map(_is_plain_call, calls))), attention
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel, original: Original, observed: ObservedAttention) -> None:
+    """Run the short row beside the end of the long one, through all replaced modules.
 
     Raises BaseRefused if the logits of either differ from `original`, where each ran alone.
     """
-    rows = _check_rows(model)
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)
-    choices = iter(original.routed)
+    short, long = _check_rows(model)
+    ids = torch.cat([short, long[FIRST_PIECE:]])
+    positions = [torch.arange(len(short)), torch.arange(FIRST_PIECE, len(long))]
+    tokens = torch.cat([positions[0], len(short) + positions[1]])
+    with (
+        refusing_errors(model, "a batch of two rows over a cache"),
+        _routed_as(model, original, tokens),
+    ):
+        attention = observed.followed_by(positions)
+        states = _hidden_states(model, ids, torch.cat(positions).to(model.device), attention)
+        ends = [len(short) - 1, len(ids) - 1]
+        found = head_model(model)(inputs_embeds=states[None, ends], use_cache=False).logits[0]
+    compare(model, list(found), original.logits)
 
-    def route(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        theirs = next(choices)
-        _compare(model, found[0], theirs[0], float(theirs[0].abs().max()), "a router")
-        return theirs
 
-    ours = [module for module in model.modules() if isinstance(module, AdaptedRouter)]
-    with _hooked(ours, route):
-        out = model(
-            torch.cat(rows)[None],
-            position_ids=torch.cat([torch.arange(len(r), device=model.device) for r in rows])[None],
-            use_cache=False,
-            attention=VarlenAttention([RowLengths(lengths.tolist())], model.device),
-            logits_to_keep=lengths.cumsum(0) - 1,
-        )
-    scale = max(float(logits.abs().max()) for logits in original.logits)
-    for row, logits in enumerate(original.logits):
+@contextmanager
+def _routed_as(model: PreTrainedModel, original: Original, tokens: Tensor) -> Iterator[None]:
+    """Let routers give what the original's gave of `tokens` (n,), which are numbered over all rows.
+
+    Raises BaseRefused if their own logits differ.
+    """
+
+    def hook(theirs: tuple[Tensor, ...]) -> Callable[[Any], Any]:
+        scale = float(theirs[0].abs().max())
+        chosen = tuple(part[tokens.to(part.device)] for part in theirs)
+
+        def route(ours: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            _check_close(model, ours[0], chosen[0], scale, "a router")
+            return chosen
+
+        return route
+
+    decoder = decoder_of(model)
+    hooks = {decoder.get_submodule(path): hook(own) for path, own in original.routed.items()}
+    with _hooked(hooks):
+        yield
+
+
+def compare(model: PreTrainedModel, found: list[Tensor], original: list[Tensor]) -> None:
+    """Raise BaseRefused if the logits (vocab,) of a row are not the original's."""
+    scale = max(float(logits.abs().max()) for logits in original)
+    for row, (logits, expected) in enumerate(zip(found, original, strict=True)):
         where = f"a row of {SELF_CHECK_LENGTHS[row]} tokens"
-        _compare(model, out.logits[0, row], logits, scale, where)
+        _check_close(model, logits, expected, scale, where)
 
 
-def _compare(
+def _check_close(
     model: PreTrainedModel, ours: Tensor, theirs: Tensor, scale: float, where: str
 ) -> None:
-    error = float((ours - theirs).abs().max()) / scale
-    if not error <= SELF_CHECK_TOLERANCE[model.dtype]:
+    error = float((ours - theirs).abs().max())
+    if not error <= SELF_CHECK_TOLERANCE[model.dtype] * scale:
         raise BaseRefused(
-            f"{model.config.model_type} does not give its own logits with our attention and "
-            f"linear layers (relative error {error:.2g} on {where}); this architecture is not "
-            "served"
+            f"{model.config.model_type} does not give its own logits with our attention and linear "
+            f"layers (error {error:.2g} of {scale:.2g} on {where}): it tells tokens' places, or "
+            "brings values from one to another, by other means than position_ids and causal "
+            "attention; this architecture is not served"
         )
+
+
+def _hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Any
+) -> Tensor:
+    """As `Base.hidden_states`: (T, H)."""
+    decoder: Any = decoder_of(model)
+    out = decoder(
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention=attention
+    )
+    states: Tensor = out.last_hidden_state[0]
+    return states
+
+
+@contextmanager
+def _layer_calls(model: PreTrainedModel) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Collects the arguments with which the decoder calls its layers."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    hooks = [
+        layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+KNOWN_TENSORS = {
+    "attention_mask", "cache_position", "hidden_states", "position_embeddings", "position_ids",
+}  # fmt: skip
+"""What a decoder may give its layers of each token in a model whose layers run in any order."""
+
+
+def _is_plain_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """True for what a `ReorderedLayer` can hand on for some of the tokens."""
+    args, kwargs = call
+    rotary = kwargs.get("position_embeddings")
+    others = [value for name, value in kwargs.items() if name not in KNOWN_TENSORS]
+    return (
+        len(args) + ("hidden_states" in kwargs) == 1
+        and isinstance(rotary, tuple)
+        and isinstance(kwargs.get("position_ids"), Tensor)
+        and not any(isinstance(value, Tensor | dict | list | tuple) for value in others)
+    )

@@ -14,17 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from lora_runtime.base.model.parts import (
+    expert_modules,
+    expert_weights,
+    inner_linears,
+    towers,
+)
 from lora_runtime.errors import BaseRefused
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""Parameters that hold the experts of a layer, one after another: (E, out, in) or (E, in, out)."""
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """How safetensors names dtypes."""
 
@@ -39,7 +50,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
     stored = _half_dtype(folder) if dtype == torch.float32 else None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = _auto_class(folder).from_pretrained(
         folder,
         dtype=stored or dtype,
         local_files_only=True,
@@ -51,6 +62,39 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model if stored is None else _in_float32(model)
 
 
+def holds_more(folder: Path, model: PreTrainedModel) -> bool:
+    """True where transformers has read the text alone of a checkpoint that has other parts."""
+    return _config(folder).model_type != model.config.model_type
+
+
+def _auto_class(folder: Path) -> Any:
+    """What loads the checkpoint: as a language model, or as one of text and images."""
+    return auto_class(_config(folder))
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise BaseRefused(f"transformers does not know the model in {folder}: {error}") from error
+    return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' class that makes a model of `config`. Raises BaseRefused where none makes one
+    that gives logits of text.
+    """
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise BaseRefused(
+        f"{config.model_type} is no language model in transformers {transformers.__version__}; "
+        "only models that give logits of the next token are served"
+    )
+
+
 def _check_complete(found: Mapping[str, Collection[str]]) -> None:
     """transformers fills what a checkpoint lacks with random numbers, and warns."""
     if missing := sorted(map(str, found["missing_keys"])):
@@ -60,51 +104,12 @@ def _check_complete(found: Mapping[str, Collection[str]]) -> None:
         )
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers. Raises BaseRefused for a model that has none."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise BaseRefused(
-            f"{model.config.model_type} has no list of decoder layers; "
-            "only dense decoder-only models are served"
-        )
-    return layers
-
-
-def path_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The path of one of a model's modules."""
-    return next(path for path, module in model.named_modules() if module is wanted)
-
-
-def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the decoder layers, by its path from the list of layers."""
-    return {
-        path: module
-        for path, module in decoder_layers(model).named_modules()
-        if type(module) is nn.Linear
-    }
-
-
 def place(model: PreTrainedModel, device: torch.device) -> None:
-    """Copy all but the weights of inner linears and experts to `device`: out of the checkpoint's
-    files.
+    """Copy all but the weights of inner linears and experts to `device`, out of the checkpoint's
+    files; what is no part of its text stays there.
     """
     for tensor in _all_but_inner_weights(model):
         tensor.data = tensor.data.to(device, copy=True)
-
-
-def expert_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every module that holds experts as parameters, by its path from the list of layers."""
-    return {
-        path: module
-        for path, module in decoder_layers(model).named_modules()
-        if any(weight is not None and weight.ndim == 3 for weight in _expert_weights(module))
-    }
-
-
-def _expert_weights(module: nn.Module) -> list[nn.Parameter]:
-    found = (module._parameters.get(name) for name in EXPERT_WEIGHTS)
-    return [weight for weight in found if weight is not None]
 
 
 @contextmanager
@@ -139,7 +144,7 @@ def visiting(
 
 def _visiting_weights(module: nn.Module) -> list[nn.Parameter]:
     weight = module._parameters.get("weight")
-    return _expert_weights(module) if weight is None else [weight]
+    return expert_weights(module) if weight is None else [weight]
 
 
 def _half_dtype(folder: Path) -> torch.dtype | None:
@@ -159,7 +164,7 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
     Built anew, because a model computes some of its buffers in the dtype it is built in.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(stored.config).from_config(
             stored.config, dtype=torch.float32, attn_implementation="eager"
         )
     model.load_state_dict(stored.state_dict(), assign=True)
@@ -171,8 +176,12 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
 
 
 def _all_but_inner_weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Every parameter and buffer once, but for the weights of inner linears and experts."""
-    weights = {id(linear.weight) for linear in inner_linears(model).values()}
+    """Every parameter and buffer of its text once, but for the weights of inner linears and
+    experts.
+    """
+    left_out = {id(linear.weight) for linear in inner_linears(model).values()}
     for experts in expert_modules(model).values():
-        weights |= {id(weight) for weight in _expert_weights(experts)}
-    return (t for t in chain(model.parameters(), model.buffers()) if id(t) not in weights)
+        left_out |= {id(weight) for weight in expert_weights(experts)}
+    for tower in towers(model).values():
+        left_out |= {id(tensor) for tensor in chain(tower.parameters(), tower.buffers())}
+    return (t for t in chain(model.parameters(), model.buffers()) if id(t) not in left_out)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.experts import is_mixture
 from lora_runtime.base.model.fused_modules import are_fused
-from lora_runtime.base.streamed_load import decoder_layers
+from lora_runtime.base.model.parts import decoder_layers
 from lora_runtime.engine.decode_graphs import Replay
 from lora_runtime.kernels import can_fuse
 from lora_runtime.kernels.cpu import Tape, Unrecordable, is_recording, recorded_on

@@ -48,7 +48,7 @@ def reordered_batch(plan: ScheduledBatch, batch: ForwardBatch, cache: KVCache) -
     rows, device = plan.rows, batch.token_ids.device
     if all(scheduled.row.layer_map is None for scheduled in rows):
         return None
-    num_layers = cache.keys.shape[0]
+    num_layers = len(cache.layout.shapes)
     maps = [scheduled.row.layer_map or tuple(range(num_layers)) for scheduled in rows]
     num_planes = max(scheduled.row.num_planes for scheduled in rows)
     block_size = batch.attention.block_size

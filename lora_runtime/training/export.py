@@ -41,7 +41,9 @@ def target_names(config: UnitConfig, base: BaseSpec) -> tuple[tuple[str, ...], t
     targets, parameters = config.target_modules, config.target_parameters
     plain = [p for p, shape in base.linears.items() if shape.experts is None]
     if targets == "all-linear":
-        targets = tuple({p.rpartition(".")[2] for p in plain if p not in base.routers})
+        # A module of a list is named by its place, as layers are: its path alone means only it.
+        names = {p: p.rpartition(".")[2] for p in plain if p not in base.routers}
+        targets = tuple({p if name.isdecimal() else name for p, name in names.items()})
     if len(plain) == len(base.linears):
         return targets, parameters
     taken = tuple(name for name in targets if name.rpartition(".")[2] in TAKEN_FOR_EXPERTS)

@@ -39,11 +39,12 @@ class Site(NamedTuple):
         return self.holder or self.name
 
 
-def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
+def parse_layer_map(value: object, base: BaseSpec) -> tuple[int, ...] | None:
     """`layer_replication` [[start, end), …] → base layers in the order of their visits.
 
     None where each layer is visited once, in order. Raises AdapterRefused.
     """
+    num_layers = base.num_layers
     if not value:
         return None
     ranges = value if isinstance(value, list) else [value]
@@ -54,7 +55,15 @@ def parse_layer_map(value: object, num_layers: int) -> tuple[int, ...] | None:
             field="layer_replication",
         )
     layers = [layer for span in spans for layer in span]
-    return None if layers == list(range(num_layers)) else tuple(layers)
+    if layers == list(range(num_layers)):
+        return None
+    if not base.can_reorder_layers:
+        raise AdapterRefused(
+            f"layer_replication is not served on {base.model_type}: its layers differ in what they "
+            "keep or are given of a token, or carry a state, so they run in their own order only",
+            field="layer_replication",
+        )
+    return tuple(layers)
 
 
 def check_depth(layer_map: tuple[int, ...] | None, limit: int) -> None:
@@ -63,18 +72,6 @@ def check_depth(layer_map: tuple[int, ...] | None, limit: int) -> None:
         raise AdapterRefused(
             f"layer_replication makes {len(layer_map)} layers; at most {limit} are served here; "
             "raise max_adapter_layers, or replicate less",
-            field="layer_replication",
-        )
-
-
-def check_no_state(layer_map: tuple[int, ...] | None, base: BaseSpec) -> None:
-    """Raise AdapterRefused (field `layer_replication`) on a base with recurrent layers: one that is
-    visited twice would need a state for each visit.
-    """
-    if layer_map is not None and base.state_bytes:
-        raise AdapterRefused(
-            f"layer_replication is not served on {base.model_type}, whose recurrent layers keep "
-            "one state a row; train without it",
             field="layer_replication",
         )
 
@@ -98,21 +95,23 @@ def sites_of(
     if layer_map is None:
         return tuple(Site(path, 0, names[path]) for path in base.shapes)
     inside: dict[int, list[str]] = {}
+    outside: list[str] = []
     for path in base.linears:
-        inside.setdefault(layer_index(path), []).append(path)
+        layer = layer_index(path)
+        (outside if layer is None else inside.setdefault(layer, [])).append(path)
     visits: Counter[int] = Counter()
     sites = []
     for position, layer in enumerate(layer_map):
         for path in inside.get(layer, []):
             sites.append(Site(path, visits[layer], _moved(names[path], position)))
         visits[layer] += 1
-    ends = (base.embedding, base.head)
+    ends = (*outside, base.embedding, base.head)
     return (*sites, *(Site(path, 0, names[path]) for path in ends))
 
 
-def layer_index(path: str) -> int:
-    """Which layer of the base the module at `path` is in."""
-    return next(int(piece) for piece in path.split(".") if piece.isdecimal())
+def layer_index(path: str) -> int | None:
+    """The layer that a module is part of, the first number in its path; None outside of layers."""
+    return next((int(piece) for piece in path.split(".") if piece.isdecimal()), None)
 
 
 def _moved(name: str, position: int) -> str:

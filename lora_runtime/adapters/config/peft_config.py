@@ -22,7 +22,6 @@ from lora_runtime.adapters.config.expert_sites import (
 from lora_runtime.adapters.config.fields import FIELDS, Treatment
 from lora_runtime.adapters.config.layer_sites import (
     Site,
-    check_no_state,
     parse_layer_map,
     sites_of,
 )
@@ -98,8 +97,7 @@ def parse_config(
     """
     _check_fields(config)
     names = trained_names or {path: path for path in base.shapes}
-    layer_map = parse_layer_map(config.get("layer_replication"), base.num_layers)
-    check_no_state(layer_map, base)
+    layer_map = parse_layer_map(config.get("layer_replication"), base)
     sites = sites_of(base, names, layer_map)
     if experts is not None:
         sites = split_experts(sites, base, experts)

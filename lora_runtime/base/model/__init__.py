@@ -3,7 +3,9 @@
 transformers owns the model: its module tree, its forward, its families. `loader.prepare_base` makes
 the changes in this order, compares the changed model with the untouched one (`self_check`), and
 only then quantises. Nothing in transformers itself is patched: every change is to one model's
-modules, apart from the attention function, which is registered under a name of ours.
+modules, apart from the attention functions, which are registered under names of ours.
+
+What is no part of a model's text is taken out of it first (`parts.py`).
 
 1. Rotary frequencies are fixed in place (`rotary.py`). transformers computes those of `longrope`
    and `dynamic` anew from the longest row of every batch, so a row would depend on its neighbours.
@@ -13,7 +15,9 @@ modules, apart from the attention function, which is registered under a name of 
 3. The attention function is ours (`attention.py`), registered with transformers'
    AttentionInterface. The forward is given an `Attention` object as keyword `attention=`, which
    transformers hands through to it: the paged cache in serving, whole rows in training
-   (`varlen_attention.py`).
+   (`varlen_attention.py`). Where a family's layers keep that keyword to themselves, a subclass of
+   theirs leaves it at the module that attends (`handing_on.py`). For one forward at load the
+   function is another, which notes how each layer attends (`base/observed_attention.py`).
 4. A module's class becomes a subclass (`module.__class__ = …`, `fused_modules.py`), whose forward
    runs as one op what were two to ten. Attributes, names and parameters stay, and the
    subclass calls the original's forward wherever a fused op cannot run.
@@ -28,11 +32,12 @@ modules, apart from the attention function, which is registered under a name of 
    (`reordered_model.py`), the part behind the decoder alone (`head_model.py`), activation
    checkpointing (`base/recompute.py`), another dtype (`base/dtype_view.py`). The model itself is
    not changed, and weights are not duplicated.
-8. Recurrent layers are replaced by the table of 4., always (`recurrent_mixers.py`): each row's
-   state is where the `Attention` object says (`recurrence.py`). A model that may carry state in a
-   way that the table does not know is refused (`recurrent_layers.py`).
-9. A decoder layer in such a copy is wrapped by a module that delegates all attributes
-   (`WrappedLayer` in `reordered_model.py`), as decoders ask layers for some.
+8. Experts and their routers are replaced (`experts.py`, `routers.py`): a mixture runs as groups of
+   rows of one weight, and adapters act on both.
+9. Recurrent layers become subclasses of theirs too, by a table (`recurrent_layers.py`,
+   `recurrent_mixers.py`): each row's state is where the `Attention` object says (`recurrence.py`).
+10. A decoder layer in a copy of 7. is wrapped by a module that delegates all attributes
+    (`WrappedLayer` in `reordered_model.py`), as decoders ask layers for some.
 
 `requirement.py` raises BaseRefused, which names transformers' version and what is missing, where
 a version lacks an attribute that these changes rely on.

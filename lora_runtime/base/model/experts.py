@@ -22,19 +22,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.adapted_linear import AdaptedLinear, Routed, StepContext
+from lora_runtime.base.model.adapted_linear import StepContext
 from lora_runtime.base.model.fused_modules import ACTIVATIONS
-from lora_runtime.base.model.quant_linear import DenseLinear, FrozenLinear
-from lora_runtime.base.model.reordered_model import shallow_copy
-from lora_runtime.base.model.requirement import require_attributes
-from lora_runtime.base.model.routing import Routing
-from lora_runtime.base.model.stacked_linears import join_layers
-from lora_runtime.base.streamed_load import (
+from lora_runtime.base.model.parts import (
     EXPERT_WEIGHTS,
-    decoder_layers,
+    decoder_of,
     expert_modules,
     path_of,
 )
+from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.routing import Routing
+from lora_runtime.base.model.stacked_linears import join_layers
 from lora_runtime.core import ExpertsLayout
 from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, gated_activation
@@ -43,8 +41,6 @@ RELIES_ON = (
     "num_experts", "has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm",
     "_apply_gate", "_is_expert_parallel",
 )  # fmt: skip
-UNQUANTISED = ("shared_expert_gate",)
-"""Last names of linear layers that choose as routers do, and stay as exact as they."""
 
 
 class AdaptedExperts(nn.Module):
@@ -79,36 +75,6 @@ class AdaptedExperts(nn.Module):
     def product(self, x: Tensor, routing: Routing) -> Tensor:
         """W_e x_p, without biases."""
         return self.linear.grouped_product(x, routing.starts)
-
-
-class AdaptedRouter(AdaptedLinear):
-    """The router of a mixture: an unquantised linear layer, and what its family makes of its
-    logits.
-
-    transformers' router multiplies and chooses in one forward. Here a copy of it chooses, whose
-    weight is the identity, from the logits of a linear layer as any other: so adapters act on it,
-    and the family's rule stays transformers' own. The product with the identity is exact, and in
-    float32 or better, so that the weights of the chosen experts are not rounded.
-    `is_wide`: the family multiplies in float32 whatever the compute dtype is.
-    """
-
-    def __init__(self, path: str, router: Any, context: StepContext) -> None:
-        weight, bias = router.weight.data, getattr(router, "bias", None)
-        self_dtype = torch.float32 if _multiplies_in_float32(router) else weight.dtype
-        super().__init__(path, DenseLinear(weight.to(self_dtype), bias), context)
-        self.is_wide = self_dtype != weight.dtype
-        self.choose = _chooser(router, torch.promote_types(self_dtype, torch.float32))
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        """hidden_states (..., H) → what the family's router gives: of T tokens logits (T, E),
-        weights (T, K) and experts (T, K).
-        """
-        x = hidden_states.reshape(-1, self.in_features)
-        logits = super().forward(x.float() if self.is_wide else x)
-        found = self.choose(logits.to(self.choose.weight.dtype))
-        if self.context.routed is not None:
-            self.context.routed.append(Routed(self.context.meta, logits, found[2]))
-        return found
 
 
 class _GroupedExperts(nn.Module):
@@ -180,12 +146,11 @@ def replace_experts(
 ) -> dict[str, AdaptedExperts]:
     """Let the model's mixtures run as groups, still unquantised. Returns path → each product.
 
-    The routers become AdaptedRouters. Raises BaseRefused for experts of another form.
+    `check_experts` has seen that their forms are known.
     """
     found: dict[str, AdaptedExperts] = {}
-    prefix = path_of(model, decoder_layers(model))
+    prefix = path_of(model, decoder_of(model))
     for path, experts in expert_modules(model).items():
-        _check(model, path, experts)
         for name in EXPERT_WEIGHTS:
             product = _opened(f"{prefix}.{path}.{name}", experts, name, context, device, dtype)
             found[product.path] = product
@@ -194,41 +159,27 @@ def replace_experts(
     return found
 
 
-def replace_routers(model: PreTrainedModel, context: StepContext) -> dict[str, AdaptedRouter]:
-    """Put an AdaptedRouter in the place of every router. Returns path → the router there."""
-    layers = decoder_layers(model)
-    prefix = path_of(model, layers)
-    found = {}
-    for path, router in routers(model).items():
-        parent, _, name = path.rpartition(".")
-        adapted = AdaptedRouter(f"{prefix}.{path}", router, context)
-        setattr(layers.get_submodule(parent), name, adapted)
-        found[adapted.path] = adapted
-    return found
-
-
 def is_mixture(module: nn.Module) -> bool:
     """True for the block of a layer that holds experts which run as groups."""
     return any(isinstance(child, _GroupedExperts) for child in module.children())
 
 
-def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The module that routes to each mixture, by its path from the list of layers."""
-    layers = decoder_layers(model)
-    found: dict[str, nn.Module] = {}
+def check_experts(model: PreTrainedModel) -> None:
+    """Raise BaseRefused for experts in another form than those we know."""
+    kind = model.config.model_type
     experts: Any
     for path, experts in expert_modules(model).items():
-        parent = path.rpartition(".")[0]
-        block: Any = layers.get_submodule(parent)
-        own = {
-            name: module
-            for name, module in block.named_children()
-            if type(module) is not nn.Linear and _is_router(module, experts.num_experts)
-        }
-        if len(own) != 1:
-            raise _refused(model, f"{path} has {len(own)} routers beside it, and needs one")
-        found |= {f"{parent}.{name}": module for name, module in own.items()}
-    return found
+        where = f"{kind} is not served: {path} ({type(experts).__name__}) are experts"
+        if not all(hasattr(experts, name) for name in RELIES_ON):
+            raise BaseRefused(f"{where} that it multiplies in a way of its own")
+        if not experts.has_gate:
+            raise BaseRefused(f"{where} without a gate")
+        if experts.has_post_expert_norm or experts._is_expert_parallel:
+            raise BaseRefused(f"{where} with a norm behind each, or not all of them")
+        names = {name for name, _ in experts.named_parameters(recurse=False)}
+        biases = {f"{name}_bias" for name in EXPERT_WEIGHTS}
+        if unknown := names - biases - {*EXPERT_WEIGHTS}:
+            raise BaseRefused(f"{where} with {min(unknown)}, which those of no known family have")
 
 
 def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear]) -> None:
@@ -246,25 +197,6 @@ def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear])
         )
     joined.bias = None if unfrozen.bias is None else unfrozen.bias.to(device, dtype)
     experts.linear = joined
-
-
-def _is_router(module: nn.Module, num_experts: int) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and len(weight) == num_experts
-
-
-def _check(model: PreTrainedModel, path: str, experts: Any) -> None:
-    require_attributes(experts, RELIES_ON, "experts that run as groups need")
-    names = {name for name, _ in experts.named_parameters(recurse=False)}
-    biases = {f"{name}_bias" for name in EXPERT_WEIGHTS}
-    if not experts.has_gate or experts.has_post_expert_norm or experts._is_expert_parallel:
-        raise _refused(model, f"{path} has experts without a gate, with a norm, or not all of them")
-    if unknown := names - biases - {*EXPERT_WEIGHTS}:
-        raise _refused(model, f"{path} has {min(unknown)}, which experts have in no known family")
-
-
-def _refused(model: PreTrainedModel, what: str) -> BaseRefused:
-    return BaseRefused(f"{model.config.model_type} is not served: {what}")
 
 
 def _opened(
@@ -296,31 +228,3 @@ def _grouped(original: type[Any]) -> type[Any]:
     is_plain = original._apply_gate.__name__ == "_default_apply_gate"
     attributes = {"is_plain_gate": is_plain}
     return type(f"Grouped{original.__name__}", (_GroupedExperts, original), attributes)
-
-
-def _chooser(router: Any, dtype: torch.dtype) -> Any:
-    """A copy of a router that takes logits for hidden states and multiplies them by 1."""
-    chooser = shallow_copy(router)
-    chooser._buffers, own = dict(router._buffers), dict(router._parameters)
-    chooser._non_persistent_buffers_set = set(router._non_persistent_buffers_set)
-    chooser._parameters = {}
-    num_experts, device = len(router.weight), router.weight.device
-    # Buffers, as those keep their dtype in a view of the base in another.
-    constants = {"weight": torch.eye(num_experts, dtype=dtype, device=device)}
-    if own.get("bias") is not None:
-        constants["bias"] = torch.zeros(num_experts, dtype=dtype, device=device)
-    for name, values in constants.items():
-        chooser.register_buffer(name, values, persistent=False)
-    if hasattr(chooser, "hidden_dim"):
-        chooser.hidden_dim = num_experts
-    return chooser
-
-
-@torch.no_grad()
-def _multiplies_in_float32(router: Any) -> bool:
-    """True when a router of another dtype gives logits that are not rounded to it."""
-    weight = router.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, weight.shape[1], generator=generator).to(weight)
-    logits: Tensor = router(x)[0]
-    return not torch.equal(logits, logits.to(weight.dtype).to(logits.dtype))

@@ -4,8 +4,6 @@ CPU a call of the compiled library.
 A module keeps its attributes, names and parameters; only its class becomes a subclass, whose
 forward is the original wherever the ops are not compiled (`can_fuse_elementwise`), and on a GPU
 where a gradient is wanted.
-Recurrent layers are replaced by the same table, and always: theirs know where rows keep their
-states (`recurrent_mixers.py`), which the originals do not.
 """
 
 from __future__ import annotations
@@ -18,14 +16,6 @@ from torch import Tensor, nn
 
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.model.attention import Attention, PagedAttention
-from lora_runtime.base.model.recurrent_mixers import (
-    GatedDeltaNet,
-    JoinedGatedDeltaNet,
-    Mamba2,
-    RecurrentMixer,
-    ScaledMamba2,
-    ShortConvolution,
-)
 from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.kernels import (
     HeadNorm,
@@ -273,22 +263,9 @@ TABLE: dict[type[Any], tuple[str, ...]] = {
              "Phi3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2MoeDecoderLayer",
              "MixtralDecoderLayer"),
     _LayerOfFourNorms: ("Gemma2DecoderLayer", "Gemma3DecoderLayer"),
-    GatedDeltaNet: ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"),
-    JoinedGatedDeltaNet: ("Qwen3NextGatedDeltaNet",),
-    Mamba2: ("BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
-    ScaledMamba2: ("FalconH1Mixer",),
-    ShortConvolution: ("Lfm2ShortConv", "Lfm2MoeShortConv"),
 }  # fmt: skip
 """How modules are fused → classes of transformers. A class that is not here stays as it is."""
 KINDS = {name: kind for kind, names in TABLE.items() for name in names}
-
-
-def recurrent_kind(module: nn.Module) -> type[RecurrentMixer] | None:
-    """What a module becomes, or has become, if it is a recurrent layer that TABLE knows."""
-    if isinstance(module, RecurrentMixer):
-        return type(module)
-    kind: type[Any] | None = KINDS.get(type(module).__name__)
-    return kind if kind is not None and issubclass(kind, RecurrentMixer) else None
 
 
 def fuse_modules(model: nn.Module) -> None:

@@ -1,96 +1,102 @@
-"""Which layers of a model are recurrent, what state they carry, and whether we know all of them."""
+"""The recurrent layers of a model: which there are, their replacement, and the states of a row.
+
+A layer's class becomes a subclass, as in `fused_modules.py`, but always: only ours know where rows
+keep their states, and leave the originals' attributes, names and parameters as they are.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_runtime.base.model.fused_modules import recurrent_kind
-from lora_runtime.base.model.recurrence import StateShapes
-from lora_runtime.base.model.recurrent_mixers import ACTIVATIONS, RecurrentMixer
-from lora_runtime.base.streamed_load import decoder_layers
+from lora_runtime.base.model.parts import decoder_of
+from lora_runtime.base.model.recurrence import StatePool, StateShapes
+from lora_runtime.base.model.recurrent_mixers import (
+    ACTIVATIONS,
+    GatedDeltaNet,
+    JoinedGatedDeltaNet,
+    Mamba2,
+    RecurrentMixer,
+    ScaledMamba2,
+    ShortConvolution,
+)
+from lora_runtime.base.model.requirement import require_attributes
 from lora_runtime.errors import BaseRefused
 
-ATTENDING = frozenset(
-    ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
-)
-"""Types of layers, as configs name them, that carry no state but keys and values."""
+TABLE: dict[type[RecurrentMixer], tuple[str, ...]] = {
+    GatedDeltaNet: ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"),
+    JoinedGatedDeltaNet: ("Qwen3NextGatedDeltaNet",),
+    Mamba2: ("BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
+    ScaledMamba2: ("FalconH1Mixer",),
+    ShortConvolution: ("Lfm2ShortConv", "Lfm2MoeShortConv"),
+}
+"""Recurrent layers → classes of transformers. A model with others is refused."""
+KINDS = {name: kind for kind, names in TABLE.items() for name in names}
 
 
-def check_recurrence(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for a model, not changed yet, with a recurrent layer of a kind that is not
-    known: rows laid end to end would run into each other in it.
+def replace_recurrent_layers(model: PreTrainedModel) -> None:
+    """Let the layers that TABLE knows keep their states where the forward says, in place.
+
+    Raises BaseRefused for one that ends its convolution in another function than ours do, or that
+    lacks what ours read.
     """
-    known = _mixers(model)
-    for path, module in known.items():
+    kind: Any
+    for path, kind in _recurrent_kinds(model).items():
+        module: Any = decoder_of(model).get_submodule(path)
         activation = getattr(module, "activation", "silu")
         if activation not in ACTIVATIONS:
             raise BaseRefused(
                 f"{path} of {model.config.model_type} ends its convolution in {activation!r}; only "
                 f"{', '.join(sorted(ACTIVATIONS))} are served"
             )
-    with_known = {int(path.partition(".")[0]) for path in known}
-    config: Any = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    unknown = [
-        (index, kind)
-        for index, kind in enumerate(types)
-        if kind not in ATTENDING and index not in with_known
-    ]
-    if unknown:
-        index, kind = unknown[0]
-        raise BaseRefused(
-            f"layer {index} of {model.config.model_type} is of type {kind!r}, which is not served: "
-            "its tokens may depend on each other in ways that are not known"
-        )
-    if getattr(model, "_is_stateful", False) and not known and not types:
-        raise BaseRefused(
-            f"{model.config.model_type} keeps a recurrent state in layers of a kind that is not "
-            "served; served are gated delta nets, Mamba-2 and the short convolutions of LFM2"
-        )
+        require_attributes(module, kind.relies_on, "a recurrent layer reads")
+        original: Any = type(module)
+        module.__class__ = _with_states(kind, original)
 
 
 def convolutions(model: PreTrainedModel) -> set[nn.Module]:
-    """The convolutions of its recurrent layers: no adapter acts on them."""
-    found = set()
-    for module in _mixers(model).values():
-        kind = recurrent_kind(module)
-        assert kind is not None
-        found.add(module.get_submodule(kind.convolution))
-    return found
+    """The convolutions of the layers that will be replaced: no adapter acts on them."""
+    kinds, decoder = _recurrent_kinds(model), decoder_of(model)
+    return {decoder.get_submodule(f"{path}.{kind.convolution}") for path, kind in kinds.items()}
 
 
-def state_shapes(model: PreTrainedModel) -> dict[int, StateShapes]:
-    """Layer → the shapes of a row's states there; the model's modules are replaced."""
-    mixers = (m for m in decoder_layers(model).modules() if isinstance(m, RecurrentMixer))
-    return {mixer.layer_idx: mixer.state_shapes for mixer in mixers}
+def allocate_states(model: PreTrainedModel, num_slots: int) -> StatePool | None:
+    """Room for the states of `num_slots` rows or snapshots, in float32 or better, on the model's
+    device; None for a model without recurrent layers. The layers are replaced.
+    """
+    shapes = _state_shapes(model)
+    like = torch.empty(0, dtype=_state_dtype(model), device=model.device)
+    return StatePool.allocate(shapes, num_slots, like) if shapes else None
 
 
 def state_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all states of one row."""
-    itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
-    shapes = (shape for own in state_shapes(model).values() for shape in own)
-    return itemsize * sum(math.prod(shape) for shape in shapes)
+    """Bytes of all states of one row; 0 without recurrent layers. The layers are replaced."""
+    shapes = (shape for own in _state_shapes(model).values() for shape in own)
+    return _state_dtype(model).itemsize * sum(math.prod(shape) for shape in shapes)
 
 
-def attention_layers(model: PreTrainedModel) -> tuple[int, ...]:
-    """The layers that keep keys and values: all, but in a model with recurrent ones."""
-    layers = decoder_layers(model)
-    if not state_shapes(model):
-        return tuple(range(len(layers)))
-    return tuple(index for index, layer in enumerate(layers) if _attends(layer))
+def _recurrent_kinds(model: PreTrainedModel) -> dict[str, type[RecurrentMixer]]:
+    """Path from the decoder on → what the layer there is to become."""
+    modules = decoder_of(model).named_modules()
+    names = {path: type(module).__name__ for path, module in modules}
+    return {path: KINDS[name] for path, name in names.items() if name in KINDS}
 
 
-def _attends(layer: nn.Module) -> bool:
-    """By the name of a class, as every family has its own."""
-    return any(type(module).__name__.endswith("Attention") for module in layer.modules())
+def _state_shapes(model: PreTrainedModel) -> dict[int, StateShapes]:
+    """Layer → the shapes of a row's states there."""
+    mixers = (m for m in decoder_of(model).modules() if isinstance(m, RecurrentMixer))
+    return {mixer.layer_idx: mixer.state_shapes for mixer in mixers}
 
 
-def _mixers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The recurrent layers of a known kind, by their path from the list of decoder layers."""
-    modules = decoder_layers(model).named_modules()
-    return {path: module for path, module in modules if recurrent_kind(module) is not None}
+def _state_dtype(model: PreTrainedModel) -> torch.dtype:
+    return torch.promote_types(model.dtype, torch.float32)
+
+
+@cache
+def _with_states(kind: type[Any], original: type[Any]) -> type[Any]:
+    return type(f"Stateful{original.__name__}", (kind, original), {})

@@ -4,7 +4,7 @@ A module keeps its attributes, names, parameters and linear layers; only its cla
 subclass, whose forward takes its rows laid end to end (1, T, H). Projections and gates are the
 module's own and act on tokens; what goes from token to token is `advance`, which the forward's
 Recurrence calls for all rows. States are float32 or better, and so is the arithmetic on them.
-Which class of transformers is of which kind is in the table of `fused_modules.py`.
+Which class of transformers is of which kind is in the table of `recurrent_layers.py`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_runtime.base.model.adapted_linear import StepContext
 from lora_runtime.base.model.attention import Attention
+from lora_runtime.base.model.parts import decoder_of
 
 MAX_REORDERED_MODELS = 64
 """Orders of layers for which a base keeps a model."""
@@ -117,7 +118,7 @@ def reordered_model(
     The copy shares the parameters; neither the model nor its config is changed. The copy's forward
     wants LayerSteps as `attention=`. `context` is that of the model's adapted layers.
     """
-    decoder: Any = model.get_decoder()
+    decoder: Any = decoder_of(model)
     configs: dict[int, Any] = {}
     reordered_decoder = shallow_copy(decoder)
     reordered_decoder.config = _reordered_config(decoder.config, layers, configs)

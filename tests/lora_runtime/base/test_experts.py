@@ -8,10 +8,13 @@ import torch
 
 from lora_runtime.base.dense_checkpoint import dense_tensors
 from lora_runtime.base.loader import load_base, prepare_base
-from lora_runtime.base.model.experts import AdaptedExperts, AdaptedRouter
+from lora_runtime.base.model.experts import AdaptedExperts
+from lora_runtime.base.model.routers import AdaptedRouter
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
+from tests.families import tiny_family
+from tests.family_checks import base_of
 from tests.lora_runtime.base.test_streamed_load import DenseCopies
 from tests.tiny import MIXTURES, VOCAB_SIZE, dense_twin, tiny_base, tiny_checkpoint, tiny_model
 
@@ -149,6 +152,33 @@ def test_a_router_near_a_tie_does_not_look_like_a_wrong_model():
     """In bfloat16 rounding alone sends some tokens of these models to other experts."""
     for shape, seed in (("gpt-oss", 0), ("gpt-oss", 1), ("mixtral", 1)):
         assert tiny_base(shape, dtype=torch.bfloat16, seed=seed).spec.routers
+
+
+@pytest.mark.parametrize(
+    ("family", "linear"), [("gemma4_text (experts)", "router.proj"), ("afmoe", "mlp.router.gate")]
+)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_router_around_a_linear_layer_gives_its_logits_and_choices(family, linear, quantization):
+    """The linear layer stays unquantised, is one of the base's routers, and is collected."""
+    theirs, ids = [], torch.randint(VOCAB_SIZE, (1, 20))
+    model = tiny_family(family)
+    paths = [path for path, _ in model.named_modules() if path.endswith(linear)]
+    weights = {path: model.get_submodule(path).weight.clone() for path in paths}
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(lambda _m, _x, y: theirs.append(y))
+    model(ids, use_cache=False)
+    base = base_of(tiny_family(family), quantization)
+    assert base.spec.routers == tuple(paths)
+    for path, weight in weights.items():
+        assert torch.equal(base.model.get_submodule(path).linear.weight_values(), weight)
+    attention = VarlenAttention([RowLengths([20])])
+    with base.context.collecting() as routed:
+        base.forward(ids[0], torch.arange(20), attention, torch.arange(1))
+    assert len(routed) == len(paths)
+    for ours, logits in zip(routed, theirs, strict=True):
+        assert ours.chosen.shape == (20, 2)
+        if quantization == "none":
+            torch.testing.assert_close(ours.logits, logits.view_as(ours.logits))
 
 
 def test_a_router_that_gives_other_logits_is_refused(monkeypatch):

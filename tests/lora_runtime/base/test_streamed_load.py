@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_runtime.base.loader import load_base
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
-from lora_runtime.base.streamed_load import inner_linears, read_model, visiting
+from lora_runtime.base.model.parts import inner_linears
+from lora_runtime.base.streamed_load import read_model, visiting
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
 from tests.tiny import CONFIGS, HYBRIDS, tiny_checkpoint

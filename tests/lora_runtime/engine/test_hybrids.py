@@ -273,5 +273,5 @@ def test_the_state_of_a_row_is_stated_and_is_what_the_pool_takes():
     held = sum(part.nbytes for own in states.layers.values() for part in own)
     slots = engine.info.max_num_seqs + engine.info.num_snapshots
     assert held == slots * engine.info.base.state_bytes
-    assert engine.runner.cache.keys.shape[0] == 1, "only one layer attends"
+    assert len(engine.runner.cache.layout.shapes) == 1, "only one layer attends"
     assert engine.runner.graphs is None

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lora_runtime import kernels
 from lora_runtime.adapters import packed_adapter
@@ -26,6 +26,8 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.base import loader, self_check
 from lora_runtime.base.loader import Base, prepare_base
+from lora_runtime.base.model.attention import KVLayout
+from lora_runtime.base.self_check import Findings
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import (
     AdapterUse,
@@ -117,13 +119,20 @@ def sizeless_base(
             loader,
             place=lambda model, device: None,  # it has no memory, but for that one number
             original_logits=lambda model: [],
-            self_check=lambda model, original: None,
+            observe=lambda model, original: (Findings(layout_of(config), True), None),
+            self_check=lambda model, original, observed: None,
             fingerprint=lambda model, quantization: "",
         ),
         mock.patch.object(loader.BaseWeights, "measure_rows", lambda self: None),
     ):
         settings = BaseConfig(quantization=quantization, dequantized_cache=False)
         return prepare_base(model, settings, shape, Path("."))
+
+
+def layout_of(config: PreTrainedConfig) -> KVLayout:
+    """What the layers keep of a token, by the config: all of these models' layers are alike."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVLayout.uniform(config.num_hidden_layers, config.num_key_value_heads, head_dim)
 
 
 def sizeless_runner(
