@@ -48,8 +48,8 @@ class Pool {
   // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
   static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;
 
-  // After an op of torch its threads look for another for milliseconds, and a thread of ours would wait
-  // for a core: between torch's ops they do the work. Without libgomp this thread does it.
+  // After an op of torch its threads look for another for milliseconds and have the cores: between
+  // torch's ops they do the work. Without libgomp this thread does it.
   template <class Body>
   static void run_beside_torch(long count, long grain, int num_threads, const Body& body) {
     if (num_threads < 2 || !GOMP_parallel) return body(0, count);
