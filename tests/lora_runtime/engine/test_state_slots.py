@@ -93,7 +93,7 @@ def test_every_row_has_its_own_state_under_any_schedule(
 def test_the_random_schedules_resume_evict_and_preempt():
     """The test above would show nothing if its schedules did nothing of interest."""
     rng, driver = random.Random(0), StateDriver(20, budget=30, num_snapshots=6)
-    for index in range(150):
+    for index in range(200):
         driver.add(random_request(rng, index))
     driver.finish()
     assert driver.scheduler.num_preemptions > 10
