@@ -92,6 +92,18 @@ SHAPES = {
 """Of the families that are served, and queries that are no power of two over one key head."""
 
 
+RECURRENT = {
+    "qwen3.5-9b": (16, 32, 128, 128, True, 8192, 4, False),
+    "granite-4-micro": (1, 64, 128, 64, False, 4352, 4, True),
+    "falcon-h1-7b": (1, 24, 256, 128, False, 3584, 4, True),
+    "lfm2-1.2b": (0, 0, 0, 0, False, 2048, 3, False),
+    "of no power of two": (3, 9, 72, 80, True, 1296, 4, True),
+    "of one": (1, 1, 1, 1, True, 1, 2, True),
+}
+"""Recurrent layers: heads of keys, heads, numbers of a key and of a value, whether there is a β,
+channels and taps of the convolution, whether it has a bias."""
+
+
 def sizeless_base(
     shape: str, dtype: torch.dtype, quantization: str = "nf4", num_layers: int | None = None
 ) -> Base:
@@ -224,8 +236,8 @@ def sample() -> None:
 
 
 def other_ops(dtype: torch.dtype) -> None:
-    """The write of keys that transformers has rotated, draws from a large vocabulary, and a layer
-    of Qwen3-30B-A3B's experts.
+    """The write of keys that transformers has rotated, draws from a large vocabulary, a layer of
+    Qwen3-30B-A3B's experts, and steps of recurrent layers.
     """
     with torch.device("meta"):
         k, slots = torch.empty(3, 8, 128, dtype=dtype), torch.empty(3, dtype=torch.int64)
@@ -238,6 +250,38 @@ def other_ops(dtype: torch.dtype) -> None:
         scales, code = torch.empty(codes.numel() // 64), torch.empty(16)
         kernels.grouped_four_bit_product(x, starts, packed, scales, code, 1536)
         kernels.grouped_int8_product(x, starts, codes, scales[: len(codes)])
+    for name in RECURRENT:
+        for num_rows in (1, 3):
+            recurrent_steps(name, num_rows, dtype)
+
+
+def recurrent_steps(name: str, num_rows: int, dtype: torch.dtype) -> None:
+    """A step of a layer of `RECURRENT`, with a snapshot and without; what it is given is cut out of
+    a larger product.
+    """
+    key_heads, heads, keys, values, has_beta, channels, taps, has_bias = RECURRENT[name]
+    with torch.device("meta"):
+        slots = torch.empty(num_rows, dtype=torch.int64)
+        states = torch.empty(9, heads, keys, values)
+        histories = torch.empty(9, taps - 1, channels)
+        q, k, v, _ = (
+            torch.empty(num_rows, (2 * key_heads + 1) * keys + heads * values)
+            .split([key_heads * keys] * 2 + [heads * values, keys], 1)
+        )  # fmt: skip
+        keep = torch.empty(num_rows, heads)
+        x = torch.empty(num_rows, channels + heads, dtype=dtype)[:, :channels]
+        weight, bias = torch.empty(channels, 1, taps, dtype=dtype), torch.empty(channels).to(dtype)
+    q, k = (part.unflatten(1, (key_heads, keys)) for part in (q, k))
+    for copies in (None, slots):
+        kernels.conv_step(
+            histories, slots, x, weight[:, 0], bias if has_bias else None,
+            is_silu=heads > 0, copies=copies,
+        )  # fmt: skip
+        if heads:
+            kernels.recurrent_step(
+                states, slots, q, k, v.unflatten(1, (heads, values)), keep,
+                keep if has_beta else None, copies,
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
