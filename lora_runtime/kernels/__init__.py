@@ -390,9 +390,9 @@ def conv_step(
     """One token of N rows of a causal convolution of each channel; their histories change in place.
 
     y = Σ_i w_i h_i + w_{K−1} x + b over a row's last K − 1 inputs h, then silu if `is_silu`;
-    rounded once to x's dtype. x becomes the last of h. Shapes: histories (slots, K − 1, C) of float32 or
-    better, contiguous; x (N, C), weight (C, K), bias (C,) or None → (N, C). `slots` and `copies` as
-    in `recurrent_step`. No gradient.
+    rounded once to x's dtype. x becomes the last of h. Shapes: histories (slots, K − 1, C) of
+    float32 or better, contiguous; x (N, C), weight (C, K), bias (C,) or None → (N, C). `slots` and
+    `copies` as in `recurrent_step`. No gradient.
     """
     weights = (histories, weight) if bias is None else (histories, weight, bias)
     backend = gpu if gpu.can_run(x, weights=weights) else reference
