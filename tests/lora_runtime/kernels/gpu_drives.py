@@ -84,6 +84,21 @@ SHAPES = {
         model_type="phi3", hidden_size=3072, intermediate_size=8192, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32064, pad_token_id=0,
     ),
+    "qwen3.5-9b": dict(
+        model_type="qwen3_5_text", hidden_size=4096, intermediate_size=12288,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=256, vocab_size=248320,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "granite-4-h-micro": dict(
+        model_type="granitemoehybrid", hidden_size=2048, shared_intermediate_size=8192,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=100352, num_local_experts=0,
+        num_experts_per_tok=0, mamba_n_heads=64, mamba_d_head=64, mamba_d_state=128,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2-1.2b": dict(
+        model_type="lfm2", hidden_size=2048, intermediate_size=12288, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=65536, layer_types=["conv", "full_attention"],
+    ),
     "one key head": dict(
         model_type="llama", hidden_size=4544, intermediate_size=18176, num_attention_heads=71,
         num_key_value_heads=1, vocab_size=65024,
@@ -152,7 +167,8 @@ def sizeless_runner(
     pool.memory = replace(pool.memory, max_rows=max_vocabulary_rows)
     pool._bind()
     cache = base.allocate_kv(MAX_ROWS * BLOCK_SIZE)
-    return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS)
+    states = base.allocate_states(MAX_ROWS)
+    return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS, states)
 
 
 class Captured:
@@ -222,6 +238,7 @@ def real_shapes() -> None:
             steps_of(sizeless_runner(base, replicas=replicas), (1, 33))
         for max_vocabulary_rows in (64, base.spec.vocab_size):
             steps_of(sizeless_runner(base, max_vocabulary_rows=max_vocabulary_rows), (1, 33, 133))
+        other_ops(dtype)
 
 
 def sample() -> None:
@@ -323,6 +340,7 @@ def forms_of(base: Base) -> list[ServingForm]:
         for path, shape in linears.items()
     }
     deep = (0, 1, *range(base.spec.num_layers))
+    replicated = [] if base.spec.state_bytes else [form("replicated", everywhere, layer_map=deep)]
     vocabulary = {
         base.spec.embedding: low_rank(4, base.spec.embedding, patch=patch),
         base.spec.head: low_rank(4, base.spec.head, patch=patch),
@@ -333,7 +351,7 @@ def forms_of(base: Base) -> list[ServingForm]:
         form("alora", everywhere, invocation_tokens=(7, 11)),
         form("large", {path: low_rank(96, path) for path in list(linears)[:3]}),
         form("vocabulary", vocabulary),
-        form("replicated", everywhere, layer_map=deep),
+        *replicated,
     ]
 
 
@@ -379,7 +397,10 @@ def varied_load(serving: Engine, forms: Sequence[ServingForm]) -> None:
     run(serving, requests, arrivals=arrivals)
 
 
-def serving(shapes: Sequence[str] = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3")) -> None:
+SERVED = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3", "qwen3.5", "granite-h", "lfm2")
+
+
+def serving(shapes: Sequence[str] = SERVED) -> None:
     """Start, warm-up, the largest step, the parity gate's forwards, and requests of every kind."""
     with as_on_cuda():
         for shape in shapes:
