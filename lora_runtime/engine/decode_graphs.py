@@ -92,9 +92,13 @@ class DecodeGraphs:
             self._drop_adapted()
             self._layout = layout
         bounds = (0, *segment_bounds(buffers.num_rows))
-        found = self._graph(buffers, next(bound for bound in bounds if num_segments <= bound))
+        bound = next(bound for bound in bounds if num_segments <= bound)
+        is_new = (buffers.num_rows, bound) not in self._captured
+        found = self._graph(buffers, bound)
         if found is None:
             return None
+        if is_new:
+            buffers.fill(rows)
         replay, outputs = found
         replay()
         logits, best = outputs[0]
@@ -123,6 +127,8 @@ class DecodeGraphs:
                 outputs = self._forward(buffers.batch(max_segments))
                 found[:] = [outputs if self._outputs is None else self._kept(outputs)]
 
+            # What is captured runs once outside: of a step, recurrent states would move twice.
+            buffers.fill(())
             try:
                 self._captured[key] = self._capture(run), found
             except Unrecordable:

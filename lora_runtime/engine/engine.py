@@ -82,12 +82,9 @@ class Engine:
         like = torch.empty(0, dtype=adapter_dtype(base.device, base.dtype), device=base.device)
         max_slots = config.adapters.max_slots
         self.host = HostCache(config.adapters.host_bytes)
-        # The recurrent layers' pieces are laid out anew by every step's host: none of it at fixed
-        # addresses, so that a captured step would run on another step's states. They run eager.
         has_state = base.spec.state_bytes > 0
         # How many segments a mixture's pairs have is read on the host.
-        is_fixed = not has_state and not base.spec.routers
-        has_graphs = config.cuda_graphs and base.device.type == "cuda" and is_fixed
+        has_graphs = config.cuda_graphs and base.device.type == "cuda" and not base.spec.routers
         check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,

@@ -68,7 +68,7 @@ class ModelRunner:
         """From now on replay decode steps of up to `max_num_seqs` rows."""
         num_blocks = -(-max_model_len // self.block_size)
         buffers = [
-            StepBuffers(size, num_blocks, self.block_size, self.base.device)
+            StepBuffers(size, num_blocks, self.block_size, self.base.device, self.states)
             for size in buckets(max_num_seqs)
         ]
         outputs = None if self.base.device.type == "cpu" else self._room(buffers[-1].num_rows)

@@ -29,6 +29,17 @@ def pieces(rows: Sequence[ScheduledRow]) -> list[Piece]:
     return found
 
 
+def held_slots(scheduled: ScheduledRow) -> tuple[int, int] | None:
+    """Of a row's single token, whose state stays in the row's slot: this slot, and that of the
+    snapshot behind it, −1 for none. None for a row that begins, or resumes from a snapshot.
+    """
+    own = scheduled.row.state_slot
+    if _slot_before(scheduled) != own:
+        return None
+    kept = [slot for slot in _slots_at(scheduled, scheduled.end) if slot != own]
+    return own, kept[0] if kept else -1
+
+
 def _slot_before(scheduled: ScheduledRow) -> int | None:
     """The slot that holds the state before the row's tokens of this step."""
     row = scheduled.row

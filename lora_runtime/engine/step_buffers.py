@@ -13,12 +13,17 @@ import math
 import torch
 from torch import Tensor
 
+from lora_runtime.base.model.recurrence import Recurrence, StatePool
 from lora_runtime.core import Row, ScheduledRow
 from lora_runtime.engine.batch import ForwardBatch, Rows
+from lora_runtime.engine.recurrent_batch import held_slots
 from lora_runtime.kernels import AttentionMeta, StepMeta, segment_starts
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
-PADDING = {"token_ids": 0, "positions": 0, "seen": -1, "cache_slots": -1}
+PADDING = {
+    "token_ids": 0, "positions": 0, "seen": -1, "cache_slots": -1, "state_slots": -1,
+    "state_copies": -1,
+}  # fmt: skip
 ALIGNMENT = 16
 """Bytes. Kernels compiled for tables at multiples of it then serve every number of rows."""
 
@@ -27,10 +32,16 @@ class StepBuffers:
     """Room for a step of up to `num_rows` rows of one token each, of `num_blocks` cache blocks.
 
     What a step does not fill is padding: rows that store nothing, see nothing and have no adapter.
+    `states`: the pool of a base with recurrent layers.
     """
 
     def __init__(
-        self, num_rows: int, num_blocks: int, block_size: int, device: torch.device
+        self,
+        num_rows: int,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        states: StatePool | None = None,
     ) -> None:
         self.num_rows, self.block_size = num_rows, block_size
         self._sections = _sections(num_rows)
@@ -40,14 +51,26 @@ class StepBuffers:
         self._host_views = {name: t.numpy() for name, t in self._views(self._host).items()}
         self._rows = torch.arange(num_rows, dtype=INT32, device=device)
         self._block_tables = torch.zeros(num_rows, num_blocks, dtype=INT32, device=device)
+        views = self._views(self._device)
+        self._recurrence = (
+            None
+            if states is None
+            else Recurrence.of_held(views["state_slots"], views["state_copies"], states)
+        )
         self._tables: dict[int, tuple[tuple[Row, int] | None, int]] = {}
         """Place → ((the row there, that row's preemptions when it was copied), blocks copied)."""
         self.fill(())
 
     def takes(self, rows: Rows) -> bool:
-        """True when every row is one sampled token of a plain layer order, and all fit."""
+        """True when every row is one sampled token of a plain layer order, and all fit; of a base
+        with recurrent layers only rows that have begun.
+        """
         num_entries = sum(len(scheduled.row.slots) for scheduled in rows)
-        return max(len(rows), num_entries) <= self.num_rows and all(map(_is_decode, rows))
+        return (
+            max(len(rows), num_entries) <= self.num_rows
+            and all(map(_is_decode, rows))
+            and (self._recurrence is None or None not in map(held_slots, rows))
+        )
 
     def fill(self, rows: Rows) -> int:
         """Write a step to the host tables and start their copy to the device.
@@ -64,6 +87,10 @@ class StepBuffers:
         # Attention sees the keys up to `seen`: of padding −1, none, while its position must be one.
         host["seen"][:n] = starts
         host["cache_slots"][:n] = [self._cache_slot(scheduled) for scheduled in rows]
+        if self._recurrence is not None:
+            held = [slots for slots in map(held_slots, rows) if slots is not None]
+            host["state_slots"][:n] = [own for own, _ in held]
+            host["state_copies"][:n] = [copy for _, copy in held]
         self._fill_tables(rows)
         num_segments = self._fill_adapters(rows)
         self._device.copy_(_staged(self._host, self._device), non_blocking=True)
@@ -97,6 +124,7 @@ class StepBuffers:
             adapters=adapters,
             logits_at=self._rows.long(),
             head_adapters=adapters,
+            recurrence=self._recurrence,
         )
 
     def _cache_slot(self, scheduled: ScheduledRow) -> int:
@@ -171,6 +199,8 @@ def _sections(num_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "token_ids": (per_row, INT64),
         "positions": (per_row, INT64),
         "cache_slots": (per_row, INT64),
+        "state_slots": (per_row, INT64),
+        "state_copies": (per_row, INT64),
         "seen": (per_row, INT32),
         "tokens": (per_row, INT32),
         "slots": (per_row, INT32),

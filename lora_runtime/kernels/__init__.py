@@ -59,6 +59,7 @@ __all__ = [
     "can_run_on_gpu",
     "can_shrink_with_product",
     "can_use_panels",
+    "conv_step",
     "dense_product",
     "draw_cut",
     "embed_adapters",
@@ -374,16 +375,43 @@ def recurrent_step(
     v: Tensor,
     keep: Tensor,
     beta: Tensor | None = None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """One token of N rows of a linear recurrence with decay; their states change in place.
 
     Of every head, with state S (K, V): S ← keep · S; v ← β · (v − Sᵀk) if β is given;
     S ← S + k vᵀ; out = Sᵀq. Shapes: states (slots, H, K, V) of float32 or better, contiguous; slots
-    (N,) int64, each once; q, k (N, H, K), v (N, H, V), keep and β (N, H) of the states' dtype →
-    (N, H, V). No gradient. Source: gated delta networks, arXiv:2412.06464.
+    (N,) int64, each once; q, k (N, G, K), H a multiple of G, v (N, H, V), keep and β (N, H) of the
+    states' dtype → (N, H, V). A row whose slot is negative is none: it changes nothing and gives 0.
+    copies (N,) int64: a further slot that the new state is written to, negative for none; it is no
+    row's own. No gradient. Source: gated delta networks, arXiv:2412.06464.
     """
     backend = cpu if v.dtype == torch.float32 and cpu.can_run(states, v) else reference
-    return backend.recurrent_step(states, slots, q, k, v, keep, beta)
+    if v.dtype == torch.float32 and gpu.can_run(v, states, q, k, keep):
+        backend = gpu
+    return backend.recurrent_step(states, slots, q, k, v, keep, beta, copies)
+
+
+def conv_step(
+    histories: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    is_silu: bool,
+    copies: Tensor | None = None,
+) -> Tensor:
+    """One token of N rows of a causal convolution of each channel; their histories change in place.
+
+    y = Σ_i w_i h_i + w_{K−1} x + b over a row's last K − 1 inputs h, then silu if `is_silu`;
+    rounded once to x's dtype. x becomes the last of h. Shapes: histories (slots, K − 1, C) of
+    float32 or better, contiguous; x (N, C), weight (C, K), bias (C,) or None → (N, C). `slots` and
+    `copies` as in `recurrent_step`. No gradient.
+    """
+    weights = (histories, weight) if bias is None else (histories, weight, bias)
+    backend = gpu if gpu.can_run(x, weights=weights) else reference
+    return backend.conv_step(histories, slots, x, weight, bias, is_silu, copies)
 
 
 def most_likely(logits: Tensor) -> Tensor:

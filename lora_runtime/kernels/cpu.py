@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_runtime.kernels.reference import copy_states
 from lora_runtime.kernels.types import (
     AdapterMemory,
     AttentionMeta,
@@ -560,13 +561,18 @@ def recurrent_step(
     v: Tensor,
     keep: Tensor,
     beta: Tensor | None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.recurrent_step`."""
-    q, k, v, keep = (part.contiguous() for part in (q, k, v, keep))
+    share = v.shape[1] // q.shape[1]
+    q, k = (part.repeat_interleave(share, dim=1) for part in (q, k))
+    v, keep = v.contiguous(), keep.contiguous()
     beta = None if beta is None else beta.contiguous()
     out = empty(v.shape, v.dtype)
     given = _pointers(out, states, slots, q, k, v, keep, beta)
     _run("recurrent_step", None, *given, *q.shape, v.shape[2])
+    if copies is not None:
+        copy_states(states, slots, copies)
     return out
 
 

@@ -299,15 +299,58 @@ def recurrent_step(
     v: Tensor,
     keep: Tensor,
     beta: Tensor | None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.recurrent_step`."""
-    q, k, v = (part[:, :, None] for part in (q, k, v))
-    state = states.index_select(0, slots) * keep[..., None, None]
+    share = v.shape[1] // q.shape[1]
+    q, k = (part.repeat_interleave(share, dim=1)[:, :, None] for part in (q, k))
+    v = v[:, :, None]
+    state = states.index_select(0, slots.clamp(min=0)) * keep[..., None, None]
     if beta is not None:
         v = (v - k @ state) * beta[..., None, None]
     state = state + k.transpose(2, 3) * v
-    states.index_copy_(0, slots, state)
-    return (q @ state)[:, :, 0]
+    _store(states, slots, state)
+    if copies is not None:
+        copy_states(states, slots, copies)
+    return torch.where(slots[:, None, None] < 0, 0, (q @ state)[:, :, 0])
+
+
+def conv_step(
+    histories: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_silu: bool,
+    copies: Tensor | None,
+) -> Tensor:
+    """See `lora_runtime.kernels.conv_step`."""
+    wide = histories.dtype
+    weight = weight.to(wide)
+    before = histories.index_select(0, slots.clamp(min=0))
+    inputs = torch.cat([before, x.to(wide)[:, None]], dim=1)
+    y = inputs[:, 0] * weight[:, 0]
+    for tap in range(1, weight.shape[1]):
+        y = y + inputs[:, tap] * weight[:, tap]
+    if bias is not None:
+        y = y + bias.to(wide)
+    if is_silu:
+        y = F.silu(y)
+    _store(histories, slots, inputs[:, 1:])
+    if copies is not None:
+        copy_states(histories, slots, copies)
+    return torch.where(slots[:, None] < 0, 0, y).to(x.dtype)
+
+
+def _store(states: Tensor, slots: Tensor, new: Tensor) -> None:
+    is_row = slots >= 0
+    states[slots[is_row]] = new[is_row]
+
+
+def copy_states(states: Tensor, slots: Tensor, copies: Tensor) -> None:
+    """Write the states in `slots` to `copies`, where these are not negative."""
+    is_copied = (slots >= 0) & (copies >= 0)
+    states[copies[is_copied]] = states[slots[is_copied]]
 
 
 def most_likely(logits: Tensor) -> Tensor:

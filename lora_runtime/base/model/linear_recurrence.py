@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_runtime.kernels import recurrent_step
+from lora_runtime.kernels import conv_step, recurrent_step
 
 CHUNK = 64
 """Tokens of a chunk: within it products of matrices, from one to the next the state."""
@@ -28,10 +28,13 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class HeldState:
-    """The states of N rows where they are kept: slots (N,) int64 of memory (slots, H, K, V)."""
+    """The states of N rows where they are kept: slots (N,) int64 of memory (slots, …), negative for
+    no row. copies (N,) int64: a further slot for each new state, negative for none; None: for all.
+    """
 
     memory: Tensor
     slots: Tensor
+    copies: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,8 +49,9 @@ def advance(
     beta: Tensor | None,
     state: Tensor | HeldState,
 ) -> tuple[Tensor, Tensor | HeldState]:
-    """q, k (N, L, H, K), v (N, L, H, V), g and beta (N, L, H), state (N, H, K, V), all of one
+    """q, k (N, L, G, K), v (N, L, H, V), g and beta (N, L, H), state (N, H, K, V), all of one
     floating dtype, float32 or better → outputs (N, L, H, V) and the state behind the last token.
+    H is a multiple of G: as many heads in a row share q and k.
 
     A token with v = g = 0, and β = 0 where there is one, leaves the state as it is. Differentiable.
     The states of single tokens, L = 1, may be HeldState: they change where they are kept.
@@ -55,7 +59,10 @@ def advance(
     if isinstance(state, HeldState):
         q, k, v, keep = (part[:, 0] for part in (q, k, v, g.exp()))
         beta = None if beta is None else beta[:, 0]
-        return recurrent_step(state.memory, state.slots, q, k, v, keep, beta)[:, None], state
+        out = recurrent_step(state.memory, state.slots, q, k, v, keep, beta, state.copies)
+        return out[:, None], state
+    repeats = v.shape[2] // q.shape[2]
+    q, k = (part.repeat_interleave(repeats, dim=2) for part in (q, k))
     return _chunks(q, k, v, g, beta, state)
 
 
@@ -101,14 +108,25 @@ def _in_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def causal_conv(
-    x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A convolution of each channel over the tokens up to its own: y_t = Σ_k w_k x_{t+k+1−K} + b.
+    x: Tensor,
+    history: Tensor | HeldState,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    is_silu: bool = False,
+) -> tuple[Tensor, Tensor | HeldState]:
+    """A convolution of each channel over the tokens up to its own: y_t = Σ_k w_k x_{t+k+1−K} + b,
+    then silu if `is_silu`, rounded once to x's dtype from that of `history`.
 
     x (N, L, C); history (N, K − 1, C): the inputs before; weight (C, K); lengths (N,): how many of
-    a row's L tokens are none of padding, None for all → (N, L, C) of `history`'s dtype, and the
-    last K − 1 inputs.
+    a row's L tokens are none of padding, None for all → (N, L, C) and the last K − 1 inputs. Those
+    of single tokens, L = 1, may be a HeldState: they change where they are kept.
     """
+    if isinstance(history, HeldState):
+        memory, slots, copies = history.memory, history.slots, history.copies
+        y = conv_step(memory, slots, x[:, 0], weight, bias, is_silu=is_silu, copies=copies)
+        return y[:, None], history
     num_tokens, num_before = x.shape[1], history.shape[1]
     inputs = torch.cat([history, x.to(history.dtype)], dim=1)
     weight = weight.to(history.dtype)
@@ -117,6 +135,9 @@ def causal_conv(
         y = y + inputs[:, tap : tap + num_tokens] * weight[:, tap]
     if bias is not None:
         y = y + bias.to(history.dtype)
+    if is_silu:
+        y = F.silu(y)
+    y = y.to(x.dtype)
     if lengths is None:
         return y, inputs[:, num_tokens:]
     last = lengths[:, None] + torch.arange(num_before, device=x.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +26,8 @@ PADDED_TO = 64
 in which the rules compute, so that padding costs them nothing."""
 
 States = tuple[Any, ...]
-"""What a layer carries from token to token: tensors (N, *shape) in float32 or better. One that the
-rule names in `changes_in_place` may be a HeldState."""
+"""What a layer carries from token to token: tensors (N, *shape) in float32 or better; of single
+tokens a HeldState each, where these change their rows' own slots."""
 StateShapes = tuple[tuple[int, ...], ...]
 """The shapes of one row's States."""
 
@@ -60,9 +61,6 @@ class Rule(Protocol):
     """What one recurrent layer does with its rows."""
 
     layer_idx: int
-
-    changes_in_place: tuple[int, ...]
-    """Which of its states may be a HeldState, for single tokens."""
 
     @property
     def state_shapes(self) -> StateShapes: ...
@@ -104,18 +102,17 @@ class _Group:
 
     Of the int64 pairs, the first says which of the N it is about: `loads` names slots, `follows`
     earlier pieces in the order in which they ran, `stores` slots, where a piece may stand several
-    times. slots (N,) int64, of single tokens: the slot that each both loads from and stores to;
-    copies: from these to further ones.
+    times. In their place single tokens may have `held`: the slot (N,) int64 that each both loads
+    from and stores to, and a further one that it stores to, −1 for none; None for all.
     """
 
     tokens: Tensor
     is_all: bool
     padding: Padding
-    loads: tuple[Tensor, Tensor] | None
-    follows: tuple[Tensor, Tensor] | None
-    stores: tuple[Tensor, Tensor] | None
-    slots: Tensor | None = None
-    copies: tuple[Tensor, Tensor] | None = None
+    loads: tuple[Tensor, Tensor] | None = None
+    follows: tuple[Tensor, Tensor] | None = None
+    stores: tuple[Tensor, Tensor] | None = None
+    held: tuple[Tensor, Tensor | None] | None = None
 
 
 class Recurrence:
@@ -136,9 +133,20 @@ class Recurrence:
             end += tokens.numel()
             group = _group(pieces, members, ran, tokens, is_token, device)
             self._groups.append(group)
-            if group.slots is None:  # else all are their rows' last pieces, which none follows
+            if group.held is None:  # else all are their rows' last pieces, which none follows
                 ran |= {index: len(ran) + place for place, index in enumerate(members)}
         self._order = to_device(order, device)
+
+    @classmethod
+    def of_held(cls, slots: Tensor, copies: Tensor, pool: StatePool) -> Recurrence:
+        """One token of each of N rows, in order. slots, copies (N,) int64, of the device, are read
+        by every run: as in `HeldState`.
+        """
+        found = cls((), "cpu", pool)
+        tokens = torch.arange(len(slots), device=slots.device)[:, None]
+        padding = Padding(lengths=torch.ones_like(slots), is_token=None)
+        found._groups.append(_Group(tokens, is_all=True, padding=padding, held=(slots, copies)))
+        return found
 
     def run(self, rule: Rule, inputs: Sequence[Tensor]) -> Tensor:
         """What `rule` gives of every token, (T, …), from its inputs, each (T, …)."""
@@ -150,7 +158,7 @@ class Recurrence:
             out, after = rule.advance(before, given, group.padding)
             self._store(rule, group, after)
             outs.append(out.flatten(0, 1))
-            if group.slots is None:
+            if group.held is None:
                 ended.append(after)
         if self._groups[0].is_all:
             return outs[0]
@@ -158,13 +166,12 @@ class Recurrence:
 
     def _before(self, rule: Rule, group: _Group, ended: list[States], like: Tensor) -> States:
         """The states before a group's pieces: zeros where a row begins."""
+        if group.held is not None:
+            return tuple(HeldState(memory, *group.held) for memory in self._memory(rule))
         num_pieces = len(group.tokens)
         dtype = torch.promote_types(like.dtype, torch.float32)
         found: list[Any] = []
         for index, shape in enumerate(rule.state_shapes):
-            if group.slots is not None and index in rule.changes_in_place:
-                found.append(HeldState(self._memory(rule)[index], group.slots))
-                continue
             if group.loads is not None and len(group.loads[0]) == num_pieces:
                 found.append(self._memory(rule)[index].index_select(0, group.loads[1]))
                 continue
@@ -185,11 +192,7 @@ class Recurrence:
             return
         places, slots = group.stores
         for memory, state in zip(self._memory(rule), after, strict=True):
-            if not isinstance(state, HeldState):
-                memory.index_copy_(0, slots, state.index_select(0, places).to(memory.dtype))
-            elif group.copies is not None:
-                own, further = group.copies
-                memory.index_copy_(0, further, memory.index_select(0, own))
+            memory.index_copy_(0, slots, state.index_select(0, places).to(memory.dtype))
 
     def _memory(self, rule: Rule) -> States:
         if self._pool is None:
@@ -203,8 +206,9 @@ def _groups(pieces: Sequence[Piece]) -> list[list[int]]:
     found: dict[tuple[int, int], list[int]] = {}
     for index, piece in enumerate(pieces):
         waves.append(0 if piece.after is None else waves[piece.after] + 1)
-        # Single tokens run apart: for them a rule has a shorter form.
-        rounded = 0 if piece.length == 1 else -(-piece.length // PADDED_TO)
+        # Single tokens run apart, as for them a rule has a shorter form; apart from each other too,
+        # so that a row that begins does not take it from all.
+        rounded = -(-piece.length // PADDED_TO) if piece.length > 1 else -int(_stays(piece))
         found.setdefault((waves[index], rounded), []).append(index)
     return [found[key] for key in sorted(found)]
 
@@ -238,24 +242,27 @@ def _group(
     padding = Padding(
         to_device(lengths, device), None if bool(is_token.all()) else to_device(is_token, device)
     )
-    stays = tokens.shape[1] == 1 and all(piece.loads in piece.stores for piece in own)
-    further = [
-        (piece.loads, slot)
-        for piece in own
-        if stays and piece.loads is not None
-        for slot in piece.stores
-        if slot != piece.loads
-    ]
-    return _Group(
+    group = partial(
+        _Group,
         tokens=to_device(tokens, device),
         is_all=tokens.flatten().equal(torch.arange(sum(piece.length for piece in pieces))),
         padding=padding,
+    )
+    if tokens.shape[1] == 1 and all(map(_stays, own)):
+        further = [[slot for slot in p.stores if slot != p.loads] for p in own]
+        copies = torch.tensor([slots[0] if slots else -1 for slots in further])
+        slots = to_device(torch.tensor([piece.loads for piece in own]), device)
+        return group(held=(slots, to_device(copies, device) if any(further) else None))
+    return group(
         loads=pair([(n, piece.loads) for n, piece in enumerate(own) if piece.loads is not None]),
         follows=pair([(n, ran[p.after]) for n, p in enumerate(own) if p.after is not None]),
         stores=pair([(n, slot) for n, piece in enumerate(own) for slot in piece.stores]),
-        slots=to_device(torch.tensor([piece.loads for piece in own]), device) if stays else None,
-        copies=pair(further),
     )
+
+
+def _stays(piece: Piece) -> bool:
+    """True for a piece whose state stays in a slot, and goes to one more at most."""
+    return piece.loads in piece.stores and len(piece.stores) <= 2
 
 
 def _gathered(x: Tensor, group: _Group) -> Tensor:

@@ -28,8 +28,6 @@ class RecurrentMixer(nn.Module):
     convolution = "conv1d"
     """The submodule whose weights are the convolution's: it is no layer that adapters act on."""
 
-    changes_in_place: tuple[int, ...] = (1,)
-
     @property
     def state_shapes(self) -> StateShapes:
         """The shapes of one row's states: of the convolution's (K − 1, C), and its others."""
@@ -42,23 +40,22 @@ class RecurrentMixer(nn.Module):
         raise NotImplementedError
 
     def _conv(
-        self, x: Tensor, history: Tensor, padding: Padding, activation: str | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, history: Any, padding: Padding, activation: str | None = None
+    ) -> tuple[Tensor, Any]:
         """The layer's convolution of x (N, L, C) in `history`'s dtype, rounded once to x's."""
         conv: Any = getattr(self, self.convolution)
         lengths = None if padding.is_token is None else padding.lengths
-        y, history = causal_conv(x, history, conv.weight[:, 0], conv.bias, lengths)
-        if activation is not None:
-            y = ACTIVATIONS[activation](y)
-        return y.to(x.dtype), history
+        return causal_conv(
+            x, history, conv.weight[:, 0], conv.bias, lengths, is_silu=activation in ACTIVATIONS
+        )
 
     def _conv_shape(self) -> tuple[int, int]:
         conv: Any = getattr(self, self.convolution)
         return conv.kernel_size[0] - 1, conv.in_channels
 
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu}
-"""transformers' names of what follows a convolution. A layer with another is not served."""
+ACTIVATIONS = {"silu", "swish"}
+"""transformers' names of silu, which follows a convolution. A layer with another is not served."""
 
 
 def recurrence_of(attention: Any) -> Recurrence:
@@ -117,8 +114,6 @@ class GatedDeltaNet(RecurrentMixer):
         dtype, wide = mixed.dtype, state.dtype
         q, k, v = mixed.to(wide).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (_normed(x.unflatten(2, (self.num_k_heads, -1))) for x in (q, k))
-        repeats = self.num_v_heads // self.num_k_heads
-        q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
         v = v.unflatten(2, (self.num_v_heads, -1))
         decay, beta = (_without_padding(x.to(wide), padding) for x in (decay, beta))
         out, state = advance(q * self.head_k_dim**-0.5, k, v, decay, beta, state)
@@ -194,11 +189,7 @@ class Mamba2(RecurrentMixer):
         width = self.n_groups * self.ssm_state_size
         x, b, c = mixed.to(wide).split([self.intermediate_size, width, width], dim=-1)
         x = x.unflatten(2, (self.num_heads, -1))
-        repeats = self.num_heads // self.n_groups
-        b, c = (
-            part.unflatten(2, (self.n_groups, -1)).repeat_interleave(repeats, dim=2)
-            for part in (b, c)
-        )
+        b, c = (part.unflatten(2, (self.n_groups, -1)) for part in (b, c))
         steps = F.softplus(steps.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
         steps = _without_padding(steps, padding)
         decay = steps * -self.A_log.to(wide).exp()

@@ -50,6 +50,10 @@ inline void state_column(const RecurrentStep& p, long index, float* state, int c
 
 inline void recurrent_head(const RecurrentStep& p, long index) {
   const long head = index % p.num_heads, slot = p.slots[index / p.num_heads];
+  if (slot < 0) {
+    std::fill_n(p.out + index * p.num_values, p.num_values, 0.0f);
+    return;
+  }
   float* state = p.states + (slot * p.num_heads + head) * p.num_keys * p.num_values;
   int column = 0;
   for (; column + STATE_VECTORS * LANES <= p.num_values; column += STATE_VECTORS * LANES)

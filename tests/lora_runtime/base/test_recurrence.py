@@ -43,7 +43,6 @@ class ToyRule:
     """A convolution beside a recurrence, as every layer has them."""
 
     layer_idx = 7
-    changes_in_place = (1,)
     state_shapes = ((TAPS - 1, CHANNELS), (HEADS, KEYS, VALUES))
 
     def __init__(self, has_beta: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_runtime.adapters.reduction import load_adapter
+from lora_runtime.base.model.recurrence import StatePool
 from lora_runtime.core import AdapterUse, ScheduledBatch, ScheduledRow
 from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import model_runner, step_buffers
@@ -21,11 +22,11 @@ from lora_runtime.engine.batch import build_batch
 from lora_runtime.engine.decode_graphs import buckets
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import gpu
-from tests.driver import greedy, run, tiny_engine
+from tests.driver import greedy, run, teacher_forced, tiny_engine
 from tests.lora_runtime.engine.mixed_batch import rows_of
 from tests.lora_runtime.kernels.on_triton import DEVICE
 from tests.peft_adapters import four_adapters, write_adapter
-from tests.tiny import dense_twin, tiny_base
+from tests.tiny import HYBRIDS, dense_twin, tiny_base
 
 PROMPTS = [[5, 6], [9], [11]]
 READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
@@ -41,7 +42,7 @@ def base_of(shape):
 
 
 class Captures:
-    """Stands for CudaCapture, and counts."""
+    """Stands for CudaCapture, and counts. As that does, it runs once before it captures."""
 
     def __init__(self, engine):
         self.pool, self.num_captured, self.num_replayed = engine.pool, 0, 0
@@ -50,6 +51,7 @@ class Captures:
     def __call__(self, forward):
         self.num_captured += 1
         layout = self.pool.layout
+        forward()
 
         def replay():
             self.num_replayed += 1
@@ -104,6 +106,66 @@ def test_a_mix_that_changes_gives_the_tokens_of_plain_steps(monkeypatch, tmp_pat
 
 def uses_of(forms):
     return tuple(AdapterUse(digest=form.digest, weight=0.5 + i) for i, form in enumerate(forms))
+
+
+@pytest.mark.parametrize("shape", ["qwen3.5", "lfm2", "granite-h"])
+def test_states_are_those_of_plain_steps_where_a_graph_leaves_them(shape):
+    """Rows that come and go beside others, against transformers. The last request begins with a
+    snapshot that a graph has stored, of another's output.
+    """
+    base = base_of(shape)
+    twin = dense_twin(base, shape)
+    engine, captures = replaying_engine(base, num_blocks=60)
+    requests = [greedy(str(i), prompt, max_tokens=7 + i) for i, prompt in enumerate(PROMPTS)]
+    requests.append(greedy("3", list(range(20, 31)), max_tokens=5))
+    traces = run(engine, requests, arrivals={"1": 1, "3": 3})
+    assert captures.num_captured >= 2 and captures.num_replayed >= 5
+    whole = [*requests[2].prompt_token_ids, *traces["2"].token_ids]
+    assert len(whole) == 10
+    again = greedy("again", whole, max_tokens=3)
+    taken = []
+    begin = engine.blocks.snapshots.begin
+    engine.blocks.snapshots.begin = lambda key: taken.append(begin(key)) or taken[-1]
+    traces |= run(engine, [again])
+    assert len(taken) == 1, "of the first 8 tokens, of which 7 are output"
+    for request in (*requests, again):
+        trace = traces[request.request_id]
+        expected = teacher_forced(twin, list(request.prompt_token_ids), trace.token_ids)
+        assert trace.token_ids == expected.argmax(1).tolist()
+        assert (torch.stack(trace.logits).cpu() - expected.cpu()).abs().max() <= 2e-4
+
+
+def test_states_are_written_by_rows_alone_and_by_none_at_a_capture():
+    base = base_of("lfm2")
+    engine, captures = replaying_engine(base, poison=False)
+    run(engine, [greedy("1", [5, 6], max_tokens=2), greedy("2", [7], max_tokens=2)])
+    own = [part for layer in engine.runner.states.layers.values() for part in layer]
+    before = [part.clone() for part in own]
+    with torch.inference_mode():
+        engine.runner.graphs.warm_up(engine.pool.layout, lambda _: None)
+    assert captures.num_captured >= 9
+    assert all(part.equal(old) for part, old in zip(own, before, strict=True))
+
+
+def test_rows_that_begin_or_resume_are_left_to_the_eager_way():
+    states = StatePool.allocate({0: ((2, 4),)}, 3, torch.empty(0, device=DEVICE))
+    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE), states)
+    (scheduled,) = rows_of([([3, 4], 8)], [None])
+    row = scheduled.row
+    row.state_slot, row.snapshots = 1, [(4, 0), (8, 2)]
+    assert buffers.takes((scheduled,)) and buffers.fill((scheduled,)) == 0
+    assert buffers.batch(0).recurrence is not None
+    tables = buffers._views(buffers._device)
+    assert tables["state_slots"].tolist() == [1, -1]
+    assert tables["state_copies"].tolist() == [2, -1]
+    row.snapshots = [(4, 0)]
+    buffers.fill((scheduled,))
+    assert tables["state_copies"].tolist() == [-1, -1]
+    row.resumed = 7, 2
+    assert not buffers.takes((scheduled,)), "its state is in a snapshot"
+    row.resumed = 4, 2
+    assert buffers.takes((scheduled,)), "it has gone on since"
+    assert not buffers.takes((ScheduledRow(row, 0, 1),)), "it has no state yet"
 
 
 def test_a_larger_rank_captures_anew(monkeypatch, tmp_path):
@@ -219,16 +281,17 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shape", ["llama", "gemma2", "phi3-longrope"])
+@pytest.mark.parametrize("shape", ["llama", "gemma2", "phi3-longrope", *HYBRIDS])
 def test_a_forward_reads_nothing_on_the_host(shape, tmp_path):
     base = base_of(shape)
     twin = dense_twin(base, shape)
-    adapter = write_adapter(twin, tmp_path, seed=1, target_modules=["down_proj"])
+    name = "q_proj" if shape in HYBRIDS else "down_proj"
+    adapter = write_adapter(twin, tmp_path, seed=1, target_modules=[name])
     engine, _ = replaying_engine(base)
     form = load_adapter(adapter, base.spec, base.weights)
     engine.add_adapter(form)
     run(engine, [greedy("1", [5, 6], form.digest, max_tokens=1)])
-    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE))
+    buffers = StepBuffers(2, 8, 4, torch.device(DEVICE), engine.runner.states)
     buffers.fill(rows_of([([3, 4], 6)], [0]))
     with torch.inference_mode(), NoHostReads():
         logits = engine.runner.forward(buffers.batch(2))

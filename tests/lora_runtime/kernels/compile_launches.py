@@ -118,24 +118,30 @@ def report(
 
 
 def while_serving() -> dict[str, object]:
-    """What is compiled after the warm-up, under rows, lengths and adapters that change: of a tiny
-    engine in all its ways, and of steps of a real model's shape.
+    """What is compiled after the warm-up, under rows, lengths and adapters that change: of tiny
+    engines in all their ways, and of steps of real models' shapes.
     """
-    tiny = tiny_base("llama-bias", dtype=torch.bfloat16, dequantized_cache=False)
-    with launches_on(CARDS[90]) as launches, gpu_drives.as_on_cuda():
-        forms = gpu_drives.forms_of(tiny)
-        serving = gpu_drives.cuda_engine(tiny, forms)
-        serving.runner.warm_up(lambda _: None)
-        num_warm_tiny = len(distinct(launches))
-        gpu_drives.varied_load(serving, forms)
-    with launches_on(CARDS[90]) as others:
-        base = gpu_drives.sizeless_base(gpu_drives.LLAMA, torch.bfloat16)
-        runner = gpu_drives.sizeless_runner(base, max_vocabulary_rows=64)
-        gpu_drives.graphs_of(runner)
-        num_warm = len(distinct(others))
-        gpu_drives.steps_of(runner)
-    late = _late(launches, num_warm_tiny) + _late(others, num_warm)
-    return {"launches": len(launches) + len(others), "complaints": late}
+    late, num_launches = [], 0
+    for shape in ("llama-bias", "qwen3.5"):
+        tiny = tiny_base(shape, dtype=torch.bfloat16, dequantized_cache=False)
+        with launches_on(CARDS[90]) as launches, gpu_drives.as_on_cuda():
+            forms = gpu_drives.forms_of(tiny)
+            serving = gpu_drives.cuda_engine(tiny, forms)
+            serving.runner.warm_up(lambda _: None)
+            num_warm = len(distinct(launches))
+            gpu_drives.varied_load(serving, forms)
+        late += _late(launches, num_warm)
+        num_launches += len(launches)
+    for shape in (gpu_drives.LLAMA, "granite-4-h-micro"):
+        with launches_on(CARDS[90]) as launches:
+            base = gpu_drives.sizeless_base(shape, torch.bfloat16)
+            runner = gpu_drives.sizeless_runner(base, max_vocabulary_rows=64)
+            gpu_drives.graphs_of(runner)
+            num_warm = len(distinct(launches))
+            gpu_drives.steps_of(runner)
+        late += _late(launches, num_warm)
+        num_launches += len(launches)
+    return {"launches": num_launches, "complaints": late}
 
 
 def _late(launches: list[Launch], num_warm: int) -> list[str]:

@@ -86,12 +86,39 @@ SHAPES = {
         model_type="phi3", hidden_size=3072, intermediate_size=8192, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32064, pad_token_id=0,
     ),
+    "qwen3.5-9b": dict(
+        model_type="qwen3_5_text", hidden_size=4096, intermediate_size=12288,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=256, vocab_size=248320,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "granite-4-h-micro": dict(
+        model_type="granitemoehybrid", hidden_size=2048, shared_intermediate_size=8192,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=100352, num_local_experts=0,
+        num_experts_per_tok=0, mamba_n_heads=64, mamba_d_head=64, mamba_d_state=128,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2-1.2b": dict(
+        model_type="lfm2", hidden_size=2048, intermediate_size=12288, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=65536, layer_types=["conv", "full_attention"],
+    ),
     "one key head": dict(
         model_type="llama", hidden_size=4544, intermediate_size=18176, num_attention_heads=71,
         num_key_value_heads=1, vocab_size=65024,
     ),
 }  # fmt: skip
 """Of the families that are served, and queries that are no power of two over one key head."""
+
+
+RECURRENT = {
+    "qwen3.5-9b": (16, 32, 128, 128, True, 8192, 4, False),
+    "granite-4-micro": (1, 64, 128, 64, False, 4352, 4, True),
+    "falcon-h1-7b": (1, 24, 256, 128, False, 3584, 4, True),
+    "lfm2-1.2b": (0, 0, 0, 0, False, 2048, 3, False),
+    "of no power of two": (3, 9, 72, 80, True, 1296, 4, True),
+    "of one": (1, 1, 1, 1, True, 1, 2, True),
+}
+"""Recurrent layers: heads of keys, heads, numbers of a key and of a value, whether there is a β,
+channels and taps of the convolution, whether it has a bias."""
 
 
 def sizeless_base(
@@ -149,7 +176,8 @@ def sizeless_runner(
     pool.memory = replace(pool.memory, max_rows=max_vocabulary_rows)
     pool._bind()
     cache = base.allocate_kv(MAX_ROWS * BLOCK_SIZE)
-    return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS)
+    states = base.allocate_states(MAX_ROWS)
+    return ModelRunner(base, cache, BLOCK_SIZE, pool, {}, MAX_ROWS, states)
 
 
 class Captured:
@@ -219,6 +247,7 @@ def real_shapes() -> None:
             steps_of(sizeless_runner(base, replicas=replicas), (1, 33))
         for max_vocabulary_rows in (64, base.spec.vocab_size):
             steps_of(sizeless_runner(base, max_vocabulary_rows=max_vocabulary_rows), (1, 33, 133))
+        other_ops(dtype)
 
 
 def sample() -> None:
@@ -233,8 +262,8 @@ def sample() -> None:
 
 
 def other_ops(dtype: torch.dtype) -> None:
-    """The write of keys that transformers has rotated, draws from a large vocabulary, and a layer
-    of Qwen3-30B-A3B's experts.
+    """The write of keys that transformers has rotated, draws from a large vocabulary, a layer of
+    Qwen3-30B-A3B's experts, and steps of recurrent layers.
     """
     with torch.device("meta"):
         k, slots = torch.empty(3, 8, 128, dtype=dtype), torch.empty(3, dtype=torch.int64)
@@ -247,6 +276,38 @@ def other_ops(dtype: torch.dtype) -> None:
         scales, code = torch.empty(codes.numel() // 64), torch.empty(16)
         kernels.grouped_four_bit_product(x, starts, packed, scales, code, 1536)
         kernels.grouped_int8_product(x, starts, codes, scales[: len(codes)])
+    for name in RECURRENT:
+        for num_rows in (1, 3):
+            recurrent_steps(name, num_rows, dtype)
+
+
+def recurrent_steps(name: str, num_rows: int, dtype: torch.dtype) -> None:
+    """A step of a layer of `RECURRENT`, with a snapshot and without; what it is given is cut out of
+    a larger product.
+    """
+    key_heads, heads, keys, values, has_beta, channels, taps, has_bias = RECURRENT[name]
+    with torch.device("meta"):
+        slots = torch.empty(num_rows, dtype=torch.int64)
+        states = torch.empty(9, heads, keys, values)
+        histories = torch.empty(9, taps - 1, channels)
+        q, k, v, _ = (
+            torch.empty(num_rows, (2 * key_heads + 1) * keys + heads * values)
+            .split([key_heads * keys] * 2 + [heads * values, keys], 1)
+        )  # fmt: skip
+        keep = torch.empty(num_rows, heads)
+        x = torch.empty(num_rows, channels + heads, dtype=dtype)[:, :channels]
+        weight, bias = torch.empty(channels, 1, taps, dtype=dtype), torch.empty(channels).to(dtype)
+    q, k = (part.unflatten(1, (key_heads, keys)) for part in (q, k))
+    for copies in (None, slots):
+        kernels.conv_step(
+            histories, slots, x, weight[:, 0], bias if has_bias else None,
+            is_silu=heads > 0, copies=copies,
+        )  # fmt: skip
+        if heads:
+            kernels.recurrent_step(
+                states, slots, q, k, v.unflatten(1, (heads, values)), keep,
+                keep if has_beta else None, copies,
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -288,6 +349,7 @@ def forms_of(base: Base) -> list[ServingForm]:
         for path, shape in linears.items()
     }
     deep = (0, 1, *range(base.spec.num_layers))
+    replicated = [] if base.spec.state_bytes else [form("replicated", everywhere, layer_map=deep)]
     vocabulary = {
         base.spec.embedding: low_rank(4, base.spec.embedding, patch=patch),
         base.spec.head: low_rank(4, base.spec.head, patch=patch),
@@ -298,7 +360,7 @@ def forms_of(base: Base) -> list[ServingForm]:
         form("alora", everywhere, invocation_tokens=(7, 11)),
         form("large", {path: low_rank(96, path) for path in list(linears)[:3]}),
         form("vocabulary", vocabulary),
-        form("replicated", everywhere, layer_map=deep),
+        *replicated,
     ]
 
 
@@ -344,7 +406,10 @@ def varied_load(serving: Engine, forms: Sequence[ServingForm]) -> None:
     run(serving, requests, arrivals=arrivals)
 
 
-def serving(shapes: Sequence[str] = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3")) -> None:
+SERVED = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3", "qwen3.5", "granite-h", "lfm2")
+
+
+def serving(shapes: Sequence[str] = SERVED) -> None:
     """Start, warm-up, the largest step, the parity gate's forwards, and requests of every kind."""
     with as_on_cuda():
         for shape in shapes:
