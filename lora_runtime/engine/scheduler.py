@@ -57,7 +57,7 @@ from lora_runtime.engine.fair_shares import FairShares
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.step_plan import StepPlan
 from lora_runtime.engine.waiting_queue import WaitingQueue
-from lora_runtime.errors import AdapterFailed, LoramuxError, RequestFailed
+from lora_runtime.errors import AdapterFailed, InvalidRequest, LoramuxError, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -460,10 +460,15 @@ def _has_all_tokens(row: Row) -> bool:
 
 
 def _structure_error(row: Row) -> LoramuxError | None:
-    """Why no token could be drawn that keeps the form of structured output."""
+    """Why no token could be drawn that keeps the form of structured output. What was asked for
+    contradicts itself, which shows only here: nothing of the engine has failed.
+    """
     if row.matcher is None or not row.matcher.error:
         return None
-    return RequestFailed(f"sampling.structured_output cannot be kept: {row.matcher.error}")
+    return InvalidRequest(
+        f"sampling.structured_output cannot be kept: {row.matcher.error}",
+        field="sampling.structured_output",
+    )
 
 
 def _finish_reason(row: Row, position: int) -> FinishReason | None:

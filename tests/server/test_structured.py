@@ -245,6 +245,18 @@ async def test_what_cannot_be_kept_is_refused_by_name(folder):
             assert caught.value.field == field
 
 
+async def test_forms_that_contradict_the_request_are_the_callers_errors(folder):
+    """They show when no token is left to draw; the server is as well as before."""
+    async with tiny_server.running(folder) as (client, engine):
+        for options in ({"min_tokens": 1}, {"min_tokens": 3, "stop_token_ids": [5]}) * 5:
+            with pytest.raises(InvalidRequest, match="no token can follow") as caught:
+                await client.generate(
+                    text="a", max_tokens=4, structured_output={"regex": ""}, **options
+                ).text()
+            assert caught.value.field == "sampling.structured_output"
+        assert engine.stats().num_failed_in_a_row == 0
+
+
 async def test_a_prompt_that_does_not_fit_has_no_form_compiled(serve):
     async with serve(max_model_len=100) as world:
         form = {"regex": "a+"}

@@ -17,7 +17,7 @@ import torch
 from lora_runtime.core import FinishReason, Request, Row, SamplingParams, StructuredOutput
 from lora_runtime.engine.sampler import draw
 from lora_runtime.engine.structure_masks import unpacked
-from lora_runtime.errors import InvalidRequest, RequestFailed
+from lora_runtime.errors import InvalidRequest
 from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.tokenizer import Tokenizer
 from tests.driver import greedy, run
@@ -160,8 +160,8 @@ def test_a_row_without_a_token_fails_alone(base, forms, alone, structured, steps
     requests = mixed_requests(forms)
     traces = run(with_adapters(base, forms, steps_ahead=steps_ahead), [lone, *requests])
     assert traces["lone"].finish_reason is FinishReason.ERROR
-    assert isinstance(traces["lone"].error, RequestFailed)
-    assert "structured_output" in traces["lone"].error.message
+    assert isinstance(traces["lone"].error, InvalidRequest)
+    assert traces["lone"].error.field == "sampling.structured_output"
     del traces["lone"]
     assert tokens(traces) == alone
 
