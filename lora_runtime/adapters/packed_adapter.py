@@ -6,7 +6,7 @@ A load is then one copy, and the host keeps one copy of the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,8 +92,9 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
     size = packed_bytes(form, dtype.itemsize)
     storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     memory, offsets = AdapterMemory.over(storage, dtype, ALIGNMENT), {}
-    scales: dict[Key, Tensor] = {}
-    for place in _places(form, dtype.itemsize):
+    places = tuple(_places(form, dtype.itemsize))
+    scales = _scales(places) if dtype == torch.float16 else {}
+    for place in places:
         target: Tensor = getattr(memory, place.part.view)
         offset = place.start // target.itemsize
         values = place.part.values
@@ -121,23 +122,13 @@ def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
     return sum(_aligned(place.part, weight_bytes) for place in _places(form, weight_bytes))
 
 
-def _write_halves(place: _Place, room: Tensor, scales: dict[Key, Tensor]) -> None:
-    """Write weights in float16. A row of A and its row of B' are first multiplied and divided by a
-    power of two that makes them equally large: their product is the same, and neither is too large
-    or too small for float16 as long as the product is not. `scales`: what was found for A is used
-    for its B'.
-    """
-    values, factors = place.part.values, place.part.factors
-    if factors is None:
+def _write_halves(place: _Place, room: Tensor, scales: Mapping[Key, Tensor]) -> None:
+    """Write weights in float16, those of a pair of factors times their scales."""
+    values, scale = place.part.values, scales.get(place.part.key)
+    if scale is None:
         room.copy_(values)
     else:
-        a, b = factors
-        if values is a:
-            # Sizes along B's columns take four times as long as copying it and looking along rows.
-            doublings = _doublings(a.abs().amax(1), b.T.contiguous().abs().amax(1))
-            scales[id(a), id(b)] = torch.ldexp(torch.ones(len(a)), doublings)[:, None]
-        scale = scales[id(a), id(b)]
-        torch.mul(values, scale if values is a else 1 / scale, out=room)
+        torch.mul(values, scale, out=room)
     if not is_finite(room):
         raise AdapterRefused(
             f"the adapter of {place.path} holds values up to {float(values.abs().max()):.3g}: with "
@@ -145,6 +136,28 @@ def _write_halves(place: _Place, room: Tensor, scales: dict[Key, Tensor]) -> Non
             "on this processor holds adapters; serve with --dtype float32",
             field=place.path,
         )
+
+
+def _scales(places: Sequence[_Place]) -> dict[Key, Tensor]:
+    """What the rows (r, 1) of each pair of factors are multiplied by, by the keys of their parts.
+
+    A row of A and its row of B' are multiplied and divided by a power of two that makes them
+    equally large: their product is the same, and neither is too large or too small for float16 as
+    long as the product is not.
+    """
+    pairs = {place.part.key[1:]: place.part.factors for place in places if place.part.factors}
+    if not pairs:
+        return {}
+    of_a = torch.cat([a.abs().amax(1) for a, _ in pairs.values()])
+    # Sizes along B's columns take four times as long as copying it and looking along rows.
+    of_b = torch.cat([b.T.contiguous().abs().amax(1) for _, b in pairs.values()])
+    doublings = _doublings(of_a, of_b)
+    ranks = [len(a) for a, _ in pairs.values()]
+    found: dict[Key, Tensor] = {}
+    for name, exponents in (("a", doublings), ("b", -doublings)):
+        scales = torch.ldexp(torch.ones(len(exponents)), exponents)[:, None].split(ranks)
+        found |= {(name, *key): scale for key, scale in zip(pairs, scales, strict=True)}
+    return found
 
 
 def _doublings(largest_a: Tensor, largest_b: Tensor) -> Tensor:
