@@ -21,9 +21,10 @@ HEAD = """# Families of models
 
 Written by `make families`, which makes a tiny random model of every causal language model that
 transformers {version} has, and does all of this with it; not edited by hand. *yes*: float32 logits
-within 2e-4 of PEFT's, and PEFT's tokens or gradients. A family is served by what its model is, not
-by its name: one that is missing here is tried when it is loaded, before it is quantised, and either
-gives its own logits or is refused.
+within 2e-4 of PEFT's, and PEFT's tokens or gradients. A family is the `model_type` in a
+`config.json` (Granite 4 is granitemoehybrid), in brackets a kind of it. It is served by what its
+model is, not by its name: one that is missing here is tried when it is loaded, before it is
+quantised, and either gives its own logits or is refused.
 
 - **serve**: a base row, LoRA, DoRA and rsLoRA of three ranks on every linear layer, in one batch.
 - **train**: the gradients of every factor, with and without activation checkpointing.

@@ -128,7 +128,8 @@ class CacheConfig:
     """Keep the KV blocks of ended requests for requests that begin with the same tokens."""
     state_snapshots: Int | None = setting(default=None, ge=0, le=1 << 20, group=MEMORY)
     """Bases with recurrent layers only: their states that are kept for requests that begin with the
-    same tokens, beside those of running requests; none: as many as `max_num_seqs`, at least 16."""
+    same tokens, beside those of running requests; none: as many as `max_num_seqs`, at least 16.
+    Memory is taken for all of them, and for `max_num_seqs` running requests, at the start."""
 
     def __post_init__(self) -> None:
         if self.num_blocks is not None and self.kv_bytes is not None:

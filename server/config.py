@@ -320,11 +320,10 @@ def check_environment(others: Collection[str] = ()) -> None:
             )
         if name == variable or name in known or SERVICE_LINK.fullmatch(name):
             continue
-        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else "--help shows those there are"
         raise ConfigError(
-            f"{variable} is set in the environment and is no setting; did you mean "
-            f"{PREFIX}{near[0]}?",
-            field=variable,
+            f"{variable} is set in the environment and is no setting; {hint}", field=variable
         )
 
 

@@ -65,6 +65,8 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
     with current_device(base.device):
         engine = Engine(base, config)
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
+        if states := num_state_slots(base, config):
+            say(f"beside it are {states} recurrent states of {base.spec.state_bytes} bytes each")
         engine.runner.warm_up(say)
     return engine
 

@@ -71,7 +71,8 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     cache = config.cache
     block_bytes = base.kv_bytes_per_token() * cache.block_size
     states = num_state_slots(base, config) * base.spec.state_bytes
-    check_memory(base.device, states, "max_num_seqs")
+    is_rows = config.scheduler.max_num_seqs >= num_snapshots(config)
+    check_memory(base.device, states, "max_num_seqs" if is_rows else "state_snapshots")
     if cache.num_blocks is not None:
         check_memory(base.device, cache.num_blocks * block_bytes, "num_blocks")
         return cache.num_blocks
@@ -111,7 +112,8 @@ def blocks_that_fit(
             f"them in use, {memory.activations} needed by a step, {memory.graphs} by decode "
             f"graphs and {states} by recurrent states, it leaves {max(left, 0)} for keys and "
             f"values, and the {num_tokens} tokens of a step take {least}; raise it, or lower "
-            "max_num_batched_tokens, max_num_seqs or the adapter pool's bytes",
+            "max_num_batched_tokens, max_num_seqs"
+            f"{', state_snapshots' if states else ''} or the adapter pool's bytes",
             field="gpu_memory_utilization",
         )
     return left // block_bytes

@@ -120,7 +120,7 @@ class UnitConfig:
         default="all-linear", group=ADAPTER, is_fixed=True
     )
     """Module names or ends of module paths, `embed_tokens` and `lm_head` among them, or every
-    inner linear layer."""
+    inner linear layer, but no fused experts and no routers."""
     target_parameters: tuple[str, ...] = setting(default=(), group=ADAPTER, is_fixed=True)
     """Ends of names of parameters, those of a mixture's experts among them:
     `experts.gate_up_proj`, `experts.down_proj`. Each expert has an adapter of the rank of its own.
