@@ -238,12 +238,27 @@ def _check_rank(config: UnitConfig, base: Base, path: str, rank: int) -> None:
 
 
 def _check_names(config: UnitConfig, base: BaseSpec) -> None:
-    """Raise ConfigError for a target that matches no module, proposing the nearest name."""
-    for target in config.target_modules if config.target_modules != "all-linear" else ():
-        if not any(f".{path}".endswith(f".{target}") for path in base.shapes):
-            names = sorted({path.rpartition(".")[2] for path in base.shapes})
+    """Raise ConfigError for a target that matches nothing, proposing the nearest name."""
+    modules = () if config.target_modules == "all-linear" else config.target_modules
+    _check_targets(config, "target_modules", modules, tuple(base.shapes))
+    weights = tuple(
+        path if shape.experts is not None else f"{path}.weight"
+        for path, shape in base.shapes.items()
+    )
+    _check_targets(config, "target_parameters", config.target_parameters, weights)
+
+
+def _check_targets(
+    config: UnitConfig, field: str, targets: Sequence[str], paths: Sequence[str]
+) -> None:
+    """Raise ConfigError for a target that ends no path, proposing an end as long as it is."""
+    kind = "module" if field == "target_modules" else "weight"
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in paths):
+            num_parts = target.count(".") + 1
+            names = sorted({".".join(path.split(".")[-num_parts:]) for path in paths})
             raise ConfigError(
-                f"unit {config.name!r}: target_modules has {target!r}, and the base has no "
-                f"such module; {nearest(target, names)}",
-                field="target_modules",
+                f"unit {config.name!r}: {field} has {target!r}, and the base has no such {kind}; "
+                f"{nearest(target, names)}",
+                field=field,
             )

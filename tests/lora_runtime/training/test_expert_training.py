@@ -159,6 +159,18 @@ def test_what_is_not_trained_on_experts_is_refused(tmp_path, tokenizer, mixture)
         assert refusal.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("experts.gate_upproj", "experts.gate_up_proj"), ("gate", "weight"), ("q_proj", "weight")],
+)
+def test_a_parameter_that_the_base_has_not_is_refused(tmp_path, tokenizer, mixture, given, meant):
+    """Beside others that it has, too."""
+    targets = (*EXPERTS, given)
+    with pytest.raises(ConfigError, match=f"{given!r}.*{meant}") as refusal:
+        unit_of(mixture, tokenizer, tmp_path, target_parameters=targets)
+    assert refusal.value.field == "target_parameters"
+
+
 def test_the_auxiliary_loss_is_transformers_own(tmp_path, tokenizer):
     base = tiny_base("mixtral")
     twin = dense_twin(base, "mixtral")
