@@ -157,7 +157,8 @@ class Engine:
 
 
 def test_the_engine_is_started_and_run_on_its_own_device(cuda, monkeypatch):
-    base = SimpleNamespace(device=torch.device("cuda:1"))
+    spec = SimpleNamespace(state_bytes=0)
+    base = SimpleNamespace(device=torch.device("cuda:1"), spec=spec)
     monkeypatch.setattr(engine_module, "load_base", lambda config, say: base)
     monkeypatch.setattr(engine_module, "Engine", lambda base, config: Engine(cuda))
     engine = loop.start_engine(SimpleNamespace(base=None))
