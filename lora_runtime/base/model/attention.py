@@ -229,9 +229,9 @@ class PagedAttention:
         softcap: float | None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        layer = layer if self.layer is None else self.layer
-        keys, values = self.cache.of_layer(layer)
-        if self.cache.is_kept(layer):
+        place = self._place(layer)
+        keys, values = self.cache.of_layer(place)
+        if self.cache.is_kept(place):
             write_kv(keys, values, k, v, self.meta.cache_slots)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap, sinks)
 
@@ -250,7 +250,11 @@ class PagedAttention:
         softcap: float | None,
     ) -> Tensor:
         """`attend` of queries and keys that are still to be normed and rotated: cos, sin (T, R)."""
-        keys, values = self.cache.of_layer(layer if self.layer is None else self.layer)
+        keys, values = self.cache.of_layer(self._place(layer))
         slots = self.meta.cache_slots
         q = rotate_and_write(q, k, v, cos, sin, keys, values, slots, norm)
         return paged_attention(q, keys, values, self.meta, scale, window, softcap)
+
+    def _place(self, layer: int) -> int:
+        """Which of the cache's layers one of the model's uses."""
+        return layer if self.layer is None else self.layer

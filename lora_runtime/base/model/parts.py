@@ -5,6 +5,7 @@ Paths of parts are from the decoder on.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     """
     embedding = model.get_input_embeddings()
     holders = (m for m in model.modules() if any(child is embedding for child in m.children()))
-    for module in (model.get_decoder(), *holders):
+    # Every forward asks: all modules are looked through only where transformers' answer is none.
+    for module in chain([model.get_decoder()], holders):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             found: nn.Module = module
             return found
