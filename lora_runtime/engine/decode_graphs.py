@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.core import ScheduledBatch
-from lora_runtime.engine.batch import ForwardBatch
+from lora_runtime.engine.batch import ForwardBatch, Rows
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels.cpu import Unrecordable
 
@@ -93,12 +93,9 @@ class DecodeGraphs:
             self._layout = layout
         bounds = (0, *segment_bounds(buffers.num_rows))
         bound = next(bound for bound in bounds if num_segments <= bound)
-        is_new = (buffers.num_rows, bound) not in self._captured
-        found = self._graph(buffers, bound)
+        found = self._graph(buffers, bound, rows)
         if found is None:
             return None
-        if is_new:
-            buffers.fill(rows)
         replay, outputs = found
         replay()
         logits, best = outputs[0]
@@ -113,12 +110,13 @@ class DecodeGraphs:
             for bound in (*reversed(segment_bounds(buffers.num_rows)), 0)
         ]
         for done, (buffers, bound) in enumerate(todo, 1):
-            self._graph(buffers, bound)
+            self._graph(buffers, bound, ())
             on_progress(f"capturing decode graphs {done}/{len(todo)}")
 
     def _graph(
-        self, buffers: StepBuffers, max_segments: int
+        self, buffers: StepBuffers, max_segments: int, rows: Rows
     ) -> tuple[Replay, list[Outputs]] | None:
+        """The graph, captured if there is none yet; `rows` are what the buffers hold."""
         key = (buffers.num_rows, max_segments)
         if key not in self._captured:
             found: list[Outputs] = []
@@ -133,6 +131,7 @@ class DecodeGraphs:
                 self._captured[key] = self._capture(run), found
             except Unrecordable:
                 self._captured[key] = None
+            buffers.fill(rows)
         return self._captured[key]
 
     def _kept(self, outputs: Outputs) -> Outputs:

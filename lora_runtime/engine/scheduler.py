@@ -240,24 +240,26 @@ class Scheduler:
         """A client's prompts: running ones in the order in which they began, then waiting ones.
         Before all where the first is longer than what is left of the step: the shorter ones.
         """
-        prompts = [
-            row
-            for row in self.running
-            if row.request.client == client and row.num_uncomputed_tokens != 1
-        ]
-        prompts += self.waiting.of(client)
-        prompts = [row for row in prompts if row not in step and row not in step.seen]
-        if prompts and step.may_hold_back and not step.has_room(prompts[0]):
-            for row in step.shorter(client, prompts):
+        first = next(self._prompts(client, step), None)
+        if first is not None and step.may_hold_back and not step.has_room(first):
+            for row in step.shorter(client, first, self._prompts(client, step)):
                 self._has_held_back = True
                 yield row
-        yield from prompts
+        yield from self._prompts(client, step)
+
+    def _prompts(self, client: str, step: StepPlan) -> Iterator[Row]:
+        """A client's prompts that have had no turn in the step yet."""
+        for row in list(self.running):
+            is_prompt = row.request.client == client and row.num_uncomputed_tokens != 1
+            if is_prompt and step.is_open(row):
+                yield row
+        yield from filter(step.is_open, self.waiting.of(client))
 
     def _plan_waiting(self, row: Row, step: StepPlan) -> bool:
         """Let a waiting row begin and plan its first tokens; False if it cannot."""
         # A running row has just found no block. Whoever began now would take the blocks that the
         # preempted row gave up, and the two would preempt each other step after step.
-        if step.is_short_of_blocks or row.request.client in step.crowded_out or row in step.seen:
+        if step.is_short_of_blocks or row.request.client in step.crowded_out:
             return False
         step.seen.add(row)
         try:

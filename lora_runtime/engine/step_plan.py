@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 
 from lora_runtime.core import (
@@ -54,15 +54,19 @@ class StepPlan:
         """True when the budget has room for all tokens that a row needs."""
         return row.num_uncomputed_tokens * row.num_planes <= self.budget
 
-    def shorter(self, client: str, prompts: Sequence[Row]) -> Iterator[Row]:
-        """Those of a client's prompts that the budget has room for, each once in a step, without
-        any of a lower priority than the first one's.
+    def is_open(self, row: Row) -> bool:
+        """True for a row that has had no turn in this step."""
+        return row not in self._rows and row not in self.seen
+
+    def shorter(self, client: str, first: Row, prompts: Iterable[Row]) -> Iterator[Row]:
+        """Those of a client's open prompts that the budget has room for, each once in a step,
+        without any of a lower priority than the first one's.
         """
         if client not in self._shorter:
-            first = prompts[0].request.priority
-            rows = [row for row in prompts if row.request.priority <= first and self.has_room(row)]
+            least = first.request.priority
+            rows = [row for row in prompts if row.request.priority <= least and self.has_room(row)]
             self._shorter[client] = iter(rows)
-        return filter(self.has_room, self._shorter[client])
+        return (row for row in self._shorter[client] if self.is_open(row) and self.has_room(row))
 
     def num_fitting(self, row: Row) -> int:
         """Tokens of a row that the budget has room for.
