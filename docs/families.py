@@ -33,6 +33,8 @@ quantised, and either gives its own logits or is refused.
 - **prefix**: a second prompt that begins as the first finds it in the cache; where layers carry a
   state, up to the last snapshot of it.
 """
+UNMADE = "no tiny model of it was made"
+"""Why a family is not tried."""
 COLUMNS: dict[str, Callable[[str, Path], None]] = {
     "serve": checks.serves,
     "train": checks.trains,
@@ -48,7 +50,7 @@ def verdicts(family: str) -> dict[str, Verdict]:
     try:
         tiny_family(family)
     except Exception as error:
-        return {"serve": Verdict(False, f"no tiny model of it was made: {type(error).__name__}")}
+        return {"serve": Verdict(False, f"{UNMADE}: {type(error).__name__}")}
     found = {}
     for name, check in COLUMNS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.expert_sites import parameter_name
+from lora_runtime.adapters.config.layer_sites import Site, sites_of
 from lora_runtime.adapters.config.matching import PatternMatcher
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec, parse_config
 from lora_runtime.adapters.variants.mutated_base import Factors
@@ -241,10 +242,8 @@ def _check_names(config: UnitConfig, base: BaseSpec) -> None:
     """Raise ConfigError for a target that matches nothing, proposing the nearest name."""
     modules = () if config.target_modules == "all-linear" else config.target_modules
     _check_targets(config, "target_modules", modules, tuple(base.shapes))
-    weights = tuple(
-        path if shape.experts is not None else f"{path}.weight"
-        for path, shape in base.shapes.items()
-    )
+    sites = sites_of(base, {path: path for path in base.shapes}, None)
+    weights = tuple(parameter_name(site, base) for site in sites)
     _check_targets(config, "target_parameters", config.target_parameters, weights)
 
 

@@ -75,19 +75,26 @@ def is_mixture(site: Site, base: BaseSpec) -> bool:
     return base.shapes[site.path].experts is not None and site.expert is None
 
 
+def parameter_name(site: Site, base: BaseSpec) -> str:
+    """As target_parameters names a site: of a plain layer `….weight`, of experts the name that the
+    layer has here.
+    """
+    return site.name if is_mixture(site, base) else f"{site.name}.weight"
+
+
 def parameter_sites(
     entries: Sequence[str], sites: Sequence[Site], base: BaseSpec
 ) -> tuple[list[Site], list[str]]:
     """The sites that target_parameters selects, and the entries that select none.
 
-    As in PEFT an entry is the end of a parameter's name: of a plain layer `….weight`, of experts
-    the name that the layer has here. Patterns of ranks are matched with that name. Where several
-    parameters of one module are adapted, their wrappers nest in the order in which the module has
-    them: the last one has the module's name in the file, each before it `.base_layer` more.
+    As in PEFT an entry is the end of a `parameter_name`. Patterns of ranks are matched with that
+    name. Where several parameters of one module are adapted, their wrappers nest in the order in
+    which the module has them: the last one has the module's name in the file, each before it
+    `.base_layer` more.
     """
     found, used = [], set()
     for site in sites:
-        name = site.name if is_mixture(site, base) else f"{site.name}.weight"
+        name = parameter_name(site, base)
         own = [entry for entry in entries if name == entry or name.endswith(f".{entry}")]
         used |= set(own)
         if own and site.expert is None:
