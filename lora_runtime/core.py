@@ -351,6 +351,8 @@ class Row:
     prompt_logprobs: list[TokenLogprob] | None = None
     """Those of the prompt's tokens after the first, as far as they are known; None where none are
     wanted, or they have been given out."""
+    num_cached_tokens: int = 0
+    """Leading prompt tokens that were found in the prefix cache when the row first began."""
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -481,6 +483,9 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """With the first token, where they were asked for: of each token of the prompt but the first"""
+    num_cached_tokens: int = 0
+    """Leading tokens of the prompt that were found in the prefix cache when the request began: with
+    every token, 0 where the request ends without one."""
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     """Set if and only if `finish_reason` is ERROR."""

@@ -133,6 +133,8 @@ class Finished:
     index: int = 0
     finish_reason: FinishReason
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    """Of the prompt's tokens those that were found in the prefix cache."""
     num_output_tokens: int
     num_reasoning_tokens: int = 0
     """Of the output's tokens those by which the model thought."""

@@ -23,6 +23,7 @@ class Trace:
     finish_reason: FinishReason | None = None
     error: LoramuxError | None = None
     num_terminals: int = 0
+    num_cached_tokens: int = 0
     prompt_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     """Every time that they were given."""
 
@@ -97,6 +98,7 @@ def run(engine: Engine, requests: list[Request], *, arrivals: dict[str, int] | N
         for output in engine.step():
             trace = traces[output.request_id]
             trace.token_ids += output.token_ids
+            trace.num_cached_tokens = max(trace.num_cached_tokens, output.num_cached_tokens)
             if output.prompt_logprobs is not None:
                 trace.prompt_logprobs.append(output.prompt_logprobs)
             if output.finish_reason is not None:

@@ -124,6 +124,9 @@ class Completion:
     """One for each token, where they were asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token of the prompt after the first, where they were asked for."""
+    num_cached_tokens: int = field(default=0, compare=False)
+    """Leading tokens of the prompt that an earlier request had left in the prefix cache. The answer
+    is the same without, so two answers are equal whatever it is."""
     others: tuple[Completion, ...] = ()
     """The further answers to the prompt, where `n` asks for several."""
     notes: tuple[str, ...] = ()
@@ -473,6 +476,7 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
     reason: FinishReason | None = None
     error: LoramuxError | None = None
 
@@ -482,6 +486,7 @@ class _Row:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.reason, self.error = self.text.finish_reason, output.error
 
     def fail(self, error: LoramuxError) -> None:
@@ -501,6 +506,7 @@ def _completion(rows: list[_Row] | LoramuxError) -> Completion:
         finish_reason=row.reason or FinishReason.ERROR,
         logprobs=tuple(row.logprobs),
         prompt_logprobs=row.prompt_logprobs,
+        num_cached_tokens=row.num_cached_tokens,
         others=tuple(_completion([other]) for other in others),
         notes=row.notes,
         error=row.error,

@@ -384,7 +384,9 @@ class Scheduler:
             raise
         self._leave_queue(row)
         row.slots, row.status = slots, RowStatus.RUNNING
-        row.first_scheduled = row.first_scheduled or time.monotonic()
+        if row.first_scheduled is None:  # begun again, it may find what it computed itself
+            row.first_scheduled = time.monotonic()
+            row.num_cached_tokens = row.num_computed_tokens
         row.num_steps_passed_over = 0
         self.running.append(row)
         step.admitted.add(row)
@@ -422,6 +424,7 @@ class Scheduler:
             token_ids=(result.token_id,),
             logprobs=() if result.logprob is None else (result.logprob,),
             prompt_logprobs=None if row.prompt_logprobs is None else tuple(row.prompt_logprobs),
+            num_cached_tokens=row.num_cached_tokens,
         )
         row.prompt_logprobs = None
         if reason is None:

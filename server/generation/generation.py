@@ -278,7 +278,7 @@ class Generation:
         text = OutputText(detokenizer, ends, reader)
         names = tuple(choice.name for choice in call.adapters)
         with RequestMeter(self._observer, names, started.num_prompt_tokens) as meter:
-            reason, timing, is_started = None, None, False
+            reason, timing, is_started, num_cached_tokens = None, None, False, 0
             async with aclosing(self._engine.generate(request)) as outputs:
                 async for output in outputs:
                     if not is_started:
@@ -286,6 +286,7 @@ class Generation:
                         yield started
                     if output.prompt_logprobs is not None:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
+                    num_cached_tokens = max(num_cached_tokens, output.num_cached_tokens)
                     meter.tokens(len(output.token_ids))
                     delta = delta_of(text, output, index)
                     reason, timing = text.finish_reason, output.timing
@@ -302,6 +303,7 @@ class Generation:
                 index=index,
                 finish_reason=reason,
                 num_prompt_tokens=started.num_prompt_tokens,
+                num_cached_tokens=num_cached_tokens,
                 num_output_tokens=meter.num_output_tokens,
                 num_reasoning_tokens=text.num_reasoning_tokens,
                 timing=timing,

@@ -27,6 +27,8 @@ class RequestRecord:
     request_id: str = ""
     """Empty for a request that was refused and that its caller gave no name."""
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache as the first output began."""
     num_output_tokens: int = 0
     """Of all outputs together."""
     first_token_s: float | None = None
@@ -97,6 +99,8 @@ async def watched(
                     record.request_id = event.request_id
                     record.num_prompt_tokens = event.num_prompt_tokens
                 elif type(event) is Finished:
+                    if event.index == 0:
+                        record.num_cached_tokens = event.num_cached_tokens
                     record.outputs.append((event, time.monotonic() - begun))
                 yield event
     except BaseException as error:

@@ -27,6 +27,7 @@ def _facts(record: RequestRecord) -> dict[str, Any]:
         "tenant": record.tenant,
         "adapters": list(record.adapters),
         "prompt_tokens": record.num_prompt_tokens,
+        "cached_tokens": record.num_cached_tokens,
         "output_tokens": record.num_output_tokens,
         "reasons": list(record.reasons),
         "seconds": round(record.seconds, 4),

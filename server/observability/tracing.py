@@ -138,6 +138,7 @@ def _attributes(record: RequestRecord) -> Iterator[tuple[str, Attribute]]:
     if sampling.seed is not None:
         yield "gen_ai.request.seed", sampling.seed
     yield "gen_ai.usage.input_tokens", record.num_prompt_tokens
+    yield "gen_ai.usage.cache_read.input_tokens", record.num_cached_tokens
     yield "gen_ai.usage.output_tokens", record.num_output_tokens
     yield "gen_ai.response.finish_reasons", list(record.reasons)
     if record.first_token_s is not None:

@@ -91,6 +91,8 @@ class _Turn:
                 return self._more(event)
             case Finished():
                 self.usage.num_reasoning_tokens += event.num_reasoning_tokens
+                if event.index == 0:
+                    self.usage.num_cached_tokens = event.num_cached_tokens
                 return [_part(event.index, {}, reason=encode.finish_reason(event))]
         return []
 

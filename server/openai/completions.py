@@ -111,6 +111,8 @@ class _Completion:
                 if event.text or event.logprobs:
                     return [self._part(prompt, first + event.index, event)]
             case Finished():
+                if event.index == 0:
+                    self.usage.num_cached_tokens += event.num_cached_tokens
                 reason = "length" if self.request.max_tokens == 0 else encode.finish_reason(event)
                 part = _choice(first + event.index, "", None, reason)
                 if prompt.logprobs is not None:

@@ -22,6 +22,9 @@ class Usage:
     """Tokens read and made for one request, of all its prompts and outputs."""
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of the prompts' tokens those found in the prefix cache as each prompt's first output began:
+    what its other outputs find, that one has computed."""
     num_output_tokens: int = 0
     num_reasoning_tokens: int = 0
 
@@ -31,6 +34,7 @@ class Usage:
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
         if self.num_reasoning_tokens:
             details = {"reasoning_tokens": self.num_reasoning_tokens}

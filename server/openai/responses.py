@@ -70,6 +70,7 @@ class _Response:
                 self._usage.num_output_tokens += len(event.token_ids)
                 yield from self._output.take(event)
             case Finished():
+                self._usage.num_cached_tokens = event.num_cached_tokens
                 self._usage.num_reasoning_tokens = event.num_reasoning_tokens
                 is_cut = encode.finish_reason(event) == "length"
                 self._status = "incomplete" if is_cut else "completed"
@@ -123,7 +124,7 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
 def _usage(usage: encode.Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.num_prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage.num_cached_tokens},
         "output_tokens": usage.num_output_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens},
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,

@@ -224,6 +224,7 @@ def encode_event(event: Event) -> generation_pb2.GenerateResponse:
         return generation_pb2.GenerateResponse(delta=delta)
     usage = types_pb2.Usage(
         prompt_tokens=event.num_prompt_tokens,
+        cached_tokens=event.num_cached_tokens,
         output_tokens=event.num_output_tokens,
         reasoning_tokens=event.num_reasoning_tokens,
     )

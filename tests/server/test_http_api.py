@@ -138,7 +138,12 @@ async def test_a_stream_is_role_then_text_then_reason_then_usage(api) -> None:
         assert reason["choices"][0]["finish_reason"] == "length"
         assert reason["choices"][0]["delta"] == {}
         assert usage["choices"] == [] and reason["usage"] is None
-        assert usage["usage"] == {"prompt_tokens": 11, "completion_tokens": 6, "total_tokens": 17}
+        assert usage["usage"] == {
+            "prompt_tokens": 11,
+            "completion_tokens": 6,
+            "total_tokens": 17,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         assert len({part["id"] for part in (role, *texts, reason, usage)}) == 1
         assert all(part["object"] == "chat.completion.chunk" for part in texts)
         options = {"continuous_usage_stats": True}

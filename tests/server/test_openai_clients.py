@@ -195,6 +195,37 @@ async def test_echo_scores_texts_as_harnesses_ask_for_it(folder) -> None:
             assert {entry["rank"] for entry in found.values()} >= {1, 2}
 
 
+async def test_usage_tells_the_tokens_found_in_the_prefix_cache(folder) -> None:
+    system = {"role": "system", "content": "Answer as the captain of the ship would. " * 6}
+    messages = [system, {"role": "user", "content": "Hé"}]
+    async with server(folder) as (api, grpc):
+        client, given = api.client, {"model": "a0", "max_tokens": 2}
+        ask = client.chat.completions.create
+        cold = await ask(messages=messages, **given)
+        assert cold.usage.prompt_tokens_details.cached_tokens == 0
+        warm = await ask(messages=messages, n=3, **given)
+        found = warm.usage.prompt_tokens_details.cached_tokens
+        assert 0 < cold.usage.prompt_tokens - found <= 16
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last = [part async for part in await ask(messages=messages, **options, **given)]
+        assert last.usage.prompt_tokens_details.cached_tokens == found
+        response = await client.responses.create(model="a0", input=messages, max_output_tokens=16)
+        assert response.usage.input_tokens_details.cached_tokens == found
+        of_base = await ask(messages=messages, **given | {"model": "tiny"})
+        assert of_base.usage.prompt_tokens_details.cached_tokens == 0
+        *_, event = [e async for e in grpc.generate(messages=messages, max_tokens=2, adapter="a0")]
+        assert event.finished.usage.cached_tokens == found
+
+        text = "There was a storm in the night. " * 8
+        two = await client.completions.create(prompt=[text, "hi " + text], **given)
+        assert two.usage.prompt_tokens_details.cached_tokens == 0
+        two = await client.completions.create(prompt=[text, "hi " + text], **given)
+        found = two.usage.prompt_tokens_details.cached_tokens
+        assert 0 < two.usage.prompt_tokens - found <= 32
+        scored = await client.completions.create(prompt=text, echo=True, logprobs=1, **given)
+        assert scored.usage.prompt_tokens_details.cached_tokens == 0, "a scored prompt is computed"
+
+
 async def test_several_outputs_are_those_of_grpc(folder) -> None:
     async with server(folder) as (api, grpc):
         drawn = {"n": 3, "max_tokens": 8, "seed": 7, "temperature": 0.9}

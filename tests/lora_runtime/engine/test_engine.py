@@ -38,6 +38,20 @@ def test_preempted_rows_resume_with_the_same_tokens(base, forms, alone):
     assert engine.blocks.num_used == 0
 
 
+def test_each_request_is_told_what_it_found_in_the_cache_when_it_began(base):
+    prompts = [prompt(4 + index, seed=index) for index in range(6)]
+    requests = [greedy(str(index), ids, None, 24) for index, ids in enumerate(prompts)]
+    again = [greedy(f"{index} again", ids, None, 1) for index, ids in enumerate(prompts)]
+    engine = tiny_engine(base, num_blocks=30, block_size=2)
+    traces = run(engine, requests)
+    assert engine.scheduler.num_preemptions > 0, "the cache was not small enough to preempt"
+    assert all(trace.num_cached_tokens == 0 for trace in traces.values()), "not their own tokens"
+    run(engine, again)
+    for index, (name, trace) in enumerate(run(engine, again).items()):
+        # whole blocks, and never the last token
+        assert trace.num_cached_tokens == (len(prompts[index]) - 1) // 2 * 2, name
+
+
 def test_more_adapters_than_slots_take_turns(base, forms, alone):
     engine = with_adapters(base, forms, max_slots=2)
     assert tokens(run(engine, mixed_requests(forms))) == alone

@@ -20,8 +20,10 @@ def folder(tmp_path_factory):
 async def hits(engine, client: AsyncClient, **options) -> int:
     """Prompt tokens that a request found in the cache."""
     before = engine.stats().num_prefix_hits
-    await client.generate(token_ids=PROMPT, max_tokens=1, **options).text()
-    return engine.stats().num_prefix_hits - before
+    events = [event async for event in client.generate(token_ids=PROMPT, max_tokens=1, **options)]
+    found = engine.stats().num_prefix_hits - before
+    assert events[-1].finished.usage.cached_tokens == found, "what the caller is told"
+    return found
 
 
 async def test_a_tenant_finds_its_own_prefixes_and_no_others(folder, tmp_path):
