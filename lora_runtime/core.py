@@ -566,14 +566,15 @@ class BaseSpec:
     can_reorder_layers: bool = True
     """False when its layers cannot run in another order than its own (layer replication)."""
 
-    @property
-    def shapes(self) -> dict[str, LinearShape]:
-        """Every module an adapter may act on; the embedding is a linear layer of one-hot tokens."""
+    shapes: dict[str, LinearShape] = field(init=False, repr=False, compare=False)
+    """Every module an adapter may act on; the embedding is a linear layer of one-hot tokens."""
+
+    def __post_init__(self) -> None:
         ends = {
             self.embedding: LinearShape(self.vocab_size, self.hidden_size),
             self.head: LinearShape(self.hidden_size, self.vocab_size),
         }
-        return {**self.linears, **ends}
+        object.__setattr__(self, "shapes", {**self.linears, **ends})
 
 
 def activation_start(token_ids: Sequence[int], invocation: Sequence[int]) -> int | None:

@@ -81,11 +81,12 @@ def read_folder(
         roots=rules.roots,
         must_rest=not rules.sha256,
     )
+    hashes = _hashes(found)
     if rules.sha256:
-        _check_digest(found, rules.sha256)
-    adapter = _adapter_files(found, "")
+        _check_digest(hashes, rules.sha256)
+    adapter = _adapter_files(found, "", hashes)
     initial = {
-        name: _adapter_files(found, f"{name}/")
+        name: _adapter_files(found, f"{name}/", hashes)
         for name in INITIAL_FOLDERS
         if f"{name}/{CONFIG_FILE}" in found
     }
@@ -97,7 +98,7 @@ def read_folder(
 def read_adapter(folder: Path, *, max_bytes: int = MAX_TENSORS_BYTES) -> AdapterFiles:
     """Read only the two files of a folder that nobody else writes to; see `read_folder`."""
     found = read_settled(folder, lambda opened: _read_two(opened, "", max_bytes), must_rest=False)
-    return _adapter_files(found, "")
+    return _adapter_files(found, "", _hashes(found))
 
 
 def _read_files(opened: OpenFolder, max_bytes: int) -> dict[str, bytes]:
@@ -127,8 +128,12 @@ def _initial_folder(config: bytes) -> str:
     return name if name in INITIAL_FOLDERS else ""
 
 
-def _check_digest(found: Mapping[str, bytes], expected: str) -> None:
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+def _hashes(found: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each file, in hexadecimal: of large ones a fifth of the time of a load."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+def _check_digest(hashes: Mapping[str, str], expected: str) -> None:
     digest = content_digest(hashes)
     if digest != expected:
         raise AdapterRefused(
@@ -138,7 +143,7 @@ def _check_digest(found: Mapping[str, bytes], expected: str) -> None:
         )
 
 
-def _adapter_files(found: dict[str, bytes], prefix: str) -> AdapterFiles:
+def _adapter_files(found: dict[str, bytes], prefix: str, hashes: Mapping[str, str]) -> AdapterFiles:
     """Take the two files out of `found`, so that their bytes are freed when they are parsed."""
     config, data = found.pop(f"{prefix}{CONFIG_FILE}"), found.pop(f"{prefix}{TENSORS_FILE}")
     tensors, metadata = _load_tensors(data)
@@ -146,7 +151,7 @@ def _adapter_files(found: dict[str, bytes], prefix: str) -> AdapterFiles:
         config=parse_object(config, CONFIG_FILE),
         tensors=tensors,
         metadata=metadata,
-        tensors_sha256=hashlib.sha256(data).hexdigest(),
+        tensors_sha256=hashes[f"{prefix}{TENSORS_FILE}"],
     )
 
 
