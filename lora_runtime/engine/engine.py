@@ -377,6 +377,7 @@ class Engine:
             resident_adapters=self.slots.resident,
             num_adapter_loads=self.slots.num_loads,
             num_adapter_evictions=self.slots.num_evictions,
+            states=self.blocks.state_stats,
         )
 
     def check_integrity(self) -> None:
