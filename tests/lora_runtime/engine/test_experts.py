@@ -109,13 +109,13 @@ def test_float32_logits_and_greedy_tokens_equal_peft(shape, tmp_path):
                 assert (expected - theirs).abs().max() >= least, f"{owner} and {other} are alike"
 
 
-def bfloat16_errors(world, owners):
+def bfloat16_errors(world, owners, max_tokens):
     """Owner → our errors against float32 and peft's own, each (n, vocab) of its rows' tokens."""
     half = dense_twin(world.base, world.shape)
     models = {name: load_in_peft(half, folder) for name, folder in world.folders.items()}
     exact, theirs = {None: world.twin, **world.oracles}, {None: half, **models}
-    found = {owner: ([], []) for owner in owners}
-    for index, (owner, trace) in enumerate(zip(owners, world.serve(owners, 24), strict=True)):
+    found, served = {owner: ([], []) for owner in owners}, world.serve(owners, max_tokens)
+    for index, (owner, trace) in enumerate(zip(owners, served, strict=True)):
         row = world.prompt(index), trace.token_ids
         expected = teacher_forced(exact[owner], *row)
         found[owner][0].append(torch.stack(trace.logits).float() - expected)
@@ -134,7 +134,7 @@ def test_bfloat16_error_is_within_a_quarter_of_pefts(shape, tmp_path):
     all, base included; of each the typical error, its median, must be as good.
     """
     world = Mixture(shape, tmp_path, dtype=torch.bfloat16)
-    errors = bfloat16_errors(world, [*world.names, None] * 12)
+    errors = bfloat16_errors(world, [*world.names, None] * 30, 12)
     for owner, (ours, theirs) in errors.items():
         ratio = float(ours.abs().median() / theirs.abs().median())
         print(f"{shape} {owner}: median error {ratio:.2f} of peft's")
@@ -158,7 +158,7 @@ def test_bfloat16_error_of_each_adapter_where_no_choice_can_tip(shape, tmp_path,
             monkeypatch.setitem(table, f"{shape}, all", table[shape])
     world = Mixture(f"{shape}, all", tmp_path, dtype=torch.bfloat16)
     owners = [None, *(name for name in world.names if name != "experts-rslora")]
-    for owner, (ours, theirs) in bfloat16_errors(world, owners * 4).items():
+    for owner, (ours, theirs) in bfloat16_errors(world, owners * 4, 24).items():
         ratio = rms([ours]) / rms([theirs])
         print(f"{shape} {owner}: bfloat16 error {ratio:.2f} of peft's")
         assert ratio <= 1.25, owner
