@@ -22,7 +22,7 @@ from lora_runtime.core import (
     StepOutput,
     TokenLogprob,
 )
-from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
+from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter, StateStats
 from lora_runtime.errors import (
     AdapterNotFound,
     AdapterRefused,
@@ -164,6 +164,8 @@ class ScriptedEngine:
         self.max_pinned = 2
         self.max_loaded: int | None = None
         """Contents that host memory has room for."""
+        self.states: StateStats | None = None
+        """As if the base had recurrent layers."""
         self._cancelled: set[str] = set()
         self._max_queued = max_queued
         self._info = _info(max_model_len, max_queued)
@@ -191,6 +193,7 @@ class ScriptedEngine:
             is_busy=self.is_busy,
             num_beats=self.num_beats,
             num_failed_in_a_row=self.num_failed_in_a_row,
+            states=self.states,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:

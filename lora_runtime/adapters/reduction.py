@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.config.expert_sites import per_expert_names
+from lora_runtime.adapters.config.fields import FIELDS
 from lora_runtime.adapters.config.layer_sites import Site
-from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config
+from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config, passed_over
 from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.files.companions import own_text_files, text_digest
 from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
@@ -84,10 +85,13 @@ def reduce_adapter(
 
     Raises: AdapterRefused naming the tensor that is missing, unknown or of the wrong shape.
     """
-    modules = collect(spec, base, tensors)
-    biases = _trained_biases(spec, base, weights, tensors)
-    patches = row_patches(spec, base, weights, tensors)
-    tensors.refuse_rest()
+    try:
+        modules = collect(spec, base, tensors)
+        biases = _trained_biases(spec, base, weights, tensors)
+        patches = row_patches(spec, base, weights, tensors)
+        tensors.refuse_rest()
+    except AdapterRefused as error:
+        raise _with_passed_over(error, spec, base) from None
     # Inits change linear layers alone, and of a targeted head PEFT saves the changed weight too: of
     # these modules nothing is to be subtracted.
     untouched = {base.embedding, *patches}
@@ -109,9 +113,17 @@ def reduce_adapter(
         inert=spec.inert,
         layer_map=spec.layer_map,
         invocation_tokens=spec.invocation_tokens,
-        notes=(*spec.notes, *_subtracted(spec, reduced.values(), initial)),
+        notes=(*passed_over(spec, base), *_subtracted(spec, reduced.values(), initial)),
     )
     return ServingForm(facts=facts, modules=forms)
+
+
+def _with_passed_over(error: AdapterRefused, spec: AdapterSpec, base: BaseSpec) -> AdapterRefused:
+    """Put entries of the config that mean nothing, the likely cause, before a tensor's refusal."""
+    if not spec.unmatched:
+        return error
+    field = error.field if error.field in FIELDS else next(iter(spec.unmatched))
+    return type(error)("; ".join([*passed_over(spec, base), error.message]), field=field)
 
 
 def _key(site: Site) -> ModuleKey:

@@ -177,6 +177,32 @@ def load_base(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is known of a base that would be served, before anything of it is quantised."""
+
+    model_type: str
+    kv_bytes_per_token: int
+    state_bytes: int
+    """As `BaseSpec.state_bytes`."""
+
+
+def judge_base(
+    config: BaseConfig, resolved: ResolvedBase, on_progress: Progress = lambda _: None
+) -> Judgement:
+    """Do all that `load_base` does before it quantises: read a base, replace its parts and see that
+    it gives its own logits.
+
+    Raises as `load_base`.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    model = read_model(resolved.folder, dtype).eval().requires_grad_(False)
+    _, found = _operate(model, StepContext(), device, dtype, on_progress)
+    kv_bytes = found.layout.values_per_token * dtype.itemsize
+    return Judgement(model.config.model_type, kv_bytes, state_bytes(model))
+
+
 def configured_length(folder: Path) -> int | None:
     """`max_model_len` of the base in `folder`, before it is loaded; None where that takes more than
     its config.

@@ -64,15 +64,16 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def holds_more(folder: Path, model: PreTrainedModel) -> bool:
     """True where transformers has read the text alone of a checkpoint that has other parts."""
-    return _config(folder).model_type != model.config.model_type
+    return read_config(folder).model_type != model.config.model_type
 
 
 def _auto_class(folder: Path) -> Any:
     """What loads the checkpoint: as a language model, or as one of text and images."""
-    return auto_class(_config(folder))
+    return auto_class(read_config(folder))
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Of a checkpoint. Raises BaseRefused for one that transformers does not know."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -163,15 +164,20 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
 
     Built anew, because a model computes some of its buffers in the dtype it is built in.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(stored.config).from_config(
-            stored.config, dtype=torch.float32, attn_implementation="eager"
-        )
+    model = empty_model(stored.config, torch.float32)
     model.load_state_dict(stored.state_dict(), assign=True)
     model.tie_weights()
     for tensor in _all_but_inner_weights(model):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
+    return model
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model of `config`, whose weights have no memory. Raises BaseRefused."""
+    kind = auto_class(config)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="eager")
     return model
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from lora_runtime.core import Row
 from lora_runtime.engine.block_key import BlockKey, block_key, influence_within
+from lora_runtime.engine.client import StateStats
 
 Content = tuple[BlockKey, int]
 """What a full block holds: the key of a token block, and which plane of the row's layers."""
@@ -48,6 +49,11 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
+
+    @property
+    def state_stats(self) -> StateStats | None:
+        """Slots of recurrent states; None for a base without such."""
+        return None
 
     def num_missing(self, row: Row, num_tokens: int) -> int:
         """Blocks that `row` lacks to hold `num_tokens` tokens."""

@@ -66,6 +66,27 @@ class LoadedAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateStats:
+    """Slots of the pool of recurrent states, of `base.state_bytes` each, and what they were good
+    for.
+    """
+
+    num_rows: int
+    """Slots of running rows."""
+    num_rows_free: int
+    num_snapshots: int
+    """Slots that hold the state behind a prefix, for rows that begin with it."""
+    num_snapshots_free: int
+    num_snapshot_hits: int
+    """Rows that began with a snapshot, resumed ones included."""
+    num_snapshot_evictions: int
+    """Snapshots that went for want of slots, or with the blocks of their prefix."""
+    num_recomputed_tokens: int
+    """Tokens whose keys and values were found in the prefix cache and that were computed again, as
+    no snapshot was held behind them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of a running engine."""
 
@@ -101,6 +122,8 @@ class EngineStats:
     """Times that an adapter was copied into the device pool."""
     num_adapter_evictions: int = 0
     """Times that one lost its place there to another."""
+    states: StateStats | None = None
+    """None for a base without recurrent layers."""
 
 
 class EngineClient(Protocol):

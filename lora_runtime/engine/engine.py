@@ -19,8 +19,10 @@ from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.adapters.slot_table import SlotTable
-from lora_runtime.base.device import check_memory
+from lora_runtime.base.catalog import resolve_base
+from lora_runtime.base.device import check_memory, resolve_device, resolve_dtype
 from lora_runtime.base.loader import Base, load_base
+from lora_runtime.base.outline import outline
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
     ANY_FOLDER,
@@ -41,7 +43,7 @@ from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.cpu_capture import CpuCapture, can_capture_on_cpu
 from lora_runtime.engine.decode_graphs import CudaCapture
 from lora_runtime.engine.load import AdapterLoad
-from lora_runtime.engine.memory_budget import num_kv_blocks, num_state_slots
+from lora_runtime.engine.memory_budget import check_states, num_kv_blocks, num_state_slots
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
@@ -57,9 +59,15 @@ USUAL_MAX_RANK = 64
 
 
 def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None = None) -> Engine:
-    """Load a base and build its engine, ready to run; blocks. Raises as `load_base`."""
+    """Load a base and build its engine, ready to run; blocks. Raises as `load_base`; ConfigError
+    for states that the device has no memory for, before the weights are read.
+    """
     say = on_progress or (lambda _: None)
-    base = load_base(config.base, on_progress)
+    found = resolve_base(config.base.model, on_progress=on_progress)
+    device = resolve_device(config.base.device)
+    described = outline(found.folder, resolve_dtype(config.base.dtype, device))
+    check_states(described.state_bytes, device, config)
+    base = load_base(config.base, on_progress, found)
     if base.device.type == "cuda":
         watch_compiles()
     with current_device(base.device):
@@ -377,6 +385,7 @@ class Engine:
             resident_adapters=self.slots.resident,
             num_adapter_loads=self.slots.num_loads,
             num_adapter_evictions=self.slots.num_evictions,
+            states=self.blocks.state_stats,
         )
 
     def check_integrity(self) -> None:

@@ -25,7 +25,7 @@ from lora_runtime.adapters.host_cache import HostCache
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
-from lora_runtime.base.device import check_memory
+from lora_runtime.base.device import check_memory, memory_bytes
 from lora_runtime.base.loader import Base
 from lora_runtime.config import EngineConfig
 from lora_runtime.core import (
@@ -70,9 +70,8 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     """
     cache = config.cache
     block_bytes = base.kv_bytes_per_token() * cache.block_size
+    check_states(base.spec.state_bytes, base.device, config)
     states = num_state_slots(base, config) * base.spec.state_bytes
-    is_rows = config.scheduler.max_num_seqs >= num_snapshots(config)
-    check_memory(base.device, states, "max_num_seqs" if is_rows else "state_snapshots")
     if cache.num_blocks is not None:
         check_memory(base.device, cache.num_blocks * block_bytes, "num_blocks")
         return cache.num_blocks
@@ -85,6 +84,21 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
         )
     check_memory(base.device, kv_bytes, "kv_bytes")
     return kv_bytes // block_bytes
+
+
+def check_states(state_bytes: int, device: torch.device, config: EngineConfig) -> None:
+    """Raise ConfigError where recurrent states, of `state_bytes` each, take more memory than there
+    is; `field` is the setting that asks for more of them.
+    """
+    num_rows, num_kept = config.scheduler.max_num_seqs, num_snapshots(config)
+    needed, total = (num_rows + num_kept) * state_bytes, memory_bytes(device)
+    if needed > total:
+        raise ConfigError(
+            f"max_num_seqs is {num_rows} and state_snapshots {num_kept}: as many recurrent states "
+            f"of {state_bytes} bytes take {needed} bytes of memory, and {device} has {total} in "
+            "all; lower them",
+            field="max_num_seqs" if num_rows >= num_kept else "state_snapshots",
+        )
 
 
 def num_state_slots(base: Base, config: EngineConfig) -> int:

@@ -41,6 +41,7 @@ from lora_runtime.config import EngineConfig
 from lora_runtime.core import Row
 from lora_runtime.engine.block_key import BlockKey
 from lora_runtime.engine.block_manager import BlockManager
+from lora_runtime.engine.client import StateStats
 
 SNAPSHOT_INTERVAL = 128
 """Tokens; rounded up to whole blocks."""
@@ -71,6 +72,7 @@ class Snapshots:
         """Slot → rows that begin with it and have not done their first tokens."""
         self._by_key: dict[BlockKey, _Snapshot] = {}
         self._clock = 0
+        self.num_hits = self.num_evictions = 0
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._by_key
@@ -88,7 +90,7 @@ class Snapshots:
             if not left:
                 return None
             counts = Counter(snapshot.owner for snapshot in left.values())
-            self.drop(min(left, key=lambda k: (-counts[left[k].owner], left[k].last_use)))
+            self.evict(min(left, key=lambda k: (-counts[left[k].owner], left[k].last_use)))
         slot = self._free.pop()
         self._reserved.add(slot)
         return slot
@@ -112,6 +114,7 @@ class Snapshots:
         snapshot.num_uses += 1
         snapshot.last_use = self._tick()
         self._readers[snapshot.slot] += 1
+        self.num_hits += 1
         return snapshot.slot
 
     def begun(self, slot: int) -> None:
@@ -121,6 +124,16 @@ class Snapshots:
             del self._readers[slot]
             if all(snapshot.slot != slot for snapshot in self._by_key.values()):
                 self._free.append(slot)  # it was dropped meanwhile
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody writes to, holds or reads."""
+        return len(self._free)
+
+    def evict(self, key: BlockKey) -> None:
+        """Forget a snapshot that would have been kept if there were room, if there is one."""
+        self.num_evictions += key in self._by_key
+        self.drop(key)
 
     def drop(self, key: BlockKey) -> None:
         """Forget a snapshot, if there is one."""
@@ -172,6 +185,20 @@ class StatefulBlockManager(BlockManager):
         """Running row → tokens whose keys and values were found when it began."""
         self._ends: dict[Row, BlockKey] = {}
         """Running row → its last snapshot: that of its prompt's end, or of its output so far."""
+        self._num_recomputed_tokens = 0
+
+    @property
+    def state_stats(self) -> StateStats:
+        """See `BlockManager.state_stats`."""
+        return StateStats(
+            num_rows=self._num_rows - len(self._free_slots),
+            num_rows_free=len(self._free_slots),
+            num_snapshots=len(self.snapshots.keys),
+            num_snapshots_free=self.snapshots.num_free,
+            num_snapshot_hits=self.snapshots.num_hits,
+            num_snapshot_evictions=self.snapshots.num_evictions,
+            num_recomputed_tokens=self._num_recomputed_tokens,
+        )
 
     def find(self, row: Row) -> list[int]:
         """As for a base without state, up to the last block end that has a snapshot."""
@@ -184,6 +211,7 @@ class StatefulBlockManager(BlockManager):
         """See `BlockManager.share`. The row gets a slot for its state."""
         self._junctions[row] = len(super().find(row)) * self.block_size
         super().share(row, found)
+        self._num_recomputed_tokens += self._junctions[row] - row.num_computed_tokens
         row.state_slot = self._free_slots.pop()
         if found:
             slot = self.snapshots.begin(row.block_keys[len(found) - 1])
@@ -281,7 +309,7 @@ class StatefulBlockManager(BlockManager):
         content = self._contents.get(block)
         super()._forget(block)
         if content is not None:
-            self.snapshots.drop(content[0])
+            self.snapshots.evict(content[0])
 
 
 def num_snapshots(config: EngineConfig) -> int:

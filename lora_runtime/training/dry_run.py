@@ -31,7 +31,7 @@ class Estimate:
 
     name: str
     targets: tuple[str, ...]
-    """Last names of the adapted modules."""
+    """Last names of the adapted modules; of a router the block's too, as `mlp.gate`."""
     num_parameters: int
     num_steps: int
     """Updates; of all units the most."""
@@ -101,7 +101,7 @@ def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:
     num_read = sum(map(_num_eval_tokens, units)) + sum(map(_num_reference_tokens, units))
     return Estimate(
         name=", ".join(unit.name for unit in units),
-        targets=_targets(units),
+        targets=_targets(base, units),
         num_parameters=sum(unit.num_parameters for unit in units),
         num_steps=max(unit.num_steps for unit in units),
         num_tokens=num_trained,
@@ -215,9 +215,10 @@ def _parameters(units: Sequence[Unit]) -> list[Tensor]:
     return [parameter for unit in units for parameter in unit.parameters]
 
 
-def _targets(units: Sequence[Unit]) -> tuple[str, ...]:
-    paths = dict.fromkeys(path for unit in units for path in unit.modules)
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+def _targets(base: Base, units: Sequence[Unit]) -> tuple[str, ...]:
+    paths = dict.fromkeys(module.path for unit in units for module in unit.modules.values())
+    num_parts = {path: 2 if path in base.spec.routers else 1 for path in paths}
+    return tuple(dict.fromkeys(".".join(path.split(".")[-n:]) for path, n in num_parts.items()))
 
 
 def _base_bytes(base: Base) -> int:

@@ -15,12 +15,12 @@ from torch.nn import Parameter
 
 from lora_runtime.adapters.config.expert_sites import parameter_name
 from lora_runtime.adapters.config.layer_sites import Site, sites_of
-from lora_runtime.adapters.config.matching import PatternMatcher
+from lora_runtime.adapters.config.matching import PatternMatcher, likely_meant
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec, parse_config
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.loader import Base
 from lora_runtime.core import BaseSpec
-from lora_runtime.errors import AdapterRefused, ConfigError, nearest
+from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.settings import in_group
 from lora_runtime.training.calibration import calibration_rows, input_rms
 from lora_runtime.training.config import ADAPTER, DATA, UnitConfig
@@ -250,14 +250,12 @@ def _check_names(config: UnitConfig, base: BaseSpec) -> None:
 def _check_targets(
     config: UnitConfig, field: str, targets: Sequence[str], paths: Sequence[str]
 ) -> None:
-    """Raise ConfigError for a target that ends no path, proposing an end as long as it is."""
+    """Raise ConfigError for a target that ends no path, proposing the nearest."""
     kind = "module" if field == "target_modules" else "weight"
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in paths):
-            num_parts = target.count(".") + 1
-            names = sorted({".".join(path.split(".")[-num_parts:]) for path in paths})
             raise ConfigError(
                 f"unit {config.name!r}: {field} has {target!r}, and the base has no such {kind}; "
-                f"{nearest(target, names)}",
+                f"{likely_meant(target, paths)}",
                 field=field,
             )

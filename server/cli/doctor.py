@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.config import BaseConfig
-from lora_runtime.errors import ConfigError
+from lora_runtime.errors import ConfigError, LoramuxError
 from lora_runtime.terminal import Terminal
 from server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
 from server.config import load_config
@@ -21,19 +22,24 @@ from server.versions import PACKAGES, installed_versions
 @with_flags(BASE_FLAGS)
 def doctor(
     config: ConfigFile = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run the base as serve does before it quantises it."),
+    ] = False,
     **flags: Any,
 ) -> None:
-    """Show versions, device, kernel backend, memory, and whether the base is on this machine.
+    """Show versions, device, kernel backend, memory, and whether the base would be served.
 
-    Settings are those that `serve` would take. What the GPU path lacks is listed below, with what
-    to change.
+    Settings are those that `serve` would take. Of a base on this machine the config is looked at,
+    and with --check its weights: whether it gives its own logits here. What the GPU path lacks is
+    listed below, with what to change.
     """
     from lora_runtime.kernels.gpu_needs import gpu_needs
 
     chosen = load_config(config, flags).base
     needs = list(gpu_needs())
     table = Table("what", "found", title="loramux doctor")
-    for what, found in (*_versions(), *_machine(), *_runtime(chosen)):
+    for what, found in (*_versions(), *_machine(), *_runtime(chosen), *_base(chosen, check)):
         table.add_row(what, found)
     table.add_section()
     for need in needs:
@@ -75,16 +81,51 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     yield "quantization", chosen.quantization
     yield "threads", str(torch.get_num_threads())
     yield "kernel backend", kernels.BACKEND
-    yield "base", _base(chosen.model)
 
 
-def _base(name: str) -> str:
+def _base(chosen: BaseConfig, is_checked: bool) -> Iterator[tuple[str, str]]:
     from lora_runtime.base.catalog import cached_base, check_base_name
 
+    name = chosen.model
     if folder := cached_base(name):
-        return f"{name}: {folder}"
+        yield "base", f"{name}: {folder}"
+        yield from _judgement(chosen, is_checked)
+        return
     try:
         check_base_name(name)
     except ConfigError as error:
-        return f"{name}: {error}"
-    return f"{name}: not in the cache yet; `serve` will fetch or convert it"
+        yield "base", f"{name}: {error}"
+    else:
+        yield "base", f"{name}: not in the cache yet; `serve` will fetch or convert it"
+        if is_checked:
+            yield "served", "not checked: it is not on this machine"
+
+
+def _judgement(chosen: BaseConfig, is_checked: bool) -> Iterator[tuple[str, str]]:
+    """Whether `serve` would take a base on this machine, and how much memory its rows take."""
+    from lora_runtime.base.catalog import resolve_base
+    from lora_runtime.base.device import resolve_device, resolve_dtype
+    from lora_runtime.base.loader import judge_base
+    from lora_runtime.base.outline import outline
+
+    try:
+        base = resolve_base(chosen.model)
+        if is_checked:
+            judged = judge_base(chosen, base)
+            yield "served", f"yes: {judged.model_type} gave its own logits here, unquantised"
+            yield "a token takes", f"{judged.kv_bytes_per_token:,} bytes of keys and values"
+            state_bytes = judged.state_bytes
+        else:
+            dtype = resolve_dtype(chosen.dtype, resolve_device(chosen.device))
+            found = outline(base.folder, dtype)
+            state_bytes = found.state_bytes
+            yield (
+                "served",
+                f"nothing in the config speaks against {found.model_type}; whether it gives its "
+                "own logits here, --check says",
+            )
+    except LoramuxError as error:
+        yield "served", f"no: {error}"
+        return
+    if state_bytes:
+        yield "a row takes", f"{state_bytes:,} bytes of recurrent state, as each snapshot does"

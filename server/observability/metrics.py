@@ -374,7 +374,7 @@ class _EngineCollector(Collector):
 
 def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
     cache_share = stats.kv_blocks_used / max(stats.kv_blocks_total, 1)
-    return [
+    found: list[tuple[str, str, float]] = [
         ("vllm:num_requests_running", "Requests that run now.", stats.num_running),
         ("vllm:num_requests_waiting", "Requests that wait now.", stats.num_waiting),
         ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", cache_share),
@@ -383,10 +383,18 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("loramux:adapter_pool_total_bytes", "Adapter pool.", stats.pool_bytes_total),
         ("loramux:adapters_resident", "Adapters on the device.", len(stats.resident_adapters)),
     ]
+    if (states := stats.states) is not None:
+        found += [
+            ("loramux:state_slots_used", "Recurrent states of running requests.", states.num_rows),
+            ("loramux:state_slots_free", "Room for more of them.", states.num_rows_free),
+            ("loramux:state_snapshots", "States kept behind prefixes.", states.num_snapshots),
+            ("loramux:state_snapshots_free", "Room for more.", states.num_snapshots_free),
+        ]
+    return found
 
 
 def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
-    return [
+    found: list[tuple[str, str, float]] = [
         ("vllm:num_preemptions", "Requests sent back to the queue.", stats.num_preemptions),
         ("vllm:prefix_cache_queries", "Tokens looked up in the cache.", stats.num_prefix_queries),
         ("vllm:prefix_cache_hits", "Tokens found in the cache.", stats.num_prefix_hits),
@@ -402,3 +410,22 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
             stats.num_adapter_evictions,
         ),
     ]
+    if (states := stats.states) is not None:
+        found += [
+            (
+                "loramux:state_snapshot_hits",
+                "Requests that began with the state behind a prefix.",
+                states.num_snapshot_hits,
+            ),
+            (
+                "loramux:state_snapshot_evictions",
+                "Snapshots that went for want of room.",
+                states.num_snapshot_evictions,
+            ),
+            (
+                "loramux:state_recomputed_tokens",
+                "Tokens found in the cache and computed again for want of a snapshot.",
+                states.num_recomputed_tokens,
+            ),
+        ]
+    return found

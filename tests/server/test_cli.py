@@ -28,8 +28,9 @@ from server.cli import app
 from server.cli.settings import TRAIN_SETTINGS
 from server.cli.tables import show_table
 from server.config import SETTINGS
+from tests.families import tiny_family
 from tests.peft_adapters import write_adapter
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
 REPO = Path(__file__).parents[2]
@@ -264,6 +265,36 @@ def test_doctor_names_what_is_here(invoke):
 def test_doctor_promises_no_base_that_serve_refuses(invoke, base):
     shown = " ".join(invoke("doctor", "--base", base).stdout.replace("│", " ").split())
     assert f"base '{base}' is no folder" in shown and "will fetch" not in shown
+
+
+def shown_by_doctor(invoke, *flags) -> str:
+    result = invoke("doctor", "--dtype", "float32", "--device", "cpu", *flags)
+    assert result.exit_code == 0
+    return " ".join(result.stdout.replace("│", " ").split())
+
+
+def test_doctor_says_whether_a_base_would_be_served_and_what_its_rows_take(invoke, tmp_path):
+    folder = str(tiny_checkpoint(tmp_path, "qwen3.5"))
+    state_bytes = f"{tiny_base('qwen3.5').spec.state_bytes:,}"
+    shown = shown_by_doctor(invoke, "--base", folder)
+    assert "served nothing in the config speaks against qwen3_5_text" in shown
+    assert f"a row takes {state_bytes} bytes of recurrent state" in shown
+    checked = shown_by_doctor(invoke, "--base", folder, "--check")
+    assert "served yes: qwen3_5_text gave its own logits here" in checked
+    kv_bytes = 2 * 4 * 2 * 32  # keys and values of two heads of the only layer that attends
+    assert f"a token takes {kv_bytes:,} bytes" in checked
+    assert f"a row takes {state_bytes} bytes" in checked
+
+
+def test_doctor_says_what_serve_would_refuse(invoke, tmp_path):
+    """One family by its config, another by a run alone."""
+    tiny_family("gpt2").bfloat16().save_pretrained(tmp_path / "gpt2")
+    assert "served no: gpt2" in shown_by_doctor(invoke, "--base", str(tmp_path / "gpt2"))
+    other = str(tmp_path / "diffllama")
+    tiny_family("diffllama").bfloat16().save_pretrained(other)
+    assert "speaks against diffllama" in shown_by_doctor(invoke, "--base", other)
+    checked = shown_by_doctor(invoke, "--base", other, "--check")
+    assert "served no: diffllama cannot be served: layer 0" in checked
 
 
 def test_doctor_says_what_to_change(invoke, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from jsonschema import Draft7Validator
 from prometheus_client.parser import text_string_to_metric_families
 
+from lora_runtime.engine.client import StateStats
 from lora_runtime.errors import LoramuxError
 from server.config import OTHER_VARIABLES, SETTINGS
 from tests.server.test_app import LocalEngine, running
@@ -65,6 +67,7 @@ def page(tmp_path_factory) -> dict[str, set[str]]:
 
     async def scrape() -> str:
         engine = LocalEngine(folder)
+        engine.states = StateStats(**{field.name: 0 for field in fields(StateStats)})
         async with running(engine, adapter=[f"pirate={folder / 'a'}"]) as server:
             for adapter in (None, "pirate"):
                 await server.client.generate(token_ids=[5], adapter=adapter, max_tokens=3).text()

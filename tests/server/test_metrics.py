@@ -12,7 +12,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from lora_runtime.core import BaseSpec, RequestTiming
-from lora_runtime.engine.client import EngineInfo, EngineStats
+from lora_runtime.engine.client import EngineInfo, EngineStats, StateStats
 from server.observability.calls import Rpc
 from server.observability.metrics import Metrics
 
@@ -59,6 +59,15 @@ STATS = EngineStats(
     running_adapters=("d1", "d2"),
     waiting_adapters=("d2",),
     resident_adapters=("d1", "d2", "d3"),
+)
+STATES = StateStats(
+    num_rows=3,
+    num_rows_free=13,
+    num_snapshots=5,
+    num_snapshots_free=11,
+    num_snapshot_hits=21,
+    num_snapshot_evictions=2,
+    num_recomputed_tokens=640,
 )
 TINY = {"model_name": "tiny"}
 
@@ -114,9 +123,21 @@ def test_the_engine_is_read_at_every_scrape(metrics, engine):
     assert value(metrics, "loramux:adapter_pool_total_bytes", **TINY) == 1000
     assert value(metrics, "loramux:adapters_resident", **TINY) == 3
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="40") == 1
+    assert not any(name.startswith("loramux:state_") for name, _ in scrape(metrics))
     engine.now = dataclasses.replace(STATS, num_running=0, is_alive=False)
     assert value(metrics, "vllm:num_requests_running", **TINY) == 0
     assert value(metrics, "loramux:engine_up", **TINY) == 0
+
+
+def test_states_of_recurrent_layers_are_read_where_the_base_has_such(metrics, engine):
+    engine.now = dataclasses.replace(STATS, states=STATES)
+    assert value(metrics, "loramux:state_slots_used", **TINY) == 3
+    assert value(metrics, "loramux:state_slots_free", **TINY) == 13
+    assert value(metrics, "loramux:state_snapshots", **TINY) == 5
+    assert value(metrics, "loramux:state_snapshots_free", **TINY) == 11
+    assert value(metrics, "loramux:state_snapshot_hits_total", **TINY) == 21
+    assert value(metrics, "loramux:state_snapshot_evictions_total", **TINY) == 2
+    assert value(metrics, "loramux:state_recomputed_tokens_total", **TINY) == 640
 
 
 def test_requests_and_tokens_are_counted_per_adapter_and_in_total(metrics):

@@ -82,6 +82,11 @@ def parameter_name(site: Site, base: BaseSpec) -> str:
     return site.name if is_mixture(site, base) else f"{site.name}.weight"
 
 
+def parameter_names(sites: Iterable[Site], base: BaseSpec) -> list[str]:
+    """What target_parameters may name of some sites."""
+    return [parameter_name(site, base) for site in sites if site.expert is None]
+
+
 def parameter_sites(
     entries: Sequence[str], sites: Sequence[Site], base: BaseSpec
 ) -> tuple[list[Site], list[str]]:

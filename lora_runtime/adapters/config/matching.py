@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import regex
 
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, nearest
 
 MAX_PATTERN_LENGTH = 8192
 MAX_MATCH_S = 0.1
@@ -177,7 +177,8 @@ def _target_test(
         if len(unmatched := unmatched_targets(selection, names)) == len(entries):
             raise AdapterRefused(
                 f"target_modules names {unmatched[0][:80]!r}, which is no linear layer, embedding "
-                "or output layer of this base, and neither is any other of its names",
+                "or output layer of this base, and neither is any other of its names: "
+                f"{likely_meant(unmatched[0], names)}",
                 field=field,
             )
         return lambda name: not entries.isdisjoint(tails(name))
@@ -211,6 +212,20 @@ def unmatched_targets(selection: Selection, names: Collection[str]) -> list[str]
                 field="target_modules",
             )
     return unmatched
+
+
+def likely_meant(entry: str, names: Iterable[str]) -> str:
+    """A sentence that proposes the name nearest to an entry that means none of `names`. Of each the
+    part behind the layer's number is looked at, and as much of it as the entry has.
+    """
+    wanted = _behind_number(entry)[:80]
+    length = wanted.count(".") + 1
+    ends = {_behind_number(name) for name in names}
+    return nearest(wanted, {".".join(end.split(".")[-length:]) for end in ends})
+
+
+def _behind_number(name: str) -> str:
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
 
 def _outer(name: str) -> Iterator[str]:

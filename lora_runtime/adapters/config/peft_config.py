@@ -16,6 +16,7 @@ from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
 from lora_runtime.adapters.config.expert_sites import (
     PerExpert,
     is_mixture,
+    parameter_names,
     parameter_sites,
     split_experts,
 )
@@ -25,7 +26,12 @@ from lora_runtime.adapters.config.layer_sites import (
     parse_layer_map,
     sites_of,
 )
-from lora_runtime.adapters.config.matching import PatternMatcher, Selection, unmatched_targets
+from lora_runtime.adapters.config.matching import (
+    PatternMatcher,
+    Selection,
+    likely_meant,
+    unmatched_targets,
+)
 from lora_runtime.adapters.config.target_sites import select_sites
 from lora_runtime.adapters.config.values import Config, is_neutral, shown
 from lora_runtime.adapters.config.verdicts import field_refusals
@@ -47,6 +53,8 @@ class TargetSpec:
     alpha: float
     scaling: float
     """alpha / rank, or alpha / sqrt(rank) with use_rslora."""
+    rank_pattern: str | None = None
+    """The key of rank_pattern that gives the rank; None where `r` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +82,9 @@ class AdapterSpec:
     """Fields that decide the result; sets are sorted, patterns keep their order."""
     inert: Mapping[str, str]
     """Fields present without effect at serving, each with its reason."""
-    notes: tuple[str, ...] = ()
-    """What people should know of how the config was read."""
+    unmatched: Mapping[str, tuple[str, ...]]
+    """Field → its entries that mean nothing of this base, where others do: PEFT passes them over.
+    No tensor is lost with them: one that belongs to no target is refused later."""
     peft_version: str = ""
     """Of the writer, where the file says it."""
 
@@ -122,28 +131,36 @@ def parse_config(
         invocation_tokens=_invocation_tokens(config, base),
         honoured=_honoured(config, scalings, selection),
         inert=_inert(config),
-        notes=_notes(selection, sites, base),
+        unmatched=_unmatched(selection, sites, base),
         peft_version=str(config.get("peft_version") or ""),
     )
 
 
-def _notes(selection: Selection, sites: tuple[Site, ...], base: BaseSpec) -> tuple[str, ...]:
-    """Notes on targets that match nothing: PEFT passes them over when others match.
+def passed_over(spec: AdapterSpec, base: BaseSpec) -> list[str]:
+    """A sentence for each field with entries that mean nothing, with the name likely meant."""
+    names = {
+        "target_modules": [site.name for site in spec.sites if not is_mixture(site, base)],
+        "target_parameters": parameter_names(spec.sites, base),
+    }
+    kinds = {"target_modules": "module", "target_parameters": "weight"}
+    return [
+        f"{field} also names {', '.join(repr(name[:40]) for name in entries[:8])}: no "
+        f"{kinds[field]} of this base, passed over as in PEFT; "
+        f"{likely_meant(entries[0], names[field])}"
+        for field, entries in spec.unmatched.items()
+    ]
 
-    No tensor is lost with them: a tensor that belongs to no target is refused later.
-    """
+
+def _unmatched(
+    selection: Selection, sites: tuple[Site, ...], base: BaseSpec
+) -> dict[str, tuple[str, ...]]:
     names = [site.name for site in sites if not is_mixture(site, base)]
     _, parameters = parameter_sites(selection.target_parameters, sites, base)
-    unmatched = {
-        "target_modules": ("module", unmatched_targets(selection, names)),
-        "target_parameters": ("weight", parameters),
+    found = {
+        "target_modules": unmatched_targets(selection, names),
+        "target_parameters": parameters,
     }
-    return tuple(
-        f"{field} also names {', '.join(repr(name[:40]) for name in found[:8])}: no {kind} of this "
-        "base, passed over as in PEFT"
-        for field, (kind, found) in unmatched.items()
-        if found
-    )
+    return {name: tuple(entries) for name, entries in found.items() if entries}
 
 
 def _check_fields(config: Config) -> None:
@@ -248,15 +265,16 @@ class _Scalings:
         )
 
     def targets(self, sites: tuple[Site, ...], matcher: PatternMatcher) -> dict[Site, TargetSpec]:
-        rank_of = matcher.first_match(self.rank_pattern, "rank_pattern")
+        own = {pattern: (rank, pattern) for pattern, rank in self.rank_pattern.items()}
+        rank_of = matcher.first_match(own, "rank_pattern")
         alpha_of = matcher.first_match(self.alpha_pattern, "alpha_pattern")
         targets = {}
         for site in sites:
-            rank, alpha = rank_of(site.name), alpha_of(site.name)
-            rank = self.r if rank is None else rank
+            rank, pattern = rank_of(site.name) or (self.r, None)
+            alpha = alpha_of(site.name)
             alpha = self.lora_alpha if alpha is None else alpha
             scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
-            targets[site] = TargetSpec(rank, alpha, scaling)
+            targets[site] = TargetSpec(rank, alpha, scaling, pattern)
         return targets
 
 

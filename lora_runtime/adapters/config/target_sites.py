@@ -8,9 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lora_runtime.adapters.config.conflicts import mutates_base
-from lora_runtime.adapters.config.expert_sites import is_mixture, parameter_sites
+from lora_runtime.adapters.config.expert_sites import is_mixture, parameter_names, parameter_sites
 from lora_runtime.adapters.config.layer_sites import Site
-from lora_runtime.adapters.config.matching import PatternMatcher, Selection, select_modules
+from lora_runtime.adapters.config.matching import (
+    PatternMatcher,
+    Selection,
+    likely_meant,
+    select_modules,
+)
 from lora_runtime.adapters.config.values import Config, flag, refused
 from lora_runtime.adapters.config.vocabulary_fields import VocabularySpec
 from lora_runtime.core import BaseSpec
@@ -68,7 +73,8 @@ def _parameters(
     if unmatched and not found and not modules:
         raise AdapterRefused(
             f"target_parameters names {unmatched[0][:80]!r}, which is no weight of this base that "
-            "can be adapted, and neither is any other of its names",
+            "can be adapted, and neither is any other of its names: "
+            f"{likely_meant(unmatched[0], parameter_names(inner, base))}",
             field="target_parameters",
         )
     twice = {site.path for site in modules} & {site.path for site in found}

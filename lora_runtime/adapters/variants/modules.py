@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_runtime.adapters.config.expert_sites import is_mixture
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec
+from lora_runtime.adapters.config.values import shown
 from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.adapters.files.tensors import AdapterTensors, is_finite
 from lora_runtime.adapters.serving_form import ModuleForm
@@ -46,6 +47,7 @@ def collect(spec: AdapterSpec, base: BaseSpec, tensors: AdapterTensors) -> list[
     """Take what the config asks for of every target. Raises AdapterRefused."""
     modules = []
     for site, target in spec.targets.items():
+        _check_rank(site, target, base, tensors)
         size = (site_shape(site, base).out_features,)
         modules.append(
             RawModule(
@@ -70,6 +72,32 @@ def take_factors(
     a = tensors.take(site.module, a_part, (rank, shape.in_features))
     b = tensors.take(site.module, b_part, (shape.out_features, rank))
     return Factors(a.float(), b.float())
+
+
+def _check_rank(site: Site, target: TargetSpec, base: BaseSpec, tensors: AdapterTensors) -> None:
+    """Refuse, by the config's entry, a rank that is not the one on which A and B agree. Where they
+    do not agree, the tensors are at fault.
+    """
+    is_embedding = site.path == base.embedding
+    a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
+    a, b = tensors.shape(site.module, a_part), tensors.shape(site.module, b_part)
+    if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        return
+    num_experts = base.shapes[site.path].num_experts if is_mixture(site, base) else 1
+    rank, rest = divmod(a[0], num_experts)
+    if rest or rank == target.rank:
+        return
+    field, entry = "r", f"r is {target.rank}"
+    change = f"set it to {rank}, or name the module in rank_pattern with {rank}"
+    if target.rank_pattern is not None:
+        field, change = "rank_pattern", f"set it to {rank}"
+        entry = f"rank_pattern gives {shown(target.rank_pattern)} the rank {target.rank}"
+    of_experts = f" ({num_experts} experts of {rank} rows each)" if num_experts > 1 else ""
+    raise AdapterRefused(
+        f"{entry}, and the tensors of {site.name} have rank {rank}: {a_part} is {a}{of_experts}; "
+        f"{change}",
+        field=field,
+    )
 
 
 def _take_factors(

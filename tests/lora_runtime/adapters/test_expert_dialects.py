@@ -270,6 +270,50 @@ def test_what_peft_does_not_define_is_refused(base, twin, tmp_path, fields, mess
         load_adapter(folder, base.spec, base.weights)
 
 
+@pytest.mark.parametrize(
+    "options, fields, field, words",
+    [
+        ({}, dict(r=5), "r", "r is 5.*rank 3.*8 experts of 3 rows.*set it to 3"),
+        (
+            dict(rank_pattern={"down_proj": 4}),
+            dict(rank_pattern={"experts.down_proj": 7}),
+            "rank_pattern",
+            "'experts.down_proj' the rank 7.*rank 4.*set it to 4",
+        ),
+        (
+            {},
+            dict(target_parameters=["experts.gate_up_porj"]),
+            "target_parameters",
+            "'experts.gate_up_porj'.*did you mean 'experts.gate_up_proj'",
+        ),
+        (
+            {},
+            dict(target_parameters=["experts.gate_up_porj", EXPERTS[1]]),
+            "target_parameters",
+            "'experts.gate_up_porj'.*did you mean 'experts.gate_up_proj'.*belongs to no module",
+        ),
+        (
+            {},
+            dict(target_parameters=[EXPERTS[0], "mlp.expert.down_proj"]),
+            "target_parameters",
+            "'mlp.expert.down_proj'.*did you mean 'mlp.experts.down_proj'.*has shape",
+        ),
+        (
+            dict(target_modules=["q_proj", "o_proj"]),
+            dict(target_modules=["q_porj", "o_proj"]),
+            "target_modules",
+            "'q_porj'.*did you mean 'q_proj'.*belongs to no module",
+        ),
+    ],
+)
+def test_a_wrong_entry_of_the_config_is_named(base, twin, tmp_path, options, fields, field, words):
+    """Not the tensor in which it shows."""
+    folder = rewritten(written(twin, tmp_path / "a", **options), dict, **fields)
+    with pytest.raises(AdapterRefused, match=words) as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == field
+
+
 def test_an_expert_too_many_is_refused(base, twin, tmp_path):
     older = of_transformers_4(twin)
     folder = write_adapter(

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_runtime.base.loader import load_base
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.model.parts import inner_linears
+from lora_runtime.base.outline import outline
 from lora_runtime.base.streamed_load import read_model, visiting
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
-from tests.tiny import CONFIGS, HYBRIDS, tiny_checkpoint
+from tests.tiny import CONFIGS, HYBRIDS, tiny_base, tiny_checkpoint
 
 GEMMA = dict(
     vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=3, head_dim=16,
@@ -226,3 +227,12 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, dtype):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(BaseRefused, match=r"no tensor model\.layers\.1\.self_attn\.q_proj\.weight"):
         read_model(folder, dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", *HYBRIDS])
+def test_a_config_alone_says_what_state_rows_will_have(tmp_path, family):
+    folder = tiny_checkpoint(tmp_path, family)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = tiny_base(family, dtype=dtype).spec.state_bytes
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        assert outline(folder, dtype).state_bytes == expected

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.config import BaseConfig, EngineConfig
+from lora_runtime.config import BaseConfig, CacheConfig, EngineConfig, SchedulerConfig
 from lora_runtime.core import FinishReason
+from lora_runtime.engine import engine as engine_module
+from lora_runtime.engine import memory_budget
+from lora_runtime.engine.engine import load_engine
 from lora_runtime.engine.llm import LLM
+from lora_runtime.errors import ConfigError
 from tests.driver import greedy, run, teacher_forced, tiny_engine
 from tests.lora_runtime.engine.mixed_batch import prompt, tokens, with_adapters
 from tests.peft_adapters import load_in_peft, write_adapter
@@ -275,3 +279,19 @@ def test_the_state_of_a_row_is_stated_and_is_what_the_pool_takes():
     assert held == slots * engine.info.base.state_bytes
     assert len(engine.runner.cache.layout.shapes) == 1, "only one layer attends"
     assert engine.runner.graphs is None
+
+
+def test_states_without_room_are_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    tiny_checkpoint(tmp_path, "qwen3.5")
+    state_bytes = base_of("qwen3.5").spec.state_bytes
+    monkeypatch.setattr(memory_budget, "memory_bytes", lambda device: 40 * state_bytes - 1)
+    monkeypatch.setattr(engine_module, "load_base", lambda *_: pytest.fail("read"))
+    config = EngineConfig(
+        base=BaseConfig(model=str(tmp_path), dtype="float32", device="cpu"),
+        cache=CacheConfig(state_snapshots=24),
+        scheduler=SchedulerConfig(max_num_seqs=16),
+    )
+    numbers = f"max_num_seqs is 16 and state_snapshots 24.*{state_bytes} bytes.*{40 * state_bytes}"
+    with pytest.raises(ConfigError, match=numbers) as refusal:
+        load_engine(config)
+    assert refusal.value.field == "state_snapshots"

@@ -132,6 +132,20 @@ def test_where_prompts_part_is_found_by_the_third():
     assert driver.serve(ask("3", [*PROMPT, *[2] * 9])) == [9]
 
 
+def test_what_snapshots_were_good_for_is_counted():
+    driver = StateDriver(num_snapshots=3, max_num_seqs=4)
+    for index in range(3):  # the third finds what the second computed again
+        driver.serve(ask(str(index), [*PROMPT, *[index] * 9]))
+    stats = driver.blocks.state_stats
+    assert (stats.num_rows, stats.num_rows_free) == (0, 4)
+    assert (stats.num_snapshots, stats.num_snapshots_free) == (3, 0)
+    assert (stats.num_snapshot_hits, stats.num_recomputed_tokens) == (1, len(PROMPT))
+    assert stats.num_snapshot_evictions == 1, "ends of three prompts, and where they part"
+    driver.add(ask("running", PROMPT, max_tokens=30))
+    driver.step()
+    assert driver.blocks.state_stats.num_rows == 1
+
+
 def test_long_prompts_share_all_but_less_than_an_interval():
     driver = StateDriver(budget=500)
     stem = [0, 1, 2, 2] * 50

@@ -13,7 +13,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.dry_run import PeakBytes, estimate
 from tests.lora_runtime.training.tiny_runs import make_unit, ragged_data, run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_base, tiny_model
 
 
 def two_units(tmp_path):
@@ -117,3 +117,15 @@ def test_peak_is_that_of_the_unit_alone(tmp_path, tokenizer, base):
     found = estimate(base, tokenizer, replace(config_of(tmp_path), units=(config,)))
     assert found.together is found.units[0]
     assert found.units[0].weight_bytes == sum(p.nbytes for p in unit.parameters)
+
+
+def test_targets_have_the_names_by_which_people_know_them(tmp_path, tokenizer):
+    """Of what target_parameters names too, where a file's name ends in `weight`."""
+    unit = UnitConfig(
+        name="a", data=ragged_data(tmp_path / "a", 3), rank=2, max_steps=2,
+        target_modules=("q_proj",),
+        target_parameters=("mlp.gate.weight", "o_proj.weight", "experts.down_proj"),
+    )  # fmt: skip
+    config = TrainConfig(output=tmp_path / "out", units=(unit,), max_seq_len=64)
+    found = estimate(tiny_base("qwen3-moe"), tokenizer, config).units[0].targets
+    assert set(found) == {"q_proj", "o_proj", "mlp.gate", "down_proj"}

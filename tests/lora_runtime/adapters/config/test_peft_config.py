@@ -117,7 +117,7 @@ def test_patterns_and_rslora_decide_the_scaling() -> None:
     assert spec.variant == "rslora"
     assert spec.targets == {
         q_proj(0): TargetSpec(4, 1.5, 0.75),
-        q_proj(1): TargetSpec(9, 1.5, 1.5 / math.sqrt(9)),
+        q_proj(1): TargetSpec(9, 1.5, 1.5 / math.sqrt(9), "layers.1.*"),
     }
 
 
