@@ -36,7 +36,7 @@ def plain_files(
 
     Raises: AdapterRefused naming the field that no plain LoRA can express.
     """
-    _refuse_inexpressible(form)
+    _refuse_inexpressible(form, base)
     adapted = _adapted(form, base, weights)
     if not adapted:
         raise _refused("target_modules", "PEFT needs a module with A and B")
@@ -65,10 +65,10 @@ def plain_files(
     return files
 
 
-def _refuse_inexpressible(form: ServingForm) -> None:
+def _refuse_inexpressible(form: ServingForm, base: BaseSpec) -> None:
     if any(module.gain is not None for module in form.modules.values()):
         raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
-    if any(module.num_experts > 1 for module in form.modules.values()):
+    if any(base.shapes[key.path].experts is not None for key in form.modules):
         raise _refused("target_parameters", "the file of an adapter of experts stays as it is")
     if form.facts.layer_map is not None:
         raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")

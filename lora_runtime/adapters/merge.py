@@ -46,7 +46,7 @@ class Merge:
 
     def __init__(self, form: ServingForm, base: BaseSpec, dtype: torch.dtype) -> None:
         """`dtype`: of the result. Raises AdapterRefused naming the field that no weight can say."""
-        _refuse_inexpressible(form)
+        _refuse_inexpressible(form, base)
         self.losses: list[TensorLoss] = []
         self._modules = {key.path: module for key, module in form.modules.items()}
         self._base = base
@@ -127,12 +127,12 @@ def merged_weight(weight: Tensor, module: ModuleForm, *, is_table: bool = False)
     return exact.float()
 
 
-def _refuse_inexpressible(form: ServingForm) -> None:
+def _refuse_inexpressible(form: ServingForm, base: BaseSpec) -> None:
     if form.facts.layer_map is not None:
         raise _refused(
             "layer_replication", "the visits of one layer have a change each, and one weight"
         )
-    if any(module.num_experts > 1 for module in form.modules.values()):
+    if any(base.shapes[key.path].experts is not None for key in form.modules):
         raise _refused("target_parameters", "experts are served unmerged")
     if form.facts.invocation_tokens:
         raise _refused(

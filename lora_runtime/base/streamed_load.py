@@ -36,6 +36,8 @@ from lora_runtime.base.model.parts import (
 from lora_runtime.errors import BaseRefused
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+DEQUANTISED = ("fp8", "mxfp4")
+"""Formats of quantised checkpoints that transformers dequantises to bfloat16 while it loads."""
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """How safetensors names dtypes."""
 
@@ -46,12 +48,18 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     transformers maps what it need not cast. A 16-bit checkpoint for float32 is therefore loaded in
     its own 16 bits, and all but those weights is cast here; other pairs of dtypes are cast by
-    transformers, one whole copy on the host.
+    transformers, one whole copy on the host. Raises BaseRefused for a checkpoint that cannot be
+    read so.
     """
     disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
-    stored = _half_dtype(folder) if dtype == torch.float32 else None
-    loaded: Any = _auto_class(folder).from_pretrained(
+    config = read_config(folder)
+    stored = None
+    if dtype == torch.float32:
+        is_quantised = bool(getattr(config, "quantization_config", None))
+        stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
+    loaded: Any = auto_class(config).from_pretrained(
         folder,
+        config=config,
         dtype=stored or dtype,
         local_files_only=True,
         attn_implementation="eager",
@@ -67,20 +75,36 @@ def holds_more(folder: Path, model: PreTrainedModel) -> bool:
     return read_config(folder).model_type != model.config.model_type
 
 
-def _auto_class(folder: Path) -> Any:
-    """What loads the checkpoint: as a language model, or as one of text and images."""
-    return auto_class(read_config(folder))
-
-
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Of a checkpoint. Raises BaseRefused for one that transformers does not know."""
+    """Of a checkpoint; of a quantised one it says that its weights are to be dequantised while they
+    load. Raises BaseRefused for a model that transformers does not know, or for another format.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise BaseRefused(f"transformers does not know the model in {folder}: {error}") from error
+    _dequantise(config)
     return config
+
+
+def _dequantise(config: PreTrainedConfig) -> None:
+    """Ask transformers to dequantise a quantised checkpoint: otherwise devices and packages decide.
+    Raises BaseRefused for a format that it cannot dequantise.
+    """
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return
+    own: Any = given if isinstance(given, dict) else given.to_dict()
+    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    if method not in DEQUANTISED:
+        raise BaseRefused(
+            f"the checkpoint is quantised ({method}), and only {' and '.join(DEQUANTISED)} are "
+            "read: bases are quantised here, by the setting `quantization`. Name the 16-bit "
+            "checkpoint that it was made of"
+        )
+    config.quantization_config = {**own, "dequantize": True}
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

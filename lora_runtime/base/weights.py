@@ -22,6 +22,7 @@ from lora_runtime.errors import AdapterRefused
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+UNQUANTISED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class BaseWeights:
@@ -106,19 +107,21 @@ class BaseWeights:
     def original(self, path: str) -> Tensor:
         """The module's weight (out, in) as the checkpoint stores it, before quantisation.
 
-        Raises: AdapterRefused if the base's folder holds no such tensor.
+        Raises: AdapterRefused if the base's folder holds no such tensor, or quantised codes of it.
         """
         name = f"{path}.weight"
         file = self._checkpoint_files().get(name)
-        if file is None:
-            raise AdapterRefused(
-                f"the 16-bit weight {name} is needed to undo the adapter's initialisation, and the "
-                f"base {self._spec.name} was not loaded from a safetensors checkpoint that has it; "
-                "convert the adapter with PEFT's path_initial_model_for_weight_conversion",
-                field="init_lora_weights",
-            )
-        with safe_open(self.folder / file, framework="pt") as checkpoint:
-            return checkpoint.get_tensor(name)
+        if file is not None:
+            with safe_open(self.folder / file, framework="pt") as checkpoint:
+                weight: Tensor = checkpoint.get_tensor(name)
+            if weight.dtype in UNQUANTISED_DTYPES:
+                return weight
+        raise AdapterRefused(
+            f"the 16-bit weight {name} is needed to undo the adapter's initialisation, and the "
+            f"base {self._spec.name} was not loaded from a safetensors checkpoint that has it; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+            field="init_lora_weights",
+        )
 
     @property
     def _embedding(self) -> Tensor:

@@ -129,19 +129,23 @@ def select_modules(
     matcher: PatternMatcher,
     *,
     ends: Collection[str] = (),
+    may_be_none: bool = False,
 ) -> frozenset[str]:
     """Return the names that a selection adapts; "all-linear" leaves out `ends`.
 
-    Raises: AdapterRefused for a layer that is not there, or where no target matches.
+    Raises: AdapterRefused for a layer that is not there and, unless it `may_be_none`, where no
+    target matches.
     """
     _check_layers(selection.layers_to_transform, num_layers)
     is_target = _target_test(selection, names, ends, matcher)
+    if not may_be_none:
+        _check_targets(selection, names, is_target)
     is_excluded = _exclusion_test(selection.exclude_modules, matcher)
     is_in_layers = _layer_test(selection, matcher)
     selected = [
         name for name in names if is_target(name) and not is_excluded(name) and is_in_layers(name)
     ]
-    if not selected:
+    if not selected and not may_be_none:
         raise AdapterRefused(
             "target_modules, exclude_modules, layers_to_transform and layers_pattern together "
             "select no module",
@@ -169,27 +173,36 @@ def _target_test(
 ) -> Callable[[str], bool]:
     """A function that tells whether PEFT takes a module's name for a target.
 
-    Raises AdapterRefused if no module of the base is a target.
+    Raises AdapterRefused for a target that PEFT cannot adapt.
     """
-    targets, field = selection.target_modules, "target_modules"
+    targets = selection.target_modules
     if isinstance(targets, tuple):
+        unmatched_targets(selection, names)
         entries = set(targets)
-        if len(unmatched := unmatched_targets(selection, names)) == len(entries):
-            raise AdapterRefused(
-                f"target_modules names {unmatched[0][:80]!r}, which is no linear layer, embedding "
-                "or output layer of this base, and neither is any other of its names: "
-                f"{likely_meant(unmatched[0], names)}",
-                field=field,
-            )
         return lambda name: not entries.isdisjoint(tails(name))
     if targets.lower() == "all-linear":
         return lambda name: name not in ends
-    match = matcher.compile(targets, field, is_whole=True)
-    if not any(match(name) for name in names):
-        raise AdapterRefused(
-            f"target_modules is {targets[:80]!r}, which matches no module of this base", field=field
-        )
+    match = matcher.compile(targets, "target_modules", is_whole=True)
     return lambda name: match(name) is not None
+
+
+def _check_targets(
+    selection: Selection, names: Collection[str], is_target: Callable[[str], bool]
+) -> None:
+    """Raise AdapterRefused if no module of the base is a target."""
+    targets, field = selection.target_modules, "target_modules"
+    if any(map(is_target, names)):
+        return
+    if isinstance(targets, tuple):
+        raise AdapterRefused(
+            f"target_modules names {min(targets)[:80]!r}, which is no linear layer, embedding or "
+            "output layer of this base, and neither is any other of its names: "
+            f"{likely_meant(min(targets), names)}",
+            field=field,
+        )
+    raise AdapterRefused(
+        f"target_modules is {targets[:80]!r}, which matches no module of this base", field=field
+    )
 
 
 def unmatched_targets(selection: Selection, names: Collection[str]) -> list[str]:

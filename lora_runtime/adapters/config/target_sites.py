@@ -5,6 +5,7 @@ Source: peft 0.21.2, `inject_adapter`, `_check_tied_modules`, `_add_targets_to_t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_runtime.adapters.config.conflicts import mutates_base
@@ -48,42 +49,39 @@ def select_sites(
         selection = replace(selection, target_modules=targets)
     layers = [site for site in sites if not is_mixture(site, base)]
     apart = set(ends.values()) | {site.name for site in layers if site.path in base.routers}
+    inner = [site for site in sites if site.path not in (base.embedding, base.head)]
+    parameters, unmatched = parameter_sites(selection.target_parameters, inner, base)
     chosen: frozenset[str] = frozenset()
     if selection.target_modules:
         names = [site.name for site in layers]
-        chosen = select_modules(selection, names, num_layers, matcher, ends=apart)
+        chosen = select_modules(
+            selection, names, num_layers, matcher, ends=apart, may_be_none=bool(parameters)
+        )
     if ties_head:
         chosen = chosen | set(ends.values())
     replaced = vocabulary.replaced
     found = tuple(site for site in layers if site.name in chosen and site.path not in replaced)
-    found += _parameters(selection, sites, found, base)
-    _check_ends({site.path for site in found}, base, vocabulary, config)
-    return found, ties_head
-
-
-def _parameters(
-    selection: Selection, sites: tuple[Site, ...], modules: tuple[Site, ...], base: BaseSpec
-) -> tuple[Site, ...]:
-    """The sites of target_parameters. Raises AdapterRefused for one that is a target already, or
-    where nothing is selected at all.
-    """
-    ends = (base.embedding, base.head)
-    inner = [site for site in sites if site.path not in ends]
-    found, unmatched = parameter_sites(selection.target_parameters, inner, base)
-    if unmatched and not found and not modules:
+    if unmatched and not parameters and not found:
         raise AdapterRefused(
             f"target_parameters names {unmatched[0][:80]!r}, which is no weight of this base that "
             "can be adapted, and neither is any other of its names: "
             f"{likely_meant(unmatched[0], parameter_names(inner, base))}",
             field="target_parameters",
         )
-    twice = {site.path for site in modules} & {site.path for site in found}
+    _refuse_twice(parameters, found)
+    found += tuple(parameters)
+    _check_ends({site.path for site in found}, base, vocabulary, config)
+    return found, ties_head
+
+
+def _refuse_twice(parameters: Sequence[Site], modules: Sequence[Site]) -> None:
+    """Raise AdapterRefused for a parameter of target_parameters that is a target already."""
+    twice = {site.path for site in modules} & {site.path for site in parameters}
     if twice:
         raise AdapterRefused(
             f"target_parameters names {min(twice)}, which target_modules adapts already",
             field="target_parameters",
         )
-    return tuple(found)
 
 
 def _targets_end(selection: Selection, matcher: PatternMatcher) -> bool:

@@ -42,8 +42,8 @@ KINDS = {name: kind for kind, names in TABLE.items() for name in names}
 def replace_recurrent_layers(model: PreTrainedModel) -> None:
     """Let the layers that TABLE knows keep their states where the forward says, in place.
 
-    Raises BaseRefused for one that ends its convolution in another function than ours do, or that
-    lacks what ours read.
+    Raises BaseRefused for one that ends its convolution in another function than ours do, that
+    lacks what ours read, or that carries nothing from token to token.
     """
     kind: Any
     for path, kind in _recurrent_kinds(model).items():
@@ -57,6 +57,11 @@ def replace_recurrent_layers(model: PreTrainedModel) -> None:
         require_attributes(module, kind.relies_on, "a recurrent layer reads")
         original: Any = type(module)
         module.__class__ = _with_states(kind, original)
+        if not any(math.prod(shape) for shape in module.state_shapes):
+            raise BaseRefused(
+                f"{path} of {model.config.model_type} ({original.__name__}) is a convolution over "
+                "one token, which carries nothing to the next; such a recurrent layer is not served"
+            )
 
 
 def convolutions(model: PreTrainedModel) -> set[nn.Module]:

@@ -254,6 +254,19 @@ def test_attention_alone_though_the_config_names_experts_layers(base, twin, tmp_
     assert any("'w1', 'w2'" in note for note in form.facts.notes)
 
 
+@pytest.mark.parametrize("targets", [["fc1"], r".*\.fc1"])
+def test_experts_alone_though_the_config_names_modules_that_are_not_there(
+    base, twin, tmp_path, targets
+):
+    folder = written(twin, tmp_path / "a", target_modules=targets)
+    form = load_adapter(folder, base.spec, base.weights)
+    expected, found = peft_changes(twin, folder), changes(form, base)
+    assert found.keys() == expected.keys()
+    for path, change in found.items():
+        torch.testing.assert_close(change, expected[path], rtol=1e-4, atol=1e-5)
+    assert any("fc1" in note for note in form.facts.notes) == isinstance(targets, list)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

@@ -11,17 +11,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_runtime.adapters.convert import plain_files
 from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.merge import Merge, TensorLoss, merged_weight
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
 from lora_runtime.base import dense_checkpoint
 from lora_runtime.base.dense_checkpoint import dense_tensors, write_checkpoint
+from lora_runtime.base.loader import prepare_base
+from lora_runtime.config import BaseConfig
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.errors import AdapterRefused
 from tests.lora_runtime.adapters.peft_oracle import largest_difference, logits
 from tests.peft_adapters import load_in_peft, write_adapter
-from tests.tiny import SHAPES, dense_twin, tiny_base, tiny_checkpoint
+from tests.tiny import SHAPES, dense_twin, tiny_base, tiny_checkpoint, tiny_model
 from tests.variants import LAYER_MAPS, variant_names, write_variants
 
 pytestmark = [
@@ -236,3 +239,17 @@ def test_a_mixture_with_an_adapter_of_attention_merges_to_what_peft_has(shape, t
     assert (expected - token_logits(twin)).abs().max() > 0.1
     with pytest.raises(AdapterRefused, match="experts"):
         merge(base, folders[1], tmp_path / "refused")
+
+
+def test_the_adapter_of_a_mixture_s_only_expert_is_refused_as_those_of_many(tmp_path):
+    config = tiny_model("mixtral").config
+    config.num_local_experts = config.num_experts_per_tok = 1
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    targets = dict(target_modules=[], target_parameters=["experts.down_proj"])
+    folder = write_adapter(model, tmp_path, seed=1, r=4, **targets)
+    base = prepare_base(model, BaseConfig(quantization="none"), "mixtral", tmp_path)
+    form = load_adapter(folder, base.spec, base.weights)
+    with pytest.raises(AdapterRefused, match="unmerged"):
+        Merge(form, base.spec, torch.float32)
+    with pytest.raises(AdapterRefused, match="experts"):
+        plain_files(form, base.spec, base.weights, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_chunked_causal_mask, create_sliding_window_causal_mask
 from transformers.models.llama import modeling_llama
 
@@ -176,3 +177,12 @@ def test_layers_without_keyword_arguments_for_their_attention_are_handed_them(mo
     base = prepared(tiny_model("llama"))
     kinds = {type(one).__name__ for one in base.model.model.layers}
     assert kinds == {"HandingOnLlamaDecoderLayer"}
+
+
+def test_a_recurrent_layer_that_carries_nothing_is_refused():
+    """A row would have no state, and the base would seem to have no such layers."""
+    config = tiny_model("lfm2").config
+    config.conv_L_cache = 1
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with pytest.raises(BaseRefused, match="layers.0.conv .*over one token"):
+        prepared(model)
