@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/python deploy/demo/run.py $(ARGS)
 
+# PYTHONDONTWRITEBYTECODE, which containers set, would have each process compile every module again.
 test: $(VENV)/installed-test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-gpu-compile: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)

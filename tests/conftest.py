@@ -1,6 +1,7 @@
 """Triton kernels run through Triton's interpreter where there is no GPU.
 
-Triton reads the variable when it is imported, which bitsandbytes does; nothing else here uses it.
+Triton reads the variable when it is imported, which bitsandbytes does. pytest-xdist's first process
+imports this file before it starts the others, so peft, which takes seconds, is imported where used.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-
-from peft import PeftModel  # noqa: E402  (imports bitsandbytes)
 
 COMPILING_TIMEOUT = 900
 """Seconds that a test may take on a GPU, where kernels are compiled in the tests."""
@@ -38,6 +37,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def short_model_cards():
     """PEFT's README.md, beside every adapter: to render its template takes longer than the rest."""
+    from peft import PeftModel
 
     def write(_: PeftModel, folder: str) -> None:
         (Path(folder) / "README.md").write_text("---\nlibrary_name: peft\n---\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 from lora_runtime.kernels import cpu
+from tests.fork_server import run_program
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs the compiled library")
 
@@ -29,16 +28,20 @@ def check():
 """
 
 
-def run_alone(body):
-    """Run SETUP and `body` as a program; it ends by itself, without an error."""
-    program = SETUP + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run_alone(tmp_path):
+    """Run SETUP and a body as a program; it ends by itself, without an error."""
+
+    def run(body):
+        program = tmp_path / "program.py"
+        program.write_text(SETUP + textwrap.dedent(body))
+        done = run_program([program], timeout=40)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
-def test_an_op_runs_in_fewer_threads_where_the_system_gives_no_more():
+def test_an_op_runs_in_fewer_threads_where_the_system_gives_no_more(run_alone):
     run_alone("""
         torch.set_num_threads(16)
         used = next(
@@ -52,7 +55,7 @@ def test_an_op_runs_in_fewer_threads_where_the_system_gives_no_more():
     """)
 
 
-def test_a_forked_process_has_threads_of_its_own():
+def test_a_forked_process_has_threads_of_its_own(run_alone):
     run_alone("""
         torch.set_num_threads(3)
         check()
@@ -65,7 +68,7 @@ def test_a_forked_process_has_threads_of_its_own():
     """)
 
 
-def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile():
+def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile(run_alone):
     run_alone("""
         failed = []
 
