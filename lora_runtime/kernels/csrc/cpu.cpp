@@ -106,6 +106,20 @@ struct HalfAdapters {
   int in, out;
 };
 
+// An adapter in training: a (rank, in) and b (out, rank). hidden: x Aᵀ as trained_adapters.h lays it.
+struct TrainedAdapter {
+  bf16 *y, *hidden;
+  const bf16 *x, *a, *b;
+  int num_tokens, in, out, rank;
+  int threads(int most) const { return long(num_tokens) * rank * (in + out) < MIN_PARALLEL_WORK ? 1 : most; }
+};
+// grad: of y; dx, which may be null, has the base's part already.
+struct AdapterGradients {
+  bf16* dx;
+  float *da, *db;
+  const bf16* grad;
+};
+
 template <class T>
 struct Attention {
   T* out;
@@ -253,6 +267,7 @@ namespace avx512 {
 namespace avx512_bf16 {
 #include "tiles.h"
 #include "half_adapters.h"
+#include "trained_adapters.h"
 }
 #undef WITH_AMX
 #pragma GCC target("amx-tile,amx-bf16")
@@ -260,6 +275,7 @@ namespace avx512_bf16 {
 namespace amx {
 #include "tiles.h"
 #include "half_adapters.h"
+#include "trained_adapters.h"
 }
 #pragma GCC pop_options
 #endif
@@ -449,7 +465,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 8; }  // raise it with every change of a signature below
+int loramux_abi() { return 9; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -529,6 +545,26 @@ void loramux_apply_half_adapters(
 #endif
 }
 
+// Both: the caller has seen that the level is 3 at least, and that in and out are multiples of 32.
+void loramux_train_adapter(bf16* y, bf16* hidden, const bf16* x, const bf16* a, const bf16* b, int num_tokens,
+                           int in, int out, int rank, int num_threads) {
+#ifdef HAS_TILES
+  const TrainedAdapter p{y, hidden, x, a, b, num_tokens, in, out, rank};
+  if (level() == 4) return amx::train_adapter(p, p.threads(num_threads));
+  avx512_bf16::train_adapter(p, p.threads(num_threads));
+#endif
+}
+void loramux_adapter_gradients(bf16* dx, float* da, float* db, const bf16* grad, bf16* hidden, const bf16* x,
+                               const bf16* a, const bf16* b, int num_tokens, int in, int out, int rank,
+                               int num_threads) {
+#ifdef HAS_TILES
+  const TrainedAdapter p{nullptr, hidden, x, a, b, num_tokens, in, out, rank};
+  const AdapterGradients g{dx, da, db, grad};
+  if (level() == 4) return amx::adapter_gradients(p, g, p.threads(num_threads));
+  avx512_bf16::adapter_gradients(p, g, p.threads(num_threads));
+#endif
+}
+
 // A program is, for every call: loramux_played_…, the number of its arguments, and these.
 void loramux_play(const int64_t* program, long num_calls) {
   for (long i = 0; i < num_calls; i++, program += 2 + program[1]) reinterpret_cast<Played>(program[0])(program + 2);
@@ -547,6 +583,8 @@ PLAYED(sort_pairs)
 PLAYED(find_segments)
 PLAYED(find_extents)
 PLAYED(recurrent_step)
+PLAYED(train_adapter)
+PLAYED(adapter_gradients)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
