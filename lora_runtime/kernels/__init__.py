@@ -50,6 +50,8 @@ __all__ = [
     "apply_adapters",
     "apply_gated_adapters",
     "apply_stacked_adapters",
+    "attend_rows",
+    "can_attend_rows",
     "can_dequantize",
     "can_fuse",
     "can_fuse_elementwise",
@@ -445,6 +447,22 @@ def invert(kept: Tensor, number: Tensor) -> Tensor:
     int64.
     """
     return reference.invert(kept, number)
+
+
+def can_attend_rows(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True when `attend_rows` takes these: float32 or bfloat16 on a CPU, with a gradient."""
+    return _can_track(q, k, v)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Causal attention over whole rows, without a cache: q (T, H, D), k and v (T, G, D), query head
+    h reads key head h · G / H. Returns (T, H, D). Differentiable; inside all is float32.
+
+    segments (N, 4) int32 on the host: (a, p, b, n) says that each of the n tokens from b on sees
+    the p tokens from a on, those of the n before it and itself. Scores are q · k times `scale`. The
+    n tokens of all segments are all T tokens, and a segment with p > 0 begins at another's b.
+    """
+    return cpu_tracked.attend_rows(q, k, v, segments, scale)
 
 
 def can_train_adapter(y: Tensor, x: Tensor, a: Tensor) -> bool:

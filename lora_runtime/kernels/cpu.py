@@ -58,6 +58,8 @@ SIGNATURES = {
     "apply_adapters": "pppp ppp ii pi ppppp i iii i",
     "apply_half_adapters": "pppp ppp ii pi ppppp i iii i",
     "attention": "pppp ppp p iiiiiii ff i",
+    "row_attention": "pppp p iiii f i",
+    "row_attention_gradient": "ppp pppp p iiii f i",
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
@@ -274,6 +276,27 @@ def paged_attention(
         softcap or 0.0,
     )
     return out
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """See `lora_runtime.kernels.attend_rows`."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = empty(q.shape, q.dtype)
+    sizes = len(segments), q.shape[1], *k.shape[1:]
+    _run("row_attention", q.dtype, *_pointers(out, q, k, v, segments), *sizes, scale)
+    return out
+
+
+def attend_rows_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, given that of `attend_rows` of them."""
+    parts = [part.contiguous() for part in (grad, q, k, v)]
+    dq, dk, dv = (empty(part.shape, part.dtype) for part in (q, k, v))
+    sizes = len(segments), q.shape[1], *k.shape[1:]
+    tensors = _pointers(dq, dk, dv, *parts, segments)
+    _run("row_attention_gradient", q.dtype, *tensors, *sizes, scale)
+    return dq, dk, dv
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:

@@ -130,6 +130,24 @@ struct Attention {
   float scale, softcap;
 };
 
+// Tokens of one row that see `prefix` shared ones, those before them and themselves.
+struct RowSegment { int32_t prefix_start, prefix, start, length; };
+// Over whole rows without a cache: q and out (tokens, heads, head_dim), k and v (tokens, kv heads,
+// head_dim).
+template <class T>
+struct RowAttention {
+  T* out;
+  const T *q, *k, *v;
+  const RowSegment* segments;
+  int num_segments, num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+template <class T>
+struct RowGradient {
+  T *dq, *dk, *dv;
+  const T* grad;
+};
+
 // Rows of width values; with a residual the sum of both is kept in `total` and normed.
 template <class T>
 struct Norm {
@@ -226,6 +244,7 @@ namespace baseline {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 
 #ifdef HAS_VARIANTS
@@ -241,6 +260,7 @@ namespace avx2 {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -257,6 +277,7 @@ namespace avx512 {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 #pragma GCC pop_options
 #if __GNUC__ >= 11
@@ -330,6 +351,10 @@ template <class T>
 void run(const Adapters<T>& p, int num_threads) { RUN(apply_adapters, p, num_threads); }
 template <class T>
 void run(const Attention<T>& p, int num_threads) { RUN(paged_attention, p, num_threads); }
+template <class T>
+void run(const RowAttention<T>& p, int num_threads) { RUN(row_attention, p, num_threads); }
+template <class T>
+void run(const RowAttention<T>& p, const RowGradient<T>& g, int num_threads) { RUN(row_attention_gradient, p, g, num_threads); }
 template <class T>
 void run(const Norm<T>& p, int num_threads) { RUN(rms_norm, p, num_threads); }
 template <class T>
@@ -606,6 +631,21 @@ PLAYED(adapter_gradients)
                      num_kv_heads, head_dim, block_size, table_width, window, scale, softcap},       \
         num_threads);                                                                                \
   }                                                                                                  \
+  void loramux_row_attention_##SUFFIX(T* out, const T* q, const T* k, const T* v,                    \
+                                      const int32_t* segments, int num_segments, int num_heads,      \
+                                      int num_kv_heads, int head_dim, float scale, int num_threads) {\
+    run(RowAttention<T>{out, q, k, v, reinterpret_cast<const RowSegment*>(segments), num_segments,   \
+                        num_heads, num_kv_heads, head_dim, scale},                                   \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_row_attention_gradient_##SUFFIX(                                                      \
+      T* dq, T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v,                        \
+      const int32_t* segments, int num_segments, int num_heads, int num_kv_heads, int head_dim,      \
+      float scale, int num_threads) {                                                                \
+    run(RowAttention<T>{nullptr, q, k, v, reinterpret_cast<const RowSegment*>(segments),             \
+                        num_segments, num_heads, num_kv_heads, head_dim, scale},                     \
+        RowGradient<T>{dq, dk, dv, grad}, num_threads);                                              \
+  }                                                                                                  \
   void loramux_rms_norm_##SUFFIX(T* y, T* total, const T* x, const T* residual, const T* weight,     \
                                  const T* branch_weight, int num_rows, int width, int plus_one,      \
                                  float eps, int num_threads) {                                       \
@@ -662,6 +702,8 @@ FOR_DTYPE(bf16, bf16)
 #define PLAYED_IN(SUFFIX)        \
   PLAYED(apply_adapters_##SUFFIX) \
   PLAYED(attention_##SUFFIX)      \
+  PLAYED(row_attention_##SUFFIX)  \
+  PLAYED(row_attention_gradient_##SUFFIX) \
   PLAYED(rms_norm_##SUFFIX)       \
   PLAYED(rotate_##SUFFIX)         \
   PLAYED(gated_activation_##SUFFIX) \
