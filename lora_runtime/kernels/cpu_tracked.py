@@ -148,7 +148,8 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     @cpu.beside_torch()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = cpu.attend_rows_gradient(grad, *ctx.saved_tensors, ctx.scale)
+        q, k, v, segments = ctx.saved_tensors
+        found = cpu.attend_rows_gradient(grad, q, k, v, segments, ctx.scale)
         return *found, None, None
 
 
