@@ -50,6 +50,8 @@ __all__ = [
     "apply_adapters",
     "apply_gated_adapters",
     "apply_stacked_adapters",
+    "attend_rows",
+    "can_attend_rows",
     "can_dequantize",
     "can_fuse",
     "can_fuse_elementwise",
@@ -58,6 +60,7 @@ __all__ = [
     "can_multiply_groups",
     "can_run_on_gpu",
     "can_shrink_with_product",
+    "can_train_adapter",
     "can_use_panels",
     "conv_step",
     "dense_product",
@@ -90,6 +93,8 @@ __all__ = [
     "spans_of_rows",
     "sum_pairs",
     "to_device",
+    "train_adapter",
+    "trained_adapter_gradients",
     "unrecorded",
     "wants_gradient",
     "write_kv",
@@ -442,6 +447,49 @@ def invert(kept: Tensor, number: Tensor) -> Tensor:
     int64.
     """
     return reference.invert(kept, number)
+
+
+def can_attend_rows(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True when `attend_rows` takes these: float32 or bfloat16 on a CPU, with a gradient."""
+    return _can_track(q, k, v)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Causal attention over whole rows, without a cache: q (T, H, D), k and v (T, G, D), query head
+    h reads key head h · G / H. Returns (T, H, D). Differentiable; inside all is float32.
+
+    segments (N, 4) int32 on the host: (a, p, b, n) says that each of the n tokens from b on sees
+    the p tokens from a on, those of the n before it and itself. Scores are q · k times `scale`. The
+    n tokens of all segments are all T tokens, and a segment with p > 0 begins at another's b.
+    """
+    return cpu_tracked.attend_rows(q, k, v, segments, scale)
+
+
+def can_train_adapter(y: Tensor, x: Tensor, a: Tensor) -> bool:
+    """True when `train_adapter` takes y (T, out), x (T, in) and a (r, in): bfloat16 on a CPU that
+    multiplies it, in and out multiples of 32.
+    """
+    return x.device.type not in gpu.DEVICES and cpu.can_train_adapter(y, x, a)
+
+
+def train_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y += (x Aᵀ) Bᵀ in place: y (T, out), x (T, in), a (r, in), b (out, r), all bfloat16; sums in
+    float32, x Aᵀ is rounded.
+
+    Returns x Aᵀ as `trained_adapter_gradients` takes it.
+    """
+    return cpu.train_adapter(y, x, a, b)
+
+
+def trained_adapter_gradients(
+    grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, grad_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """∂A = (G B)ᵀ x and ∂B = Gᵀ (x Aᵀ) in float32, not rounded, given G = ∂L/∂y: grad (T, out).
+
+    `hidden` is what `train_adapter` returned. grad_x (T, in), None where it is not wanted: (G B) A
+    is added to it in place.
+    """
+    return cpu.trained_adapter_gradients(grad, x, hidden, a, b, grad_x)
 
 
 def can_use_panels(x: Tensor) -> bool:

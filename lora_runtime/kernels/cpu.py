@@ -33,12 +33,14 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 8
+ABI = 9
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
 TILE_INPUTS = 64
 """The products of bfloat16 take inputs in multiples of it."""
+TRAINED_WIDTHS = 32
+"""Adapters in training have inputs and outputs in multiples of it."""
 MAX_HEAD_DIM = 512
 """Values of a head that `paged_attention` has room for: MAX_CHUNKS vectors in vectors.h."""
 ALIGNMENT = 64
@@ -56,6 +58,8 @@ SIGNATURES = {
     "apply_adapters": "pppp ppp ii pi ppppp i iii i",
     "apply_half_adapters": "pppp ppp ii pi ppppp i iii i",
     "attention": "pppp ppp p iiiiiii ff i",
+    "row_attention": "pppp p iiii f i",
+    "row_attention_gradient": "ppp pppp p iiii f i",
     "rms_norm": "pppppp iii f i",
     "rotate": "ppp ppp pp pp p lll iiiiii f i",
     "gated_activation": "ppp ll iii i",
@@ -68,6 +72,8 @@ SIGNATURES = {
     "find_extents": "pp ppp iiii i",
     "sum_pairs": "pp pp iii i",
     "recurrent_step": "ppp ppppp iiii i",
+    "train_adapter": "pp ppp iiii i",
+    "adapter_gradients": "ppp pp ppp iiii i",
 }
 """Arguments of the library's functions: p a pointer, i int, l long, f float; the last one is the
 number of threads, see `_num_threads`.
@@ -270,6 +276,27 @@ def paged_attention(
         softcap or 0.0,
     )
     return out
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """See `lora_runtime.kernels.attend_rows`."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = empty(q.shape, q.dtype)
+    sizes = len(segments), q.shape[1], *k.shape[1:]
+    _run("row_attention", q.dtype, *_pointers(out, q, k, v, segments), *sizes, scale)
+    return out
+
+
+def attend_rows_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, given that of `attend_rows` of them."""
+    parts = [part.contiguous() for part in (grad, q, k, v)]
+    dq, dk, dv = (empty(part.shape, part.dtype) for part in (q, k, v))
+    sizes = len(segments), q.shape[1], *k.shape[1:]
+    tensors = _pointers(dq, dk, dv, *parts, segments)
+    _run("row_attention_gradient", q.dtype, *tensors, *sizes, scale)
+    return dq, dk, dv
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
@@ -484,6 +511,32 @@ def _rows_of(*parts: Tensor) -> list[Tensor]:
     """(..., width) each as (rows, width), a row's values side by side."""
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
     return [part if part.stride(1) == 1 else part.contiguous() for part in rows]
+
+
+def can_train_adapter(y: Tensor, x: Tensor, a: Tensor) -> bool:
+    """See `lora_runtime.kernels.can_train_adapter`, on a CPU."""
+    are_whole = x.shape[-1] % TRAINED_WIDTHS == 0 and y.shape[-1] % TRAINED_WIDTHS == 0
+    return are_whole and x.dtype == torch.bfloat16 and takes(x, y, a) and has_tiles()
+
+
+def train_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """See `lora_runtime.kernels.train_adapter`."""
+    rank, (num_tokens, width) = len(a), x.shape
+    hidden = empty((-(-rank // 16) * 16, -(-num_tokens // 32) * 32), x.dtype)
+    sizes = num_tokens, width, y.shape[1], rank
+    tensors = _pointers(y, hidden, x, a.contiguous(), b.contiguous())
+    _run("train_adapter", None, *tensors, *sizes)
+    return hidden
+
+
+def trained_adapter_gradients(
+    grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, grad_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.trained_adapter_gradients`."""
+    of_a, of_b = (empty(part.shape, torch.float32) for part in (a, b))
+    tensors = _pointers(grad_x, of_a, of_b, grad, hidden, x, a, b)
+    _run("adapter_gradients", None, *tensors, *x.shape, grad.shape[1], len(a))
+    return of_a, of_b
 
 
 def most_likely(logits: Tensor) -> Tensor:

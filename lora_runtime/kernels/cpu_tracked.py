@@ -1,4 +1,5 @@
-"""Norms, rotation and activation of `cpu.py` with gradients, one pass forward and one back.
+"""Norms, rotation, attention and activation of `cpu.py` with gradients, one pass forward and one
+back.
 
 Only activations have gradients, the base's weights have none. Kept for backward are an op's inputs;
 what it computes between them and its result is computed again.
@@ -125,6 +126,31 @@ class _Rotation(torch.autograd.Function):
         cos, sin, *heads = ctx.saved_tensors
         q, k = heads or (grad_q, grad_k)
         return *cpu.rotate_gradient(grad_q, grad_k, q, k, cos, sin, ctx.norm), None, None, None
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """See `lora_runtime.kernels.attend_rows`."""
+    out: Tensor = _RowAttention.apply(q, k, v, segments, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    @cpu.beside_torch()
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, segments)
+        ctx.scale = scale
+        return cpu.attend_rows(q, k, v, segments, scale)
+
+    @staticmethod
+    @once_differentiable
+    @cpu.beside_torch()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, segments = ctx.saved_tensors
+        found = cpu.attend_rows_gradient(grad, q, k, v, segments, ctx.scale)
+        return *found, None, None
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_runtime.adapters.variants.mutated_base import Factors
 from lora_runtime.base.device import resolve_dtype
 from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.kernels import can_train_adapter, train_adapter, trained_adapter_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,12 @@ class _AdaptedProduct(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         masters = [a.dtype for a in tensors[::3] if a is not None]
+        x = x.contiguous()
         y = product(x)
         saved: list[Tensor | None] = [x]
         # tensors are (a, b, gain) of each adapter in turn: every third from 2 on is a gain.
         for rows, (a, b), gain in zip(slices, factors, tensors[2::3], strict=True):
-            shrunk = x[rows].to(a.dtype) @ a.T
-            _add_product(y[rows], shrunk, b.T)
+            shrunk = _add_adapter(y[rows], x[rows], Factors(a, b))
             before_gain = None if gain is None else y[rows].clone()
             if gain is not None:
                 y[rows] *= gain
@@ -104,7 +105,7 @@ class _AdaptedProduct(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         # Five tensors were saved of each adapter: the i-th of all adapters are saved[i::5].
         adapters = list(zip(ctx.slices, *(saved[i::5] for i in range(5)), strict=True))
-        grad = grad_y  # of z, which is y before the gains
+        grad = grad_y.contiguous()  # of z, which is y before the gains
         if any(gain is not None for _, _, _, gain, _, _ in adapters):
             grad = grad_y.clone()
             for rows, _, _, gain, _, _ in adapters:
@@ -113,17 +114,43 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_x = grad @ ctx.layer.kept_values() if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for (rows, a, b, gain, shrunk, z), dtype in zip(adapters, ctx.masters, strict=True):
-            grad_rows = grad[rows].to(a.dtype)
-            grad_shrunk = grad_rows @ b
-            if grad_x is not None:
-                _add_product(grad_x[rows], grad_shrunk, a)
-            found += [
-                _product(grad_shrunk.T, x[rows].to(a.dtype), dtype),
-                _product(grad_rows.T, shrunk, dtype),
-                None if gain is None else (grad_y[rows] * z).sum(0, dtype=gain.dtype),
-            ]
+            of_x = None if grad_x is None else grad_x[rows]
+            found += _gradients(grad[rows], x[rows], shrunk, Factors(a, b), of_x, dtype)
+            found.append(None if gain is None else (grad_y[rows] * z).sum(0, dtype=gain.dtype))
         # One gradient per argument of forward: none for product, layer, slices and factors.
         return grad_x, None, None, None, None, *found
+
+
+def _add_adapter(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    """y += B A x in place; returns A x as `_gradients` takes it."""
+    a, b = factors
+    if can_train_adapter(y, x, a):
+        return train_adapter(y, x, a, b)
+    shrunk = x.to(a.dtype) @ a.T
+    _add_product(y, shrunk, b.T)
+    return shrunk
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    shrunk: Tensor,
+    factors: Factors,
+    grad_x: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """∂A and ∂B in `dtype`, given G' of an adapter's rows; ∂x is added to grad_x, if that is
+    wanted.
+    """
+    a, b = factors
+    if can_train_adapter(grad, x, a):
+        return trained_adapter_gradients(grad, x, shrunk, a, b, grad_x)
+    grad = grad.to(a.dtype)
+    grad_shrunk = grad @ b
+    if grad_x is not None:
+        _add_product(grad_x, grad_shrunk, a)
+    of_a = _product(grad_shrunk.T, x.to(a.dtype), dtype)
+    return of_a, _product(grad.T, shrunk, dtype)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

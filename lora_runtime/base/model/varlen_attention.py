@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_runtime.base.model.recurrence import Piece, Recurrence
+from lora_runtime.kernels import attend_rows, can_attend_rows
 
 PADDED_TO = 32
 """Segments whose lengths round up to the same multiple of it are padded to the longest of them."""
 
 SHORT = 256
-"""Keys up to which `_is_slow_backward` was measured to hold."""
+"""Keys up to which torch's attention with its gradient on a CPU was measured to be slower than
+`attend_rows`, and in bfloat16 than plain products.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,8 @@ class RowLengths:
 
 
 class VarlenAttention:
-    """`Attention` over rows laid end to end: by FlashAttention where it can run, else by rows of
-    similar length padded to one.
+    """`Attention` over rows laid end to end: by FlashAttention where it can run, for the gradient
+    of short rows on a CPU by one op of the library, else by rows of similar length padded to one.
     """
 
     def __init__(self, rows: Sequence[RowLengths], device: torch.device | str = "cpu") -> None:
@@ -68,6 +71,9 @@ class VarlenAttention:
         """See `Attention`."""
         if sinks is None and can_use_flash(q, softcap):
             return self._end_to_end.attend(q, k, v, scale, window)
+        is_whole = sinks is None and softcap is None and (window is None or window >= self._longest)
+        if is_whole and self._longest <= SHORT and can_attend_rows(q, k, v):
+            return attend_rows(q, k, v, self._table, scale)
         return self._padded.attend(q, k, v, scale, window, softcap, sinks)
 
     @cached_property
@@ -80,6 +86,16 @@ class VarlenAttention:
             for own in segments
         ]
         return Recurrence(pieces, self._device)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most keys of a segment."""
+        return max(own.prefix + own.length for own in self._segments)
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """(N, 4) int32: the segments."""
+        return torch.tensor(self._segments, dtype=torch.int32)
 
     @cached_property
     def _end_to_end(self) -> _EndToEnd:

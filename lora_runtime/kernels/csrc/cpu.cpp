@@ -106,6 +106,20 @@ struct HalfAdapters {
   int in, out;
 };
 
+// An adapter in training: a (rank, in) and b (out, rank). hidden: x Aᵀ as trained_adapters.h lays it.
+struct TrainedAdapter {
+  bf16 *y, *hidden;
+  const bf16 *x, *a, *b;
+  int num_tokens, in, out, rank;
+  int threads(int most) const { return long(num_tokens) * rank * (in + out) < MIN_PARALLEL_WORK ? 1 : most; }
+};
+// grad: of y; dx, which may be null, has the base's part already.
+struct AdapterGradients {
+  bf16* dx;
+  float *da, *db;
+  const bf16* grad;
+};
+
 template <class T>
 struct Attention {
   T* out;
@@ -114,6 +128,24 @@ struct Attention {
   const float* sinks;  // of every head a score more that has no value; null without
   int num_tokens, num_heads, num_kv_heads, head_dim, block_size, table_width, window;
   float scale, softcap;
+};
+
+// Tokens of one row that see `prefix` shared ones, those before them and themselves.
+struct RowSegment { int32_t prefix_start, prefix, start, length; };
+// Over whole rows without a cache: q and out (tokens, heads, head_dim), k and v (tokens, kv heads,
+// head_dim).
+template <class T>
+struct RowAttention {
+  T* out;
+  const T *q, *k, *v;
+  const RowSegment* segments;
+  int num_segments, num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+template <class T>
+struct RowGradient {
+  T *dq, *dk, *dv;
+  const T* grad;
 };
 
 // Rows of width values; with a residual the sum of both is kept in `total` and normed.
@@ -212,6 +244,7 @@ namespace baseline {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 
 #ifdef HAS_VARIANTS
@@ -227,6 +260,7 @@ namespace avx2 {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -243,6 +277,7 @@ namespace avx512 {
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "row_attention.h"
 }
 #pragma GCC pop_options
 #if __GNUC__ >= 11
@@ -253,6 +288,7 @@ namespace avx512 {
 namespace avx512_bf16 {
 #include "tiles.h"
 #include "half_adapters.h"
+#include "trained_adapters.h"
 }
 #undef WITH_AMX
 #pragma GCC target("amx-tile,amx-bf16")
@@ -260,6 +296,7 @@ namespace avx512_bf16 {
 namespace amx {
 #include "tiles.h"
 #include "half_adapters.h"
+#include "trained_adapters.h"
 }
 #pragma GCC pop_options
 #endif
@@ -314,6 +351,10 @@ template <class T>
 void run(const Adapters<T>& p, int num_threads) { RUN(apply_adapters, p, num_threads); }
 template <class T>
 void run(const Attention<T>& p, int num_threads) { RUN(paged_attention, p, num_threads); }
+template <class T>
+void run(const RowAttention<T>& p, int num_threads) { RUN(row_attention, p, num_threads); }
+template <class T>
+void run(const RowAttention<T>& p, const RowGradient<T>& g, int num_threads) { RUN(row_attention_gradient, p, g, num_threads); }
 template <class T>
 void run(const Norm<T>& p, int num_threads) { RUN(rms_norm, p, num_threads); }
 template <class T>
@@ -449,7 +490,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 8; }  // raise it with every change of a signature below
+int loramux_abi() { return 9; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -529,6 +570,26 @@ void loramux_apply_half_adapters(
 #endif
 }
 
+// Both: the caller has seen that the level is 3 at least, and that in and out are multiples of 32.
+void loramux_train_adapter(bf16* y, bf16* hidden, const bf16* x, const bf16* a, const bf16* b, int num_tokens,
+                           int in, int out, int rank, int num_threads) {
+#ifdef HAS_TILES
+  const TrainedAdapter p{y, hidden, x, a, b, num_tokens, in, out, rank};
+  if (level() == 4) return amx::train_adapter(p, p.threads(num_threads));
+  avx512_bf16::train_adapter(p, p.threads(num_threads));
+#endif
+}
+void loramux_adapter_gradients(bf16* dx, float* da, float* db, const bf16* grad, bf16* hidden, const bf16* x,
+                               const bf16* a, const bf16* b, int num_tokens, int in, int out, int rank,
+                               int num_threads) {
+#ifdef HAS_TILES
+  const TrainedAdapter p{nullptr, hidden, x, a, b, num_tokens, in, out, rank};
+  const AdapterGradients g{dx, da, db, grad};
+  if (level() == 4) return amx::adapter_gradients(p, g, p.threads(num_threads));
+  avx512_bf16::adapter_gradients(p, g, p.threads(num_threads));
+#endif
+}
+
 // A program is, for every call: loramux_played_…, the number of its arguments, and these.
 void loramux_play(const int64_t* program, long num_calls) {
   for (long i = 0; i < num_calls; i++, program += 2 + program[1]) reinterpret_cast<Played>(program[0])(program + 2);
@@ -547,6 +608,8 @@ PLAYED(sort_pairs)
 PLAYED(find_segments)
 PLAYED(find_extents)
 PLAYED(recurrent_step)
+PLAYED(train_adapter)
+PLAYED(adapter_gradients)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
   void loramux_apply_adapters_##SUFFIX(                                                              \
@@ -567,6 +630,21 @@ PLAYED(recurrent_step)
     run(Attention<T>{out, q, keys, values, rows, positions, tables, sinks, num_tokens, num_heads,    \
                      num_kv_heads, head_dim, block_size, table_width, window, scale, softcap},       \
         num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_row_attention_##SUFFIX(T* out, const T* q, const T* k, const T* v,                    \
+                                      const int32_t* segments, int num_segments, int num_heads,      \
+                                      int num_kv_heads, int head_dim, float scale, int num_threads) {\
+    run(RowAttention<T>{out, q, k, v, reinterpret_cast<const RowSegment*>(segments), num_segments,   \
+                        num_heads, num_kv_heads, head_dim, scale},                                   \
+        num_threads);                                                                                \
+  }                                                                                                  \
+  void loramux_row_attention_gradient_##SUFFIX(                                                      \
+      T* dq, T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v,                        \
+      const int32_t* segments, int num_segments, int num_heads, int num_kv_heads, int head_dim,      \
+      float scale, int num_threads) {                                                                \
+    run(RowAttention<T>{nullptr, q, k, v, reinterpret_cast<const RowSegment*>(segments),             \
+                        num_segments, num_heads, num_kv_heads, head_dim, scale},                     \
+        RowGradient<T>{dq, dk, dv, grad}, num_threads);                                              \
   }                                                                                                  \
   void loramux_rms_norm_##SUFFIX(T* y, T* total, const T* x, const T* residual, const T* weight,     \
                                  const T* branch_weight, int num_rows, int width, int plus_one,      \
@@ -624,6 +702,8 @@ FOR_DTYPE(bf16, bf16)
 #define PLAYED_IN(SUFFIX)        \
   PLAYED(apply_adapters_##SUFFIX) \
   PLAYED(attention_##SUFFIX)      \
+  PLAYED(row_attention_##SUFFIX)  \
+  PLAYED(row_attention_gradient_##SUFFIX) \
   PLAYED(rms_norm_##SUFFIX)       \
   PLAYED(rotate_##SUFFIX)         \
   PLAYED(gated_activation_##SUFFIX) \

@@ -63,6 +63,22 @@ struct Tiles {
       _tile_dpbf16ps(3, 5, 7);
     }
   }
+  // Add the product of M tiles of the left side, whose rows lie `stride` values apart, and N of the
+  // right one.
+  template <int M, int N>
+  void multiply_rows(const bf16* left, long stride, long next_left, const uint32_t* right, long next_right) {
+    _tile_loadd(4, left, 2 * stride);
+    _tile_loadd(6, right, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (M == 2) {
+      _tile_loadd(5, left + next_left, 2 * stride);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if (N == 1) return;
+    _tile_loadd(7, right + next_right, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    if (M == 2) _tile_dpbf16ps(3, 5, 7);
+  }
   // The sums: of tile i % 2 of the left side and i / 2 of the right one.
   void store(float (*sums)[TILE * TILE]) {
     _tile_stored(0, sums[0], 64);
@@ -96,14 +112,19 @@ struct Tiles {
       for (int i = 0; i < 4; i++)
         if (i % 2 < M) multiply_tile(left + i % 2 * next_left, right + i / 2 * 2 * WORDS, sums[i]);
   }
-  static void multiply_tile(const bf16* weights, const uint32_t* x, float* sums) {
+  template <int M, int N>
+  void multiply_rows(const bf16* left, long stride, long next_left, const uint32_t* right, long next_right) {
+    for (int i = 0; i < 2 * N; i++)
+      if (i % 2 < M) multiply_tile(left + i % 2 * next_left, right + i / 2 * next_right, sums[i], stride / 2);
+  }
+  static void multiply_tile(const bf16* weights, const uint32_t* x, float* sums, long stride = TILE) {
     __m512 total[TILE];
     for (int n = 0; n < TILE; n++) total[n] = _mm512_load_ps(sums + n * TILE);
     const uint32_t* pairs = reinterpret_cast<const uint32_t*>(weights);
     for (int k = 0; k < TILE; k++) {
       const __m512bh tokens = (__m512bh)_mm512_load_si512(x + k * TILE);
       for (int n = 0; n < TILE; n++)
-        total[n] = _mm512_dpbf16_ps(total[n], (__m512bh)_mm512_set1_epi32(pairs[n * TILE + k]), tokens);
+        total[n] = _mm512_dpbf16_ps(total[n], (__m512bh)_mm512_set1_epi32(pairs[n * stride + k]), tokens);
     }
     for (int n = 0; n < TILE; n++) _mm512_store_ps(sums + n * TILE, total[n]);
   }

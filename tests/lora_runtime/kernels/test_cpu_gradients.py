@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_runtime import kernels
+from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.kernels import HeadNorm, cpu, cpu_tracked, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the compiled libr
 def only_tracked(monkeypatch):
     """The definition would give the right gradients too."""
     used = []
-    for name in ("rms_norm", "add_rms_norm", "rotate", "gated_activation"):
+    for name in ("rms_norm", "add_rms_norm", "rotate", "attend_rows", "gated_activation"):
         real = getattr(cpu_tracked, name)
 
         def counted(*args, _real=real, **kwargs):
@@ -118,6 +119,61 @@ def test_gated_activation(seed, kind, dtype):
         return kernels.gated_activation(gate, up, kind)
 
     check(gated, gated, inputs, dtype)
+
+
+def drawn_rows(draw, dtype):
+    """Rows, some of which share a prefix, with queries, keys and values of their tokens."""
+    rows = [
+        RowLengths(
+            [draw.randint(1, 70) for _ in range(draw.randint(1, 4))], draw.choice([0, 1, 30])
+        )
+        for _ in range(draw.randint(1, 3))
+    ]
+    groups, head_dim = draw.randint(1, 3), draw.choice([8, 24, 64, 80])
+    heads, tokens = groups * draw.randint(1, 4), sum(own.num_tokens for own in rows)
+    return rows, [drawn(tokens, n, head_dim, dtype=dtype, scale=1) for n in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("highest", range(len(cpu.LEVELS)))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_attention_over_rows(highest, seed, dtype, request):
+    """In float64 rows are padded to one and masked."""
+    found = cpu.library()
+    request.addfinalizer(lambda: found.loramux_limit_level(len(cpu.LEVELS) - 1))
+    found.loramux_limit_level(highest)
+    torch.manual_seed(seed)
+    rows, inputs = drawn_rows(random.Random(seed), dtype)
+    attention = VarlenAttention(rows)
+
+    def attended(*qkv):
+        return attention.attend(*qkv, layer=0, scale=0.2, window=None, softcap=None)
+
+    torch.testing.assert_close(
+        attended(*inputs).double(),
+        attended(*(part.double() for part in inputs)),
+        rtol=2**-7 if dtype == torch.bfloat16 else 2e-5,
+        atol=2**-8 if dtype == torch.bfloat16 else 2e-5,
+    )
+    check(attended, attended, inputs, dtype)
+
+
+def test_rows_of_attention_do_not_touch():
+    """To the last bit, but for the gradient of tokens that they share."""
+    torch.manual_seed(0)
+    q, k, v = (drawn(50, n, 16, dtype=torch.float32) for n in (4, 2, 2))
+    options = {"layer": 0, "scale": 0.25, "window": None, "softcap": None}
+    weights = torch.randn(40, 4, 16)
+    alone = VarlenAttention([RowLengths([40])]).attend(q[:40], k[:40], v[:40], **options)
+    wanted = torch.autograd.grad(alone, (q, k, v), weights)
+    with torch.no_grad():
+        for part in (q, k, v):
+            part[40:] = torch.nan
+    beside = VarlenAttention([RowLengths([40, 10])]).attend(q, k, v, **options)
+    found = torch.autograd.grad(beside, (q, k, v), torch.cat([weights, torch.randn(10, 4, 16)]))
+    assert torch.equal(beside[:40], alone)
+    for mine, own in zip(found, wanted, strict=True):
+        assert torch.equal(mine[:40], own[:40])
 
 
 def test_rows_do_not_touch_and_large_values_do_not_overflow():

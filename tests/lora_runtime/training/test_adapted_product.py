@@ -167,23 +167,30 @@ def test_every_variant_learns_as_well_as_in_float32(
     tmp_path, tokenizer, exact_base, monkeypatch, name
 ):
     """Its gradient is about as far from float64's as with float32 products: most of the way is the
-    rest of the base's.
+    rest of the base's. At one place alone either may be nearer by chance, so at several.
     """
     base = tiny_base("llama", quantization="none", dtype=torch.bfloat16)
     unit, twin = (unit_of(on, tokenizer, tmp_path, name) for on in (base, exact_base))
-    randomise(unit)
-    for ours, theirs in zip(unit.parameters, twin.parameters, strict=True):
-        theirs.data.copy_(ours.data)
     for part, constant in twin.named_constants().items():
         constant.copy_(unit.named_constants()[part])
     examples = unit.next_micro_batches()[0]
-    wanted = loss_gradients(exact_base, twin, examples)
-    monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.float32)
-    in_float32 = loss_gradients(base, unit, examples)
-    monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.bfloat16)
-    in_bfloat16 = loss_gradients(base, unit, examples)
-    assert in_bfloat16.dtype == torch.float32 and not torch.equal(in_bfloat16, in_float32)
-    errors = [float((g - wanted).norm() / wanted.norm()) for g in (in_float32, in_bfloat16)]
+    starts, squares = [p.detach().clone() for p in unit.parameters], []
+    for seed in range(5, 9):
+        for parameter, start in zip(unit.parameters, starts, strict=True):
+            parameter.data.copy_(start)
+        randomise(unit, seed=seed)
+        for ours, theirs in zip(unit.parameters, twin.parameters, strict=True):
+            theirs.data.copy_(ours.data)
+        wanted = loss_gradients(exact_base, twin, examples)
+        monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.float32)
+        in_float32 = loss_gradients(base, unit, examples)
+        monkeypatch.setattr(binding, "factor_dtype", lambda *_: torch.bfloat16)
+        in_bfloat16 = loss_gradients(base, unit, examples)
+        assert in_bfloat16.dtype == torch.float32 and not torch.equal(in_bfloat16, in_float32)
+        squares.append(
+            [((g - wanted).norm() / wanted.norm()) ** 2 for g in (in_float32, in_bfloat16)]
+        )
+    errors = torch.tensor(squares).mean(0).sqrt()
     assert 0 < errors[1] <= 1.5 * errors[0] < 0.1
 
 

@@ -84,9 +84,9 @@ def make_unit(base: Base, tokenizer: Tokenizer, config: UnitConfig, *, seed: int
     return Unit(config, dataset, base, seed=seed)
 
 
-def randomise(unit, scale=0.1):
+def randomise(unit, scale=0.1, seed=5):
     """Move every parameter by noise of its own size."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in unit.named_parameters().items():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         size = parameter.abs().mean() if name.endswith("magnitude") else 1.0
