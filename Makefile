@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/loramux/v1/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS) /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-gpu-compile lint docs families protos clean
+.PHONY: help demo test bench soak test-gpu-compile lint docs families protos clean
 
 help:
 	@echo "make demo    train two adapters, serve them and the base in one batch, stream the answers"
@@ -15,6 +15,8 @@ help:
 	@echo "make soak    attack a server at full size for up to half an hour and print the figures"
 	@echo "make test-gpu-compile  compile every GPU launch for four cards, without a GPU; long: try"
 	@echo "                       ARGS='--cards 90' first"
+	@echo "make bench   measure batches of adapters beside PEFT, transformers and the floor: ten minutes,"
+	@echo "             a table and a picture (ARGS='--peer openvino=FILE.gguf' adds others)"
 	@echo "make lint    ruff (rules and format), import-linter, mypy and buf lint"
 	@echo "make docs    write docs/settings.md anew"
 	@echo "make families  try every family of models and write docs/families.md anew; ten minutes"
@@ -30,6 +32,10 @@ test: $(VENV)/installed-test
 
 test-gpu-compile: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.lora_runtime.kernels.compile_launches all $(ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.serving $(ARGS)
 
 soak: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest tests/soak --soak -q $(ARGS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import machine
-from bench.serving import write_random_adapters
+from bench.random_adapters import write_random_adapters
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.pool import AdapterPool
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     base = load_base(BaseConfig(model=args.base))
     with tempfile.TemporaryDirectory() as name:
-        (lora,) = write_random_adapters(base, Path(name), 1, args.rank)
+        (lora,) = write_random_adapters(base, Path(name), [args.rank])
         dora = as_dora(lora, base, Path(name) / "dora")
         seconds_to_load(lora, base)
         first = seconds_to_load(dora, base)

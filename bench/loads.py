@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from bench import machine
-from bench.serving import write_random_adapters
-from bench.wires import serving
+from bench.random_adapters import write_random_adapters
+from bench.served import serving
 from lora_runtime.base.loader import load_base
 from lora_runtime.config import BaseConfig
 from server.client import AsyncClient
@@ -83,12 +83,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quiet-s", type=float, default=10.0)
     args = parser.parse_args()
-    args.requests = args.streams
     with tempfile.TemporaryDirectory() as name:
         base = load_base(BaseConfig(model=args.base))
-        folders = write_random_adapters(base, Path(name), args.loads + 1, args.rank)
+        folders = write_random_adapters(base, Path(name), [args.rank] * (args.loads + 1))
         del base
-        with serving(args, Path(name)) as served:
+        with serving(args.base, Path(name), args.streams) as served:
             found = asyncio.run(measure(args, served.grpc, folders))
     result = {
         **machine.facts(),

@@ -1,246 +1,222 @@
-"""How fast is a mixed batch of many adapters, beside the base alone, PEFT and the machine's floor?
+"""How fast are batches of many adapters, beside the base alone, other servers and the machine's
+floor, from one row to 32?
 
-32 requests of 90 prompt and 64 new tokens on SmolLM2-135M, in turn over 8 adapters (rank 16, all
-linear layers) and the base. The contenders run one after another, several rounds, in one process:
-our engine mixed and base-only, PEFT's mixed batch and transformers' generate, both on the
-dequantised base in the compute dtype that is fastest here; and one request alone, on the base and
-under an adapter. No prompt is found in a prefix cache.
+Batches of 1 to 32 requests of 90 prompt and 64 new tokens on SmolLM2-135M, on the base, under one
+adapter, under eight of rank 16 and the base in turn, under 32 of ranks 8 to 64, and under those by
+Zipf's law. In the same run, by turns in an order drawn anew each round: our engine in this process,
+our server over gRPC with its client on the same cores, transformers and PEFT on the dequantised
+base in the same dtype, and whoever is named with --peer. Figures are output tokens a second of a
+whole batch, prompts included, medians over the rounds. No prompt is found in a prefix cache.
 
-The floor of a step is the larger of bytes / read bandwidth (packed base, lm_head, the distinct
-adapters and the keys and values of that step) and multiply-adds / the rate of a large matrix
-product, both measured in the same run. The last line printed is the result as JSON.
+The floor is the least time by this machine's own ceilings, read bandwidth and the rate of a large
+matrix product, both measured in the same run: see `bench/serving_load.py`. Written are the result
+as JSON, which is also the last line printed, and a picture of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import random
 import statistics
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from bench import machine
-from lora_runtime.adapters.files.peft_writer import peft_files
-from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.base.loader import Base, load_base
-from lora_runtime.config import (
-    AdapterConfig,
-    BaseConfig,
-    CacheConfig,
-    EngineConfig,
-    SchedulerConfig,
+from bench.random_adapters import write_random_adapters
+from bench.serving_load import (
+    BASE,
+    EIGHT,
+    MANY,
+    NUM_ALIKE,
+    RANKS,
+    ROWS,
+    Batch,
+    Ceilings,
 )
-from lora_runtime.core import AdapterUse, Request, SamplingParams
-from lora_runtime.engine.engine import Engine
+from bench.serving_picture import draw
+from bench.serving_sides import (
+    OpenVino,
+    Ours,
+    OverGrpc,
+    OverOpenai,
+    Peft,
+    Side,
+    Transformers,
+    dense_model,
+)
+from lora_runtime.base.loader import Base, load_base
+from lora_runtime.config import BaseConfig
+
+Cell = tuple[str, str, int]
+"""Side, mix, number of rows."""
+FLOOR = "floor"
 
 
-def write_random_adapters(base: Base, folder: Path, count: int, rank: int) -> list[Path]:
-    """PEFT folders of small random adapters on every inner linear layer."""
-    folders = []
-    for index in range(count):
-        generator = torch.Generator().manual_seed(index)
-        tensors = {
-            path: (
-                torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5,
-                0.02 * torch.randn(shape.out_features, rank, generator=generator),
+def measured(
+    sides: list[Side], batches: dict[tuple[str, int], Batch], num_rounds: int, console: Console
+) -> dict[Cell, list[float]]:
+    """Seconds of every cell in each round; a round before, which is not counted, warms all up."""
+    seconds: dict[Cell, list[float]] = {}
+    order = [(side, *cell) for side in sides for cell in side.cells if cell in batches]
+    work = [number for number in range(num_rounds + 1) for _ in order]
+    queue: list[tuple[Side, str, int]] = []
+    for number in track(work, "batches", console=console):
+        if not queue:
+            queue = random.Random(number).sample(order, len(order))
+        side, mix, num_rows = queue.pop()
+        found = side.run(batches[mix, num_rows])
+        if number:
+            seconds.setdefault((side.name, mix, num_rows), []).append(found)
+    return seconds
+
+
+def speeds(
+    seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float], new_tokens: int
+) -> dict[Cell, float]:
+    """Output tokens a second of every cell by the median, and of the floors."""
+    medians = {cell: statistics.median(values) for cell, values in seconds.items()}
+    medians |= {(FLOOR, *place): value for place, value in floors.items()}
+    return {cell: cell[2] * new_tokens / value for cell, value in medians.items()}
+
+
+def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float]) -> dict:
+    """What is asked of the engine, as medians over the rounds of ratios within one round."""
+    ours, most = Ours.name, max(num_rows for _, num_rows in floors)
+
+    def times(one: Cell, other: Cell) -> float | None:
+        """How many times as fast `one` is."""
+        if one not in seconds or other not in seconds:
+            return None
+        pairs = zip(seconds[one], seconds[other], strict=True)
+        return round(statistics.median(theirs / own for own, theirs in pairs), 3)
+
+    def extra(mix: str) -> float | None:
+        """The time that a mix takes beside the base alone, over the floor of that."""
+        if (ours, mix, most) not in seconds:
+            return None
+        pairs = zip(seconds[ours, mix, most], seconds[ours, BASE, most], strict=True)
+        beside = statistics.median(mixed - base for mixed, base in pairs)
+        return round(beside / (floors[mix, most] - floors[BASE, most]), 3)
+
+    def of_floor(mix: str, num_rows: int) -> float | None:
+        if (ours, mix, num_rows) not in seconds:
+            return None
+        return round(floors[mix, num_rows] / statistics.median(seconds[ours, mix, num_rows]), 3)
+
+    return {
+        "8 adapters over base": times((ours, EIGHT, most), (ours, BASE, most)),
+        "floor of that": round(floors[BASE, most] / floors[EIGHT, most], 3),
+        "base over transformers": times((ours, BASE, most), (Transformers.name, BASE, most)),
+        "base over OpenVINO": times((ours, BASE, most), (OpenVino.name, BASE, most)),
+        "8 adapters over PEFT": times((ours, EIGHT, most), (Peft.name, EIGHT, most)),
+        "gRPC over in process, base": times((OverGrpc.name, BASE, most), (ours, BASE, most)),
+        "gRPC over in process, 8": times((OverGrpc.name, EIGHT, most), (ours, EIGHT, most)),
+        "extra time of 8 adapters over its floor": extra(EIGHT),
+        "extra time of 32 adapters over its floor": extra(MANY),
+        "share of the floor, base": of_floor(BASE, most),
+        "share of the floor, 8 adapters": of_floor(EIGHT, most),
+        "share of the floor, one row": of_floor(BASE, 1),
+    }
+
+
+def show(found: dict[Cell, float], console: Console) -> None:
+    """A row for every side and mix, a column for every number of rows."""
+    rows = sorted({num_rows for *_, num_rows in found})
+    table = Table("", "adapters", *(f"{n} rows" if n > 1 else "1 row" for n in rows))
+    table.title = "output tokens/s"
+    for side, mix in dict.fromkeys(cell[:2] for cell in found):
+        values = [found.get((side, mix, num_rows)) for num_rows in rows]
+        table.add_row(side, mix, *("" if v is None else f"{v:.0f}" for v in values))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace, base: Base, folder: Path):
+    """Every side, until the context ends."""
+    folders = write_random_adapters(base, folder, RANKS)
+    dense = dense_model(base)
+    sides: list[Side] = [
+        Ours(base, folders),
+        Transformers(dense),
+        Peft(dense, folders[:NUM_ALIKE]),
+    ]
+    for peer in args.peer:
+        name, _, where = peer.partition("=")
+        is_url = where.startswith(("http://", "https://"))
+        sides.append(OverOpenai(name, where) if is_url else OpenVino(where))
+    with contextlib.ExitStack() as stack:
+        if args.grpc:
+            sides.append(
+                stack.enter_context(OverGrpc.serving(args.base, folder, folders[:NUM_ALIKE]))
             )
-            for path, shape in base.spec.linears.items()
-        }
-        names = sorted({path.rpartition(".")[2] for path in tensors})
-        files = peft_files(
-            rank=rank, alpha=rank, use_rslora=False, target_modules=names,
-            tensors=tensors, base=base.spec,
-        )  # fmt: skip
-        folders.append(folder / f"adapter-{index}")
-        files.write(folders[-1])
-    return folders
+        yield sides
 
 
-def dense_model(base: Base) -> PreTrainedModel:
-    """The plain transformers model with the base's dequantised weights."""
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=base.dtype).eval()
-    with torch.no_grad():
-        for path in base.spec.linears:
-            weight = base.model.get_submodule(path).linear.weight_values()
-            model.get_submodule(path).weight.copy_(weight)
-    return model
-
-
-class Workload:
-    """The requests, and every contender's way to run them. Each returns output tokens a second."""
-
-    def __init__(self, args: argparse.Namespace, base: Base, folders: list[Path]) -> None:
-        self.args, self.base = args, base
-        generator = torch.Generator().manual_seed(0)
-        shape = (args.requests, args.prompt_tokens)
-        self.prompts = torch.randint(5, base.spec.vocab_size, shape, generator=generator)
-        self.owners = [i % (len(folders) + 1) - 1 for i in range(args.requests)]
-        self.engine = Engine(
-            base,
-            EngineConfig(
-                cache=CacheConfig(prefix_cache=False),
-                scheduler=SchedulerConfig(max_num_seqs=args.requests),
-                adapters=AdapterConfig(pool_bytes=args.pool_mib << 20),
-            ),
-        )
-        self.digests = []
-        for folder in folders:
-            form = load_adapter(folder, base.spec, base.weights)
-            self.engine.add_adapter(form)
-            self.digests.append(form.digest)
-        self.dense = dense_model(base)
-        self.peft = PeftModel.from_pretrained(copy.deepcopy(self.dense), folders[0], "adapter-0")
-        for folder in folders[1:]:
-            self.peft.load_adapter(folder, folder.name)
-        self.peft.eval()
-
-    def ours_mixed(self) -> float:
-        return self._serve(is_mixed=True)
-
-    def ours_base_only(self) -> float:
-        return self._serve(is_mixed=False)
-
-    def ours_alone(self) -> float:
-        return self._serve(is_mixed=False, num_requests=1)
-
-    def ours_alone_adapted(self) -> float:
-        return self._serve(is_mixed=True, num_requests=1, first=1)
-
-    def transformers_alone(self) -> float:
-        return self._generate(self.dense, num_requests=1)
-
-    def peft_mixed(self) -> float:
-        names = ["__base__" if i < 0 else f"adapter-{i}" for i in self.owners]
-        return self._generate(self.peft, adapter_names=names)
-
-    def transformers_base_only(self) -> float:
-        return self._generate(self.dense)
-
-    def _serve(self, *, is_mixed: bool, num_requests: int | None = None, first: int = 0) -> float:
-        """`num_requests` of the requests, None: all, from the `first` on."""
-        sampling = SamplingParams(max_tokens=self.args.new_tokens, temperature=0.0)
-        chosen = list(zip(self.prompts.tolist(), self.owners, strict=True))[first:][:num_requests]
-        for index, (prompt, owner) in enumerate(chosen):
-            request = Request(
-                request_id=str(index), prompt_token_ids=tuple(prompt), sampling=sampling
-            )
-            if is_mixed and owner >= 0:
-                request = replace(request, adapters=(AdapterUse(digest=self.digests[owner]),))
-            self.engine.add_request(request)
-        num_tokens, start = 0, time.perf_counter()
-        while not self.engine.is_idle:
-            num_tokens += sum(len(output.token_ids) for output in self.engine.step())
-        return num_tokens / (time.perf_counter() - start)
-
-    @torch.inference_mode()
-    def _generate(
-        self, model: torch.nn.Module, num_requests: int | None = None, **kwargs: object
-    ) -> float:
-        new_tokens, start = self.args.new_tokens, time.perf_counter()
-        prompts = self.prompts[:num_requests]
-        out = model.generate(
-            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-            min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0, **kwargs,
-        )  # fmt: skip
-        num_tokens = (out.shape[1] - prompts.shape[1]) * out.shape[0]
-        return num_tokens / (time.perf_counter() - start)
-
-    def floor(self, bandwidth: float, rate: float, *, is_mixed: bool) -> float:
-        """Output tokens a second that the machine's ceilings allow, over the whole run."""
-        args, spec = self.args, self.base.spec
-        linear_size = sum(s.in_features * s.out_features for s in spec.linears.values())
-        head_size = spec.hidden_size * spec.vocab_size
-        adapter_size = args.rank * sum(
-            s.in_features + s.out_features for s in spec.linears.values()
-        )
-        adapter_rows = sum(owner >= 0 for owner in self.owners) if is_mixed else 0
-        num_distinct = len({owner for owner in self.owners if owner >= 0}) if is_mixed else 0
-        item_bytes = self.base.dtype.itemsize
-        prompt_work = args.prompt_tokens * (
-            args.requests * linear_size + adapter_rows * adapter_size
-        )
-        seconds = prompt_work / rate
-        for position in range(args.new_tokens):
-            kv_tokens = args.requests * (args.prompt_tokens + position)
-            moved = (
-                linear_size * 9 / 16
-                + head_size * item_bytes
-                + num_distinct * adapter_size * 4
-                + kv_tokens * self.base.kv_bytes_per_token()
-            )
-            work = args.requests * (linear_size + head_size) + adapter_rows * adapter_size
-            work = work if position else args.requests * head_size
-            seconds += max(moved / bandwidth, work / rate)
-        return args.requests * args.new_tokens / seconds
-
-
-CONTENDERS = (
-    "ours_mixed", "ours_base_only", "peft_mixed", "transformers_base_only",
-    "ours_alone", "ours_alone_adapted", "transformers_alone",
-)  # fmt: skip
-
-
-def compared(workload: Workload, num_rounds: int) -> dict[str, list[float]]:
-    """Every contender's output tokens a second in each round; a round before warms ours up."""
-    speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for round_number in range(num_rounds + 1):
-        for name in CONTENDERS:
-            if round_number or name.startswith("ours"):
-                speed = getattr(workload, name)()
-                if round_number:
-                    speeds[name].append(round(speed, 1))
-    return speeds
-
-
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--prompt-tokens", type=int, default=90)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pool-mib", type=int, default=512)
-    args = parser.parse_args()
-    base = load_base(BaseConfig(model=args.base))
-    with tempfile.TemporaryDirectory() as folder:
-        folders = write_random_adapters(base, Path(folder), args.adapters, args.rank)
-        workload = Workload(args, base, folders)
-    speeds = compared(workload, args.rounds)
-    median = {name: statistics.median(values) for name, values in speeds.items()}
-    ceilings = machine.read_bandwidth(), machine.gemm_rate(base.dtype)
-    floors = {
-        "mixed": round(workload.floor(*ceilings, is_mixed=True), 1),
-        "base_only": round(workload.floor(*ceilings, is_mixed=False), 1),
-    }
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", help="of the base; auto: the fastest here")
+    parser.add_argument(
+        "--dequantized-cache", action=argparse.BooleanOptionalAction, default=True,
+        help="in float32: keep a dequantised copy of the base",
+    )  # fmt: skip
+    parser.add_argument("--grpc", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=WHERE",
+        help="openvino=FILE.gguf (package openvino-genai), or NAME=URL of a server of OpenAI's\n"
+        "API with the same model, as `llama-server -m FILE.gguf` or `vllm serve`",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=machine.RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, console = parsed(), Console(stderr=True)
+    base = load_base(
+        BaseConfig(
+            model=args.base, device="cpu", dtype=args.dtype,
+            dequantized_cache=args.dequantized_cache,
+        )
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, opened(args, base, Path(folder)) as sides:
+        cells = {cell for side in sides for cell in side.cells if cell[1] in args.rows}
+        sizes = args.prompt_tokens, args.new_tokens, base.spec.vocab_size
+        batches = {cell: Batch(*cell, *sizes) for cell in cells}
+        seconds = measured(sides, batches, args.rounds, console)
+    ceilings = Ceilings(machine.read_bandwidth(), machine.gemm_rate(base.dtype))
+    floors = {cell: ceilings.seconds(base, batch) for cell, batch in batches.items()}
+    found = speeds(seconds, floors, args.new_tokens)
+    show(found, console)
+    rows = [
+        {
+            "side": side, "mix": mix, "rows": num_rows, "tokens_per_s": round(speed, 1),
+            "seconds": [round(each, 3) for each in seconds.get((side, mix, num_rows), ())],
+        }
+        for (side, mix, num_rows), speed in sorted(found.items())
+    ]  # fmt: skip
     result = {
         **machine.facts(),
-        "question": "output tokens a second of a mixed batch",
-        "workload": vars(args),
+        "question": "output tokens a second of a batch",
+        "workload": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
         "dtype": base.spec.dtype,
-        "tokens_per_s": speeds,
-        "median": median,
-        "read_bytes_per_s": round(ceilings[0]),
-        "multiply_adds_per_s": round(ceilings[1]),
-        "floor": floors,
-        "mixed_over_peft": round(median["ours_mixed"] / median["peft_mixed"], 2),
-        "base_only_over_transformers": round(
-            median["ours_base_only"] / median["transformers_base_only"], 2
-        ),
-        "base_only_over_floor": round(median["ours_base_only"] / floors["base_only"], 3),
-        "mixed_over_base_only": round(median["ours_mixed"] / median["ours_base_only"], 3),
-        "mixed_over_floor": round(median["ours_mixed"] / floors["mixed"], 3),
+        "read_bytes_per_s": round(ceilings.bytes_per_s),
+        "multiply_adds_per_s": round(ceilings.multiply_adds_per_s),
+        "ratios": ratios(seconds, floors),
+        "cells": rows,
     }
-    machine.save("serving", result)
+    path = machine.save("serving", result, args.out)
+    draw(found, path.with_suffix(".png"), f"{args.base}, {base.spec.dtype}, {result['cpu']}")
 
 
 if __name__ == "__main__":

@@ -21,27 +21,23 @@ import contextlib
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
 import aiohttp
-import httpx
 import openai
-import psutil
 import torch
 
 from bench import machine
-from bench.serving import write_random_adapters
+from bench.random_adapters import write_random_adapters
+from bench.served import START_S, Served, serving
 from lora_runtime.base.loader import load_base
 from lora_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lora_runtime.core import AdapterUse, Request, SamplingParams
@@ -49,7 +45,6 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
 from server.client import AsyncClient
 
-START_S = 300
 WIRES = ["grpc", "http", "openai", "engine"]
 PACKAGES = ("grpcio", "uvicorn", "h11", "aiohttp", "openai")
 
@@ -183,57 +178,6 @@ async def events_of(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str,
             if "error" in event:
                 raise RuntimeError(f"the server says: {event['error']}")
             yield event
-
-
-@dataclass(slots=True)
-class Served:
-    """A server's process and where it listens."""
-
-    process: subprocess.Popen[bytes]
-    grpc: str
-    http: str
-
-    def cpu_s(self) -> tuple[float, float]:
-        """Seconds of processor of the process, and of the thread of its event loop."""
-        process = psutil.Process(self.process.pid)
-        loop = next(t for t in process.threads() if t.id == self.process.pid)
-        return sum(process.cpu_times()[:2]), loop.user_time + loop.system_time
-
-
-@contextlib.contextmanager
-def serving(args: argparse.Namespace, folder: Path) -> Iterator[Served]:
-    """A server over the base and the adapters below `folder`, until the context ends."""
-    grpc, http = free_address(), free_address()
-    command = [
-        sys.executable, "-m", "server", "serve", "--base", args.base, "--grpc-address", grpc,
-        "--http-address", http, "--adapter-root", str(folder), "--adapter-store",
-        str(folder / "store"), "--max-num-seqs", str(args.requests), "--log-level", "warning",
-    ]  # fmt: skip
-    log = folder / "server.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-    try:
-        wait_until_ready(process, http, log)
-        yield Served(process, grpc, http)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], http: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://{http}/readyz").status_code == 200:
-                return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the server does not serve:\n{log.read_text()[-3000:]}")
-        time.sleep(0.1)
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @dataclass(slots=True)
@@ -416,10 +360,10 @@ def print_table(
 
 async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     base = load_base(BaseConfig(model=args.base, device="cpu"))
-    write_random_adapters(base, folder, args.adapters, args.rank)
+    write_random_adapters(base, folder, [args.rank] * args.adapters)
     vocab_size = base.spec.vocab_size
     del base
-    with serving(args, folder) as server:
+    with serving(args.base, folder, args.requests) as server:
         async with open_wires(args, server, folder) as wires:
             rounds = Rounds(args, server, wires, vocab_size)
             await rounds.run()
