@@ -58,8 +58,6 @@ protos: $(VENV)/installed-test
 	$(BIN)/buf lint protos
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=protos $(SERVICES)
-	sed -i.bak -E 's/^from loramux\.v1 import /from . import /' protos/loramux/v1/*_pb2*.py*
-	rm -f protos/loramux/v1/*.bak
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramux needs Python 3.11 or newer; say which with: make PYTHON=python3.12")'
@@ -77,5 +75,5 @@ $(VENV)/installed-test: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
-	find lora_runtime server protos tests bench deploy -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find lora_runtime loramux server protos tests bench deploy -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f lora_runtime/kernels/*.so

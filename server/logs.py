@@ -57,7 +57,7 @@ def setup_logging(*, level: str, log_format: str, stream: TextIO | None = None) 
     logging.basicConfig(
         handlers=[handler], level="DEBUG" if level == "debug" else "WARNING", force=True
     )
-    logging.getLogger("server").setLevel(level.upper())
+    logging.getLogger("loramux").setLevel(level.upper())
     for name in TRANSFER_LIBRARIES:
         logging.getLogger(name).setLevel("WARNING")
     structlog.configure(

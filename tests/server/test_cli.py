@@ -398,12 +398,12 @@ def test_train_by_file(invoke, runs, monkeypatch, tmp_path):
         (["train", "run.yaml"], ["train", "run.yaml"]),
     ],
 )
-def test_python_m_server_is_the_command_and_flags_alone_serve(monkeypatch, arguments, expected):
+def test_python_m_loramux_is_the_command_and_flags_alone_serve(monkeypatch, arguments, expected):
     """torchrun starts modules: `torchrun -m server train run.yaml`."""
     called = []
     monkeypatch.setattr("server.cli.main", called.append)
-    monkeypatch.setattr(sys, "argv", ["server", *arguments])
-    runpy.run_module("server", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["loramux", *arguments])
+    runpy.run_module("loramux", run_name="__main__")
     assert called == [expected]
 
 

@@ -23,7 +23,7 @@ def restored():
 def logged(log_format: str, level: str = "info") -> str:
     stream = io.StringIO()
     setup_logging(level=level, log_format=log_format, stream=stream)
-    ours = structlog.get_logger("server.part")
+    ours = structlog.get_logger("loramux.part")
     ours.info("ready", port=7)
     ours.debug("detail")
     logging.getLogger("some.library").info("chatter")
@@ -40,7 +40,7 @@ def test_json_is_one_object_a_line_from_us_and_from_libraries():
     events = [json.loads(line) for line in logged("json").splitlines()]
     assert [event["event"] for event in events] == ["ready", "a library's warning", "failed"]
     assert events[0]["port"] == 7 and events[0]["level"] == "info"
-    assert events[0]["logger"] == "server.part" and "timestamp" in events[0]
+    assert events[0]["logger"] == "loramux.part" and "timestamp" in events[0]
     assert "ValueError: of 17 letters" in events[2]["exception"]
 
 
@@ -54,7 +54,7 @@ def test_tracebacks_show_no_values_of_variables(log_format):
 def test_no_value_of_a_client_acts_on_a_terminal():
     stream = io.StringIO()
     setup_logging(level="info", log_format="console", stream=stream)
-    structlog.get_logger("server.part").info(
+    structlog.get_logger("loramux.part").info(
         "adapter refused", source="a\x1b]0;pwned\x07\x9b2J\u202eb"
     )
     logging.getLogger("some.library").warning("of \x1b[2J")

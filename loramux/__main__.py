@@ -1,4 +1,4 @@
-"""`python -m server` is `loramux`; given flags alone it serves."""
+"""`python -m loramux` is `loramux`; given flags alone it serves."""
 
 from __future__ import annotations
 
