@@ -28,7 +28,7 @@ import httpx
 import yaml
 
 from lora_runtime.errors import LoramuxError
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
@@ -202,7 +202,7 @@ def main() -> None:
         target = {"targets": [f"127.0.0.1:{ports['http']}"]}
         job = {"job_name": "loramux", "scrape_interval": "1s", "static_configs": [target]}
         (folder / "prometheus.yaml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
-        serve = process(sys.executable, "-m", "server", "serve", "--config", folder / "serve.yaml")
+        serve = process(sys.executable, "-m", "loramux", "serve", "--config", folder / "serve.yaml")
         scrape = process(
             "prometheus",
             f"--config.file={folder / 'prometheus.yaml'}",

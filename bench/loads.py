@@ -20,7 +20,7 @@ from bench.random_adapters import write_random_adapters
 from bench.served import serving
 from lora_runtime.base.loader import load_base
 from lora_runtime.config import BaseConfig
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 
 
 async def listen(client: AsyncClient, index: int, gaps: list[float], stop: asyncio.Event) -> None:

@@ -37,7 +37,7 @@ def serving(base: str, folder: Path, max_num_seqs: int, *flags: str) -> Iterator
     """A server over the base and the adapters below `folder`, until the context ends."""
     grpc, http = free_address(), free_address()
     command = [
-        sys.executable, "-m", "server", "serve", "--base", base, "--grpc-address", grpc,
+        sys.executable, "-m", "loramux", "serve", "--base", base, "--grpc-address", grpc,
         "--http-address", http, "--adapter-root", str(folder), "--adapter-store",
         str(folder / "store"), "--max-num-seqs", str(max_num_seqs), "--log-level", "warning",
         *flags,

@@ -25,7 +25,7 @@ from lora_runtime.base.loader import Base
 from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from lora_runtime.core import AdapterUse, Request, SamplingParams
 from lora_runtime.engine.engine import Engine
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 
 PATIENCE_S = 600
 

@@ -43,7 +43,7 @@ from lora_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lora_runtime.core import AdapterUse, Request, SamplingParams
 from lora_runtime.engine.client import EngineClient
 from lora_runtime.engine.loop import start_engine
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 
 WIRES = ["grpc", "http", "openai", "engine"]
 PACKAGES = ("grpcio", "uvicorn", "h11", "aiohttp", "openai")

@@ -10,7 +10,7 @@ from pydantic import ByteSize
 
 from lora_runtime.settings import Bytes, Entry, entries
 from lora_runtime.training.config import TrainConfig, UnitConfig
-from server.config import ServerConfig
+from loramux.server.config import ServerConfig
 
 HEAD = """# Settings
 

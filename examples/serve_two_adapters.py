@@ -17,7 +17,7 @@ QUESTION = [{"role": "user", "content": "My order is late. What can I do?"}]
 
 def main(base: str, *adapters: str) -> None:
     flags = [f"--adapter={adapter}" for adapter in adapters]
-    command = [sys.executable, "-m", "server", "--base", base, *flags]
+    command = [sys.executable, "-m", "loramux", "--base", base, *flags]
     server = subprocess.Popen(command)
     try:
         with Client(ADDRESS) as client, ThreadPoolExecutor() as threads:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_runtime.engine.llm import LLM, Completion, ToolCall
     from lora_runtime.training.call import train
-    from server.client import AsyncClient, Client, tls_credentials
+    from loramux.server.client import AsyncClient, Client, tls_credentials
 
 __all__ = ["LLM", "AsyncClient", "Client", "Completion", "ToolCall", "tls_credentials", "train"]
 
@@ -20,9 +20,9 @@ _MODULES = {
     "LLM": "lora_runtime.engine.llm",
     "Completion": "lora_runtime.engine.llm",
     "ToolCall": "lora_runtime.engine.llm",
-    "Client": "server.client",
-    "AsyncClient": "server.client",
-    "tls_credentials": "server.client",
+    "Client": "loramux.server.client",
+    "AsyncClient": "loramux.server.client",
+    "tls_credentials": "loramux.server.client",
     "train": "lora_runtime.training.call",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from server.cli import main
+from loramux.server.cli import main
 
 arguments = sys.argv[1:]
 is_flag = (

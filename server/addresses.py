@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any
 
 from lora_runtime.errors import ConfigError
-from server.config import split_address
+from loramux.server.config import split_address
 
 MAX_LOOK_UP_S = 10.0
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)

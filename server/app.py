@@ -30,37 +30,37 @@ from lora_runtime.shortages import allow_open_files
 from lora_runtime.text.chat_output import Parsers
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.http_gate import HttpGate
-from server.adapters.changes import NameChanges
-from server.adapters.loads import Loads
-from server.adapters.names import NameStore, claimed
-from server.adapters.registry import Registry
-from server.adapters.sources import Sources
-from server.adapters.sources.remote import FetchLimits, RemoteSources
-from server.adapters.uploads import AdapterStore
-from server.addresses import check_free, listen
-from server.condition import Condition
-from server.config import ServerConfig
-from server.doors import Doors, open_doors
-from server.exit_guard import ExitGuard
-from server.fields import adapter_name
-from server.http_gateway import build_http_app
-from server.http_server import RunningHttp, serving_http
-from server.observability.http_calls import ObservedHttp
-from server.observability.metrics import Metrics
-from server.observability.observers import Observers
-from server.observability.records import RequestWatcher
-from server.observability.request_log import RequestLog
-from server.observability.tracing import Tracing, span_exporter
-from server.openai.boundary import Backend
-from server.openai.routes import routes as openai_routes
-from server.page.history import History
-from server.page.routes import routes as page_routes
-from server.rpc.server import start_grpc
-from server.running_calls import Calls
-from server.service import Service, build_service
-from server.stop_signal import StopSignal
-from server.watchdog import Watchdog
+from loramux.server.access.http_gate import HttpGate
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.loads import Loads
+from loramux.server.adapters.names import NameStore, claimed
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.sources.remote import FetchLimits, RemoteSources
+from loramux.server.adapters.uploads import AdapterStore
+from loramux.server.addresses import check_free, listen
+from loramux.server.condition import Condition
+from loramux.server.config import ServerConfig
+from loramux.server.doors import Doors, open_doors
+from loramux.server.exit_guard import ExitGuard
+from loramux.server.fields import adapter_name
+from loramux.server.http_gateway import build_http_app
+from loramux.server.http_server import RunningHttp, serving_http
+from loramux.server.observability.http_calls import ObservedHttp
+from loramux.server.observability.metrics import Metrics
+from loramux.server.observability.observers import Observers
+from loramux.server.observability.records import RequestWatcher
+from loramux.server.observability.request_log import RequestLog
+from loramux.server.observability.tracing import Tracing, span_exporter
+from loramux.server.openai.boundary import Backend
+from loramux.server.openai.routes import routes as openai_routes
+from loramux.server.page.history import History
+from loramux.server.page.routes import routes as page_routes
+from loramux.server.rpc.server import start_grpc
+from loramux.server.running_calls import Calls
+from loramux.server.service import Service, build_service
+from loramux.server.stop_signal import StopSignal
+from loramux.server.watchdog import Watchdog
 
 FAILURE_GRACE_S = 1.0
 """Seconds in which streams receive their error when a part of the server has failed."""

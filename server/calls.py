@@ -22,7 +22,7 @@ from lora_runtime.engine.client import EngineInfo, LoadedAdapter
 from lora_runtime.text.chat_prompt import ChatPrompt
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tool_calls import ToolCallDelta
-from server.access.caller import Caller
+from loramux.server.access.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.observability.metrics import Metrics
-from server.page.history import History
-from server.running_calls import Calls
-from server.service import Service
-from server.watchdog import Watchdog
+from loramux.server.observability.metrics import Metrics
+from loramux.server.page.history import History
+from loramux.server.running_calls import Calls
+from loramux.server.service import Service
+from loramux.server.watchdog import Watchdog
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from lora_runtime.settings import (
     setting,
     settings,
 )
-from server.adapters.sources.location import PLACE, REMOTE, check_prefix, is_remote, parse
+from loramux.server.adapters.sources.location import PLACE, REMOTE, check_prefix, is_remote, parse
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import structlog
 
 from lora_runtime.errors import ConfigError
-from server.access.gate import Gate
-from server.access.keys import Keys
-from server.access.names import Names
-from server.access.tls import Tls, TlsFiles
-from server.addresses import is_own
-from server.config import ServerConfig, split_address
+from loramux.server.access.gate import Gate
+from loramux.server.access.keys import Keys
+from loramux.server.access.names import Names
+from loramux.server.access.tls import Tls, TlsFiles
+from loramux.server.addresses import is_own
+from loramux.server.config import ServerConfig, split_address
 
 RELOAD_PERIOD_S = 1.0
 ADDRESSES = ("grpc_address", "http_address")

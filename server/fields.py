@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lora_runtime.errors import InvalidRequest
-from server.calls import PromptLimits
+from loramux.server.calls import PromptLimits
 
 MAX_VALUES = 1 << 20
 """Numbers and other values of one request: 128 prompts of 8,192 token ids each."""

@@ -6,8 +6,8 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.access.http_gate import CERTIFICATE
-from server.access.tls import certificate_names
+from loramux.server.access.http_gate import CERTIFICATE
+from loramux.server.access.tls import certificate_names
 
 HEAD_S = 20.0
 """Seconds that a request's head may take, from the connection's beginning or the last answer. A

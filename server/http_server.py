@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from server.access.tls import Tls
-from server.http_connection import HttpConnection
-from server.observability.http_calls import App
+from loramux.server.access.tls import Tls
+from loramux.server.http_connection import HttpConnection
+from loramux.server.observability.http_calls import App
 
 HTTP_STOP_S = 1.0
 

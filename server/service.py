@@ -11,22 +11,22 @@ from lora_runtime.engine.client import EngineClient
 from lora_runtime.text.chat_output import AS_TEMPLATES_SAY, Parsers
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.caller import Caller
-from server.access.quotas import Quotas
-from server.adapters.adapters import Adapters
-from server.adapters.changes import NameChanges
-from server.adapters.loads import Loads
-from server.adapters.on_demand import OnDemand
-from server.adapters.registry import Registry
-from server.adapters.sources import Sources
-from server.adapters.sources.remote import RemoteSources
-from server.adapters.uploads import AdapterStore
-from server.calls import AdapterState, ServerInfo
-from server.generation.generation import Generation
-from server.generation.prompts import Prompts
-from server.observability.observers import RequestObserver
-from server.observability.records import RequestWatcher
-from server.versions import installed_versions
+from loramux.server.access.caller import Caller
+from loramux.server.access.quotas import Quotas
+from loramux.server.adapters.adapters import Adapters
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.loads import Loads
+from loramux.server.adapters.on_demand import OnDemand
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.sources.remote import RemoteSources
+from loramux.server.adapters.uploads import AdapterStore
+from loramux.server.calls import AdapterState, ServerInfo
+from loramux.server.generation.generation import Generation
+from loramux.server.generation.prompts import Prompts
+from loramux.server.observability.observers import RequestObserver
+from loramux.server.observability.records import RequestWatcher
+from loramux.server.versions import installed_versions
 
 
 class ServerFacts:

@@ -34,8 +34,8 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
     "lora_runtime.engine.loop",
     "lora_runtime.training.trainer",
-    "server.app",
-    "server.cli",
+    "loramux.server.app",
+    "loramux.server.cli",
 )
 MAX_REQUEST_BYTES = 1 << 17
 

@@ -29,54 +29,54 @@ MAX_KERNEL_BODY_LINES = 150
 
 SERVICE, COMMAND_LINE = "loramux.server", "loramux.server.cli"
 CLIENT = "loramux.server.client"
-SHARED_WITH_CLIENTS = {"server.errors", "lora_runtime.errors", "lora_runtime.plain_file",
+SHARED_WITH_CLIENTS = {"loramux.server.errors", "lora_runtime.errors", "lora_runtime.plain_file",
                        "lora_runtime.adapters.files.file_names",
                        "lora_runtime.adapters.files.open_folder", "loramux.v1"}  # fmt: skip
 """All that the client imports of ours: nothing of the service side."""
 
 GRPC_DOORS = [
-    "server.access.grpc_gate", "server.access.tls", "server.rpc.*",
-    "server.errors", "server.client", "server.client.channel",
-    "server.grpc_handlers", "server.observability.grpc_calls",
+    "loramux.server.access.grpc_gate", "loramux.server.access.tls", "loramux.server.rpc.*",
+    "loramux.server.errors", "loramux.server.client", "loramux.server.client.channel",
+    "loramux.server.grpc_handlers", "loramux.server.observability.grpc_calls",
 ]  # fmt: skip
 DOORS = {
     "accelerate": ["lora_runtime.base.streamed_load"],
     "bitsandbytes": ["lora_runtime.base.model.quant_linear", "lora_runtime.training.*"],
     "cuda": ["lora_runtime.kernels.cuda.product"],
-    "gcsfs": ["server.adapters.sources.buckets"],
+    "gcsfs": ["loramux.server.adapters.sources.buckets"],
     "gguf": ["lora_runtime.base.gguf"],
-    "google.rpc": ["server.errors"],
+    "google.rpc": ["loramux.server.errors"],
     "grpc": GRPC_DOORS,
     "grpc_health": GRPC_DOORS,
     "grpc_reflection": GRPC_DOORS,
     "grpc_status": GRPC_DOORS,
-    "huggingface_hub": ["lora_runtime.base.catalog", "server.adapters.sources.hub"],
+    "huggingface_hub": ["lora_runtime.base.catalog", "loramux.server.adapters.sources.hub"],
     "jinja2": ["lora_runtime.text.template_check"],
     "llguidance": ["lora_runtime.text.structured_output", "lora_runtime.text.structure_compiler"],
-    "opentelemetry": ["server.observability.tracing"],
+    "opentelemetry": ["loramux.server.observability.tracing"],
     "loramux.v1": ["loramux.server.*"],
     "matplotlib": ["lora_runtime.training.report.files"],
-    "prometheus_client": ["server.observability.metrics"],
+    "prometheus_client": ["loramux.server.observability.metrics"],
     "pyarrow": ["lora_runtime.training.rows"],
     "pydantic": ["lora_runtime.settings", "lora_runtime.config", "lora_runtime.training.config",
-                 "server.access.keys", "server.config",
-                 "server.cli.settings", "server.openai.schema"],
+                 "loramux.server.access.keys", "loramux.server.config",
+                 "loramux.server.cli.settings", "loramux.server.openai.schema"],
     "regex": ["lora_runtime.adapters.config.matching"],
     "rich": ["lora_runtime.terminal", "lora_runtime.training.report.progress",
-             "lora_runtime.training.trainer", "server.cli", "server.cli.*"],
-    "s3fs": ["server.adapters.sources.buckets"],
+             "lora_runtime.training.trainer", "loramux.server.cli", "loramux.server.cli.*"],
+    "s3fs": ["loramux.server.adapters.sources.buckets"],
     "safetensors": ["lora_runtime.adapters.files.folder", "lora_runtime.base.*",
                     "lora_runtime.training.checkpoint"],
-    "starlette": ["server.http_gateway", "server.openai.*",
-                  "server.page.routes"],
-    "structlog": ["server.*"],
+    "starlette": ["loramux.server.http_gateway", "loramux.server.openai.*",
+                  "loramux.server.page.routes"],
+    "structlog": ["loramux.server.*"],
     "tokenizers": ["lora_runtime.base.*", "lora_runtime.text.*"],
     "transformers": ["lora_runtime.base.*", "lora_runtime.text.*",
                      "lora_runtime.training.*"],
     "triton": ["lora_runtime.kernels.*"],
-    "typer": ["server.cli", "server.cli.*"],
-    "uvicorn": ["server.http_connection", "server.http_server"],
-    "yaml": ["server.cli.keys", "server.cli.serve", "lora_runtime.settings"],
+    "typer": ["loramux.server.cli", "loramux.server.cli.*"],
+    "uvicorn": ["loramux.server.http_connection", "loramux.server.http_server"],
+    "yaml": ["loramux.server.cli.keys", "loramux.server.cli.serve", "lora_runtime.settings"],
 }  # fmt: skip
 """Third-party package, or our wire's → the only modules that may import it."""
 EVERYWHERE = {"torch", "numpy"}
@@ -333,25 +333,25 @@ def test_nothing_refers_to_files_outside_the_repository():
 
 BAD_SOURCES = {
     wrong_door: [
-        ("server.service", "import grpc.aio"),
-        ("server.adapters.registry", "from google.rpc import status_pb2"),
+        ("loramux.server.service", "import grpc.aio"),
+        ("loramux.server.adapters.registry", "from google.rpc import status_pb2"),
         ("lora_runtime.core", "import structlog"),
         ("lora_runtime.engine.engine", "from transformers import AutoConfig"),
-        ("server.app", "from prometheus_client import Counter"),
+        ("loramux.server.app", "from prometheus_client import Counter"),
         ("lora_runtime.base.loader", "import triton.language as tl"),
     ],
     service_in_client: [
-        ("server.client.uploads", "from server.adapters.uploads import Upload"),
-        ("server.client", "from lora_runtime.engine import loop"),
-        ("server.rpc.server", "from server.client.channel import Stubs"),
+        ("loramux.server.client.uploads", "from loramux.server.adapters.uploads import Upload"),
+        ("loramux.server.client", "from lora_runtime.engine import loop"),
+        ("loramux.server.rpc.server", "from loramux.server.client.channel import Stubs"),
     ],
-    without_door: [("server.service", "import requests")],
+    without_door: [("loramux.server.service", "import requests")],
     undocumented: [
-        ("server.app", "class A:\n    def run(self): pass"),
-        ("server.app", "class A:\n    @cache\n    async def run(self): pass"),
+        ("loramux.server.app", "class A:\n    def run(self): pass"),
+        ("loramux.server.app", "class A:\n    @cache\n    async def run(self): pass"),
     ],
     oversized: [
-        ("server.app", "def f():\n" + "    x = 1\n" * 50),
+        ("loramux.server.app", "def f():\n" + "    x = 1\n" * 50),
         ("lora_runtime.kernels.lora", "import triton\ndef f():\n" + "    x = 1\n" * 150),
     ],
     badly_named: [("loramux.server.text_utils", ""), ("lora_runtime.common.text", "")],
@@ -368,5 +368,5 @@ def test_each_rule_can_fail(rule, name, source):
 
 def test_documentation_does_not_count_as_length():
     long = 'def f():\n    """' + "words\n" * 60 + '"""\n    return 1\n'
-    module = Module("server.app", "# why\n\n" + long)
-    assert module.functions == [("server.app.f", 2)]
+    module = Module("loramux.server.app", "# why\n\n" + long)
+    assert module.functions == [("loramux.server.app.f", 2)]

@@ -31,7 +31,7 @@ from rich.text import Text
 
 from lora_runtime.base.catalog import resolve_base
 from lora_runtime.errors import AdapterNotFound, LoramuxError
-from server.client import AsyncClient, Client
+from loramux.server.client import AsyncClient, Client
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -42,7 +42,7 @@ QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Tell me 
 GREEDY = {"max_tokens": 48, "temperature": 0.0}
 STYLE = {"pirate": r"\b(Arr|matey|ye|yer)\b", "telegram": r"\bSTOP\b"}
 """Adapter → what its answers hold and the base's do not."""
-LORAMUX = [sys.executable, "-c", "from server.cli import main; main()"]
+LORAMUX = [sys.executable, "-c", "from loramux.server.cli import main; main()"]
 Answers = dict[str, dict[str, str]]  # question → column → text so far
 
 

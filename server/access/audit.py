@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import structlog
 
 from lora_runtime.errors import AdapterNotFound, LoramuxError, Unauthenticated
-from server.access.caller import Caller
+from loramux.server.access.caller import Caller
 
 MAX_LOGGED = 200
 """Characters of what a client wrote."""

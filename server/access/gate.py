@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_runtime.errors import Unauthenticated
-from server.access.caller import ANONYMOUS, Caller
-from server.access.keys import Keys
+from loramux.server.access.caller import ANONYMOUS, Caller
+from loramux.server.access.keys import Keys
 
 SCHEME = "bearer "
 

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 
 from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
-from server.access.audit import log_refusal, log_stranger
-from server.access.caller import CURRENT, Caller
-from server.access.gate import Gate
-from server.errors import grpc_status
-from server.grpc_handlers import behaviour_of, maker
+from loramux.server.access.audit import log_refusal, log_stranger
+from loramux.server.access.caller import CURRENT, Caller
+from loramux.server.access.gate import Gate
+from loramux.server.errors import grpc_status
+from loramux.server.grpc_handlers import behaviour_of, maker
 
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """All that may be asked without a key."""

@@ -8,11 +8,11 @@ from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from lora_runtime.errors import LoramuxError, PermissionDenied, Unauthenticated
-from server.access.audit import log_refusal, log_stranger
-from server.access.caller import Caller
-from server.access.gate import Gate
-from server.access.names import Names
-from server.errors import http_error
+from loramux.server.access.audit import log_refusal, log_stranger
+from loramux.server.access.caller import Caller
+from loramux.server.access.gate import Gate
+from loramux.server.access.names import Names
+from loramux.server.errors import http_error
 
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
 OPEN_FOLDER = "/page/"

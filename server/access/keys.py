@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator
 from lora_runtime.errors import ConfigError, Unauthenticated
 from lora_runtime.plain_file import read_plain_file
 from lora_runtime.settings import checked, parse_yaml, setting, settings
-from server.access.caller import ALL, Caller, Limits, Role
+from loramux.server.access.caller import ALL, Caller, Limits, Role
 
 KEY_PREFIX = "lmx_"
 """So that a key in a log or a repository is seen to be one."""

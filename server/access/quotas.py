@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lora_runtime.errors import InvalidRequest, Overloaded
-from server.access.caller import Caller, Limits
+from loramux.server.access.caller import Caller, Limits
 
 BURST_S = 10.0
 """Seconds of a tenant's rate that it may save up and take at once."""

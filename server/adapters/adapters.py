@@ -11,14 +11,14 @@ import structlog
 
 from lora_runtime.errors import AdapterInUse
 from lora_runtime.text.text_side import TextSide
-from server.access.audit import audited, missing_logged
-from server.access.caller import Caller
-from server.adapters.changes import NameChanges
-from server.adapters.loads import Loads, refusals_logged
-from server.adapters.on_demand import OnDemand
-from server.adapters.registry import Registry
-from server.adapters.uploads import AdapterStore, to_the_end
-from server.calls import AdapterRecord, StoredAdapter, UploadCall
+from loramux.server.access.audit import audited, missing_logged
+from loramux.server.access.caller import Caller
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.loads import Loads, refusals_logged
+from loramux.server.adapters.on_demand import OnDemand
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.uploads import AdapterStore, to_the_end
+from loramux.server.calls import AdapterRecord, StoredAdapter, UploadCall
 
 logger = structlog.get_logger(__name__)
 

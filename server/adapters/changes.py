@@ -22,10 +22,10 @@ from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterNotFound, LoramuxError
-from server.adapters.background import BackgroundTasks
-from server.adapters.names import Content, KeptName
-from server.adapters.pins import Pins
-from server.adapters.reading import (
+from loramux.server.adapters.background import BackgroundTasks
+from loramux.server.adapters.names import Content, KeptName
+from loramux.server.adapters.pins import Pins
+from loramux.server.adapters.reading import (
     Resolve,
     Review,
     Reviewed,
@@ -35,10 +35,10 @@ from server.adapters.reading import (
     read_again,
     reviewed_content,
 )
-from server.adapters.registry import Registry
-from server.adapters.sources import without_path
-from server.calls import AdapterRecord, AdapterState
-from server.observability.observers import AdapterObserver
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources import without_path
+from loramux.server.calls import AdapterRecord, AdapterState
+from loramux.server.observability.observers import AdapterObserver
 
 NUM_RESTORED_AT_ONCE = 4
 

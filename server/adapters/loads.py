@@ -17,18 +17,18 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError, Overloaded, Unavailable
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
-from server.access.audit import MAX_LOGGED
-from server.access.caller import ANONYMOUS, Caller
-from server.access.places import TenantPlaces
-from server.access.quotas import Quotas
-from server.adapters.changes import NameChanges, Settle
-from server.adapters.registry import Registry
-from server.adapters.remote_loads import RemoteLoads
-from server.adapters.sources import Sources
-from server.adapters.sources.location import Location, is_remote, parse, pinned
-from server.adapters.sources.remote import Fetched, RemoteSources
-from server.adapters.uploads import AdapterStore, Upload, to_the_end
-from server.calls import AdapterRecord, UploadCall
+from loramux.server.access.audit import MAX_LOGGED
+from loramux.server.access.caller import ANONYMOUS, Caller
+from loramux.server.access.places import TenantPlaces
+from loramux.server.access.quotas import Quotas
+from loramux.server.adapters.changes import NameChanges, Settle
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.remote_loads import RemoteLoads
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.sources.location import Location, is_remote, parse, pinned
+from loramux.server.adapters.sources.remote import Fetched, RemoteSources
+from loramux.server.adapters.uploads import AdapterStore, Upload, to_the_end
+from loramux.server.calls import AdapterRecord, UploadCall
 
 SERVER = ANONYMOUS
 """For whom a server loads what its own settings name, and what it held before a restart."""

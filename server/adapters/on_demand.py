@@ -25,12 +25,12 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.access.audit import audited
-from server.access.caller import Caller
-from server.access.places import TenantPlaces
-from server.adapters.loads import Loads
-from server.adapters.registry import Registry
-from server.adapters.sources.location import PLACE
+from loramux.server.access.audit import audited
+from loramux.server.access.caller import Caller
+from loramux.server.access.places import TenantPlaces
+from loramux.server.adapters.loads import Loads
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources.location import PLACE
 
 REMEMBERED_S = 10.0
 MAX_REMEMBERED = 4096

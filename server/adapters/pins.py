@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from lora_runtime.engine.client import EngineClient
-from server.calls import AdapterRecord
+from loramux.server.calls import AdapterRecord
 
 
 class Pins:

@@ -14,9 +14,9 @@ from lora_runtime.core import FolderRules
 from lora_runtime.engine.client import EngineClient, LoadedAdapter
 from lora_runtime.errors import AdapterRefused, LoramuxError
 from lora_runtime.text.text_side import TextSide
-from server.adapters.names import Content
-from server.adapters.sources import without_path
-from server.calls import AdapterRecord, AdapterState
+from loramux.server.adapters.names import Content
+from loramux.server.adapters.sources import without_path
+from loramux.server.calls import AdapterRecord, AdapterState
 
 Reviewed: TypeAlias = tuple[TextSide | None, tuple[str, ...]]
 Review: TypeAlias = Callable[[LoadedAdapter], Awaitable[Reviewed]]

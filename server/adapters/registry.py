@@ -23,11 +23,11 @@ from lora_runtime.errors import (
     Overloaded,
     Unavailable,
 )
-from server.access.caller import Caller
-from server.adapters.names import Content, KeptName, NameStore
-from server.adapters.shares import givers
-from server.adapters.sources.location import stored_digest
-from server.calls import AdapterRecord, AdapterState
+from loramux.server.access.caller import Caller
+from loramux.server.adapters.names import Content, KeptName, NameStore
+from loramux.server.adapters.shares import givers
+from loramux.server.adapters.sources.location import stored_digest
+from loramux.server.calls import AdapterRecord, AdapterState
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""

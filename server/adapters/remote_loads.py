@@ -12,9 +12,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from weakref import WeakValueDictionary
 
 from lora_runtime.errors import AdapterNotFound
-from server.adapters.registry import Registry
-from server.adapters.sources.location import Location
-from server.adapters.sources.remote import Fetched, RemoteSources
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources.location import Location
+from loramux.server.adapters.sources.remote import Fetched, RemoteSources
 
 
 class RemoteLoads:

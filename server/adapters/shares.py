@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lora_runtime.adapters.host_cache import HostMemoryFull
-from server.calls import AdapterRecord
+from loramux.server.calls import AdapterRecord
 
 
 def givers(

@@ -27,8 +27,8 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import AdapterInUse, AdapterNotFound, InvalidRequest, Overloaded
 from lora_runtime.shortages import shortage
 from lora_runtime.temporary_folder import remove_abandoned, temporary_folder
-from server.access.places import TenantPlaces
-from server.calls import StoredAdapter, UploadCall, UploadFile
+from loramux.server.access.places import TenantPlaces
+from loramux.server.calls import StoredAdapter, UploadCall, UploadFile
 
 MAX_RUNNING_UPLOADS = 16
 MAX_STORE_BYTES = 100 << 30

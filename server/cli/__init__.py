@@ -9,8 +9,8 @@ import typer
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo
-from server.cli import chat, doctor, keys, local, remote, serve, train
-from server.cli.command import Command
+from loramux.server.cli import chat, doctor, keys, local, remote, serve, train
+from loramux.server.cli.command import Command
 
 
 class Commands(typer.core.TyperGroup):

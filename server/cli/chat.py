@@ -11,10 +11,10 @@ import typer
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import echo, shown, write
-from server.cli.connection import connected
-from server.cli.remote import Weighted, weights
-from server.client import Client
-from server.client.requests import Options
+from loramux.server.cli.connection import connected
+from loramux.server.cli.remote import Weighted, weights
+from loramux.server.client import Client
+from loramux.server.client.requests import Options
 
 HELP = """\
 /adapter [NAME[=WEIGHT] …]  answer with these adapters from now on; without a name, with the base

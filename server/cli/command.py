@@ -14,8 +14,8 @@ from rich.text import Text
 from typer import rich_utils
 
 from lora_runtime.settings import check_meaning
-from server.cli.settings import NAMED_FLAGS, OTHER_FLAGS, VARIABLES
-from server.config import check_environment
+from loramux.server.cli.settings import NAMED_FLAGS, OTHER_FLAGS, VARIABLES
+from loramux.server.config import check_environment
 
 NARROW = 100
 """Columns of a terminal below which a flag's text stands under its names and not beside them."""

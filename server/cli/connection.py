@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from server.client import DEFAULT_TARGET, Client, tls_credentials
+from loramux.server.client import DEFAULT_TARGET, Client, tls_credentials
 
 PANEL = "Connection"
 

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from lora_runtime.errors import InvalidRequest, LoramuxError
 from lora_runtime.terminal import Terminal
-from server.cli.connection import Connect
-from server.cli.remote import send_folder
-from server.client import Client
-from server.client.requests import Messages
+from loramux.server.cli.connection import Connect
+from loramux.server.cli.remote import send_folder
+from loramux.server.client import Client
+from loramux.server.client.requests import Messages
 
 if TYPE_CHECKING:
     from lora_runtime.training.config import UnitConfig

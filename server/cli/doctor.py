@@ -14,9 +14,9 @@ from rich.table import Table
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError, LoramuxError
 from lora_runtime.terminal import Terminal
-from server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
-from server.config import load_config
-from server.versions import PACKAGES, installed_versions
+from loramux.server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
+from loramux.server.config import load_config
+from loramux.server.versions import PACKAGES, installed_versions
 
 
 @with_flags(BASE_FLAGS)

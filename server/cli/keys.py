@@ -16,10 +16,10 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.plain_file import read_plain_file
 from lora_runtime.settings import parse_yaml
 from lora_runtime.terminal import echo, write
-from server.access.caller import Role
-from server.access.keys import KeyEntry, hashed, new_key, parsed, table_of
-from server.cli.command import Command
-from server.cli.tables import show_table
+from loramux.server.access.caller import Role
+from loramux.server.access.keys import KeyEntry, hashed, new_key, parsed, table_of
+from loramux.server.cli.command import Command
+from loramux.server.cli.tables import show_table
 
 HEAD = """\
 # API keys of a loramux server: `loramux serve --keys THIS_FILE`; docs/access.md explains it.

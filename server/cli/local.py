@@ -18,8 +18,8 @@ from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
 from lora_runtime.config import EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.terminal import Terminal, echo
-from server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
-from server.config import load_config
+from loramux.server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
+from loramux.server.config import load_config
 
 if TYPE_CHECKING:
     from lora_runtime.adapters.merge import Merge

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from lora_runtime.errors import LoramuxError
 from lora_runtime.terminal import Terminal, echo, write
-from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
-from server.cli import sampling
-from server.cli.command import Command
-from server.cli.connection import connected
-from server.cli.tables import show_json, show_table
-from server.client import UPLOAD_TIMEOUT_S, Client
+from loramux.server.cli import sampling
+from loramux.server.cli.command import Command
+from loramux.server.cli.connection import connected
+from loramux.server.cli.tables import show_json, show_table
+from loramux.server.client import UPLOAD_TIMEOUT_S, Client
+from loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 
 Name = Annotated[str, typer.Argument(help="The adapter's name on the server.")]
 ChatOrText = Annotated[

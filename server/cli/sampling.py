@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias, cast
 
 import typer
 
-from server.client.requests import Options
+from loramux.server.client.requests import Options
 
 MaxTokens: TypeAlias = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature: TypeAlias = Annotated[float | None, typer.Option(help="0 is greedy.")]

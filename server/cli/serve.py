@@ -9,9 +9,9 @@ import typer
 import yaml
 
 from lora_runtime.terminal import write
-from server.cli.settings import ConfigFile, with_flags
-from server.config import SETTINGS, ServerConfig, load_config
-from server.logs import setup_logging
+from loramux.server.cli.settings import ConfigFile, with_flags
+from loramux.server.config import SETTINGS, ServerConfig, load_config
+from loramux.server.logs import setup_logging
 
 
 @with_flags(SETTINGS.values())
@@ -32,7 +32,7 @@ def serve(
         write(yaml.safe_dump(_by_key(settings), sort_keys=False))
         return
     setup_logging(level=settings.log_level, log_format=settings.log_format)
-    from server.app import run
+    from loramux.server.app import run
 
     run(settings)
 

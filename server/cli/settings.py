@@ -15,7 +15,7 @@ from pydantic import ByteSize
 from lora_runtime.errors import ConfigError
 from lora_runtime.settings import Bytes, Entry, FilePath, canonical_names, entries, parse_yaml
 from lora_runtime.training.config import TrainConfig, UnitConfig
-from server.config import PREFIX, SETTINGS
+from loramux.server.config import PREFIX, SETTINGS
 
 
 def flag_of(name: str) -> str:

@@ -20,11 +20,11 @@ from lora_runtime.settings import by_key
 from lora_runtime.terminal import Terminal, echo
 from lora_runtime.training.config import TrainConfig, unit_fields
 from lora_runtime.training.rows import read_rows
-from server.cli import deploy as deploying
-from server.cli.connection import Connect, connecting
-from server.cli.settings import TRAIN_SETTINGS, read_texts, with_flags
-from server.cli.tables import show_table
-from server.config import environment
+from loramux.server.cli import deploy as deploying
+from loramux.server.cli.connection import Connect, connecting
+from loramux.server.cli.settings import TRAIN_SETTINGS, read_texts, with_flags
+from loramux.server.cli.tables import show_table
+from loramux.server.config import environment
 
 if TYPE_CHECKING:
     from lora_runtime.training.dry_run import Estimate
@@ -96,7 +96,7 @@ def train(
     --deploy connects as --api-key and --tls… say, or LORAMUX_API_KEY and LORAMUX_TLS_CA.
 
     Adapters are written in PEFT's format, ready for `loramux adapters load`. Several devices share
-    an update by `torchrun --nproc-per-node N -m server train …`.
+    an update by `torchrun --nproc-per-node N -m loramux train …`.
     """
     run = _run_of(config, unit or [], flags)
     check_data(run)

@@ -15,8 +15,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from lora_runtime.errors import Unavailable
-from protos.loramux.v1 import adapters_pb2, server_pb2
-from server.client.channel import (
+from loramux.server.client.channel import (
     HEALTH_REQUEST,
     SERVING,
     AsyncGeneration,
@@ -28,8 +27,15 @@ from server.client.channel import (
     tls_credentials,
     typed_errors,
 )
-from server.client.requests import Messages, Options, choose, generate_request, tokenize_request
-from server.client.uploads import Outgoing, Progress, no_progress
+from loramux.server.client.requests import (
+    Messages,
+    Options,
+    choose,
+    generate_request,
+    tokenize_request,
+)
+from loramux.server.client.uploads import Outgoing, Progress, no_progress
+from loramux.v1 import adapters_pb2, server_pb2
 
 __all__ = ["AsyncClient", "Client", "tls_credentials"]
 

@@ -14,13 +14,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.plain_file import read_plain_file
-from protos.loramux.v1 import (
+from loramux.server.errors import from_rpc_error
+from loramux.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     server_pb2_grpc,
 )
-from server.errors import from_rpc_error
 
 HEALTH_REQUEST = health_pb2.HealthCheckRequest()
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from lora_runtime.errors import InvalidRequest, check_options
-from protos.loramux.v1 import generation_pb2, types_pb2
+from loramux.v1 import generation_pb2, types_pb2
 
 Messages = Sequence[Mapping[str, Any]]
 

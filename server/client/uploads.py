@@ -14,7 +14,7 @@ from lora_runtime.adapters.files.file_names import (
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, read_settled
 from lora_runtime.errors import AdapterSourceRefused
-from protos.loramux.v1 import adapters_pb2
+from loramux.v1 import adapters_pb2
 
 CHUNK_BYTES = 1 << 20
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lora_runtime.engine.request_rules import shared_side
 from lora_runtime.text.text_side import TextSide
-from server.calls import AdapterRecord
+from loramux.server.calls import AdapterRecord
 
 
 def text_side(records: Sequence[AdapterRecord], uses_base_text: bool) -> TextSide | None:

@@ -28,12 +28,12 @@ from lora_runtime.text.structure_compiler import StructureCompiler
 from lora_runtime.text.structured_output import Structure
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.audit import missing_logged
-from server.access.places import TenantPlaces
-from server.access.quotas import Quotas, Spend
-from server.adapters.on_demand import OnDemand
-from server.adapters.registry import Registry
-from server.calls import (
+from loramux.server.access.audit import missing_logged
+from loramux.server.access.places import TenantPlaces
+from loramux.server.access.quotas import Quotas, Spend
+from loramux.server.adapters.on_demand import OnDemand
+from loramux.server.adapters.registry import Registry
+from loramux.server.calls import (
     AdapterRecord,
     Delta,
     Event,
@@ -43,12 +43,12 @@ from server.calls import (
     PromptLogprobs,
     Started,
 )
-from server.generation.composition import depth, text_side
-from server.generation.merging import merged
-from server.generation.output import RequestMeter, delta_of
-from server.generation.prompts import Prompts
-from server.observability.observers import RequestObserver
-from server.observability.records import RequestWatcher, watched
+from loramux.server.generation.composition import depth, text_side
+from loramux.server.generation.merging import merged
+from loramux.server.generation.output import RequestMeter, delta_of
+from loramux.server.generation.prompts import Prompts
+from loramux.server.observability.observers import RequestObserver
+from loramux.server.observability.records import RequestWatcher, watched
 
 MAX_COMPILING = 4
 """Forms that are compiled or about to be; two processes try them."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from server.calls import Event, PromptLogprobs, Started
+from loramux.server.calls import Event, PromptLogprobs, Started
 
 Events = AsyncGenerator[Event, None]
 

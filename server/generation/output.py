@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lora_runtime.core import FinishReason, RequestTiming, StepOutput
-from server.calls import Delta
-from server.observability.observers import RequestObserver
+from loramux.server.calls import Delta
+from loramux.server.observability.observers import RequestObserver
 
 if TYPE_CHECKING:
     from lora_runtime.text.output_text import OutputText

@@ -15,7 +15,7 @@ from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.text_workers import OwnText
 from lora_runtime.text.token_reader import TokenReader
 from lora_runtime.text.tokenizer import Tokenizer
-from server.calls import Prompt, PromptLimits, TextPrompt, TokenPrompt
+from loramux.server.calls import Prompt, PromptLimits, TextPrompt, TokenPrompt
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from server.grpc_handlers import behaviour_of, maker
-from server.observability.calls import CallObserver, Rpc, keep_trace_headers
+from loramux.server.grpc_handlers import behaviour_of, maker
+from loramux.server.observability.calls import CallObserver, Rpc, keep_trace_headers
 
 Context: TypeAlias = grpc.aio.ServicerContext
 

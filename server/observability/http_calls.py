@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from server.observability.calls import CallObserver, keep_trace_headers
+from loramux.server.observability.calls import CallObserver, keep_trace_headers
 
 UNMATCHED = "none"
 """The route of a path that has none: a label for every path that clients make up has no bound."""

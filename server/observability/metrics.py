@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from lora_runtime.core import FinishReason, RequestTiming
 from lora_runtime.engine.client import EngineClient, EngineStats
-from server.observability.calls import Rpc
+from loramux.server.observability.calls import Rpc
 
 MAX_ADAPTER_LABELS = 200
 """Adapters with series of their own; the rest are counted under `OTHER`."""

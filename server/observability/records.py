@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lora_runtime.core import FinishReason
-from server.calls import Delta, Event, Finished, GenerateCall, Started
-from server.observability.calls import trace_headers
+from loramux.server.calls import Delta, Event, Finished, GenerateCall, Started
+from loramux.server.observability.calls import trace_headers
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from server.observability.records import RequestRecord
+from loramux.server.observability.records import RequestRecord
 
 logger = structlog.get_logger(__name__)
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from lora_runtime.errors import ConfigError
 from lora_runtime.text.chat_prompt import ChatPrompt
-from server.calls import Finished
-from server.observability.records import RequestRecord
-from server.versions import installed_versions
+from loramux.server.calls import Finished
+from loramux.server.observability.records import RequestRecord
+from loramux.server.versions import installed_versions
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

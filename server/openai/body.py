@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
 from lora_runtime.strict_json import parse_object
-from server.openai.json_size import check_size
+from loramux.server.openai.json_size import check_size
 
 MAX_BODY_BYTES = 8 << 20
 MAX_BODIES_BYTES = 256 << 20

@@ -17,13 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
-from server.access.caller import Caller
-from server.errors import RETRY_AFTER_S, http_error
-from server.openai.body import Bodies, CallerGone, Refusal
-from server.openai.json_text import encoded, encoded_in_parts
-from server.peers import client_address, peer_of
-from server.running_calls import Calls
-from server.service import Service
+from loramux.server.access.caller import Caller
+from loramux.server.errors import RETRY_AFTER_S, http_error
+from loramux.server.openai.body import Bodies, CallerGone, Refusal
+from loramux.server.openai.json_text import encoded, encoded_in_parts
+from loramux.server.peers import client_address, peer_of
+from loramux.server.running_calls import Calls
+from loramux.server.service import Service
 
 REQUEST_ID = b"x-request-id"
 

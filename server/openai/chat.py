@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from server.calls import Delta, Event, Finished, PromptLogprobs, Started
-from server.openai import encode
-from server.openai.boundary import Exchange
-from server.openai.choices import Chunk, stream_choices
-from server.openai.decode import chat_call
-from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import ChatRequest
+from loramux.server.calls import Delta, Event, Finished, PromptLogprobs, Started
+from loramux.server.openai import encode
+from loramux.server.openai.boundary import Exchange
+from loramux.server.openai.choices import Chunk, stream_choices
+from loramux.server.openai.decode import chat_call
+from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.schema import ChatRequest
 
 REASONING = ("reasoning_content", "reasoning")
 """The field of what was thought: its name at DeepSeek and SGLang, and vLLM's, which had the other

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
-from server.calls import Event
-from server.openai.boundary import Answer
-from server.openai.encode import Usage
-from server.openai.events import Numbered
-from server.openai.schema import StreamOptions
+from loramux.server.calls import Event
+from loramux.server.openai.boundary import Answer
+from loramux.server.openai.encode import Usage
+from loramux.server.openai.events import Numbered
+from loramux.server.openai.schema import StreamOptions
 
 Chunk = tuple[dict[str, Any], bool]
 """What a chunk has beside the head, and whether it is long."""

@@ -10,13 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.calls import Delta, Event, Finished, PromptLogprobs, Started, TextPrompt
-from server.openai import encode
-from server.openai.boundary import Exchange
-from server.openai.choices import Chunk, stream_choices
-from server.openai.decode import completion_calls
-from server.openai.events import Numbered, field_is_model, generate
-from server.openai.schema import CompletionRequest
+from loramux.server.calls import Delta, Event, Finished, PromptLogprobs, Started, TextPrompt
+from loramux.server.openai import encode
+from loramux.server.openai.boundary import Exchange
+from loramux.server.openai.choices import Chunk, stream_choices
+from loramux.server.openai.decode import completion_calls
+from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.schema import CompletionRequest
 
 
 async def complete(exchange: Exchange) -> None:

@@ -17,16 +17,16 @@ from lora_runtime.core import (
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, UnsupportedFeature
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
-from server.calls import GenerateCall, Prompt, PromptLimits, TextPrompt, TokenPrompt
-from server.fields import (
+from loramux.server.calls import GenerateCall, Prompt, PromptLimits, TextPrompt, TokenPrompt
+from loramux.server.fields import (
     MAX_NAME_LENGTH,
     adapter_name,
     check_bytes,
     check_tokens,
     printable,
 )
-from server.openai.boundary import Exchange
-from server.openai.schema import (
+from loramux.server.openai.boundary import Exchange
+from loramux.server.openai.schema import (
     MAX_CHOICES,
     CalledFunction,
     CalledTool,

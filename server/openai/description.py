@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from server.openai.schema import RequestModel
-from server.versions import installed_versions
+from loramux.server.openai.schema import RequestModel
+from loramux.server.versions import installed_versions
 
 ERROR_CODES = {
     "400": "The request cannot be used; `param` names the field.",

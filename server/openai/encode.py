@@ -9,7 +9,7 @@ from typing import Any
 from lora_runtime.core import FinishReason, TokenLogprob
 from lora_runtime.errors import Unavailable
 from lora_runtime.text.tool_calls import ToolCallDelta
-from server.calls import Finished
+from loramux.server.calls import Finished
 
 TokenReader = Callable[[int], bytes]
 """From a token id to the bytes of the token."""

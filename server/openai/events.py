@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
 from lora_runtime.errors import LoramuxError
-from server.calls import Event, GenerateCall, Started
-from server.generation.generation import Generation
+from loramux.server.calls import Event, GenerateCall, Started
+from loramux.server.generation.generation import Generation
 
 MAX_HELD = 64
 """Events of several calls that wait for the caller's connection; the engine's wait behind them."""

@@ -7,7 +7,7 @@ the interpreter until it is done. Counting does neither.
 from __future__ import annotations
 
 from lora_runtime.errors import InvalidRequest
-from server.fields import MAX_PARTS, MAX_TEXTS, MAX_VALUES
+from loramux.server.fields import MAX_PARTS, MAX_TEXTS, MAX_VALUES
 
 _QUOTE, _BACKSLASH = b'"', b"\\"
 

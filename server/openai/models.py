@@ -9,19 +9,19 @@ from typing import Any
 
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.text_side import TextSide
-from server.calls import AdapterRecord, AdapterState, Prompt, TokenPrompt
-from server.fields import adapter_name
-from server.openai.boundary import Exchange
-from server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
-from server.openai.encode import token_text
-from server.openai.schema import (
+from loramux.server.calls import AdapterRecord, AdapterState, Prompt, TokenPrompt
+from loramux.server.fields import adapter_name
+from loramux.server.openai.boundary import Exchange
+from loramux.server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
+from loramux.server.openai.encode import token_text
+from loramux.server.openai.schema import (
     DetokenizeRequest,
     LoadAdapterRequest,
     TokenizeRequest,
     UnloadAdapterRequest,
     parse_request,
 )
-from server.service import Service
+from loramux.server.service import Service
 
 OWNER = "loramux"
 STARTED_AT = int(time.time())

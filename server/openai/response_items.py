@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lora_runtime.text.tool_calls import ToolCallDelta
-from server.calls import Delta
+from loramux.server.calls import Delta
 
 Told = tuple[str, dict[str, Any]]
 """An event: what follows `response.` in its type, and its values."""

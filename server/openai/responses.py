@@ -10,13 +10,13 @@ from contextlib import aclosing
 from typing import Any
 
 from lora_runtime.core import FinishReason
-from server.calls import Delta, Event, Finished, Started
-from server.openai import encode
-from server.openai.boundary import Exchange
-from server.openai.decode import responses_call
-from server.openai.events import Numbered, field_is_model, generate
-from server.openai.response_items import Output, Told
-from server.openai.schema import ResponsesRequest
+from loramux.server.calls import Delta, Event, Finished, Started
+from loramux.server.openai import encode
+from loramux.server.openai.boundary import Exchange
+from loramux.server.openai.decode import responses_call
+from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.response_items import Output, Told
+from loramux.server.openai.schema import ResponsesRequest
 
 
 async def respond(exchange: Exchange) -> None:

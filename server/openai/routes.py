@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from starlette.routing import Route
 
-from server.openai import models
-from server.openai.boundary import Backend, Endpoint, Exchange, Handler
-from server.openai.chat import chat
-from server.openai.completions import complete
-from server.openai.description import described
-from server.openai.responses import respond
-from server.openai.schema import (
+from loramux.server.openai import models
+from loramux.server.openai.boundary import Backend, Endpoint, Exchange, Handler
+from loramux.server.openai.chat import chat
+from loramux.server.openai.completions import complete
+from loramux.server.openai.description import described
+from loramux.server.openai.responses import respond
+from loramux.server.openai.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -17,11 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lora_runtime.errors import InvalidRequest, LoramuxError, Unavailable
-from server.adapters.adapters import Adapters
-from server.errors import http_error
-from server.fields import adapter_name
-from server.page.history import History
-from server.page.snapshot import Condition, adapter, snapshot
+from loramux.server.adapters.adapters import Adapters
+from loramux.server.errors import http_error
+from loramux.server.fields import adapter_name
+from loramux.server.page.history import History
+from loramux.server.page.snapshot import Condition, adapter, snapshot
 
 INDEX = "index.html"
 CONTENT_TYPES = MappingProxyType(
@@ -67,7 +67,7 @@ class StaticFile:
 def read_files() -> dict[str, StaticFile]:
     """Return the page's files by name, read from the package."""
     found = {}
-    for file in resources.files("server.page").joinpath("static").iterdir():
+    for file in resources.files("loramux.server.page").joinpath("static").iterdir():
         content_type = CONTENT_TYPES.get(file.name[file.name.rfind(".") :])
         if content_type is not None:
             body = file.read_bytes()

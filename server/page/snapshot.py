@@ -6,10 +6,10 @@ import time
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from server.access.caller import Caller
-from server.calls import AdapterRecord, AdapterState, ServerInfo
-from server.page.history import COLUMNS, History
-from server.service import Service
+from loramux.server.access.caller import Caller
+from loramux.server.calls import AdapterRecord, AdapterState, ServerInfo
+from loramux.server.page.history import COLUMNS, History
+from loramux.server.service import Service
 
 MAX_LISTED_ERROR = 300
 """Characters of an error in the list; the adapter's own answer has all of it."""

@@ -16,10 +16,10 @@ from google.protobuf.message import DecodeError, Message
 
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Unavailable
-from server.errors import grpc_status
-from server.grpc_handlers import behaviour_of, maker
-from server.rpc.message_size import check_size
-from server.running_calls import Calls
+from loramux.server.errors import grpc_status
+from loramux.server.grpc_handlers import behaviour_of, maker
+from loramux.server.rpc.message_size import check_size
+from loramux.server.running_calls import Calls
 
 PACKAGE_PREFIX = "/loramux."
 LONG_MESSAGE = 1 << 16

@@ -31,9 +31,8 @@ from lora_runtime.engine.request_rules import (
 )
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
-from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
-from server.access.caller import Caller
-from server.calls import (
+from loramux.server.access.caller import Caller
+from loramux.server.calls import (
     AdapterRecord,
     AdapterState,
     Delta,
@@ -50,8 +49,9 @@ from server.calls import (
     UploadCall,
     UploadFile,
 )
-from server.fields import adapter_name, check_bytes, check_tokens, printable
-from server.peers import client_address
+from loramux.server.fields import adapter_name, check_bytes, check_tokens, printable
+from loramux.server.peers import client_address
+from loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 
 SAMPLING_SCALARS = (
     "max_tokens",

@@ -12,7 +12,7 @@ from typing import NoReturn
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from lora_runtime.errors import InvalidRequest
-from server.fields import MAX_PARTS, MAX_TEXTS, MAX_VALUES
+from loramux.server.fields import MAX_PARTS, MAX_TEXTS, MAX_VALUES
 
 _LONGEST_VARINT = 10
 _CONTINUED = bytes(range(0x80, 0x100))

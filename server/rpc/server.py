@@ -14,7 +14,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lora_runtime.errors import ConfigError
-from protos.loramux.v1 import (
+from loramux.server.access.gate import OPEN_GATE, Gate
+from loramux.server.access.grpc_gate import GrpcGate
+from loramux.server.addresses import bracketed, check_free
+from loramux.server.observability.calls import CallObserver
+from loramux.server.observability.grpc_calls import KINDS, ObservedGrpc
+from loramux.server.rpc.boundary import Boundary
+from loramux.server.rpc.servicers import AdapterServicer, GenerationServicer, ServerServicer
+from loramux.server.running_calls import Calls
+from loramux.server.service import Service
+from loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
     generation_pb2,
@@ -22,15 +31,6 @@ from protos.loramux.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from server.access.gate import OPEN_GATE, Gate
-from server.access.grpc_gate import GrpcGate
-from server.addresses import bracketed, check_free
-from server.observability.calls import CallObserver
-from server.observability.grpc_calls import KINDS, ObservedGrpc
-from server.rpc.boundary import Boundary
-from server.rpc.servicers import AdapterServicer, GenerationServicer, ServerServicer
-from server.running_calls import Calls
-from server.service import Service
 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_CONNECTION_AGE_S = 3600.0

@@ -13,7 +13,15 @@ from google.protobuf.message import Message
 
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
-from protos.loramux.v1 import (
+from loramux.server.access.caller import CURRENT
+from loramux.server.adapters.adapters import Adapters
+from loramux.server.fields import adapter_name
+from loramux.server.generation.generation import Generation
+from loramux.server.generation.prompts import Prompts
+from loramux.server.rpc import codec
+from loramux.server.rpc.boundary import LONG_MESSAGE, MAX_WAITING
+from loramux.server.service import ServerFacts
+from loramux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
     generation_pb2,
@@ -21,14 +29,6 @@ from protos.loramux.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from server.access.caller import CURRENT
-from server.adapters.adapters import Adapters
-from server.fields import adapter_name
-from server.generation.generation import Generation
-from server.generation.prompts import Prompts
-from server.rpc import codec
-from server.rpc.boundary import LONG_MESSAGE, MAX_WAITING
-from server.service import ServerFacts
 
 Context: TypeAlias = grpc.aio.ServicerContext
 T = TypeVar("T")

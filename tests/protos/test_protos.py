@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from protos.loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
+from loramux.v1 import adapters_pb2, generation_pb2, server_pb2, types_pb2
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "protos" / "loramux" / "v1"

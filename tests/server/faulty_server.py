@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_runtime.engine.model_runner import ModelRunner
-from server import exit_guard
-from server.cli import main
+from loramux.server import exit_guard
+from loramux.server.cli import main
 
 FROZEN_S = 3.0
 start = ModelRunner.start

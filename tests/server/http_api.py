@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import httpx
 from openai import AsyncOpenAI
 
-from server.access.gate import OPEN_GATE, Gate
-from server.access.http_gate import HttpGate
-from server.http_gateway import build_http_app
-from server.http_server import HttpServer
-from server.openai.boundary import Backend
-from server.openai.routes import routes
-from server.running_calls import Calls
-from server.service import Service
+from loramux.server.access.gate import OPEN_GATE, Gate
+from loramux.server.access.http_gate import HttpGate
+from loramux.server.http_gateway import build_http_app
+from loramux.server.http_server import HttpServer
+from loramux.server.openai.boundary import Backend
+from loramux.server.openai.routes import routes
+from loramux.server.running_calls import Calls
+from loramux.server.service import Service
 
 
 class NoMetrics:

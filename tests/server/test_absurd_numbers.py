@@ -18,7 +18,7 @@ from lora_runtime.errors import ConfigError
 from lora_runtime.settings import entries, parse_yaml
 from lora_runtime.training.config import TrainConfig, UnitConfig
 from lora_runtime.training.sweep import expand
-from server.config import SETTINGS, ServerConfig, load_config
+from loramux.server.config import SETTINGS, ServerConfig, load_config
 
 HUGE_HEX = parse_yaml(f"0x{'f' * 5000}")
 """Python writes no decimal of over 4,300 digits: an error that shows such a value fails itself."""

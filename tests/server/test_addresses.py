@@ -13,11 +13,11 @@ import grpc
 import pytest
 
 from lora_runtime.errors import ConfigError
-from server import addresses, app
-from server.adapters.names import claimed
-from server.addresses import bracketed, check_free, listen
-from server.config import load_config
-from server.rpc.server import start_grpc
+from loramux.server import addresses, app
+from loramux.server.adapters.names import claimed
+from loramux.server.addresses import bracketed, check_free, listen
+from loramux.server.config import load_config
+from loramux.server.rpc.server import start_grpc
 from tests.server.world import serving
 
 HAS_IPV6 = socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")

@@ -26,12 +26,12 @@ from lora_runtime.errors import (
     LoramuxError,
     Unavailable,
 )
-from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
-from server import app, watchdog
-from server.app import Ports
-from server.client import AsyncClient
-from server.config import load_config
-from server.errors import from_rpc_error
+from loramux.server import app, watchdog
+from loramux.server.app import Ports
+from loramux.server.client import AsyncClient
+from loramux.server.config import load_config
+from loramux.server.errors import from_rpc_error
+from loramux.v1 import adapters_pb2, adapters_pb2_grpc
 from tests.fakes import ScriptedEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer

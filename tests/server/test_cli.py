@@ -24,10 +24,10 @@ from lora_runtime.training import checkpoint, dry_run, trainer
 from lora_runtime.training.held_out import EvalRecord
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
-from server.cli import app
-from server.cli.settings import TRAIN_SETTINGS
-from server.cli.tables import show_table
-from server.config import SETTINGS
+from loramux.server.cli import app
+from loramux.server.cli.settings import TRAIN_SETTINGS
+from loramux.server.cli.tables import show_table
+from loramux.server.config import SETTINGS
 from tests.families import tiny_family
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
@@ -65,7 +65,7 @@ def server(tmp_path_factory):
         "max_num_batched_tokens: 64\nkv_bytes: 4000000\nadapter_pool_bytes: 4000000\n"
     )
     log = folder / "log"
-    command = [sys.executable, "-m", "server", "--config", str(settings), "--log-level", "debug"]
+    command = [sys.executable, "-m", "loramux", "--config", str(settings), "--log-level", "debug"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=REPO, stderr=stream, stdout=stream)
     try:
@@ -309,7 +309,7 @@ def test_doctor_says_what_to_change(invoke, monkeypatch):
 @pytest.fixture(autouse=True)
 def data_is_not_read(monkeypatch):
     """Flags are looked at here, of runs whose files do not exist."""
-    monkeypatch.setattr("server.cli.train.check_data", lambda run: None)
+    monkeypatch.setattr("loramux.server.cli.train.check_data", lambda run: None)
 
 
 @pytest.fixture
@@ -399,9 +399,9 @@ def test_train_by_file(invoke, runs, monkeypatch, tmp_path):
     ],
 )
 def test_python_m_loramux_is_the_command_and_flags_alone_serve(monkeypatch, arguments, expected):
-    """torchrun starts modules: `torchrun -m server train run.yaml`."""
+    """torchrun starts modules: `torchrun -m loramux train run.yaml`."""
     called = []
-    monkeypatch.setattr("server.cli.main", called.append)
+    monkeypatch.setattr("loramux.server.cli.main", called.append)
     monkeypatch.setattr(sys, "argv", ["loramux", *arguments])
     runpy.run_module("loramux", run_name="__main__")
     assert called == [expected]
@@ -520,7 +520,7 @@ def test_mistakes_in_data_are_found_before_torch_is_imported(tmp_path, content):
     if content:
         data.write_text(content)
     script = (
-        "import sys\nfrom server.cli import main\n"
+        "import sys\nfrom loramux.server.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    assert 'torch' not in sys.modules"
     )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lora_runtime.adapters.files.folder import CONFIG_FILE
 from lora_runtime.adapters.parity import PARITY_FILE
 from lora_runtime.training.config import UnitConfig
-from server.cli import app
+from loramux.server.cli import app
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data, run
 from tests.peft_adapters import write_adapter
 from tests.tiny import dense_twin, tiny_base, tiny_checkpoint, tiny_model

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_runtime.errors import RequestFailed
-from protos.loramux.v1 import generation_pb2
-from server.cli import app, main
-from server.cli.chat import Conversation, converse
-from server.client import Client
+from loramux.server.cli import app, main
+from loramux.server.cli.chat import Conversation, converse
+from loramux.server.client import Client
+from loramux.v1 import generation_pb2
 
 
 @pytest.fixture

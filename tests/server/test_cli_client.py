@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from loramux.server.cli import app
 from tests.server.world import World
 
 HOSTILE = "\x1b]0;pwned\x07\x9b2J\u202e"
@@ -43,7 +43,7 @@ async def test_errors_and_notes_of_a_server_are_shown_and_not_obeyed(serve, monk
         assert result.exit_code == 1 and "error:" in result.stderr
         assert not set("\x1b\x07\x9b\u202e") & set(result.stderr)
         monkeypatch.setattr(
-            "server.generation.generation.request_notes", lambda *_: [f"note {HOSTILE}"]
+            "loramux.server.generation.generation.request_notes", lambda *_: [f"note {HOSTILE}"]
         )
         result = await ask(world, "generate", "hi", "--max-tokens", "1")
         assert f"note {SHOWN}" in result.stderr

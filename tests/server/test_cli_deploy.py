@@ -15,10 +15,10 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.training import trainer
 from lora_runtime.training.report import UnitResult
 from lora_runtime.training.units import UnitStatus
-from server.access.tls import Tls, TlsFiles
-from server.cli import app
-from server.cli.deploy import Sample, first_prompt
-from server.client import Client
+from loramux.server.access.tls import Tls, TlsFiles
+from loramux.server.cli import app
+from loramux.server.cli.deploy import Sample, first_prompt
+from loramux.server.client import Client
 from tests.server.access.certificates import Authority
 from tests.server.access.keyring import OPERATOR, gate_of
 from tests.server.uploading import local_adapter

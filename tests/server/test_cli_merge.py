@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from server.cli import app
+from loramux.server.cli import app
 from tests.peft_adapters import load_in_peft, write_adapter
 from tests.tiny import dense_twin, tiny_base, tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer

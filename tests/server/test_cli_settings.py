@@ -13,10 +13,10 @@ from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError
 from lora_runtime.training import trainer
 from lora_runtime.training.config import TrainConfig
-from server.cli import app, local
-from server.cli.connection import FLAGS
-from server.cli.settings import VARIABLES
-from server.config import SETTINGS, check_environment, load_config
+from loramux.server.cli import app, local
+from loramux.server.cli.connection import FLAGS
+from loramux.server.cli.settings import VARIABLES
+from loramux.server.config import SETTINGS, check_environment, load_config
 
 ROOT = typer.main.get_command(app)
 GROUPS = {name: group for name, group in ROOT.commands.items() if hasattr(group, "commands")}
@@ -47,7 +47,7 @@ def invoke():
 @pytest.fixture(autouse=True)
 def data_is_not_read(monkeypatch):
     """Flags are looked at here, of runs whose files do not exist."""
-    monkeypatch.setattr("server.cli.train.check_data", lambda run: None)
+    monkeypatch.setattr("loramux.server.cli.train.check_data", lambda run: None)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from lora_runtime.errors import (
     InvalidRequest,
     Unavailable,
 )
-from protos.loramux.v1 import types_pb2
-from server.client import AsyncClient, Client
+from loramux.server.client import AsyncClient, Client
+from loramux.v1 import types_pb2
 from tests.server.world import in_thread, until
 
 

@@ -10,25 +10,25 @@ import pytest
 from lora_runtime.core import AdapterChoice, FinishReason, StructuredOutput, StructureKind
 from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.chat_prompt import ChatPrompt
-from protos.loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
-from protos.loramux.v1.types_pb2 import AdapterSelection, SamplingParams
-from protos.loramux.v1.types_pb2 import FinishReason as WireReason
-from server.access.caller import ANONYMOUS
-from server.calls import (
+from loramux.server.access.caller import ANONYMOUS
+from loramux.server.calls import (
     AdapterState,
     Finished,
     PromptLimits,
     TextPrompt,
     TokenPrompt,
 )
-from server.fields import adapter_name
-from server.rpc.codec import (
+from loramux.server.fields import adapter_name
+from loramux.server.rpc.codec import (
     FEATURES,
     REFUSED_FEATURES,
     decode_generate,
     decode_prompt,
     encode_event,
 )
+from loramux.v1.generation_pb2 import GenerateRequest, TokenizeRequest
+from loramux.v1.types_pb2 import AdapterSelection, SamplingParams
+from loramux.v1.types_pb2 import FinishReason as WireReason
 
 LIMITS = PromptLimits(num_tokens=100, num_bytes=3200)
 
@@ -263,7 +263,7 @@ def test_every_reason_an_output_can_end_with_has_a_wire_name(reason: FinishReaso
 
 
 def test_every_state_has_a_wire_name() -> None:
-    from protos.loramux.v1.adapters_pb2 import AdapterState as WireState
+    from loramux.v1.adapters_pb2 import AdapterState as WireState
 
     assert {f"ADAPTER_STATE_{state.name}" for state in AdapterState} == set(WireState.keys()) - {
         "ADAPTER_STATE_UNSPECIFIED"

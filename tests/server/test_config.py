@@ -8,8 +8,8 @@ import typer
 from lora_runtime.base import device
 from lora_runtime.config import BaseConfig, DeviceDefaults
 from lora_runtime.errors import ConfigError
-from server.cli.settings import TRAIN_SETTINGS, read_texts
-from server.config import SETTINGS, load_config, split_address
+from loramux.server.cli.settings import TRAIN_SETTINGS, read_texts
+from loramux.server.config import SETTINGS, load_config, split_address
 
 BAD_DEVICES = ["", "gpu", "0", "cuda0", "cuda:", "cuda:-1", "cuda:01", "cuda:1.5", "cuda:x",
                "CUDA", "cuda: 1", "cuda:1 ", "cuda:1\n", "cpu:0", "meta", "mps"]  # fmt: skip

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lora_runtime.engine.client import StateStats
 from lora_runtime.errors import LoramuxError
-from server.config import OTHER_VARIABLES, SETTINGS
+from loramux.server.config import OTHER_VARIABLES, SETTINGS
 from tests.server.test_app import LocalEngine, running
 from tests.tiny_tokenizer import write_tokenizer
 

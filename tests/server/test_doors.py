@@ -17,12 +17,12 @@ import structlog
 from typer.testing import CliRunner
 
 from lora_runtime.errors import ConfigError, InvalidRequest, Unauthenticated, Unavailable
-from server import app, doors
-from server.app import Ports
-from server.cli import app as cli
-from server.client import AsyncClient, tls_credentials
-from server.config import load_config
-from server.doors import open_doors
+from loramux.server import app, doors
+from loramux.server.app import Ports
+from loramux.server.cli import app as cli
+from loramux.server.client import AsyncClient, tls_credentials
+from loramux.server.config import load_config
+from loramux.server.doors import open_doors
 from tests.server.access.certificates import Authority
 from tests.server.access.keyring import (
     ACME,

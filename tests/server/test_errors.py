@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 
 from lora_runtime import errors
-from server.errors import (
+from loramux.server.errors import (
     INTERNAL_MESSAGE,
     MAX_ERROR_BYTES,
     WIRE_ERRORS,

@@ -16,10 +16,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from lora_runtime.errors import AdapterFailed, AdapterNotFound, ConfigError
-from protos.loramux.v1 import adapters_pb2, generation_pb2, types_pb2
-from server.client.channel import Stubs
-from server.errors import INTERNAL_MESSAGE
-from server.rpc.server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
+from loramux.server.client.channel import Stubs
+from loramux.server.errors import INTERNAL_MESSAGE
+from loramux.server.rpc.server import MAX_MESSAGE_BYTES, RECEIVED_AT_MOST, SERVICE_NAMES, start_grpc
+from loramux.v1 import adapters_pb2, generation_pb2, types_pb2
 from tests.server.world import World, stubs_of, until
 
 Code = grpc.StatusCode

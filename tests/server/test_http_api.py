@@ -18,11 +18,11 @@ from openai import AsyncOpenAI
 from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
 from lora_runtime.text.tool_calls import ToolCallDelta
-from server import http_connection
-from server.calls import Delta, Finished, Started
-from server.openai import body as bodies
-from server.openai.json_text import encoded, encoded_in_parts
-from server.openai.routes import OPERATIONS
+from loramux.server import http_connection
+from loramux.server.calls import Delta, Finished, Started
+from loramux.server.openai import body as bodies
+from loramux.server.openai.json_text import encoded, encoded_in_parts
+from loramux.server.openai.routes import OPERATIONS
 from tests.server.access.keyring import ACME, OPERATOR, gate_of
 from tests.server.http_api import Api, serving_http
 from tests.server.world import until

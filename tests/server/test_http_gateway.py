@@ -6,8 +6,8 @@ import httpx
 import jsonschema
 import pytest
 
-from server.http_gateway import build_http_app
-from server.openai import description
+from loramux.server.http_gateway import build_http_app
+from loramux.server.openai import description
 
 
 class State:

@@ -19,16 +19,16 @@ from lora_runtime.errors import (
     InvalidRequest,
     Overloaded,
 )
-from protos.loramux.v1 import adapters_pb2
-from server.access.caller import ANONYMOUS
-from server.calls import StoredAdapter
-from server.cli import app
-from server.client import AsyncClient
-from server.client.channel import typed_errors
-from server.client.requests import generate_request
-from server.rpc.server import MAX_MESSAGE_BYTES, start_grpc
-from server.rpc.servicers import AdapterServicer
-from server.running_calls import Calls
+from loramux.server.access.caller import ANONYMOUS
+from loramux.server.calls import StoredAdapter
+from loramux.server.cli import app
+from loramux.server.client import AsyncClient
+from loramux.server.client.channel import typed_errors
+from loramux.server.client.requests import generate_request
+from loramux.server.rpc.server import MAX_MESSAGE_BYTES, start_grpc
+from loramux.server.rpc.servicers import AdapterServicer
+from loramux.server.running_calls import Calls
+from loramux.v1 import adapters_pb2
 from tests.server.uploading import CONFIG, WEIGHTS, chunk, left_behind, local_adapter, send, start
 from tests.server.world import World, stubs_of, until
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 import structlog
 
-from server.logs import setup_logging
+from loramux.server.logs import setup_logging
 
 
 @pytest.fixture(autouse=True)

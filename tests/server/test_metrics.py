@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lora_runtime.core import BaseSpec, RequestTiming
 from lora_runtime.engine.client import EngineInfo, EngineStats, StateStats
-from server.observability.calls import Rpc
-from server.observability.metrics import Metrics
+from loramux.server.observability.calls import Rpc
+from loramux.server.observability.metrics import Metrics
 
 SPEC = BaseSpec(
     name="tiny",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_runtime.errors import ConfigError, Overloaded
-from server.adapters.names import Content, KeptName, NameStore
+from loramux.server.adapters.names import Content, KeptName, NameStore
 
 REPO = Path(__file__).parents[2]
 FINGERPRINT = "f" * 64
@@ -21,7 +21,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.server.test_names import changes
-from server.adapters.names import NameStore
+from loramux.server.adapters.names import NameStore
 store = NameStore(Path(sys.argv[1]), "f" * 64)
 for index, change in enumerate(changes(int(sys.argv[2]))):
     change(store)

@@ -15,11 +15,11 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 
 from lora_runtime.errors import AdapterNotFound, Unauthenticated
-from server.access.gate import Gate
-from server.client import AsyncClient
-from server.observability.calls import Rpc, trace_headers
-from server.observability.http_calls import ObservedHttp
-from server.rpc.server import start_grpc
+from loramux.server.access.gate import Gate
+from loramux.server.client import AsyncClient
+from loramux.server.observability.calls import Rpc, trace_headers
+from loramux.server.observability.http_calls import ObservedHttp
+from loramux.server.rpc.server import start_grpc
 from tests.server.world import RecordingObserver, until
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_runtime.training.config import TrainConfig
-from server.config import load_config
+from loramux.server.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "older_files"
 READ = json.loads((FOLDER / "read.json").read_text())

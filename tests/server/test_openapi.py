@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.openai.routes import OPERATIONS
+from loramux.server.openai.routes import OPERATIONS
 from tests.server.http_api import serving_http
 from tests.server.world import serving
 

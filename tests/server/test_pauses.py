@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 import pytest
 
-from protos.loramux.v1 import generation_pb2
+from loramux.v1 import generation_pb2
 from tests.server.http_api import serving_http
 
 MAX_PAUSE_S = 0.05

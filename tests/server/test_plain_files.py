@@ -17,11 +17,11 @@ from lora_runtime.base.catalog import check_base_name
 from lora_runtime.errors import ConfigError, DataError, InvalidRequest, LoramuxError
 from lora_runtime.settings import read_yaml
 from lora_runtime.training.rows import read_rows
-from server.access.keys import Keys
-from server.access.tls import Tls, TlsFiles
-from server.app import serve
-from server.client import tls_credentials
-from server.config import load_config
+from loramux.server.access.keys import Keys
+from loramux.server.access.tls import Tls, TlsFiles
+from loramux.server.app import serve
+from loramux.server.client import tls_credentials
+from loramux.server.config import load_config
 from tests.server.access.certificates import Authority
 from tests.server.access.keyring import write_keys
 

@@ -12,12 +12,12 @@ import pytest
 from lora_runtime.adapters.files.file_names import REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import InvalidRequest, Overloaded
-from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
-from server.adapters import uploads
-from server.adapters.sources import Sources
-from server.adapters.uploads import MAX_RUNNING_UPLOADS, Upload
-from server.errors import from_rpc_error
-from server.generation import prompts
+from loramux.server.adapters import uploads
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.uploads import MAX_RUNNING_UPLOADS, Upload
+from loramux.server.errors import from_rpc_error
+from loramux.server.generation import prompts
+from loramux.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from tests.fakes import ByteTokenizer
 from tests.server.world import until
 

@@ -17,8 +17,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lora_runtime.errors import Unavailable
-from server.client import AsyncClient
-from server.watchdog import MAX_FAILED_IN_A_ROW
+from loramux.server.client import AsyncClient
+from loramux.server.watchdog import MAX_FAILED_IN_A_ROW
 from tests.fork_server import Program, start_program
 from tests.server.faulty_server import FROZEN_S
 from tests.tiny import tiny_checkpoint

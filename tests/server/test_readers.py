@@ -7,11 +7,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 
-from protos.loramux.v1 import generation_pb2
-from server.observability.metrics import Metrics
-from server.rpc import boundary, servicers
-from server.rpc.server import start_grpc
-from server.running_calls import Calls
+from loramux.server.observability.metrics import Metrics
+from loramux.server.rpc import boundary, servicers
+from loramux.server.rpc.server import start_grpc
+from loramux.server.running_calls import Calls
+from loramux.v1 import generation_pb2
 from tests.server import http2
 from tests.server.world import until
 

@@ -16,9 +16,9 @@ from lora_runtime.errors import (
     InvalidRequest,
     Overloaded,
 )
-from server.adapters.changes import NameChanges
-from server.adapters.registry import MAX_FAILED_RECORDS, Registry
-from server.calls import AdapterState
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.registry import MAX_FAILED_RECORDS, Registry
+from loramux.server.calls import AdapterState
 from tests.fakes import ScriptedEngine
 
 
@@ -292,7 +292,7 @@ async def test_there_is_nothing_to_roll_back_to_at_first_and_after_unload(tmp_pa
 
 
 async def test_names_are_bounded_also_where_all_hold_one_content(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("server.adapters.registry.MAX_NAMES", 5)
+    monkeypatch.setattr("loramux.server.adapters.registry.MAX_NAMES", 5)
     engine = ScriptedEngine()
     registry, changes = make(engine)
     path = folder(tmp_path, "a")

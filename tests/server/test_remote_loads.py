@@ -19,12 +19,12 @@ from lora_runtime.errors import (
     InvalidRequest,
     Unavailable,
 )
-from protos.loramux.v1.adapters_pb2 import AdapterState
-from server.adapters.names import NameStore
-from server.adapters.sources import hub as hub_module
-from server.adapters.sources import remote as remote_module
-from server.client import AsyncClient
-from server.config import load_config
+from loramux.server.adapters.names import NameStore
+from loramux.server.adapters.sources import hub as hub_module
+from loramux.server.adapters.sources import remote as remote_module
+from loramux.server.client import AsyncClient
+from loramux.server.config import load_config
+from loramux.v1.adapters_pb2 import AdapterState
 from tests.server.access.keyring import ACME as ACME_KEY
 from tests.server.access.keyring import write_keys
 from tests.server.places import WEIGHTS, Hub, adapter, status

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from lora_runtime.adapters.files.file_names import content_digest
 from lora_runtime.errors import AdapterSourceRefused, Overloaded, Unavailable
-from server.adapters.sources import hub as hub_module
-from server.adapters.sources.https import WebServers
-from server.adapters.sources.location import (
+from loramux.server.adapters.sources import hub as hub_module
+from loramux.server.adapters.sources.https import WebServers
+from loramux.server.adapters.sources.location import (
     check_allowed,
     check_prefix,
     parse,
     pinned,
     stored_digest,
 )
-from server.adapters.sources.remote import FetchLimits, RemoteSources
-from server.adapters.uploads import AdapterStore
+from loramux.server.adapters.sources.remote import FetchLimits, RemoteSources
+from loramux.server.adapters.uploads import AdapterStore
 from tests.server.places import (
     CONFIG,
     WEIGHTS,
@@ -436,17 +436,17 @@ async def test_a_name_that_leads_to_this_machine_is_refused(store, web, monkeypa
         asked.append(host)
         return [(2, 1, 6, "", ("127.0.0.1" if len(asked) % 2 else "10.1.1.1", port))]
 
-    monkeypatch.setattr("server.adapters.sources.https.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("loramux.server.adapters.sources.https.socket.getaddrinfo", resolve)
     message = await failure(remote(store, prefix), f"{prefix}x")
     assert "--adapter-source-networks" in message and not web.seen
     sources = remote(store, prefix, networks=[ip_network("127.0.0.0/8")])
     await failure(sources, f"{prefix}x")  # the second look-up leads elsewhere
     monkeypatch.setattr(
-        "server.adapters.sources.https.socket.getaddrinfo",
+        "loramux.server.adapters.sources.https.socket.getaddrinfo",
         lambda host, port, **_: [(2, 1, 6, "", ("127.0.0.1", port))],
     )
     monkeypatch.setattr(
-        "server.adapters.sources.https.socket.create_connection",
+        "loramux.server.adapters.sources.https.socket.create_connection",
         lambda address, timeout: plain_connection(address, timeout),
     )
     assert await fetch(sources, f"{prefix}x") == adapter()
@@ -558,8 +558,8 @@ async def test_without_the_extra_the_error_names_it(store, monkeypatch):
 CHILD = """
 import asyncio, sys
 from pathlib import Path
-from server.adapters.sources.remote import RemoteSources
-from server.adapters.uploads import AdapterStore
+from loramux.server.adapters.sources.remote import RemoteSources
+from loramux.server.adapters.uploads import AdapterStore
 
 async def main():
     store = AdapterStore(Path(sys.argv[1]), 1 << 20)

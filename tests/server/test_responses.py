@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from lora_runtime.core import FinishReason
 from lora_runtime.text.tool_calls import ToolCallDelta
-from server.calls import Delta, Finished, Started
+from loramux.server.calls import Delta, Finished, Started
 from tests.server import tiny_server
 from tests.server.http_api import serving_http
 from tests.server.test_structured import CLOCK, SCHEMA
@@ -116,7 +116,7 @@ async def test_thought_text_and_calls_are_items_in_their_order(tmp_path, monkeyp
 
     async with server(tmp_path) as (api, _):
         monkeypatch.setattr(
-            "server.generation.generation.Generation.generate", lambda _, c: calling(c)
+            "loramux.server.generation.generation.Generation.generate", lambda _, c: calling(c)
         )
         given = {"model": "tiny", "input": "Hi", "tools": TOOLS}
         whole = await api.client.responses.create(**given)

@@ -23,13 +23,13 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from lora_runtime.temporary_folder import temporary_folder
-from protos.loramux.v1.adapters_pb2 import AdapterState
-from server import app
-from server.adapters.loads import Loads
-from server.adapters.names import NameStore
-from server.app import Ports
-from server.client import AsyncClient
-from server.config import load_config
+from loramux.server import app
+from loramux.server.adapters.loads import Loads
+from loramux.server.adapters.names import NameStore
+from loramux.server.app import Ports
+from loramux.server.client import AsyncClient
+from loramux.server.config import load_config
+from loramux.v1.adapters_pb2 import AdapterState
 from tests.fakes import ScriptedEngine
 from tests.server.world import until
 from tests.tiny_tokenizer import write_tokenizer

@@ -19,8 +19,8 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from lora_runtime.text.chat_prompt import ChatPrompt
-from server.access.caller import ANONYMOUS
-from server.calls import (
+from loramux.server.access.caller import ANONYMOUS
+from loramux.server.calls import (
     AdapterState,
     Delta,
     Finished,

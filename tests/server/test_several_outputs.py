@@ -12,9 +12,9 @@ import pytest
 
 from lora_runtime.core import AdapterChoice, FinishReason, StepOutput
 from lora_runtime.errors import AdapterFailed, InvalidRequest, Overloaded
-from protos.loramux.v1 import types_pb2
-from server.access.caller import ANONYMOUS, Limits
-from server.calls import Delta, Finished, Started
+from loramux.server.access.caller import ANONYMOUS, Limits
+from loramux.server.calls import Delta, Finished, Started
+from loramux.v1 import types_pb2
 from tests.server.test_service import call, events_of
 from tests.server.world import stubs_of, until
 

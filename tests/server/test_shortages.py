@@ -16,7 +16,7 @@ from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.errors import LoramuxError, Overloaded
 from lora_runtime.temporary_folder import temporary_folder
 from lora_runtime.text.text_workers import TextWorkers
-from server.adapters.sources import Sources
+from loramux.server.adapters.sources import Sources
 from tests.server.test_uploads import CONFIG, WEIGHTS, chunk, left_behind, real_adapter, send, start
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.adapters.sources import Sources
+from loramux.server.adapters.sources import Sources
 
 
 @pytest.fixture(scope="module")

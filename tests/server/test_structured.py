@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lora_runtime.errors import InvalidRequest
-from protos.loramux.v1 import types_pb2
+from loramux.v1 import types_pb2
 from tests.peft_adapters import write_adapter
 from tests.server import tiny_server
 from tests.server.http_api import serving_http

@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 from transformers import AutoTokenizer
 
-from protos.loramux.v1 import types_pb2
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
+from loramux.v1 import types_pb2
 from tests.server import tiny_server
 from tests.server.access.keyring import ACME, RIVAL, gate_of
 from tests.server.http_api import serving_http

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from lora_runtime.text.tool_calls import CallReader
 from lora_runtime.text.tool_formats.catalog import FORMATS
 from lora_runtime.text.tool_formats.tool_format import MAX_PARALLEL
-from protos.loramux.v1 import types_pb2
+from loramux.v1 import types_pb2
 from tests.server import tiny_server
 from tests.server.http_api import serving_http
 from tests.server.test_structured import calls_of, deltas

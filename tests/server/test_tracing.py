@@ -21,10 +21,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from lora_runtime.errors import AdapterNotFound, ConfigError, RequestFailed
-from protos.loramux.v1 import generation_pb2
-from server.logs import setup_logging
-from server.observability.request_log import RequestLog
-from server.observability.tracing import CLOSE_S, STANDARD_VARIABLES, Tracing, span_exporter
+from loramux.server.logs import setup_logging
+from loramux.server.observability.request_log import RequestLog
+from loramux.server.observability.tracing import CLOSE_S, STANDARD_VARIABLES, Tracing, span_exporter
+from loramux.v1 import generation_pb2
 from tests.server.test_app import LocalEngine, running
 from tests.server.test_observed_calls import TRACEPARENT
 from tests.server.world import stubs_of, until
@@ -332,7 +332,7 @@ async def test_each_request_has_one_line_in_the_log_with_ids_and_no_text(serve):
         "reasons": ["length"],
         "trace_id": f"{root.context.trace_id:032x}",
         "level": "info",
-        "logger": "server.observability.request_log",
+        "logger": "loramux.server.observability.request_log",
     }
     assert failed["error"] == "AdapterNotFound" and failed["reasons"] == ["error"]
     assert failed["field"] == "adapters[0].name" and failed["tenant"] == "team"

@@ -35,12 +35,12 @@ from lora_runtime.errors import (
     Unavailable,
 )
 from lora_runtime.text.text_files import TEMPLATE_FILE, TEXT_FILES
-from protos.loramux.v1 import adapters_pb2, adapters_pb2_grpc
-from server.adapters.uploads import Upload
-from server.client import AsyncClient
-from server.client.channel import typed_errors
-from server.client.uploads import Outgoing
-from server.errors import grpc_status
+from loramux.server.adapters.uploads import Upload
+from loramux.server.client import AsyncClient
+from loramux.server.client.channel import typed_errors
+from loramux.server.client.uploads import Outgoing
+from loramux.server.errors import grpc_status
+from loramux.v1 import adapters_pb2, adapters_pb2_grpc
 from tests.fakes import PLAIN
 from tests.server.uploading import (
     CONFIG,

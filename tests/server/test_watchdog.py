@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.watchdog import MAX_FAILED_IN_A_ROW, RETRY_S, STALL_S, TICK_S, Watchdog
+from loramux.server.watchdog import MAX_FAILED_IN_A_ROW, RETRY_S, STALL_S, TICK_S, Watchdog
 from tests.fakes import ScriptedEngine
 
 HANG_S = 10.0

@@ -11,14 +11,14 @@ from lora_runtime.config import SchedulerConfig as Limits
 from lora_runtime.engine.loop import start_engine
 from lora_runtime.text.text_workers import TextWorkers
 from lora_runtime.text.tokenizer import Tokenizer
-from server.access.gate import OPEN_GATE, Gate
-from server.adapters.changes import NameChanges
-from server.adapters.registry import Registry
-from server.adapters.sources import Sources
-from server.adapters.uploads import AdapterStore
-from server.client import AsyncClient
-from server.rpc.server import start_grpc
-from server.service import Service, build_service
+from loramux.server.access.gate import OPEN_GATE, Gate
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.uploads import AdapterStore
+from loramux.server.client import AsyncClient
+from loramux.server.rpc.server import start_grpc
+from loramux.server.service import Service, build_service
 from tests.peft_adapters import write_adapter
 from tests.server.world import RecordingObserver
 from tests.tiny import tiny_checkpoint, tiny_model

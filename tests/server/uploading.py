@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 
 from lora_runtime.adapters.files.folder import CONFIG_FILE, TENSORS_FILE
-from protos.loramux.v1 import adapters_pb2
-from server.client.channel import Stubs, typed_errors
+from loramux.server.client.channel import Stubs, typed_errors
+from loramux.v1 import adapters_pb2
 from tests.server.world import World
 
 CONFIG, WEIGHTS = b'{"variant": "dora"}', b"abcdefgh"

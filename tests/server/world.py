@@ -12,16 +12,16 @@ from typing import Any
 
 import grpc
 
-from server.access.gate import OPEN_GATE, Gate
-from server.adapters.changes import NameChanges
-from server.adapters.registry import Registry
-from server.adapters.sources import Sources
-from server.adapters.uploads import AdapterStore
-from server.client import AsyncClient, Client
-from server.client.channel import Stubs
-from server.observability.records import RequestWatcher
-from server.rpc.server import GrpcServer, start_grpc
-from server.service import Service, build_service
+from loramux.server.access.gate import OPEN_GATE, Gate
+from loramux.server.adapters.changes import NameChanges
+from loramux.server.adapters.registry import Registry
+from loramux.server.adapters.sources import Sources
+from loramux.server.adapters.uploads import AdapterStore
+from loramux.server.client import AsyncClient, Client
+from loramux.server.client.channel import Stubs
+from loramux.server.observability.records import RequestWatcher
+from loramux.server.rpc.server import GrpcServer, start_grpc
+from loramux.server.service import Service, build_service
 from tests.fakes import ByteTokenizer, FormatText, ScriptedEngine
 
 MAX_UPLOAD_BYTES = 4 << 20

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import torch
 
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 from tests.fork_server import REPO, Program, start_program
 from tests.peft_adapters import write_adapter
 from tests.server.test_process import free_address
@@ -139,7 +139,7 @@ def running(
     store = store or Path(tempfile.mkdtemp(prefix="store-", dir=folder))
     log = store.with_suffix(".log")
     command = [
-        "-m", "server", "--base", str(folder / "base"), "--device", "cpu",
+        "-m", "loramux", "--base", str(folder / "base"), "--device", "cpu",
         "--dtype", "float32", "--grpc-address", target, "--http-address", http,
         "--adapter-roots", str(folder / "adapters"), "--adapter-store", str(store),
         "--kv-bytes", str(8 << 20), "--log-format", "console", "--log-level", "warning", *flags,

@@ -23,7 +23,7 @@ from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.errors import AdapterError, LoramuxError
-from server.adapters.sources import Sources
+from loramux.server.adapters.sources import Sources
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 

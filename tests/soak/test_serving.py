@@ -15,8 +15,8 @@ import grpc
 import pytest
 
 from lora_runtime.errors import LoramuxError, Overloaded
-from protos.loramux.v1 import generation_pb2
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
+from loramux.v1 import generation_pb2
 from tests.soak.served import NAMES, NUM_ADAPTERS, Served, running
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}

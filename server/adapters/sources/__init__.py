@@ -4,6 +4,11 @@ A folder is read where it lies. What lies elsewhere (`hf:`, `s3://`, `gs://`, `h
 into the server's store first, like an upload that the server makes itself.
 """
 
-from server.adapters.sources.folders import MAX_SOURCE_LENGTH, Sources, refused, without_path
+from loramux.server.adapters.sources.folders import (
+    MAX_SOURCE_LENGTH,
+    Sources,
+    refused,
+    without_path,
+)
 
 __all__ = ["MAX_SOURCE_LENGTH", "Sources", "refused", "without_path"]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.adapters.sources.folders import refused
-from server.adapters.sources.location import Location
-from server.adapters.sources.transfer import CONNECT_S, RemoteFile, TransferFailed
+from loramux.server.adapters.sources.folders import refused
+from loramux.server.adapters.sources.location import Location
+from loramux.server.adapters.sources.transfer import CONNECT_S, RemoteFile, TransferFailed
 
 VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash")
 

@@ -17,9 +17,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from threading import Event, Timer
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.adapters.sources.folders import refused
-from server.adapters.sources.location import Location, split_host
-from server.adapters.sources.transfer import CONNECT_S, Network, RemoteFile, TransferFailed
+from loramux.server.adapters.sources.folders import refused
+from loramux.server.adapters.sources.location import Location, split_host
+from loramux.server.adapters.sources.transfer import CONNECT_S, Network, RemoteFile, TransferFailed
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may be others the next time."""

@@ -23,10 +23,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.adapters.sources.folders import refused
-from server.adapters.sources.https import WebServers, failure
-from server.adapters.sources.location import Location
-from server.adapters.sources.transfer import RemoteFile, TransferFailed
+from loramux.server.adapters.sources.folders import refused
+from loramux.server.adapters.sources.https import WebServers, failure
+from loramux.server.adapters.sources.location import Location
+from loramux.server.adapters.sources.transfer import RemoteFile, TransferFailed
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 3

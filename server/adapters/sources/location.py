@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from lora_runtime.errors import AdapterSourceRefused
-from server.adapters.sources.folders import MAX_SOURCE_LENGTH, refused
+from loramux.server.adapters.sources.folders import MAX_SOURCE_LENGTH, refused
 
 _SEGMENT = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._+=~-]+"
 _FOLDER = rf"{_SEGMENT}(?:/{_SEGMENT})*"

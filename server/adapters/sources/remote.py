@@ -18,13 +18,13 @@ from typing import ParamSpec, TypeAlias, TypeVar
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, REQUIRED_FILES
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
-from server.access.places import TenantPlaces
-from server.adapters.sources.buckets import Buckets
-from server.adapters.sources.folders import refused
-from server.adapters.sources.https import WebServers
-from server.adapters.sources.hub import Hub
-from server.adapters.sources.location import Location, check_allowed, named_addresses, parse
-from server.adapters.sources.transfer import (
+from loramux.server.access.places import TenantPlaces
+from loramux.server.adapters.sources.buckets import Buckets
+from loramux.server.adapters.sources.folders import refused
+from loramux.server.adapters.sources.https import WebServers
+from loramux.server.adapters.sources.hub import Hub
+from loramux.server.adapters.sources.location import Location, check_allowed, named_addresses, parse
+from loramux.server.adapters.sources.transfer import (
     MAX_PART_BYTES,
     Network,
     Places,
@@ -33,8 +33,8 @@ from server.adapters.sources.transfer import (
     RemoteFolder,
     TransferFailed,
 )
-from server.adapters.uploads import AdapterStore, Upload
-from server.calls import UploadCall, UploadFile
+from loramux.server.adapters.uploads import AdapterStore, Upload
+from loramux.server.calls import UploadCall, UploadFile
 
 NUM_ATTEMPTS = 3
 PAUSE_S = 1.0

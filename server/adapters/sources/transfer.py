@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol, TypeAlias
 
-from server.adapters.sources.location import Location
+from loramux.server.adapters.sources.location import Location
 
 CONNECT_S = 10.0
 """Seconds that a connection may take to be made."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.access.gate import Gate
-from server.access.keys import Keys, hashed
+from loramux.server.access.gate import Gate
+from loramux.server.access.keys import Keys, hashed
 
 ACME, RIVAL, OPERATOR, RIVAL_OPERATOR = "key-acme", "key-rival", "key-operator", "key-rival-op"
 EXPIRED, WRONG = "key-expired", "key-nobody-has"

@@ -16,9 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, PermissionDenied, Unauthenticated
-from protos.loramux.v1 import generation_pb2
-from server.access.grpc_gate import OPEN_METHODS, USER_METHODS
-from server.client import AsyncClient
+from loramux.server.access.grpc_gate import OPEN_METHODS, USER_METHODS
+from loramux.server.client import AsyncClient
+from loramux.v1 import generation_pb2
 from tests.server.access.keyring import (
     ACME,
     EXPIRED,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.access.gate import OPEN_GATE
-from server.client import AsyncClient
+from loramux.server.access.gate import OPEN_GATE
+from loramux.server.client import AsyncClient
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, gate_of
 from tests.server.tiny_server import running, write_folder
 

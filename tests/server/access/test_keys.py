@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lora_runtime.errors import ConfigError, Unauthenticated
-from server.access.caller import ANONYMOUS, Caller, Limits, Role
-from server.access.gate import OPEN_GATE, Gate
-from server.access.keys import Keys, new_key, table_of
-from server.cli import app
+from loramux.server.access.caller import ANONYMOUS, Caller, Limits, Role
+from loramux.server.access.gate import OPEN_GATE, Gate
+from loramux.server.access.keys import Keys, new_key, table_of
+from loramux.server.cli import app
 from tests.server.access.keyring import ACME, OPERATOR, TEXT, WRONG, write_keys
 
 SHA = "a" * 64

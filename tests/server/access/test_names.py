@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from lora_runtime.errors import ConfigError, PermissionDenied
-from server.access.names import Names
-from server.config import load_config
+from loramux.server.access.names import Names
+from loramux.server.config import load_config
 from tests.server.access.keyring import OPERATOR, write_keys
 from tests.server.test_doors import serving
 

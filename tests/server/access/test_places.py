@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, ExitStack
 import pytest
 
 from lora_runtime.errors import Overloaded
-from server.access.places import TenantPlaces
+from loramux.server.access.places import TenantPlaces
 
 
 def places(total: int = 8, **options) -> TenantPlaces:

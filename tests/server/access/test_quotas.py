@@ -9,9 +9,9 @@ from contextlib import ExitStack
 import pytest
 
 from lora_runtime.errors import Overloaded
-from server.access.caller import Caller, Limits, Role
-from server.access.quotas import Quotas
-from server.client import AsyncClient
+from loramux.server.access.caller import Caller, Limits, Role
+from loramux.server.access.quotas import Quotas
+from loramux.server.client import AsyncClient
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, gate_of, limited
 from tests.server.http_api import serving_http
 from tests.server.world import until

@@ -12,9 +12,9 @@ import pytest
 
 from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.errors import Overloaded
-from server.adapters.shares import givers
-from server.calls import AdapterRecord, AdapterState
-from server.client import AsyncClient
+from loramux.server.adapters.shares import givers
+from loramux.server.calls import AdapterRecord, AdapterState
+from loramux.server.client import AsyncClient
 from tests.fakes import PLAIN
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, limited, write_keys
 from tests.server.places import WEIGHTS, adapter

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load
 
 from lora_runtime.errors import Overloaded
-from server.client import AsyncClient
+from loramux.server.client import AsyncClient
 from tests.peft_adapters import write_adapter
 from tests.server.access.keyring import ACME, OPERATOR, RIVAL, write_keys
 from tests.server.access.test_tenants_adapters import keys

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from server.generation.output import RequestMeter
-from server.observability.observers import Observers
-from server.page.history import NUM_SAMPLES, Durations, History
+from loramux.server.generation.output import RequestMeter
+from loramux.server.observability.observers import Observers
+from loramux.server.page.history import NUM_SAMPLES, Durations, History
 from tests.fakes import ScriptedEngine
 from tests.server.world import RecordingObserver
 

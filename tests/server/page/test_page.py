@@ -8,10 +8,10 @@ import pytest
 from starlette.applications import Starlette
 
 from lora_runtime.errors import AdapterNotFound
-from server.access.caller import ANONYMOUS, Role
-from server.page.history import COLUMNS, History
-from server.page.routes import read_files, routes
-from server.service import Service
+from loramux.server.access.caller import ANONYMOUS, Role
+from loramux.server.page.history import COLUMNS, History
+from loramux.server.page.routes import read_files, routes
+from loramux.server.service import Service
 from tests.server.test_app import LocalEngine, running
 from tests.tiny_tokenizer import write_tokenizer
 

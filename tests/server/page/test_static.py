@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.page.routes import CONTENT_TYPES, read_files
+from loramux.server.page.routes import CONTENT_TYPES, read_files
 from tests.test_architecture import REPO
 
 STATIC = REPO / "server" / "page" / "static"
