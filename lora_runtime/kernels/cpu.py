@@ -524,7 +524,8 @@ def train_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     rank, (num_tokens, width) = len(a), x.shape
     hidden = empty((-(-rank // 16) * 16, -(-num_tokens // 32) * 32), x.dtype)
     sizes = num_tokens, width, y.shape[1], rank
-    tensors = _pointers(y, hidden, x, a.contiguous(), b.contiguous())
+    a, b = a.contiguous(), b.contiguous()  # named, so that they live until the call is over
+    tensors = _pointers(y, hidden, x, a, b)
     _run("train_adapter", None, *tensors, *sizes)
     return hidden
 
@@ -534,6 +535,7 @@ def trained_adapter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """See `lora_runtime.kernels.trained_adapter_gradients`."""
     of_a, of_b = (empty(part.shape, torch.float32) for part in (a, b))
+    a, b = a.contiguous(), b.contiguous()
     tensors = _pointers(grad_x, of_a, of_b, grad, hidden, x, a, b)
     _run("adapter_gradients", None, *tensors, *x.shape, grad.shape[1], len(a))
     return of_a, of_b

@@ -107,7 +107,7 @@ class _AdaptedProduct(torch.autograd.Function):
         adapters = list(zip(ctx.slices, *(saved[i::5] for i in range(5)), strict=True))
         grad = grad_y.contiguous()  # of z, which is y before the gains
         if any(gain is not None for _, _, _, gain, _, _ in adapters):
-            grad = grad_y.clone()
+            grad = grad.clone()
             for rows, _, _, gain, _, _ in adapters:
                 if gain is not None:
                     grad[rows] *= gain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,21 +101,29 @@ def by_formula(x, weight, forms, slices):
 
 
 def gradients(y, weights, x, forms):
-    return torch.autograd.grad((y.to(weights.dtype) * weights).sum(), [x, *tensors_of(forms)])
+    return torch.autograd.grad(y.to(weights.dtype), [x, *tensors_of(forms)], weights)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_values_and_gradients_are_the_formulas(seed):
+@pytest.mark.parametrize("is_whole", [False, True], ids=["any", "multiples of 32"])
+@pytest.mark.parametrize("is_turned", [False, True], ids=["rows", "columns"])
+def test_values_and_gradients_are_the_formulas(seed, is_whole, is_turned):
     """Relative to their length within two roundings, as there are two between the ends of each. A
     gain's gradient sums products of either sign, each rounded, of sums that were: twice as much.
+    Multiples of 32 are what a CPU's tiles take; "columns" are tensors that lie by columns.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(3, 90, (2,), generator=generator).tolist()
+    if is_whole:
+        sizes = [-(-size // 32) * 32 for size in sizes]
     num_tokens = 20 + 7 * seed
     forms, slices = random_parts(generator, num_tokens, sizes)
     layer = DenseLinear(torch.randn(sizes[::-1], generator=generator).bfloat16(), None)
     x = torch.randn(num_tokens, sizes[0], generator=generator).bfloat16().requires_grad_()
     weights = torch.randn(num_tokens, sizes[1], generator=generator).bfloat16()
+    if is_turned:
+        forms = [replace(f, a=f.a.T.contiguous().T, b=f.b.T.contiguous().T) for f in forms]
+        weights, x = weights.T.contiguous().T, x.detach().T.contiguous().T.requires_grad_()
     ours = leaves_of(forms, torch.float32)
     rounded = rounded_factors([Factors(form.a, form.b) for form in ours], torch.bfloat16)
     adapted = [
