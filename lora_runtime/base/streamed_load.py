@@ -55,16 +55,18 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = _config(folder)
     is_quantised = _dequantise(config)
     stored = None
-    if dtype == torch.float32:
-        stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
-    loaded: Any = auto_class(config).from_pretrained(
-        folder,
-        config=config,
-        dtype=stored or dtype,
-        local_files_only=True,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    kind = auto_class(config)
+    with _refusing(folder, "load the checkpoint"):
+        if dtype == torch.float32:
+            stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=stored or dtype,
+            local_files_only=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
     model, found = loaded
     _check_complete(found)
     return model if stored is None else _in_float32(model)
@@ -95,13 +97,24 @@ def _dequantise(config: PreTrainedConfig) -> bool:
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    try:
+    with _refusing(folder, "read the config"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise BaseRefused(f"transformers does not know the model in {folder}: {error}") from error
     return config
+
+
+@contextmanager
+def _refusing(folder: Path, doing: str) -> Iterator[None]:
+    """Turn whatever transformers raises of damaged files into BaseRefused, memory errors apart."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise BaseRefused(
+            f"transformers cannot {doing} in {folder}: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
