@@ -98,11 +98,11 @@ class ObservedAttention:
         a model with recurrent layers: what such a layer does beside, the two rows show.
         """
         indices = range(len(self.layers))
-        if not self._kept and self.states is not None:
-            raise BaseRefused(f"{self.model_type} cannot be served: none of its layers attends")
         for layer in indices:
             if layer not in self._kept and self.states is None:
                 raise self.refused(layer, "does not attend through transformers' interface")
+        if not self._kept:
+            raise BaseRefused(f"{self.model_type} cannot be served: none of its layers attends")
         if (last := max(self._kept)) not in indices:
             raise self.refused(last, "is none of the decoder's layers")
         distinct = list({id(kept): kept for _, kept in sorted(self._kept.items())}.values())

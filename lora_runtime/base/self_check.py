@@ -14,6 +14,7 @@ So its logits are compared as the model's are, and behind it both go the way of 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -205,6 +206,12 @@ def _check_close(
     model: PreTrainedModel, ours: Tensor, theirs: Tensor, scale: float, where: str
 ) -> None:
     error = float((ours - theirs).abs().max())
+    if not math.isfinite(error):
+        raise BaseRefused(
+            f"{model.config.model_type} gives numbers that are not finite on {where}: the weights "
+            "of this checkpoint hold some, or overflow its dtype; download it again, or choose "
+            "another dtype"
+        )
     if not error <= SELF_CHECK_TOLERANCE[model.dtype] * scale:
         raise BaseRefused(
             f"{model.config.model_type} does not give its own logits with our attention and linear "

@@ -53,18 +53,19 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     disable_progress_bar()  # its bars are for notebooks; progress is told in steps here
     config = read_config(folder)
-    stored = None
-    if dtype == torch.float32:
-        is_quantised = bool(getattr(config, "quantization_config", None))
-        stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
-    loaded: Any = auto_class(config).from_pretrained(
-        folder,
-        config=config,
-        dtype=stored or dtype,
-        local_files_only=True,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    kind, stored = auto_class(config), None
+    is_quantised = bool(getattr(config, "quantization_config", None))
+    with _refusing(folder, "load the checkpoint"):
+        if dtype == torch.float32:
+            stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=stored or dtype,
+            local_files_only=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
     model, found = loaded
     _check_complete(found)
     return model if stored is None else _in_float32(model)
@@ -79,12 +80,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Of a checkpoint; of a quantised one it says that its weights are to be dequantised while they
     load. Raises BaseRefused for a model that transformers does not know, or for another format.
     """
-    try:
+    with _refusing(folder, "read the config"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise BaseRefused(f"transformers does not know the model in {folder}: {error}") from error
     _dequantise(config)
     return config
 
@@ -105,6 +104,19 @@ def _dequantise(config: PreTrainedConfig) -> None:
             "checkpoint that it was made of"
         )
     config.quantization_config = {**own, "dequantize": True}
+
+
+@contextmanager
+def _refusing(folder: Path, doing: str) -> Iterator[None]:
+    """Turn whatever transformers raises of damaged files into BaseRefused, memory errors apart."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise BaseRefused(
+            f"transformers cannot {doing} in {folder}: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

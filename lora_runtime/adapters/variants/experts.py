@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.files.file_names import MAX_TENSORS_BYTES
 from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey
@@ -22,6 +23,9 @@ from lora_runtime.errors import AdapterRefused
 FIRST_UNSWAPPED, LAST_SWAPPED = (0, 19, 1), (0, 18, 9)
 """Versions of PEFT: from the first on A takes the inputs of every weight; up to the last it took
 the second size of the parameter, which of weights (E, out, in) are the outputs."""
+
+MAX_FILLING = 4
+"""Times its own size that an adapter of each expert's own layers may grow, where it is large."""
 
 
 def site_shape(site: Site, base: BaseSpec) -> LinearShape:
@@ -80,7 +84,7 @@ def joined_experts(
 
     Layers that share an expert's outputs, gate and up, stand one below the other in its A and side
     by side in its B, which is zero for the outputs of the other; experts of less than the largest
-    rank are filled up with zeros. Raises AdapterRefused for biases.
+    rank are filled up with zeros. Raises AdapterRefused for biases, and for more than any file has.
     """
     by_key: dict[ModuleKey, dict[Site, ModuleForm]] = {}
     for site, form in layers.items():
@@ -90,15 +94,42 @@ def joined_experts(
                 field="lora_bias",
             )
         by_key.setdefault(ModuleKey(site.path, site.replica), {})[site] = form
+    _check_size(by_key, base)
     return {key: _joined(forms, base.shapes[key.path]) for key, forms in by_key.items()}
 
 
-def _joined(forms: Mapping[Site, ModuleForm], shape: LinearShape) -> ModuleForm:
+def _check_size(by_key: Mapping[ModuleKey, Mapping[Site, ModuleForm]], base: BaseSpec) -> None:
+    """Raise AdapterRefused where experts of the largest rank each would take more than any file,
+    and far more than this one: one expert of a huge rank makes hundreds of such.
+    """
+    num_values = num_filled = 0
+    for key, forms in by_key.items():
+        shape = base.shapes[key.path]
+        sizes = shape.in_features + shape.out_features
+        num_filled += shape.num_experts * max(_ranks(forms, shape)) * sizes
+        for form in forms.values():
+            num_values += sum(part.numel() for part in (form.a, form.b) if part is not None)
+    # Gate and up, one below the other, take less than twice their own values.
+    if 4 * num_filled > max(MAX_TENSORS_BYTES, 4 * MAX_FILLING * num_values):
+        raise AdapterRefused(
+            "rank_pattern: experts of one mixture are held with the largest rank among them, which "
+            f"takes {4 * num_filled} bytes here, more than {MAX_FILLING} times what the file has; "
+            "train them with ranks that are alike",
+            field="rank_pattern",
+        )
+
+
+def _ranks(forms: Mapping[Site, ModuleForm], shape: LinearShape) -> list[int]:
+    """Of each expert: the sum over its layers, which stand one below the other."""
     ranks = [0] * shape.num_experts
     for site, form in forms.items():
         assert site.expert is not None
         ranks[site.expert.expert] += form.rank
-    rank = max(ranks)
+    return ranks
+
+
+def _joined(forms: Mapping[Site, ModuleForm], shape: LinearShape) -> ModuleForm:
+    rank = max(_ranks(forms, shape))
     a = torch.zeros(shape.num_experts, rank, shape.in_features)
     b = torch.zeros(shape.out_features, shape.num_experts, rank)
     gain: Tensor | None = None

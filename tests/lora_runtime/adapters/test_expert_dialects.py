@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleKey
+from lora_runtime.adapters.variants import experts
 from lora_runtime.errors import AdapterRefused
 from tests.peft_adapters import load_in_peft, write_adapter
 from tests.tiny import dense_twin, tiny_base
@@ -335,3 +336,18 @@ def test_an_expert_too_many_is_refused(base, twin, tmp_path):
     rewritten(folder, lambda t: {n.replace("experts.7.", "experts.8."): v for n, v in t.items()})
     with pytest.raises(AdapterRefused, match="experts.7"):
         load_adapter(folder, base.spec, base.weights)
+
+
+def test_one_expert_of_a_rank_that_all_others_would_be_filled_up_to_is_refused(
+    base, twin, tmp_path, monkeypatch
+):
+    """Otherwise a small file takes the host's memory: hundreds of experts of the largest rank."""
+    older = of_transformers_4(twin)
+    folder = write_adapter(
+        older, tmp_path / "a", seed=3, r=1, target_modules=["down_proj"],
+        rank_pattern={r"layers\.0\.mlp\.experts\.0\.down_proj": 512},
+    )  # fmt: skip
+    monkeypatch.setattr(experts, "MAX_TENSORS_BYTES", 1 << 20)
+    with pytest.raises(AdapterRefused, match="largest rank") as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "rank_pattern"

@@ -3,6 +3,7 @@ bits."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -236,3 +237,51 @@ def test_a_config_alone_says_what_state_rows_will_have(tmp_path, family):
         expected = tiny_base(family, dtype=dtype).spec.state_bytes
         (folder / "model.safetensors").unlink(missing_ok=True)
         assert outline(folder, dtype).state_bytes == expected
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def with_tensor(name: str, value: torch.Tensor | None):
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def with_fields(**fields):
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return edit
+
+
+EXPERT = "model.layers.0.mlp.experts.1.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "cannot load the checkpoint"),
+        (with_tensor(EXPERT, torch.zeros(64, 32)), "cannot load the checkpoint"),
+        (with_tensor(EXPERT, None), "cannot load the checkpoint"),
+        (with_tensor("model.layers.0.mlp.gate.weight", torch.zeros(9, 64)), "cannot load"),
+        (with_tensor("model.layers.0.mlp.gate.weight", None), "has no tensor .*mlp.gate.weight"),
+        (with_tensor("model.norm.weight", torch.full((64,), torch.nan)), "not finite"),
+        (with_fields(hidden_act="wat"), "cannot load the checkpoint"),
+        (with_fields(num_local_experts="eight", num_experts="eight"), "cannot read the config"),
+        (with_fields(num_hidden_layers=0), "none of its layers attends"),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_mixture_is_refused(tmp_path, damage, message):
+    damage(tiny_checkpoint(tmp_path, "qwen3-moe"))
+    with pytest.raises(BaseRefused, match=message):
+        load_base(BaseConfig(model=str(tmp_path), dtype="float32", device="cpu"))
