@@ -30,12 +30,12 @@ def facts() -> dict[str, object]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "kernel_backend": BACKEND,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version_of(package) for package in PACKAGES},
     }
 
 
-def _version(package: str) -> str:
-    """Of an installed package; one that was only copied here brings no metadata."""
+def version_of(package: str) -> str:
+    """Of an installed package; "unknown" where there is none, or its files without metadata."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -61,8 +61,8 @@ def measured(
     sides: list[Side], batches: dict[tuple[str, int], Batch], num_rounds: int, console: Console
 ) -> dict[Cell, list[float]]:
     """Seconds of every cell in each round; a round before, which is not counted, warms all up."""
-    seconds: dict[Cell, list[float]] = {}
     order = [(side, *cell) for side in sides for cell in side.cells if cell in batches]
+    seconds: dict[Cell, list[float]] = {(side.name, *cell): [] for side, *cell in order}
     work = [number for number in range(num_rounds + 1) for _ in order]
     queue: list[tuple[Side, str, int]] = []
     for number in track(work, "batches", console=console):
@@ -71,7 +71,7 @@ def measured(
         side, mix, num_rows = queue.pop()
         found = side.run(batches[mix, num_rows])
         if number:
-            seconds.setdefault((side.name, mix, num_rows), []).append(found)
+            seconds[side.name, mix, num_rows].append(found)
     return seconds
 
 
@@ -140,20 +140,15 @@ def opened(args: argparse.Namespace, base: Base, folder: Path):
     """Every side, until the context ends."""
     folders = write_random_adapters(base, folder, RANKS)
     dense = dense_model(base)
-    sides: list[Side] = [
-        Ours(base, folders),
-        Transformers(dense),
-        Peft(dense, folders[:NUM_ALIKE]),
-    ]
+    alike = folders[:NUM_ALIKE]
+    sides: list[Side] = [Ours(base, folders), Transformers(dense), Peft(dense, alike)]
     for peer in args.peer:
         name, _, where = peer.partition("=")
         is_url = where.startswith(("http://", "https://"))
         sides.append(OverOpenai(name, where) if is_url else OpenVino(where))
     with contextlib.ExitStack() as stack:
         if args.grpc:
-            sides.append(
-                stack.enter_context(OverGrpc.serving(args.base, folder, folders[:NUM_ALIKE]))
-            )
+            sides.insert(1, stack.enter_context(OverGrpc.serving(args.base, folder, alike)))
         yield sides
 
 
@@ -208,7 +203,11 @@ def main() -> None:
     result = {
         **machine.facts(),
         "question": "output tokens a second of a batch",
-        "workload": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "workload": {
+            **{name: value for name, value in vars(args).items() if name != "out"},
+            "peer": [peer.rpartition("/")[2] for peer in args.peer],  # no paths of this machine
+        },
+        "openvino-genai": machine.version_of("openvino-genai"),
         "dtype": base.spec.dtype,
         "read_bytes_per_s": round(ceilings.bytes_per_s),
         "multiply_adds_per_s": round(ceilings.multiply_adds_per_s),

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
-from bench.serving_load import BASE, EIGHT, MANY, MIXES
+from bench.serving_load import BASE, EIGHT, MANY, MIXES, ROWS
 
 OURS, FLOOR = "loramux", "floor"
 COLOURS = {mix: f"C{index}" for index, mix in enumerate(MIXES)}
@@ -41,7 +40,7 @@ def draw(speeds: Mapping[tuple[str, str, int], float], path: Path, title: str) -
                 _line(others, lines[side, mix], f"{side}, {mix}", f"C{index}", style)
     for axes in (ours, others):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xticks(ROWS, labels=map(str, ROWS))
         axes.set_xlabel("rows")
         axes.legend()
         axes.grid(alpha=0.3)

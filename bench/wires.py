@@ -375,7 +375,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         **{package: version(package) for package in PACKAGES},
         "question": "what a wire costs",
         "load_average": [round(value, 1) for value in os.getloadavg()],
-        "workload": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "workload": {name: value for name, value in vars(args).items() if name != "out"},
         "wires": summaries,
         "against_grpc": ratios,
         "full_tokens_per_s": {

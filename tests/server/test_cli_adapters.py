@@ -9,6 +9,7 @@ import re
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lora_runtime.adapters.files.folder import CONFIG_FILE
@@ -113,10 +114,21 @@ def test_a_value_refused_for_this_base_is_named_in_the_table(invoke, tmp_path):
 
 def test_wrong_tensors_are_refused_after_the_table(invoke, tmp_path):
     write_adapter(tiny_model("llama"), tmp_path / "a", seed=0)
-    edit_config(tmp_path / "a", r=4)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, file)
     result = invoke("verify", tmp_path / "a")
     assert result.exit_code == 1 and "lora_A" in result.stderr
     assert rows(result.stdout)["r"][1] == "honoured"
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_refused_in_the_table(invoke, tmp_path):
+    write_adapter(tiny_model("llama"), tmp_path / "a", seed=0)
+    edit_config(tmp_path / "a", r=4)
+    result = invoke("verify", tmp_path / "a")
+    assert result.exit_code == 1 and "r is 4" in result.stderr
+    assert rows(result.stdout)["r"][1] == "refused"
 
 
 def test_what_is_special_about_an_adapter_is_shown(invoke, tmp_path):
