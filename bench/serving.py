@@ -31,8 +31,10 @@ from bench.random_adapters import write_random_adapters
 from bench.serving_load import (
     BASE,
     EIGHT,
+    FLOOR,
     MANY,
     NUM_ALIKE,
+    OURS,
     RANKS,
     ROWS,
     Batch,
@@ -54,7 +56,6 @@ from lora_runtime.config import BaseConfig
 
 Cell = tuple[str, str, int]
 """Side, mix, number of rows."""
-FLOOR = "floor"
 
 
 def measured(
@@ -86,7 +87,7 @@ def speeds(
 
 def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float]) -> dict:
     """What is asked of the engine, as medians over the rounds of ratios within one round."""
-    ours, most = Ours.name, max(num_rows for _, num_rows in floors)
+    ours, most = OURS, max(num_rows for _, num_rows in floors)
 
     def times(one: Cell, other: Cell) -> float | None:
         """How many times as fast `one` is."""
@@ -148,7 +149,7 @@ def opened(args: argparse.Namespace, base: Base, folder: Path):
         sides.append(OverOpenai(name, where) if is_url else OpenVino(where))
     with contextlib.ExitStack() as stack:
         if args.grpc:
-            sides.insert(1, stack.enter_context(OverGrpc.serving(args.base, folder, alike)))
+            sides.insert(1, stack.enter_context(OverGrpc.serving(args, folder, alike)))
         yield sides
 
 

@@ -12,6 +12,8 @@ import torch
 from lora_runtime.base.loader import Base
 from lora_runtime.kernels import adapter_dtype
 
+OURS, FLOOR = "loramux", "floor"
+"""Names among the sides."""
 ROWS = (1, 4, 8, 16, 32)
 RANKS = [16] * 8 + [8, 16, 32, 64] * 8
 """Of the adapters, by their number: eight alike, then 32 that differ."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.serving_load import BASE, EIGHT, MANY, MIXES, ROWS
+from bench.serving_load import BASE, EIGHT, FLOOR, MANY, MIXES, OURS, ROWS
 
-OURS, FLOOR = "loramux", "floor"
 COLOURS = {mix: f"C{index}" for index, mix in enumerate(MIXES)}
 
 Line = Sequence[tuple[int, float]]

@@ -4,6 +4,7 @@ took; none finds a prompt in a prefix cache.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import copy
@@ -19,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.served import serving
-from bench.serving_load import BASE, EIGHT, MIXES, ROWS, Batch
+from bench.serving_load import BASE, EIGHT, MIXES, OURS, ROWS, Batch
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base
 from lora_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
@@ -45,7 +46,7 @@ class Side(Protocol):
 class Ours:
     """The engine in this process."""
 
-    name = "loramux"
+    name = OURS
     cells = list(itertools.product(MIXES, ROWS))
 
     def __init__(self, base: Base, folders: list[Path]) -> None:
@@ -98,9 +99,13 @@ class OverGrpc:
 
     @classmethod
     @contextlib.contextmanager
-    def serving(cls, base: str, folder: Path, folders: list[Path]) -> Iterator[OverGrpc]:
-        """A server that has the adapters, until the context ends."""
-        with serving(base, folder, max(ROWS)) as served, asyncio.Runner() as runner:
+    def serving(
+        cls, args: argparse.Namespace, folder: Path, folders: list[Path]
+    ) -> Iterator[OverGrpc]:
+        """A server with the same base as `Ours` and with the adapters, until the context ends."""
+        cache = "--dequantized-cache" if args.dequantized_cache else "--no-dequantized-cache"
+        flags = "--device", "cpu", "--dtype", args.dtype, cache
+        with serving(args.base, folder, max(ROWS), *flags) as served, asyncio.Runner() as runner:
             client = AsyncClient(served.grpc)
             runner.run(client.__aenter__())
             yield cls(runner, client, folders)
@@ -141,7 +146,7 @@ class Transformers:
 
     def run(self, batch: Batch) -> float:
         """See `Side`."""
-        return _generate(self._model, batch)
+        return _generate(self.name, self._model, batch)
 
 
 class Peft:
@@ -161,7 +166,7 @@ class Peft:
     def run(self, batch: Batch) -> float:
         """See `Side`."""
         names = ["__base__" if o is None else self._names[o] for o in batch.owners()]
-        return _generate(self._model, batch, adapter_names=names)
+        return _generate(self.name, self._model, batch, adapter_names=names)
 
 
 class OpenVino:
@@ -249,14 +254,14 @@ def dense_model(base: Base) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _generate(model: Any, batch: Batch, **kwargs: object) -> float:
+def _generate(name: str, model: Any, batch: Batch, **kwargs: object) -> float:
     prompts, begun = torch.tensor(batch.prompts()), time.perf_counter()
     out = model.generate(
         input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
         min_new_tokens=batch.new_tokens, max_new_tokens=batch.new_tokens, pad_token_id=0, **kwargs,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
-    _check("transformers", batch, out[:, prompts.shape[1] :].numel())
+    _check(name, batch, out[:, prompts.shape[1] :].numel())
     return seconds
 
 

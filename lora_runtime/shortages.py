@@ -12,6 +12,8 @@ SHORTAGES = {
     errno.ENFILE: "open files",
     errno.ENOMEM: "memory",
 }
+BEYOND_US = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""What a disk may lack, or break down with."""
 MAX_OPEN_FILES = 65536
 
 
@@ -21,6 +23,16 @@ def shortage(error: BaseException) -> Overloaded | None:
     """
     lacking = SHORTAGES.get(error.errno or 0) if isinstance(error, OSError) else None
     return None if lacking is None else Overloaded(f"the server has no more {lacking}")
+
+
+def is_shortage(error: BaseException) -> bool:
+    """True for an error of this machine, which says nothing of the files that were read: memory,
+    open files, disk. On a CPU torch has no type of its own for memory.
+    """
+    if isinstance(error, OSError):
+        return error.errno in BEYOND_US or shortage(error) is not None
+    is_torchs = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_torchs or "OutOfMemory" in type(error).__name__
 
 
 def allow_open_files() -> None:

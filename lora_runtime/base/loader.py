@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
 from lora_runtime.base.device import resolve_device, resolve_dtype
@@ -69,10 +69,11 @@ from lora_runtime.base.self_check import (
     refusing_errors,
     self_check,
 )
-from lora_runtime.base.streamed_load import holds_more, place, read_model, visiting
+from lora_runtime.base.streamed_load import holds_more, place, read_config, read_model, visiting
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
+from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, huge_pages
 
 
@@ -208,11 +209,8 @@ def configured_length(folder: Path) -> int | None:
     its config.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        return int(config.get_text_config().max_position_embeddings)
-    except (OSError, ValueError, AttributeError):
+        return int(read_config(folder).get_text_config().max_position_embeddings)
+    except (BaseRefused, ValueError, TypeError, AttributeError):
         return None  # `load_base` says what is wrong
 
 

@@ -30,6 +30,7 @@ from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attent
 from lora_runtime.base.model.routers import routers
 from lora_runtime.base.observed_attention import OBSERVED, ObservedAttention, observing
 from lora_runtime.errors import BaseRefused
+from lora_runtime.shortages import is_shortage
 
 SELF_CHECK_LENGTHS = (5, 23)
 FIRST_PIECE = 22
@@ -61,12 +62,12 @@ class Original(NamedTuple):
 
 @contextmanager
 def refusing_errors(model: PreTrainedModel, doing: str) -> Iterator[None]:
-    """Turn whatever transformers' code raises inside into BaseRefused, memory errors apart."""
+    """Turn whatever transformers' code raises inside into BaseRefused, but a shortage."""
     try:
         yield
-    except (BaseRefused, torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, BaseRefused) or is_shortage(error):
+            raise
         why = f"{doing} failed with {type(error).__name__}: {str(error)[:300]}"
         if isinstance(error, AttributeError) and "Linear' object has no attribute" in str(error):
             why = "a module reads the weight of a linear layer, past the layer and its adapters"

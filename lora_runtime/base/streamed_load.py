@@ -34,6 +34,7 @@ from lora_runtime.base.model.parts import (
     towers,
 )
 from lora_runtime.errors import BaseRefused
+from lora_runtime.shortages import is_shortage
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 DEQUANTISED = ("fp8", "mxfp4")
@@ -55,7 +56,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(folder)
     kind, stored = auto_class(config), None
     is_quantised = bool(getattr(config, "quantization_config", None))
-    with _refusing(folder, "load the checkpoint"):
+    with _refusing(f"load the checkpoint in {folder}"):
         if dtype == torch.float32:
             stored = torch.bfloat16 if is_quantised else _half_dtype(folder)
         loaded: Any = kind.from_pretrained(
@@ -80,7 +81,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Of a checkpoint; of a quantised one it says that its weights are to be dequantised while they
     load. Raises BaseRefused for a model that transformers does not know, or for another format.
     """
-    with _refusing(folder, "read the config"):
+    with _refusing(f"read the config in {folder}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -107,15 +108,15 @@ def _dequantise(config: PreTrainedConfig) -> None:
 
 
 @contextmanager
-def _refusing(folder: Path, doing: str) -> Iterator[None]:
-    """Turn whatever transformers raises of damaged files into BaseRefused, memory errors apart."""
+def _refusing(doing: str) -> Iterator[None]:
+    """Turn whatever transformers raises of damaged files into BaseRefused, but a shortage."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, BaseRefused) or is_shortage(error):
+            raise
         raise BaseRefused(
-            f"transformers cannot {doing} in {folder}: {type(error).__name__}: {str(error)[:300]}"
+            f"transformers cannot {doing}: {type(error).__name__}: {str(error)[:300]}"
         ) from error
 
 
@@ -212,7 +213,8 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' model of `config`, whose weights have no memory. Raises BaseRefused."""
     kind = auto_class(config)
-    with init_empty_weights(include_buffers=False):
+    doing = f"build the {config.model_type} that the config describes"
+    with _refusing(doing), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="eager")
     return model
 

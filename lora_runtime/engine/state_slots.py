@@ -90,7 +90,8 @@ class Snapshots:
             if not left:
                 return None
             counts = Counter(snapshot.owner for snapshot in left.values())
-            self.evict(min(left, key=lambda k: (-counts[left[k].owner], left[k].last_use)))
+            self.num_evictions += 1
+            self.drop(min(left, key=lambda k: (-counts[left[k].owner], left[k].last_use)))
         slot = self._free.pop()
         self._reserved.add(slot)
         return slot
@@ -129,11 +130,6 @@ class Snapshots:
     def num_free(self) -> int:
         """Slots that nobody writes to, holds or reads."""
         return len(self._free)
-
-    def evict(self, key: BlockKey) -> None:
-        """Forget a snapshot that would have been kept if there were room, if there is one."""
-        self.num_evictions += key in self._by_key
-        self.drop(key)
 
     def drop(self, key: BlockKey) -> None:
         """Forget a snapshot, if there is one."""
@@ -309,7 +305,7 @@ class StatefulBlockManager(BlockManager):
         content = self._contents.get(block)
         super()._forget(block)
         if content is not None:
-            self.snapshots.evict(content[0])
+            self.snapshots.drop(content[0])
 
 
 def num_snapshots(config: EngineConfig) -> int:

@@ -460,7 +460,8 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float)
 
     segments (N, 4) int32 on the host: (a, p, b, n) says that each of the n tokens from b on sees
     the p tokens from a on, those of the n before it and itself. Scores are q · k times `scale`. The
-    n tokens of all segments are all T tokens, and a segment with p > 0 begins at another's b.
+    n tokens of all segments are all T tokens; with p > 0, a is another segment's b, and p at most
+    its n.
     """
     return cpu_tracked.attend_rows(q, k, v, segments, scale)
 

@@ -111,11 +111,13 @@ def _check_size(by_key: Mapping[ModuleKey, Mapping[Site, ModuleForm]], base: Bas
             num_values += sum(part.numel() for part in (form.a, form.b) if part is not None)
     # Gate and up, one below the other, take less than twice their own values.
     if 4 * num_filled > max(MAX_TENSORS_BYTES, 4 * MAX_FILLING * num_values):
+        ranks = {form.rank for forms in by_key.values() for form in forms.values()}
+        field = "rank_pattern" if len(ranks) > 1 else "target_modules"
         raise AdapterRefused(
-            "rank_pattern: experts of one mixture are held with the largest rank among them, which "
-            f"takes {4 * num_filled} bytes here, more than {MAX_FILLING} times what the file has; "
-            "train them with ranks that are alike",
-            field="rank_pattern",
+            f"{field}: all experts of a mixture are held with the largest rank among them, those "
+            f"without an adapter too: {4 * num_filled} bytes here in float32, which is more than "
+            f"{MAX_FILLING} times the adapter's own; adapt all of them, with ranks that are alike",
+            field=field,
         )
 
 

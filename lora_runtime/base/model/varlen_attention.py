@@ -1,7 +1,8 @@
 """Attention over whole rows, without a cache: for training and for checks. Differentiable.
 
 Rows that begin with the same tokens may share them: these are computed once, and every row's own
-tokens see them. A row's result and gradient are those it would have alone.
+tokens see them. A row's result and gradient are those it would have alone, but for rounding: one
+row that is long for the CPU's op of short rows takes all rows of its batch to the other one.
 """
 
 from __future__ import annotations

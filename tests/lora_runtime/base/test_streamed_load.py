@@ -3,6 +3,7 @@ bits."""
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_runtime.base.loader import load_base
+from lora_runtime.base.loader import configured_length, load_base
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.model.parts import inner_linears
 from lora_runtime.base.outline import outline
@@ -285,3 +286,40 @@ def test_a_damaged_checkpoint_of_a_mixture_is_refused(tmp_path, damage, message)
     damage(tiny_checkpoint(tmp_path, "qwen3-moe"))
     with pytest.raises(BaseRefused, match=message):
         load_base(BaseConfig(model=str(tmp_path), dtype="float32", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "wat"}, {"vocab_size": -5}, {"hidden_size": "64"}, {"hidden_size": -4},
+        {"num_attention_heads": 0}, {"pad_token_id": 1000},
+        {"rope_parameters": {"rope_type": "wat", "rope_theta": 1e4}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_makes_no_model_is_refused_before_the_weights_are_read(tmp_path, fields):
+    with_fields(**fields)(tiny_checkpoint(tmp_path, "llama"))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BaseRefused, match="transformers cannot"):
+        outline(tmp_path, torch.float32)
+    configured_length(tmp_path)  # raises nothing
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        *(OSError(number, "x") for number in (errno.ENOMEM, errno.EMFILE, errno.ENOSPC)),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_lacks_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch, error):
+    def lacking(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacking)
+    with pytest.raises(type(error)) as raised:
+        read_model(tiny_checkpoint(tmp_path, "llama"), torch.float32)
+    assert raised.value is error
