@@ -87,7 +87,7 @@ def speeds(
 
 def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float]) -> dict:
     """What is asked of the engine, as medians over the rounds of ratios within one round."""
-    ours, most = OURS, max(num_rows for _, num_rows in floors)
+    most = max(num_rows for _, num_rows in floors)
 
     def times(one: Cell, other: Cell) -> float | None:
         """How many times as fast `one` is."""
@@ -98,25 +98,25 @@ def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float
 
     def extra(mix: str) -> float | None:
         """The time that a mix takes beside the base alone, over the floor of that."""
-        if (ours, mix, most) not in seconds:
+        if (OURS, mix, most) not in seconds:
             return None
-        pairs = zip(seconds[ours, mix, most], seconds[ours, BASE, most], strict=True)
+        pairs = zip(seconds[OURS, mix, most], seconds[OURS, BASE, most], strict=True)
         beside = statistics.median(mixed - base for mixed, base in pairs)
         return round(beside / (floors[mix, most] - floors[BASE, most]), 3)
 
     def of_floor(mix: str, num_rows: int) -> float | None:
-        if (ours, mix, num_rows) not in seconds:
+        if (OURS, mix, num_rows) not in seconds:
             return None
-        return round(floors[mix, num_rows] / statistics.median(seconds[ours, mix, num_rows]), 3)
+        return round(floors[mix, num_rows] / statistics.median(seconds[OURS, mix, num_rows]), 3)
 
     return {
-        "8 adapters over base": times((ours, EIGHT, most), (ours, BASE, most)),
+        "8 adapters over base": times((OURS, EIGHT, most), (OURS, BASE, most)),
         "floor of that": round(floors[BASE, most] / floors[EIGHT, most], 3),
-        "base over transformers": times((ours, BASE, most), (Transformers.name, BASE, most)),
-        "base over OpenVINO": times((ours, BASE, most), (OpenVino.name, BASE, most)),
-        "8 adapters over PEFT": times((ours, EIGHT, most), (Peft.name, EIGHT, most)),
-        "gRPC over in process, base": times((OverGrpc.name, BASE, most), (ours, BASE, most)),
-        "gRPC over in process, 8": times((OverGrpc.name, EIGHT, most), (ours, EIGHT, most)),
+        "base over transformers": times((OURS, BASE, most), (Transformers.name, BASE, most)),
+        "base over OpenVINO": times((OURS, BASE, most), (OpenVino.name, BASE, most)),
+        "8 adapters over PEFT": times((OURS, EIGHT, most), (Peft.name, EIGHT, most)),
+        "gRPC over in process, base": times((OverGrpc.name, BASE, most), (OURS, BASE, most)),
+        "gRPC over in process, 8": times((OverGrpc.name, EIGHT, most), (OURS, EIGHT, most)),
         "extra time of 8 adapters over its floor": extra(EIGHT),
         "extra time of 32 adapters over its floor": extra(MANY),
         "share of the floor, base": of_floor(BASE, most),

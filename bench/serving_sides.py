@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench import wires
 from bench.served import serving
 from bench.serving_load import BASE, EIGHT, MIXES, OURS, ROWS, Batch
 from lora_runtime.adapters.reduction import load_adapter
@@ -91,7 +92,7 @@ class OverGrpc:
     cells = [(BASE, 1), (BASE, 32), (EIGHT, 1), (EIGHT, 32)]
 
     def __init__(self, runner: asyncio.Runner, client: AsyncClient, folders: list[Path]) -> None:
-        self._runner, self._client = runner, client
+        self._runner, self._wire = runner, wires.OverGrpc(client)
         self._names = [folder.name for folder in folders]
         self._salts = map(str, itertools.count())
         for folder in folders:
@@ -128,11 +129,7 @@ class OverGrpc:
         self, prompt: list[int], owner: int | None, num_tokens: int, salt: str
     ) -> int:
         adapter = None if owner is None else self._names[owner]
-        events = self._client.generate(
-            token_ids=prompt, adapter=adapter, max_tokens=num_tokens, temperature=0.0,
-            ignore_eos=True, cache_salt=salt,
-        )  # fmt: skip
-        return sum([len(event.delta.token_ids) async for event in events])
+        return (await self._wire(wires.Prompt(adapter, prompt, salt), num_tokens)).num_tokens
 
 
 class Transformers:

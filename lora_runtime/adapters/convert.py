@@ -68,7 +68,7 @@ def plain_files(
 def _refuse_inexpressible(form: ServingForm, base: BaseSpec) -> None:
     if any(module.gain is not None for module in form.modules.values()):
         raise _refused("use_dora", "DoRA rescales whole rows of W, which no low-rank change does")
-    if any(base.shapes[key.path].experts is not None for key in form.modules):
+    if form.adapts_experts(base):
         raise _refused("target_parameters", "the file of an adapter of experts stays as it is")
     if form.facts.layer_map is not None:
         raise _refused("layer_replication", "a LoRA changes weights, not the order of the layers")

@@ -132,7 +132,7 @@ def _refuse_inexpressible(form: ServingForm, base: BaseSpec) -> None:
         raise _refused(
             "layer_replication", "the visits of one layer have a change each, and one weight"
         )
-    if any(base.shapes[key.path].experts is not None for key in form.modules):
+    if form.adapts_experts(base):
         raise _refused("target_parameters", "experts are served unmerged")
     if form.facts.invocation_tokens:
         raise _refused(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_runtime.adapters.facts import AdapterFacts
+from lora_runtime.core import BaseSpec
 
 
 class ModuleKey(NamedTuple):
@@ -95,6 +96,10 @@ class ServingForm:
     @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted({module.rank for module in self.modules.values()} - {0}))
+
+    def adapts_experts(self, base: BaseSpec) -> bool:
+        """True when a module of it is a mixture's, be it of one expert."""
+        return any(base.shapes[key.path].experts is not None for key in self.modules)
 
     @property
     def has_whole_patch(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.parts import decoder_layers, decoder_of, set_attention
 from lora_runtime.base.model.routers import routers
 from lora_runtime.base.observed_attention import OBSERVED, ObservedAttention, observing
+from lora_runtime.base.refusing import refusing, shown
 from lora_runtime.errors import BaseRefused
-from lora_runtime.shortages import is_shortage
 
 SELF_CHECK_LENGTHS = (5, 23)
 FIRST_PIECE = 22
@@ -60,18 +60,16 @@ class Original(NamedTuple):
     routed: dict[str, tuple[Tensor, ...]]
 
 
-@contextmanager
-def refusing_errors(model: PreTrainedModel, doing: str) -> Iterator[None]:
-    """Turn whatever transformers' code raises inside into BaseRefused, but a shortage."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, BaseRefused) or is_shortage(error):
-            raise
-        why = f"{doing} failed with {type(error).__name__}: {str(error)[:300]}"
+def refusing_errors(model: PreTrainedModel, doing: str) -> AbstractContextManager[None]:
+    """See `refusing`: of what transformers' code raises."""
+
+    def describe(error: Exception) -> str:
+        why = f"{doing} failed with {shown(error)}"
         if isinstance(error, AttributeError) and "Linear' object has no attribute" in str(error):
             why = "a module reads the weight of a linear layer, past the layer and its adapters"
-        raise BaseRefused(f"{model.config.model_type} cannot be served: {why}") from error
+        return f"{model.config.model_type} cannot be served: {why}"
+
+    return refusing(describe)
 
 
 def _check_rows(model: PreTrainedModel) -> list[Tensor]:

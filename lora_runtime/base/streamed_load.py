@@ -8,7 +8,7 @@ again. A weight visits the device, in the compute dtype, while its layer runs or
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from lora_runtime.base.model.parts import (
     inner_linears,
     towers,
 )
+from lora_runtime.base.refusing import refusing, shown
 from lora_runtime.errors import BaseRefused
-from lora_runtime.shortages import is_shortage
 
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 DEQUANTISED = ("fp8", "mxfp4")
@@ -107,17 +107,9 @@ def _dequantise(config: PreTrainedConfig) -> None:
     config.quantization_config = {**own, "dequantize": True}
 
 
-@contextmanager
-def _refusing(doing: str) -> Iterator[None]:
-    """Turn whatever transformers raises of damaged files into BaseRefused, but a shortage."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, BaseRefused) or is_shortage(error):
-            raise
-        raise BaseRefused(
-            f"transformers cannot {doing}: {type(error).__name__}: {str(error)[:300]}"
-        ) from error
+def _refusing(doing: str) -> AbstractContextManager[None]:
+    """See `refusing`: of what transformers cannot do with damaged files."""
+    return refusing(lambda error: f"transformers cannot {doing}: {shown(error)}")
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -80,7 +80,7 @@ class StateStats:
     num_snapshot_hits: int
     """Rows that began with a snapshot, resumed ones included."""
     num_snapshot_evictions: int
-    """Snapshots that went for want of slots, or with the blocks of their prefix."""
+    """Snapshots that went for want of slots."""
     num_recomputed_tokens: int
     """Tokens whose keys and values were found in the prefix cache and that were computed again, as
     no snapshot was held behind them."""

@@ -73,7 +73,7 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
     with current_device(base.device):
         engine = Engine(base, config)
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
-        if states := num_state_slots(base, config):
+        if states := num_state_slots(base.spec.state_bytes, config):
             say(f"beside it are {states} recurrent states of {base.spec.state_bytes} bytes each")
         engine.runner.warm_up(say)
     return engine
@@ -109,7 +109,7 @@ class Engine:
         self.slots = SlotTable(self.pool.nbytes, max_slots)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.slots)
         cache = base.allocate_kv(num_blocks * config.cache.block_size)
-        states = base.allocate_states(num_state_slots(base, config))
+        states = base.allocate_states(num_state_slots(base.spec.state_bytes, config))
         max_num_seqs = config.scheduler.max_num_seqs
         self.runner = ModelRunner(
             base, cache, config.cache.block_size, self.pool, self.host, max_num_seqs, states

@@ -71,7 +71,7 @@ def num_kv_blocks(base: Base, config: EngineConfig) -> int:
     cache = config.cache
     block_bytes = base.kv_bytes_per_token() * cache.block_size
     check_states(base.spec.state_bytes, base.device, config)
-    states = num_state_slots(base, config) * base.spec.state_bytes
+    states = num_state_slots(base.spec.state_bytes, config) * base.spec.state_bytes
     if cache.num_blocks is not None:
         check_memory(base.device, cache.num_blocks * block_bytes, "num_blocks")
         return cache.num_blocks
@@ -91,7 +91,7 @@ def check_states(state_bytes: int, device: torch.device, config: EngineConfig) -
     is; `field` is the setting that asks for more of them.
     """
     num_rows, num_kept = config.scheduler.max_num_seqs, num_snapshots(config)
-    needed, total = (num_rows + num_kept) * state_bytes, memory_bytes(device)
+    needed, total = num_state_slots(state_bytes, config) * state_bytes, memory_bytes(device)
     if needed > total:
         raise ConfigError(
             f"max_num_seqs is {num_rows} and state_snapshots {num_kept}: as many recurrent states "
@@ -101,9 +101,11 @@ def check_states(state_bytes: int, device: torch.device, config: EngineConfig) -
         )
 
 
-def num_state_slots(base: Base, config: EngineConfig) -> int:
-    """Slots of the state pool: one for each row that may run, and those for snapshots."""
-    if not base.spec.state_bytes:
+def num_state_slots(state_bytes: int, config: EngineConfig) -> int:
+    """Slots of the state pool, of `state_bytes` each: one for each row that may run, and those for
+    snapshots.
+    """
+    if not state_bytes:
         return 0
     return config.scheduler.max_num_seqs + num_snapshots(config)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_runtime.adapters.config.expert_sites import parameter_name
+from lora_runtime.adapters.config.expert_sites import parameter_names
 from lora_runtime.adapters.config.layer_sites import Site, sites_of
 from lora_runtime.adapters.config.matching import PatternMatcher, likely_meant
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec, parse_config
@@ -243,7 +243,7 @@ def _check_names(config: UnitConfig, base: BaseSpec) -> None:
     modules = () if config.target_modules == "all-linear" else config.target_modules
     _check_targets(config, "target_modules", modules, tuple(base.shapes))
     sites = sites_of(base, {path: path for path in base.shapes}, None)
-    weights = tuple(parameter_name(site, base) for site in sites)
+    weights = parameter_names(sites, base)
     _check_targets(config, "target_parameters", config.target_parameters, weights)
 
 

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import matplotlib.image
 import pytest
 
 from bench.serving_load import BASE, EIGHT, MANY, MIXES, RANKS, ZIPF, Batch, Ceilings, owners
-from tests.fork_server import run_program
-from tests.tiny import tiny_base, tiny_checkpoint
-from tests.tiny_tokenizer import write_tokenizer
+from tests.bench.running import run_bench
+from tests.tiny import tiny_base
 
 SIZES = {"prompt-tokens": 9, "new-tokens": 6, "rounds": 2}
 
 
 @pytest.mark.timeout(300)
 def test_every_side_makes_every_token(tmp_path):
-    base = tiny_checkpoint(tmp_path / "base")
-    write_tokenizer(base)
-    sizes = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-    command = ["-m", "bench.serving", "--base", base, "--out", tmp_path / "out", *sizes]
-    done = run_program([*command, "--rows", "1", "32"], timeout=290)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    file, picture = sorted((tmp_path / "out").iterdir())
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads(file.read_text())
+    result = run_bench("bench.serving", tmp_path, SIZES, ["--rows", "1", "32"])
+    (picture,) = (tmp_path / "out").glob("*.png")
     found = {(cell["side"], cell["mix"], cell["rows"]): cell for cell in result["cells"]}
     for side, mixes in (
         ("loramux", MIXES), ("loramux over gRPC", (BASE, EIGHT)), ("transformers", (BASE,)),

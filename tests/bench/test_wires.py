@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.fork_server import run_program
-from tests.tiny import tiny_checkpoint
-from tests.tiny_tokenizer import write_tokenizer
+from tests.bench.running import run_bench
 
 SIZES = {
     "requests": 5, "prompt-tokens": 9, "new-tokens": 12, "adapters": 2, "rank": 2, "rounds": 2,
@@ -18,15 +14,7 @@ SIZES = {
 
 @pytest.mark.timeout(300)
 def test_every_wire_carries_every_token(tmp_path):
-    base = tiny_checkpoint(tmp_path / "base")
-    write_tokenizer(base)
-    sizes = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-    command = ["-m", "bench.wires", "--base", base, "--out", tmp_path / "out", *sizes]
-    done = run_program(command, timeout=290)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (file,) = (tmp_path / "out").iterdir()
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads(file.read_text())
+    result = run_bench("bench.wires", tmp_path, SIZES)
     assert set(result["wires"]) == {"grpc", "http", "openai", "engine"}
     for name, figures in result["wires"].items():
         assert all(value > 0 for key, value in figures.items() if not key.endswith("cpu_s")), name
