@@ -1,7 +1,9 @@
 """Puts right what Triton's interpreter (3.7.1) does wrong or lacks, and what makes it slow.
 
 Lacking: PTX; two instructions are given, as the PTX ISA defines them. Wrong: float32 is cut to
-bfloat16 instead of rounded, and matrices of bfloat16 are multiplied as the integers of their bits.
+bfloat16 instead of rounded, matrices of bfloat16 are multiplied as the integers of their bits, and
+numpy sums a column's products in an order that depends on the matrix's shape and the processor, which
+a GPU's instructions do not: the sums are made in float64 and rounded once.
 Slow: every launch wraps the whole language anew, every value's type and shape is made anew, and
 every whole number is watched for an overflow that small shapes cannot have; together that is two
 thirds of the time.
@@ -22,7 +24,7 @@ def mend() -> None:
     """For the whole process; more than once does no harm."""
     if interpreter._patch_lang is not _wrap_once:
         _round_bfloat16()
-        _widen_bfloat16_products()
+        _sum_products_in_float64()
         _give_instructions()
         _remember_types()
         interpreter._patch_lang = _wrap_once
@@ -42,18 +44,21 @@ def _round_bfloat16() -> None:
     interpreter._convert_float = rounding
 
 
-def _widen_bfloat16_products() -> None:
+def _sum_products_in_float64() -> None:
     multiply = interpreter.InterpreterBuilder.create_dot
 
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+    def values(handle):
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return handle.data.astype(np.float64)
 
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(
-        self, widened(a), widened(b), *rest
-    )
+    def create_dot(self, a, b, sums, *rest):
+        if sums.dtype.scalar != tl.float32:
+            return multiply(self, a, b, sums, *rest)
+        total = np.matmul(values(a), values(b)) + sums.data
+        return interpreter.TensorHandle(total.astype(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _give_instructions() -> None:
