@@ -2,7 +2,8 @@
 
 LoramuxError
 ├── InvalidRequest              a client sent a value that cannot be used
-│   └── UnsupportedFeature      a value that is understood but not served yet
+│   ├── UnsupportedFeature      a value that is understood but not served yet
+│   └── PromptTooLong           the prompt leaves no room for an output
 ├── ConfigError                 an operator's setting, file or flag cannot be used
 ├── BaseRefused                 this base model cannot be served
 ├── AdapterError
@@ -20,6 +21,7 @@ LoramuxError
 ├── PermissionDenied            the caller's key is not for this
 ├── RequestFailed               something unforeseen ended one request
 ├── Overloaded                  a queue or a pool is full; try again later
+│   └── QuotaUsed               the caller's tenant has all that it may have for now
 └── Unavailable                 the engine is stopping or has died, or an adapter is not there yet
 """
 
@@ -37,13 +39,17 @@ class LoramuxError(Exception):
     """Base of all errors raised on purpose.
 
     `message` says what is wrong and what to change; `field` is the dotted name of the offending
-    input where one is known, for example `sampling.temperature`.
+    input where one is known, for example `sampling.temperature`. `retry_after_s`: seconds until
+    the same call may succeed, where that is known.
     """
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(LoramuxError):
@@ -52,6 +58,10 @@ class InvalidRequest(LoramuxError):
 
 class UnsupportedFeature(InvalidRequest):
     """A client asked for something that is defined but not served yet."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt has more tokens than fit before the first token of an output."""
 
 
 class ConfigError(LoramuxError):
@@ -119,16 +129,11 @@ class PermissionDenied(LoramuxError):
 
 
 class Overloaded(LoramuxError):
-    """A queue or pool is full, or a quota used, for now; the same call may succeed later.
+    """A queue or pool is full for now; the same call may succeed later."""
 
-    `retry_after_s`: seconds until it may, where they are known.
-    """
 
-    def __init__(
-        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message, field=field)
-        self.retry_after_s = retry_after_s
+class QuotaUsed(Overloaded):
+    """The caller's tenant has all that its limits allow, for now; the server itself has room."""
 
 
 class Unavailable(LoramuxError):

@@ -93,10 +93,12 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The engine accepted the request."""
+    """The engine has begun with the request."""
 
     request_id: str
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    """Of the prompt's tokens those that the output that begins first found in the prefix cache."""
     prompt_token_ids: tuple[int, ...] = ()
     side: TextSide | None = None
     """What the tokens mean; None: what the base says."""
@@ -134,7 +136,7 @@ class Finished:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int = 0
-    """Of the prompt's tokens those that were found in the prefix cache."""
+    """Of the prompt's tokens those that this output found in the prefix cache."""
     num_output_tokens: int
     num_reasoning_tokens: int = 0
     """Of the output's tokens those by which the model thought."""
@@ -204,7 +206,9 @@ class AdapterRecord:
     loaded_at_s: float = 0.0
     """Seconds since 1970; 0 before."""
     num_in_flight: int = 0
-    """Requests that use it now."""
+    """Calls that use it now, under this name."""
+    request_ids: set[str] = dataclasses.field(default_factory=set)
+    """Their requests to the engine, one for each output."""
     error: str = ""
     """Why it failed; empty unless FAILED."""
     notes: tuple[str, ...] = ()

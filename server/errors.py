@@ -28,6 +28,8 @@ DOMAIN = "loramux"
 ADAPTER_RESOURCE = "loramux.v1.Adapter"
 RETRY_AFTER_S = 1.0
 """Where nothing better is known."""
+LOADING_RETRY_S = 5
+"""Of a server that loads: after two tries a second apart clients of OpenAI's API would give up."""
 MAX_ERROR_BYTES = 1024
 """Details travel in HTTP/2 trailers, of which peers take about 8 KB, and hold the text thrice."""
 MAX_FIELD_LENGTH = 200
@@ -52,6 +54,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.LoramuxError: WireError(_Code.INTERNAL, "INTERNAL", 500),
         errors.InvalidRequest: WireError(_Code.INVALID_ARGUMENT, "INVALID_REQUEST", 400),
         errors.UnsupportedFeature: WireError(_Code.UNIMPLEMENTED, "UNSUPPORTED_FEATURE", 400),
+        errors.PromptTooLong: WireError(_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG", 400),
         errors.ConfigError: WireError(_Code.INTERNAL, "CONFIG_ERROR", 500),
         errors.BaseRefused: WireError(_Code.INTERNAL, "BASE_REFUSED", 500),
         errors.DataError: WireError(_Code.INTERNAL, "DATA_ERROR", 500),
@@ -71,6 +74,7 @@ WIRE_ERRORS: Mapping[type[errors.LoramuxError], WireError] = MappingProxyType(
         errors.PermissionDenied: WireError(_Code.PERMISSION_DENIED, "PERMISSION_DENIED", 403),
         errors.RequestFailed: WireError(_Code.INTERNAL, "REQUEST_FAILED", 500),
         errors.Overloaded: WireError(_Code.RESOURCE_EXHAUSTED, "OVERLOADED", 429),
+        errors.QuotaUsed: WireError(_Code.RESOURCE_EXHAUSTED, "QUOTA_USED", 429),
         errors.Unavailable: WireError(_Code.UNAVAILABLE, "UNAVAILABLE", 503),
     }
 )
@@ -138,11 +142,16 @@ _HTTP_FIELDS = {
     "text": "prompt",
     "name": "lora_name",
     "source": "lora_path",
-    "sampling.structured_output": "response_format",
     "messages.template_variables": "chat_template_kwargs",
 }
 _HTTP_TYPES = {429: "rate_limit_error"}
-_HTTP_CODES = {"ADAPTER_NOT_FOUND": "model_not_found", "UNAUTHENTICATED": "invalid_api_key"}
+_HTTP_CODES = {
+    "ADAPTER_NOT_FOUND": "model_not_found",
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+    "QUOTA_USED": "rate_limit_exceeded",
+    "UNAUTHENTICATED": "invalid_api_key",
+}
+"""Where OpenAI has a code of its own, by which clients tell what to do."""
 
 
 def grpc_status(error: BaseException) -> grpc.Status:
@@ -157,16 +166,20 @@ _MAY_BE_TLS = re.compile("handshake|verification|socket closed|reset by peer", r
 
 
 def from_rpc_error(error: grpc.RpcError) -> Exception:
-    """Return the exception a server raised, with its field.
+    """Return the exception a server raised, with its field and when to try again.
 
     TimeoutError stands for a deadline that passed, CancelledError for a call that was ended here.
     """
     code, text = error.code(), error.details() or error.code().name
     status = rpc_status.from_call(error)
-    info = error_details_pb2.ErrorInfo()
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details if status else ():
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
-            return _CLASSES[info.reason](text, field=info.metadata.get("field"))
+        _ = detail.Unpack(info) or detail.Unpack(retry)
+    if info.domain == DOMAIN and info.reason in _CLASSES:
+        retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 or None
+        return _CLASSES[info.reason](
+            text, field=info.metadata.get("field"), retry_after_s=retry_after_s
+        )
     if code is _Code.UNAVAILABLE and (address := _UNREACHABLE.search(text)):
         return errors.Unavailable(_unreachable(unquote(address[1]), address[2]))
     if text in _CANCELLED_HERE:
@@ -183,7 +196,8 @@ def _unreachable(address: str, reason: str) -> str:
             f"roots and under a name of its certificate (--tls-ca or --tls, in Python "
             f"tls_credentials), and else without: {reason}"
         )
-    return f"no server at {address} (is it running? `loramux serve`): {reason}"
+    advice = "is it running, and has it loaded its base? `loramux serve`"
+    return f"no server at {address} ({advice}): {reason}"
 
 
 def _details(wire: WireError, message: str, field: str, retry_after_s: float) -> Iterator[Message]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, PromptTooLong
 from loramux.server.calls import PromptLimits
 
 MAX_VALUES = 1 << 20
@@ -27,18 +27,18 @@ _PRINTABLE = re.compile(r"[ -~]{0,128}")
 
 
 def check_tokens(num_given: int, field: str, limits: PromptLimits) -> None:
-    """Raise InvalidRequest for a prompt of more tokens or turns than can fit."""
+    """Raise PromptTooLong for a prompt of more tokens or turns than can fit."""
     if num_given > limits.num_tokens:
         what = "turns" if field == "messages" else "tokens"
-        raise InvalidRequest(
+        raise PromptTooLong(
             f"{field} has {num_given} {what}; at most {limits.num_tokens} fit", field=field
         )
 
 
 def check_bytes(num_bytes: int, field: str, limits: PromptLimits) -> None:
-    """Raise InvalidRequest for a prompt of more bytes than can be the tokens that fit."""
+    """Raise PromptTooLong for a prompt of more bytes than can be the tokens that fit."""
     if num_bytes > limits.num_bytes:
-        raise InvalidRequest(
+        raise PromptTooLong(
             f"{field} has {num_bytes} bytes; at most {limits.num_bytes} can be the "
             f"{limits.num_tokens} tokens that fit",
             field=field,

@@ -14,6 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+PROBE_AGAIN_S = 5
+"""What Retry-After says to a probe."""
+
 
 class MetricsPage(Protocol):
     """Where the page of metrics comes from."""
@@ -71,4 +74,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 def _probe(is_good: bool, problem: str) -> Response:
-    return PlainTextResponse("ok\n") if is_good else PlainTextResponse(f"{problem}\n", 503)
+    if is_good:
+        return PlainTextResponse("ok\n")
+    return PlainTextResponse(f"{problem}\n", 503, {"retry-after": str(PROBE_AGAIN_S)})

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,15 +237,14 @@ class ScriptedEngine:
         self.loaded[digest] = replace(PLAIN, facts=facts, text_files=text_files)
         return self.loaded[digest]
 
-    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
+    async def unload_adapter(self, digest: str, *, ending: Collection[str] = ()) -> None:
         assert self.references[digest] > 0, "more unloads than loads"
         self.references[digest] -= 1
+        self._cancelled |= set(ending)
         if self.references[digest]:
             return
         del self.references[digest]
         self.pinned.discard(digest)
-        if cancel:
-            self._cancelled |= {r.request_id for r in self._using(digest)}
         while self._using(digest):
             await asyncio.sleep(0.001)
 

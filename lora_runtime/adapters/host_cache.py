@@ -54,10 +54,9 @@ class HostCache:
         self._adapters.setdefault(adapter.digest, adapter)
         self._references[adapter.digest] = self._references.get(adapter.digest, 0) + 1
 
-    def drop(self, digest: str) -> bool:
-        """Give up one reference. True when it was the last; the adapter stays until `remove`."""
+    def drop(self, digest: str) -> None:
+        """Give up one reference; after the last the adapter stays until `remove`."""
         self._references[digest] -= 1
-        return self._references[digest] == 0
 
     def is_referenced(self, digest: str) -> bool:
         """True while a load of the adapter has not been undone by `drop`."""

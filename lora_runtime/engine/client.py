@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -153,10 +153,11 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
-        """Drop one reference; with the last, drain (or cancel) its requests and free its memory.
+    async def unload_adapter(self, digest: str, *, ending: Collection[str] = ()) -> None:
+        """Drop one reference, and end the running requests of these ids as CANCELLED.
 
-        Returns when the memory is free. New requests for the adapter fail at once.
+        After the last reference new requests for the adapter fail at once, and its memory is free
+        when its requests have ended. Returns then; while there are other references, at once.
         """
         ...
 

@@ -48,7 +48,7 @@ from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
 from lora_runtime.engine.state_slots import StatefulBlockManager, num_snapshots
-from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError, PromptTooLong
 from lora_runtime.kernels import BACKEND, adapter_dtype
 from lora_runtime.kernels.compiling import watch_compiles
 
@@ -196,16 +196,14 @@ class Engine:
             self.slots.register(adapter.digest, adapter.nbytes)
         self.host.add(adapter)
 
-    def drop_adapter(self, digest: str, *, cancel: bool = False) -> list[StepOutput]:
-        """Give up one reference. With the last, new requests fail and `cancel` ends old ones, whose
-        outputs are returned.
+    def drop_adapter(self, digest: str, *, ending: Collection[str] = ()) -> list[StepOutput]:
+        """Give up one reference; with the last, new requests fail. The requests of the ids `ending`
+        end now, and their outputs are returned.
         """
         if not self.host.is_referenced(digest):
             raise AdapterNotFound(f"no adapter with digest {digest[:12]} is loaded")
-        is_last = self.host.drop(digest)
-        users = [s.request.request_id for s in self._live.values() if _uses(s, digest)]
-        if is_last and cancel:
-            self._outputs += [output for user in users for output in self.abort(user)]
+        self.host.drop(digest)
+        self._outputs += [output for request_id in ending for output in self.abort(request_id)]
         self.collect()
         return self.take_outputs()
 
@@ -415,7 +413,7 @@ class Engine:
         if not num_prompt:
             raise InvalidRequest("the prompt is empty; send at least one token", field="prompt")
         if num_prompt >= longest:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {num_prompt} tokens; at most {longest - 1} fit", field="prompt"
             )
         if num_prompt + request.sampling.max_tokens > longest:

@@ -58,6 +58,7 @@ from lora_runtime.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    PromptTooLong,
     Unavailable,
     check_options,
     written,
@@ -349,7 +350,7 @@ class LLM:
         num_layers = max((one.loaded.facts.num_layers for one in named.values()), default=0)
         room = self.info.token_limit(num_layers) - len(token_ids)
         if room < 1:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {len(token_ids)} tokens; at most {room + len(token_ids) - 1} fit",
                 field="prompts",
             )

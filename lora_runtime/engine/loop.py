@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
@@ -133,9 +133,9 @@ class InThreadEngine:
         await self._call(lambda: self._engine.add_packed(packed))
         return load.loaded(packed)
 
-    async def unload_adapter(self, digest: str, *, cancel: bool = False) -> None:
+    async def unload_adapter(self, digest: str, *, ending: Collection[str] = ()) -> None:
         freed: Future[None] = Future()
-        await self._call(lambda: self._drop(digest, cancel, freed))
+        await self._call(lambda: self._drop(digest, ending, freed))
         await asyncio.wrap_future(freed)
 
     async def pin_adapter(self, digest: str, *, is_pinned: bool = True) -> None:
@@ -227,8 +227,8 @@ class InThreadEngine:
             del self._streams[request_id]
             self._engine.abort(request_id)
 
-    def _drop(self, digest: str, cancel: bool, freed: Future[Any]) -> None:
-        self._deliver(self._engine.drop_adapter(digest, cancel=cancel))
+    def _drop(self, digest: str, ending: Collection[str], freed: Future[Any]) -> None:
+        self._deliver(self._engine.drop_adapter(digest, ending=ending))
         self._unloading.setdefault(digest, []).append(freed)
 
     def _resolve_unloads(self) -> None:

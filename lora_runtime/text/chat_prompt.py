@@ -124,6 +124,6 @@ def _check_choice(choice: ToolMode | str, names: set[str]) -> None:
         )
     if not isinstance(choice, ToolMode) and choice not in names:
         raise InvalidRequest(
-            f"messages.tool_choice is {choice[:64]!r}, which is none of messages.tools",
+            f"messages.tool_choice is {choice[:64]!r}; no tool of the request has this name",
             field="messages.tool_choice",
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lora_runtime.errors import InvalidRequest, Overloaded
+from lora_runtime.errors import InvalidRequest, QuotaUsed
 from loramux.server.access.caller import Caller, Limits
 
 BURST_S = 10.0
@@ -45,7 +45,7 @@ class Quotas:
     def request(self, caller: Caller, num_outputs: int = 1) -> Iterator[Spend]:
         """Count a request while it waits and runs, once for each of its outputs.
 
-        Raises Overloaded, and InvalidRequest (field `sampling.n`) for more outputs than the tenant
+        Raises QuotaUsed, and InvalidRequest (field `sampling.n`) for more outputs than the tenant
         may ever have.
         """
         limits, taken = caller.limits, self._taken[caller.tenant]
@@ -65,7 +65,7 @@ class Quotas:
     @contextmanager
     def adapter(self, caller: Caller, name: str, held: Iterable[str]) -> Iterator[None]:
         """Count a name while something is loaded under it; `held` are those that the caller's
-        tenant holds already. Raises Overloaded for one too many.
+        tenant holds already. Raises QuotaUsed for one too many.
         """
         loading = self._taken[caller.tenant].loading
         self.check_adapters(caller, {*held, name})
@@ -78,12 +78,12 @@ class Quotas:
                 del loading[name]
 
     def check_adapters(self, caller: Caller, held: Iterable[str]) -> None:
-        """Raise Overloaded if these names and those that are being loaded are more than the
+        """Raise QuotaUsed if these names and those that are being loaded are more than the
         caller's tenant may hold.
         """
         names, most = {*held, *self._taken[caller.tenant].loading}, caller.limits.max_adapters
         if most is not None and len(names) > most:
-            raise Overloaded(
+            raise QuotaUsed(
                 f"tenant {caller.tenant!r} holds {len(names) - 1} adapters and may hold {most} "
                 "(max_adapters), and none of them is on demand and unused; unload one first, or "
                 "try again later",
@@ -97,7 +97,7 @@ class Quotas:
         left = self._left(rate, limits, taken)
         if left < 0:
             wait_s = -left / rate
-            raise Overloaded(
+            raise QuotaUsed(
                 f"tenant {caller.tenant!r} has used its {rate:g} tokens per second; try again in "
                 f"{wait_s:.1f} s",
                 retry_after_s=wait_s,
@@ -122,7 +122,7 @@ def _check_outputs(caller: Caller, limits: Limits, num_running: int, num_outputs
             f"{caller.tenant!r} may have {most}",
             field="sampling.n",
         )
-    raise Overloaded(
+    raise QuotaUsed(
         f"{num_running} requests of tenant {caller.tenant!r} wait or run already, and it may have "
         f"{most}; try again later"
     )

@@ -360,7 +360,9 @@ class NameChanges:
 
     async def _release(self, record: AdapterRecord, cancel: bool) -> None:
         try:
-            await self._engine.unload_adapter(record.digest, cancel=cancel)
+            # Other names may hold the same content: what was asked of them goes on.
+            ending = tuple(record.request_ids) if cancel else ()
+            await self._engine.unload_adapter(record.digest, ending=ending)
         except Exception:
             logger.exception("adapter was not freed", adapter=record.name, digest=record.digest)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -89,10 +89,13 @@ class Registry:
         raise Unavailable(f"adapter {name!r} is being loaded again; try again later", field=field)
 
     @contextmanager
-    def in_flight(self, records: Sequence[AdapterRecord], tenant: str = "") -> Iterator[None]:
-        """Count a request of a tenant under each of its adapters while it runs."""
+    def in_flight(
+        self, records: Sequence[AdapterRecord], request_ids: Collection[str], tenant: str = ""
+    ) -> Iterator[None]:
+        """Count a tenant's call under each of its adapters while its requests to the engine run."""
         for record in records:
             record.num_in_flight += 1
+            record.request_ids.update(request_ids)
             if record.is_on_demand:
                 record.tenants[tenant] = time.monotonic()
         try:
@@ -100,6 +103,7 @@ class Registry:
         finally:
             for record in records:
                 record.num_in_flight -= 1
+                record.request_ids.difference_update(request_ids)
 
     @contextmanager
     def wanted(self, names: Iterable[str]) -> Iterator[None]:

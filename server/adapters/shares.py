@@ -31,20 +31,24 @@ def givers(
 ) -> Sequence[str]:
     """The tenants that make room for an adapter, in their order.
 
+    What is on its way in or out takes memory too, but of nobody's share: a tenant that loads much
+    at once would else make all shares small, and everybody be over theirs.
+
     `records`: all names of the server; `loader`: the tenant that the new adapter is charged to,
     None for the operators of the whole server, for whom everybody makes room; `weights`: of the
     tenants, 1 where none is given.
     """
     charged: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    nobodys: dict[str, int] = {}
     for record in _contents(records):
+        if not record.tenants and not record.is_on_demand:
+            nobodys[record.digest] = record.num_bytes
         for tenant in record.tenants:
             charged[tenant][record.digest] = record.num_bytes
     if loader is not None:
         charged.setdefault(loader, {})
-    of_tenants: dict[str, int] = {}
-    for contents in charged.values():
-        of_tenants |= contents
-    room = full.max_bytes - (full.held_bytes - sum(of_tenants.values()))
+    of_tenants = {digest for contents in charged.values() for digest in contents}
+    room = full.max_bytes - sum(nobodys[digest] for digest in nobodys.keys() - of_tenants)
     num_parts = sum(weights.get(tenant, 1.0) for tenant in charged)
     over = {
         tenant: sum(contents.values()) - room * weights.get(tenant, 1.0) / num_parts

@@ -168,8 +168,9 @@ def _show_logprobs(logprobs: Iterable[types_pb2.TokenLogprob]) -> None:
 def _summary(finished: generation_pb2.Finished) -> str:
     reason = types_pb2.FinishReason.Name(finished.finish_reason)
     usage = finished.usage
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     return (
-        f"{usage.prompt_tokens} prompt + {usage.output_tokens} output tokens, "
+        f"{usage.prompt_tokens} prompt{cached} + {usage.output_tokens} output tokens, "
         f"{reason.removeprefix('FINISH_REASON_').lower()}"
     )
 

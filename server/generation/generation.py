@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora_runtime.core import Request, SamplingParams, StructuredOutput
 from lora_runtime.engine.client import EngineClient
@@ -19,7 +20,7 @@ from lora_runtime.engine.request_rules import (
     uses,
     with_ends,
 )
-from lora_runtime.errors import InvalidRequest, Unavailable
+from lora_runtime.errors import InvalidRequest, PromptTooLong, Unavailable
 from lora_runtime.text.chat_output import PLAIN, ChatAnswer, Parsers, chat_answer
 from lora_runtime.text.chat_prompt import ChatPrompt
 from lora_runtime.text.detokenizer import Detokenizer
@@ -149,13 +150,15 @@ class Generation:
         # Nothing may be awaited from here to the engine: a name could be unloaded meanwhile.
         first = self._request(call, prepared, deadline)
         started = _started(call, first.request_id, prepared)
+        requests = _requests(first, call.num_outputs)
         outputs = [
             self._run(request, index, call, started, prepared)
-            for index, request in enumerate(_requests(first, call.num_outputs))
+            for index, request in enumerate(requests)
         ]
         has_prompt = first.sampling.num_prompt_logprobs is not None
         spend(len(first.prompt_token_ids) * call.num_outputs)  # each output is a request of its own
-        with self._registry.in_flight(prepared.records, call.caller.tenant):
+        request_ids = [request.request_id for request in requests]
+        with self._registry.in_flight(prepared.records, request_ids, call.caller.tenant):
             events = merged(outputs, has_prompt) if len(outputs) > 1 else outputs[0]
             async with aclosing(events):
                 async for event in events:
@@ -196,7 +199,7 @@ class Generation:
                         side,
                         answer.thinking,
                         owner=tenant,
-                        place=self._compiling.waited_for(tenant),
+                        place=partial(self._compiling.waited_for, tenant),
                     )
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)
@@ -237,10 +240,10 @@ class Generation:
     def _room(
         self, call: GenerateCall, num_prompt_tokens: int, records: list[AdapterRecord]
     ) -> int:
-        """Tokens that fit after a prompt. Raises InvalidRequest where there are none."""
+        """Tokens that fit after a prompt. Raises PromptTooLong where there are none."""
         limit = self._engine.info.token_limit(depth(records))
         if num_prompt_tokens >= limit:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"{call.prompt.field} has {num_prompt_tokens} tokens; at most {limit - 1} fit",
                 field=call.prompt.field,
             )
@@ -283,7 +286,7 @@ class Generation:
                 async for output in outputs:
                     if not is_started:
                         is_started = True
-                        yield started
+                        yield replace(started, num_cached_tokens=output.num_cached_tokens)
                     if output.prompt_logprobs is not None:
                         yield PromptLogprobs(logprobs=output.prompt_logprobs)
                     num_cached_tokens = max(num_cached_tokens, output.num_cached_tokens)

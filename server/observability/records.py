@@ -98,9 +98,8 @@ async def watched(
                 elif type(event) is Started:
                     record.request_id = event.request_id
                     record.num_prompt_tokens = event.num_prompt_tokens
+                    record.num_cached_tokens = event.num_cached_tokens
                 elif type(event) is Finished:
-                    if event.index == 0:
-                        record.num_cached_tokens = event.num_cached_tokens
                     record.outputs.append((event, time.monotonic() - begun))
                 yield event
     except BaseException as error:

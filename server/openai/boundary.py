@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
 from loramux.server.access.caller import Caller
-from loramux.server.errors import RETRY_AFTER_S, http_error
+from loramux.server.errors import LOADING_RETRY_S, RETRY_AFTER_S, http_error
 from loramux.server.openai.body import Bodies, CallerGone, Refusal
 from loramux.server.openai.json_text import encoded, encoded_in_parts
 from loramux.server.peers import client_address, peer_of
@@ -54,7 +54,10 @@ class Backend:
         """Return the service. Raises Unavailable while calls are not taken."""
         service = self.find_service()
         if service is None:
-            raise Unavailable("the server is loading or shutting down; try again later")
+            raise Unavailable(
+                "the server is loading or shutting down; try again later",
+                retry_after_s=LOADING_RETRY_S,
+            )
         return service
 
 

@@ -11,8 +11,8 @@ from loramux.server.calls import Delta, Event, Finished, PromptLogprobs, Started
 from loramux.server.openai import encode
 from loramux.server.openai.boundary import Exchange
 from loramux.server.openai.choices import Chunk, stream_choices
-from loramux.server.openai.decode import chat_call
-from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.decode import chat_call, named_as_given, names_given
+from loramux.server.openai.events import Numbered, generate
 from loramux.server.openai.schema import ChatRequest
 
 REASONING = ("reasoning_content", "reasoning")
@@ -25,7 +25,7 @@ async def chat(exchange: Exchange) -> None:
     """Answer a request for a chat completion."""
     request, call = await exchange.run(chat_call, exchange)
     turn = _Turn(request, exchange)
-    with field_is_model(not request.adapters):
+    with named_as_given(names_given(request)):
         async with aclosing(generate(exchange.service.generation, [call])) as events:
             if request.stream:
                 await _stream(turn, events)
@@ -75,6 +75,7 @@ class _Turn:
         match event:
             case Started():
                 self.usage.num_prompt_tokens = event.num_prompt_tokens
+                self.usage.num_cached_tokens = event.num_cached_tokens
                 self._token_ids = event.prompt_token_ids
                 if event.notes:
                     self.head["notes"] = list(event.notes)
@@ -91,8 +92,6 @@ class _Turn:
                 return self._more(event)
             case Finished():
                 self.usage.num_reasoning_tokens += event.num_reasoning_tokens
-                if event.index == 0:
-                    self.usage.num_cached_tokens = event.num_cached_tokens
                 return [_part(event.index, {}, reason=encode.finish_reason(event))]
         return []
 

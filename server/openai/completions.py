@@ -14,8 +14,8 @@ from loramux.server.calls import Delta, Event, Finished, PromptLogprobs, Started
 from loramux.server.openai import encode
 from loramux.server.openai.boundary import Exchange
 from loramux.server.openai.choices import Chunk, stream_choices
-from loramux.server.openai.decode import completion_calls
-from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.decode import completion_calls, named_as_given, names_given
+from loramux.server.openai.events import Numbered, generate
 from loramux.server.openai.schema import CompletionRequest
 
 
@@ -24,7 +24,7 @@ async def complete(exchange: Exchange) -> None:
     request, calls = await exchange.run(completion_calls, exchange)
     prompts = [call.prompt.text if isinstance(call.prompt, TextPrompt) else None for call in calls]
     completion = _Completion(request, exchange, prompts)
-    with field_is_model(not request.adapters):
+    with named_as_given(names_given(request)):
         async with aclosing(generate(exchange.service.generation, calls)) as events:
             if request.stream:
                 await _stream(completion, events)
@@ -94,6 +94,7 @@ class _Completion:
         match event:
             case Started():
                 self.usage.num_prompt_tokens += event.num_prompt_tokens
+                self.usage.num_cached_tokens += event.num_cached_tokens
                 self._begin(prompt, event)
                 self._note(event)
                 if self.request.echo and not wants_logprobs:
@@ -111,8 +112,6 @@ class _Completion:
                 if event.text or event.logprobs:
                     return [self._part(prompt, first + event.index, event)]
             case Finished():
-                if event.index == 0:
-                    self.usage.num_cached_tokens += event.num_cached_tokens
                 reason = "length" if self.request.max_tokens == 0 else encode.finish_reason(event)
                 part = _choice(first + event.index, "", None, reason)
                 if prompt.logprobs is not None:

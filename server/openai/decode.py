@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lora_runtime.core import (
@@ -15,8 +16,14 @@ from lora_runtime.core import (
     is_whole,
 )
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
-from lora_runtime.errors import AdapterNotFound, InvalidRequest, UnsupportedFeature
+from lora_runtime.errors import (
+    AdapterNotFound,
+    InvalidRequest,
+    LoramuxError,
+    UnsupportedFeature,
+)
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
+from lora_runtime.text.structured_output import field_of
 from loramux.server.calls import GenerateCall, Prompt, PromptLimits, TextPrompt, TokenPrompt
 from loramux.server.fields import (
     MAX_NAME_LENGTH,
@@ -125,7 +132,37 @@ def chat_call(exchange: Exchange) -> tuple[ChatRequest, GenerateCall]:
         request.chat_template_kwargs,
         parallel_tool_calls=request.parallel_tool_calls,
     )
-    return request, _call(request, exchange, prompt, given, wanted is not None)
+    with named_as_given(names_given(request)):
+        return request, _call(request, exchange, prompt, given, wanted is not None)
+
+
+def names_given(request: SampledRequest | ResponsesRequest) -> dict[str, str]:
+    """Fields of our own calls → the fields of a request that say the same, where these are others
+    than in the calls, or it has a choice of them.
+    """
+    names = {} if request.adapters else {"adapters[0].name": "model"}
+    for name, form in _forms(request).items():
+        names |= {"sampling.structured_output": name, field_of(form): name}
+    if isinstance(request, ResponsesRequest):
+        names |= {"sampling.max_tokens": "max_output_tokens", "messages": "input"}
+    elif isinstance(request, ChatRequest):
+        names["sampling.logprobs"] = "top_logprobs"
+        if request.max_completion_tokens is not None:
+            names["sampling.max_tokens"] = "max_completion_tokens"
+    return names
+
+
+@contextmanager
+def named_as_given(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise errors about fields of our own calls as errors about those of the request."""
+    try:
+        yield
+    except LoramuxError as error:
+        if (own := error.field or "") in names:
+            if error.message.startswith(f"{own} "):
+                error.message = names[own] + error.message.removeprefix(own)
+            error.field = names[own]
+        raise
 
 
 def responses_call(exchange: Exchange) -> tuple[ResponsesRequest, GenerateCall]:
@@ -148,15 +185,16 @@ def responses_call(exchange: Exchange) -> tuple[ResponsesRequest, GenerateCall]:
         field="input",
     )
     wanted = request.max_output_tokens
-    sampling = SamplingParams(
-        max_tokens=ALL_THAT_FITS if wanted is None else wanted,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        seed=request.seed,
-        structured_output=_from_format(request.text.format if request.text else None),
-    )
+    with named_as_given(names_given(request)):
+        sampling = SamplingParams(
+            max_tokens=ALL_THAT_FITS if wanted is None else wanted,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            seed=request.seed,
+            structured_output=_form(request),
+        )
     return request, GenerateCall(
         caller=exchange.caller,
         prompt=prompt,
@@ -259,6 +297,11 @@ def _call(
     has_max_tokens: bool,
     index: int = 0,
 ) -> GenerateCall:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest(
+            "stream_options is given without stream; leave it out, or set stream to true",
+            field="stream_options",
+        )
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     check_stops(stop)
     stop_token_ids = request.stop_token_ids or []
@@ -277,7 +320,7 @@ def _call(
         **given,
         stop_token_ids=frozenset(stop_token_ids),
         logit_bias=_logit_bias(request.logit_bias or {}),
-        structured_output=_structured_output(request),
+        structured_output=_form(request),
     )
     request_id = exchange.request_id if index == 0 else f"{exchange.request_id[:120]}-{index}"
     return GenerateCall(
@@ -414,8 +457,16 @@ def _tool_choice(choice: ToolChoice, tools: Sequence[AnyFunction]) -> ToolMode |
     return ToolMode(choice)
 
 
-def _structured_output(request: SampledRequest) -> StructuredOutput | None:
-    """What an output must look like, from whichever of the fields says so; one may."""
+def _form(request: SampledRequest | ResponsesRequest) -> StructuredOutput | None:
+    """What an output must look like."""
+    return next(iter(_forms(request).values()), None)
+
+
+def _forms(request: SampledRequest | ResponsesRequest) -> dict[str, StructuredOutput]:
+    """The same by the field that says it. Raises InvalidRequest where several do."""
+    if isinstance(request, ResponsesRequest):
+        form = _from_format(request.text.format if request.text else None, "text.format.schema")
+        return {} if form is None else {"text.format": form}
     given = request.structured_outputs
     words: dict[str, Any] = {
         "guided_json": request.guided_json,
@@ -429,12 +480,18 @@ def _structured_output(request: SampledRequest) -> StructuredOutput | None:
         words["structured_outputs.choice"] = given.choice
         words["structured_outputs.grammar"] = given.grammar
         words["structured_outputs.json_object"] = given.json_object or None
+        if all(value is None for value in words.values()):
+            raise InvalidRequest(
+                "structured_outputs has none of json, json_object, regex, choice and grammar; give "
+                "one, or leave it out",
+                field="structured_outputs",
+            )
     found = {name: _structure(name, value) for name, value in words.items() if value is not None}
     if (form := _from_response_format(request)) is not None:
         found["response_format"] = form
     if len(found) > 1:
         raise InvalidRequest(f"{' and '.join(found)} are given; give one", field=[*found][1])
-    return next(iter(found.values()), None)
+    return found
 
 
 def _structure(name: str, value: Any) -> StructuredOutput:
@@ -457,12 +514,21 @@ def _from_response_format(request: SampledRequest) -> StructuredOutput | None:
         return None
     if given.type == "json_schema" and given.json_schema is None:
         raise InvalidRequest("response_format.json_schema is missing", field="response_format")
-    schema = given.json_schema.schema_ if given.json_schema else None
-    return _from_format(SchemaFormat(type=given.type, schema=schema))
+    schema = (given.json_schema.schema_ or {}) if given.json_schema else None
+    flat = SchemaFormat(type=given.type, schema=schema)
+    return _from_format(flat, "response_format.json_schema")
 
 
-def _from_format(given: SchemaFormat | None) -> StructuredOutput | None:
-    if given is None or given.type == "text":
+def _from_format(given: SchemaFormat | None, schema_field: str) -> StructuredOutput | None:
+    if given is None:
+        return None
+    if given.type != "json_schema" and given.schema_ is not None:
+        raise InvalidRequest(
+            f"{schema_field} is given beside the type {given.type!r}; the type of a schema is "
+            "'json_schema'",
+            field=schema_field,
+        )
+    if given.type == "text":
         return None
     if given.type == "json_object":
         return StructuredOutput(StructureKind.JSON_OBJECT, "")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
-from lora_runtime.errors import LoramuxError
 from loramux.server.calls import Event, GenerateCall, Started
 from loramux.server.generation.generation import Generation
 
@@ -75,14 +74,3 @@ async def _merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@contextmanager
-def field_is_model(is_model: bool) -> Iterator[None]:
-    """Name `model` in errors about the one adapter, where that field named it."""
-    try:
-        yield
-    except LoramuxError as error:
-        if is_model and error.field == "adapters[0].name":
-            error.field = "model"
-        raise

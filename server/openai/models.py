@@ -12,7 +12,13 @@ from lora_runtime.text.text_side import TextSide
 from loramux.server.calls import AdapterRecord, AdapterState, Prompt, TokenPrompt
 from loramux.server.fields import adapter_name
 from loramux.server.openai.boundary import Exchange
-from loramux.server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
+from loramux.server.openai.decode import (
+    chat_prompt,
+    model_adapter,
+    named_as_given,
+    text_prompt,
+    token_ids,
+)
 from loramux.server.openai.encode import token_text
 from loramux.server.openai.schema import (
     DetokenizeRequest,
@@ -88,7 +94,8 @@ async def detokenize(exchange: Exchange) -> None:
     """POST /detokenize."""
     request, prompt = await exchange.run(_detokenized, exchange)
     side = _known(exchange, request.model)
-    text = await exchange.run(exchange.service.prompts.detokenize, prompt.token_ids, side)
+    with named_as_given({"token_ids": "tokens"}):
+        text = await exchange.run(exchange.service.prompts.detokenize, prompt.token_ids, side)
     await exchange.answer.json({"prompt": text})
 
 

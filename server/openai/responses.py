@@ -13,8 +13,8 @@ from lora_runtime.core import FinishReason
 from loramux.server.calls import Delta, Event, Finished, Started
 from loramux.server.openai import encode
 from loramux.server.openai.boundary import Exchange
-from loramux.server.openai.decode import responses_call
-from loramux.server.openai.events import Numbered, field_is_model, generate
+from loramux.server.openai.decode import named_as_given, names_given, responses_call
+from loramux.server.openai.events import Numbered, generate
 from loramux.server.openai.response_items import Output, Told
 from loramux.server.openai.schema import ResponsesRequest
 
@@ -23,7 +23,7 @@ async def respond(exchange: Exchange) -> None:
     """Answer a request of the Responses API."""
     request, call = await exchange.run(responses_call, exchange)
     response = _Response(request, exchange)
-    with field_is_model(not request.adapters):
+    with named_as_given(names_given(request)):
         async with aclosing(generate(exchange.service.generation, [call])) as events:
             if request.stream:
                 await _stream(response, events)
@@ -63,6 +63,7 @@ class _Response:
         match event:
             case Started():
                 self._usage.num_prompt_tokens = event.num_prompt_tokens
+                self._usage.num_cached_tokens = event.num_cached_tokens
                 self._notes = list(event.notes)
                 for name in ("created", "in_progress"):
                     yield name, {"response": self.body()}
@@ -70,7 +71,6 @@ class _Response:
                 self._usage.num_output_tokens += len(event.token_ids)
                 yield from self._output.take(event)
             case Finished():
-                self._usage.num_cached_tokens = event.num_cached_tokens
                 self._usage.num_reasoning_tokens = event.num_reasoning_tokens
                 is_cut = encode.finish_reason(event) == "length"
                 self._status = "incomplete" if is_cut else "completed"

@@ -222,7 +222,9 @@ def test_prompts_are_not_logged(ask, server):
 def test_no_server_is_one_line_that_names_the_address(invoke):
     result = invoke("adapters", "list", "--address", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: no server at 127.0.0.1:1 (is it running? `loramux")
+    assert result.stderr.startswith(
+        "error: no server at 127.0.0.1:1 (is it running, and has it loaded its base? `loramux"
+    )
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
 
 

@@ -262,6 +262,45 @@ async def test_unload_may_wait_or_cancel(serve) -> None:
         assert (await events)[-1].finished.finish_reason == types_pb2.FINISH_REASON_CANCELLED
 
 
+async def test_cancel_ends_what_was_asked_of_the_name_alone(serve) -> None:
+    """Two names of one content; the first is unloaded without cancel, and lets its request end."""
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("y", "a")
+        world.engine.gate.clear()
+        events = {
+            (name, n): asyncio.create_task(
+                _collect(world.client.generate("q", adapter=name, max_tokens=50, n=n))
+            )
+            for name in "xy"
+            for n in (1, 2)
+        }
+        await until(lambda: len(world.engine.running) == 6)
+        await world.client.unload_adapter("x")
+        await world.client.unload_adapter("y", cancel=True)
+        world.engine.gate.set()
+        cancelled, whole = types_pb2.FINISH_REASON_CANCELLED, types_pb2.FINISH_REASON_LENGTH
+        for (name, n), task in events.items():
+            ends = [e.finished.finish_reason for e in await task if e.HasField("finished")]
+            assert ends == [cancelled if name == "y" else whole] * n
+        await until(lambda: world.engine.references == {})
+
+
+async def test_cancel_ends_requests_of_content_that_another_name_holds(serve) -> None:
+    async with serve() as world:
+        await world.load("x", "a")
+        await world.load("y", "a")
+        world.engine.gate.clear()
+        events = asyncio.create_task(
+            _collect(world.client.generate("q", adapter="x", max_tokens=50))
+        )
+        await until(lambda: len(world.engine.running) == 1)
+        await world.client.unload_adapter("x", cancel=True)
+        world.engine.gate.set()
+        assert (await events)[-1].finished.finish_reason == types_pb2.FINISH_REASON_CANCELLED
+        assert await world.client.generate("q", adapter="y", max_tokens=2).text() == "aa"
+
+
 async def _collect(stream) -> list:
     return [event async for event in stream]
 

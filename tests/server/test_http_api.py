@@ -252,7 +252,26 @@ REFUSED = [
     (CHAT, {"stop": ["a", 3]}, "stop[1]"),
     (CHAT, {"stop": [""]}, "stop[0]"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": 10**6}, "max_completion_tokens"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (CHAT, {"guided_regex": "("}, "guided_regex"),
+    (CHAT, {"guided_json": {"type": 5}}, "guided_json"),
+    (CHAT, {"guided_choice": []}, "guided_choice"),
+    (CHAT, {"guided_grammar": "start: ("}, "guided_grammar"),
+    (CHAT, {"guided_grammar": 'root ::= "a'}, "guided_grammar"),
+    (CHAT, {"structured_outputs": {"grammar": "root ::= other"}}, "structured_outputs.grammar"),
+    (CHAT, {"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+    (CHAT, {"structured_outputs": {}}, "structured_outputs"),
+    (CHAT, {"structured_outputs": {"json_object": False}}, "structured_outputs"),
+    (CHAT, {"response_format": {"type": "text", "json_schema": {"name": "x"}}},
+     "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+     "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
+     "response_format"),
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
     (CHAT, {"store": True}, "store"),
     (CHAT, {"audio": {}}, "audio"),
@@ -284,9 +303,16 @@ REFUSED = [
     ("/v1/responses", {"store": True}, "store"),
     ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning"),
+    ("/v1/responses", {"max_output_tokens": 0}, "max_output_tokens"),
+    ("/v1/responses", {"max_output_tokens": 10**6}, "max_output_tokens"),
+    ("/v1/responses", {"input": "x" * 100_000}, "input"),
+    ("/v1/responses", {"text": {"format": {"type": "json_object", "schema": {}}}},
+     "text.format.schema"),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
+     "text.format"),
     ("/tokenize", {"prompt": None}, "prompt"),
     ("/tokenize", {"add_special_tokens": False}, "add_special_tokens"),
-    ("/detokenize", {"tokens": [1, -1]}, "prompt"),
+    ("/detokenize", {"tokens": [1, -1]}, "tokens"),
     ("/detokenize", {"tokens": 5}, "tokens"),
     ("/v1/load_lora_adapter", {"lora_name": "a//b"}, "lora_name"),
     ("/v1/load_lora_adapter", {"lora_path": None}, "lora_path"),
@@ -308,6 +334,9 @@ async def test_what_is_not_served_is_refused_by_name(api) -> None:
             where = (path, fields if len(str(fields)) < 200 else param, error)
             assert status == (404 if "absent" in str(fields) else 400), where
             assert error["param"] == param and error["type"] == "invalid_request_error", where
+            assert "sampling." not in error["message"], where
+            is_too_long = "x" * 1000 in str(fields)
+            assert (error["code"] == "context_length_exceeded") == is_too_long, where
             assert len(error["message"]) < 1100
         assert not world.engine.seen and not api.calls._tasks
 
@@ -626,7 +655,7 @@ async def test_while_loading_and_draining_nothing_is_taken(api) -> None:
         api.service = None
         for path in (CHAT, COMPLETIONS, "/v1/responses", "/tokenize"):
             answer = await api.post(path, **GOOD[path])
-            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
             assert answer.json()["error"]["code"] == "unavailable"
         assert (await api.http.get("/v1/models")).status_code == 503
 

@@ -206,9 +206,12 @@ async def test_usage_tells_the_tokens_found_in_the_prefix_cache(folder) -> None:
         warm = await ask(messages=messages, n=3, **given)
         found = warm.usage.prompt_tokens_details.cached_tokens
         assert 0 < cold.usage.prompt_tokens - found <= 16
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        *_, last = [part async for part in await ask(messages=messages, **options, **given)]
-        assert last.usage.prompt_tokens_details.cached_tokens == found
+        for always in (False, True):
+            usage = {"include_usage": True, "continuous_usage_stats": always}
+            options = {"stream": True, "stream_options": usage}
+            parts = [part async for part in await ask(messages=messages, **options, **given)]
+            seen = [p.usage.prompt_tokens_details.cached_tokens for p in parts if p.usage]
+            assert set(seen) == {found} and len(seen) == (len(parts) if always else 1)
         response = await client.responses.create(model="a0", input=messages, max_output_tokens=16)
         assert response.usage.input_tokens_details.cached_tokens == found
         of_base = await ask(messages=messages, **given | {"model": "tiny"})

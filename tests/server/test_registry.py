@@ -106,8 +106,8 @@ async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) ->
 async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) -> None:
     registry, changes = make(ScriptedEngine())
     records = [(await load(changes, name, folder(tmp_path, name)))[0] for name in "ab"]
-    with pytest.raises(RuntimeError), registry.in_flight(records):
-        with registry.in_flight(records[:1]), registry.in_flight([]):
+    with pytest.raises(RuntimeError), registry.in_flight(records, ["1"]):
+        with registry.in_flight(records[:1], ["2"]), registry.in_flight([], []):
             assert [record.num_in_flight for record in records] == [2, 1]
         raise RuntimeError
     assert [record.num_in_flight for record in records] == [0, 0]

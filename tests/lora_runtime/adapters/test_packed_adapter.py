@@ -226,7 +226,10 @@ def test_equal_content_is_counted_and_kept_until_it_is_removed(forms):
     host.add(adapter)
     host.add(pack(forms["lora"], torch.float32))
     assert host[adapter.digest] is adapter and host.nbytes == adapter.nbytes
-    assert not host.drop(adapter.digest) and host.drop(adapter.digest)
+    host.drop(adapter.digest)
+    assert host.is_referenced(adapter.digest)
+    host.drop(adapter.digest)
+    assert not host.is_referenced(adapter.digest)
     assert host.unreferenced() == [adapter.digest] and adapter.digest in host
     host.remove(adapter.digest)
     assert adapter.digest not in host and host.nbytes == 0

@@ -127,7 +127,9 @@ def test_a_row_that_ends_before_its_adapter_came_leaves_the_place_to_the_next(
     engine.add_request(greedy("early", PROMPT, forms[3].digest, 12))
     tokens = step(engine)["base"]
     ended = (
-        engine.drop_adapter(forms[3].digest, cancel=True) if is_unloaded else engine.abort("early")
+        engine.drop_adapter(forms[3].digest, ending=["early"])
+        if is_unloaded
+        else engine.abort("early")
     )
     assert [output.finish_reason for output in ended] == [FinishReason.CANCELLED]
     assert (forms[3].digest in engine.host) != is_unloaded

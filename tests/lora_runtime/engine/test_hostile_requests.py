@@ -302,7 +302,7 @@ async def unload_with_a_fault(base, forms, monkeypatch):
         return clear(slot)
 
     monkeypatch.setattr(engine.pool, "clear", broken)
-    await asyncio.wait_for(client.unload_adapter(digest, cancel=True), 20)
+    await asyncio.wait_for(client.unload_adapter(digest, ending=["r"]), 20)
     outputs = [output async for output in stream]
     assert outputs[-1].finish_reason == FinishReason.CANCELLED
     base_row = [o async for o in client.generate(greedy("base", [5, 6], None, 2))]

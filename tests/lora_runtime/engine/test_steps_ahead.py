@@ -109,7 +109,7 @@ def test_requests_that_end_while_their_step_runs(base, forms, alone):
     for _ in range(3):
         for output in engine.step():
             seen.setdefault(output.request_id, []).append(output)
-    ended = engine.abort("0") + engine.drop_adapter(forms[1].digest, cancel=True)
+    ended = engine.abort("0") + engine.drop_adapter(forms[1].digest, ending=["2", "7"])
     assert {output.request_id for output in ended} == {"0", "2", "7"}
     assert forms[1].digest not in engine.host
     engine.add_request(greedy("0", prompt(9, seed=1), forms[0].digest, 24))

@@ -1,12 +1,11 @@
 """Puts right what Triton's interpreter (3.7.1) does wrong or lacks, and what makes it slow.
 
 Lacking: PTX; two instructions are given, as the PTX ISA defines them. Wrong: float32 is cut to
-bfloat16 instead of rounded, matrices of bfloat16 are multiplied as the integers of their bits, and
-numpy sums a column's products in an order that depends on the matrix's shape and the processor, which
-a GPU's instructions do not: the sums are made in float64 and rounded once.
-Slow: every launch wraps the whole language anew, every value's type and shape is made anew, and
-every whole number is watched for an overflow that small shapes cannot have; together that is two
-thirds of the time.
+bfloat16 instead of rounded; matrices of bfloat16 are multiplied as the integers of their bits; and
+numpy sums products in an order that depends on the matrix's shape and the processor, which a GPU's
+instructions do not: the sums are made in float64 and rounded once. Slow: every launch wraps the
+whole language anew, every value's type and shape is made anew, and every whole number is watched
+for an overflow that small shapes cannot have; together that is two thirds of the time.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lora_runtime.errors import Overloaded
+from lora_runtime.errors import Overloaded, QuotaUsed
 from loramux.server.access.caller import Caller, Limits, Role
 from loramux.server.access.quotas import Quotas
 from loramux.server.client import AsyncClient
@@ -131,12 +131,14 @@ async def test_a_prompt_counts_though_its_caller_leaves(serve, tmp_path):
             await until(lambda: len(world.engine.running) == 1)
             task.cancel()
             await until(lambda: not world.engine.running)
-        with pytest.raises(Overloaded, match="has used its"):
+        with pytest.raises(QuotaUsed, match="has used its") as told:
             await acme.generate("x", timeout_s=5).text()
+        assert f"try again in {told.value.retry_after_s:.1f} s" in told.value.message
         key = {"authorization": f"Bearer {ACME}"}
         body = {"model": "tiny", "prompt": "x"}
         answer = await api.http.post("/v1/completions", json=body, headers=key)
         assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
 
 
 async def test_outputs_of_one_prompt_count_as_so_many_prompts(serve, tmp_path):
@@ -177,7 +179,7 @@ async def test_a_tenant_holds_so_many_adapters(serve, tmp_path):
         await asyncio.wait(loads, return_when=asyncio.FIRST_COMPLETED)
         world.engine.load_gate.set()
         ended = await asyncio.gather(*loads, return_exceptions=True)
-        assert [type(each) for each in ended].count(Overloaded) == 1
+        assert [type(each) for each in ended].count(QuotaUsed) == 1
         with pytest.raises(Overloaded, match="holds 2 adapters and may hold 2") as caught:
             await acme.upload_adapter("acme-d", world.root / "one")
         assert caught.value.field == "name"
