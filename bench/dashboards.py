@@ -34,6 +34,8 @@ from tests.tiny import tiny_checkpoint, tiny_model
 from tests.tiny_tokenizer import write_tokenizer
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+SHAPE = "granite-h"
+"""Of the tiny base: a hybrid, as some panels are about recurrent layers."""
 NUM_ADAPTERS = 12
 NUM_COMING_AND_GOING = 1000
 SETTINGS = {
@@ -186,8 +188,8 @@ def main() -> None:
     ports = {name: free_port() for name in ("grpc", "http", "prometheus")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tokenizer(tiny_checkpoint(folder / "base"))
-        model = tiny_model("llama")
+        write_tokenizer(tiny_checkpoint(folder / "base", SHAPE))
+        model = tiny_model(SHAPE)
         for index in range(NUM_ADAPTERS):
             write_adapter(model, folder / "adapters" / f"a{index}", seed=index, r=2 + index)
         settings = {
