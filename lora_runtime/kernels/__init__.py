@@ -657,7 +657,7 @@ def can_quantize(weight: Tensor) -> bool:
 
 def quantize_four_bit(weight: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """A weight's 4-bit codes and absmax, bit-equal to what bitsandbytes 0.50.2 makes of it rounded
-    to bfloat16 (`quantize_4bit` with blocks of 64), some thirty times as fast.
+    to bfloat16 (`quantize_4bit` with blocks of 64), some twenty times as fast.
 
     With m = max |w| over a block of 64, v = clamp(w / m, -1, 1) is given the nearest of the 16
     values `code`, of two equally near ones the lower. Returns packed (⌈n / 2⌉) uint8, two codes a

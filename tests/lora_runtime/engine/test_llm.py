@@ -27,6 +27,7 @@ from lora_runtime.errors import (
     AdapterRefused,
     ConfigError,
     InvalidRequest,
+    PromptTooLong,
     Unavailable,
 )
 from lora_runtime.text.tokenizer import Tokenizer
@@ -282,7 +283,7 @@ def test_a_bad_prompt_disturbs_nobody_in_its_batch(llm):
     assert [found[index] for index in (0, 2, 5)] == alone
     bad = [found[index] for index in (1, 3, 4, 6)]
     assert all(one.finish_reason is FinishReason.ERROR and not one.token_ids for one in bad)
-    kinds = [InvalidRequest, InvalidRequest, InvalidRequest, AdapterNotFound]
+    kinds = [InvalidRequest, InvalidRequest, PromptTooLong, AdapterNotFound]
     assert [type(one.error) for one in bad] == kinds
     assert all(isinstance(one.error, InvalidRequest) for one in found[7:])
     llm._engine.check_integrity()
