@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from lora_runtime.errors import InvalidRequest, check_options
+from lora_runtime.errors import InvalidRequest, check_options, written
 from loramux.v1 import generation_pb2, types_pb2
 
 Messages = Sequence[Mapping[str, Any]]
@@ -86,11 +86,24 @@ def generate_request(
             adapters=[
                 types_pb2.AdapterSelection(name=name, weight=w) for name, w in adapters.items()
             ],
-            sampling=types_pb2.SamplingParams(**values),
+            sampling=_sampling(values),
             **beside,
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"a value cannot be sent: {error}") from None
+
+
+def _sampling(values: Mapping[str, Any]) -> types_pb2.SamplingParams:
+    """Raises InvalidRequest naming the option: protobuf's own errors do not."""
+    for name, value in values.items():
+        try:
+            types_pb2.SamplingParams(**{name: value})
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(
+                f"{name} is {written(value)}, which cannot be sent: {error}",
+                field=f"sampling.{name}",
+            ) from None
+    return types_pb2.SamplingParams(**values)
 
 
 def choose(adapter: str | None, adapters: Mapping[str, float] | None) -> Mapping[str, float]:

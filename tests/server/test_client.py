@@ -158,6 +158,17 @@ async def test_an_option_that_is_none_is_named_with_the_nearest(option: str, exp
         client.generate("Hi", **{option: "x"})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": "hot"}, {"max_tokens": 1.5}, {"seed": -(2**70)}, {"stop_token_ids": ["x"]}],
+)
+async def test_a_value_that_cannot_be_sent_is_refused_by_its_name(options) -> None:
+    (name,) = options
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=name) as caught:
+        client.generate("Hi", top_p=0.5, **options)
+    assert caught.value.field == f"sampling.{name}"
+
+
 @pytest.mark.parametrize("target", ["localhost", "7110", "http://127.0.0.1:7110", "[::1]"])
 async def test_an_address_without_a_port_is_refused(target: str) -> None:
     for kind in (Client, AsyncClient):
