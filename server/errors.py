@@ -172,14 +172,14 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     """
     code, text = error.code(), error.details() or error.code().name
     status = rpc_status.from_call(error)
+    details = status.details if status else ()
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    for detail in status.details if status else ():
-        _ = detail.Unpack(info) or detail.Unpack(retry)
-    if info.domain == DOMAIN and info.reason in _CLASSES:
-        retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 or None
-        return _CLASSES[info.reason](
-            text, field=info.metadata.get("field"), retry_after_s=retry_after_s
-        )
+    delays = [retry.retry_delay.ToMilliseconds() for each in details if each.Unpack(retry)]
+    retry_after_s = delays[0] / 1000 if delays else None
+    for detail in details:
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _CLASSES:
+            field = info.metadata.get("field")
+            return _CLASSES[info.reason](text, field=field, retry_after_s=retry_after_s)
     if code is _Code.UNAVAILABLE and (address := _UNREACHABLE.search(text)):
         return errors.Unavailable(_unreachable(unquote(address[1]), address[2]))
     if text in _CANCELLED_HERE:

@@ -80,6 +80,7 @@ __all__ = [
     "int8_product_and_shrink",
     "invert",
     "most_likely",
+    "quantize_four_bit",
     "recurrent_step",
     "pack_panels",
     "paged_attention",
@@ -99,7 +100,6 @@ __all__ = [
     "unrecorded",
     "wants_gradient",
     "write_kv",
-    "quantize_four_bit",
 ]
 
 BACKEND = gpu.name() or cpu.name() or "torch"

@@ -99,8 +99,8 @@ class ChatAnswer:
             return self, None if self.tools is None else self.tools.form
         if self.tools is not None and self.tools.required:
             raise InvalidRequest(
-                "sampling.structured_output stands beside a messages.tool_choice that asks for a "
-                "call, which has a form of its own; send one of them",
+                "sampling.structured_output stands beside a choice of tools that asks for a call, "
+                "which has a form of its own; send one of them",
                 field="sampling.structured_output",
             )
         return replace(self, tools=None), wanted

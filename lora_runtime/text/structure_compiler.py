@@ -12,9 +12,8 @@ import asyncio
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, TypeAlias
@@ -26,11 +25,9 @@ from lora_runtime.errors import InvalidRequest, UnsupportedFeature
 from lora_runtime.text.structured_output import (
     Structure,
     Vocabulary,
-    check_definition,
     compile_grammar,
     field_of,
     grammar_of,
-    is_gbnf,
 )
 from lora_runtime.text.text_side import TextSide
 from lora_runtime.text.thinking import Thinking
@@ -38,10 +35,9 @@ from lora_runtime.text.worker_processes import LimitExceeded, ProcessPool, Worke
 
 NUM_PROCESSES = 2
 Key: TypeAlias = tuple[str, str]
-"""Owner, and the grammar with what is thought before it: an output that thinks has another; or
-owner, and a text in GBNF.
-"""
-Place: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
+"""Owner, and the grammar with what is thought before it: an output that thinks has another."""
+
+NO_PLACE: AbstractAsyncContextManager[None] = nullcontext()
 PENALTY_S = 60.0
 """How long a definition that took too much is refused: a busy machine may have been the cause."""
 COMPILING_S = 1.5
@@ -50,14 +46,6 @@ MAX_REMEMBERED = 256
 MAX_SAID = 300
 """Characters of llguidance's own complaint that are passed on."""
 MODULE = ("lora_runtime.text.structure_worker",)
-
-
-class Refused(str):
-    """Why a definition cannot be served."""
-
-
-Found: TypeAlias = LLMatcher | str
-"""The first matcher of a grammar, the translation of a text, or why there is none: a Refused."""
 
 
 class StructureCompiler:
@@ -69,8 +57,8 @@ class StructureCompiler:
         self._vocabulary: Vocabulary | None = None
         self._is_made = False
         self._processes = ProcessPool("structured output", MODULE, NUM_PROCESSES, self._opening)
-        self._known: OrderedDict[Key, Found] = OrderedDict()
-        """The least recently used first."""
+        self._known: OrderedDict[Key, LLMatcher | str] = OrderedDict()
+        """The first matcher, or why there is none; the least recently used first."""
         self._refused_until: dict[Key, float] = {}
         """Until when what is known of a definition that took too much holds."""
         self._locks: weakref.WeakValueDictionary[Key, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -90,16 +78,18 @@ class StructureCompiler:
         thinking: Thinking | None = None,
         *,
         owner: str = "",
-        place: Place = nullcontext,
+        place: AbstractAsyncContextManager[None] = NO_PLACE,
     ) -> Structure:
         """Compile a form for outputs of the base's tokenizer, or of an adapter's text side, which
-        may think before it. `owner`: for whom it is remembered; `place` gives what is held while
-        something that is not remembered is found out.
+        may think before it. `owner`: for whom it is remembered; `place`: held while what is not
+        remembered is compiled.
 
         Raises InvalidRequest naming the definition: it cannot be read, asks for what is not
         supported, or takes too much time or memory. Raises Overloaded, and what `place` raises.
         """
-        check_definition(form)
+        grammar = grammar_of(form)
+        if thinking is not None:
+            grammar = thinking.before(grammar)
         vocabulary = self.prepare()
         if vocabulary is None:
             raise UnsupportedFeature(
@@ -107,18 +97,19 @@ class StructureCompiler:
                 "bytes of their own, so it is not served here",
                 field="sampling.structured_output",
             )
-        if is_gbnf(form):
-            form = replace(form, definition=await self._in_lark(form, owner, place))
-        grammar = grammar_of(form)
-        if thinking is not None:
-            grammar = thinking.before(grammar)
-        found = await self._remembered(
-            (owner, grammar), place, lambda key: self._compiled(key, vocabulary)
-        )
-        if isinstance(found, Refused):
+        key = (owner, grammar)
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            is_due = time.monotonic() > self._refused_until.get(key, inf)
+            if key not in self._known or is_due:
+                async with place:
+                    self._known[key] = await self._compiled(key, vocabulary)
+            self._known.move_to_end(key)
+            found = self._known[key]
+        while len(self._known) > MAX_REMEMBERED:
+            self._forget_one()
+        if isinstance(found, str):
             field = field_of(form)
             raise InvalidRequest(f"{field} cannot be served: {found}", field=field)
-        assert isinstance(found, LLMatcher)
         added = side.added if side is not None else None
         return Structure(found, vocabulary.differing(added or ()))
 
@@ -133,56 +124,20 @@ class StructureCompiler:
         del self._known[oldest]
         self._refused_until.pop(oldest, None)
 
-    async def _remembered(
-        self, key: Key, place: Place, find: Callable[[Key], Awaitable[Found]]
-    ) -> Found:
-        """What was found for a key before, or is found now by one of all who ask for it."""
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            is_due = time.monotonic() > self._refused_until.get(key, inf)
-            if key not in self._known or is_due:
-                async with place():
-                    self._known[key] = await find(key)
-            self._known.move_to_end(key)
-            found = self._known[key]
-        while len(self._known) > MAX_REMEMBERED:
-            self._forget_one()
-        return found
-
-    async def _in_lark(self, form: StructuredOutput, owner: str, place: Place) -> str:
-        """A grammar in GBNF translated: in a process, as a long one takes seconds."""
-        found = await self._remembered((owner, form.definition), place, self._translated)
-        if isinstance(found, Refused):
-            field = field_of(form)
-            raise InvalidRequest(f"{field} cannot be served: read as GBNF, {found}", field=field)
-        assert isinstance(found, str)
-        return found
-
-    async def _translated(self, key: Key) -> Found:
-        reply = await self._asked(key, {"op": "translate", "gbnf": key[1]})
-        return Refused(reply["refused"]) if "refused" in reply else str(reply["lark"])
-
-    async def _compiled(self, key: Key, vocabulary: Vocabulary) -> Found:
+    async def _compiled(self, key: Key, vocabulary: Vocabulary) -> LLMatcher | str:
         _, grammar = key
-        reply = await self._asked(key, {"op": "try", "grammar": grammar})
+        self._refused_until.pop(key, None)
+        try:
+            reply = await self._processes.run(partial(_tried, grammar))
+        except LimitExceeded:
+            self._refused_until[key] = time.monotonic() + PENALTY_S
+            return f"it takes more time or memory than the {COMPILING_S:g} s and 256 MiB it may"
         if "refused" in reply:
-            return Refused(reply["refused"])
+            return str(reply["refused"])[:MAX_SAID]
         try:
             return await asyncio.to_thread(compile_grammar, grammar, vocabulary)
         except ValueError as error:
-            return Refused(str(error)[:MAX_SAID])
-
-    async def _asked(self, key: Key, question: dict[str, Any]) -> dict[str, Any]:
-        """What a process answers; `refused` where that took too much, or is what it says."""
-        self._refused_until.pop(key, None)
-        try:
-            reply = await self._processes.run(partial(_exchange, question))
-        except LimitExceeded:
-            self._refused_until[key] = time.monotonic() + PENALTY_S
-            most = f"the {COMPILING_S:g} s and 256 MiB it may"
-            return {"refused": f"it takes more time or memory than {most}"}
-        if "refused" in reply:
-            reply["refused"] = str(reply["refused"])[:MAX_SAID]
-        return reply
+            return str(error)[:MAX_SAID]
 
     def _opening(self) -> dict[str, Any]:
         vocabulary = self.prepare()
@@ -194,5 +149,5 @@ class StructureCompiler:
         }
 
 
-def _exchange(question: dict[str, Any], process: WorkerProcess) -> dict[str, Any]:
-    return process.exchange(question, COMPILING_S)
+def _tried(grammar: str, process: WorkerProcess) -> dict[str, Any]:
+    return process.exchange({"op": "try", "grammar": grammar}, COMPILING_S)

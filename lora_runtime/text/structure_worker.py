@@ -16,7 +16,6 @@ from lora_runtime.text.structured_output import (
     Matcher,
     Vocabulary,
     compile_grammar,
-    lark_of,
     said_by,
     token_masks,
 )
@@ -38,7 +37,7 @@ class StructureWorker:
         self._vocabulary: Vocabulary | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Give `refused`, what is wrong with the grammar, or `lark`, what it is translated to."""
+        """Give `refused`, what is wrong with the grammar, or nothing."""
         if request["op"] == "open":
             tokens = [token.encode("latin-1") for token in request["tokens"]]
             self._vocabulary = Vocabulary(tokens, request["special_ids"])
@@ -46,8 +45,6 @@ class StructureWorker:
             return {}
         assert self._vocabulary is not None
         try:
-            if request["op"] == "translate":
-                return {"lark": lark_of(request["gbnf"])}
             _try(request["grammar"], self._vocabulary)
         except ValueError as error:
             return {"refused": str(error)}

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from lora_runtime.core import StructuredOutput, StructureKind
@@ -48,7 +47,10 @@ any white space allowed a model may write nothing else to the end."""
 
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 _META = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
-_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_GBNF_RULE = re.compile(r"^[ \t]*[\w.-]+[ \t]*::=", re.MULTILINE)
+"""A rule in the dialect of llama.cpp. llguidance's translator of it is not used: it makes terminals
+of rules, which take all that they can, and so loses texts of the grammar.
+"""
 _WORD_BITS = 32
 
 
@@ -57,40 +59,12 @@ def field_of(form: StructuredOutput) -> str:
     return f"sampling.structured_output.{form.kind}"
 
 
-def is_gbnf(form: StructuredOutput) -> bool:
-    """Tell whether a grammar is in GBNF, the dialect of llama.cpp, which vLLM's users write too."""
-    is_grammar = form.kind is StructureKind.GRAMMAR and isinstance(form.definition, str)
-    return is_grammar and _GBNF_RULE.search(form.definition) is not None
-
-
-def lark_of(gbnf: str) -> str:
-    """Translate a grammar; one of many rules takes seconds. Raises ValueError."""
-    try:
-        return gbnf_to_lark(gbnf)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # it raises no kinds of its own but one
-        raise ValueError(str(error)) from None
-
-
 def grammar_of(form: StructuredOutput) -> str:
     """A definition as a grammar of llguidance, which may still refuse it.
 
-    Raises InvalidRequest as `check_definition`, and naming the field where it is too deep, no JSON,
-    or a list of other things than texts.
+    Raises InvalidRequest naming the field: it is no text, empty, too long or too deep, no JSON, or
+    a list of other things than texts.
     """
-    check_definition(form)
-    text, field = form.definition, field_of(form)
-    try:
-        return _written_as_grammar(form, text, field)
-    except ValueError as error:
-        raise InvalidRequest(f"{field} cannot be served: {error}", field=field) from None
-
-
-def check_definition(form: StructuredOutput) -> None:
-    """Raise InvalidRequest naming the field if it is no text, or too long."""
     text, field = form.definition, field_of(form)
     if not isinstance(text, str):
         raise InvalidRequest(f"{field} is {written(text)}; it must be a text", field=field)
@@ -102,6 +76,10 @@ def check_definition(form: StructuredOutput) -> None:
         raise InvalidRequest(
             f"{field} has {num_bytes} bytes; at most {MAX_BYTES} are compiled", field=field
         )
+    try:
+        return _written_as_grammar(form, text, field)
+    except ValueError as error:
+        raise InvalidRequest(f"{field} cannot be served: {error}", field=field) from None
 
 
 def _written_as_grammar(form: StructuredOutput, text: str, field: str) -> str:
@@ -123,6 +101,12 @@ def _written_as_grammar(form: StructuredOutput, text: str, field: str) -> str:
                 raise InvalidRequest(f"{field} is empty", field=field)
             if text.lstrip().startswith("{"):  # llguidance would take it for several, in its JSON
                 raise InvalidRequest(f"{field} is no Lark: it begins with '{{'", field=field)
+            if rule := _GBNF_RULE.search(text):
+                raise InvalidRequest(
+                    f"{field} has the rule {written(rule[0].strip())}, which is GBNF; write it in "
+                    "llguidance's dialect of Lark, with `:` for `::=` and `start` for `root`",
+                    field=field,
+                )
             return LLMatcher.grammar_from_lark(text)
 
 

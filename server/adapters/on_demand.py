@@ -81,7 +81,11 @@ class OnDemand:
                 try:
                     await self._had(caller, name, deadline)
                 except LoramuxError as error:
-                    raise type(error)(error.message, field=f"adapters[{index}].name") from None
+                    raise type(error)(
+                        error.message,
+                        field=f"adapters[{index}].name",
+                        retry_after_s=error.retry_after_s,
+                    ) from None
 
     async def _had(self, caller: Caller, name: str, deadline: float | None) -> None:
         """Load a name if it is not known, and let it count as the caller's tenant's."""

@@ -326,6 +326,7 @@ class Registry:
             record.former, oldest = oldest, None
         if record.former is not None:
             record.former.tenants = dict(record.tenants)
+            record.former.is_on_demand = record.is_on_demand
         return oldest
 
     def remove(self, record: AdapterRecord) -> None:

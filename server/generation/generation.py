@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 from lora_runtime.core import Request, SamplingParams, StructuredOutput
 from lora_runtime.engine.client import EngineClient
@@ -199,7 +198,7 @@ class Generation:
                         side,
                         answer.thinking,
                         owner=tenant,
-                        place=partial(self._compiling.waited_for, tenant),
+                        place=self._compiling.waited_for(tenant),
                     )
             records, used = self._records(call), side
             side = text_side(records, call.uses_base_text)

@@ -72,13 +72,15 @@ class Prompts:
             case TokenPrompt(token_ids=token_ids):
                 return await self._tokenised(0, self._checked, token_ids)
 
-    def detokenize(self, token_ids: tuple[int, ...], side: TextSide | None = None) -> str:
+    def detokenize(
+        self, token_ids: tuple[int, ...], side: TextSide | None = None, field: str = "token_ids"
+    ) -> str:
         """Return the text of token ids, as an adapter's own text side has them or as the base.
 
-        Raises InvalidRequest (field `token_ids`).
+        Raises InvalidRequest naming `field`.
         """
         decoder = self._tokenizer.with_added(side.added if side else None)
-        return decoder.decode(self._checked(token_ids))
+        return decoder.decode(self._checked(token_ids, field))
 
     def token_reader(self, side: TextSide | None) -> TokenReader:
         """Return what gives each token's bytes, as an adapter's own text side has them."""
@@ -107,13 +109,13 @@ class Prompts:
         pool = self._tokenisers if num_characters < HUGE_TEXT else self._huge_texts
         return await pool.run(function, prompt)
 
-    def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
+    def _checked(self, token_ids: tuple[int, ...], field: str = "token_ids") -> list[int]:
         vocab_size = self._vocab_size
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             wrong = (i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
             index = next(wrong)
             raise InvalidRequest(
-                f"token_ids[{index}] is {token_ids[index]}; the base has {vocab_size} tokens",
-                field="token_ids",
+                f"{field}[{index}] is {token_ids[index]}; the base has {vocab_size} tokens",
+                field=field,
             )
         return list(token_ids)

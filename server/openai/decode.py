@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from lora_runtime.core import (
@@ -23,7 +24,6 @@ from lora_runtime.errors import (
     UnsupportedFeature,
 )
 from lora_runtime.text.chat_prompt import ChatPrompt, Tool, ToolMode
-from lora_runtime.text.structured_output import field_of
 from loramux.server.calls import GenerateCall, Prompt, PromptLimits, TextPrompt, TokenPrompt
 from loramux.server.fields import (
     MAX_NAME_LENGTH,
@@ -51,6 +51,8 @@ from loramux.server.openai.schema import (
     ResponsesRequest,
     SampledRequest,
     SchemaFormat,
+    StreamOptions,
+    StructuredOutputs,
     TextPart,
     ToolFunction,
     WeightedAdapter,
@@ -141,8 +143,9 @@ def names_given(request: SampledRequest | ResponsesRequest) -> dict[str, str]:
     than in the calls, or it has a choice of them.
     """
     names = {} if request.adapters else {"adapters[0].name": "model"}
-    for name, form in _forms(request).items():
-        names |= {"sampling.structured_output": name, field_of(form): name}
+    if (form := _given_form(request)) is not None:
+        own = "sampling.structured_output"
+        names |= {own: form.field, f"{own}.{form.kind}": form.field}
     if isinstance(request, ResponsesRequest):
         names |= {"sampling.max_tokens": "max_output_tokens", "messages": "input"}
     elif isinstance(request, ChatRequest):
@@ -161,6 +164,7 @@ def named_as_given(names: Mapping[str, str]) -> Iterator[None]:
         if (own := error.field or "") in names:
             if error.message.startswith(f"{own} "):
                 error.message = names[own] + error.message.removeprefix(own)
+                error.args = (error.message,)
             error.field = names[own]
         raise
 
@@ -297,7 +301,7 @@ def _call(
     has_max_tokens: bool,
     index: int = 0,
 ) -> GenerateCall:
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options not in (None, StreamOptions()) and not request.stream:
         raise InvalidRequest(
             "stream_options is given without stream; leave it out, or set stream to true",
             field="stream_options",
@@ -457,58 +461,77 @@ def _tool_choice(choice: ToolChoice, tools: Sequence[AnyFunction]) -> ToolMode |
     return ToolMode(choice)
 
 
+@dataclass(frozen=True, slots=True)
+class _GivenForm:
+    """What an output must look like, as a request has it."""
+
+    field: str
+    """Which says so."""
+    kind: StructureKind
+    value: Any
+    """The schema, expression, grammar or choices."""
+
+
 def _form(request: SampledRequest | ResponsesRequest) -> StructuredOutput | None:
-    """What an output must look like."""
-    return next(iter(_forms(request).values()), None)
+    """What an output must look like, for the service."""
+    given = _given_form(request)
+    if given is None:
+        return None
+    is_text = isinstance(given.value, str)
+    return StructuredOutput(given.kind, given.value if is_text else json.dumps(given.value))
 
 
-def _forms(request: SampledRequest | ResponsesRequest) -> dict[str, StructuredOutput]:
-    """The same by the field that says it. Raises InvalidRequest where several do."""
+def _given_form(request: SampledRequest | ResponsesRequest) -> _GivenForm | None:
+    """Read, and not yet written as a text, which may be long. Raises InvalidRequest where several
+    fields ask for a form.
+    """
     if isinstance(request, ResponsesRequest):
-        form = _from_format(request.text.format if request.text else None, "text.format.schema")
-        return {} if form is None else {"text.format": form}
-    given = request.structured_outputs
-    words: dict[str, Any] = {
-        "guided_json": request.guided_json,
-        "guided_regex": request.guided_regex,
-        "guided_choice": request.guided_choice,
-        "guided_grammar": request.guided_grammar,
-    }
-    if given is not None:
-        words["structured_outputs.json"] = given.json_
-        words["structured_outputs.regex"] = given.regex
-        words["structured_outputs.choice"] = given.choice
-        words["structured_outputs.grammar"] = given.grammar
-        words["structured_outputs.json_object"] = given.json_object or None
-        if all(value is None for value in words.values()):
-            raise InvalidRequest(
-                "structured_outputs has none of json, json_object, regex, choice and grammar; give "
-                "one, or leave it out",
-                field="structured_outputs",
-            )
-    found = {name: _structure(name, value) for name, value in words.items() if value is not None}
-    if (form := _from_response_format(request)) is not None:
-        found["response_format"] = form
+        flat = request.text.format if request.text else None
+        return None if flat is None else _by_type("text.format", flat, "text.format.schema")
+    found = [*_guided(request), *_structured(request.structured_outputs)]
+    if (form := _response_format(request)) is not None:
+        found.append(form)
     if len(found) > 1:
-        raise InvalidRequest(f"{' and '.join(found)} are given; give one", field=[*found][1])
-    return found
+        names = [form.field for form in found]
+        raise InvalidRequest(f"{' and '.join(names)} are given; give one", field=names[1])
+    return found[0] if found else None
 
 
-def _structure(name: str, value: Any) -> StructuredOutput:
-    match name.replace(".", "_").rpartition("_")[2]:
-        case "regex":
-            return StructuredOutput(StructureKind.REGEX, value)
-        case "grammar":
-            return StructuredOutput(StructureKind.GRAMMAR, value)
-        case "choice":
-            return StructuredOutput(StructureKind.CHOICE, json.dumps(value))
-        case "object":
-            return StructuredOutput(StructureKind.JSON_OBJECT, "")
-    schema = value if isinstance(value, str) else json.dumps(value)
-    return StructuredOutput(StructureKind.JSON_SCHEMA, schema)
+def _guided(request: SampledRequest) -> Iterator[_GivenForm]:
+    """vLLM's older words."""
+    for field, kind, value in (
+        ("guided_json", StructureKind.JSON_SCHEMA, request.guided_json),
+        ("guided_regex", StructureKind.REGEX, request.guided_regex),
+        ("guided_choice", StructureKind.CHOICE, request.guided_choice),
+        ("guided_grammar", StructureKind.GRAMMAR, request.guided_grammar),
+    ):
+        if value is not None:
+            yield _GivenForm(field, kind, value)
 
 
-def _from_response_format(request: SampledRequest) -> StructuredOutput | None:
+def _structured(given: StructuredOutputs | None) -> Iterator[_GivenForm]:
+    """And its newer ones."""
+    if given is None:
+        return
+    words = [
+        ("json", StructureKind.JSON_SCHEMA, given.json_),
+        ("regex", StructureKind.REGEX, given.regex),
+        ("choice", StructureKind.CHOICE, given.choice),
+        ("grammar", StructureKind.GRAMMAR, given.grammar),
+        ("json_object", StructureKind.JSON_OBJECT, "" if given.json_object else None),
+    ]
+    if all(value is None for _, _, value in words):
+        raise InvalidRequest(
+            "structured_outputs has none of json, json_object, regex, choice and grammar; give "
+            "one, or leave it out",
+            field="structured_outputs",
+        )
+    for word, kind, value in words:
+        if value is not None:
+            yield _GivenForm(f"structured_outputs.{word}", kind, value)
+
+
+def _response_format(request: SampledRequest) -> _GivenForm | None:
     given = request.response_format
     if given is None:
         return None
@@ -516,12 +539,10 @@ def _from_response_format(request: SampledRequest) -> StructuredOutput | None:
         raise InvalidRequest("response_format.json_schema is missing", field="response_format")
     schema = (given.json_schema.schema_ or {}) if given.json_schema else None
     flat = SchemaFormat(type=given.type, schema=schema)
-    return _from_format(flat, "response_format.json_schema")
+    return _by_type("response_format", flat, "response_format.json_schema")
 
 
-def _from_format(given: SchemaFormat | None, schema_field: str) -> StructuredOutput | None:
-    if given is None:
-        return None
+def _by_type(field: str, given: SchemaFormat, schema_field: str) -> _GivenForm | None:
     if given.type != "json_schema" and given.schema_ is not None:
         raise InvalidRequest(
             f"{schema_field} is given beside the type {given.type!r}; the type of a schema is "
@@ -531,8 +552,8 @@ def _from_format(given: SchemaFormat | None, schema_field: str) -> StructuredOut
     if given.type == "text":
         return None
     if given.type == "json_object":
-        return StructuredOutput(StructureKind.JSON_OBJECT, "")
-    return StructuredOutput(StructureKind.JSON_SCHEMA, json.dumps(given.schema_ or {}))
+        return _GivenForm(field, StructureKind.JSON_OBJECT, "")
+    return _GivenForm(field, StructureKind.JSON_SCHEMA, given.schema_ or {})
 
 
 def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:

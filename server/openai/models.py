@@ -15,7 +15,6 @@ from loramux.server.openai.boundary import Exchange
 from loramux.server.openai.decode import (
     chat_prompt,
     model_adapter,
-    named_as_given,
     text_prompt,
     token_ids,
 )
@@ -94,8 +93,8 @@ async def detokenize(exchange: Exchange) -> None:
     """POST /detokenize."""
     request, prompt = await exchange.run(_detokenized, exchange)
     side = _known(exchange, request.model)
-    with named_as_given({"token_ids": "tokens"}):
-        text = await exchange.run(exchange.service.prompts.detokenize, prompt.token_ids, side)
+    detokenize = exchange.service.prompts.detokenize
+    text = await exchange.run(detokenize, prompt.token_ids, side, "tokens")
     await exchange.answer.json({"prompt": text})
 
 

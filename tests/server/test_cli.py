@@ -160,14 +160,8 @@ def test_several_answers_penalties_and_the_prompts_log_probabilities(ask):
     one = ask("generate", SECRET, *flags)
     result = ask("generate", SECRET, *flags, "--n", "3", "--prompt-logprobs", "1")
     assert result.exit_code == 0 and result.stdout.startswith(one.stdout)
-    assert (
-        len(
-            re.findall(
-                r"^\d+ prompt(?: \(16 cached\))? \+ 3 output tokens, length$", result.stderr, re.M
-            )
-        )
-        == 3
-    )
+    summary = r"^\d+ prompt(?: \(16 cached\))? \+ 3 output tokens, length$"
+    assert len(re.findall(summary, result.stderr, re.M)) == 3
     num_prompt = int(one.stderr.split()[0])
     assert len(re.findall(r"^prompt token \d+: -.*", result.stderr, re.M)) == num_prompt - 1
     penalties = ("--presence-penalty", "2", "--frequency-penalty", "2", "--repetition-penalty", "2")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lora_runtime.adapters.host_cache import HostMemoryFull
 from lora_runtime.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -18,8 +20,9 @@ from lora_runtime.errors import (
 )
 from loramux.server.adapters.changes import NameChanges
 from loramux.server.adapters.registry import MAX_FAILED_RECORDS, Registry
-from loramux.server.calls import AdapterState
-from tests.fakes import ScriptedEngine
+from loramux.server.adapters.shares import givers
+from loramux.server.calls import AdapterRecord, AdapterState
+from tests.fakes import PLAIN, ScriptedEngine
 
 
 class NoObserver:
@@ -101,6 +104,17 @@ async def test_a_record_has_the_engines_notes_and_the_reviews(tmp_path: Path) ->
     assert record.notes == ("from the engine", "from the review")
     again, was_there = await load(changes, "x", path, review=review)
     assert again is record and was_there and seen == [record.loaded]
+
+
+async def test_what_operators_keep_for_a_rollback_is_of_no_tenant(tmp_path: Path) -> None:
+    _, changes = make(ScriptedEngine())
+    old, _ = await load(changes, "x", folder(tmp_path, "a"), tenant="acme", is_on_demand=True)
+    new, _ = await load(changes, "x", folder(tmp_path, "b"), replace=True)
+    assert new.former is old and not old.tenants and not old.is_on_demand
+    full = HostMemoryFull(old.num_bytes, 2 * old.num_bytes, 3 * old.num_bytes)
+    of_a = AdapterRecord(name="a", source="s", state=AdapterState.LOADED, tenants={"a": 0.0})
+    of_a.loaded = replace(PLAIN, facts=replace(PLAIN.facts, digest="of a"), nbytes=old.num_bytes)
+    assert givers([new, of_a], full, "b", {}) == ["b", "a"], "a has all that is left"
 
 
 async def test_a_request_counts_under_each_record_while_it_runs(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """absmax values that share a second one in double quantisation."""
 QUANTIZED_AT_ONCE = 1 << 18
-"""Weights that are quantised at once, whole blocks: on a CPU each takes 20 bytes meanwhile."""
+"""Weights that are quantised at once, whole blocks: bitsandbytes takes 20 bytes for each."""
 ROW_BLOCK = 512
 """Rows that are dequantised at once: a multiple of BLOCK_SIZE, so that no absmax is split."""
 
@@ -414,10 +414,11 @@ class QuantLinear(FrozenLinear):
 
 def _quantized(weight: Tensor, quant_type: str, code: Tensor) -> tuple[Tensor, Tensor]:
     """(packed, absmax) of a weight, some of it at a time: no block depends on another."""
-    if can_quantize(weight):
-        return quantize_four_bit(weight, code)
     parts = []
     for some in weight.flatten().split(QUANTIZED_AT_ONCE):
+        if can_quantize(some):
+            parts.append(quantize_four_bit(some, code))
+            continue
         packed, state = bnb.quantize_4bit(
             some.to(torch.bfloat16), blocksize=BLOCK_SIZE, quant_type=quant_type
         )

@@ -204,7 +204,6 @@ struct GatedGradient {
   int num_rows, width, is_gelu;
 };
 
-// The pairs of every token, weighted and summed.
 // Weights to 4 bits: `bounds` lie between the 16 values in ascending order, `order` has their codes.
 constexpr int FOUR_BIT_BLOCK = 64;  // weights of one absmax
 constexpr long BLOCKS_AT_A_TIME = 256;
@@ -216,6 +215,7 @@ struct FourBitCodes {
   const uint8_t* order;
   long num_weights;
 };
+// The pairs of every token, weighted and summed.
 template <class T>
 struct PairSum {
   T* y;

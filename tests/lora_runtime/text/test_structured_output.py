@@ -233,7 +233,7 @@ def test_an_owner_neither_finds_nor_displaces_what_another_has_compiled(
         """Whether it had to be tried."""
         num_tried, num_held = len(tried), len(held)
         form = StructuredOutput.of({"regex": pattern})
-        asyncio.run(compiler.compile(form, owner=owner, place=place))
+        asyncio.run(compiler.compile(form, owner=owner, place=place()))
         assert len(held) - num_held == len(tried) - num_tried
         return len(tried) > num_tried
 
