@@ -22,7 +22,7 @@ class HostMemoryFull(Overloaded):
             f"{max_bytes} are allowed; unload some first",
             field="adapters.host_bytes",
         )
-        self.num_bytes, self.held_bytes, self.max_bytes = num_bytes, held_bytes, max_bytes
+        self.num_bytes, self.max_bytes = num_bytes, max_bytes
 
 
 class HostCache:

@@ -95,15 +95,16 @@ def generate_request(
 
 def _sampling(values: Mapping[str, Any]) -> types_pb2.SamplingParams:
     """Raises InvalidRequest naming the option: protobuf's own errors do not."""
+    sampling = types_pb2.SamplingParams()
     for name, value in values.items():
         try:
-            types_pb2.SamplingParams(**{name: value})
+            sampling.MergeFrom(types_pb2.SamplingParams(**{name: value}))
         except (TypeError, ValueError) as error:
             raise InvalidRequest(
                 f"{name} is {written(value)}, which cannot be sent: {error}",
                 field=f"sampling.{name}",
             ) from None
-    return types_pb2.SamplingParams(**values)
+    return sampling
 
 
 def choose(adapter: str | None, adapters: Mapping[str, float] | None) -> Mapping[str, float]:

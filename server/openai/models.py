@@ -12,12 +12,7 @@ from lora_runtime.text.text_side import TextSide
 from loramux.server.calls import AdapterRecord, AdapterState, Prompt, TokenPrompt
 from loramux.server.fields import adapter_name
 from loramux.server.openai.boundary import Exchange
-from loramux.server.openai.decode import (
-    chat_prompt,
-    model_adapter,
-    text_prompt,
-    token_ids,
-)
+from loramux.server.openai.decode import chat_prompt, model_adapter, text_prompt, token_ids
 from loramux.server.openai.encode import token_text
 from loramux.server.openai.schema import (
     DetokenizeRequest,

@@ -286,21 +286,6 @@ async def test_cancel_ends_what_was_asked_of_the_name_alone(serve) -> None:
         await until(lambda: world.engine.references == {})
 
 
-async def test_cancel_ends_requests_of_content_that_another_name_holds(serve) -> None:
-    async with serve() as world:
-        await world.load("x", "a")
-        await world.load("y", "a")
-        world.engine.gate.clear()
-        events = asyncio.create_task(
-            _collect(world.client.generate("q", adapter="x", max_tokens=50))
-        )
-        await until(lambda: len(world.engine.running) == 1)
-        await world.client.unload_adapter("x", cancel=True)
-        world.engine.gate.set()
-        assert (await events)[-1].finished.finish_reason == types_pb2.FINISH_REASON_CANCELLED
-        assert await world.client.generate("q", adapter="y", max_tokens=2).text() == "aa"
-
-
 async def _collect(stream) -> list:
     return [event async for event in stream]
 
@@ -361,13 +346,18 @@ async def test_a_composition_is_in_flight_under_each_of_its_names(serve) -> None
     assert {use.digest[0]: use.weight for use in request.adapters} == {"a": 0.5, "b": 2}
 
 
-async def test_a_composition_ends_when_one_of_its_adapters_is_unloaded_with_cancel(serve) -> None:
+@pytest.mark.parametrize(("content", "used"), [("b", "xy"), ("a", "y")])
+async def test_cancel_ends_what_uses_a_name_whoever_else_is_used_or_holds_its_content(
+    serve, content, used
+) -> None:
+    """In a composition, and where another name goes on with the same content."""
     async with serve() as world:
         await world.load("x", "a")
-        await world.load("y", "b")
+        await world.load("y", content)
         world.engine.gate.clear()
+        adapters = dict.fromkeys(used, 1.0)
         events = asyncio.create_task(
-            _collect(world.client.generate("q", adapters={"x": 1, "y": 1}, max_tokens=50))
+            _collect(world.client.generate("q", adapters=adapters, max_tokens=50))
         )
         await until(lambda: len(world.engine.running) == 1)
         await world.client.unload_adapter("y", cancel=True)
