@@ -688,10 +688,16 @@ class Tape:
 
     def play(self) -> None:
         """Run all again. Calls of the library that follow one another are one call of Python's:
-        each would let other threads have the interpreter, and wait for them to give it back.
+        each would let other threads have the interpreter, and wait for them to give it back. What
+        torch does in between is little: it would wait longer for its threads than it computes.
         """
-        for function, arguments in self._joined:
-            function(*arguments)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for function, arguments in self._joined:
+                function(*arguments)
+        finally:
+            torch.set_num_threads(num_threads)
 
     @cached_property
     def _joined(self) -> list[Step]:

@@ -1,18 +1,9 @@
 // Every row's own adapters: shrink by token blocks, then expand by blocks of columns.
 
-// Call `run` with as many tokens as a block takes of those that are left, as a constant.
-template <class Run>
-inline void by_tokens(int left, Run run) {
-  if (left >= 4) run(std::integral_constant<int, 4>());
-  else if (left == 3) run(std::integral_constant<int, 3>());
-  else if (left == 2) run(std::integral_constant<int, 2>());
-  else run(std::integral_constant<int, 1>());
-}
-
-template <int R, int N, class T>
-inline void shrink_ranks(const Adapters<T>& p, const Segment& s, int first, int rank, const T* const* xs) {
+template <int R, int N, class T, class W>
+inline void shrink_ranks(const Adapters<T, W>& p, const Segment& s, int first, int rank, const T* const* xs) {
   for (int r = rank; r < rank + R && first == s.first; r++)
-    for (int c = 0; c < s.width; c += 16) __builtin_prefetch(p.memory + s.extent->b + long(r) * s.width + c, 0, 2);
+    for (int c = 0; c < s.width; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(p.memory + s.extent->b + long(r) * s.width + c, 0, 2);
   float out[R][N];
   dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, out);
   for (int r = 0; r < R; r++)
@@ -20,8 +11,8 @@ inline void shrink_ranks(const Adapters<T>& p, const Segment& s, int first, int 
       p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * out[r][j];
 }
 
-template <int N, class T>
-void shrink_block(const Adapters<T>& p, const Segment& s, int first) {
+template <int N, class T, class W>
+void shrink_block(const Adapters<T, W>& p, const Segment& s, int first) {
   const T* xs[N];
   for (int j = 0; j < N; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
   int rank = 0;
@@ -30,8 +21,8 @@ void shrink_block(const Adapters<T>& p, const Segment& s, int first) {
 }
 
 // (g − 1) · base + (b − bias) of one column of the segment's module.
-template <class T>
-inline float shift(const Adapters<T>& p, const Segment& s, long token, int column) {
+template <class T, class W>
+inline float shift(const Adapters<T, W>& p, const Segment& s, long token, int column) {
   const int own = column - s.column;
   float total = 0;
   if (s.extent->gain >= 0) total = std::fma(p.vectors[s.extent->gain + own] - 1, value(p.base[token * p.out + column]), total);
@@ -56,12 +47,12 @@ inline void add_up(Y* y, const T* base, const T* bias, const float* delta, int w
 
 // What one adapter gives N tokens in up to WIDE columns: the whole of what a token gets, or a part
 // that is added to the token's sums, which lie from column `begin` on.
-template <int N, class T>
-void expand_block(const Adapters<T>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin) {
+template <int N, class T, class W>
+void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin) {
   const float* hidden[N];
   float deltas[N][WIDE];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const float* rows = p.memory + s.extent->b + (column - s.column);
+  const W* rows = p.memory + s.extent->b + (column - s.column);
   combine<N>(hidden, s.rank, width, [&](int k) { return rows + long(k) * s.width; }, deltas);
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j], at = token * p.out + column;
@@ -77,18 +68,27 @@ void expand_block(const Adapters<T>& p, const Segment& s, int first, int column,
   }
 }
 
+// Ask for the A of a block, if it is its segment's first.
+template <class T, class W>
+ALWAYS_INLINE void prefetch_a(const Adapters<T, W>& p, const Block& block) {
+  const Segment& s = *block.segment;
+  const W* rows = p.memory + s.extent->a;
+  for (long c = 0; c < long(s.rank) * p.in && block.first == s.first; c += CACHE_LINE / int(sizeof(W)))
+    __builtin_prefetch(rows + c, 0, 2);
+}
+
 // Ask for the rows of B that `s` adds in columns begin to end.
-template <class T>
-ALWAYS_INLINE void prefetch_rows(const Adapters<T>& p, const Segment& s, int begin, int end) {
-  const float* rows = p.memory + s.extent->b - s.column;
+template <class T, class W>
+ALWAYS_INLINE void prefetch_rows(const Adapters<T, W>& p, const Segment& s, int begin, int end) {
+  const W* rows = p.memory + s.extent->b - s.column;
   for (int k = 0; k < s.rank; k++)
-    for (int c = begin; c < end; c += 16) __builtin_prefetch(rows + long(k) * s.width + c, 0, 2);
+    for (int c = begin; c < end; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(rows + long(k) * s.width + c, 0, 2);
 }
 
 // Columns begin to end, of one module. What several adapters give a token is summed in float32 and
 // rounded once.
-template <class T>
-void apply_columns(const Adapters<T>& p, const Module& m, int begin, int end, float* sums) {
+template <class T, class W>
+void apply_columns(const Adapters<T, W>& p, const Module& m, int begin, int end, float* sums) {
   const int width = end - begin;
   const T* bias = p.bias ? p.bias + begin : nullptr;
   for (long t = 0; t < p.num_tokens; t++) {
@@ -108,8 +108,8 @@ void apply_columns(const Adapters<T>& p, const Module& m, int begin, int end, fl
       for (int c = 0; c < width; c++) store(p.y + t * p.out + begin + c, sums[long(m.places[t]) * MAX_COLUMNS + c]);
 }
 
-template <class T>
-void apply_adapters(const Adapters<T>& p, int num_threads) {
+template <class T, class W>
+void apply_adapters(const Adapters<T, W>& p, int num_threads) {
   static thread_local std::vector<Block> own_blocks;
   own_blocks.clear();
   for (const Module& m : *p.modules)
@@ -119,6 +119,7 @@ void apply_adapters(const Adapters<T>& p, int num_threads) {
   const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
+      if (i + 2 < long(blocks.size())) prefetch_a(p, blocks[i + 2]);  // by then the other thread has the next
       const Segment& s = *blocks[i].segment;
       by_tokens(s.last - blocks[i].first, [&](auto n) { shrink_block<n>(p, s, blocks[i].first); });
     }

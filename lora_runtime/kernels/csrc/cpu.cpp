@@ -56,6 +56,7 @@ struct Product {
 };
 
 struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };  // float16
 
 // Where the parts of one adapter in one module lie, as in types.py: rank, then element offsets, -1
 // for none.
@@ -73,15 +74,17 @@ constexpr int NO_ADAPTER = -1, ONE_ADAPTER = -2;
 struct Module { int column, width, num_segments; const Segment* segments; const int* places; };
 struct Block { const Segment* segment; int first; };
 struct Columns { const Module* module; int begin, end; };
+constexpr int CACHE_LINE = 64;  // bytes
 constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
 constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
-template <class T>
+template <class T, class W>
 struct Adapters {
   T* y;
   const T *base, *x, *bias;
-  const float *memory, *vectors, *weights;
+  const W* memory;
+  const float *vectors, *weights;
   const int32_t* tokens;
   const std::vector<Module>* modules;
   const std::vector<Columns>* columns;  // of all modules, each for one thread
@@ -90,7 +93,7 @@ struct Adapters {
   int in, out;
 };
 
-// Of adapters in float16. hidden: of every 16 entries of a segment and 16 of its ranks a tile.
+// Of adapters in float16, in tiles. hidden: of every 16 entries of a segment and 16 of its ranks a tile.
 constexpr int HIDDEN_TILE = 2 * 16 * 16;
 inline int tiles_of(int count) { return (count + 15) / 16; }
 struct HalfAdapters {
@@ -300,15 +303,19 @@ namespace avx512 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #define WITH_AMX 0
 namespace avx512_bf16 {
+#include "vectors.h"
+#include "weights.h"
+#include "row_product.h"
 #include "tiles.h"
-#include "half_adapters.h"
 #include "trained_adapters.h"
 }
 #undef WITH_AMX
 #pragma GCC target("amx-tile,amx-bf16")
 #define WITH_AMX 1
 namespace amx {
+#include "weights.h"
 #include "tiles.h"
+#include "tile_product.h"
 #include "half_adapters.h"
 #include "trained_adapters.h"
 }
@@ -362,7 +369,7 @@ int level() {
 #endif
 
 template <class T>
-void run(const Adapters<T>& p, int num_threads) { RUN(apply_adapters, p, num_threads); }
+void run(const Adapters<T, float>& p, int num_threads) { RUN(apply_adapters, p, num_threads); }
 template <class T>
 void run(const Attention<T>& p, int num_threads) { RUN(paged_attention, p, num_threads); }
 template <class T>
@@ -477,7 +484,7 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
             num_segments, num_tokens, in, false);
-  run(Adapters<T>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
+  run(Adapters<T, float>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
                   hidden.get<float>(work.num_hidden), num_tokens, work.num_sums, in, out},
       work.threads(num_threads));
 }
@@ -581,11 +588,17 @@ void loramux_apply_half_adapters(
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens, in, true);
-  const HalfAdapters p{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
-                       hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out};
-  if (level() == 4) return amx::apply_adapters(p, work.threads(num_threads));
-  avx512_bf16::apply_adapters(p, work.threads(num_threads));
+            num_segments, num_tokens, in, level() == 4);
+  if (level() == 4)
+    return amx::apply_adapters(
+        HalfAdapters{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
+                     hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out},
+        work.threads(num_threads));
+  avx512::apply_adapters(
+      Adapters<bf16, half>{y, base, x, bias, reinterpret_cast<const half*>(memory), vectors, weights, tokens,
+                           &work.modules, &work.columns, hidden.get<float>(work.num_hidden), num_tokens,
+                           work.num_sums, in, out},
+      work.threads(num_threads));
 #endif
 }
 

@@ -57,12 +57,18 @@ inline void rotate_head(const Rotation<T>& p, const T* x, const T* weight, long 
   }
   const T *cos = p.cos + token * p.rotated, *sin = p.sin + token * p.rotated;
   const int half = p.rotated / 2;
-  for (int i = 0; i < half; i++) {
+  int i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    const vec first = load(x + i), second = load(x + half + i);
+    store(y + i, fused(-(second * load(sin + i)), first, load(cos + i)));
+    store(y + half + i, fused(first * load(sin + half + i), second, load(cos + half + i)));
+  }
+  for (; i < half; i++) {
     const float first = value(x[i]), second = value(x[half + i]);
     store(y + i, first * value(cos[i]) - second * value(sin[i]));
     store(y + half + i, second * value(cos[half + i]) + first * value(sin[half + i]));
   }
-  for (int i = 2 * half; i < p.head_dim; i++) y[i] = x[i];
+  for (i = 2 * half; i < p.head_dim; i++) y[i] = x[i];
 }
 
 template <class T>

@@ -1,5 +1,4 @@
-// Adapters in float16 under bfloat16 activations, in the tiles of tiles.h. Compiled with each of its
-// two instruction sets. No include guard on purpose.
+// Adapters in float16 under bfloat16 activations, in AMX's tiles. No include guard on purpose.
 //
 // A float16 weight is the sum of two bfloat16, exactly, and A x is to 17 bits: so both products are
 // made of bfloat16 and lose nothing that a result rounded to bfloat16 could show. Memory is read at
@@ -27,9 +26,7 @@ inline __m512i upper_pairs(__m512 a, __m512 b) {  // the same, lane by lane: a's
 inline __m512 floats(const uint16_t* halves, __mmask16 valid) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, halves));
 }
-inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m512 wide(const bf16* x, __mmask16 valid) { return wide(_mm256_maskz_loadu_epi16(valid, x)); }
-inline __mmask16 first_lanes(int count) { return count >= 16 ? 0xffff : (1u << std::max(count, 0)) - 1; }
 
 // Rows of A as the tiles' left side: 16 rows of upper parts, then the 16 of what is left of them.
 struct HalfRows {

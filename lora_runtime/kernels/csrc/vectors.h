@@ -12,7 +12,7 @@ constexpr int LANES = VECTOR_BYTES / 4;  // floats of a vector
 constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipliers busy
 constexpr int DEPTH = 64;  // products summed before they join the total: short sums round less
 constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
-constexpr int AHEAD = 1024;  // floats by which a row that is read once is asked for early
+constexpr int AHEAD = 1024;  // values by which a row that is read once is asked for early
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
 
@@ -79,6 +79,13 @@ inline vec fused(vec sums, vec a, vec b) {
 #endif
 }
 inline vec fused(vec sums, float a, vec b) { return fused(sums, vec{} + a, b); }
+#if VECTOR_LEVEL == 2
+inline vec load(const half* from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline vec load_part(const half* from, int width) {
+  const __mmask16 valid = width >= LANES ? 0xffff : (1 << std::max(width, 0)) - 1;
+  return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, from));
+}
+#endif
 template <class T>
 inline vec load_part(const T* from, int width) {
   vec v = {};
@@ -149,8 +156,8 @@ inline vec sums(vec* parts) {
 }
 
 // out[r][j] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
-template <int R, int N, class T>
-inline void dots(const float* rows, const T* const* xs, int n, float (*out)[N]) {
+template <int R, int N, class T, class W>
+inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N]) {
   vec totals[R][N] = {};
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
@@ -191,4 +198,13 @@ inline void combine(const float* const* scales, int count, int width, Row row, f
     std::memcpy(sums[j], &left[j], sizeof(vec));
     std::memcpy(sums[j] + LANES, &right[j], sizeof(vec));
   }
+}
+
+// Call `run` with as many tokens as a block takes of those that are left, as a constant.
+template <class Run>
+inline void by_tokens(int left, Run run) {
+  if (left >= 4) run(std::integral_constant<int, 4>());
+  else if (left == 3) run(std::integral_constant<int, 3>());
+  else if (left == 2) run(std::integral_constant<int, 2>());
+  else run(std::integral_constant<int, 1>());
 }
