@@ -1,23 +1,24 @@
 // Every row's own adapters: shrink by token blocks, then expand by blocks of columns.
 
 template <int R, int N, class T, class W>
-inline void shrink_ranks(const Adapters<T, W>& p, const Segment& s, int first, int rank, const T* const* xs) {
-  for (int r = rank; r < rank + R && first == s.first; r++)
-    for (int c = 0; c < s.width; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(p.memory + s.extent->b + long(r) * s.width + c, 0, 2);
+inline void shrink_ranks(const Adapters<T, W>& p, const Segment& s, int first, int rank, const T* const* xs, const W* ahead) {
   float out[R][N];
-  dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, out);
+  dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, out, ahead);
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++)
       p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * out[r][j];
 }
 
+// ahead: the rows that are multiplied next.
 template <int N, class T, class W>
-void shrink_block(const Adapters<T, W>& p, const Segment& s, int first) {
+void shrink_block(const Adapters<T, W>& p, const Segment& s, int first, const W* ahead) {
   const T* xs[N];
   for (int j = 0; j < N; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
+  const W* own = p.memory + s.extent->a;
+  const auto next = [&](int rank) { return rank < s.rank ? own + long(rank) * p.in : ahead; };
   int rank = 0;
-  for (; rank + RANKS <= s.rank; rank += RANKS) shrink_ranks<RANKS, N>(p, s, first, rank, xs);
-  for (; rank < s.rank; rank++) shrink_ranks<1, N>(p, s, first, rank, xs);
+  for (; rank + RANKS <= s.rank; rank += RANKS) shrink_ranks<RANKS, N>(p, s, first, rank, xs, next(rank + RANKS));
+  for (; rank < s.rank; rank++) shrink_ranks<1, N>(p, s, first, rank, xs, next(rank + 1));
 }
 
 // (g − 1) · base + (b − bias) of one column of the segment's module.
@@ -45,15 +46,16 @@ inline void add_up(Y* y, const T* base, const T* bias, const float* delta, int w
     store(y + c, value(base[c]) + (bias ? value(bias[c]) : 0.f) + (delta ? delta[c] : 0.f));
 }
 
-// What one adapter gives N tokens in up to WIDE columns: the whole of what a token gets, or a part
-// that is added to the token's sums, which lie from column `begin` on.
+// What one adapter gives N tokens in `width` columns, at most VECTORS of them: the whole of what a
+// token gets, or a part that is added to the token's sums, which lie from column `begin` on.
 template <int N, class T, class W>
 void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin) {
+  constexpr int V = VECTORS<N>;
   const float* hidden[N];
-  float deltas[N][WIDE];
+  float deltas[N][V * LANES];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const W* rows = p.memory + s.extent->b + (column - s.column);
-  combine<N>(hidden, s.rank, width, [&](int k) { return rows + long(k) * s.width; }, deltas);
+  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s](int k) { return rows + long(k) * s.width; };
+  combine<N, V>(hidden, s.rank, width, row, deltas);
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j], at = token * p.out + column;
     if (s.extent->gain >= 0 || s.extent->bias >= 0)
@@ -68,15 +70,6 @@ void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int colu
   }
 }
 
-// Ask for the A of a block, if it is its segment's first.
-template <class T, class W>
-ALWAYS_INLINE void prefetch_a(const Adapters<T, W>& p, const Block& block) {
-  const Segment& s = *block.segment;
-  const W* rows = p.memory + s.extent->a;
-  for (long c = 0; c < long(s.rank) * p.in && block.first == s.first; c += CACHE_LINE / int(sizeof(W)))
-    __builtin_prefetch(rows + c, 0, 2);
-}
-
 // Ask for the rows of B that `s` adds in columns begin to end.
 template <class T, class W>
 ALWAYS_INLINE void prefetch_rows(const Adapters<T, W>& p, const Segment& s, int begin, int end) {
@@ -85,11 +78,12 @@ ALWAYS_INLINE void prefetch_rows(const Adapters<T, W>& p, const Segment& s, int 
     for (int c = begin; c < end; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(rows + long(k) * s.width + c, 0, 2);
 }
 
-// Columns begin to end, of one module. What several adapters give a token is summed in float32 and
-// rounded once.
+// Columns of one module. What several adapters give a token is summed in float32 and rounded once.
+// next: the columns that come then.
 template <class T, class W>
-void apply_columns(const Adapters<T, W>& p, const Module& m, int begin, int end, float* sums) {
-  const int width = end - begin;
+void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& next, float* sums) {
+  const Module& m = *own.module;
+  const int begin = own.begin, end = own.end, width = end - begin;
   const T* bias = p.bias ? p.bias + begin : nullptr;
   for (long t = 0; t < p.num_tokens; t++) {
     const long at = t * p.out + begin;
@@ -98,9 +92,11 @@ void apply_columns(const Adapters<T, W>& p, const Module& m, int begin, int end,
   }
   for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++) {
     if (s + 1 != m.segments + m.num_segments) prefetch_rows(p, s[1], begin, end);
+    else if (next.module->num_segments > 0) prefetch_rows(p, *next.module->segments, next.begin, next.end);
     for (int first = s->first; first < s->last; first += TOKENS)
       by_tokens(s->last - first, [&](auto n) {
-        for (int c = begin; c < end; c += WIDE) expand_block<n>(p, *s, first, c, std::min(WIDE, end - c), sums, begin);
+        constexpr int WIDTH = VECTORS<n> * LANES;
+        for (int c = begin; c < end; c += WIDTH) expand_block<n>(p, *s, first, c, std::min(WIDTH, end - c), sums, begin);
       });
   }
   for (long t = 0; t < p.num_tokens; t++)
@@ -119,15 +115,16 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
   const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
-      if (i + 2 < long(blocks.size())) prefetch_a(p, blocks[i + 2]);  // by then the other thread has the next
       const Segment& s = *blocks[i].segment;
-      by_tokens(s.last - blocks[i].first, [&](auto n) { shrink_block<n>(p, s, blocks[i].first); });
+      const Block& next = blocks[std::min(i + num_threads, long(blocks.size()) - 1)];  // of this thread
+      by_tokens(s.last - blocks[i].first,
+                [&](auto n) { shrink_block<n>(p, s, blocks[i].first, p.memory + next.segment->extent->a); });
     }
   });
   Pool::get().run(columns.size(), 1, num_threads, [&](long begin, long end) {
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
     for (long i = begin; i < end; i++)
-      apply_columns(p, *columns[i].module, columns[i].begin, columns[i].end, sums);
+      apply_columns(p, columns[i], columns[std::min(i + num_threads, long(columns.size()) - 1)], sums);
   });
 }

@@ -57,12 +57,17 @@ void attend(const Attention<T>& p, int head, const T* q, T* out, const long* slo
     const float sink = p.sinks ? p.sinks[head + j] : -INFINITY;
     totals[j] = count > 0 ? soften(p, scores + long(j) * room, count, sink) : 1;
   }
-  for (int d = 0; d < p.head_dim; d += WIDE) {
-    const int width = std::min(WIDE, p.head_dim - d);
-    float found[N][WIDE];
-    combine<N>(weights, count, width, [&](int i) { return p.values + slots[i] + d; }, found);
-    for (int j = 0; j < N; j++)
-      for (int c = 0; c < width; c++) store(out + long(j) * p.head_dim + d + c, found[j][c] / totals[j]);
+  constexpr int V = VECTORS<N>;
+  for (int d = 0; d < p.head_dim; d += V * LANES) {
+    const int width = std::min(V * LANES, p.head_dim - d);
+    float found[N][V * LANES];
+    combine<N, V>(weights, count, width, [&](int i) { return p.values + slots[i] + d; }, found);
+    for (int j = 0; j < N; j++) {
+      T* own = out + long(j) * p.head_dim + d;
+      int c = 0;
+      for (; c + LANES <= width; c += LANES) store(own + c, load(found[j] + c) / totals[j]);
+      for (; c < width; c++) store(own + c, found[j][c] / totals[j]);
+    }
   }
 }
 

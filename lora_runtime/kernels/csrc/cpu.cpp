@@ -301,9 +301,12 @@ namespace avx512 {
 #define HAS_TILES 1
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#undef VECTOR_LEVEL
+#define VECTOR_LEVEL 3
 #define WITH_AMX 0
 namespace avx512_bf16 {
 #include "vectors.h"
+#include "adapters.h"
 #include "weights.h"
 #include "row_product.h"
 #include "tiles.h"
@@ -594,7 +597,7 @@ void loramux_apply_half_adapters(
         HalfAdapters{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
                      hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out},
         work.threads(num_threads));
-  avx512::apply_adapters(
+  avx512_bf16::apply_adapters(
       Adapters<bf16, half>{y, base, x, bias, reinterpret_cast<const half*>(memory), vectors, weights, tokens,
                            &work.modules, &work.columns, hidden.get<float>(work.num_hidden), num_tokens,
                            work.num_sums, in, out},

@@ -12,9 +12,9 @@ constexpr int LANES = VECTOR_BYTES / 4;  // floats of a vector
 constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipliers busy
 constexpr int DEPTH = 64;  // products summed before they join the total: short sums round less
 constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
-constexpr int AHEAD = 1024;  // values by which a row that is read once is asked for early
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
+constexpr int SUMS = LANES;  // vectors that are summed at a time: half of the registers
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
@@ -36,9 +36,13 @@ inline void store(bf16* to, float x) {  // round to nearest even, keep NaN
 }
 inline void store(float* to, vec x) { std::memcpy(to, &x, sizeof x); }
 inline void store(bf16* to, vec x) {
+#if VECTOR_LEVEL == 3
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
   bits32 bits = (bits32)x;
   bits = x != x ? bits32{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#if VECTOR_LEVEL == 2  // by name: GCC widens and narrows in several steps where one or two do it
+#if VECTOR_LEVEL >= 2  // by name: GCC widens and narrows in several steps where one or two do it
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits));
 #elif VECTOR_LEVEL == 1
   const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
@@ -47,6 +51,7 @@ inline void store(bf16* to, vec x) {
   const bits16 narrow = __builtin_convertvector(bits, bits16);
   std::memcpy(to, &narrow, sizeof narrow);
 #endif
+#endif
 }
 inline vec load(const float* from) {
   vec v;
@@ -54,7 +59,7 @@ inline vec load(const float* from) {
   return v;
 }
 inline vec load(const bf16* from) {
-#if VECTOR_LEVEL == 2
+#if VECTOR_LEVEL >= 2
   return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif VECTOR_LEVEL == 1
   return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
@@ -70,7 +75,7 @@ inline vec load(const bf16* from) {
 // sums + a · b, rounded once. By name: left to itself the compiler fuses in some of the blocks that a
 // row may be computed in and not in others.
 inline vec fused(vec sums, vec a, vec b) {
-#if VECTOR_LEVEL == 2
+#if VECTOR_LEVEL >= 2
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums);
 #elif VECTOR_LEVEL == 1
   return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
@@ -78,8 +83,17 @@ inline vec fused(vec sums, vec a, vec b) {
   return sums + a * b;
 #endif
 }
-inline vec fused(vec sums, float a, vec b) { return fused(sums, vec{} + a, b); }
-#if VECTOR_LEVEL == 2
+inline vec filled(float x) {
+#if VECTOR_LEVEL >= 2
+  return (vec)_mm512_set1_ps(x);
+#elif VECTOR_LEVEL == 1
+  return (vec)_mm256_set1_ps(x);
+#else
+  return vec{} + x;
+#endif
+}
+inline vec fused(vec sums, float a, vec b) { return fused(sums, filled(a), b); }
+#if VECTOR_LEVEL >= 2
 inline vec load(const half* from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
 inline vec load_part(const half* from, int width) {
   const __mmask16 valid = width >= LANES ? 0xffff : (1 << std::max(width, 0)) - 1;
@@ -92,12 +106,24 @@ inline vec load_part(const T* from, int width) {
   for (int i = 0; i < width; i++) v[i] = value(from[i]);
   return v;
 }
+// The lanes' sum: halves are added until one lane is left.
 inline float sum(vec v) {
+#if VECTOR_LEVEL >= 2
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#elif VECTOR_LEVEL == 1
+  const __m256 half = (__m256)v;
+#endif
+#if VECTOR_LEVEL > 0
+  __m128 rest = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  rest = _mm_add_ps(rest, _mm_movehl_ps(rest, rest));
+  return _mm_cvtss_f32(_mm_add_ss(rest, _mm_movehdup_ps(rest)));
+#else
   float parts[LANES];
   std::memcpy(parts, &v, sizeof v);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) parts[i] += parts[i + half];
   return parts[0];
+#endif
 }
 
 // exp(x) for x ≤ 0 within 2 ulp; 0 below -87; NaN stays (Cephes' polynomial).
@@ -156,15 +182,16 @@ inline vec sums(vec* parts) {
 }
 
 // out[r][j] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
+// Meanwhile as much is asked for from `ahead` on.
 template <int R, int N, class T, class W>
-inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N]) {
+inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N], const W* ahead) {
   vec totals[R][N] = {};
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
     vec x[N];
     for (int j = 0; j < N; j++) x[j] = load(xs[j] + i);
     for (int r = 0; r < R; r++) {
-      __builtin_prefetch(rows + long(r) * n + i + AHEAD);
+      __builtin_prefetch(ahead + long(r) * n + i, 0, 2);
       const vec row = load(rows + long(r) * n + i);
       for (int j = 0; j < N; j++) totals[r][j] = fused(totals[r][j], row, x[j]);
     }
@@ -177,26 +204,30 @@ inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N]) {
     for (int j = 0; j < N; j++) out[r][j] = sum(totals[r][j]);
 }
 
-// sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and `width` ≤ WIDE.
-template <int N, class Row>
-inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[WIDE]) {
-  vec left[N] = {}, right[N] = {};
-  if (width == WIDE)
+// Vectors that N sums have at a time.
+template <int N>
+constexpr int VECTORS = std::min(8, std::max(2, SUMS / N / 2 * 2));
+
+// sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and at most V vectors.
+template <int N, int V, class Row>
+inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[V * LANES]) {
+  if (width == V * LANES) {
+    vec totals[N][V] = {};
+    for (int k = 0; k < count; k++)
+      for (int i = 0; i < V; i++) {
+        const vec values = load(row(k) + i * LANES);
+        for (int j = 0; j < N; j++) totals[j][i] = fused(totals[j][i], scales[j][k], values);
+      }
+    for (int j = 0; j < N; j++) std::memcpy(sums[j], totals[j], sizeof totals[j]);
+    return;
+  }
+  for (int at = 0; at < width; at += LANES) {
+    vec totals[N] = {};
     for (int k = 0; k < count; k++) {
-      const vec first = load(row(k)), second = load(row(k) + LANES);
-      for (int j = 0; j < N; j++) left[j] = fused(left[j], scales[j][k], first);
-      for (int j = 0; j < N; j++) right[j] = fused(right[j], scales[j][k], second);
+      const vec values = width - at >= LANES ? load(row(k) + at) : load_part(row(k) + at, width - at);
+      for (int j = 0; j < N; j++) totals[j] = fused(totals[j], scales[j][k], values);
     }
-  else
-    for (int k = 0; k < count; k++) {
-      const vec first = load_part(row(k), std::min(width, LANES));
-      const vec second = load_part(row(k) + LANES, width - LANES);
-      for (int j = 0; j < N; j++) left[j] = fused(left[j], scales[j][k], first);
-      for (int j = 0; j < N; j++) right[j] = fused(right[j], scales[j][k], second);
-    }
-  for (int j = 0; j < N; j++) {
-    std::memcpy(sums[j], &left[j], sizeof(vec));
-    std::memcpy(sums[j] + LANES, &right[j], sizeof(vec));
+    for (int j = 0; j < N; j++) std::memcpy(sums[j] + at, &totals[j], sizeof(vec));
   }
 }
 

@@ -36,12 +36,12 @@ def write_jsonl(path: Path, lines: Sequence[object]) -> Path:
     return path
 
 
-def ragged_data(path: Path, count: int, seed: int = 0) -> Path:
+def ragged_data(path: Path, count: int, seed: int = 0, words: list[str] = WORDS) -> Path:
     """Prompts and completions of very different lengths."""
     rng = random.Random(seed)
 
     def text(longest: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+        return " ".join(rng.choices(words, k=rng.randint(1, longest)))
 
     return write_jsonl(path, [{"prompt": text(6), "completion": text(9)} for _ in range(count)])
 
