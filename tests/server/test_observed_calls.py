@@ -53,10 +53,10 @@ async def generate(client, **options) -> None:
 async def test_each_grpc_call_is_counted_once_with_the_status_that_its_caller_sees(serve):
     async with serve() as world, observed(world) as (_, client, observer):
         await generate(client, max_tokens=2)
-        assert handled(observer) == [(GENERATE, "OK")]
+        await until(lambda: handled(observer) == [(GENERATE, "OK")])
         with pytest.raises(AdapterNotFound):
             await client.get_adapter("ghost")
-        assert handled(observer)[1:] == [(GET, "NOT_FOUND")]
+        await until(lambda: handled(observer)[1:] == [(GET, "NOT_FOUND")])
         world.engine.gate.clear()
         with pytest.raises(TimeoutError):
             await generate(client, timeout_s=0.2)
