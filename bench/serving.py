@@ -85,7 +85,11 @@ def speeds(
     return {cell: cell[2] * new_tokens / value for cell, value in medians.items()}
 
 
-def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float]) -> dict:
+def ratios(
+    seconds: dict[Cell, list[float]],
+    floors: dict[tuple[str, int], float],
+    adapter_floors: dict[tuple[str, int], float],
+) -> dict:
     """What is asked of the engine, as medians over the rounds of ratios within one round."""
     most = max(num_rows for _, num_rows in floors)
 
@@ -97,12 +101,12 @@ def ratios(seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float
         return round(statistics.median(theirs / own for own, theirs in pairs), 3)
 
     def extra(mix: str) -> float | None:
-        """The time that a mix takes beside the base alone, over the floor of that."""
+        """The time that a mix takes beside the base alone, over the floor of its adapters."""
         if (OURS, mix, most) not in seconds:
             return None
         pairs = zip(seconds[OURS, mix, most], seconds[OURS, BASE, most], strict=True)
         beside = statistics.median(mixed - base for mixed, base in pairs)
-        return round(beside / (floors[mix, most] - floors[BASE, most]), 3)
+        return round(beside / adapter_floors[mix, most], 3)
 
     def of_floor(mix: str, num_rows: int) -> float | None:
         if (OURS, mix, num_rows) not in seconds:
@@ -192,6 +196,7 @@ def main() -> None:
         seconds = measured(sides, batches, args.rounds, console)
     ceilings = Ceilings(machine.read_bandwidth(), machine.gemm_rate(base.dtype))
     floors = {cell: ceilings.seconds(base, batch) for cell, batch in batches.items()}
+    adapter_floors = {cell: ceilings.adapter_seconds(base, b) for cell, b in batches.items()}
     found = speeds(seconds, floors, args.new_tokens)
     show(found, console)
     rows = [
@@ -212,7 +217,7 @@ def main() -> None:
         "dtype": base.spec.dtype,
         "read_bytes_per_s": round(ceilings.bytes_per_s),
         "multiply_adds_per_s": round(ceilings.multiply_adds_per_s),
-        "ratios": ratios(seconds, floors),
+        "ratios": ratios(seconds, floors, adapter_floors),
         "cells": rows,
     }
     path = machine.save("serving", result, args.out)

@@ -80,22 +80,34 @@ class Ceilings:
         """
         spec = base.spec
         linear_size = sum(s.in_features * s.out_features for s in spec.linears.values())
-        linear_sides = sum(s.in_features + s.out_features for s in spec.linears.values())
         head_size = spec.hidden_size * spec.vocab_size
-        used = [RANKS[owner] for owner in batch.owners() if owner is not None]
-        distinct = {owner for owner in batch.owners() if owner is not None}
-        adapter_bytes = adapter_dtype(base.device, base.dtype).itemsize * linear_sides
+        adapter_bytes, adapter_work = _of_adapters(base, batch)
         moved = (
             linear_size * 9 / 16  # NF4: 4 bits a weight, and a float32 for each 64
             + head_size * base.dtype.itemsize
-            + sum(RANKS[owner] for owner in distinct) * adapter_bytes
+            + adapter_bytes
         )
-        work = batch.num_rows * linear_size + sum(used) * linear_sides
+        work = batch.num_rows * linear_size + adapter_work
         heads = batch.num_rows * head_size
-        prompts = batch.prompt_tokens * work + heads
-        total = prompts / self.multiply_adds_per_s
+        total = (batch.prompt_tokens * work + heads) / self.multiply_adds_per_s
         for position in range(1, batch.new_tokens):
             kv_tokens = batch.num_rows * (batch.prompt_tokens + position)
             read = moved + kv_tokens * base.kv_bytes_per_token()
             total += max(read / self.bytes_per_s, (work + heads) / self.multiply_adds_per_s)
         return total
+
+    def adapter_seconds(self, base: Base, batch: Batch) -> float:
+        """The same of what the adapters add, as if none of it passed while the base is multiplied:
+        a base that multiplies for longer than it reads would hide all their bytes.
+        """
+        moved, work = _of_adapters(base, batch)
+        step = max(moved / self.bytes_per_s, work / self.multiply_adds_per_s)
+        return batch.prompt_tokens * work / self.multiply_adds_per_s + step * (batch.new_tokens - 1)
+
+
+def _of_adapters(base: Base, batch: Batch) -> tuple[float, float]:
+    """What a decode step reads of the distinct adapters in bytes, and its multiply-adds by them."""
+    sides = sum(s.in_features + s.out_features for s in base.spec.linears.values())
+    used = [owner for owner in batch.owners() if owner is not None]
+    size = adapter_dtype(base.device, base.dtype).itemsize
+    return sum(RANKS[o] for o in {*used}) * sides * size, sum(RANKS[o] for o in used) * sides

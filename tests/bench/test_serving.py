@@ -51,3 +51,11 @@ def test_where_reading_is_slow_an_adapter_costs_the_floor_its_bytes():
     extra = ceilings.seconds(base, mixed) - ceilings.seconds(base, plain)
     num_bytes = 4 * sides * sum(RANKS[owner] for owner in set(owners(MANY, 32)))  # float32
     assert extra == pytest.approx(5 * num_bytes / 1000)  # the prompt's step reads nothing again
+    assert ceilings.adapter_seconds(base, mixed) == pytest.approx(extra)
+
+
+def test_a_base_that_multiplies_for_longer_than_it_reads_hides_no_adapter():
+    base = tiny_base("llama")
+    batch = Batch(EIGHT, 32, 9, 6, base.spec.vocab_size)
+    slow, fast = (Ceilings(bytes_per_s=1e9, multiply_adds_per_s=rate) for rate in (1e6, math.inf))
+    assert slow.adapter_seconds(base, batch) > fast.adapter_seconds(base, batch) > 0
