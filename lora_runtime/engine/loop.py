@@ -28,6 +28,7 @@ from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
+from lora_runtime.kernels import torch_threads
 from lora_runtime.kernels.compiling import is_compiling
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ class InThreadEngine:
         self._unloading: dict[str, list[Future[Any]]] = {}
         self._post_lock = threading.Lock()
         self._readers = WorkerPool(
-            "reading adapters", num_threads=NUM_READERS, max_waiting=MAX_WAITING_READS
+            "reading adapters",
+            num_threads=NUM_READERS,
+            max_waiting=MAX_WAITING_READS,
+            on_start=torch_threads.compute_alone,
         )
         self._failure: Unavailable | None = None
         self._is_draining = False
@@ -182,6 +186,7 @@ class InThreadEngine:
     # What follows runs on the engine thread.
 
     def _run(self) -> None:
+        torch_threads.keep_number()
         try:
             with current_device(self._engine.base.device):
                 while self._failure is None:

@@ -34,10 +34,20 @@ class _Job(NamedTuple):
 class WorkerPool:
     """At most `num_threads` calls run, and at most `max_waiting` wait. For one kind of work."""
 
-    def __init__(self, name: str, *, num_threads: int, max_waiting: int) -> None:
-        """`name` is what callers are told that they would wait for, and the threads' name."""
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_threads: int,
+        max_waiting: int,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`name` is what callers are told that they would wait for, and the threads' name. Each
+        thread calls `on_start` before its first call.
+        """
         self._name = name
         self._num_threads, self._max_waiting = num_threads, max_waiting
+        self._on_start = on_start
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._num_alive = self._num_idle = self._num_running = 0
@@ -90,6 +100,7 @@ class WorkerPool:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _work(self) -> None:
+        self._on_start()
         while (job := self._next()) is not None:
             if job.done.set_running_or_notify_cancel():
                 self._do(job)
