@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
 from lora_runtime.base.device import resolve_device, resolve_dtype
-from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.fingerprint import exceeds_bfloat16, fingerprint
 from lora_runtime.base.model import attention
 from lora_runtime.base.model.adapted_linear import (
     AdaptedEmbedding,
@@ -331,6 +331,7 @@ def _spec(
         model_type=model.config.model_type,
         routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),
         state_bytes=state_bytes(model),
+        exceeds_bfloat16=model.dtype != torch.bfloat16 and exceeds_bfloat16(model),
     )
 
 
