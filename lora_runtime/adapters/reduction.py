@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.config.expert_sites import per_expert_names
+from lora_runtime.adapters.config.expert_sites import is_mixture, per_expert_names
 from lora_runtime.adapters.config.fields import FIELDS
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config, passed_over
@@ -63,7 +63,11 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     facts = replace(
         form.facts,
         digest=_digest(spec.honoured, hashes),
-        notes=(*_unverified_base(files, base), *form.facts.notes),
+        notes=(
+            *_unverified_base(files, base),
+            *_assumed_experts(spec, files, base),
+            *form.facts.notes,
+        ),
         tensors_sha256=files.tensors_sha256,
         text_sha256=text_digest(text_files),
     )
@@ -230,6 +234,26 @@ def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
     return (
         f"its config names the base {named[:80]!r}, and this one is {base.name!r}: if they are not "
         "the same weights, its answers are wrong",
+    )
+
+
+def _assumed_experts(spec: AdapterSpec, files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
+    """A note where nothing in the files says of how many experts their base was: A has a row for
+    each expert and rank, and only another layer of the same entry in the config shows the rank.
+    """
+    shown = {target.rank_pattern for s, target in spec.targets.items() if not is_mixture(s, base)}
+    assumed = [
+        (site, target)
+        for site, target in spec.targets.items()
+        if is_mixture(site, base) and target.rank_pattern not in shown
+    ]
+    if not assumed or FINGERPRINT_KEY in files.metadata:
+        return ()
+    (site, target), num_experts = assumed[0], base.shapes[assumed[0][0].path].num_experts
+    return (
+        f"its files do not say how many experts its base had: the {num_experts * target.rank} rows "
+        f"of A of {site.name} were taken for {num_experts} experts of rank {target.rank}, as its "
+        "config says",
     )
 
 
