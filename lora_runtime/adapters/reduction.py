@@ -21,7 +21,11 @@ from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config, passed_over
 from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.files.companions import own_text_files, text_digest
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
+from lora_runtime.adapters.files.file_names import (
+    FINGERPRINT_KEY,
+    MAX_TENSORS_BYTES,
+    QUANTIZATION_KEY,
+)
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
 from lora_runtime.adapters.files.tensor_names import Part, trained_names
 from lora_runtime.adapters.files.tensors import AdapterTensors
@@ -213,9 +217,28 @@ def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
     if trained_on != base.fingerprint:
         raise BaseMismatch(
             f"the adapter was trained on the base with fingerprint {trained_on[:12]!r}; this one, "
-            f"{base.name}, has {base.fingerprint[:12]!r}",
+            f"{base.name} as {base.quantization}, has {base.fingerprint[:12]!r}: "
+            f"{_what_differs(metadata, base)}",
             field=FINGERPRINT_KEY,
         )
+
+
+def _what_differs(metadata: Mapping[str, str], base: BaseSpec) -> str:
+    """Which of checkpoint and quantization is another, as far as the files say it, and what to do.
+    One checkpoint in two quantizations is two bases.
+    """
+    trained_as = metadata.get(QUANTIZATION_KEY)
+    if trained_as is None:
+        return (
+            "another checkpoint, or the same in another quantization, which its files do not say; "
+            "serve what it was trained on"
+        )
+    if trained_as == base.quantization:
+        return f"it was trained in {trained_as} too, so on another checkpoint; serve that one"
+    return (
+        f"it was trained on a base in {trained_as[:20]}; serve that with quantization "
+        f"{trained_as[:20]}, or train the adapter in {base.quantization}"
+    )
 
 
 def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:

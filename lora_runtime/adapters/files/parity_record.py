@@ -78,8 +78,9 @@ def parse_parity_record(content: bytes, base: BaseSpec) -> ParityRecord:
     if record.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
             f"{PARITY_FILE} was recorded on the base with fingerprint "
-            f"{record.base_fingerprint[:12]!r}; this one, {base.name}, has "
-            f"{base.fingerprint[:12]!r}",
+            f"{record.base_fingerprint[:12]!r}; this one, {base.name} as {base.quantization}, has "
+            f"{base.fingerprint[:12]!r}: another checkpoint or another quantization; serve what "
+            "the adapter was trained on",
             field=PARITY_FILE,
         )
     return record

@@ -96,9 +96,9 @@ def _check_rank(site: Site, target: TargetSpec, base: BaseSpec, tensors: Adapter
         # Layers are checked before: if there are any of this rank, they have it.
         raise BaseMismatch(
             f"{entry}, and {a_part} of {site.name} has {a[0]} rows: {a[0] // target.rank} experts "
-            f"of that rank, and this base, {base.name}, has {num_experts}. Serve the adapter on the "
-            f"base that it was trained on; if that has {num_experts} experts, {field} was changed "
-            "since",
+            f"of that rank, and this base, {base.name}, has {num_experts}. Serve the adapter on "
+            f"the base that it was trained on; if that has {num_experts} experts, {field} was "
+            "changed since",
             field="target_parameters",
         )
     if rest:
