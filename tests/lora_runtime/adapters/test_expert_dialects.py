@@ -366,6 +366,44 @@ def test_a_rank_that_nothing_in_the_file_shows_is_said(base, twin, smaller, tmp_
         load_adapter(rewritten(folder, dict, r=8), base.spec, base.weights)
 
 
+def test_experts_saved_whole_are_refused_by_the_entry_that_saved_them(base, twin, tmp_path):
+    folder = written(
+        twin, tmp_path / "a", target_modules=["q_proj"], target_parameters=None,
+        modules_to_save=["experts"],
+    )  # fmt: skip
+    with pytest.raises(AdapterRefused, match="as modules_to_save saves it") as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "modules_to_save"
+
+
+@pytest.mark.parametrize("others", [[], EXPERTS])
+def test_biases_of_experts_are_refused_by_name(tmp_path, others):
+    """PEFT adapts them, as matrices of one row for each expert."""
+    base = tiny_base("gpt-oss")
+    folder = written(
+        tiny_model("gpt-oss"), tmp_path / "a", target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj_bias", *others],
+    )  # fmt: skip
+    assert any("experts" in name for name in load_file(folder / "adapter_model.safetensors"))
+    words = "'experts.gate_up_proj_bias', the biases of experts.*not served, though PEFT"
+    with pytest.raises(AdapterRefused, match=words) as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "target_parameters"
+
+
+def test_granite_s_older_names_of_experts_are_answered_by_the_newer(tmp_path):
+    """Nearer in letters is the router's."""
+    base = tiny_base("granite-moe")
+    folder = written(tiny_model("granite-moe"), tmp_path / "a", target_modules=["q_proj"])
+    for entry, newer in [
+        ("block_sparse_moe.input_linear.weight", "experts.gate_up_proj"),
+        ("output_linear.weight", "experts.down_proj"),
+    ]:
+        rewritten(folder, dict, target_parameters=[entry])
+        with pytest.raises(AdapterRefused, match=f"transformers 5 calls it '{newer}'"):
+            load_adapter(folder, base.spec, base.weights)
+
+
 def test_an_expert_too_many_is_refused(base, twin, tmp_path):
     older = of_transformers_4(twin)
     folder = write_adapter(
