@@ -87,7 +87,10 @@ def page(families: Iterable[str]) -> Iterator[str]:
     yield f"## Served: {len(text)}\n"
     yield from table(served, text)
     yield "\n## Served: the text of models of text and images\n"
-    yield "Other parts are left out, with a note. Adapters of the same text model alone fit too.\n"
+    yield (
+        "Other parts are left out, with a note, and so are an adapter's tensors of them, which\n"
+        "change no answer to text. Adapters of the same text model alone fit too.\n"
+    )
     yield from table(served, composite)
     refused = sorted(found.keys() - served.keys())
     yield f"\n## Refused at load: {len(refused)}\n"

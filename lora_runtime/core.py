@@ -565,6 +565,11 @@ class BaseSpec:
     """Bytes of recurrent state that one row takes, however long it is; 0 where all layers attend"""
     can_reorder_layers: bool = True
     """False when its layers cannot run in another order than its own (layer replication)."""
+    left_out: tuple[str, ...] = ()
+    """Paths of the checkpoint's parts that are no part of its text: `model.vision_tower` …"""
+    exceeds_bfloat16: bool = False
+    """True where it holds values that bfloat16 would round: loaded in bfloat16, the base of this
+    fingerprint is another function."""
 
     shapes: dict[str, LinearShape] = field(init=False, repr=False, compare=False)
     """Every module an adapter may act on; the embedding is a linear layer of one-hot tokens."""

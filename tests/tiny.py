@@ -192,6 +192,18 @@ def tiny_checkpoint(folder: Path, shape: str = "llama", *, seed: int = 0) -> Pat
     return folder
 
 
+def float32_checkpoint(folder: Path, shape: str) -> Path:
+    """A model on disk that is exact in no 16 bits, as most float32 checkpoints."""
+    model = tiny_model(shape)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1 + 0.008 * (torch.rand_like(tensor) - 0.5))
+    model.save_pretrained(folder)
+    return folder
+
+
 def lengthen(folder: Path, max_position_embeddings: int = 2048) -> None:
     """Let a checkpoint take longer sequences."""
     config = folder / "config.json"

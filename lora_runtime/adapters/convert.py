@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.config.values import refused
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, QUANTIZATION_KEY
 from lora_runtime.adapters.files.peft_writer import PeftFiles, peft_files
 from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
@@ -61,7 +61,7 @@ def plain_files(
         files.config["lora_bias"] = True
     _add_patches(files, form, base, weights)
     if FINGERPRINT_KEY not in metadata:
-        del files.metadata[FINGERPRINT_KEY]
+        del files.metadata[FINGERPRINT_KEY], files.metadata[QUANTIZATION_KEY]
     return files
 
 

@@ -13,7 +13,9 @@ how much depends on base, adapter and rows. So the record says how much it was t
     noise = √(mean (base in bfloat16 − base in float32)² + mean (adapter …)²), in logits
     limit = max(LIMIT, NOISE_FACTOR · noise · √n / the error's denominator),  n recorded numbers
 
-The base's own numbers must agree in the same way, relative to their own length.
+The base's own numbers must agree in the same way, relative to their own length. A checkpoint of
+more digits than bfloat16 has is another function when it is loaded in bfloat16. So the record says
+in which dtype its base was held, and where a server holds more, its gate rounds as the record did.
 The squares are added because another machine may round base and adapter in unrelated ways. For the
 same reason an equal error is expected of a server, and NOISE_FACTOR is what it may be off by: on a
 CPU a server's error was 0.7 to 1.05 times the noise, over thirteen variants on SmolLM2-135M and
@@ -53,6 +55,12 @@ with this floor. What this still refuses are other weights with an effect of the
 
 ROUGH_BASE_LIMIT = 0.1
 """The same for the base's own logits, which by the fingerprint are the recorded ones."""
+
+_UNSAID = (
+    "The base's checkpoint has more digits than bfloat16, which dtype float32 keeps, and this "
+    "older record does not say whether they were kept where it was made: if the adapter was "
+    "trained in bfloat16, serve it with dtype bfloat16 or train it again. If not: "
+)
 
 PUBLIC_TEXTS = (
     "The river rises in the hills north of the town, runs past the old mill and under a stone "
@@ -98,6 +106,8 @@ class ParityRecord:
     """The error of bfloat16, in logits, as defined above; None in records of version 1."""
     tensors_sha256: str | None = None
     """SHA-256 of the safetensors file that it was written beside; None if it holds for any."""
+    base_dtype: str | None = None
+    """The dtype in which the base's tensors were held; None in records of versions 1 and 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +143,19 @@ def public_rows(
 
 
 def measure(
-    rows: Sequence[Row], exact: Logits, rounded: Logits, *, fingerprint: str
+    rows: Sequence[Row],
+    exact: Logits,
+    rounded: Logits,
+    *,
+    fingerprint: str,
+    base_dtype: str | None = None,
 ) -> ParityRecord:
     """Record what base and adapter give in float32, by `exact`, and how far off bfloat16 is, by
-    `rounded`. `fingerprint` is the base's.
+    `rounded`. `fingerprint` is the base's, `base_dtype` that in which its tensors are held.
     """
     record = ParityRecord(
         base_fingerprint=fingerprint,
+        base_dtype=base_dtype,
         rows=tuple(map(tuple, rows)),
         positions=tuple(
             place for index, row in enumerate(rows) for place in _measured(index, row, exact)
@@ -190,17 +206,25 @@ def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Pari
     )
 
 
-def require(parity: Parity, record: ParityRecord, tensors_sha256: str | None = None) -> None:
+def require(
+    parity: Parity,
+    record: ParityRecord,
+    tensors_sha256: str | None = None,
+    *,
+    exceeds_bfloat16: bool = False,
+) -> None:
     """Raises: ParityFailed where the error is above the limit, or the adapter's safetensors file,
-    if its SHA-256 is given, is not the recorded one.
+    if its SHA-256 is given, is not the recorded one. `exceeds_bfloat16` as in `BaseSpec`.
     """
     if not parity.passed:
+        unsaid = _UNSAID if exceeds_bfloat16 and record.base_dtype is None else ""
         raise ParityFailed(
             f"the adapter does not do here what {PARITY_FILE} recorded: relative error "
             f"{parity.error:.2g} of its effect ({parity.effect_rms:.3g} logits), at most "
             f"{parity.limit:.2g} is accepted (of the base's own logits {parity.base_error:.2g}, at "
-            f"most {parity.base_limit:.2g}). Its weights were changed after the record, or this "
-            f"machine computes wrongly; remove {PARITY_FILE} only if you changed them on purpose",
+            f"most {parity.base_limit:.2g}). {unsaid}Its weights were changed after the record, or "
+            f"this machine computes wrongly; remove {PARITY_FILE} only if you changed them on "
+            "purpose",
             field=PARITY_FILE,
         )
     if tensors_sha256 is not None and record.tensors_sha256 not in (None, tensors_sha256):
@@ -213,7 +237,12 @@ def require(parity: Parity, record: ParityRecord, tensors_sha256: str | None = N
 
 
 def gate(
-    record: ParityRecord | None, logits: Logits, dtype: str, tensors_sha256: str | None = None
+    record: ParityRecord | None,
+    logits: Logits,
+    dtype: str,
+    tensors_sha256: str | None = None,
+    *,
+    exceeds_bfloat16: bool = False,
 ) -> Parity | None:
     """Check an adapter that is about to be served in `dtype`; None without a record.
 
@@ -222,7 +251,7 @@ def gate(
     if record is None:
         return None
     parity = compare(record, [chunk() for chunk in chunks(record, logits)], dtype)
-    require(parity, record, tensors_sha256)
+    require(parity, record, tensors_sha256, exceeds_bfloat16=exceeds_bfloat16)
     return parity
 
 

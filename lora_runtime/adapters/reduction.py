@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_runtime.adapters.config.expert_sites import per_expert_names
+from lora_runtime.adapters.config.expert_sites import is_mixture, per_expert_names
 from lora_runtime.adapters.config.fields import FIELDS
 from lora_runtime.adapters.config.layer_sites import Site
+from lora_runtime.adapters.config.matching import tails
 from lora_runtime.adapters.config.peft_config import AdapterSpec, parse_config, passed_over
 from lora_runtime.adapters.facts import AdapterFacts
 from lora_runtime.adapters.files.companions import own_text_files, text_digest
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, MAX_TENSORS_BYTES
+from lora_runtime.adapters.files.file_names import (
+    FINGERPRINT_KEY,
+    MAX_TENSORS_BYTES,
+    QUANTIZATION_KEY,
+)
 from lora_runtime.adapters.files.folder import AdapterFiles, FolderContent, read_folder
-from lora_runtime.adapters.files.tensor_names import Part, trained_names
+from lora_runtime.adapters.files.tensor_names import (
+    Part,
+    TensorName,
+    left_out_part,
+    trained_names,
+)
 from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.adapters.variants.experts import joined_experts
@@ -52,7 +63,9 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     names = trained_names(tensors.names, base)
     try:
         experts = per_expert_names(name.module for name in tensors.names)
+        left_out = _left_out(tensors, base)
         spec = parse_config(files.config, base, trained_names=names, experts=experts)
+        spec = _without(spec, left_out)
         initial = _initial_adapter(content, spec)
         start = None if initial is None else AdapterTensors(initial.tensors)
         form = reduce_adapter(spec, tensors, base, weights, start)
@@ -63,7 +76,12 @@ def reduce_folder(content: FolderContent, base: BaseSpec, weights: BaseWeights) 
     facts = replace(
         form.facts,
         digest=_digest(spec.honoured, hashes),
-        notes=(*_unverified_base(files, base), *form.facts.notes),
+        notes=(
+            *_unverified_base(files, base),
+            *_assumed_experts(spec, files, base),
+            *_passed_parts(left_out),
+            *form.facts.notes,
+        ),
         tensors_sha256=files.tensors_sha256,
         text_sha256=text_digest(text_files),
     )
@@ -116,6 +134,46 @@ def reduce_adapter(
         notes=(*passed_over(spec, base), *_subtracted(spec, reduced.values(), initial)),
     )
     return ServingForm(facts=facts, modules=forms)
+
+
+def _left_out(tensors: AdapterTensors, base: BaseSpec) -> dict[TensorName, str]:
+    """Tensors of parts of the checkpoint that are left out here → the part. They act on images and
+    sounds alone, so on text the adapter does the same without them. Raises AdapterRefused where it
+    has no others.
+    """
+    parts = {name: left_out_part(name.module, base) for name in tensors.names}
+    found = {name: part for name, part in parts.items() if part is not None}
+    if found and len(found) == len(parts):
+        raise AdapterRefused(
+            f"target_modules selects {', '.join(sorted(set(found.values())))} alone, and of this "
+            "base only the text is served: the adapter would change nothing; name linear layers of "
+            "the text",
+            field="target_modules",
+        )
+    tensors.pass_over(found)
+    return found
+
+
+def _without(spec: AdapterSpec, left_out: Collection[TensorName]) -> AdapterSpec:
+    """Entries that mean nothing of this base, less those that mean modules of left-out parts."""
+    meant = {tail for name in left_out for tail in tails(name.module)}
+    kept = {
+        field: tuple(e for e in entries if meant.isdisjoint((e, e.removesuffix(".weight"))))
+        for field, entries in spec.unmatched.items()
+    }
+    return replace(spec, unmatched={field: entries for field, entries in kept.items() if entries})
+
+
+def _passed_parts(left_out: Mapping[TensorName, str]) -> tuple[str, ...]:
+    """A note on what an adapter of text and images or sounds has that is not served."""
+    if not left_out:
+        return ()
+    counts = Counter(left_out.values())
+    parts = ", ".join(f"{count} of {part}" for part, count in sorted(counts.items()))
+    return (
+        f"{len(left_out)} of its tensors ({parts}) are of parts that are not served, as only text "
+        "is: they are passed over, and change no answer to text",
+    )
 
 
 def _with_passed_over(error: AdapterRefused, spec: AdapterSpec, base: BaseSpec) -> AdapterRefused:
@@ -209,9 +267,28 @@ def _check_fingerprint(metadata: Mapping[str, str], base: BaseSpec) -> None:
     if trained_on != base.fingerprint:
         raise BaseMismatch(
             f"the adapter was trained on the base with fingerprint {trained_on[:12]!r}; this one, "
-            f"{base.name}, has {base.fingerprint[:12]!r}",
+            f"{base.name} as {base.quantization}, has {base.fingerprint[:12]!r}: "
+            f"{_what_differs(metadata, base)}",
             field=FINGERPRINT_KEY,
         )
+
+
+def _what_differs(metadata: Mapping[str, str], base: BaseSpec) -> str:
+    """Which of checkpoint and quantization is another, as far as the files say it, and what to do.
+    One checkpoint in two quantizations is two bases.
+    """
+    trained_as = metadata.get(QUANTIZATION_KEY)
+    if trained_as is None:
+        return (
+            "another checkpoint, or the same in another quantization, which its files do not say; "
+            "serve what it was trained on"
+        )
+    if trained_as == base.quantization:
+        return f"it was trained in {trained_as} too, so on another checkpoint; serve that one"
+    return (
+        f"it was trained on a base in {trained_as[:20]}; serve that with quantization "
+        f"{trained_as[:20]}, or train the adapter in {base.quantization}"
+    )
 
 
 def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
@@ -230,6 +307,26 @@ def _unverified_base(files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
     return (
         f"its config names the base {named[:80]!r}, and this one is {base.name!r}: if they are not "
         "the same weights, its answers are wrong",
+    )
+
+
+def _assumed_experts(spec: AdapterSpec, files: AdapterFiles, base: BaseSpec) -> tuple[str, ...]:
+    """A note where nothing in the files says of how many experts their base was: A has a row for
+    each expert and rank, and only another layer of the same entry in the config shows the rank.
+    """
+    shown = {target.rank_pattern for s, target in spec.targets.items() if not is_mixture(s, base)}
+    assumed = [
+        (site, target)
+        for site, target in spec.targets.items()
+        if is_mixture(site, base) and target.rank_pattern not in shown
+    ]
+    if not assumed or FINGERPRINT_KEY in files.metadata:
+        return ()
+    (site, target), num_experts = assumed[0], base.shapes[assumed[0][0].path].num_experts
+    return (
+        f"its files do not say how many experts its base had: the {num_experts * target.rank} rows "
+        f"of A of {site.name} were taken for {num_experts} experts of rank {target.rank}, as its "
+        "config says",
     )
 
 

@@ -41,6 +41,19 @@ def fingerprint(model: PreTrainedModel, quantization: str) -> str:
     return digest.hexdigest()
 
 
+def exceeds_bfloat16(model: PreTrainedModel) -> bool:
+    """True where a value of a parameter or persistent buffer is none of bfloat16, beside what the
+    quantiser computed.
+    """
+    return any(
+        tensor.is_floating_point()
+        and not name.endswith(QUANTIZER_STATE)
+        and tensor.dtype != torch.bfloat16
+        and not torch.equal(tensor, tensor.to(torch.bfloat16).to(tensor.dtype))
+        for name, tensor in model.state_dict().items()
+    )
+
+
 def _canonical_bytes(name: str, tensor: Tensor) -> memoryview:
     if tensor.is_floating_point() and not name.endswith(QUANTIZER_STATE):
         tensor = tensor.to(torch.bfloat16)

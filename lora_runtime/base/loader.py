@@ -8,7 +8,7 @@ inner linears visit the device one at a time, so that it never holds all of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
 from lora_runtime.base.device import resolve_device, resolve_dtype
-from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.fingerprint import exceeds_bfloat16, fingerprint
 from lora_runtime.base.model import attention
 from lora_runtime.base.model.adapted_linear import (
     AdaptedEmbedding,
@@ -69,7 +69,14 @@ from lora_runtime.base.self_check import (
     refusing_errors,
     self_check,
 )
-from lora_runtime.base.streamed_load import holds_more, place, read_config, read_model, visiting
+from lora_runtime.base.streamed_load import (
+    holds_more,
+    parts_besides_text,
+    place,
+    read_config,
+    read_model,
+    visiting,
+)
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
@@ -164,7 +171,9 @@ def load_base(
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
     model = read_model(resolved.folder, dtype)
+    left_out: tuple[str, ...] = ()
     if holds_more(resolved.folder, model):
+        left_out = parts_besides_text(resolved.folder)
         say("serving its text only")
     return prepare_base(
         model,
@@ -174,6 +183,7 @@ def load_base(
         name_or_path=resolved.name_or_path,
         device=device,
         dtype=dtype,
+        left_out=left_out,
         on_progress=say,
     )
 
@@ -199,7 +209,7 @@ def judge_base(
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     model = read_model(resolved.folder, dtype).eval().requires_grad_(False)
-    _, found = _operate(model, StepContext(), device, dtype, on_progress)
+    _, found, _ = _operate(model, StepContext(), device, dtype, on_progress)
     kv_bytes = found.layout.values_per_token * dtype.itemsize
     return Judgement(model.config.model_type, kv_bytes, state_bytes(model))
 
@@ -223,16 +233,18 @@ def prepare_base(
     name_or_path: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    left_out: tuple[str, ...] = (),
     on_progress: Progress = lambda _: None,
 ) -> Base:
     """Operate on a loaded transformers model, which becomes the base; `config.model` is not read.
 
-    The base computes on `device` in `dtype`; None keeps those of the model.
+    The base computes on `device` in `dtype`; None keeps those of the model. `left_out`: paths of
+    what its checkpoint has besides it.
     """
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
     context = StepContext()
-    layers, found = _operate(model, context, device, dtype, on_progress)
+    layers, found, dropped = _operate(model, context, device, dtype, on_progress)
     linears = _linears_of(layers)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
@@ -242,6 +254,7 @@ def prepare_base(
     _settle_weights(model, linears)
     on_progress("fingerprinting")
     spec = _spec(model, config.quantization, name, name_or_path, layers, found)
+    spec = replace(spec, left_out=(*left_out, *dropped))
     _adapt_vocabulary(model, spec, context)
     on_progress("measuring the rows of the linear layers")
     weights = BaseWeights(model, spec, folder)
@@ -266,11 +279,11 @@ def _operate(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Progress,
-) -> tuple[dict[str, AdaptedLinear | AdaptedExperts], Findings]:
+) -> tuple[dict[str, AdaptedLinear | AdaptedExperts], Findings, tuple[str, ...]]:
     """Change the model's modules in place, nothing quantised yet, and see that it is still itself.
 
-    Returns path → what adapters act on there, and what was found out about the model. Raises
-    BaseRefused.
+    Returns path → what adapters act on there, what was found out about the model, and the paths of
+    what was no part of its text. Raises BaseRefused.
     """
     with refusing_errors(model, "looking at its parts"):
         refuse_unsupported(model)
@@ -290,7 +303,7 @@ def _operate(
         set_attention(model, attention.NAME)
         fuse_modules(model)
         self_check(model, original, observed)
-    return layers, found
+    return layers, found, dropped
 
 
 def _linears_of(layers: Mapping[str, AdaptedLinear | AdaptedExperts]) -> list[AdaptedLinear]:
@@ -331,6 +344,7 @@ def _spec(
         model_type=model.config.model_type,
         routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),
         state_bytes=state_bytes(model),
+        exceeds_bfloat16=model.dtype != torch.bfloat16 and exceeds_bfloat16(model),
     )
 
 

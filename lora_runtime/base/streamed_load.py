@@ -77,6 +77,14 @@ def holds_more(folder: Path, model: PreTrainedModel) -> bool:
     return read_config(folder).model_type != model.config.model_type
 
 
+def parts_besides_text(folder: Path) -> tuple[str, ...]:
+    """Paths of what a checkpoint has besides the text that transformers reads of it."""
+    config = read_config(folder)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        return ()
+    return tuple(towers(empty_model(config, torch.float32, AutoModelForImageTextToText)))
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """Of a checkpoint; of a quantised one it says that its weights are to be dequantised while they
     load. Raises BaseRefused for a model that transformers does not know, or for another format.
@@ -202,9 +210,11 @@ def _in_float32(stored: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model of `config`, whose weights have no memory. Raises BaseRefused."""
-    kind = auto_class(config)
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype, kind: Any = None) -> PreTrainedModel:
+    """transformers' model of `config`, whose weights have no memory, by its class `kind`, or the
+    one that `auto_class` says. Raises BaseRefused.
+    """
+    kind = kind or auto_class(config)
     doing = f"build the {config.model_type} that the config describes"
     with _refusing(doing), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="eager")

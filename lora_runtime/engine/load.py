@@ -16,9 +16,18 @@ from lora_runtime.adapters.config.layer_sites import check_depth
 from lora_runtime.adapters.files.folder import read_folder
 from lora_runtime.adapters.files.parity_record import parse_parity_record
 from lora_runtime.adapters.packed_adapter import PackedAdapter, pack_for
-from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare, gate, require
+from lora_runtime.adapters.parity import (
+    Logits,
+    Parity,
+    ParityRecord,
+    chunks,
+    compare,
+    gate,
+    require,
+)
 from lora_runtime.adapters.reduction import reduce_folder
 from lora_runtime.adapters.serving_form import ServingForm
+from lora_runtime.base.dtype_view import as_bfloat16_holds
 from lora_runtime.base.loader import Base
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
@@ -63,7 +72,7 @@ class AdapterLoad:
         """Return the gate's forwards, a row each, for the thread that runs the base; none without
         a record. Other work may come between them.
         """
-        return [] if self.record is None else chunks(self.record, adapter_logits(self.base, packed))
+        return [] if self.record is None else chunks(self.record, self._logits(packed))
 
     def check_parity(self, numbers: Sequence[Tensor]) -> Parity | None:
         """Judge what all `parity_forwards` gave, in their order; None without a record.
@@ -72,15 +81,22 @@ class AdapterLoad:
         """
         if self.record is None:
             return None
-        parity = compare(self.record, numbers, self.base.spec.dtype)
-        require(parity, self.record, self.form.facts.tensors_sha256)
+        spec, tensors_sha256 = self.base.spec, self.form.facts.tensors_sha256
+        parity = compare(self.record, numbers, spec.dtype)
+        require(parity, self.record, tensors_sha256, exceeds_bfloat16=spec.exceeds_bfloat16)
         return parity
 
     def gate(self, packed: PackedAdapter) -> Parity | None:
         """Run and judge the whole gate on this thread, which must be the one that runs the base."""
-        logits = adapter_logits(self.base, packed)
-        dtype, tensors_sha256 = self.base.spec.dtype, self.form.facts.tensors_sha256
-        return gate(self.record, logits, dtype, tensors_sha256)
+        spec, tensors_sha256 = self.base.spec, self.form.facts.tensors_sha256
+        exceeds, logits = spec.exceeds_bfloat16, self._logits(packed)
+        return gate(self.record, logits, spec.dtype, tensors_sha256, exceeds_bfloat16=exceeds)
+
+    def _logits(self, packed: PackedAdapter) -> Logits:
+        """What the gate compares: of the base with its values as the record's held them."""
+        was_rounded = self.record is not None and self.record.base_dtype == "bfloat16"
+        must_round = was_rounded and self.base.spec.exceeds_bfloat16
+        return adapter_logits(as_bfloat16_holds(self.base) if must_round else self.base, packed)
 
     def loaded(self, packed: PackedAdapter) -> LoadedAdapter:
         """Return what is told of it once it is kept."""

@@ -256,7 +256,11 @@ def _identity(unit: Unit) -> dict[str, Any]:
 def _check_same(facts: Mapping[str, Any], units: Sequence[Unit], fingerprint: str) -> None:
     """Raise ConfigError naming what differs between the checkpoint and this run."""
     if facts["base_fingerprint"] != fingerprint:
-        raise ConfigError("the checkpoint was made on another base", field="base")
+        raise ConfigError(
+            "base: the checkpoint was made on another base, or on this one in another "
+            "quantization; name that or start without resume",
+            field="base",
+        )
     names = [unit.name for unit in units]
     if list(facts["units"]) != names:
         raise ConfigError(

@@ -23,6 +23,7 @@ def recorder(base: Base, tokenizer: Tokenizer) -> Callable[[Unit], ParityRecord]
 
     def record(unit: Unit) -> ParityRecord:
         views = unit_logits(exact, unit), unit_logits(rounded, unit)
-        return measure(rows, *views, fingerprint=base.spec.fingerprint)
+        spec = base.spec
+        return measure(rows, *views, fingerprint=spec.fingerprint, base_dtype=spec.dtype)
 
     return record

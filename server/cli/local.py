@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lora_runtime.adapters.config.verdicts import field_refusals, field_verdicts
-from lora_runtime.config import EngineConfig
+from lora_runtime.config import BaseConfig, EngineConfig
 from lora_runtime.errors import AdapterRefused, ConfigError
 from lora_runtime.terminal import Terminal, echo
 from loramux.server.cli.settings import BASE_FLAGS, ConfigFile, with_flags
@@ -56,6 +56,10 @@ def verify(
         console.print(_field_table(fields))
         if refusal:
             raise refusal
+        console.print(
+            "honoured as far as the config alone says: its modules, parameters, tokens and tensors "
+            "were not looked at; --base NAME instead of --config-only does that"
+        )
         return
     settings = load_config(config, flags)
     try:
@@ -153,14 +157,25 @@ def _read_config(path: Path) -> Mapping[str, object]:
 
 
 def load_on_base(path: Path, settings: EngineConfig) -> AdapterLoad:
-    """Load the base and read the adapter for it. Raises BaseRefused, AdapterRefused."""
+    """Load the base and read the adapter for it. Raises BaseRefused, AdapterRefused, which says
+    that the base is the default one where nobody may have chosen it.
+    """
     from lora_runtime.base.loader import load_base
     from lora_runtime.engine.load import AdapterLoad
 
     with Terminal(stderr=True).status("loading the base") as status:
         base = load_base(settings.base, on_progress=status.update)
         status.update("reducing the adapter")
-        return AdapterLoad.read(path, base)
+        try:
+            return AdapterLoad.read(path, base)
+        except AdapterRefused as error:
+            if settings.base.model != BaseConfig().model:
+                raise
+            raise type(error)(
+                f"{error.message}; this base is the default one, {settings.base.model}: --base "
+                "names another",
+                field=error.field,
+            ) from None
 
 
 def _field_table(

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lora_runtime.adapters.files.folder import CONFIG_FILE
 from lora_runtime.adapters.parity import PARITY_FILE
+from lora_runtime.base import loader
 from lora_runtime.training.config import UnitConfig
 from loramux.server.cli import app
 from tests.lora_runtime.training.tiny_runs import make_tokenizer, ragged_data, run
@@ -109,7 +110,8 @@ def test_a_value_refused_for_this_base_is_named_in_the_table(invoke, tmp_path):
     result = invoke("verify", tmp_path / "a")
     assert result.exit_code == 1 and "nonesuch" in result.stderr
     assert rows(result.stdout)["target_modules"][1] == "refused"
-    assert invoke("verify", tmp_path / "a", "--config-only").exit_code == 0
+    alone = invoke("verify", tmp_path / "a", "--config-only")
+    assert alone.exit_code == 0 and "as far as the config alone says" in alone.stdout
 
 
 def test_wrong_tensors_are_refused_after_the_table(invoke, tmp_path):
@@ -191,6 +193,19 @@ def test_a_converted_adapter_keeps_its_record_and_its_base(invoke, trained, tmp_
     assert shown.exit_code == 0 and re.search(r"parity: error \S+ of .*passed", shown.stdout)
     other = invoke("verify", tmp_path / "out", "--quantization", "none")
     assert other.exit_code == 1 and "fingerprint" in other.stderr
+
+
+def test_an_adapter_of_another_base_than_the_default_is_told_so(invoke, tmp_path, monkeypatch):
+    write_adapter(tiny_model("qwen3"), tmp_path / "a", seed=0)
+    monkeypatch.setattr(loader, "load_base", lambda *_, **__: tiny_base("llama"))
+    for arguments in (["convert", tmp_path / "a", tmp_path / "out"], ["verify", tmp_path / "a"]):
+        named = invoke(*arguments)
+        assert named.exit_code == 1 and "default" not in named.stderr
+        with monkeypatch.context() as context:
+            context.delenv("LORAMUX_BASE")
+            result = invoke(*arguments)
+        said = "this base is the default one, smollm2-135m: --base names another"
+        assert result.exit_code == 1 and said in result.stderr
 
 
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(invoke, tmp_path):

@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from lora_runtime.adapters.config.layer_sites import ExpertRows, Site
+from lora_runtime.adapters.config.matching import likely_meant
 from lora_runtime.core import BaseSpec
+from lora_runtime.errors import AdapterRefused
 
 PerExpert = Mapping[str, tuple[str, ...]]
 """Last name of a product of all experts → the layers of one expert, `{}`, that make it up."""
@@ -25,6 +27,12 @@ PER_EXPERT: tuple[PerExpert, ...] = (
 """transformers 4's and Megatron's names; Mixtral's of transformers 4; Unsloth's of gpt-oss in 4
 bits.
 """
+
+OLD_PARAMETERS = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+}
+"""What transformers 4 called the experts' weights of Granite → what 5 calls them."""
 
 TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Last names in target_modules that PEFT takes for experts and routers, of the families that
@@ -85,6 +93,28 @@ def parameter_name(site: Site, base: BaseSpec) -> str:
 def parameter_names(sites: Iterable[Site], base: BaseSpec) -> list[str]:
     """What target_parameters may name of some sites."""
     return [parameter_name(site, base) for site in sites if site.expert is None]
+
+
+def likely_parameter(entry: str, names: Sequence[str]) -> str:
+    """`likely_meant` of an entry of target_parameters, which may be an older name."""
+    newer = OLD_PARAMETERS.get(".".join(entry.split(".")[-2:]))
+    if newer is not None and any(name.endswith(f".{newer}") for name in names):
+        return f"transformers 5 calls it {newer!r}: train with that"
+    return likely_meant(entry, names)
+
+
+def refuse_expert_biases(entries: Iterable[str], sites: Iterable[Site], base: BaseSpec) -> None:
+    """Raise AdapterRefused for biases of experts, which PEFT adapts as they are two-dimensional."""
+    biases = {f"{site.name}_bias": site for site in sites if is_mixture(site, base)}
+    for entry in entries:
+        meant = next((name for name in biases if f".{name}".endswith(f".{entry}")), None)
+        if meant is not None:
+            raise AdapterRefused(
+                f"target_parameters names {entry[:80]!r}, the biases of experts: adapters of them "
+                "are not served, though PEFT has them; train the weight "
+                f"{biases[meant].name!r} alone",
+                field="target_parameters",
+            )
 
 
 def parameter_sites(

@@ -61,7 +61,9 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "bias": FieldRule(_HONOURED, "trained biases replace the base's"),
         "lora_bias": FieldRule(_HONOURED, "biases of lora_B, scaled like it"),
         "use_dora": FieldRule(_HONOURED, "rows of W + ΔW are rescaled to a trained magnitude"),
-        "modules_to_save": FieldRule(_HONOURED, "the embedding or output layer it replaces"),
+        "modules_to_save": FieldRule(
+            _HONOURED, "the embedding or output layer it replaces; any other module is refused"
+        ),
         "trainable_token_indices": FieldRule(_HONOURED, "the vocabulary rows it replaces"),
         "ensure_weight_tying": FieldRule(
             _HONOURED, "on a tied base, the embedding and the output layer change together"

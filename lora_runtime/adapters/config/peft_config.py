@@ -16,6 +16,7 @@ from lora_runtime.adapters.config.conflicts import check_conflicts, mutates_base
 from lora_runtime.adapters.config.expert_sites import (
     PerExpert,
     is_mixture,
+    likely_parameter,
     parameter_names,
     parameter_sites,
     split_experts,
@@ -142,11 +143,13 @@ def passed_over(spec: AdapterSpec, base: BaseSpec) -> list[str]:
         "target_modules": [site.name for site in spec.sites if not is_mixture(site, base)],
         "target_parameters": parameter_names(spec.sites, base),
     }
-    kinds = {"target_modules": "module", "target_parameters": "weight"}
+    kinds = {
+        "target_modules": ("module of this base", likely_meant),
+        "target_parameters": ("weight of this base that can be adapted", likely_parameter),
+    }
     return [
         f"{field} also names {', '.join(repr(name[:40]) for name in entries[:8])}: no "
-        f"{kinds[field]} of this base, passed over as in PEFT; "
-        f"{likely_meant(entries[0], names[field])}"
+        f"{kinds[field][0]}, passed over as in PEFT; {kinds[field][1](entries[0], names[field])}"
         for field, entries in spec.unmatched.items()
     ]
 

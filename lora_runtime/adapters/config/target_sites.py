@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_runtime.adapters.config.conflicts import mutates_base
-from lora_runtime.adapters.config.expert_sites import is_mixture, parameter_names, parameter_sites
+from lora_runtime.adapters.config.expert_sites import (
+    is_mixture,
+    likely_parameter,
+    parameter_names,
+    parameter_sites,
+    refuse_expert_biases,
+)
 from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.matching import (
     PatternMatcher,
     Selection,
-    likely_meant,
     select_modules,
 )
 from lora_runtime.adapters.config.values import Config, flag, refused
@@ -51,6 +56,7 @@ def select_sites(
     apart = set(ends.values()) | {site.name for site in layers if site.path in base.routers}
     inner = [site for site in sites if site.path not in (base.embedding, base.head)]
     parameters, unmatched = parameter_sites(selection.target_parameters, inner, base)
+    refuse_expert_biases(unmatched, inner, base)
     chosen: frozenset[str] = frozenset()
     if selection.target_modules:
         names = [site.name for site in layers]
@@ -65,7 +71,7 @@ def select_sites(
         raise AdapterRefused(
             f"target_parameters names {unmatched[0][:80]!r}, which is no weight of this base that "
             "can be adapted, and neither is any other of its names: "
-            f"{likely_meant(unmatched[0], parameter_names(inner, base))}",
+            f"{likely_parameter(unmatched[0], parameter_names(inner, base))}",
             field="target_parameters",
         )
     _refuse_twice(parameters, found)

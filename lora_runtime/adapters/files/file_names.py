@@ -28,6 +28,7 @@ INITIAL_FOLDERS = ("pissa_init", "olora_init")
 """Sub-folders with the adapter as it was before training, where its init changed the base."""
 
 FINGERPRINT_KEY = "loramux.base_fingerprint"
+QUANTIZATION_KEY = "loramux.base_quantization"
 VERSION_KEY = "loramux.version"
 """Keys of our own in `__metadata__` of the safetensors file."""
 

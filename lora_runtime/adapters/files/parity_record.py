@@ -25,8 +25,13 @@ from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, BaseMismatch
 from lora_runtime.strict_json import parse_object
 
-OLD_VERSION, VERSION = 1, 2
-OLD_DTYPES = ("float64", "float32", "bfloat16")
+KEYS = {
+    1: {"dtype"},
+    2: {"noise", "tensors_sha256"},
+    3: {"noise", "tensors_sha256", "base_dtype"},
+}
+"""Version → what such a record has beside what all have."""
+DTYPES = ("float64", "float32", "bfloat16")
 MAX_ROWS = len(PUBLIC_TEXTS)
 MAX_NOISE = 2.0
 """In logits: ten times what bfloat16 moved them by on any base so far. A record of more noise would
@@ -38,9 +43,9 @@ asks for more work than ours does."""
 
 def write_parity_record(folder: Path, record: ParityRecord) -> None:
     """Write the parity record of an adapter, whole or not at all."""
-    is_old = record.noise is None
-    content = {"version": OLD_VERSION if is_old else VERSION, **asdict(record)}
-    for name in ("noise", "tensors_sha256") if is_old else ("dtype",):
+    version = 1 if record.noise is None else 2 if record.base_dtype is None else 3
+    content = {"version": version, **asdict(record)}
+    for name in set.union(*KEYS.values()) - KEYS[version]:
         del content[name]
     write_file(folder, PARITY_FILE, json.dumps(content, allow_nan=False).encode())
 
@@ -73,8 +78,9 @@ def parse_parity_record(content: bytes, base: BaseSpec) -> ParityRecord:
     if record.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
             f"{PARITY_FILE} was recorded on the base with fingerprint "
-            f"{record.base_fingerprint[:12]!r}; this one, {base.name}, has "
-            f"{base.fingerprint[:12]!r}",
+            f"{record.base_fingerprint[:12]!r}; this one, {base.name} as {base.quantization}, has "
+            f"{base.fingerprint[:12]!r}: another checkpoint or another quantization; serve what "
+            "the adapter was trained on",
             field=PARITY_FILE,
         )
     return record
@@ -83,10 +89,9 @@ def parse_parity_record(content: bytes, base: BaseSpec) -> ParityRecord:
 def _parse(content: Mapping[str, Any], base: BaseSpec) -> ParityRecord:
     """Raises ValueError that says what is wrong."""
     version = content.get("version")
-    own = {OLD_VERSION: {"dtype"}, VERSION: {"noise", "tensors_sha256"}}
-    if type(version) is not int or version not in own:
-        raise ValueError(f"version {version!r}; known are {OLD_VERSION} and {VERSION}")
-    _check_keys(content, {"version", "base_fingerprint", "rows", "positions"} | own[version])
+    if type(version) is not int or version not in KEYS:
+        raise ValueError(f"version {version!r}; known are {', '.join(map(str, KEYS))}")
+    _check_keys(content, {"version", "base_fingerprint", "rows", "positions"} | KEYS[version])
     longest = min(ROW_LENGTH, base.max_model_len)
     rows = [_ids(row, longest, base.vocab_size) for row in _items(content["rows"], MAX_ROWS)]
     places = _items(content["positions"], MAX_POSITIONS)
@@ -96,17 +101,22 @@ def _parse(content: Mapping[str, Any], base: BaseSpec) -> ParityRecord:
     record = ParityRecord(
         base_fingerprint=str(content["base_fingerprint"]), rows=tuple(rows), positions=positions
     )
-    if version == OLD_VERSION:
-        if content["dtype"] not in OLD_DTYPES:
-            raise ValueError(f"dtype {content['dtype']!r}; known are {', '.join(OLD_DTYPES)}")
-        return replace(record, dtype=content["dtype"])
+    if version == 1:
+        return replace(record, dtype=_dtype(content, "dtype"))
     (noise,) = _floats([content["noise"]], 1)
     if not 0 <= noise <= MAX_NOISE:
         raise ValueError(f"noise {noise}; it is from 0 to {MAX_NOISE} logits")
     tensors_sha256 = content["tensors_sha256"]
     if not isinstance(tensors_sha256, str | None):
         raise ValueError(f"tensors_sha256 {tensors_sha256!r}; it is a text or null")
-    return replace(record, noise=noise, tensors_sha256=tensors_sha256)
+    record = replace(record, noise=noise, tensors_sha256=tensors_sha256)
+    return record if version == 2 else replace(record, base_dtype=_dtype(content, "base_dtype"))
+
+
+def _dtype(content: Mapping[str, Any], name: str) -> str:
+    if content[name] not in DTYPES:
+        raise ValueError(f"{name} {content[name]!r}; known are {', '.join(DTYPES)}")
+    return str(content[name])
 
 
 def _parse_position(

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, VERSION_KEY
+from lora_runtime.adapters.files.file_names import (
+    FINGERPRINT_KEY,
+    QUANTIZATION_KEY,
+    VERSION_KEY,
+)
 from lora_runtime.adapters.files.folder import write_adapter
 from lora_runtime.adapters.files.tensor_names import Part
 from lora_runtime.core import BaseSpec
@@ -75,7 +79,11 @@ def peft_files(
         "bias": "none",
         "inference_mode": True,
     }
-    facts = {FINGERPRINT_KEY: base.fingerprint, VERSION_KEY: _version()}
+    facts = {
+        FINGERPRINT_KEY: base.fingerprint,
+        QUANTIZATION_KEY: base.quantization,
+        VERSION_KEY: _version(),
+    }
     files = PeftFiles(config=config, tensors={}, metadata={**(metadata or {}), **facts})
     for path, (a, b) in tensors.items():
         files.add_factors(path, a, b, base)

@@ -78,6 +78,8 @@ def _entry(name: str, description: object) -> _Entry:
             name, f"its dtype is {str(dtype)[:20]!r}, not one of {', '.join(ITEM_BYTES)}"
         )
     if not _are_integers(shape, 1, MAX_DIMENSION) or len(shape) > 2:
+        if name.startswith("base_model.") and _are_integers(shape, 1, MAX_DIMENSION):
+            raise _of_no_linear_layer(name, shape)
         raise _malformed(name, f"its shape is {str(shape)[:40]}, not one or two positive sizes")
     if not _are_integers(offsets, 0, None) or len(offsets) != 2:
         raise _malformed(name, "its data_offsets are not two positions")
@@ -85,6 +87,23 @@ def _entry(name: str, description: object) -> _Entry:
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _malformed(name, f"{end - begin} bytes cannot hold {dtype} of shape {shape}")
     return _Entry(name, begin, end)
+
+
+def _of_no_linear_layer(name: str, shape: list[int]) -> AdapterRefused:
+    """PEFT writes tensors of three sizes and more for two entries of a config, neither served."""
+    named = f"tensor {name[:120]!r} has the shape {str(shape)[:40]}"
+    if ".lora_" in name:
+        return AdapterRefused(
+            f"{named}: it adapts a convolution, and target_modules may name linear layers, the "
+            "embedding and the output layer; leave the convolution out",
+            field="target_modules",
+        )
+    return AdapterRefused(
+        f"{named}: a whole weight of experts or of a convolution, as modules_to_save saves it, "
+        "which may name the embedding and the output layer alone; adapt experts by "
+        "target_parameters instead",
+        field="modules_to_save",
+    )
 
 
 def _are_integers(values: object, low: int, high: int | None) -> bool:

@@ -115,6 +115,15 @@ def trained_names(names: Iterable[TensorName], base: BaseSpec) -> dict[str, str]
     return found
 
 
+def left_out_part(module: str, base: BaseSpec) -> str | None:
+    """The part of the base's checkpoint that is not served, if the module belongs to one: by its
+    path in transformers 5, or in 4, which had most of these parts one level higher.
+    """
+    plain = f"{module.removeprefix('model.')}."
+    parts = (part for part in base.left_out if plain.startswith(f"{part.removeprefix('model.')}."))
+    return next(parts, None)
+
+
 def _root(path: str) -> str:
     return path.partition(".")[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class AdapterTensors:
     @property
     def names(self) -> tuple[TensorName, ...]:
         return tuple(self._keys)
+
+    def pass_over(self, names: Iterable[TensorName]) -> None:
+        """Need no meaning for these."""
+        self._left.difference_update(names)
 
     def num_rows(self, name: TensorName) -> int | None:
         """The first size of a tensor, or None where the file has none."""

@@ -28,7 +28,7 @@ from lora_runtime.adapters.variants.mutated_base import (
 )
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, BaseMismatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +75,8 @@ def take_factors(
 
 
 def _check_rank(site: Site, target: TargetSpec, base: BaseSpec, tensors: AdapterTensors) -> None:
-    """Refuse, by the config's entry, a rank that is not the one on which A and B agree. Where they
-    do not agree, the tensors are at fault.
+    """Refuse, by the config's entry, a rank that is not the one on which A and B agree, and experts
+    of another number. Where A and B do not agree, the tensors are at fault.
     """
     is_embedding = site.path == base.embedding
     a_part, b_part = (Part.EMBEDDING_A, Part.EMBEDDING_B) if is_embedding else (Part.A, Part.B)
@@ -85,13 +85,24 @@ def _check_rank(site: Site, target: TargetSpec, base: BaseSpec, tensors: Adapter
         return
     num_experts = base.shapes[site.path].num_experts if is_mixture(site, base) else 1
     rank, rest = divmod(a[0], num_experts)
-    if rest or rank == target.rank:
+    if rank == target.rank and not rest:
         return
     field, entry = "r", f"r is {target.rank}"
     change = f"set it to {rank}, or name the module in rank_pattern with {rank}"
     if target.rank_pattern is not None:
         field, change = "rank_pattern", f"set it to {rank}"
         entry = f"rank_pattern gives {shown(target.rank_pattern)} the rank {target.rank}"
+    if num_experts > 1 and a[0] % target.rank == 0:
+        # Layers are checked before: if there are any of this rank, they have it.
+        raise BaseMismatch(
+            f"{entry}, and {a_part} of {site.name} has {a[0]} rows: {a[0] // target.rank} experts "
+            f"of that rank, and this base, {base.name}, has {num_experts}. Serve the adapter on "
+            f"the base that it was trained on; if that has {num_experts} experts, {field} was "
+            "changed since",
+            field="target_parameters",
+        )
+    if rest:
+        return
     of_experts = f" ({num_experts} experts of {rank} rows each)" if num_experts > 1 else ""
     raise AdapterRefused(
         f"{entry}, and the tensors of {site.name} have rank {rank}: {a_part} is {a}{of_experts}; "

@@ -30,7 +30,11 @@ from lora_runtime.base.model.parts import (
     expert_modules,
     path_of,
 )
-from lora_runtime.base.model.quant_linear import FrozenLinear
+from lora_runtime.base.model.quant_linear import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    FrozenLinear,
+)
 from lora_runtime.base.model.routing import Routing
 from lora_runtime.base.model.stacked_linears import join_layers
 from lora_runtime.core import ExpertsLayout
@@ -190,10 +194,13 @@ def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear])
     device, dtype = unfrozen.target
     joined = join_layers([freeze(matrix, None) for matrix in unfrozen.matrices()])
     if joined is None:
+        fitting = "'int8' or 'none'" + ("" if experts.in_features % BLOCK_SIZE else ", or 'nf4'")
         raise BaseRefused(
-            f"the experts of {experts.path} are matrices of {experts.out_features} × "
-            f"{experts.in_features}, which this quantisation does not hold in whole blocks: "
-            "choose 'int8' or 'none', or 'nf4' where it is 'nf4-double'"
+            f"the experts of {experts.path} have {experts.in_features} inputs and "
+            f"{experts.out_features} outputs: in 4 bits an expert's inputs must be a multiple of "
+            f"{BLOCK_SIZE}, with double quantisation inputs × outputs also one of "
+            f"{BLOCK_SIZE * NESTED_BLOCK_SIZE}. Choose quantization {fitting}",
+            field="quantization",
         )
     joined.bias = None if unfrozen.bias is None else unfrozen.bias.to(device, dtype)
     experts.linear = joined

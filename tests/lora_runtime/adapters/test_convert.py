@@ -11,7 +11,7 @@ import torch
 
 from lora_runtime.adapters.convert import plain_files
 from lora_runtime.adapters.facts import AdapterFacts
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, QUANTIZATION_KEY
 from lora_runtime.adapters.files.folder import CONFIG_FILE, read_adapter
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, RowPatch, ServingForm
@@ -179,5 +179,6 @@ def test_the_result_is_bound_to_a_base_where_the_source_is(bases):
         files = plain_files(form, base.spec, base.weights, metadata)
         config, facts = files.config, files.metadata
         assert facts.get(FINGERPRINT_KEY) == metadata.get(FINGERPRINT_KEY)
+        assert (QUANTIZATION_KEY in facts) == (FINGERPRINT_KEY in facts)
         assert facts.get("note") == metadata.get("note") and "format" not in facts
         assert config["target_modules"] == [LAST_LAYER]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -18,9 +19,9 @@ from torch import nn
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ModuleKey
 from lora_runtime.adapters.variants import experts
-from lora_runtime.errors import AdapterRefused
+from lora_runtime.errors import AdapterRefused, BaseMismatch
 from tests.peft_adapters import load_in_peft, write_adapter
-from tests.tiny import dense_twin, tiny_base
+from tests.tiny import dense_twin, tiny_base, tiny_model
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 RANK = 3
@@ -326,6 +327,81 @@ def test_a_wrong_entry_of_the_config_is_named(base, twin, tmp_path, options, fie
     with pytest.raises(AdapterRefused, match=words) as refusal:
         load_adapter(folder, base.spec, base.weights)
     assert refusal.value.field == field
+
+
+@pytest.fixture(scope="module")
+def smaller():
+    """The same model with half the experts."""
+    model = tiny_model("qwen3-moe")
+    model.config.num_experts //= 2
+    return type(model)(model.config)
+
+
+@pytest.mark.parametrize("options", [{}, dict(target_modules=["q_proj", "mlp.gate"])])
+@pytest.mark.parametrize("rank", [16, 3])
+def test_experts_of_another_number_are_named(base, smaller, tmp_path, rank, options):
+    """Also where their rows are as many as another rank would have here, which would cut them."""
+    folder = written(smaller, tmp_path / "a", r=rank, **options)
+    words = f"r is {rank}.* 4 experts of that rank.*this base, qwen3-moe, has 8"
+    with pytest.raises(BaseMismatch, match=words) as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "target_parameters" and "set it to" not in refusal.value.message
+    rewritten(folder, dict, rank_pattern={name: rank for name in EXPERTS})
+    with pytest.raises(BaseMismatch, match=rf"rank_pattern gives .* the rank {rank}.* 4 experts"):
+        load_adapter(folder, base.spec, base.weights)
+
+
+def test_a_rank_that_nothing_in_the_file_shows_is_said(base, twin, smaller, tmp_path):
+    """A file of experts alone is the same for 4 of rank 16 and for 8 of rank 8."""
+    said = "24 rows of A of .*gate_up_proj were taken for 8 experts of rank 3"
+    for options, is_said in (({}, True), (dict(target_modules=["q_proj"]), False)):
+        folder = written(twin, tmp_path / str(is_said), **options)
+        notes = load_adapter(folder, base.spec, base.weights).facts.notes
+        assert any(re.search(said, note) for note in notes) == is_said
+    folder = written(smaller, tmp_path / "edited", r=16)
+    notes = load_adapter(rewritten(folder, dict, r=8), base.spec, base.weights).facts.notes
+    assert any("64 rows of A" in note and "8 experts of rank 8" in note for note in notes)
+    folder = written(smaller, tmp_path / "shown", r=16, target_modules=["q_proj"])
+    with pytest.raises(AdapterRefused, match="r is 8.*q_proj have rank 16"):
+        load_adapter(rewritten(folder, dict, r=8), base.spec, base.weights)
+
+
+def test_experts_saved_whole_are_refused_by_the_entry_that_saved_them(base, twin, tmp_path):
+    folder = written(
+        twin, tmp_path / "a", target_modules=["q_proj"], target_parameters=None,
+        modules_to_save=["experts"],
+    )  # fmt: skip
+    with pytest.raises(AdapterRefused, match="as modules_to_save saves it") as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "modules_to_save"
+
+
+@pytest.mark.parametrize("others", [[], EXPERTS])
+def test_biases_of_experts_are_refused_by_name(tmp_path, others):
+    """PEFT adapts them, as matrices of one row for each expert."""
+    base = tiny_base("gpt-oss")
+    folder = written(
+        tiny_model("gpt-oss"), tmp_path / "a", target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj_bias", *others],
+    )  # fmt: skip
+    assert any("experts" in name for name in load_file(folder / "adapter_model.safetensors"))
+    words = "'experts.gate_up_proj_bias', the biases of experts.*not served, though PEFT"
+    with pytest.raises(AdapterRefused, match=words) as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "target_parameters"
+
+
+def test_granite_s_older_names_of_experts_are_answered_by_the_newer(tmp_path):
+    """Nearer in letters is the router's."""
+    base = tiny_base("granite-moe")
+    folder = written(tiny_model("granite-moe"), tmp_path / "a", target_modules=["q_proj"])
+    for entry, newer in [
+        ("block_sparse_moe.input_linear.weight", "experts.gate_up_proj"),
+        ("output_linear.weight", "experts.down_proj"),
+    ]:
+        rewritten(folder, dict, target_parameters=[entry])
+        with pytest.raises(AdapterRefused, match=f"transformers 5 calls it '{newer}'"):
+            load_adapter(folder, base.spec, base.weights)
 
 
 def test_an_expert_too_many_is_refused(base, twin, tmp_path):

@@ -304,6 +304,29 @@ def test_a_record_of_version_1_survives_the_disk(tmp_path, record, dtype):
     assert read_parity_record(tmp_path, SPEC) == old(record, dtype)
 
 
+def test_a_record_of_version_2_does_not_say_how_the_base_was_held(tmp_path, adapted, record):
+    """It is read and held as ever; a refusal says it where that may be the cause."""
+    for dtype, version in ((None, 2), ("bfloat16", 3), ("float32", 3)):
+        write_parity_record(tmp_path, replace(record, base_dtype=dtype))
+        assert json.loads((tmp_path / PARITY_FILE).read_text())["version"] == version
+        read = read_parity_record(tmp_path, SPEC)
+        assert read == replace(record, base_dtype=dtype)
+        for exceeds in (False, True):
+            shifted = noisy(logits_of(adapted), 0.5)
+            with pytest.raises(ParityFailed) as refusal:
+                gate(read, shifted, "float32", exceeds_bfloat16=exceeds)
+            is_said = "serve it with dtype bfloat16" in refusal.value.message
+            assert is_said == (dtype is None and exceeds)
+
+
+@pytest.mark.parametrize("dtype", [7, None, "int8"])
+def test_a_base_held_in_no_dtype_of_floats_is_refused(tmp_path, record, dtype):
+    record = replace(record, base_dtype="bfloat16")
+    edited(tmp_path, record, lambda content: content.update(base_dtype=dtype))
+    with pytest.raises(AdapterRefused, match="base_dtype .*; known are"):
+        read_parity_record(tmp_path, SPEC)
+
+
 def test_a_record_holds_for_the_file_it_was_written_beside(tmp_path, adapted, record):
     """However well the numbers agree; what a record does not name may be any file."""
     logits = logits_of(adapted)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, QUANTIZATION_KEY
 from lora_runtime.adapters.files.folder import TENSORS_FILE
 from lora_runtime.adapters.files.peft_writer import peft_files
 from lora_runtime.adapters.reduction import load_adapter
@@ -257,6 +257,27 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseMismatch) as refusal:
         load_adapter(tmp_path, base_spec(tiny_model("phi3"), fingerprint="0" * 64), LLAMA_WEIGHTS)
     assert refusal.value.field == FINGERPRINT_KEY
+
+
+@pytest.mark.parametrize(
+    "trained_in, words",
+    [
+        ("nf4", "in nf4; serve that with quantization nf4, or train the adapter in int8"),
+        ("int8", "in int8 too, so on another checkpoint"),
+        (None, "in another quantization, which its files do not say"),
+    ],
+)
+def test_what_is_another_of_the_base_is_said(
+    tmp_path: Path, trained_in: str | None, words: str
+) -> None:
+    """Files of older releases do not say how their base was quantised."""
+    files = trained_files(base=replace(LLAMA_BASE, quantization=trained_in or "nf4"))
+    if trained_in is None:
+        del files.metadata[QUANTIZATION_KEY]
+    files.write(tmp_path)
+    served = replace(LLAMA_BASE, name="tiny", quantization="int8", fingerprint="0" * 64)
+    with pytest.raises(BaseMismatch, match=f"tiny as int8, has .*{words}"):
+        load_adapter(tmp_path, served, LLAMA_WEIGHTS)
 
 
 @pytest.mark.parametrize("change", ["narrower", "deeper", "in the config"])

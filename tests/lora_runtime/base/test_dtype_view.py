@@ -7,11 +7,21 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from lora_runtime.adapters.reduction import load_adapter
-from lora_runtime.base.dtype_view import CastEmbedding, in_dtype
+from lora_runtime.base.dtype_view import CastEmbedding, as_bfloat16_holds, in_dtype
 from lora_runtime.base.fingerprint import fingerprint
+from lora_runtime.base.loader import load_base
 from lora_runtime.base.recompute import recomputed
+from lora_runtime.config import BaseConfig
 from lora_runtime.engine.probe import probe_logits
-from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_base, tiny_checkpoint
+from tests.tiny import (
+    CONFIGS,
+    HYBRIDS,
+    MIXTURES,
+    VOCAB_SIZE,
+    float32_checkpoint,
+    tiny_base,
+    tiny_checkpoint,
+)
 from tests.variants import write_variants
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -58,6 +68,25 @@ def assert_alike(shape, quantization, loaded, seen):
         assert torch.allclose(*norms, rtol=1e-6)
     assert all(map(torch.equal, probe_logits(base, None, ROWS), own))
     assert fingerprint(base.model, quantization) == before and base.dtype == loaded
+
+
+@pytest.mark.parametrize("shape", CONFIGS | MIXTURES | HYBRIDS)
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_what_bfloat16_holds_of_a_float32_checkpoint(tmp_path, shape, quantization):
+    """The load in bfloat16, seen in float32, is the load in float32 with its values rounded."""
+    folder = str(float32_checkpoint(tmp_path, shape))
+    coarse, fine = (
+        load_base(BaseConfig(model=folder, quantization=quantization, dtype=dtype, device="cpu"))
+        for dtype in ("bfloat16", "float32")
+    )
+    assert fine.spec.exceeds_bfloat16 and fine.spec.fingerprint == coarse.spec.fingerprint
+    before = probe_logits(fine, None, ROWS)
+    found = probe_logits(as_bfloat16_holds(fine), None, ROWS)
+    expected = probe_logits(in_dtype(coarse, torch.float32), None, ROWS)
+    # Falcon-H1's load in bfloat16 makes a vector of factors in bfloat16, of its config alone.
+    limit = 2e-2 if shape == "falcon-h1" else 2e-5
+    assert largest_difference(found, expected) <= limit < largest_difference(before, expected)
+    assert all(map(torch.equal, probe_logits(fine, None, ROWS), before))
 
 
 @pytest.mark.parametrize(

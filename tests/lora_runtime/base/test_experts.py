@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lora_runtime.base.dense_checkpoint import dense_tensors
 from lora_runtime.base.loader import load_base, prepare_base
@@ -123,8 +127,21 @@ def test_dense_tensors_are_the_family_s_own(shape):
 
 
 def test_experts_that_no_block_of_codes_fits_are_refused():
-    with pytest.raises(BaseRefused, match="nf4-double"):
+    """With the sizes that would fit."""
+    words = "64 inputs and 128 outputs.*double.* also one of 16384.*or 'nf4'"
+    with pytest.raises(BaseRefused, match=words) as refusal:
         tiny_base("qwen3-moe", quantization="nf4-double")
+    assert refusal.value.field == "quantization"
+    config = copy.deepcopy(tiny_model("qwen3-moe").config)
+    config.moe_intermediate_size = 32
+    for quantization in ("nf4", "fp4", "int8", "none"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        settings = BaseConfig(quantization=quantization)
+        if quantization in ("int8", "none"):
+            prepare_base(model, settings, "x", Path("."))
+            continue
+        with pytest.raises(BaseRefused, match="32 inputs.* a multiple of 64.*'none'$"):
+            prepare_base(model, settings, "x", Path("."))
 
 
 @pytest.mark.parametrize("shape", ["qwen3-moe", "gpt-oss"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,7 @@ from lora_runtime.base.loader import load_base
 from lora_runtime.base.model.parts import towers
 from lora_runtime.base.streamed_load import read_model
 from lora_runtime.config import BaseConfig
-from lora_runtime.errors import BaseRefused
+from lora_runtime.errors import AdapterRefused, BaseRefused
 from tests.driver import greedy, run, tiny_engine
 from tests.families import tiny_config, tiny_family
 from tests.family_checks import same_as
@@ -108,6 +110,40 @@ def test_adapters_of_the_text_fit_whatever_they_were_trained_in(tmp_path, family
     engine.add_adapter(form)
     prompt = torch.randint(3, 300, (20,)).tolist()
     same_as(oracle, prompt, run(engine, [greedy("r", prompt, form.digest, 5)])["r"], whole)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen2_5_vl", "qwen3_5"])
+def test_an_adapter_of_everything_is_that_of_the_text(tmp_path, family):
+    """PEFT's all-linear takes layers of the towers too, which no text reaches; its names for the
+    ones that were passed over are no mistakes."""
+    torch.manual_seed(0)
+    whole = randomised(AutoModelForImageTextToText.from_config(tiny_config(family))).float()
+    whole.save_pretrained(tmp_path / "base")
+    base = load_base(settings(tmp_path / "base", dtype="float32"))
+    assert set(base.spec.left_out) == set(towers(whole))
+    text = copy.deepcopy(whole)
+    oracle = random_adapter(whole, seed=1, scale=2.0, target_modules="all-linear")
+    oracle.save_pretrained(tmp_path / "adapter")
+    form = load_adapter(tmp_path / "adapter", base.spec, base.weights)
+    (note,) = (note for note in form.facts.notes if "parts that are not served" in note)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    count = sum("language_model" not in name for name in tensors)
+    assert note.startswith(f"{count} of its tensors") and count
+    assert not any("did you mean" in note for note in form.facts.notes)
+    engine = tiny_engine(base)
+    engine.add_adapter(form)
+    prompt = torch.randint(3, 300, (20,)).tolist()
+    same_as(oracle, prompt, run(engine, [greedy("r", prompt, form.digest, 5)])["r"], text)
+
+
+def test_an_adapter_of_a_tower_alone_is_refused_by_its_name(tmp_path):
+    base = load_base(settings(checkpoint(tmp_path / "base", "gemma3"), dtype="float32"))
+    whole = tiny_family("gemma3")
+    oracle = random_adapter(whole, seed=1, target_modules=r".*vision_tower.*(fc1|q_proj)")
+    oracle.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterRefused, match=r"vision_tower alone.* only the text") as refusal:
+        load_adapter(tmp_path / "adapter", base.spec, base.weights)
+    assert refusal.value.field == "target_modules"
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "mistral3"])

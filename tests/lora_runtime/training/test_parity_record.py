@@ -12,13 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from lora_runtime.adapters.files.folder import TENSORS_FILE, read_adapter
 from lora_runtime.adapters.files.parity_record import read_parity_record
-from lora_runtime.adapters.parity import PARITY_FILE, gate
+from lora_runtime.adapters.parity import LIMIT, PARITY_FILE, gate
+from lora_runtime.base.loader import load_base
+from lora_runtime.config import BaseConfig
+from lora_runtime.engine.load import AdapterLoad
 from lora_runtime.errors import ParityFailed
 from lora_runtime.training import export
 from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import ragged_data, run
 from tests.peft_adapters import load_in_peft
-from tests.tiny import dense_twin, tiny_base
+from tests.tiny import dense_twin, float32_checkpoint, tiny_base
 
 
 def units(tmp_path):
@@ -85,6 +88,44 @@ def test_weights_changed_after_training_are_caught(tmp_path, base, trained):
     with pytest.raises(ParityFailed, match="relative error"):
         gate(record, peft_logits(base, folder), "float32")
     assert record.tensors_sha256 != read_adapter(folder).tensors_sha256
+
+
+def checked(folder, base):
+    load = AdapterLoad.read(folder, base)
+    return load.gate(load.pack(base.spec.num_layers))
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3-moe", "qwen3.5"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_float32_checkpoint_is_one_base_in_both_dtypes(tmp_path, tokenizer, shape, quantization):
+    """Whichever the adapter was trained in, it is served in both, in float32 by the narrow limit;
+    changed weights are not.
+    """
+    settings = {"quantization": quantization, "device": "cpu"}
+    settings["model"] = str(float32_checkpoint(tmp_path / "base", shape))
+    kinds = ("bfloat16", "float32")
+    bases = {dtype: load_base(BaseConfig(dtype=dtype, **settings)) for dtype in kinds}
+    assert len({base.spec.fingerprint for base in bases.values()}) == 1
+    assert [bases[dtype].spec.exceeds_bfloat16 for dtype in kinds] == [False, True]
+    assert not tiny_base(shape).spec.exceeds_bfloat16
+    for trained_in in kinds:
+        unit, *_ = units(tmp_path)
+        (result,) = run(bases[trained_in], tokenizer, tmp_path / trained_in, [unit])
+        parities = [checked(result.folder, bases[served_in]) for served_in in kinds]
+        assert all(parity.passed for parity in parities)
+        assert parities[1].limit == LIMIT and parities[1].error < 2e-3
+        damage(result.folder)
+        with pytest.raises(ParityFailed, match="relative error"):
+            checked(result.folder, bases["float32"])
+
+
+def damage(folder):
+    tensors = load_file(folder / TENSORS_FILE)
+    for name in tensors:
+        tensors[name] *= 1.1
+    save_file(tensors, folder / TENSORS_FILE)
+    content = json.loads((folder / PARITY_FILE).read_text())
+    (folder / PARITY_FILE).write_text(json.dumps(content | {"tensors_sha256": None}))
 
 
 def test_no_old_record_stands_beside_new_weights(tmp_path, tokenizer, base, monkeypatch):

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY
+from lora_runtime.adapters.files.file_names import FINGERPRINT_KEY, QUANTIZATION_KEY
 from lora_runtime.adapters.files.folder import read_adapter
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import load_base
@@ -276,6 +276,7 @@ def test_exported_adapter_is_bound_to_its_base(tmp_path, tokenizer, base):
     assert form.num_parameters == result.num_parameters
     metadata = read_adapter(result.folder).metadata
     assert metadata[FINGERPRINT_KEY] == base.spec.fingerprint
+    assert metadata[QUANTIZATION_KEY] == base.spec.quantization == "nf4"
     assert metadata["loramux.steps"] == "2"
 
 

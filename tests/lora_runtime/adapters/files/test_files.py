@@ -218,6 +218,14 @@ HEADERS = {
     "dtype a list": (with_header({"a": entry(["F32"])}, b"\0" * 8), "a", "dtype"),
     "scalar": (with_header({"a": entry(shape=[], offsets=[0, 4])}, b"\0" * 4), "a", "shape"),
     "3-D": (with_header({"a": entry(shape=[1, 2, 1])}, b"\0" * 8), "a", "shape"),
+    "experts saved whole": (
+        with_header({"base_model.model.experts.down_proj": entry(shape=[1, 2, 1])}, b"\0" * 8),
+        "modules_to_save", r"experts.down_proj' has the shape \[1, 2, 1\].*whole weight",
+    ),
+    "a convolution adapted": (
+        with_header({"base_model.model.conv1d.lora_A.weight": entry(shape=[1, 2, 1])}, b"\0" * 8),
+        "target_modules", "adapts a convolution",
+    ),
     "empty tensor": (with_header({"a": entry(shape=[0], offsets=[0, 0])}), "a", "shape"),
     "negative size": (with_header({"a": entry(shape=[-2, -1])}, b"\0" * 8), "a", "shape"),
     "boolean size": (with_header({"a": entry(shape=[True, 2])}, b"\0" * 8), "a", "shape"),
