@@ -4,12 +4,16 @@
 // more. NaN or ∞ gives NaN. What lies behind them in the last vector becomes 0.
 template <class T>
 inline float soften(const Attention<T>& p, float* scores, int count, float sink) {
-  float largest = sink;
   if (p.softcap > 0)
     for (int i = 0; i < count; i++) scores[i] = p.softcap * std::tanh(scores[i] / p.softcap);
-  for (int i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
   for (int i = count; i % LANES; i++) scores[i] = -INFINITY;
-  vec totals = {};
+  vec most = filled(sink), totals = {};
+  for (int i = 0; i < count; i += LANES) {
+    const vec some = load(scores + i);
+    most = some > most ? some : most;
+  }
+  float largest = most[0];
+  for (int l = 1; l < LANES; l++) largest = std::max(largest, most[l]);
   for (int i = 0; i < count; i += LANES) {
     const vec weights = exp_negative(load(scores + i) - largest);
     store(scores + i, weights);

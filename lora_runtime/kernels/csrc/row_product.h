@@ -80,22 +80,6 @@ struct SixteenBitRows {
   }
 };
 
-// Lane 4 · q + r: the sum of quarter q of the lanes of row r.
-template <int R>
-ALWAYS_INLINE __m512 add_quarters(const __m512* rows) {
-  const __m512 none = _mm512_setzero_ps(), second = R > 1 ? rows[1] : none, third = R > 2 ? rows[2] : none;
-  const __m512 fourth = R > 3 ? rows[3] : none;
-  const __m512d left = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(rows[0], second), _mm512_unpackhi_ps(rows[0], second));
-  const __m512d right = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(third, fourth), _mm512_unpackhi_ps(third, fourth));
-  return _mm512_add_ps((__m512)_mm512_unpacklo_pd(left, right), (__m512)_mm512_unpackhi_pd(left, right));
-}
-// Lane 4 · t + r: the sum over the quarters of lane r of token t.
-ALWAYS_INLINE __m512 add_tokens(const __m512* t) {
-  const __m512 left = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
-  const __m512 right = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x88), _mm512_shuffle_f32x4(t[2], t[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
-}
-
 // Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
 struct RowJob {
   bf16* y;
@@ -108,23 +92,21 @@ template <int R, int N, class Rows>
 ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Rows& halves) {
   const long in = p.in, units = in / UNIT;
   const bf16* x = p.x + token * in;
-  __m512 totals[N][R];
-  for (int t = 0; t < N; t++)
-    for (int r = 0; r < R; r++) totals[t][r] = _mm512_setzero_ps();
+  vec totals[N][R] = {};
   for (long unit = 0; unit < units; unit++, x += UNIT) {
     Halves w[R];
     for (int r = 0; r < R; r++) w[r] = halves(r, unit);
     for (int t = 0; t < N; t++) {
       const __m512bh left = (__m512bh)_mm512_loadu_si512(x + t * in);
       const __m512bh right = (__m512bh)_mm512_loadu_si512(x + t * in + UNIT / 2);
-      for (int r = 0; r < R; r++) totals[t][r] = _mm512_dpbf16_ps(totals[t][r], (__m512bh)w[r].first, left);
-      for (int r = 0; r < R; r++) totals[t][r] = _mm512_dpbf16_ps(totals[t][r], (__m512bh)w[r].second, right);
+      for (int r = 0; r < R; r++) totals[t][r] = (vec)_mm512_dpbf16_ps((__m512)totals[t][r], (__m512bh)w[r].first, left);
+      for (int r = 0; r < R; r++) totals[t][r] = (vec)_mm512_dpbf16_ps((__m512)totals[t][r], (__m512bh)w[r].second, right);
     }
   }
-  __m512 of_tokens[TOKENS] = {};
-  for (int t = 0; t < N; t++) of_tokens[t] = add_quarters<R>(totals[t]);
-  alignas(32) bf16 found[TOKENS * ROWS];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(found), (__m256i)_mm512_cvtneps_pbh(add_tokens(of_tokens)));
+  vec of_tokens[TOKENS] = {};
+  for (int t = 0; t < N; t++) of_tokens[t] = quarter_sums<R>(totals[t]);
+  bf16 found[TOKENS * ROWS];
+  store(found, whole_sums(of_tokens));
   for (int t = 0; t < N; t++) std::memcpy(p.y + long(token + t) * p.out + row, found + t * ROWS, R * sizeof(bf16));
 }
 

@@ -140,6 +140,31 @@ inline vec exp_negative(vec x) {
   return x != x ? x : x < -87.f ? vec{} : e;
 }
 
+// `sums`: lane i is the sum of all lanes of parts[i]. Which values are added in which order is the
+// same for every lane. `parts` may be overwritten.
+#if VECTOR_LEVEL >= 2
+// Lane 4 · q + r: the sum of quarter q of parts[r], for R of them.
+template <int R>
+ALWAYS_INLINE vec quarter_sums(const vec* parts) {
+  __m512 p[4];
+  for (int r = 0; r < 4; r++) p[r] = r < R ? (__m512)parts[r] : _mm512_setzero_ps();
+  const __m512d left = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
+  const __m512d right = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
+  return (vec)_mm512_add_ps((__m512)_mm512_unpacklo_pd(left, right), (__m512)_mm512_unpackhi_pd(left, right));
+}
+// Lane 4 · i + r: the sum of the quarters of quarters[i] at r.
+ALWAYS_INLINE vec whole_sums(const vec* quarters) {
+  const __m512* q = reinterpret_cast<const __m512*>(quarters);
+  const __m512 left = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
+  const __m512 right = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
+  return (vec)_mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+}
+inline vec sums(const vec* parts) {
+  vec quarters[4];
+  for (int i = 0; i < 4; i++) quarters[i] = quarter_sums<4>(parts + 4 * i);
+  return whole_sums(quarters);
+}
+#else
 // Which lanes of two vectors are added at each level of `sums`: of the second one in every lane l
 // with l & stride, else of the first.
 struct Choices {
@@ -166,8 +191,6 @@ inline vec shuffled(vec a, vec b, ints choice) {
 #endif
 }
 
-// Lane i: the sum of all lanes of parts[i]. Which values are added in which order is the same for
-// every lane. `parts` is overwritten.
 inline vec sums(vec* parts) {
   for (int level = 0, stride = 1; stride < LANES; level++, stride *= 2) {
     ints low, high;
@@ -180,6 +203,7 @@ inline vec sums(vec* parts) {
   }
   return parts[0];
 }
+#endif
 
 // out[r][j] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
 // Meanwhile as much is asked for from `ahead` on.
