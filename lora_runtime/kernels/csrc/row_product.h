@@ -3,11 +3,13 @@
 //
 // 4 rows of the weight are multiplied by 4 tokens at a time. The lanes of a sum hold inputs, not
 // tokens, and are added up at the end: so none is idle when there are few tokens, and weights go
-// from their codes into registers and are multiplied there. For more tokens the 4 rows are kept,
-// decoded, in the first-level cache. Every output is one sum over the inputs in one order: it is
-// bit-equal whatever rows stand beside.
+// from their codes into registers and are multiplied there. For more tokens a part of the inputs of
+// 4 rows is kept, decoded, in the first-level cache, and that part of up to 128 tokens in the second.
+// Every output is one sum over the inputs in one order: it is bit-equal whatever rows stand beside.
 
 constexpr int ROWS = 4;
+constexpr int PART = 24;  // units of a row that are kept decoded
+constexpr int MANY_TOKENS = 128;  // that share what is kept
 
 // Consecutive rows of a weight, from row `first` on. halves(r, unit): 64 inputs of row r.
 // prefetch(unit, R): ask for a part of what comes later, from row `ahead` on; all units of R rows
@@ -87,13 +89,21 @@ struct RowJob {
   int num_tokens, in, out, first_row;
 };
 
-// R outputs, from `row` on, of N tokens, from `token` on. halves(r, unit): 64 inputs of row r of them.
+// Units first to last of a row; whether they are its first and its last ones.
+struct Part {
+  long first, last;
+  bool is_first, is_last;
+};
+
+// R outputs, from `row` on, of N tokens, from `token` on, by one part of the inputs. halves(r, unit):
+// 64 inputs of row r of them. sums: those of the parts before and after, (N, R) vectors.
 template <int R, int N, class Rows>
-ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Rows& halves) {
-  const long in = p.in, units = in / UNIT;
-  const bf16* x = p.x + token * in;
+ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Part& part, float* kept, const Rows& halves) {
+  const long in = p.in;
+  const bf16* x = p.x + token * in + part.first * UNIT;
   vec totals[N][R] = {};
-  for (long unit = 0; unit < units; unit++, x += UNIT) {
+  for (int i = 0; i < N * R && !part.is_first; i++) totals[i / R][i % R] = load(kept + i * LANES);
+  for (long unit = part.first; unit < part.last; unit++, x += UNIT) {
     Halves w[R];
     for (int r = 0; r < R; r++) w[r] = halves(r, unit);
     for (int t = 0; t < N; t++) {
@@ -103,6 +113,10 @@ ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Row
       for (int r = 0; r < R; r++) totals[t][r] = (vec)_mm512_dpbf16_ps((__m512)totals[t][r], (__m512bh)w[r].second, right);
     }
   }
+  if (!part.is_last) {
+    for (int i = 0; i < N * R; i++) store(kept + i * LANES, totals[i / R][i % R]);
+    return;
+  }
   vec of_tokens[TOKENS] = {};
   for (int t = 0; t < N; t++) of_tokens[t] = quarter_sums<R>(totals[t]);
   bf16 found[TOKENS * ROWS];
@@ -111,41 +125,71 @@ ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Row
 }
 
 #define INLINED __attribute__((always_inline))
+// Few tokens: rows go through registers.
 template <int R, class Rows, class Data>
-void multiply_rows(const Data& w, const RowJob& p, int row, long ahead, bf16* buffer) {
+void multiply_few(const Data& w, const RowJob& p, int row, long ahead) {
   const Rows rows(w, p.first_row + row, ahead, p.in);
+  const Part whole{0, p.in / UNIT, true, true};
   const auto decoded = [&](int r, long unit) INLINED {
     if (r == 0) rows.prefetch(unit, R);
     return rows.halves(r, unit);
   };
-  if (p.num_tokens <= TOKENS)
-    return by_tokens(p.num_tokens, [&](auto n) { multiply_block<R, n>(p, row, 0, decoded); });
-  const auto kept = [&](int r, long unit) INLINED {
-    const Halves h = decoded(r, unit);
+  by_tokens(p.num_tokens, [&](auto n) { multiply_block<R, n>(p, row, 0, whole, nullptr, decoded); });
+}
+
+// Tokens from `first` to `last`, by one part of R rows, which the first four of them decode.
+template <int R, class Rows, class Data>
+void multiply_part(const Data& w, const RowJob& p, int row, long ahead, int first, int last, const Part& part, bf16* buffer,
+                   float* kept) {
+  const Rows rows(w, p.first_row + row, ahead, p.in);
+  const auto decoded = [&](int r, long unit) INLINED {
+    if (r == 0) rows.prefetch(unit, R);
+    const Halves h = rows.halves(r, unit);
     if (Rows::IS_DENSE) return h;
-    _mm512_store_si512(buffer + (unit * R + r) * UNIT, h.first);
-    _mm512_store_si512(buffer + (unit * R + r) * UNIT + UNIT / 2, h.second);
+    bf16* to = buffer + ((unit - part.first) * R + r) * UNIT;
+    _mm512_store_si512(to, h.first);
+    _mm512_store_si512(to + UNIT / 2, h.second);
     return h;
   };
   const auto again = [&](int r, long unit) INLINED {
     if (Rows::IS_DENSE) return rows.halves(r, unit);
-    const bf16* own = buffer + (unit * R + r) * UNIT;
+    const bf16* own = buffer + ((unit - part.first) * R + r) * UNIT;
     return Halves{_mm512_load_si512(own), _mm512_load_si512(own + UNIT / 2)};
   };
-  multiply_block<R, TOKENS>(p, row, 0, kept);
-  for (int token = TOKENS; token < p.num_tokens; token += TOKENS)
-    by_tokens(p.num_tokens - token, [&](auto n) { multiply_block<R, n>(p, row, token, again); });
+  by_tokens(last - first, [&](auto n) { multiply_block<R, n>(p, row, first, part, kept, decoded); });
+  for (int token = first + TOKENS; token < last; token += TOKENS) {
+    kept += TOKENS * R * LANES;
+    by_tokens(last - token, [&](auto n) { multiply_block<R, n>(p, row, token, part, kept, again); });
+  }
 }
 #undef INLINED
 
-// ahead: the first row of the panel that comes next, in this group or another one.
-template <class Rows, class Data>
-void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead, bf16* buffer) {
+// Of the rows of a panel, ROWS at a time and then singly: run(how many as a constant, row, ahead).
+template <class Run>
+inline void by_rows(const RowJob& p, int panel, long ahead, Run run) {
   const int end = std::min((panel + 1) * PANEL, p.out);
   int row = panel * PANEL;
-  for (; row + ROWS <= end; row += ROWS, ahead += ROWS)
-    multiply_rows<ROWS, Rows>(w, p, row, ahead, buffer);
-  for (; row < end; row++, ahead++) multiply_rows<1, Rows>(w, p, row, ahead, buffer);
+  for (; row + ROWS <= end; row += ROWS, ahead += ROWS) run(std::integral_constant<int, ROWS>(), row, ahead);
+  for (; row < end; row++, ahead++) run(std::integral_constant<int, 1>(), row, ahead);
+}
+
+// ahead: the first row of the panel that comes next, in this group or another one.
+template <class Rows, class Data>
+void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead) {
+  static thread_local Scratch decoded, sums;
+  if (p.num_tokens <= TOKENS)
+    return by_rows(p, panel, ahead, [&](auto r, int row, long next) { multiply_few<r, Rows>(w, p, row, next); });
+  const long units = p.in / UNIT, row_sums = MANY_TOKENS * LANES;
+  bf16* buffer = decoded.get<bf16>(ROWS * PART * UNIT);
+  float* kept = sums.get<float>(units > PART ? PANEL * row_sums : 0);
+  for (int first = 0; first < p.num_tokens; first += MANY_TOKENS)
+    for (long unit = 0; unit < units; unit += PART) {
+      const Part part{unit, std::min(unit + PART, units), unit == 0, unit + PART >= units};
+      const int last = std::min(first + MANY_TOKENS, p.num_tokens);
+      by_rows(p, panel, ahead, [&](auto r, int row, long next) {
+        multiply_part<r, Rows>(w, p, row, next, first, last, part, buffer, kept + row % PANEL * row_sums);
+      });
+    }
 }
 
 // Activations whose every 64 inputs are laid as a unit of 4-bit codes is.
@@ -174,7 +218,8 @@ void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, i
   if (Rows::IS_ODD_FIRST) {
     const long count = long(starts[num_groups]) * in;
     bf16* to = arranged.get<bf16>(count);
-    odd_first(x, count, to);
+    Pool::get().run(starts[num_groups], 16, num_threads,
+                    [&](long begin, long end) { odd_first(x + begin * in, (end - begin) * in, to + begin * in); });
     x = to;
   }
   for (int g = 0; g < num_groups; g++) {
@@ -185,12 +230,10 @@ void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, i
   const long num_panels = (out + PANEL - 1) / PANEL, num_all = num_panels * long(jobs_of_all.size());
   const long panels = std::max(1L, std::min(8L, num_all / (4 * num_threads)));  // at a time
   Pool::get().run(num_all, panels, num_threads, [&](long begin, long end) {
-    static thread_local Scratch decoded;
-    bf16* buffer = decoded.get<bf16>(long(ROWS) * in);
     for (long i = begin; i < end; i++) {
       const RowJob& job = jobs[i / num_panels];
       const long next = std::min(i + 1, num_all - 1), ahead = jobs[next / num_panels].first_row + next % num_panels * PANEL;
-      multiply_panel<Rows>(w, job, int(i % num_panels), ahead, buffer);
+      multiply_panel<Rows>(w, job, int(i % num_panels), ahead);
     }
   });
 }

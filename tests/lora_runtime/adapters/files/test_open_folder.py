@@ -88,20 +88,25 @@ class InPlace:
     """File by file, `pause_s` after each; then it rests, if it does."""
 
     def __init__(self, pause_s: float, rest_s: float) -> None:
-        self.pause_s, self.rest_s, self.longest_pause_s = pause_s, rest_s, 0.0
-        """On a busy machine a pause is as long as the writer waits for its turn."""
+        self.pause_s, self.rest_s = pause_s, rest_s
+        self._longest_s = 0.0
+        self._moved_at = time.monotonic()
+
+    @property
+    def longest_pause_s(self) -> float:
+        """Also of the pause that lasts: on a busy machine the writer waits long for its turn."""
+        return max(self._longest_s, time.monotonic() - self._moved_at)
 
     def __call__(self, top: Path, number: int) -> None:
-        last = time.monotonic()
+        self._moved_at = time.monotonic()
 
         def pause() -> None:
-            nonlocal last
             time.sleep(self.pause_s)
-            self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - last)
-            last = time.monotonic()
+            self._longest_s = self.longest_pause_s
+            self._moved_at = time.monotonic()
 
         write_version(top / "adapter", number, pause=pause)
-        self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - last)
+        self._longest_s = self.longest_pause_s
         time.sleep(self.rest_s)
 
 
