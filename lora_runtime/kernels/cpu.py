@@ -33,11 +33,11 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-ABI = 10
+ABI = 11
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
-FIRST_LEVEL_WITH_TILES = 3
+FIRST_LEVEL_WITH_BFLOAT16 = 3
 """From it on the processor multiplies bfloat16, and `*_product` below take it."""
-TILE_INPUTS = 64
+UNIT_INPUTS = 64
 """The products of bfloat16 take inputs in multiples of it."""
 FOUR_BIT_BLOCK = 64
 """Weights that share one absmax."""
@@ -123,20 +123,23 @@ def takes(*activations: Tensor) -> bool:
 
 def adapter_dtype(compute: torch.dtype) -> torch.dtype:
     """See `lora_runtime.kernels.adapter_dtype`, on a CPU."""
-    return torch.float16 if compute == torch.bfloat16 and has_tiles() else torch.float32
+    return torch.float16 if compute == torch.bfloat16 and multiplies_bfloat16() else torch.float32
 
 
 def can_multiply(x: Tensor) -> bool:
     """True when the products of bfloat16 take x (..., in)."""
     return (
-        x.dtype == torch.bfloat16 and x.shape[-1] % TILE_INPUTS == 0 and can_run(x) and has_tiles()
+        x.dtype == torch.bfloat16
+        and x.shape[-1] % UNIT_INPUTS == 0
+        and can_run(x)
+        and multiplies_bfloat16()
     )
 
 
-def has_tiles() -> bool:
+def multiplies_bfloat16() -> bool:
     """True when the processor multiplies bfloat16, and the library was built for that."""
     found = library()
-    return found is not None and found.loramux_level() >= FIRST_LEVEL_WITH_TILES
+    return found is not None and found.loramux_level() >= FIRST_LEVEL_WITH_BFLOAT16
 
 
 def four_bit_product(
@@ -519,7 +522,7 @@ def _rows_of(*parts: Tensor) -> list[Tensor]:
 def can_train_adapter(y: Tensor, x: Tensor, a: Tensor) -> bool:
     """See `lora_runtime.kernels.can_train_adapter`, on a CPU."""
     are_whole = x.shape[-1] % TRAINED_WIDTHS == 0 and y.shape[-1] % TRAINED_WIDTHS == 0
-    return are_whole and x.dtype == torch.bfloat16 and takes(x, y, a) and has_tiles()
+    return are_whole and x.dtype == torch.bfloat16 and takes(x, y, a) and multiplies_bfloat16()
 
 
 def train_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -691,13 +694,12 @@ class Tape:
         each would let other threads have the interpreter, and wait for them to give it back. What
         torch does in between is little: it would wait longer for its threads than it computes.
         """
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        num_threads = set_torch_threads(1)
         try:
             for function, arguments in self._joined:
                 function(*arguments)
         finally:
-            torch.set_num_threads(num_threads)
+            set_torch_threads(num_threads)
 
     @cached_property
     def _joined(self) -> list[Step]:
@@ -812,6 +814,16 @@ def beside_torch() -> Iterator[None]:
         yield
     finally:
         _threads.are_torchs = before
+
+
+def set_torch_threads(number: int) -> int:
+    """Let torch compute in `number` threads what this thread asks of it, and return how many they
+    were; 0, and nothing is done, where there is no library, torch has no OpenMP, or `number` is 0.
+
+    `torch.set_num_threads` also sets the number of every thread that has not asked for its own yet.
+    """
+    found = library()
+    return 0 if found is None else int(found.loramux_set_torch_threads(number))
 
 
 def _num_threads() -> int:

@@ -112,11 +112,12 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
+  const long step = std::abs(num_threads);  // to what a thread does next; see Pool::run
   const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
       const Segment& s = *blocks[i].segment;
-      const Block& next = blocks[std::min(i + num_threads, long(blocks.size()) - 1)];  // of this thread
+      const Block& next = blocks[std::min(i + step, long(blocks.size()) - 1)];
       by_tokens(s.last - blocks[i].first,
                 [&](auto n) { shrink_block<n>(p, s, blocks[i].first, p.memory + next.segment->extent->a); });
     }
@@ -125,6 +126,6 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
     for (long i = begin; i < end; i++)
-      apply_columns(p, columns[i], columns[std::min(i + num_threads, long(columns.size()) - 1)], sums);
+      apply_columns(p, columns[i], columns[std::min(i + step, long(columns.size()) - 1)], sums);
   });
 }

@@ -30,6 +30,8 @@
 // Of libgomp, if torch has brought it; its threads are torch's.
 extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned num_threads, unsigned flags)
     __attribute__((weak));
+extern "C" int omp_get_max_threads() __attribute__((weak));
+extern "C" void omp_set_num_threads(int) __attribute__((weak));
 
 namespace {
 
@@ -56,7 +58,7 @@ struct Product {
 };
 
 struct bf16 { uint16_t bits; };
-struct half { uint16_t bits; };  // float16
+struct float16 { uint16_t bits; };
 
 // Where the parts of one adapter in one module lie, as in types.py: rank, then element offsets, -1
 // for none.
@@ -298,7 +300,7 @@ namespace avx512 {
 }
 #pragma GCC pop_options
 #if __GNUC__ >= 11
-#define HAS_TILES 1
+#define HAS_BFLOAT16 1
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #undef VECTOR_LEVEL
@@ -326,7 +328,7 @@ namespace amx {
 #endif
 #endif
 
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
 // Linux gives a process the tile registers only when it asks for them.
 bool has_amx() {
 #ifdef __linux__
@@ -346,7 +348,7 @@ int found_level() {
 #ifdef HAS_VARIANTS
   const bool has_avx512 = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl");
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
   if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx() ? 4 : 3;
 #endif
   if (has_avx512) return 2;
@@ -406,14 +408,14 @@ void run(const RecurrentStep& p, int num_threads) { RUN(recurrent_step, p, num_t
 template <class Weight>
 void run_groups(const Weight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
                 int num_threads) {
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
   if (level() == 4) return amx::product(w, y, x, starts, num_groups, in, out, num_threads);
   avx512_bf16::product(w, y, x, starts, num_groups, in, out, num_threads);
 #endif
 }
 
 template <class Weight>
-void run_tiles(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+void run_product(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
   const int32_t starts[2] = {0, num_tokens};
   run_groups(w, y, x, starts, 1, in, out, num_threads);
 }
@@ -515,9 +517,17 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 10; }  // raise it with every change of a signature below
+int loramux_abi() { return 11; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
+// How many threads torch takes for ops that this thread calls; returns the number before, 0 if
+// torch has no such threads. torch's own function would change it for threads to come as well.
+int loramux_set_torch_threads(int number) {
+  if (!omp_get_max_threads || !omp_set_num_threads || number < 1) return 0;
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(number);
+  return before;
+}
 int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
 void loramux_product_f32(float* y, const float* x, const float* panels, int num_tokens, int in, int out,
                          int num_threads) {
@@ -532,16 +542,16 @@ void loramux_recurrent_step(float* out, float* states, const int64_t* slots, con
 void loramux_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
                               const float* code, const uint8_t* nested_codes, const float* nested_code,
                               const float* nested_offsets, int num_tokens, int in, int out, int num_threads) {
-  run_tiles(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x,
+  run_product(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x,
             num_tokens, in, out, num_threads);
 }
 void loramux_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
                           int num_tokens, int in, int out, int num_threads) {
-  run_tiles(EightBitWeight{codes, absmax}, y, x, num_tokens, in, out, num_threads);
+  run_product(EightBitWeight{codes, absmax}, y, x, num_tokens, in, out, num_threads);
 }
 void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_tokens, int in, int out,
                            int num_threads) {
-  run_tiles(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
+  run_product(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
 }
 void loramux_grouped_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
                                       const float* code, const uint8_t* nested_codes, const float* nested_code,
@@ -587,7 +597,7 @@ void loramux_apply_half_adapters(
     const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths, int num_modules,
     const int32_t* tokens, const int32_t* slots, const int32_t* replicas, const float* weights,
     const int32_t* starts, int num_segments, int num_tokens, int in, int out, int num_threads) {
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
@@ -598,7 +608,7 @@ void loramux_apply_half_adapters(
                      hidden.get<bf16>(work.num_hidden * HIDDEN_TILE), num_tokens, work.num_sums, in, out},
         work.threads(num_threads));
   avx512_bf16::apply_adapters(
-      Adapters<bf16, half>{y, base, x, bias, reinterpret_cast<const half*>(memory), vectors, weights, tokens,
+      Adapters<bf16, float16>{y, base, x, bias, reinterpret_cast<const float16*>(memory), vectors, weights, tokens,
                            &work.modules, &work.columns, hidden.get<float>(work.num_hidden), num_tokens,
                            work.num_sums, in, out},
       work.threads(num_threads));
@@ -608,7 +618,7 @@ void loramux_apply_half_adapters(
 // Both: the caller has seen that the level is 3 at least, and that in and out are multiples of 32.
 void loramux_train_adapter(bf16* y, bf16* hidden, const bf16* x, const bf16* a, const bf16* b, int num_tokens,
                            int in, int out, int rank, int num_threads) {
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
   const TrainedAdapter p{y, hidden, x, a, b, num_tokens, in, out, rank};
   if (level() == 4) return amx::train_adapter(p, p.threads(num_threads));
   avx512_bf16::train_adapter(p, p.threads(num_threads));
@@ -617,7 +627,7 @@ void loramux_train_adapter(bf16* y, bf16* hidden, const bf16* x, const bf16* a, 
 void loramux_adapter_gradients(bf16* dx, float* da, float* db, const bf16* grad, bf16* hidden, const bf16* x,
                                const bf16* a, const bf16* b, int num_tokens, int in, int out, int rank,
                                int num_threads) {
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
   const TrainedAdapter p{nullptr, hidden, x, a, b, num_tokens, in, out, rank};
   const AdapterGradients g{dx, da, db, grad};
   if (level() == 4) return amx::adapter_gradients(p, g, p.threads(num_threads));

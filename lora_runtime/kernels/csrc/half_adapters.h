@@ -30,7 +30,6 @@ inline __m512 wide(const bf16* x, __mmask16 valid) { return wide(_mm256_maskz_lo
 
 // Rows of A as the tiles' left side: 16 rows of upper parts, then the 16 of what is left of them.
 struct HalfRows {
-  static constexpr bool IS_ODD_FIRST = false;
   const uint16_t* a;
   int num_rows, in;
   void decode(int unit, bf16* to) const {

@@ -2,10 +2,11 @@
 // are there. Compiled with each of the two instruction sets. No include guard on purpose.
 
 constexpr int TILE = 16;  // outputs and tokens of a tile
+
+#if WITH_AMX
 constexpr int HALF = 2 * TILE * UNIT / 2;  // elements of half a unit of two tiles of the left side
 constexpr int WORDS = TILE * UNIT / 4;  // words of half a unit of one tile of tokens
 
-#if WITH_AMX
 // Tile registers: 0 to 3 hold sums, 4 and 5 weights, 6 and 7 activations.
 struct Tiles {
   struct alignas(64) Configuration {
@@ -141,6 +142,7 @@ inline void transpose(__m512i* r) {  // 16 × 16 words
   }
 }
 
+#if WITH_AMX
 // Activations of up to 16 tokens, of `in` values from row(token) on → for every half unit (16, 16)
 // words of two inputs.
 template <bool IS_ODD_FIRST, class Row>
@@ -169,3 +171,4 @@ void arrange_rows(int num_tokens, int in, Row row, uint32_t* to) {
     }
   }
 }
+#endif

@@ -94,8 +94,8 @@ inline vec filled(float x) {
 }
 inline vec fused(vec sums, float a, vec b) { return fused(sums, filled(a), b); }
 #if VECTOR_LEVEL >= 2
-inline vec load(const half* from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-inline vec load_part(const half* from, int width) {
+inline vec load(const float16* from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline vec load_part(const float16* from, int width) {
   const __mmask16 valid = width >= LANES ? 0xffff : (1 << std::max(width, 0)) - 1;
   return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, from));
 }

@@ -111,7 +111,7 @@ def test_played_steps_of_a_mixture_are_plain_steps(tmp_path, shape, dtype):
     ]
     forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
     counts = check_played_is_plain(base, forms)
-    assert (counts["played"] > 10) == (dtype == BFLOAT16 and cpu.has_tiles())
+    assert (counts["played"] > 10) == (dtype == BFLOAT16 and cpu.multiplies_bfloat16())
 
 
 def test_an_adapter_that_comes_goes_and_comes_back(tmp_path):
@@ -241,7 +241,7 @@ def dequantisations(play):
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_copies_of_weights_are_made_once_and_not_at_every_step(quantization, dtype, monkeypatch):
     """Also where a step is captured before the first request, when no copy has been made yet."""
-    monkeypatch.setattr(cpu, "has_tiles", lambda: False)  # bfloat16 needs copies too
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)  # bfloat16 needs copies too
     base = tiny_base("llama", quantization=quantization, dtype=dtype)
     engine = tiny_engine(base, max_num_seqs=2)
     capture_all(engine)

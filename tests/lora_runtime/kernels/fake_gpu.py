@@ -141,16 +141,19 @@ class Launch:
 
 
 class _ZeroFilled(TorchFunctionMode):
-    """What is allocated for a kernel to fill holds zeros, and on a card without memory nothing."""
+    """What is allocated for a kernel to fill holds zeros, and on a card without memory nothing, so
+    that any two tensors count as equal.
+    """
 
-    ZEROS = {
+    INSTEAD = {
         torch.empty: torch.zeros,
         torch.empty_like: torch.zeros_like,
         torch.Tensor.new_empty: torch.Tensor.new_zeros,
+        torch.equal: lambda *tensors: True,
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.ZEROS.get(func, func)(*args, **(kwargs or {}))
+        return self.INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ KINDS = ["nf4", "fp4", "nf4-double", "int8", "none"]
 ROWS = [1, 2, 15, 16, 17, 32, 33, 48, 133]
 """Parts of a tile, whole tiles, and more tokens than share one pass over the codes."""
 
-needs_tiles = pytest.mark.skipif(not cpu.has_tiles(), reason="needs AVX512-BF16")
+needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="needs AVX512-BF16")
 
 
 def layer(kind, out_features, in_features):
@@ -37,7 +37,7 @@ def expected(frozen, x):
     return x.double() @ frozen.weight_values().double().T
 
 
-@needs_tiles
+@needs_bfloat16
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_dequantised_weight(level, kind, num_rows):
@@ -48,7 +48,7 @@ def test_products_are_those_of_the_dequantised_weight(level, kind, num_rows):
     torch.testing.assert_close(y.double(), expected(frozen, x), rtol=2**-8, atol=2e-4)
 
 
-@needs_tiles
+@needs_bfloat16
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_is_bitsandbytes_rounded_once(level, kind):
     """Rows of the identity read the weights themselves: not one bit may differ."""
@@ -58,7 +58,7 @@ def test_every_weight_is_bitsandbytes_rounded_once(level, kind):
     assert torch.equal(read.T, frozen.weight_values())
 
 
-@needs_tiles
+@needs_bfloat16
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
     shape = random_shape()
@@ -71,14 +71,14 @@ def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
     assert together[7].isnan().all() and not together[8:].isnan().any()
 
 
-@needs_tiles
+@needs_bfloat16
 def test_a_weight_that_lies_in_columns_is_read_by_rows():
     weight, x = torch.randn(128, 30).to(BFLOAT16), torch.randn(3, 128).to(BFLOAT16)
     y = DenseLinear(weight.T, None).product(x)
     torch.testing.assert_close(y.double(), x.double() @ weight.double(), rtol=2**-8, atol=2e-3)
 
 
-@needs_tiles
+@needs_bfloat16
 @pytest.mark.parametrize("limit", [3, 4])
 def test_no_rows_touch_no_memory(limit):
     """The output layer of a step that samples nothing. In a process of its own: what is written
@@ -111,7 +111,7 @@ def test_no_rows_touch_no_memory(limit):
     assert done.returncode == 0, done.stderr
 
 
-@needs_tiles
+@needs_bfloat16
 def test_threads_change_no_bit(level):
     frozen, x = layer("nf4", 500, 320), torch.randn(40, 320).to(BFLOAT16)
     found, num_threads = [], torch.get_num_threads()
@@ -124,7 +124,7 @@ def test_threads_change_no_bit(level):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@needs_tiles
+@needs_bfloat16
 def test_what_tiles_do_not_take_goes_by_torch():
     """Inputs that are no multiple of a unit, float32, and x that wants a gradient."""
     odd, x = layer("none", 30, 96), torch.randn(3, 96).to(BFLOAT16)
@@ -135,7 +135,7 @@ def test_what_tiles_do_not_take_goes_by_torch():
     assert tracked.grad.abs().sum() > 0
 
 
-@needs_tiles
+@needs_bfloat16
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_copy_is_kept_where_the_codes_are_not_multiplied(kind):
     """In float32, if the layer may; bfloat16 takes no more memory than the codes."""

@@ -10,7 +10,7 @@ import torch
 from lora_runtime.kernels import Span, StepMeta, cpu, reference
 from tests.lora_runtime.kernels.scattered import Scattered, table
 
-pytestmark = pytest.mark.skipif(not cpu.has_tiles(), reason="needs AVX512-BF16")
+pytestmark = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="needs AVX512-BF16")
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 ROUNDING = 2.0**-8
@@ -127,5 +127,5 @@ def test_it_is_not_run_where_the_processor_does_not_multiply_bfloat16(monkeypatc
     weights = torch.zeros(4, dtype=FLOAT16)
     x = torch.zeros(1, 4, dtype=BFLOAT16)
     assert cpu.can_run(x, weights=(weights,)) and not cpu.can_run(x.float(), weights=(weights,))
-    monkeypatch.setattr(cpu, "has_tiles", lambda: False)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
     assert not cpu.can_run(x, weights=(weights,))

@@ -14,7 +14,7 @@ from lora_runtime.kernels import (
     trained_adapter_gradients,
 )
 
-pytestmark = pytest.mark.skipif(not cpu.has_tiles(), reason="needs AVX512-BF16")
+pytestmark = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="needs AVX512-BF16")
 
 ROUNDING = 2.0**-8
 """What rounding to bfloat16 may be off by, relative to the result."""
