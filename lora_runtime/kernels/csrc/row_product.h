@@ -8,7 +8,7 @@
 // Every output is one sum over the inputs in one order: it is bit-equal whatever rows stand beside.
 
 constexpr int ROWS = 4;
-constexpr int PART = 24;  // units of a row that are kept decoded
+constexpr int KEPT_UNITS = 24;  // of a row, decoded at a time
 constexpr int MANY_TOKENS = 128;  // that share what is kept
 
 // Consecutive rows of a weight, from row `first` on. halves(r, unit): 64 inputs of row r.
@@ -96,7 +96,8 @@ struct Part {
 };
 
 // R outputs, from `row` on, of N tokens, from `token` on, by one part of the inputs. halves(r, unit):
-// 64 inputs of row r of them. sums: those of the parts before and after, (N, R) vectors.
+// 64 inputs of row r of them. kept: the sums of the parts before, and then with this one, (N, R)
+// vectors.
 template <int R, int N, class Rows>
 ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Part& part, float* kept, const Rows& halves) {
   const long in = p.in;
@@ -180,11 +181,11 @@ void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead) {
   if (p.num_tokens <= TOKENS)
     return by_rows(p, panel, ahead, [&](auto r, int row, long next) { multiply_few<r, Rows>(w, p, row, next); });
   const long units = p.in / UNIT, row_sums = MANY_TOKENS * LANES;
-  bf16* buffer = decoded.get<bf16>(ROWS * PART * UNIT);
-  float* kept = sums.get<float>(units > PART ? PANEL * row_sums : 0);
+  bf16* buffer = decoded.get<bf16>(ROWS * KEPT_UNITS * UNIT);
+  float* kept = sums.get<float>(units > KEPT_UNITS ? PANEL * row_sums : 0);
   for (int first = 0; first < p.num_tokens; first += MANY_TOKENS)
-    for (long unit = 0; unit < units; unit += PART) {
-      const Part part{unit, std::min(unit + PART, units), unit == 0, unit + PART >= units};
+    for (long unit = 0; unit < units; unit += KEPT_UNITS) {
+      const Part part{unit, std::min(unit + KEPT_UNITS, units), unit == 0, unit + KEPT_UNITS >= units};
       const int last = std::min(first + MANY_TOKENS, p.num_tokens);
       by_rows(p, panel, ahead, [&](auto r, int row, long next) {
         multiply_part<r, Rows>(w, p, row, next, first, last, part, buffer, kept + row % PANEL * row_sums);

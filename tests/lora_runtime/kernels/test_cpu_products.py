@@ -72,6 +72,16 @@ def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_too_wide_to_be_kept_whole_are_the_same_in_parts(level, kind):
+    frozen, x = layer(kind, 37, 64 * 51), torch.randn(300, 64 * 51).to(BFLOAT16)
+    together = frozen.product(x)
+    torch.testing.assert_close(together.double(), expected(frozen, x), rtol=2**-7, atol=5e-3)
+    for rows in (slice(0, 1), slice(2, 5), slice(5, 12), slice(0, 128), slice(120, 260)):
+        assert torch.equal(frozen.product(x[rows]), together[rows])
+
+
+@needs_bfloat16
 def test_a_weight_that_lies_in_columns_is_read_by_rows():
     weight, x = torch.randn(128, 30).to(BFLOAT16), torch.randn(3, 128).to(BFLOAT16)
     y = DenseLinear(weight.T, None).product(x)
