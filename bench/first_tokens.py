@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import random
 import statistics
@@ -46,19 +45,21 @@ async def prefill(client: AsyncClient, seeds: itertools.count[int], num_tokens: 
 
 
 async def decode(client: AsyncClient, gaps: list[float]) -> None:
-    """Answers without an end, until cancelled; notes the seconds between two tokens."""
+    """One answer after another, until cancelled; notes the seconds between two of its tokens."""
     while True:
         last = None
         async for event in client.generate(token_ids=[7], max_tokens=400, ignore_eos=True):
+            if not event.delta.token_ids:
+                continue
             now = time.perf_counter()
-            if last is not None and event.delta.token_ids:
+            if last is not None:
                 gaps.append(now - last)
             last = now
 
 
 async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
     gaps: list[float] = []
-    seeds = itertools.count()
+    seeds, pauses = itertools.count(), random.Random(0)
     async with AsyncClient(address) as client:
         alone = [
             await first_token_s(client, prompt(next(seeds), args.short_tokens)) for _ in range(10)
@@ -72,12 +73,13 @@ async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
         gaps.clear()
         waits = []
         for _ in range(args.short_prompts):
-            await asyncio.sleep(random.uniform(0, 2 * args.pause_s))
+            await asyncio.sleep(pauses.uniform(0, 2 * args.pause_s))
             waits.append(await first_token_s(client, prompt(next(seeds), args.short_tokens)))
         for stream in streams:
+            if stream.done():
+                stream.result()  # the load ended before the measurement did
             stream.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*streams, return_exceptions=True)
+        await asyncio.gather(*streams, return_exceptions=True)
     step_s, p99_s = statistics.median(gaps), machine.percentile(waits, 99)
     return {
         "alone_ms": round(1000 * statistics.median(alone), 1),
@@ -86,7 +88,10 @@ async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
             "p50": round(1000 * statistics.median(waits), 1),
             "p99": round(1000 * p99_s, 1),
         },
-        "p99_in_steps": round(p99_s / step_s, 2),
+        "in_steps": {
+            "p50": round(statistics.median(waits) / step_s, 2),
+            "p99": round(p99_s / step_s, 2),
+        },
     }
 
 

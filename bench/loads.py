@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import statistics
 import tempfile
 import time
@@ -60,9 +59,10 @@ async def measure(args: argparse.Namespace, address: str, folders: list[Path]) -
         loaded = list(gaps)
         stop.set()
         for stream in streams:
+            if stream.done():
+                stream.result()  # the streams ended before the measurement did
             stream.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*streams, return_exceptions=True)
+        await asyncio.gather(*streams, return_exceptions=True)
     p99 = [1000 * machine.percentile(each, 99) for each in (quiet, loaded)]
     return {
         "load_ms_median": round(1000 * statistics.median(load_s), 1),

@@ -322,7 +322,8 @@ def _assumed_experts(spec: AdapterSpec, files: AdapterFiles, base: BaseSpec) -> 
     ]
     if not assumed or FINGERPRINT_KEY in files.metadata:
         return ()
-    (site, target), num_experts = assumed[0], base.shapes[assumed[0][0].path].num_experts
+    site, target = assumed[0]
+    num_experts = base.shapes[site.path].num_experts
     return (
         f"its files do not say how many experts its base had: the {num_experts * target.rank} rows "
         f"of A of {site.name} were taken for {num_experts} experts of rank {target.rank}, as its "

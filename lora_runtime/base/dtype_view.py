@@ -42,6 +42,8 @@ def as_bfloat16_holds(base: Base) -> Base:
     """`base`, which computes in float32, with the values that it would hold had it been loaded in
     bfloat16; it still computes in float32. What the quantiser made is the same in both.
     """
+    # Modules that transformers holds in float32 also where the rest is bfloat16, by its own names;
+    # our wrappers add ".linear".
     names = getattr(base.model, "_keep_in_fp32_modules_strict", None) or ()
     tensors = base.model.state_dict(keep_vars=True)
     kept = {
@@ -49,9 +51,9 @@ def as_bfloat16_holds(base: Base) -> Base:
         for path, tensor in tensors.items()
         if any(f".{name}." in f".{path.replace('.linear.', '.')}." for name in names)
     }
-    rounded = {id(t) for t in tensors.values() if t.is_floating_point()} - kept
+    saved = {id(tensor) for tensor in tensors.values() if tensor.is_floating_point()}
     spec = replace(base.spec, exceeds_bfloat16=False)
-    cast = _Cast(base.dtype, torch.bfloat16, frozenset(kept), frozenset(rounded))
+    cast = _Cast(base.dtype, torch.bfloat16, frozenset(kept), frozenset(saved - kept))
     return _viewed(base, spec, cast)
 
 
@@ -65,8 +67,9 @@ class _Cast:
     """To which values are rounded."""
     kept: frozenset[int] = frozenset()
     """What is not rounded."""
-    buffers: frozenset[int] = frozenset()
-    """The buffers that are rounded too; others are shared as they are."""
+    rounded: frozenset[int] = frozenset()
+    """Of buffers, which ones are cast: those that a checkpoint has. Others, made of the config, are
+    shared as they are. Parameters are always cast."""
 
     def of(self, tensor: Tensor) -> Callable[[Tensor], Tensor]:
         """What casts `tensor`, or rows of it."""
@@ -164,7 +167,7 @@ def _view(module: Any, cast: _Cast, context: StepContext, seen: dict[int, Any]) 
         view = shallow_copy(module)
         view._parameters = {n: _parameter(own, cast) for n, own in module._parameters.items()}
         view._buffers = {
-            name: own if own is None or id(own) not in cast.buffers else cast.cast(own)
+            name: own if own is None or id(own) not in cast.rounded else cast.cast(own)
             for name, own in module._buffers.items()
         }
         for name, child in module.named_children():

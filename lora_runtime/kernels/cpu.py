@@ -818,7 +818,8 @@ def beside_torch() -> Iterator[None]:
 
 def set_torch_threads(number: int) -> int:
     """Let torch compute in `number` threads what this thread asks of it, and return how many they
-    were; 0, and nothing is done, where there is no library, torch has no OpenMP, or `number` is 0.
+    were; 0, and nothing is done, where there is no library, torch has no OpenMP, or `number` is
+    less than 1.
 
     `torch.set_num_threads` also sets the number of every thread that has not asked for its own yet.
     """

@@ -17,8 +17,10 @@ def keep_number() -> None:
 
 
 def compute_alone() -> None:
-    """From now on torch computes on this thread alone: for work beside an engine, whose cores a
-    second thread would take, and wait for them longer than it computes. No other thread is changed.
+    """From now on this thread's ops of torch use no other thread, where the compiled library is
+    there to say so (`set_torch_threads`); without it nothing changes. No other thread is changed.
+    For work beside an engine: a second thread would take one of the engine's cores, and be waited
+    for longer than it computes.
     """
     keep_number()
     cpu.set_torch_threads(1)

@@ -57,8 +57,9 @@ def verify(
         if refusal:
             raise refusal
         console.print(
-            "honoured as far as the config alone says: its modules, parameters, tokens and tensors "
-            "were not looked at; --base NAME instead of --config-only does that"
+            "honoured as far as the config alone says: --config-only looked at no modules, "
+            "parameters, tokens or tensors; leave it out, and name the base with --base NAME, to "
+            "check these too"
         )
         return
     settings = load_config(config, flags)

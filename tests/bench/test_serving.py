@@ -56,6 +56,10 @@ def test_where_reading_is_slow_an_adapter_costs_the_floor_its_bytes():
 
 def test_a_base_that_multiplies_for_longer_than_it_reads_hides_no_adapter():
     base = tiny_base("llama")
-    batch = Batch(EIGHT, 32, 9, 6, base.spec.vocab_size)
-    slow, fast = (Ceilings(bytes_per_s=1e9, multiply_adds_per_s=rate) for rate in (1e6, math.inf))
-    assert slow.adapter_seconds(base, batch) > fast.adapter_seconds(base, batch) > 0
+    ceilings = Ceilings(bytes_per_s=1000, multiply_adds_per_s=2000)
+    mixed, plain = (Batch(mix, 32, 9, 6, base.spec.vocab_size) for mix in (EIGHT, BASE))
+    sides = sum(s.in_features + s.out_features for s in base.spec.linears.values())
+    num_bytes = 4 * sides * sum(RANKS[o] for o in {*mixed.owners()} - {None})  # float32
+    found = ceilings.adapter_seconds(base, mixed)
+    assert found > 5 * num_bytes / 1000  # and the prompt's products
+    assert found > ceilings.seconds(base, mixed) - ceilings.seconds(base, plain)

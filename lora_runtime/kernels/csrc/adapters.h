@@ -79,7 +79,8 @@ ALWAYS_INLINE void prefetch_rows(const Adapters<T, W>& p, const Segment& s, int 
 }
 
 // Columns of one module. What several adapters give a token is summed in float32 and rounded once.
-// next: the columns that come then.
+// next: columns of which the first rows of B are asked for meanwhile, as this thread likely does
+// them then.
 template <class T, class W>
 void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& next, float* sums) {
   const Module& m = *own.module;
@@ -112,7 +113,8 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  const long step = std::abs(num_threads);  // to what a thread does next; see Pool::run
+  // To what a thread likely does next, if all go at one speed; only prefetches rest on it.
+  const long step = std::abs(num_threads);
   const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {

@@ -12,8 +12,8 @@ constexpr int KEPT_UNITS = 24;  // of a row, decoded at a time
 constexpr int MANY_TOKENS = 128;  // that share what is kept
 
 // Consecutive rows of a weight, from row `first` on. halves(r, unit): 64 inputs of row r.
-// prefetch(unit, R): ask for a part of what comes later, from row `ahead` on; all units of R rows
-// ask for as much as R rows are.
+// prefetch(unit, count): ask for a share of the `count` rows from `ahead` on, which are multiplied
+// later; once called for every unit, all of them have been asked for.
 struct FourBitRows {
   static constexpr bool IS_ODD_FIRST = true, IS_DENSE = false;
   const uint8_t *codes, *codes_ahead;
@@ -125,7 +125,7 @@ ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Par
   for (int t = 0; t < N; t++) std::memcpy(p.y + long(token + t) * p.out + row, found + t * ROWS, R * sizeof(bf16));
 }
 
-#define INLINED __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of lambdas, which the `inline` of ALWAYS_INLINE does not fit
 // Few tokens: rows go through registers.
 template <int R, class Rows, class Data>
 void multiply_few(const Data& w, const RowJob& p, int row, long ahead) {

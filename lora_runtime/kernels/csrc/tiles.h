@@ -1,5 +1,5 @@
-// Tiles of 16 × 16 sums over pairs of bfloat16: AMX's, or the same of AVX512-BF16, as slow as they
-// are there. Compiled with each of the two instruction sets. No include guard on purpose.
+// Tiles of 16 × 16 sums over pairs of bfloat16: AMX's registers, or, without AMX, the same sums by
+// AVX512-BF16 in memory, which only training uses. Compiled for both. No include guard on purpose.
 
 constexpr int TILE = 16;  // outputs and tokens of a tile
 

@@ -14,7 +14,7 @@ constexpr int DEPTH = 64;  // products summed before they join the total: short 
 constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
-constexpr int SUMS = LANES;  // vectors that are summed at a time: half of the registers
+constexpr int MAX_TOTALS = LANES;  // vectors in which `combine` adds up at a time: half of the registers of AVX2 and AVX-512
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
@@ -230,7 +230,7 @@ inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N], cons
 
 // Vectors that N sums have at a time.
 template <int N>
-constexpr int VECTORS = std::min(8, std::max(2, SUMS / N / 2 * 2));
+constexpr int VECTORS = std::min(8, std::max(2, MAX_TOTALS / N / 2 * 2));
 
 // sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and at most V vectors.
 template <int N, int V, class Row>

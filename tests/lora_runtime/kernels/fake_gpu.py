@@ -140,16 +140,16 @@ class Launch:
         return f"{self.kernel}({', '.join(values)})"
 
 
-class _ZeroFilled(TorchFunctionMode):
-    """What is allocated for a kernel to fill holds zeros, and on a card without memory nothing, so
-    that any two tensors count as equal.
+class _Unread(TorchFunctionMode):
+    """What is allocated for a kernel to fill holds zeros, and on a card without memory nothing;
+    tensors without memory count as equal.
     """
 
     INSTEAD = {
         torch.empty: torch.zeros,
         torch.empty_like: torch.zeros_like,
         torch.Tensor.new_empty: torch.Tensor.new_zeros,
-        torch.equal: lambda *tensors: True,
+        torch.equal: lambda a, b: a.is_meta or b.is_meta or a.tolist() == b.tolist(),
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -193,7 +193,7 @@ def launches_on(card: Card) -> Iterator[list[Launch]]:
             torch.cuda, "get_device_capability", lambda _=None: divmod(card.arch, 10)
         ),
         knobs.runtime.scope(),
-        _ZeroFilled(),
+        _Unread(),
     ):
         knobs.runtime.jit_cache_hook = note
         yield found

@@ -15,8 +15,8 @@ from tests.lora_runtime.kernels.adapter_cases import layer_of
 
 BFLOAT16 = torch.bfloat16
 KINDS = ["nf4", "fp4", "nf4-double", "int8", "none"]
-ROWS = [1, 2, 15, 16, 17, 32, 33, 48, 133]
-"""Parts of a tile, whole tiles, and more tokens than share one pass over the codes."""
+ROWS = [1, 2, 3, 4, 5, 15, 16, 17, 32, 33, 48, 133]
+"""Parts of a block of 4 tokens and of a tile of 16, whole ones, and more than share a pass."""
 
 needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="needs AVX512-BF16")
 

@@ -90,12 +90,16 @@ class InPlace:
     def __init__(self, pause_s: float, rest_s: float) -> None:
         self.pause_s, self.rest_s = pause_s, rest_s
         self._longest_s = 0.0
-        self._moved_at = time.monotonic()
+        self._moved_at: float | None = None
 
     @property
     def longest_pause_s(self) -> float:
-        """Also of the pause that lasts: on a busy machine the writer waits long for its turn."""
-        return max(self._longest_s, time.monotonic() - self._moved_at)
+        """Also of the pause that lasts, and not of a rest: on a busy machine the writer waits long
+        for its turn.
+        """
+        moved_at = self._moved_at
+        lasting = 0.0 if moved_at is None else time.monotonic() - moved_at
+        return max(self._longest_s, lasting)
 
     def __call__(self, top: Path, number: int) -> None:
         self._moved_at = time.monotonic()
@@ -107,6 +111,7 @@ class InPlace:
 
         write_version(top / "adapter", number, pause=pause)
         self._longest_s = self.longest_pause_s
+        self._moved_at = None
         time.sleep(self.rest_s)
 
 
