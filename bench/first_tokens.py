@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import machine
+from bench import machine, streams
 from bench.served import serving
 from loramux.server.client import AsyncClient
 
@@ -44,19 +44,6 @@ async def prefill(client: AsyncClient, seeds: itertools.count[int], num_tokens: 
         await first_token_s(client, prompt(next(seeds), num_tokens))
 
 
-async def decode(client: AsyncClient, gaps: list[float]) -> None:
-    """One answer after another, until cancelled; notes the seconds between two of its tokens."""
-    while True:
-        last = None
-        async for event in client.generate(token_ids=[7], max_tokens=400, ignore_eos=True):
-            if not event.delta.token_ids:
-                continue
-            now = time.perf_counter()
-            if last is not None:
-                gaps.append(now - last)
-            last = now
-
-
 async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
     gaps: list[float] = []
     seeds, pauses = itertools.count(), random.Random(0)
@@ -64,8 +51,8 @@ async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
         alone = [
             await first_token_s(client, prompt(next(seeds), args.short_tokens)) for _ in range(10)
         ]
-        streams = [asyncio.create_task(decode(client, gaps))]
-        streams += [
+        tasks = [asyncio.create_task(streams.decode(client, gaps, token_ids=[7]))]
+        tasks += [
             asyncio.create_task(prefill(client, seeds, args.long_tokens))
             for _ in range(args.long_prompts)
         ]
@@ -75,11 +62,7 @@ async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
         for _ in range(args.short_prompts):
             await asyncio.sleep(pauses.uniform(0, 2 * args.pause_s))
             waits.append(await first_token_s(client, prompt(next(seeds), args.short_tokens)))
-        for stream in streams:
-            if stream.done():
-                stream.result()  # the load ended before the measurement did
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
+        await streams.end(tasks)
     step_s, p99_s = statistics.median(gaps), machine.percentile(waits, 99)
     return {
         "alone_ms": round(1000 * statistics.median(alone), 1),

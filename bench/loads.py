@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import machine
+from bench import machine, streams
 from bench.random_adapters import write_random_adapters
 from bench.served import serving
 from lora_runtime.base.loader import load_base
@@ -22,30 +22,19 @@ from lora_runtime.config import BaseConfig
 from loramux.server.client import AsyncClient
 
 
-async def listen(client: AsyncClient, index: int, gaps: list[float], stop: asyncio.Event) -> None:
-    """Stream after stream, until told to stop; notes the seconds between two tokens."""
-    adapter = "first" if index % 2 else None
-    while not stop.is_set():
-        last = None
-        async for event in client.generate(
-            token_ids=[5 + index, 9, 11], adapter=adapter, max_tokens=400, temperature=0.0,
-            ignore_eos=True,
-        ):  # fmt: skip
-            now = time.perf_counter()
-            if last is not None and event.delta.token_ids:
-                gaps.append(now - last)
-            last = now
-            if stop.is_set():
-                break
-
-
 async def measure(args: argparse.Namespace, address: str, folders: list[Path]) -> dict[str, object]:
     gaps: list[float] = []
     load_s: list[float] = []
     async with AsyncClient(address) as client:
         await client.load_adapter("first", str(folders[0]))
-        stop = asyncio.Event()
-        streams = [asyncio.create_task(listen(client, i, gaps, stop)) for i in range(args.streams)]
+        running = [
+            streams.decode(
+                client, gaps, token_ids=[5 + index, 9, 11], temperature=0.0,
+                adapter="first" if index % 2 else None,
+            )
+            for index in range(args.streams)
+        ]  # fmt: skip
+        tasks = [asyncio.create_task(stream) for stream in running]
         await asyncio.sleep(3)
         gaps.clear()
         await asyncio.sleep(args.quiet_s)
@@ -57,12 +46,7 @@ async def measure(args: argparse.Namespace, address: str, folders: list[Path]) -
             load_s.append(time.perf_counter() - begun)
             await client.unload_adapter(folder.name)
         loaded = list(gaps)
-        stop.set()
-        for stream in streams:
-            if stream.done():
-                stream.result()  # the streams ended before the measurement did
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
+        await streams.end(tasks)
     p99 = [1000 * machine.percentile(each, 99) for each in (quiet, loaded)]
     return {
         "load_ms_median": round(1000 * statistics.median(load_s), 1),

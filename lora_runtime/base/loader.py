@@ -8,7 +8,7 @@ inner linears visit the device one at a time, so that it never holds all of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -253,8 +253,8 @@ def prepare_base(
     _freeze_head(model, keep_copies=keep_copies)
     _settle_weights(model, linears)
     on_progress("fingerprinting")
-    spec = _spec(model, config.quantization, name, name_or_path, layers, found)
-    spec = replace(spec, left_out=(*left_out, *dropped))
+    left_out = (*left_out, *dropped)
+    spec = _spec(model, config.quantization, name, name_or_path, layers, found, left_out)
     _adapt_vocabulary(model, spec, context)
     on_progress("measuring the rows of the linear layers")
     weights = BaseWeights(model, spec, folder)
@@ -319,6 +319,7 @@ def _spec(
     name_or_path: str | None,
     layers: Mapping[str, AdaptedLinear | AdaptedExperts],
     found: Findings,
+    left_out: tuple[str, ...],
 ) -> BaseSpec:
     """Facts of a model whose layers are frozen; embedding and output layer are still its own."""
     embedding: Any = model.get_input_embeddings()
@@ -344,6 +345,7 @@ def _spec(
         model_type=model.config.model_type,
         routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),
         state_bytes=state_bytes(model),
+        left_out=left_out,
         exceeds_bfloat16=model.dtype != torch.bfloat16 and exceeds_bfloat16(model),
     )
 

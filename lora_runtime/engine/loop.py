@@ -128,10 +128,10 @@ class InThreadEngine:
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         load = await self._readers.run(AdapterLoad.read, folder, self._engine.base, rules)
         packed = await self._readers.run(load.pack, self.info.max_adapter_layers)
+        forwards = await self._readers.run(load.parity_forwards, packed)
         # One row of the parity gate at a time: running streams wait for one forward, not for all.
         numbers = [
-            await asyncio.wrap_future(self._post(forward, is_long=True))
-            for forward in load.parity_forwards(packed)
+            await asyncio.wrap_future(self._post(forward, is_long=True)) for forward in forwards
         ]
         load.check_parity(numbers)
         await self._call(lambda: self._engine.add_packed(packed))

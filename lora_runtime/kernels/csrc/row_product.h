@@ -227,15 +227,9 @@ void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, i
     const int first = starts[g], count = starts[g + 1] - first;
     if (count > 0) jobs_of_all.push_back({y + long(first) * out, x + long(first) * in, count, in, out, g * out});
   }
-  const RowJob* jobs = jobs_of_all.data();
-  const long num_panels = (out + PANEL - 1) / PANEL, num_all = num_panels * long(jobs_of_all.size());
-  const long panels = std::max(1L, std::min(8L, num_all / (4 * num_threads)));  // at a time
-  Pool::get().run(num_all, panels, num_threads, [&](long begin, long end) {
-    for (long i = begin; i < end; i++) {
-      const RowJob& job = jobs[i / num_panels];
-      const long next = std::min(i + 1, num_all - 1), ahead = jobs[next / num_panels].first_row + next % num_panels * PANEL;
-      multiply_panel<Rows>(w, job, int(i % num_panels), ahead);
-    }
+  const Panels<RowJob> panels(jobs_of_all, out);
+  Pool::get().run(panels.count, panels.at_a_time(num_threads), num_threads, [&](long begin, long end) {
+    for (long i = begin; i < end; i++) multiply_panel<Rows>(w, panels.job(i), panels.number(i), panels.ahead(i));
   });
 }
 

@@ -171,7 +171,6 @@ void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* start
     most = std::max(most, count);
   }
   const TokenTile* tiles = tiles_of_all.data();
-  const TileJob* jobs = jobs_of_all.data();
   Pool::get().run(num_tiles, 2, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
       const bf16* first = x + long(tiles[i].first) * in;
@@ -180,16 +179,15 @@ void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* start
     }
   });
   const Weight w(data);
-  const long num_panels = (out + PANEL - 1) / PANEL, num_all = num_panels * long(jobs_of_all.size());
-  const long panels = std::max(1L, std::min(8L, num_all / (4 * num_threads)));  // at a time
-  Pool::get().run(num_all, panels, num_threads, [&](long begin, long end) {
+  const Panels<TileJob> panels(jobs_of_all, out);
+  Pool::get().run(panels.count, panels.at_a_time(num_threads), num_threads, [&](long begin, long end) {
     static thread_local Scratch decoded;
     bf16* buffer = decoded.get<bf16>(most <= 2 * TILE ? 4 * HALF : long(PANEL) * in);
     Tiles registers;
     for (long i = begin; i < end; i++) {
-      const TileJob& job = jobs[i / num_panels];
-      const int panel = int(i % num_panels);
-      const long next = std::min(i + 1, num_all - 1), ahead = jobs[next / num_panels].first_row + next % num_panels * PANEL;
+      const TileJob& job = panels.job(i);
+      const int panel = panels.number(i);
+      const long ahead = panels.ahead(i);
       if (job.num_tokens <= TILE) multiply_few<1>(registers, w, job, panel, ahead, buffer);
       else if (job.num_tokens <= 2 * TILE) multiply_few<2>(registers, w, job, panel, ahead, buffer);
       else multiply_many(registers, w, job, panel, ahead, buffer);
