@@ -150,6 +150,7 @@ def apply_adapters(
     extents: Tensor,
     meta: StepMeta,
     hidden: Tensor | None = None,
+    may_overwrite: bool = False,
 ) -> Tensor:
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
 
@@ -159,14 +160,16 @@ def apply_adapters(
 
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
     extents (S, R, 8) int64, an Extent each. Returns (T, out) in base's dtype; nothing is changed in
-    place. Products accumulate in float32. Rows without an entry are exactly base + bias, whatever
-    values other rows or unused memory hold. `hidden`: A x, where the launch of the product made it
-    (`four_bit_product_and_shrink`). Raises IndexError where `meta` names a slot or replica that
-    `extents` does not have.
+    place, but for base where it `may_overwrite` that: its memory may then be the result's, which
+    saves a CPU a third of what it reads and writes. Products accumulate in float32. Rows without an
+    entry are exactly base + bias, whatever values other rows or unused memory hold. `hidden`: A x,
+    where the launch of the product made it (`four_bit_product_and_shrink`). Raises IndexError where
+    `meta` names a slot or replica that `extents` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
     widths = (base.shape[1],)
-    return apply_stacked_adapters(base, x, bias, memory, extents[None], meta, widths, hidden)
+    adapters = memory, extents[None], meta
+    return apply_stacked_adapters(base, x, bias, *adapters, widths, hidden, may_overwrite)
 
 
 def apply_stacked_adapters(
@@ -178,6 +181,7 @@ def apply_stacked_adapters(
     meta: StepMeta,
     widths: tuple[int, ...],
     hidden: Tensor | None = None,
+    may_overwrite: bool = False,
 ) -> Tensor:
     """`apply_adapters` of up to three modules that share x, their outputs side by side in `base`.
 
@@ -188,7 +192,8 @@ def apply_stacked_adapters(
     if gpu.can_run(base, x, weights=(memory.weights,)):
         return gpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths, hidden)
     if cpu.can_run(base, x, weights=(memory.weights,)):
-        return cpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths)
+        adapters = memory, extents, meta
+        return cpu.apply_stacked_adapters(base, x, bias, *adapters, widths, may_overwrite)
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, extents, strict=True)
     plain = _reference().apply_adapters
@@ -204,6 +209,7 @@ def apply_gated_adapters(
     meta: StepMeta,
     kind: str,
     hidden: Tensor | None = None,
+    may_overwrite: bool = False,
 ) -> Tensor:
     """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
 
@@ -215,7 +221,10 @@ def apply_gated_adapters(
     if gpu.can_run(base, x, weights=(memory.weights,)):
         return gpu.apply_gated_adapters(base, x, bias, memory, extents, meta, kind, hidden)
     width = base.shape[1] // 2
-    y = apply_stacked_adapters(base, x, bias, memory, extents, meta, (width, width))
+    adapters = memory, extents, meta
+    y = apply_stacked_adapters(
+        base, x, bias, *adapters, (width, width), may_overwrite=may_overwrite
+    )
     gate, up = y.chunk(2, dim=1)
     return gated_activation(gate, up, kind)
 

@@ -234,10 +234,11 @@ def apply_stacked_adapters(
     extents: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
+    may_overwrite: bool = False,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_stacked_adapters`."""
     base, x, extents = base.contiguous(), x.contiguous(), extents.contiguous()
-    y = empty(base.shape, base.dtype)
+    y = base if may_overwrite else empty(base.shape, base.dtype)
     columns = (ctypes.c_int64 * len(widths))(*widths)
     is_half = memory.weights.dtype == torch.float16
     _run(

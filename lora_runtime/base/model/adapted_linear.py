@@ -81,15 +81,16 @@ class PooledBinding:
         return self.tables[self.index]
 
     def linear(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
-        extents = self.extents
-        adapters = PooledAdapters(self.memory, extents[None], where)
-        product, hidden = layer.product_and_shrink(x, adapters)
-        return apply_adapters(product, x, layer.bias, self.memory, extents, where, hidden)
+        adapters = self.memory, self.extents, where
+        pooled = PooledAdapters(self.memory, self.extents[None], where)
+        product, hidden = layer.product_and_shrink(x, pooled)
+        return apply_adapters(product, x, layer.bias, *adapters, hidden, may_overwrite=True)
 
     def experts(self, x: Tensor, layer: ExpertProduct, routing: Routing, where: StepMeta) -> Tensor:
         pairs, product = routing.pairs(where), layer.product(x, routing)
         extents = pairs.extents(self.extents, layer.in_features, layer.out_features)
-        return apply_adapters(product, x, None, self.memory, extents, pairs.meta)
+        adapters = self.memory, extents, pairs.meta
+        return apply_adapters(product, x, None, *adapters, may_overwrite=True)
 
     def head(self, x: Tensor, layer: FrozenLinear, where: StepMeta) -> Tensor:
         product, adapters = layer.product(x), (self.memory, self.extents, where)

@@ -65,7 +65,9 @@ class StackedLinears:
             return None
         rows = x.reshape(-1, x.shape[-1])
         product, hidden = self.joined.product_and_shrink(rows, adapters)
-        y = apply_gated_adapters(product, rows, self.joined.bias, *adapters, kind, hidden)
+        y = apply_gated_adapters(
+            product, rows, self.joined.bias, *adapters, kind, hidden, may_overwrite=True
+        )
         return y.view(*x.shape[:-1], -1)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -73,7 +75,9 @@ class StackedLinears:
             return self.joined(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.joined.bias
         product, hidden = self.joined.product_and_shrink(rows, adapters)
-        y = apply_stacked_adapters(product, rows, bias, *adapters, self.widths, hidden)
+        y = apply_stacked_adapters(
+            product, rows, bias, *adapters, self.widths, hidden, may_overwrite=True
+        )
         return y.view(*x.shape[:-1], -1)
 
     def _adapters(self) -> PooledAdapters | None:

@@ -2,11 +2,11 @@
 
 template <int R, int N, class T, class W>
 inline void shrink_ranks(const Adapters<T, W>& p, const Segment& s, int first, int rank, const T* const* xs, const W* ahead) {
-  float out[R][N];
-  dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, out, ahead);
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++)
-      p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * out[r][j];
+  float found[TOKENS * RANKS];
+  dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, found, ahead);
+  for (int j = 0; j < N; j++)
+    for (int r = 0; r < R; r++)
+      p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * found[RANKS * j + r];
 }
 
 // ahead: the rows that are multiplied next.
@@ -46,15 +46,66 @@ inline void add_up(Y* y, const T* base, const T* bias, const float* delta, int w
     store(y + c, value(base[c]) + (bias ? value(bias[c]) : 0.f) + (delta ? delta[c] : 0.f));
 }
 
+// Asks for the rows of B that columns need, in the order in which they are added: memory that is
+// read in short pieces is not foreseen by the processor.
+template <class T, class W>
+class RowsAhead {
+ public:
+  // next: the columns that this thread likely does afterwards.
+  RowsAhead(const Adapters<T, W>& p, const Columns& own, const Columns& next) : p_(p), columns_(&own), next_(&next) {
+    enter();
+    for (int k = 0; k < DISTANCE; k++) ask();
+  }
+
+  // For the row that lies DISTANCE after the last one.
+  ALWAYS_INLINE void ask() {
+    if (!segment_) return;
+    const W* row = p_.memory + segment_->extent->b - segment_->column + long(k_) * segment_->width;
+    for (int c = columns_->begin; c < columns_->end; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(row + c, 0, 2);
+    if (++k_ < segment_->rank) return;
+    k_ = 0;
+    segment_++;
+    pass_empty();
+  }
+
+ private:
+  static constexpr int DISTANCE = 32;  // rows
+
+  void enter() {
+    segment_ = columns_->module->segments;
+    pass_empty();
+  }
+
+  void pass_empty() {
+    const Segment* end = columns_->module->segments + columns_->module->num_segments;
+    while (segment_ != end && segment_->rank == 0) segment_++;
+    if (segment_ != end) return;
+    segment_ = nullptr;
+    if (columns_ == next_) return;
+    columns_ = next_;
+    enter();
+  }
+
+  const Adapters<T, W>& p_;
+  const Columns *columns_, *next_;
+  const Segment* segment_;  // null: there is nothing more
+  int k_ = 0;
+};
+
 // What one adapter gives N tokens in `width` columns, at most VECTORS of them: the whole of what a
 // token gets, or a part that is added to the token's sums, which lie from column `begin` on.
+// ahead: null where rows of B have been asked for.
 template <int N, class T, class W>
-void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin) {
+void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin,
+                  RowsAhead<T, W>* ahead) {
   constexpr int V = VECTORS<N>;
   const float* hidden[N];
   float deltas[N][V * LANES];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s](int k) { return rows + long(k) * s.width; };
+  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s, ahead](int k) {
+    if (ahead) ahead->ask();
+    return rows + long(k) * s.width;
+  };
   combine<N, V>(hidden, s.rank, width, row, deltas);
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j], at = token * p.out + column;
@@ -70,17 +121,16 @@ void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int colu
   }
 }
 
-// Ask for the rows of B that `s` adds in columns begin to end.
+// Ask for the base's outputs of the block of entries that begins with `first`.
 template <class T, class W>
-ALWAYS_INLINE void prefetch_rows(const Adapters<T, W>& p, const Segment& s, int begin, int end) {
-  const W* rows = p.memory + s.extent->b - s.column;
-  for (int k = 0; k < s.rank; k++)
-    for (int c = begin; c < end; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(rows + long(k) * s.width + c, 0, 2);
+ALWAYS_INLINE void prefetch_outputs(const Adapters<T, W>& p, const Segment& s, int first, int begin, int end) {
+  for (int entry = first; entry < std::min(first + TOKENS, s.last); entry++)
+    for (int c = begin; c < end; c += CACHE_LINE / int(sizeof(T)))
+      __builtin_prefetch(p.base + long(p.tokens[entry]) * p.out + c, 1, 2);
 }
 
 // Columns of one module. What several adapters give a token is summed in float32 and rounded once.
-// next: columns of which the first rows of B are asked for meanwhile, as this thread likely does
-// them then.
+// next: what this thread likely does afterwards.
 template <class T, class W>
 void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& next, float* sums) {
   const Module& m = *own.module;
@@ -89,21 +139,26 @@ void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& n
   for (long t = 0; t < p.num_tokens; t++) {
     const long at = t * p.out + begin;
     if (m.places[t] >= 0) add_up(sums + long(m.places[t]) * MAX_COLUMNS, p.base + at, bias, nullptr, width);
-    else if (m.places[t] == NO_ADAPTER) add_up(p.y + at, p.base + at, bias, nullptr, width);
+    else if (m.places[t] == NO_ADAPTER && (bias || p.y != p.base)) add_up(p.y + at, p.base + at, bias, nullptr, width);
   }
+  RowsAhead<T, W> ahead(p, own, next);
   for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++) {
-    if (s + 1 != m.segments + m.num_segments) prefetch_rows(p, s[1], begin, end);
-    else if (next.module->num_segments > 0) prefetch_rows(p, *next.module->segments, next.begin, next.end);
     for (int first = s->first; first < s->last; first += TOKENS)
       by_tokens(s->last - first, [&](auto n) {
+        prefetch_outputs(p, *s, first + n, begin, end);
         constexpr int WIDTH = VECTORS<n> * LANES;
-        for (int c = begin; c < end; c += WIDTH) expand_block<n>(p, *s, first, c, std::min(WIDTH, end - c), sums, begin);
+        for (int c = begin; c < end; c += WIDTH) {
+          const bool is_first = first == s->first && c == begin;
+          expand_block<n>(p, *s, first, c, std::min(WIDTH, end - c), sums, begin, is_first ? &ahead : nullptr);
+        }
       });
   }
   for (long t = 0; t < p.num_tokens; t++)
     if (m.places[t] >= 0)
       for (int c = 0; c < width; c++) store(p.y + t * p.out + begin + c, sums[long(m.places[t]) * MAX_COLUMNS + c]);
 }
+
+constexpr int RUNS = 4;  // of blocks for each thread
 
 template <class T, class W>
 void apply_adapters(const Adapters<T, W>& p, int num_threads) {
@@ -113,17 +168,20 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  // To what a thread likely does next, if all go at one speed; only prefetches rest on it.
-  const long step = std::abs(num_threads);
-  const std::vector<Columns>& columns = *p.columns;
-  Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
+  // A thread takes blocks that lie behind each other in memory, and then likely the next such run
+  // after those of the other threads, if all go at one speed; only prefetches rest on it.
+  const long step = std::abs(num_threads), count = blocks.size();
+  const long grain = std::max(1L, count / (RUNS * step));
+  Pool::get().run(count, grain, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
       const Segment& s = *blocks[i].segment;
-      const Block& next = blocks[std::min(i + step, long(blocks.size()) - 1)];
+      const long after = i + 1 < end ? i + 1 : end + (step - 1) * grain;
+      const Block& next = blocks[std::min(after, count - 1)];
       by_tokens(s.last - blocks[i].first,
                 [&](auto n) { shrink_block<n>(p, s, blocks[i].first, p.memory + next.segment->extent->a); });
     }
   });
+  const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(columns.size(), 1, num_threads, [&](long begin, long end) {
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);

@@ -205,11 +205,27 @@ inline vec sums(vec* parts) {
 }
 #endif
 
-// out[r][j] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
+// found[RANKS · j + r]: the lanes' sum of totals[j][r]. The order in which lanes are added is the same
+// for every j, r, N and R.
+template <int N, int R>
+inline void sums_of(const vec (&totals)[N][R], float* found) {
+#if VECTOR_LEVEL >= 2
+  vec quarters[TOKENS];
+  for (int j = 0; j < TOKENS; j++) quarters[j] = j < N ? quarter_sums<R>(totals[j]) : vec{};
+  store(found, whole_sums(quarters));
+#else
+  vec parts[TOKENS * RANKS] = {};
+  for (int j = 0; j < N; j++)
+    for (int r = 0; r < R; r++) parts[RANKS * j + r] = totals[j][r];
+  for (int i = 0; i < TOKENS * RANKS; i += LANES) store(found + i, sums(parts + i));
+#endif
+}
+
+// found[RANKS · j + r] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
 // Meanwhile as much is asked for from `ahead` on.
 template <int R, int N, class T, class W>
-inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N], const W* ahead) {
-  vec totals[R][N] = {};
+inline void dots(const W* rows, const T* const* xs, int n, float* found, const W* ahead) {
+  vec totals[N][R] = {};
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
     vec x[N];
@@ -217,15 +233,14 @@ inline void dots(const W* rows, const T* const* xs, int n, float (*out)[N], cons
     for (int r = 0; r < R; r++) {
       __builtin_prefetch(ahead + long(r) * n + i, 0, 2);
       const vec row = load(rows + long(r) * n + i);
-      for (int j = 0; j < N; j++) totals[r][j] = fused(totals[r][j], row, x[j]);
+      for (int j = 0; j < N; j++) totals[j][r] = fused(totals[j][r], row, x[j]);
     }
   }
   if (i < n)
     for (int r = 0; r < R; r++)
       for (int j = 0; j < N; j++)
-        totals[r][j] = fused(totals[r][j], load_part(rows + long(r) * n + i, n - i), load_part(xs[j] + i, n - i));
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++) out[r][j] = sum(totals[r][j]);
+        totals[j][r] = fused(totals[j][r], load_part(rows + long(r) * n + i, n - i), load_part(xs[j] + i, n - i));
+  sums_of(totals, found);
 }
 
 // Vectors that N sums have at a time.
@@ -237,12 +252,15 @@ template <int N, int V, class Row>
 inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[V * LANES]) {
   if (width == V * LANES) {
     vec totals[N][V] = {};
-    for (int k = 0; k < count; k++)
+    for (int k = 0; k < count; k++) {
+      const auto* own = row(k);
       for (int i = 0; i < V; i++) {
-        const vec values = load(row(k) + i * LANES);
+        const vec values = load(own + i * LANES);
         for (int j = 0; j < N; j++) totals[j][i] = fused(totals[j][i], scales[j][k], values);
       }
-    for (int j = 0; j < N; j++) std::memcpy(sums[j], totals[j], sizeof totals[j]);
+    }
+    for (int j = 0; j < N; j++)
+      for (int i = 0; i < V; i++) store(sums[j] + i * LANES, totals[j][i]);
     return;
   }
   for (int at = 0; at < width; at += LANES) {
@@ -251,7 +269,7 @@ inline void combine(const float* const* scales, int count, int width, Row row, f
       const vec values = width - at >= LANES ? load(row(k) + at) : load_part(row(k) + at, width - at);
       for (int j = 0; j < N; j++) totals[j] = fused(totals[j], scales[j][k], values);
     }
-    for (int j = 0; j < N; j++) std::memcpy(sums[j] + at, &totals[j], sizeof(vec));
+    for (int j = 0; j < N; j++) store(sums[j] + at, totals[j]);
   }
 }
 

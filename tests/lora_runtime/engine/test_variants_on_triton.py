@@ -52,9 +52,12 @@ def test_float32_logits_equal_the_oracle(monkeypatch, tmp_path):
     launches = []
     for name in ("apply_stacked_adapters", "apply_gated_adapters"):
         real = getattr(stacked_linears, name)
-        monkeypatch.setattr(
-            stacked_linears, name, lambda *a, real=real: launches.append(len(a[4])) or real(*a)
-        )
+
+        def noted(*arguments, real=real, **options):
+            launches.append(len(arguments[4]))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(stacked_linears, name, noted)
     world = world_of("llama-bias", torch.float32, tmp_path, NAMES)
     for index, row, token_ids, logits in served(world, NUM_STEPS):
         expected = world.expected(index, token_ids, torch.float32)

@@ -91,6 +91,18 @@ def test_results_are_the_exact_ones_rounded_once(level, seed):
     assert case.memory.weights.isnan().any(), "what nobody owns must not be read"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_result_written_over_the_bases_has_the_same_bits(level, seed):
+    case = Case(seed, num_tokens=[4, 40, 150, 33][seed % 4])
+    meta = StepMeta.build(case.spans)
+    assert meta is not None
+    base, rest = case.base.clone(), (case.memory, case.extents, meta, case.widths)
+    expected = cpu.apply_stacked_adapters(base, case.x, case.bias, *rest)
+    assert torch.equal(base, case.base)
+    y = cpu.apply_stacked_adapters(base, case.x, case.bias, *rest, may_overwrite=True)
+    assert torch.equal(y, expected) and y.data_ptr() == base.data_ptr()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_row_is_bit_equal_whatever_stands_beside_it(level, seed):
     case = Case(seed, num_tokens=150)
