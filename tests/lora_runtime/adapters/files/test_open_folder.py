@@ -27,7 +27,7 @@ from lora_runtime.core import FolderRules
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, LoramuxError
 from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
 
-LOADS_S = 4.0
+LOADS_S = 1.5
 
 
 def write_version(folder: Path, version: int, *, pause: Callable[[], None] = lambda: None) -> None:
