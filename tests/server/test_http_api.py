@@ -565,9 +565,9 @@ async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monk
 
 async def test_a_slow_reader_of_one_long_answer_gets_all_of_it(api, monkeypatch) -> None:
     """More than sockets take, for several times what a stall may last."""
-    monkeypatch.setattr(http_connection, "STALL_S", 1.0)
-    async with api(max_model_len=15_000) as (_, api):
-        body = GOOD[CHAT] | {"logprobs": True, "top_logprobs": 20, "max_tokens": 14_000}
+    monkeypatch.setattr(http_connection, "STALL_S", 0.5)
+    async with api(max_model_len=8_000) as (_, api):
+        body = GOOD[CHAT] | {"logprobs": True, "top_logprobs": 20, "max_tokens": 7_000}
         content = json.dumps(body).encode()
         with socket.socket() as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
