@@ -150,6 +150,7 @@ def apply_adapters(
     extents: Tensor,
     meta: StepMeta,
     hidden: Tensor | None = None,
+    *,
     may_overwrite: bool = False,
 ) -> Tensor:
     """Add every token's adapters to one linear layer's output; rows of all adapters at once.
@@ -160,16 +161,19 @@ def apply_adapters(
 
     Shapes: base (T, out) = W x without bias, x (T, in), bias (out,) or None,
     extents (S, R, 8) int64, an Extent each. Returns (T, out) in base's dtype; nothing is changed in
-    place, but for base where it `may_overwrite` that: its memory may then be the result's, which
-    saves a CPU a third of what it reads and writes. Products accumulate in float32. Rows without an
-    entry are exactly base + bias, whatever values other rows or unused memory hold. `hidden`: A x,
-    where the launch of the product made it (`four_bit_product_and_shrink`). Raises IndexError where
-    `meta` names a slot or replica that `extents` does not have.
+    place. With `may_overwrite` base is the caller's to lose: on a CPU the result lies in its
+    memory, which saves a third of what is read and written of outputs. Products accumulate in
+    float32. Rows without an entry are exactly base + bias, whatever values other rows or
+    unused memory hold. `hidden`: A x, where the launch of the product made it
+    (`four_bit_product_and_shrink`). Raises IndexError where `meta` names a slot or replica that
+    `extents` does not have.
     Source: Punica's SGMV (arXiv:2310.18547), with true ranks and DoRA gains (arXiv:2402.09353).
     """
     widths = (base.shape[1],)
     adapters = memory, extents[None], meta
-    return apply_stacked_adapters(base, x, bias, *adapters, widths, hidden, may_overwrite)
+    return apply_stacked_adapters(
+        base, x, bias, *adapters, widths, hidden, may_overwrite=may_overwrite
+    )
 
 
 def apply_stacked_adapters(
@@ -181,6 +185,7 @@ def apply_stacked_adapters(
     meta: StepMeta,
     widths: tuple[int, ...],
     hidden: Tensor | None = None,
+    *,
     may_overwrite: bool = False,
 ) -> Tensor:
     """`apply_adapters` of up to three modules that share x, their outputs side by side in `base`.
@@ -193,7 +198,9 @@ def apply_stacked_adapters(
         return gpu.apply_stacked_adapters(base, x, bias, memory, extents, meta, widths, hidden)
     if cpu.can_run(base, x, weights=(memory.weights,)):
         adapters = memory, extents, meta
-        return cpu.apply_stacked_adapters(base, x, bias, *adapters, widths, may_overwrite)
+        return cpu.apply_stacked_adapters(
+            base, x, bias, *adapters, widths, may_overwrite=may_overwrite
+        )
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     parts = zip(base.split(widths, 1), biases, extents, strict=True)
     plain = _reference().apply_adapters
@@ -209,13 +216,15 @@ def apply_gated_adapters(
     meta: StepMeta,
     kind: str,
     hidden: Tensor | None = None,
+    *,
     may_overwrite: bool = False,
 ) -> Tensor:
     """`gated_activation` of the two halves of `apply_stacked_adapters`: act(gate) · up.
 
     gate and up share x and are rounded to base's dtype before, as if they had been written.
     Shapes: base (T, 2 · width) and bias (2 · width,) or None, gate's half first;
-    extents (2, S, R, 8); `kind` as in `gated_activation`. Returns (T, width).
+    extents (2, S, R, 8); `kind` as in `gated_activation`, `hidden` and `may_overwrite` as in
+    `apply_adapters`. Returns (T, width).
     """
     meta.check_within(extents)
     if gpu.can_run(base, x, weights=(memory.weights,)):

@@ -234,6 +234,7 @@ def apply_stacked_adapters(
     extents: Tensor,
     meta: StepMeta,
     widths: tuple[int, ...],
+    *,
     may_overwrite: bool = False,
 ) -> Tensor:
     """See `lora_runtime.kernels.apply_stacked_adapters`."""

@@ -94,19 +94,24 @@ class RowsAhead {
 
 // What one adapter gives N tokens in `width` columns, at most VECTORS of them: the whole of what a
 // token gets, or a part that is added to the token's sums, which lie from column `begin` on.
-// ahead: null where rows of B have been asked for.
+// ahead: null but where the segment's rows of B are first read.
 template <int N, class T, class W>
-void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* sums_of, int begin,
+void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* all_sums, int begin,
                   RowsAhead<T, W>* ahead) {
   constexpr int V = VECTORS<N>;
   const float* hidden[N];
   float deltas[N][V * LANES];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s, ahead](int k) {
-    if (ahead) ahead->ask();
-    return rows + long(k) * s.width;
+  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s](int k) { return rows + long(k) * s.width; };
+  const auto row_and_ahead = [&](int k) {
+    ahead->ask();
+    return row(k);
   };
-  combine<N, V>(hidden, s.rank, width, row, deltas);
+  // A narrow block goes over the rows once for each vector: it asks for as many as it has before.
+  const bool is_whole = width == V * LANES;
+  for (int k = 0; k < s.rank && ahead && !is_whole; k++) ahead->ask();
+  if (ahead && is_whole) combine<N, V>(hidden, s.rank, width, row_and_ahead, deltas);
+  else combine<N, V>(hidden, s.rank, width, row, deltas);
   for (int j = 0; j < N; j++) {
     const long token = p.tokens[first + j], at = token * p.out + column;
     if (s.extent->gain >= 0 || s.extent->bias >= 0)
@@ -115,22 +120,22 @@ void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int colu
     if (place == ONE_ADAPTER)
       add_up(p.y + at, p.base + at, p.bias ? p.bias + column : nullptr, deltas[j], width);
     else {
-      float* sums = sums_of + long(place) * MAX_COLUMNS + (column - begin);
+      float* sums = all_sums + long(place) * MAX_COLUMNS + (column - begin);
       for (int c = 0; c < width; c++) sums[c] += deltas[j][c];
     }
   }
 }
 
-// Ask for the base's outputs of the block of entries that begins with `first`.
+// Ask for the base's outputs of the block of the segment's entries that begins with `first`, if any.
 template <class T, class W>
 ALWAYS_INLINE void prefetch_outputs(const Adapters<T, W>& p, const Segment& s, int first, int begin, int end) {
   for (int entry = first; entry < std::min(first + TOKENS, s.last); entry++)
     for (int c = begin; c < end; c += CACHE_LINE / int(sizeof(T)))
-      __builtin_prefetch(p.base + long(p.tokens[entry]) * p.out + c, 1, 2);
+      __builtin_prefetch(p.base + long(p.tokens[entry]) * p.out + c, 0, 2);
 }
 
 // Columns of one module. What several adapters give a token is summed in float32 and rounded once.
-// next: what this thread likely does afterwards.
+// next: what this thread likely does afterwards; its first rows of B are asked for at the end.
 template <class T, class W>
 void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& next, float* sums) {
   const Module& m = *own.module;
@@ -168,9 +173,9 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  // A thread takes blocks that lie behind each other in memory, and then likely the next such run
-  // after those of the other threads, if all go at one speed; only prefetches rest on it.
-  const long step = std::abs(num_threads), count = blocks.size();
+  // A thread takes a run of neighbouring blocks, which often share A or have theirs side by side, and
+  // then likely the run after those of the other threads; only prefetches rest on it.
+  const long step = std::max(1, std::abs(num_threads)), count = blocks.size();
   const long grain = std::max(1L, count / (RUNS * step));
   Pool::get().run(count, grain, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {

@@ -206,14 +206,16 @@ inline vec sums(vec* parts) {
 #endif
 
 // found[RANKS · j + r]: the lanes' sum of totals[j][r]. The order in which lanes are added is the same
-// for every j, r, N and R.
+// for every j, r, N and R. All TOKENS · RANKS values of found are written, 0 where there is no j or r.
 template <int N, int R>
-inline void sums_of(const vec (&totals)[N][R], float* found) {
+inline void lane_sums(const vec (&totals)[N][R], float* found) {
 #if VECTOR_LEVEL >= 2
+  static_assert(TOKENS == 4 && RANKS == 4 && LANES == 16, "a quarter of the lanes for each token");
   vec quarters[TOKENS];
   for (int j = 0; j < TOKENS; j++) quarters[j] = j < N ? quarter_sums<R>(totals[j]) : vec{};
   store(found, whole_sums(quarters));
 #else
+  static_assert(TOKENS * RANKS % LANES == 0, "whole vectors of sums");
   vec parts[TOKENS * RANKS] = {};
   for (int j = 0; j < N; j++)
     for (int r = 0; r < R; r++) parts[RANKS * j + r] = totals[j][r];
@@ -221,7 +223,7 @@ inline void sums_of(const vec (&totals)[N][R], float* found) {
 #endif
 }
 
-// found[RANKS · j + r] = row r · xs[j] for R rows that lie behind each other and N vectors of length n.
+// found, as `lane_sums` writes it: row r · xs[j] for R rows that lie behind each other and N vectors of length n.
 // Meanwhile as much is asked for from `ahead` on.
 template <int R, int N, class T, class W>
 inline void dots(const W* rows, const T* const* xs, int n, float* found, const W* ahead) {
@@ -240,7 +242,7 @@ inline void dots(const W* rows, const T* const* xs, int n, float* found, const W
     for (int r = 0; r < R; r++)
       for (int j = 0; j < N; j++)
         totals[j][r] = fused(totals[j][r], load_part(rows + long(r) * n + i, n - i), load_part(xs[j] + i, n - i));
-  sums_of(totals, found);
+  lane_sums(totals, found);
 }
 
 // Vectors that N sums have at a time.

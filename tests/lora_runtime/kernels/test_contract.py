@@ -51,6 +51,20 @@ def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
         assert torch.equal(y[untouched], plain[untouched])
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", cpu.LEVELS, indirect=True)
+def test_written_over_the_base_every_kind_of_row_has_the_same_bits(level, dtype, has_bias):
+    memory, extents, _ = build_adapters(dtype)
+    base, x = torch.randn(NUM_TOKENS, OUT).to(dtype), torch.randn(NUM_TOKENS, IN).to(dtype)
+    bias = torch.randn(OUT).to(dtype) if has_bias else None
+    given, adapters = base.clone(), (memory, extents, StepMeta.build(SPANS))
+    expected = apply_adapters(given, x, bias, *adapters)
+    assert torch.equal(given, base)
+    y = apply_adapters(given, x, bias, *adapters, may_overwrite=True)
+    assert torch.equal(y, expected) and y.data_ptr() == given.data_ptr()
+
+
 def test_span_order_does_not_matter():
     memory, extents, _ = build_adapters(torch.float32)
     base, x = torch.randn(NUM_TOKENS, OUT), torch.randn(NUM_TOKENS, IN)
