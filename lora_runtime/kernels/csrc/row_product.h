@@ -118,10 +118,9 @@ ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Par
     for (int i = 0; i < N * R; i++) store(kept + i * LANES, totals[i / R][i % R]);
     return;
   }
-  vec of_tokens[TOKENS] = {};
-  for (int t = 0; t < N; t++) of_tokens[t] = quarter_sums<R>(totals[t]);
+  static_assert(ROWS == RANKS, "lane_sums lays a token's rows side by side");
   bf16 found[TOKENS * ROWS];
-  store(found, whole_sums(of_tokens));
+  lane_sums(totals, found);
   for (int t = 0; t < N; t++) std::memcpy(p.y + long(token + t) * p.out + row, found + t * ROWS, R * sizeof(bf16));
 }
 

@@ -207,8 +207,8 @@ inline vec sums(vec* parts) {
 
 // found[RANKS · j + r]: the lanes' sum of totals[j][r]. The order in which lanes are added is the same
 // for every j, r, N and R. All TOKENS · RANKS values of found are written, 0 where there is no j or r.
-template <int N, int R>
-inline void lane_sums(const vec (&totals)[N][R], float* found) {
+template <int N, int R, class Y>
+ALWAYS_INLINE void lane_sums(const vec (&totals)[N][R], Y* found) {
 #if VECTOR_LEVEL >= 2
   static_assert(TOKENS == 4 && RANKS == 4 && LANES == 16, "a quarter of the lanes for each token");
   vec quarters[TOKENS];
