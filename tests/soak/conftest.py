@@ -13,11 +13,10 @@ import pytest
 from tests.server.conftest import pytest_pyfunc_call  # noqa: F401  async test functions
 from tests.soak.served import Running, running, write_world
 
-NARROW = (
-    "--max-num-seqs", "8", "--max-queued-requests", "40", "--max-num-batched-tokens", "64",
-    "--adapter-pool-bytes", "200000",
-)  # fmt: skip
-"""Eight rows, forty that wait, and room for about five adapters."""
+FEW = ("--max-num-seqs", "8", "--max-queued-requests", "40")
+"""Eight rows, and forty that wait."""
+NARROW = (*FEW, "--max-num-batched-tokens", "64", "--adapter-pool-bytes", "200000")
+"""The same, and room for about five adapters."""
 ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 
 
@@ -81,4 +80,17 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One with little room, over a base whose vocabulary is as large as a real one's."""
     folder = write_world(tmp_path_factory.mktemp("narrow"), vocab_size=49_152)
     with running(folder, *NARROW) as server:
+        yield server
+
+
+@pytest.fixture
+def overloaded(folder, size, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """At full size a real base as it is served by default. The tiny one makes a token in a third
+    of a millisecond; to refuse a call takes the same interpreter half of one, and the client on the
+    same cores another half, so that 432 refusals are a tenth of all that it does in two seconds.
+    """
+    if not size.is_full:
+        yield request.getfixturevalue("narrow")
+        return
+    with running(folder, *FEW, base="smollm2-135m") as server:
         yield server

@@ -49,7 +49,9 @@ class Running:
     http: str
     log: Path
     folder: Path
-    """Where its base and adapters lie."""
+    """Where its adapters lie, and its base if it is a tiny one."""
+    base: str
+    """What it says its base is."""
 
 
 class Served:
@@ -128,9 +130,14 @@ def write_world(folder: Path, *, vocab_size: int | None = None) -> Path:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, *flags: str, store: Path | None = None, is_fork: bool = False
+    folder: Path,
+    *flags: str,
+    base: str | None = None,
+    store: Path | None = None,
+    is_fork: bool = False,
 ) -> Iterator[Running]:
-    """A server over `folder`/base with `folder`/adapters as its root, until the context ends.
+    """A server over `folder`/base in float32 and on one thread, or over `base` as it is served by
+    default, with `folder`/adapters as its root, until the context ends.
 
     `store`: what outlasts it; None: nothing does. `is_fork`: it starts sooner, and its memory is
     shared with others, so that it says nothing.
@@ -139,12 +146,16 @@ def running(
     store = store or Path(tempfile.mkdtemp(prefix="store-", dir=folder))
     log = store.with_suffix(".log")
     command = [
-        "-m", "loramux", "--base", str(folder / "base"), "--device", "cpu",
-        "--dtype", "float32", "--grpc-address", target, "--http-address", http,
+        "-m", "loramux", "--base", base or str(folder / "base"), "--device", "cpu",
+        "--grpc-address", target, "--http-address", http,
         "--adapter-roots", str(folder / "adapters"), "--adapter-store", str(store),
-        "--kv-bytes", str(8 << 20), "--log-format", "console", "--log-level", "warning", *flags,
+        "--log-format", "console", "--log-level", "warning", *flags,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if base is None:
+        command += ["--dtype", "float32", "--kv-bytes", str(8 << 20)]
+    else:
+        del environment["OMP_NUM_THREADS"]
     process: subprocess.Popen | Program
     with log.open("a") as stream:
         if is_fork:
@@ -155,7 +166,7 @@ def running(
                 [sys.executable, *command], cwd=REPO, stderr=stream, stdout=stream, env=environment
             )
     try:
-        server = Running(process, target, f"http://{http}", log, folder)
+        server = Running(process, target, f"http://{http}", log, folder, base or "a tiny base")
         wait_until_ready(server)
         yield server
     finally:
