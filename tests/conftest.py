@@ -29,9 +29,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """No collection looks again through what the imports left, which is a million objects."""
+    """No collection of garbage looks again through what the imports left, which is a million
+    objects, and those that look through all the rest are four times as rare as Python has them.
+    """
     gc.collect()
     gc.freeze()
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 4 * old)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +49,27 @@ def short_model_cards():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftModel, "create_or_update_model_card", write)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settle_s():
+    """Nearly every test loads what it has just written, and has written all of it: a folder counts
+    as complete sooner than in a server. Yields a server's seconds.
+    """
+    from lora_runtime.adapters.files import open_folder
+
+    seconds = open_folder.SETTLE_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_folder, "SETTLE_S", seconds / 10)
+        yield seconds
+
+
+@pytest.fixture
+def settles_as_in_a_server(settle_s, monkeypatch):
+    """For tests of folders that change while they are read."""
+    from lora_runtime.adapters.files import open_folder
+
+    monkeypatch.setattr(open_folder, "SETTLE_S", settle_s)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from loramux.server.adapters.sources import Sources
 from tests.peft_adapters import write_adapter
 from tests.tiny import tiny_base, tiny_checkpoint, tiny_model
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("settles_as_in_a_server")]
 TEMPLATE_FILE = "chat_template.jinja"
 BATCH = 100
 """Folders that are written before they are read: a fresh one is waited for until it is at rest."""

@@ -152,8 +152,9 @@ class OpenFolder:
     def is_at_rest(self) -> bool:
         """Tell whether the folder has stayed as it is for SETTLE_S, waiting for that if need be."""
         youngest = max(max(stamp[3:]) for stamp in self._stamps.values()) / 1e9
-        if abs(time.time() - youngest) < SETTLE_S:
-            time.sleep(SETTLE_S)
+        age = time.time() - youngest
+        if abs(age) < SETTLE_S:  # a clock may have been set back
+            time.sleep(SETTLE_S - max(age, 0.0))
             return self.is_unchanged()
         return True
 

@@ -29,6 +29,8 @@ from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
 
 LOADS_S = 1.5
 
+pytestmark = pytest.mark.usefixtures("settles_as_in_a_server")
+
 
 def write_version(folder: Path, version: int, *, pause: Callable[[], None] = lambda: None) -> None:
     """An adapter whose every file says which version it is of."""
