@@ -20,7 +20,7 @@ from lora_runtime.base.model.fused_modules import are_fused
 from lora_runtime.base.model.parts import decoder_layers
 from lora_runtime.engine.decode_graphs import Replay
 from lora_runtime.kernels import can_fuse, can_run_on_gpu
-from lora_runtime.kernels.cpu import Tape, Unrecordable, is_recording, recorded_on
+from lora_runtime.kernels.tape import Tape, Unrecordable, is_recording, recorded_on
 
 
 def can_capture_on_cpu(base: Base) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine.batch import ForwardBatch, Rows
 from lora_runtime.engine.step_buffers import StepBuffers
-from lora_runtime.kernels.cpu import Unrecordable
+from lora_runtime.kernels.tape import Unrecordable
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows that a graph is captured for; a step takes the smallest that holds it."""

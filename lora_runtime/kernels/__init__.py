@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_runtime.kernels import cpu, cpu_tracked, gpu, huge_pages, reference
-from lora_runtime.kernels.cpu import refuse_recording, unrecorded
+from lora_runtime.kernels import cpu, cpu_library, cpu_tracked, gpu, huge_pages, reference
 from lora_runtime.kernels.expert_pairs import ExpertPairs
+from lora_runtime.kernels.tape import refuse_recording, unrecorded
 from lora_runtime.kernels.types import (
     NO_EXTENT,
     AdapterMemory,
@@ -102,7 +102,7 @@ __all__ = [
     "write_kv",
 ]
 
-BACKEND = gpu.name() or cpu.name() or "torch"
+BACKEND = gpu.name() or cpu_library.name() or "torch"
 """The fastest backend of this installation."""
 
 
@@ -128,7 +128,7 @@ def _can_track(*activations: Tensor, frozen: tuple[Tensor, ...] = ()) -> bool:
 
 def _reference() -> ModuleType:
     """The definition. It reads tables in Python, so what is recorded must not contain it."""
-    cpu.refuse_recording()
+    refuse_recording()
     return reference
 
 

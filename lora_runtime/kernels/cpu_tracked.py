@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_runtime.kernels import cpu
+from lora_runtime.kernels.cpu_library import beside_torch
 from lora_runtime.kernels.types import HeadNorm, wants_gradient
 
 
@@ -36,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    @cpu.beside_torch()
+    @beside_torch()
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.plus_one = eps, plus_one
@@ -44,7 +45,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @cpu.beside_torch()
+    @beside_torch()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         found = cpu.rms_norm_gradient(grad, x, weight, ctx.eps, plus_one=ctx.plus_one)
@@ -69,7 +70,7 @@ def add_rms_norm(
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    @cpu.beside_torch()
+    @beside_torch()
     def forward(
         ctx: Any,
         x: Tensor,
@@ -89,7 +90,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @cpu.beside_torch()
+    @beside_torch()
     def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, branch, branch_weight = ctx.saved_tensors
         options: Any = {"eps": ctx.eps, "plus_one": ctx.plus_one}
@@ -110,7 +111,7 @@ def rotate(
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    @cpu.beside_torch()
+    @beside_torch()
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: HeadNorm | None
     ) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @cpu.beside_torch()
+    @beside_torch()
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, *heads = ctx.saved_tensors
         q, k = heads or (grad_q, grad_k)
@@ -136,7 +137,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float)
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
-    @cpu.beside_torch()
+    @beside_torch()
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
     ) -> Tensor:
@@ -146,7 +147,7 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @cpu.beside_torch()
+    @beside_torch()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, segments = ctx.saved_tensors
         found = cpu.attend_rows_gradient(grad, q, k, v, segments, ctx.scale)
@@ -161,7 +162,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    @cpu.beside_torch()
+    @beside_torch()
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
@@ -169,7 +170,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @cpu.beside_torch()
+    @beside_torch()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *cpu.gated_activation_gradient(grad, gate, up, ctx.kind), None

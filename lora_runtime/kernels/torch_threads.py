@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_runtime.kernels import cpu
+from lora_runtime.kernels.cpu_library import set_torch_threads
 
 
 def keep_number() -> None:
@@ -23,4 +23,4 @@ def compute_alone() -> None:
     for longer than it computes.
     """
     keep_number()
-    cpu.set_torch_threads(1)
+    set_torch_threads(1)

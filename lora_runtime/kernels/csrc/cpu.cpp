@@ -1,4 +1,4 @@
-// CPU kernels of the runtime behind a plain C interface; cpu.py loads this library.
+// CPU kernels of the runtime behind a plain C interface; cpu_library.py loads this library.
 // Every body is compiled for the baseline and, on x86-64 with GCC, for AVX2 and AVX-512; the best
 // one the processor has is chosen at every call.
 

@@ -12,6 +12,7 @@ from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.core import AdapterUse
 from lora_runtime.engine.cpu_capture import CpuCapture, can_capture_on_cpu
 from lora_runtime.kernels import cpu
+from lora_runtime.kernels.tape import Tape, Unrecordable, empty, is_recording, recorded_on
 from tests.driver import greedy, run, tiny_engine
 from tests.lora_runtime.engine.mixed_batch import prompt
 from tests.peft_adapters import four_adapters, write_adapter
@@ -219,9 +220,9 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_ops_that_tell_python_values_are_not_recorded(name):
     """A tape would give every step the value, or the shape, of the one that was recorded."""
-    with pytest.raises(cpu.Unrecordable):
+    with pytest.raises(Unrecordable):
         CpuCapture()(lambda: READERS[name](torch.ones(3)))
-    assert not cpu.is_recording()
+    assert not is_recording()
     CpuCapture()(lambda: torch.ones(3)[torch.tensor([0, 2])])
 
 
@@ -263,14 +264,14 @@ def test_steps_that_decode_weights_are_not_captured(quantization):
 
 
 def test_memory_of_a_tape_is_used_again_once_nobody_holds_it():
-    tape = cpu.Tape()
-    with cpu.recorded_on(tape):
-        first = cpu.empty((4, 16), FLOAT32)
+    tape = Tape()
+    with recorded_on(tape):
+        first = empty((4, 16), FLOAT32)
         view, address = first[1:], first.data_ptr()
         del first
-        second = cpu.empty((4, 16), FLOAT32)
+        second = empty((4, 16), FLOAT32)
         assert second.data_ptr() != address, "a view still holds it"
         del view
-        assert cpu.empty((4, 16), FLOAT32).data_ptr() == address
-        assert cpu.is_recording()
-    assert not cpu.is_recording()
+        assert empty((4, 16), FLOAT32).data_ptr() == address
+        assert is_recording()
+    assert not is_recording()

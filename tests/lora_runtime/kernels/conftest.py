@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_runtime.kernels import cpu
+from lora_runtime.kernels.cpu_library import LEVELS, library
 
 
 @pytest.fixture(params=["amx", "avx512_bf16"])
 def level(request):
     """The instructions that are used, where the processor has them."""
-    found, wanted = cpu.library(), cpu.LEVELS.index(request.param)
+    found, wanted = library(), LEVELS.index(request.param)
     if found.loramux_level() < wanted:
         pytest.skip(f"the processor has no {request.param}")
     found.loramux_limit_level(wanted)
     yield request.param
-    found.loramux_limit_level(len(cpu.LEVELS) - 1)
+    found.loramux_limit_level(len(LEVELS) - 1)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from lora_runtime.kernels import (
     patch_logits,
     reference,
 )
+from lora_runtime.kernels.cpu_library import LEVELS
 from tests.lora_runtime.kernels.adapter_cases import (
     IN,
     NUM_TOKENS,
@@ -53,7 +54,7 @@ def test_every_kind_of_row_in_one_step(backend, dtype, has_bias):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", cpu.LEVELS, indirect=True)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_written_over_the_base_every_kind_of_row_has_the_same_bits(level, dtype, has_bias):
     memory, extents, _ = build_adapters(dtype)
     base, x = torch.randn(NUM_TOKENS, OUT).to(dtype), torch.randn(NUM_TOKENS, IN).to(dtype)

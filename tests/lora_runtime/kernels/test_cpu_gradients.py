@@ -9,12 +9,13 @@ import torch
 
 from lora_runtime import kernels
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
-from lora_runtime.kernels import HeadNorm, cpu, cpu_tracked, reference
+from lora_runtime.kernels import HeadNorm, cpu_tracked, reference
+from lora_runtime.kernels.cpu_library import LEVELS, library
 
 DTYPES = [torch.float32, torch.bfloat16]
 SEEDS = range(6)
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the compiled library is missing")
+pytestmark = pytest.mark.skipif(library() is None, reason="the compiled library is missing")
 
 
 @pytest.fixture(autouse=True)
@@ -135,12 +136,12 @@ def drawn_rows(draw, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("highest", range(len(cpu.LEVELS)))
+@pytest.mark.parametrize("highest", range(len(LEVELS)))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_attention_over_rows(highest, seed, dtype, request):
     """In float64 rows are padded to one and masked."""
-    found = cpu.library()
-    request.addfinalizer(lambda: found.loramux_limit_level(len(cpu.LEVELS) - 1))
+    found = library()
+    request.addfinalizer(lambda: found.loramux_limit_level(len(LEVELS) - 1))
     found.loramux_limit_level(highest)
     torch.manual_seed(seed)
     rows, inputs = drawn_rows(random.Random(seed), dtype)

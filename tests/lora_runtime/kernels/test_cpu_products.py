@@ -97,8 +97,9 @@ def test_no_rows_touch_no_memory(limit):
     program = f"""
         import torch
         from lora_runtime.kernels import cpu
+        from lora_runtime.kernels.cpu_library import library
 
-        cpu.library().loramux_limit_level({limit})
+        library().loramux_limit_level({limit})
         weight = torch.ones(64, 8192, dtype=torch.bfloat16)
         codes, scales = weight.to(torch.int8), torch.ones(64)
         packed = torch.zeros(64 * 8192 // 2, dtype=torch.uint8)

@@ -6,10 +6,10 @@ import textwrap
 
 import pytest
 
-from lora_runtime.kernels import cpu
+from lora_runtime.kernels.cpu_library import library
 from tests.fork_server import run_program
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs the compiled library")
+pytestmark = pytest.mark.skipif(library() is None, reason="needs the compiled library")
 
 SETUP = """
 import os, resource, threading
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lora_runtime.kernels import cpu
+from lora_runtime.kernels.tape import Tape, recorded_on
 
 torch.set_num_threads(1)  # torch's own threads, which do not live through a fork, stay out of it
 x, weight = torch.randn(64, 512), torch.randn(2048, 512)
@@ -88,9 +89,9 @@ def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile(run_alone):
         assert not failed
         # Of the library alone: torch ends a program with an error where one of its calls is left by
         # a thread that ends with the program.
-        tape = cpu.Tape()
+        tape = Tape()
         torch.set_num_threads(4)
-        with cpu.recorded_on(tape):
+        with recorded_on(tape):
             cpu.panel_product(x, panels, 2048)
         threading.Thread(target=lambda: [tape.play() for _ in iter(int, 1)], daemon=True).start()
         check()

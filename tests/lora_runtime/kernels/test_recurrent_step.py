@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_runtime.kernels import conv_step, cpu, gpu, recurrent_step, reference
+from lora_runtime.kernels.cpu_library import LEVELS, library
 from tests.lora_runtime.kernels.on_triton import DEVICE, on_device
 
 SHAPES = [
@@ -20,7 +21,7 @@ SHAPES = [
     (4, 1, 5, 130, 33),
 ]
 """Rows, key heads, heads, keys, values."""
-BACKENDS = ["triton", "torch", *cpu.LEVELS]
+BACKENDS = ["triton", "torch", *LEVELS]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -29,7 +30,7 @@ def backend(request, monkeypatch):
     back to the host.
     """
     name = request.param
-    if name in cpu.LEVELS and cpu.library() is None:
+    if name in LEVELS and library() is None:
         pytest.skip("without the library")
     monkeypatch.setattr(gpu, "DEVICES", {DEVICE} if name == "triton" else set())
     if name == "torch":
@@ -38,7 +39,7 @@ def backend(request, monkeypatch):
     def call(op, states, *args, **options):
         move = on_device if name == "triton" else lambda value: value
         there = move(states)
-        with level(name) if name in cpu.LEVELS else contextlib.nullcontext():
+        with level(name) if name in LEVELS else contextlib.nullcontext():
             moved = {key: move(value) for key, value in options.items()}
             out = op(there, *map(move, args), **moved)
         states.copy_(there)
@@ -50,11 +51,11 @@ def backend(request, monkeypatch):
 
 @contextlib.contextmanager
 def level(name):
-    cpu.library().loramux_limit_level(cpu.LEVELS.index(name))
+    library().loramux_limit_level(LEVELS.index(name))
     try:
         yield
     finally:
-        cpu.library().loramux_limit_level(len(cpu.LEVELS) - 1)
+        library().loramux_limit_level(len(LEVELS) - 1)
 
 
 def places(num_rows, generator):

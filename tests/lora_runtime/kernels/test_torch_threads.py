@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lora_runtime.kernels import cpu, torch_threads
-from lora_runtime.kernels.cpu import Tape
+from lora_runtime.kernels import torch_threads
+from lora_runtime.kernels.cpu_library import library
+from lora_runtime.kernels.tape import Tape
 
-pytestmark = pytest.mark.skipif(cpu.name() is None, reason="needs the compiled library")
+pytestmark = pytest.mark.skipif(library() is None, reason="needs the compiled library")
 
 
 def test_a_thread_that_computes_alone_takes_no_number_from_others():
