@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -24,11 +25,16 @@ def num_usable_cores() -> int:
     """Cores that this process may run on, threads of one core counted once, within the quota of its
     container.
     """
-    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    processors = usable_processors()
     if processors is None:
         return os.cpu_count() or 1
     num_cores = len({_siblings(processor) for processor in processors})
-    return max(1, math.ceil(min(num_cores, _quota())))
+    return max(1, math.ceil(min(num_cores, quota())))
+
+
+def usable_processors() -> set[int] | None:
+    """Those that this process may run on; None where the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 def _siblings(processor: int) -> str:
@@ -39,10 +45,38 @@ def _siblings(processor: int) -> str:
         return str(processor)
 
 
-def _quota() -> float:
-    """Processors that the container may keep busy."""
+def quota() -> float:
+    """Processors that the control groups of this process may keep busy, infinite where none has a
+    limit: the least of its own group's and of those above it. A container sees its own as the
+    topmost. Source: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1.
+    """
+    return min((_quota_in(folder) for folder in _cpu_groups()), default=math.inf)
+
+
+def _cpu_groups() -> Iterator[Path]:
+    """Folders that may say how much processor time this process has."""
     try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return math.inf
+        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        groups = []
+    for _, controllers, path in groups:
+        if controllers == "":  # version 2
+            root = GROUPS
+        elif "cpu" in controllers.split(","):
+            root = GROUPS / "cpu"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        yield own
+        yield from (folder for folder in own.parents if folder.is_relative_to(root))
+
+
+def _quota_in(group: Path) -> float:
+    """Processors that a group may keep busy, as version 2 or version 1 writes it."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return math.inf

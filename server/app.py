@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -105,7 +106,7 @@ def run(config: ServerConfig) -> None:
     allow_open_files()
     left_s = EXIT_S
     try:
-        asyncio.run(serve(config, guard=guard))
+        asyncio.run(serve(config, guard=guard, on_ready=_set_objects_aside))
     except (ConfigError, BaseRefused):
         left_s = REFUSED_EXIT_S
         raise
@@ -116,6 +117,14 @@ def run(config: ServerConfig) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _set_objects_aside(_: Ports) -> None:
+    """From now on no collection of garbage, which stops every thread, looks through what the start
+    has left: half a million objects, which took a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def serve(
@@ -376,10 +385,10 @@ class Announcement:
     on_ready: Callable[[Ports], None] | None
 
     def ready(self, grpc_port: int) -> None:
-        """Log it, and tell who wants to know."""
-        logger.info("ready", grpc_port=grpc_port, http_port=self.http_port)
+        """Tell who wants to know, and log it."""
         if self.on_ready is not None:
             self.on_ready(Ports(grpc=grpc_port, http=self.http_port))
+        logger.info("ready", grpc_port=grpc_port, http_port=self.http_port)
 
 
 def _log_failure(loading: asyncio.Task[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from lora_runtime import threads
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import ConfigError, LoramuxError
 from lora_runtime.terminal import Terminal
@@ -65,8 +67,18 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _machine() -> Iterator[tuple[str, str]]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield "processors", str(os.cpu_count())
+    yield "processors", _processors()
     yield "memory", decimal(memory_bytes)
+
+
+def _processors() -> str:
+    """How many there are, and what keeps this process from some of them."""
+    limits, own = [], threads.usable_processors()
+    if own is not None and len(own) != os.cpu_count():
+        limits.append(f"{len(own)} of them for this process")
+    if (quota := threads.quota()) != math.inf:
+        limits.append(f"a quota of {quota:g}")
+    return ", ".join([str(os.cpu_count()), *limits])
 
 
 def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
@@ -79,7 +91,7 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     yield "device", str(device)
     yield "dtype", str(resolve_dtype(chosen.dtype, device)).removeprefix("torch.")
     yield "quantization", chosen.quantization
-    yield "threads", str(torch.get_num_threads())
+    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
     yield "kernel backend", kernels.BACKEND
 
 

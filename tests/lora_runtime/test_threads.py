@@ -21,8 +21,10 @@ def machine(monkeypatch, tmp_path):
             (folder / "thread_siblings_list").write_text(siblings)
         if quota is not None:
             (tmp_path / "cpu.max").write_text(quota)
+        (tmp_path / "own").write_text("3:cpuset:/somewhere\n0::/\n")
         monkeypatch.setattr(threads, "TOPOLOGY", tmp_path)
-        monkeypatch.setattr(threads, "CPU_QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
+        monkeypatch.setattr(threads, "GROUPS", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores), raising=False)
 
     return make
@@ -55,7 +57,31 @@ def test_what_is_set_holds(machine):
 
 def test_a_system_without_such_files_has_a_thread_a_processor(monkeypatch, tmp_path):
     monkeypatch.setattr(threads, "TOPOLOGY", tmp_path)
-    monkeypatch.setattr(threads, "CPU_QUOTA", tmp_path / "none")
-    assert threads._quota() == math.inf
+    monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "none")
+    assert threads.quota() == math.inf
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     assert threads.num_usable_cores() == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 0.5),
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 1.5),
+        (
+            "4:cpu,cpuacct:/pod/c\n0::/",
+            {"cpu/pod/c/cpu.cfs_quota_us": "200000", "cpu/pod/c/cpu.cfs_period_us": "100000"},
+            2.0,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("1:cpuset:/x", {"cpu/x/cpu.cfs_quota_us": "1", "x/cpu.max": "1 1"}, math.inf),
+    ],
+)
+def test_the_least_quota_of_a_group_and_those_above_it(own, files, expected, monkeypatch, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(threads, "GROUPS", tmp_path)
+    assert threads.quota() == expected
