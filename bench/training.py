@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench import labelled, machine
 from bench.training_sides import Ours, Side, Task, Theirs
+from lora_runtime.base.device import resolve_device, resolve_dtype
 from lora_runtime.training.config import UnitConfig
 
 LAYOUTS = ("padded", "grouped", "packed")
@@ -135,6 +136,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the sides take turns
+    dtype = resolve_dtype(args.dtype, resolve_device("cpu"))  # the same for both sides
+    args.dtype = str(dtype).removeprefix("torch.")
     console, result = Console(stderr=True), {}
     with tempfile.TemporaryDirectory() as folder:
         rows = chats(labelled.read(args))

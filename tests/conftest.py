@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("suite", deadline=None)  # on a busy machine every example takes longer
+settings.load_profile("suite")
 
 COMPILING_TIMEOUT = 900
 """Seconds that a test may take on a GPU, where kernels are compiled in the tests."""

@@ -77,7 +77,6 @@ def test_every_route_is_described_and_nothing_ends_in_a_servers_fault(tmp_path) 
 
             @settings(
                 max_examples=8,
-                deadline=None,
                 database=None,
                 derandomize=True,
                 phases=[Phase.generate],

@@ -122,7 +122,7 @@ def test_without_roots_nothing_is_allowed(tmp_path: Path) -> None:
         Sources([]).resolve(str(write(tmp_path / "good")))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(parts=st.lists(st.sampled_from(["..", ".", "", "good", "outside", "~", "a\0", "/", "ﬁ"])))
 def test_whatever_is_written_stays_inside(roots: Path, parts: list[str]) -> None:
     for source in ("/".join(parts), str(roots) + "/" + "/".join(parts)):

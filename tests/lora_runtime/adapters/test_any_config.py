@@ -76,7 +76,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @given(kind=st.sampled_from(sorted(MODELS)), config=configs())
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_pefts_logits_or_a_refusal(tmp_path_factory, checkpoints, kind: str, config: dict) -> None:
     folder = tmp_path_factory.mktemp("any")
     expected = written_and_read_by_peft(kind, config, folder)

@@ -401,7 +401,7 @@ def paths_in(value, path=()):
             yield (*path, key)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_other_content_is_refused_or_read_and_nothing_else(tmp_path_factory, record, data):
     folder = tmp_path_factory.mktemp("fuzz")

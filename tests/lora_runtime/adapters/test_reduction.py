@@ -128,7 +128,7 @@ PATTERNS = st.sampled_from([
     alphas=st.dictionaries(PATTERNS, st.floats(0.5, 64), max_size=3),
     use_rslora=st.booleans(),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 def test_any_config(tmp_path_factory, targets, exclude, layers, ranks, alphas, use_rslora) -> None:
     """PEFT sorts patterns when it saves, so the oracle is the adapter as PEFT reads it back."""
     ranks, alphas = dict(sorted(ranks.items())), dict(sorted(alphas.items()))

@@ -33,7 +33,7 @@ VOCAB, HIDDEN = 1000, 96
     dtype=st.sampled_from(DTYPES),
     is_nested=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_row_blocks_are_the_weight(out_features, in_features, dtype, is_nested) -> None:
     weight = torch.randn(out_features, in_features).to(dtype)
     layers = [

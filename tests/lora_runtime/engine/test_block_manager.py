@@ -177,7 +177,7 @@ class Blocks(RuleBasedStateMachine):
             assert tuple(self.memory[block]) == content
 
 
-Blocks.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Blocks.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 TestBlocks = Blocks.TestCase
 
 

@@ -133,7 +133,7 @@ def test_a_step_takes_the_graph_of_the_next_number_of_adapters(cuda):
 class Engine:
     """Stands for an engine on the second device; notes the device that is current."""
 
-    info = SimpleNamespace(num_blocks=1, block_size=1)
+    info = SimpleNamespace(num_blocks=1, block_size=1, kernel_backend="triton")
 
     def __init__(self, cuda):
         self.base = SimpleNamespace(device=torch.device("cuda:1"), folder=None)
@@ -159,7 +159,7 @@ class Engine:
 
 def test_the_engine_is_started_and_run_on_its_own_device(cuda, monkeypatch):
     spec = SimpleNamespace(state_bytes=0)
-    base = SimpleNamespace(device=torch.device("cuda:1"), spec=spec)
+    base = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.bfloat16, spec=spec)
     monkeypatch.setattr(engine_module, "resolve_base", lambda *_, **__: SimpleNamespace(folder=""))
     monkeypatch.setattr(engine_module, "outline", lambda *_: spec)
     monkeypatch.setattr(engine_module, "check_states", lambda *_: None)

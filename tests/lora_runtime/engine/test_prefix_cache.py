@@ -71,7 +71,7 @@ def check_random_requests(rng: random.Random, driver: CacheDriver, kinds, planes
         assert driver.tokens[request_id] == tokens
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.sampled_from([27, 30, 45, 200]),

@@ -65,7 +65,7 @@ class StateDriver(CacheDriver):
             assert self.states[scheduled.row.state_slot] == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.sampled_from([12, 16, 27, 200]),

@@ -52,14 +52,14 @@ def stream(detokenizer: Detokenizer, chunks: list[list[int]]) -> str:
     return "".join([*map(detokenizer.push, chunks), detokenizer.flush()])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXT, cuts=st.lists(st.integers(0, 10_000), max_size=20))
 def test_stream_equals_text(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
     chunks = split(tokenizer.encode(text), cuts)
     assert stream(Detokenizer(tokenizer, tokenizer.encode("user\n")), chunks) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(0, 299), max_size=120), cuts=st.lists(st.integers(0, 10_000)))
 def test_any_tokens_stream_to_their_decoding(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int]
@@ -67,7 +67,7 @@ def test_any_tokens_stream_to_their_decoding(
     assert stream(Detokenizer(tokenizer, []), split(ids, cuts)) == tokenizer.decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXT, stop=st.text(min_size=1, max_size=4), cuts=st.lists(st.integers(0, 10_000)))
 def test_stop_string_cuts_wherever_it_lies(
     tokenizer: Tokenizer, text: str, stop: str, cuts: list[int]
@@ -78,7 +78,7 @@ def test_stop_string_cuts_wherever_it_lies(
     assert detokenizer.stopped
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(3, 299), max_size=60), cuts=st.lists(st.integers(0, 10_000)))
 def test_split_does_not_matter_with_several_stops(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int]
@@ -110,7 +110,7 @@ def test_space_of_the_first_word_is_kept(byte_fallback: Tokenizer) -> None:
     assert stream(Detokenizer(byte_fallback, [1]), [[2], [3], [2]]) == " worldly world"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.lists(st.sampled_from([*EMOJI[:-1], " Hello", " world"]), max_size=30).map("".join))
 def test_byte_fallback_streams_whole_characters(byte_fallback: Tokenizer, text: str) -> None:
     ids: list[int] = []

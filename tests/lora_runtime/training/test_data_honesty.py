@@ -427,7 +427,7 @@ TURNS = st.lists(SOUND | SOUND | ANY, max_size=4)
 KEYS = sorted({*MEANINGFUL, "messages", "conversations", "id"})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.dictionaries(st.sampled_from(KEYS), ANY | TURNS | TURNS, max_size=4), max_size=3)
 )

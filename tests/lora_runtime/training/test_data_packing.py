@@ -32,7 +32,7 @@ def example_of(length):
 
 
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(40, 90))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_example_is_in_one_group_within_the_budget(lengths, max_tokens):
     examples = [example_of(length) for length in lengths]
     groups = micro_batches(examples, 4, max_tokens)

@@ -77,7 +77,7 @@ def dead_entries(selection: Selection) -> set[str]:
 
 
 @given(selections())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_selection_is_pefts(selection: Selection) -> None:
     expected = {name for name in NAMES if peft_selects(selection, name)}
     assert unmatched_targets(selection, NAMES) == sorted(dead_entries(selection))
@@ -89,7 +89,7 @@ def test_selection_is_pefts(selection: Selection) -> None:
 
 
 @given(st.lists(ENTRIES | PATTERNS.filter(lambda p: "(?i)" not in p), max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_first_pattern_that_matches_wins_as_in_peft(patterns: list[str]) -> None:
     keys = list(dict.fromkeys(patterns))
     lookup = PatternMatcher().first_match({key: key for key in keys}, "rank_pattern")
@@ -143,7 +143,7 @@ SYNTAX = st.text("ab.*+?()[]{},12|^$\\-&~:<>=!Pdwb", max_size=14)
 
 
 @given(SYNTAX, st.sampled_from(["ab", "a.b.1", ""]))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_an_accepted_pattern_means_what_re_means(pattern: str, name: str) -> None:
     try:
         match = PatternMatcher().compile(pattern, "target_modules", is_whole=True)

@@ -367,7 +367,7 @@ KEYS = st.sampled_from(sorted(FIELDS)) | st.text(max_size=6)
 
 
 @given(st.dictionaries(KEYS, JSON_VALUES, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_json_is_honoured_or_refused(fields: dict) -> None:
     try:
         spec = parse_config({**MINIMAL, **fields}, BASE)

@@ -292,13 +292,13 @@ def assert_refused_or_sound(folder: Path) -> None:
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(with_header))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_as_tensors(tmp_path_factory, data: bytes) -> None:
     assert_refused_or_sound(write_raw(tmp_path_factory.getbasetemp() / "any", data))
 
 
 @given(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_change_of_a_good_file(tmp_path_factory, position: int, change: bytes) -> None:
     data = GOOD[:position] + change + GOOD[position + len(change) :]
     assert_refused_or_sound(write_raw(tmp_path_factory.getbasetemp() / "any", data))
@@ -320,13 +320,13 @@ JSON_VALUES = st.recursive(
     }),
     max_size=4,
 ))  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_header(tmp_path_factory, header: dict) -> None:
     data = with_header(header, b"\0" * 32)
     assert_refused_or_sound(write_raw(tmp_path_factory.getbasetemp() / "any", data))
 
 
 @given(st.binary(max_size=100) | JSON_VALUES.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_as_config(tmp_path_factory, config: bytes) -> None:
     assert_refused_or_sound(write_raw(tmp_path_factory.getbasetemp() / "any", config=config))
