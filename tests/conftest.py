@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lora_runtime.adapters.files import open_folder
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -60,8 +62,6 @@ def settle_s():
     """Nearly every test loads what it has just written, and has written all of it: a folder counts
     as complete sooner than in a server. Yields a server's seconds.
     """
-    from lora_runtime.adapters.files import open_folder
-
     seconds = open_folder.SETTLE_S
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_folder, "SETTLE_S", seconds / 10)
@@ -71,8 +71,6 @@ def settle_s():
 @pytest.fixture
 def settles_as_in_a_server(settle_s, monkeypatch):
     """For tests of folders that change while they are read."""
-    from lora_runtime.adapters.files import open_folder
-
     monkeypatch.setattr(open_folder, "SETTLE_S", settle_s)
 
 

@@ -72,9 +72,9 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
         watch_compiles()
     with current_device(base.device):
         engine = Engine(base, config)
-        name = str(base.dtype).removeprefix("torch.")
-        by = f"in {torch.get_num_threads()} threads" if base.device.type == "cpu" else base.device
-        say(f"computing in {name} by {engine.info.kernel_backend}, {by}")
+        is_cpu = base.device.type == "cpu"
+        where = f"{torch.get_num_threads()} threads" if is_cpu else str(base.device)
+        say(f"computing in {base.spec.dtype} by {engine.info.kernel_backend} on {where}")
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
         if states := num_state_slots(base.spec.state_bytes, config):
             say(f"beside it are {states} recurrent states of {base.spec.state_bytes} bytes each")

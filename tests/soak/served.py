@@ -51,7 +51,7 @@ class Running:
     folder: Path
     """Where its adapters lie, and its base if it is a tiny one."""
     base: str
-    """What it says its base is."""
+    """Its base, for people."""
 
 
 class Served:
@@ -151,11 +151,11 @@ def running(
         "--adapter-roots", str(folder / "adapters"), "--adapter-store", str(store),
         "--log-format", "console", "--log-level", "warning", *flags,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)  # `make soak` sets it
     if base is None:
         command += ["--dtype", "float32", "--kv-bytes", str(8 << 20)]
-    else:
-        del environment["OMP_NUM_THREADS"]
+        environment["OMP_NUM_THREADS"] = "1"
     process: subprocess.Popen | Program
     with log.open("a") as stream:
         if is_fork:
