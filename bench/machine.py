@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,11 +88,23 @@ def gemm_rate(dtype: torch.dtype) -> float:
     return 1024**3 / best_seconds(lambda: a @ b, 5)
 
 
-def save(name: str, result: dict[str, object], folder: Path = RESULTS) -> Path:
+def result_file(name: str, date: object, folder: Path = RESULTS) -> Path:
+    """Where the result of that date is kept."""
+    stamp = str(date).replace(":", "").replace("+0000", "Z")
+    return folder / f"{name}-{stamp}.json"
+
+
+def keep(result: Mapping[str, object], path: Path) -> None:
+    """Write or replace a file whole: whoever reads it, or stops this, finds no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def save(name: str, result: Mapping[str, object], folder: Path = RESULTS) -> Path:
     """Print `result` as one JSON line and keep it in `folder`."""
-    folder.mkdir(exist_ok=True)
-    stamp = str(result["date"]).replace(":", "").replace("+0000", "Z")
-    path = folder / f"{name}-{stamp}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = result_file(name, result["date"], folder)
+    keep(result, path)
     print(json.dumps(result))
     return path

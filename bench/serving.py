@@ -9,24 +9,31 @@ base in the same dtype, and whoever is named with --peer. Figures are output tok
 whole batch, prompts included, medians over the rounds. No prompt is found in a prefix cache.
 
 The floor is the least time by this machine's own ceilings, read bandwidth and the rate of a large
-matrix product, both measured in the same run: see `bench/serving_load.py`. Written are the result
-as JSON, which is also the last line printed, and a picture of it.
+matrix product, see `bench/serving_load.py`. They are sampled four times in each round among the
+batches, the best sample is the round's ceiling, and a share of the floor is the median over the
+rounds of the shares within one.
+
+It takes about ten minutes on two cores, six with --no-peers. What was measured and the time left
+are printed as it goes. The result, which is JSON, is written after every round; Ctrl-C ends with
+the rounds that are whole. The last line printed is the result, and a picture is drawn beside it:
+`python -m bench.serving_picture FILE.json` draws one anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import random
+import json
 import statistics
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from bench import machine
+from bench import machine, turns
 from bench.random_adapters import write_random_adapters
 from bench.serving_load import (
     BASE,
@@ -51,71 +58,121 @@ from bench.serving_sides import (
     Transformers,
     dense_model,
 )
+from bench.turns import Turn, say
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import BaseConfig
 
 Cell = tuple[str, str, int]
-"""Side, mix, number of rows."""
+"""Side, mix, number of rows; or a ceiling, nothing, the number of its sample."""
+ADAPTER_FLOOR = "floor of the adapters"
+"""Among the sides: see `Ceilings.adapter_seconds`."""
+READ, MULTIPLY = CEILINGS = "read bandwidth", "matrix product"
+NUM_SAMPLES = 4
+"""Of each ceiling in a round."""
 
 
-def measured(
-    sides: list[Side], batches: dict[tuple[str, int], Batch], num_rounds: int, console: Console
-) -> dict[Cell, list[float]]:
-    """Seconds of every cell in each round; a round before, which is not counted, warms all up."""
-    order = [(side, *cell) for side in sides for cell in side.cells if cell in batches]
-    seconds: dict[Cell, list[float]] = {(side.name, *cell): [] for side, *cell in order}
-    work = [number for number in range(num_rounds + 1) for _ in order]
-    queue: list[tuple[Side, str, int]] = []
-    for number in track(work, "batches", console=console):
-        if not queue:
-            queue = random.Random(number).sample(order, len(order))
-        side, mix, num_rows = queue.pop()
-        found = side.run(batches[mix, num_rows])
-        if number:
-            seconds[side.name, mix, num_rows].append(found)
-    return seconds
+@dataclass(frozen=True)
+class Round:
+    """What one round found."""
+
+    seconds: dict[Cell, float]
+    """Of every side's batches, and of their floors by the ceilings of this round."""
+    ceilings: Ceilings
 
 
-def speeds(
-    seconds: dict[Cell, list[float]], floors: dict[tuple[str, int], float], new_tokens: int
-) -> dict[Cell, float]:
-    """Output tokens a second of every cell by the median, and of the floors."""
-    medians = {cell: statistics.median(values) for cell, values in seconds.items()}
-    medians |= {(FLOOR, *place): value for place, value in floors.items()}
-    return {cell: cell[2] * new_tokens / value for cell, value in medians.items()}
+@dataclass(frozen=True)
+class Workload:
+    """What every round measures: each side's batches, and beside them the machine's ceilings."""
+
+    base: Base
+    sides: list[Side]
+    batches: dict[tuple[str, int], Batch]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, base: Base, sides: list[Side]) -> Workload:
+        cells = {cell for side in sides for cell in side.cells if cell[1] in args.rows}
+        sizes = args.prompt_tokens, args.new_tokens, base.spec.vocab_size
+        return cls(base, sides, {cell: Batch(*cell, *sizes) for cell in sorted(cells)})
+
+    def turns(self) -> dict[Cell, Turn]:
+        """Those of every cell, and the samples of the ceilings, numbered, among them."""
+        found = {
+            (side.name, *cell): _turn(side, self.batches[cell])
+            for side in self.sides
+            for cell in side.cells
+            if cell in self.batches
+        }
+        dtype = self.base.dtype
+        for number in range(NUM_SAMPLES):
+            found |= {
+                (READ, "", number): Turn(
+                    READ, machine.read_bandwidth, lambda rate: f"{rate / 1e9:.0f} GB/s", 0.5
+                ),
+                (MULTIPLY, "", number): Turn(
+                    MULTIPLY, lambda: machine.gemm_rate(dtype),
+                    lambda rate: f"{rate / 1e9:.0f} G multiply-adds/s", 0.1,
+                ),
+            }  # fmt: skip
+        return found
+
+    def round(self, found: dict[Cell, float]) -> Round:
+        """What the turns of one round found; a ceiling is the best of its samples."""
+        best = {name: max(v for (n, *_), v in found.items() if n == name) for name in CEILINGS}
+        ceilings = Ceilings(best[READ], best[MULTIPLY])
+        seconds = {cell: value for cell, value in found.items() if cell[0] not in CEILINGS}
+        for place, batch in self.batches.items():
+            seconds[FLOOR, *place] = ceilings.seconds(self.base, batch)
+            seconds[ADAPTER_FLOOR, *place] = ceilings.adapter_seconds(self.base, batch)
+        return Round(seconds, ceilings)
 
 
-def ratios(
-    seconds: dict[Cell, list[float]],
-    floors: dict[tuple[str, int], float],
-    adapter_floors: dict[tuple[str, int], float],
-) -> dict:
+def _turn(side: Side, batch: Batch) -> Turn:
+    step_ms, row_ms = side.step_ms
+    return Turn(
+        label=f"{side.name}, {batch.mix}, {rows_of(batch.num_rows)}",
+        run=lambda: side.run(batch),
+        figure=lambda seconds: f"{batch.num_output_tokens / seconds:.0f} tokens/s",
+        expected_s=batch.new_tokens * (step_ms + row_ms * batch.num_rows) / 1000,
+    )
+
+
+def speeds(rounds: list[Round], new_tokens: int) -> dict[Cell, float]:
+    """Output tokens a second of every cell, floors too, by the median of the rounds."""
+    medians = {
+        cell: statistics.median(r.seconds[cell] for r in rounds) for cell in rounds[0].seconds
+    }
+    return {
+        cell: cell[2] * new_tokens / seconds
+        for cell, seconds in medians.items()
+        if cell[0] != ADAPTER_FLOOR
+    }
+
+
+def ratios(rounds: list[Round]) -> dict[str, float | None]:
     """What is asked of the engine, as medians over the rounds of ratios within one round."""
-    most = max(num_rows for _, num_rows in floors)
+    cells = rounds[0].seconds.keys()
+    most = max(num_rows for *_, num_rows in cells)
 
     def times(one: Cell, other: Cell) -> float | None:
         """How many times as fast `one` is."""
-        if one not in seconds or other not in seconds:
+        if not {one, other} <= cells:
             return None
-        pairs = zip(seconds[one], seconds[other], strict=True)
-        return round(statistics.median(theirs / own for own, theirs in pairs), 3)
+        return round(statistics.median(r.seconds[other] / r.seconds[one] for r in rounds), 3)
 
     def extra(mix: str) -> float | None:
         """The time that a mix takes beside the base alone, over the floor of its adapters."""
-        if (OURS, mix, most) not in seconds:
+        mixed, base, floor = (OURS, mix, most), (OURS, BASE, most), (ADAPTER_FLOOR, mix, most)
+        if mixed not in cells:
             return None
-        pairs = zip(seconds[OURS, mix, most], seconds[OURS, BASE, most], strict=True)
-        beside = statistics.median(mixed - base for mixed, base in pairs)
-        return round(beside / adapter_floors[mix, most], 3)
+        each = ((r.seconds[mixed] - r.seconds[base]) / r.seconds[floor] for r in rounds)
+        return round(statistics.median(each), 3)
 
     def of_floor(mix: str, num_rows: int) -> float | None:
-        if (OURS, mix, num_rows) not in seconds:
-            return None
-        return round(floors[mix, num_rows] / statistics.median(seconds[OURS, mix, num_rows]), 3)
+        return times((OURS, mix, num_rows), (FLOOR, mix, num_rows))
 
     return {
         "8 adapters over base": times((OURS, EIGHT, most), (OURS, BASE, most)),
-        "floor of that": round(floors[BASE, most] / floors[EIGHT, most], 3),
+        "floor of that": times((FLOOR, EIGHT, most), (FLOOR, BASE, most)),
         "base over transformers": times((OURS, BASE, most), (Transformers.name, BASE, most)),
         "base over OpenVINO": times((OURS, BASE, most), (OpenVino.name, BASE, most)),
         "8 adapters over PEFT": times((OURS, EIGHT, most), (Peft.name, EIGHT, most)),
@@ -129,24 +186,63 @@ def ratios(
     }
 
 
-def show(found: dict[Cell, float], console: Console) -> None:
-    """A row for every side and mix, a column for every number of rows."""
-    rows = sorted({num_rows for *_, num_rows in found})
-    table = Table("", "adapters", *(f"{n} rows" if n > 1 else "1 row" for n in rows))
-    table.title = "output tokens/s"
-    for side, mix in dict.fromkeys(cell[:2] for cell in found):
-        values = [found.get((side, mix, num_rows)) for num_rows in rows]
-        table.add_row(side, mix, *("" if v is None else f"{v:.0f}" for v in values))
+def summary(rounds: list[Round], new_tokens: int) -> dict[str, object]:
+    """Of the rounds so far: a cell's tokens a second and ratios are medians over them, and every
+    list has one value of each round.
+    """
+    reads, multiplies = (
+        [round(getattr(r.ceilings, name)) for r in rounds]
+        for name in ("bytes_per_s", "multiply_adds_per_s")
+    )
+    return {
+        "rounds": len(rounds),
+        "read_bytes_per_s": round(statistics.median(reads)),
+        "multiply_adds_per_s": round(statistics.median(multiplies)),
+        "ceilings_by_round": {"read_bytes_per_s": reads, "multiply_adds_per_s": multiplies},
+        "ratios": ratios(rounds),
+        "cells": [
+            {
+                "side": side, "mix": mix, "rows": num_rows, "tokens_per_s": round(speed, 1),
+                "seconds": [round(r.seconds[side, mix, num_rows], 3) for r in rounds],
+            }
+            for (side, mix, num_rows), speed in sorted(speeds(rounds, new_tokens).items())
+        ],
+    }  # fmt: skip
+
+
+def show(result: dict, console: Console) -> None:
+    """A row for every side and mix, a column for every number of rows; then the ratios."""
+    rows = sorted({cell["rows"] for cell in result["cells"]})
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for cell in result["cells"]:
+        lines.setdefault((cell["side"], cell["mix"]), {})[cell["rows"]] = cell["tokens_per_s"]
+    table = Table("", "adapters", *map(rows_of, rows))
+    table.title = f"output tokens/s, medians of {_num_rounds(result['rounds'])}"
+    for (side, mix), speed in lines.items():
+        table.add_row(side, mix, *(f"{speed[n]:.0f}" if n in speed else "" for n in rows))
     console.print(table)
+    for name, ratio in result["ratios"].items():
+        if ratio is not None:
+            say(console, f"{name}: {ratio}")
+
+
+def rows_of(number: int) -> str:
+    return f"{number} rows" if number > 1 else "1 row"
+
+
+def _num_rounds(number: int) -> str:
+    return f"{number} rounds" if number > 1 else "1 round"
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, base: Base, folder: Path):
+def opened(args: argparse.Namespace, base: Base, folder: Path) -> Iterator[list[Side]]:
     """Every side, until the context ends."""
     folders = write_random_adapters(base, folder, RANKS)
-    dense = dense_model(base)
     alike = folders[:NUM_ALIKE]
-    sides: list[Side] = [Ours(base, folders), Transformers(dense), Peft(dense, alike)]
+    sides: list[Side] = [Ours(base, folders)]
+    if args.peers:
+        dense = dense_model(base)
+        sides += [Transformers(dense), Peft(dense, alike)]
     for peer in args.peer:
         name, _, where = peer.partition("=")
         is_url = where.startswith(("http://", "https://"))
@@ -155,6 +251,18 @@ def opened(args: argparse.Namespace, base: Base, folder: Path):
         if args.grpc:
             sides.insert(1, stack.enter_context(OverGrpc.serving(args, folder, alike)))
         yield sides
+
+
+def measure(
+    workload: Workload, args: argparse.Namespace, facts: dict[str, object], path: Path,
+    console: Console,
+) -> None:  # fmt: skip
+    """Write the result so far after every round."""
+    found = []
+    for each in turns.rounds(workload.turns(), args.rounds, console):
+        found.append(workload.round(each))
+        machine.keep({**facts, **summary(found, args.new_tokens)}, path)
+        say(console, f"{_num_rounds(len(found))} in {path}")
 
 
 def parsed() -> argparse.Namespace:
@@ -173,12 +281,35 @@ def parsed() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--grpc", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--no-peers", dest="peers", action="store_false",
+        help="loramux and the floor alone, without transformers and PEFT",
+    )  # fmt: skip
+    parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=WHERE",
         help="openvino=FILE.gguf (package openvino-genai), or NAME=URL of a server of OpenAI's\n"
         "API with the same model, as `llama-server -m FILE.gguf` or `vllm serve`",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1 is wanted")
+    if args.peer and not args.peers:
+        parser.error(f"--no-peers leaves out what --peer {args.peer[0]} adds: give one of them")
+    return args
+
+
+def described(args: argparse.Namespace, base: Base) -> dict[str, object]:
+    """What a result says of the run before anything is measured; the date is of its start."""
+    return {
+        **machine.facts(),
+        "question": "output tokens a second of a batch",
+        "workload": {
+            **{name: value for name, value in vars(args).items() if name != "out"},
+            "peer": [peer.rpartition("/")[2] for peer in args.peer],  # no paths of this machine
+        },
+        "openvino-genai": machine.version_of("openvino-genai"),
+        "dtype": base.spec.dtype,
+    }
 
 
 def main() -> None:
@@ -189,39 +320,18 @@ def main() -> None:
             dequantized_cache=args.dequantized_cache,
         )
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, opened(args, base, Path(folder)) as sides:
-        cells = {cell for side in sides for cell in side.cells if cell[1] in args.rows}
-        sizes = args.prompt_tokens, args.new_tokens, base.spec.vocab_size
-        batches = {cell: Batch(*cell, *sizes) for cell in cells}
-        seconds = measured(sides, batches, args.rounds, console)
-    ceilings = Ceilings(machine.read_bandwidth(), machine.gemm_rate(base.dtype))
-    floors = {cell: ceilings.seconds(base, batch) for cell, batch in batches.items()}
-    adapter_floors = {cell: ceilings.adapter_seconds(base, b) for cell, b in batches.items()}
-    found = speeds(seconds, floors, args.new_tokens)
-    show(found, console)
-    rows = [
-        {
-            "side": side, "mix": mix, "rows": num_rows, "tokens_per_s": round(speed, 1),
-            "seconds": [round(each, 3) for each in seconds.get((side, mix, num_rows), ())],
-        }
-        for (side, mix, num_rows), speed in sorted(found.items())
-    ]  # fmt: skip
-    result = {
-        **machine.facts(),
-        "question": "output tokens a second of a batch",
-        "workload": {
-            **{name: value for name, value in vars(args).items() if name != "out"},
-            "peer": [peer.rpartition("/")[2] for peer in args.peer],  # no paths of this machine
-        },
-        "openvino-genai": machine.version_of("openvino-genai"),
-        "dtype": base.spec.dtype,
-        "read_bytes_per_s": round(ceilings.bytes_per_s),
-        "multiply_adds_per_s": round(ceilings.multiply_adds_per_s),
-        "ratios": ratios(seconds, floors, adapter_floors),
-        "cells": rows,
-    }
-    path = machine.save("serving", result, args.out)
-    draw(found, path.with_suffix(".png"), f"{args.base}, {base.spec.dtype}, {result['cpu']}")
+    facts = described(args, base)
+    path = machine.result_file("serving", facts["date"], args.out)
+    with turns.kept(path, console), tempfile.TemporaryDirectory() as folder:
+        say(console, f"making {len(RANKS)} adapters and starting every side: half a minute")
+        with opened(args, base, Path(folder)) as sides:
+            measure(Workload.of(args, base, sides), args, facts, path, console)
+    result = json.loads(path.read_text())
+    show(result, console)
+    say(console, f"picture: {draw(path)}")
+    print(json.dumps(result))
+    if result["rounds"] < args.rounds:
+        raise SystemExit(turns.INTERRUPTED)
 
 
 if __name__ == "__main__":

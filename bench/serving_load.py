@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at most, measured in the same run."""
+    """What this machine does at most, measured in the same round as what is held against it."""
 
     bytes_per_s: float
     multiply_adds_per_s: float

@@ -38,6 +38,10 @@ class Side(Protocol):
     name: str
     cells: list[tuple[str, int]]
     """The (mix, number of rows) that it takes part in."""
+    step_ms: tuple[float, float]
+    """What a step takes on two cores of an AMD EPYC, and each of its rows beside it: roughly, to
+    say beforehand how long a run takes.
+    """
 
     def run(self, batch: Batch) -> float:
         """Seconds for every token of a batch."""
@@ -49,6 +53,7 @@ class Ours:
 
     name = OURS
     cells = list(itertools.product(MIXES, ROWS))
+    step_ms = 4.0, 1.4
 
     def __init__(self, base: Base, folders: list[Path]) -> None:
         config = EngineConfig(
@@ -90,6 +95,7 @@ class OverGrpc:
 
     name = "loramux over gRPC"
     cells = [(BASE, 1), (BASE, 32), (EIGHT, 1), (EIGHT, 32)]
+    step_ms = 5.0, 1.5
 
     def __init__(self, runner: asyncio.Runner, client: AsyncClient, folders: list[Path]) -> None:
         self._runner, self._wire = runner, wires.OverGrpc(client)
@@ -109,8 +115,10 @@ class OverGrpc:
         with serving(args.base, folder, max(ROWS), *flags) as served, asyncio.Runner() as runner:
             client = AsyncClient(served.grpc)
             runner.run(client.__aenter__())
-            yield cls(runner, client, folders)
-            runner.run(client.__aexit__(None, None, None))
+            try:
+                yield cls(runner, client, folders)
+            finally:
+                runner.run(client.__aexit__(None, None, None))
 
     def run(self, batch: Batch) -> float:
         """See `Side`."""
@@ -137,6 +145,7 @@ class Transformers:
 
     name = "transformers"
     cells = [(BASE, 1), (BASE, 8), (BASE, 32)]
+    step_ms = 24.0, 3.0
 
     def __init__(self, dense: PreTrainedModel) -> None:
         self._model = dense
@@ -151,6 +160,7 @@ class Peft:
 
     name = "PEFT"
     cells = [(EIGHT, 32)]
+    step_ms = 24.0, 8.0
 
     def __init__(self, dense: PreTrainedModel, folders: list[Path]) -> None:
         first, *others = folders
@@ -171,6 +181,7 @@ class OpenVino:
 
     name = "OpenVINO GenAI"
     cells = [(BASE, rows) for rows in ROWS]
+    step_ms = 8.0, 1.1
 
     def __init__(self, model: str) -> None:
         import openvino
@@ -204,6 +215,7 @@ class OverOpenai:
     """Any server of OpenAI's API, its first model."""
 
     cells = [(BASE, rows) for rows in ROWS]
+    step_ms = 10.0, 1.5
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name

@@ -12,12 +12,18 @@ from tests.tiny import tiny_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 
 
+def tiny_folder(folder: Path) -> Path:
+    """A tiny base with a tokenizer."""
+    base = tiny_checkpoint(folder / "base")
+    write_tokenizer(base)
+    return base
+
+
 def run_bench(
     module: str, folder: Path, sizes: Mapping[str, int], more: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Its result, printed last and written below `folder`/out, in the only file of JSON."""
-    base = tiny_checkpoint(folder / "base")
-    write_tokenizer(base)
+    base = tiny_folder(folder)
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     command = ["-m", module, "--base", base, "--out", folder / "out", *words, *more]
     done = run_program(command, timeout=290)
