@@ -235,12 +235,17 @@ def _num_rounds(number: int) -> str:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, base: Base, folder: Path) -> Iterator[list[Side]]:
+def opened(
+    args: argparse.Namespace, base: Base, folder: Path, console: Console
+) -> Iterator[list[Side]]:
     """Every side, until the context ends."""
+    say(console, f"making {len(RANKS)} adapters")
     folders = write_random_adapters(base, folder, RANKS)
     alike = folders[:NUM_ALIKE]
+    say(console, "loading them into the engine")
     sides: list[Side] = [Ours(base, folders)]
     if args.peers:
+        say(console, "loading transformers and PEFT")
         dense = dense_model(base)
         sides += [Transformers(dense), Peft(dense, alike)]
     for peer in args.peer:
@@ -249,6 +254,7 @@ def opened(args: argparse.Namespace, base: Base, folder: Path) -> Iterator[list[
         sides.append(OverOpenai(name, where) if is_url else OpenVino(where))
     with contextlib.ExitStack() as stack:
         if args.grpc:
+            say(console, "starting the server")
             sides.insert(1, stack.enter_context(OverGrpc.serving(args, folder, alike)))
         yield sides
 
@@ -323,8 +329,7 @@ def main() -> None:
     facts = described(args, base)
     path = machine.result_file("serving", facts["date"], args.out)
     with turns.kept(path, console), tempfile.TemporaryDirectory() as folder:
-        say(console, f"making {len(RANKS)} adapters and starting every side: half a minute")
-        with opened(args, base, Path(folder)) as sides:
+        with opened(args, base, Path(folder), console) as sides:
             measure(Workload.of(args, base, sides), args, facts, path, console)
     result = json.loads(path.read_text())
     show(result, console)
