@@ -56,7 +56,8 @@ def rounds(
             left = sum(took[each] for each in order[place:])
             left += (num_rounds - number) * sum(took.values())
             figure = f"{turn.label}: {turn.figure(found[key])}"
-            say(console, f"{name}, {place}/{len(turns)}: {figure}; {minutes(left)} left")
+            then = f"; next: {turns[order[place]].label}" if place < len(order) else ""
+            say(console, f"{name}, {place}/{len(turns)}: {figure}; {minutes(left)} left{then}")
         if number:
             yield found
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import signal
@@ -103,7 +104,10 @@ def test_progress_says_the_figure_the_round_and_the_time_left(tmp_path, monkeypa
     assert lines[0].startswith("2 rounds of 11 measurements") and "about 6 s" in lines[0]
     told = [line for line in lines if "loramux, base, 32 rows: 96 tokens/s" in line]
     assert [line.partition(",")[0] for line in told] == ["warm-up", "round 1 of 1"]
-    assert all(line.endswith(" left") for line in lines[1:-1])
+    assert all(" s left" in line for line in lines[1:-1])
+    for line, then in itertools.pairwise(lines[1:-1]):
+        _, has_next, label = line.partition("; next: ")
+        assert not has_next or f": {label}: " in then, "the next one is another"
     assert lines[-1].startswith("1 round in ")
 
 
