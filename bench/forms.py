@@ -45,7 +45,6 @@ from lora_runtime.config import BaseConfig, DtypeName, Quantization
 STREAMS = (1, 32)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 LIBRARIES = ("bitsandbytes", "transformers.models.llama.modeling_llama")
-"""What a load would import, which is not the base's memory."""
 DTYPES: tuple[DtypeName, ...] = ("bfloat16", "float32")
 
 
@@ -109,22 +108,26 @@ def memory(form: Form, args: argparse.Namespace) -> dict[str, int]:
     return {"base": held(form, args.base).base_bytes, "process": process_bytes}
 
 
-def start() -> None:
-    """In each process first. Ctrl-C, which a terminal sends to all of them, is for the main one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def import_libraries() -> None:
+    """In each process first: a load would import them, and they are not the base's memory."""
     for name in LIBRARIES:
         importlib.import_module(name)
 
 
 @contextlib.contextmanager
 def processes(chosen: list[Form]) -> Iterator[dict[Form, ProcessPoolExecutor]]:
-    """One for each form."""
+    """One for each form. Ctrl-C, which a terminal sends to all of them, is for this one."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        yield {
-            form: stack.enter_context(ProcessPoolExecutor(1, context, initializer=start))
-            for form in chosen
-        }
+        workers = {form: stack.enter_context(ProcessPoolExecutor(1, context)) for form in chosen}
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes started now inherit it
+        try:
+            started = [worker.submit(import_libraries) for worker in workers.values()]
+        finally:
+            signal.signal(signal.SIGINT, heard)
+        for each in started:
+            each.result()
+        yield workers
 
 
 def turn(form: Form, num_rows: int, process: ProcessPoolExecutor, args: argparse.Namespace) -> Turn:
