@@ -6,8 +6,8 @@ with a dequantised copy of the weights and without. Each is held by a process of
 its memory is its own; they take turns in an order drawn anew each round. Streams are requests of 90
 prompt and 64 new tokens on the base alone, prompts included in the time; figures are medians over
 the rounds. Memory of the base is what is resident after it was loaded and was not before, 25 to 35
-MiB of libraries at their first use among it; of the process, all that is resident after the rounds:
-libraries, base, cache and adapter pool.
+MiB of libraries at their first use among it; of the engine, what is so after the rounds: the base
+and what the batches have touched of the cache and of buffers.
 
 It takes about ten minutes on two cores and up to 10 GB of memory: --forms and --dtypes choose.
 What was measured and the time left are printed as it goes; the result, which is JSON and the last
@@ -78,21 +78,29 @@ class Held:
 
     engine: Ours
     vocab_size: int
-    base_bytes: int
+    bytes_before: int
+    """Resident before the base was loaded."""
+    bytes_loaded: int
+    """And after."""
 
 
 @functools.cache
 def held(form: Form, model: str) -> Held:
     """Loaded at the first call."""
-    before = psutil.Process().memory_info().rss
+    before = resident()
     base = load_base(
         BaseConfig(
             model=model, device="cpu", quantization=form.quantization, dtype=form.dtype,
             dequantized_cache=form.has_copy,
         )
     )  # fmt: skip
-    base_bytes = psutil.Process().memory_info().rss - before
-    return Held(Ours(base, []), base.spec.vocab_size, base_bytes)
+    loaded = resident()
+    return Held(Ours(base, []), base.spec.vocab_size, before, loaded)
+
+
+def load(form: Form, args: argparse.Namespace) -> None:
+    """Into the process of the form, before anything is measured."""
+    held(form, args.base)
 
 
 def seconds(form: Form, args: argparse.Namespace, num_rows: int) -> float:
@@ -103,9 +111,15 @@ def seconds(form: Form, args: argparse.Namespace, num_rows: int) -> float:
 
 
 def memory(form: Form, args: argparse.Namespace) -> dict[str, int]:
-    """Resident bytes, in the process of the form."""
-    process_bytes = psutil.Process().memory_info().rss
-    return {"base": held(form, args.base).base_bytes, "process": process_bytes}
+    """Resident bytes, in the process of the form, beside those of libraries."""
+    now, holder = resident(), held(form, args.base)
+    before = holder.bytes_before
+    return {"base": holder.bytes_loaded - before, "engine": now - before}
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return psutil.Process().memory_info().rss
 
 
 def import_libraries() -> None:
@@ -177,13 +191,13 @@ def _median(rounds: list[dict[tuple[Form, int], float]], form: Form, num_rows: i
 
 def show(result: dict, console: Console) -> None:
     """A row for every form."""
-    table = Table("form", "dtype", "1 stream", "32 streams", "base, MiB", "process, MiB")
+    table = Table("form", "dtype", "1 stream", "32 streams", "base, MiB", "engine, MiB")
     table.title = f"output tokens/s and resident memory, medians of {result['rounds']} round(s)"
     for row in result["forms"]:
         table.add_row(
             row["quantization"] + " with a copy" * row["dequantized_copy"], row["dtype"],
             *(f"{each['tokens_per_s']:.0f}" for each in row["streams"]),
-            *(f"{row['resident_bytes'][name] / 2**20:,.0f}" for name in ("base", "process")),
+            *(f"{row['resident_bytes'][name] / 2**20:,.0f}" for name in ("base", "engine")),
         )  # fmt: skip
     console.print(table)
 
@@ -195,8 +209,8 @@ def measure(
     """Write the result so far after every round."""
     with processes(chosen) as workers:
         for form in chosen:
-            base_bytes = workers[form].submit(memory, form, args).result()["base"]
-            say(console, f"loaded: {form}, {base_bytes / 2**20:,.0f} MiB")
+            workers[form].submit(load, form, args).result()
+            say(console, f"loaded: {form}")
         work = {
             (form, num_rows): turn(form, num_rows, workers[form], args)
             for form in chosen
