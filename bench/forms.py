@@ -134,13 +134,13 @@ def processes(chosen: list[Form]) -> Iterator[dict[Form, ProcessPoolExecutor]]:
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         workers = {form: stack.enter_context(ProcessPoolExecutor(1, context)) for form in chosen}
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes started now inherit it
-        try:
-            started = [worker.submit(import_libraries) for worker in workers.values()]
-        finally:
-            signal.signal(signal.SIGINT, heard)
-        for each in started:
-            each.result()
+        for worker in workers.values():
+            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
+            try:
+                started = worker.submit(import_libraries)
+            finally:
+                signal.signal(signal.SIGINT, heard)
+            started.result()
         yield workers
 
 
@@ -207,6 +207,7 @@ def measure(
     console: Console,
 ) -> None:  # fmt: skip
     """Write the result so far after every round."""
+    say(console, f"starting {len(chosen)} processes")
     with processes(chosen) as workers:
         for form in chosen:
             workers[form].submit(load, form, args).result()
