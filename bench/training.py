@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench import labelled, machine
 from bench.training_sides import Ours, Side, Task, Theirs
-from lora_runtime.base.device import resolve_device, resolve_dtype
+from lora_runtime.base.device import dtype_name, resolve_device, resolve_dtype
 from lora_runtime.training.config import UnitConfig
 
 LAYOUTS = ("padded", "grouped", "packed")
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the sides take turns
     dtype = resolve_dtype(args.dtype, resolve_device("cpu"))  # the same for both sides
-    args.dtype = str(dtype).removeprefix("torch.")
+    args.dtype = dtype_name(dtype)
     console, result = Console(stderr=True), {}
     with tempfile.TemporaryDirectory() as folder:
         rows = chats(labelled.read(args))
