@@ -34,7 +34,7 @@ from rich.table import Table
 from bench import labelled, machine
 from bench.training_sides import Ours, Side, Task, Theirs
 from bench.turns import say
-from lora_runtime.base.device import resolve_device, resolve_dtype
+from lora_runtime.base.device import dtype_name, resolve_device, resolve_dtype
 from lora_runtime.training.config import UnitConfig
 
 LAYOUTS = ("padded", "grouped", "packed")
@@ -177,7 +177,7 @@ def parsed() -> argparse.Namespace:
     if args.updates < 2:
         parser.error(f"--updates {args.updates}: at least 2 are wanted, the first is not timed")
     dtype = resolve_dtype(args.dtype, resolve_device("cpu"))  # the same for both sides
-    args.dtype = str(dtype).removeprefix("torch.")
+    args.dtype = dtype_name(dtype)
     if args.dtype == "float32" and DTYPES in (args.parts or ()):
         parser.error("--parts dtypes: the dtype is float32, where bfloat16 is wanted beside it")
     args.parts = args.parts or [p for p in PARTS if (p, args.dtype) != (DTYPES, "float32")]

@@ -1,12 +1,10 @@
 """The runtime: one base model, many adapters. Knows tokens and tensors; knows no wire format."""
 
 import logging
-import sys
 
 from lora_runtime import threads
 
-if "torch" not in sys.modules:
-    threads.choose()
+threads.choose()
 
 # bitsandbytes says at import, on some CPUs, that a package should be installed for a kernel of its
 # layers. None of its layers is used here, and whoever imports it is behind this line.

@@ -1,13 +1,15 @@
 """How many threads the ops on a CPU run in.
 
-torch reads it from the environment, once, when it is imported; so it is chosen before. Where
-OMP_NUM_THREADS is set, that holds.
+torch reads it from the environment, once, when it is imported; so it is chosen before, and where
+torch is there first it is told. Where OMP_NUM_THREADS is set, that holds.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -17,8 +19,23 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def choose(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Unless it is set: a thread for every core that this process may use."""
-    environ.setdefault("OMP_NUM_THREADS", str(num_usable_cores()))
+    """Unless it is set: a thread for every core that this process may use, and no more where torch
+    has been imported and computes in as many as it or its user chose.
+    """
+    wanted = environ.get("OMP_NUM_THREADS", "")
+    # OpenMP takes a list too, of numbers for threads within threads; torch has one level.
+    if (first := wanted.split(",")[0].strip()).isdecimal() and int(first) > 0:
+        return
+    number = num_usable_cores()
+    if wanted.strip():
+        warnings.warn(
+            f"OMP_NUM_THREADS={wanted!r} is no number of threads: {number} are used, one for every "
+            "core that this process may use",
+            stacklevel=3,
+        )
+    environ["OMP_NUM_THREADS"] = str(number)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(min(number, torch.get_num_threads()))
 
 
 def num_usable_cores() -> int:

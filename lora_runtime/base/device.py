@@ -70,6 +70,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _is_bfloat16_native(device) else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name in settings, records and answers: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _is_bfloat16_native(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= NATIVE_BFLOAT16

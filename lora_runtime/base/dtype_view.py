@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_runtime.base.device import dtype_name
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import AdaptedEmbedding, AdaptedLinear, StepContext
 from lora_runtime.base.model.head_model import head_model
@@ -34,7 +35,7 @@ def in_dtype(base: Base, dtype: torch.dtype) -> Base:
     """
     if dtype == base.dtype:
         return base
-    spec = replace(base.spec, dtype=str(dtype).removeprefix("torch."))
+    spec = replace(base.spec, dtype=dtype_name(dtype))
     return _viewed(base, spec, _Cast(dtype, dtype))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
-from lora_runtime.base.device import resolve_device, resolve_dtype
+from lora_runtime.base.device import dtype_name, resolve_device, resolve_dtype
 from lora_runtime.base.fingerprint import exceeds_bfloat16, fingerprint
 from lora_runtime.base.model import attention
 from lora_runtime.base.model.adapted_linear import (
@@ -340,7 +340,7 @@ def _spec(
         vocab_size=config.vocab_size,
         max_model_len=int(config.max_position_embeddings),
         quantization=quantization,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=str(model.device),
         model_type=model.config.model_type,
         routers=tuple(p for p, layer in layers.items() if isinstance(layer, kinds)),

@@ -82,12 +82,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[str], None]) -> None:
-        """Compile and capture what steps need, before the first request waits for it. Only while
-        nothing runs: it writes to the cache. Not on a CPU: nothing is compiled there, a capture
-        takes about as long as a step, and most of them would wait for a number of rows that never
-        comes.
+        """Compile, capture and make what steps need, before the first request waits for it. Only
+        while nothing runs: it writes to the cache. On a CPU that is one step, for which layers make
+        the copies that they keep: nothing is compiled there, and a capture takes about as long as a
+        step, so that most of them would wait for a number of rows that never comes.
         """
         if not can_run_on_gpu(torch.empty(0, dtype=self.base.dtype, device=self.base.device)):
+            on_progress("running a first step")
+            self._warm_up_step(WARM_TOKENS[0], ())
             return
         on_progress("compiling the kernels of prompts and adapters")
         self._warm_up_kernels()
@@ -98,13 +100,16 @@ class ModelRunner:
         """Steps as no graph holds them, short and long, of the base and with an adapter: in a slot
         that holds none, so that all kernels run and change nothing.
         """
-        bindings = self.pool.all_bindings()
-        longest = min(self.cache.num_cache_slots, self.base.spec.max_model_len)
-        for num_tokens in sorted({min(n, longest) for n in WARM_TOKENS}):
+        for num_tokens in WARM_TOKENS:
             for slots in ((), (0,)):
-                plan = _warm_plan(num_tokens, slots, self.block_size)
-                batch = build_batch(plan, self.block_size, self.base.device, self.states)
-                self.forward(batch, bindings=bindings)
+                self._warm_up_step(num_tokens, slots)
+
+    def _warm_up_step(self, num_tokens: int, slots: tuple[int, ...]) -> None:
+        """Of so many tokens, or as many as there is room for."""
+        longest = min(self.cache.num_cache_slots, self.base.spec.max_model_len)
+        plan = _warm_plan(min(num_tokens, longest), slots, self.block_size)
+        batch = build_batch(plan, self.block_size, self.base.device, self.states)
+        self.forward(batch, bindings=self.pool.all_bindings())
 
     @torch.inference_mode()
     def load(self, placement: AdapterPlacement) -> None:

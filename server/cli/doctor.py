@@ -85,11 +85,11 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     import torch
 
     from lora_runtime import kernels
-    from lora_runtime.base.device import resolve_device, resolve_dtype
+    from lora_runtime.base.device import dtype_name, resolve_device, resolve_dtype
 
     device = resolve_device(chosen.device)
     yield "device", str(device)
-    yield "dtype", str(resolve_dtype(chosen.dtype, device)).removeprefix("torch.")
+    yield "dtype", dtype_name(resolve_dtype(chosen.dtype, device))
     yield "quantization", chosen.quantization
     yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
     yield "kernel backend", kernels.BACKEND

@@ -77,12 +77,13 @@ def generate(
     tenant: sampling.Tenant = None,
     json_schema: sampling.JsonSchema = None,
     regex: sampling.Regex = None,
+    grammar: sampling.Grammar = None,
     choice: sampling.Choices = None,
 ) -> None:
     """Stream a running server's answer: text to stdout, one line of counts to stderr."""
     content = sys.stdin.read() if prompt == "-" else prompt
     options = sampling.given(context.params)
-    if form := sampling.structured_output(json_schema, regex, choice):
+    if form := sampling.structured_output(json_schema, regex, grammar, choice):
         options["structured_output"] = form
     chosen = weights(adapter or [])
     if chat is None:

@@ -54,6 +54,10 @@ JsonSchema: TypeAlias = Annotated[
 Regex: TypeAlias = Annotated[
     str | None, typer.Option(help="The answer is text that this expression matches as a whole.")
 ]
+Grammar: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The answer is text that this grammar (Lark) derives."),
+]
 Choices: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="The answer is this text; repeat it for others.")
 ]
@@ -83,17 +87,21 @@ def _biases(texts: Iterable[str]) -> dict[int, float]:
 
 
 def structured_output(
-    json_schema: Path | None, regex: str | None, choice: list[str] | None
+    json_schema: Path | None, regex: str | None, grammar: Path | None, choice: list[str] | None
 ) -> dict[str, object] | None:
     """Return the one form that the answer must have, or None."""
-    given: dict[str, object] = {}
-    if json_schema is not None:
-        try:
-            given["json_schema"] = json_schema.read_text()
-        except (OSError, UnicodeError) as error:
-            raise typer.BadParameter(str(error), param_hint="--json-schema") from None
-    given |= {} if regex is None else {"regex": regex}
+    given: dict[str, object] = {} if regex is None else {"regex": regex}
     given |= {"choice": choice} if choice else {}
+    for name, file in (("json_schema", json_schema), ("grammar", grammar)):
+        if file is not None:
+            given[name] = _text_of(file, f"--{name.replace('_', '-')}")
     if len(given) > 1:
-        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
+        raise typer.BadParameter("give one of --json-schema, --regex, --grammar and --choice")
     return given or None
+
+
+def _text_of(file: Path, flag: str) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeError) as error:
+        raise typer.BadParameter(str(error), param_hint=flag) from None

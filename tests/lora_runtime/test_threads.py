@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,11 +50,44 @@ def test_a_thread_for_every_core_within_the_quota(machine, cores, quota, expecte
     assert environ == {"OMP_NUM_THREADS": str(expected)}
 
 
-def test_what_is_set_holds(machine):
+@pytest.mark.parametrize("wanted", ["7", " 3 ", "4,2"])
+def test_what_is_set_holds(machine, wanted):
     machine({0: "0", 1: "1"}, None)
-    environ = {"OMP_NUM_THREADS": "7"}
+    environ = {"OMP_NUM_THREADS": wanted}
     threads.choose(environ)
-    assert environ == {"OMP_NUM_THREADS": "7"}
+    assert environ == {"OMP_NUM_THREADS": wanted}
+
+
+@pytest.mark.parametrize("wanted", ["abc", "0", "-2", "1.5", ","])
+def test_what_is_no_number_of_threads_is_said(machine, wanted):
+    machine({0: "0", 1: "1"}, None)
+    environ = {"OMP_NUM_THREADS": wanted}
+    with pytest.warns(UserWarning, match=f"OMP_NUM_THREADS='{wanted}' is no number .* 2 are used"):
+        threads.choose(environ)
+    assert environ == {"OMP_NUM_THREADS": "2"}
+
+
+def test_an_empty_variable_is_none(machine):
+    machine({0: "0", 1: "1"}, None)
+    environ = {"OMP_NUM_THREADS": " "}
+    threads.choose(environ)
+    assert environ == {"OMP_NUM_THREADS": "2"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets what it may run on")
+def test_where_torch_was_first_it_is_told():
+    program = """
+import os, torch
+torch.set_num_threads(64)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import lora_runtime
+print(torch.get_num_threads())
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_a_system_without_such_files_has_a_thread_a_processor(monkeypatch, tmp_path):

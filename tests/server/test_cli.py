@@ -186,10 +186,15 @@ def test_an_answer_keeps_to_its_form(ask, tmp_path):
     assert shown.strip() in ("aye", "nay")
     shown = ask("generate", SECRET, *flags, "--regex", "[a-c]{2}-").stdout
     assert re.fullmatch("[a-c]{2}-", shown.strip())
+    grammar = tmp_path / "sums.lark"
+    grammar.write_text('start: NUMBER "+" NUMBER "="\nNUMBER: /[1-3]{1,2}/')
+    shown = ask("generate", SECRET, *flags, "--grammar", str(grammar)).stdout
+    assert re.fullmatch(r"[1-3]{1,2}\+[1-3]{1,2}=", shown.strip())
     both = ask("generate", SECRET, "--regex", "a", "--choice", "a")
     assert both.exit_code == 2 and "--json-schema" in both.stderr
-    missing = ask("generate", SECRET, "--json-schema", str(tmp_path / "none.json"))
-    assert missing.exit_code == 2 and "none.json" in missing.stderr
+    for flag in ("--json-schema", "--grammar"):
+        missing = ask("generate", SECRET, flag, str(tmp_path / "none.json"))
+        assert missing.exit_code == 2 and "none.json" in missing.stderr and flag in missing.stderr
 
 
 def test_chat_goes_through_the_template(ask):
