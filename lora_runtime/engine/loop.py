@@ -148,7 +148,8 @@ class InThreadEngine:
         )
         if forwards:
             check = self._post(lambda: self._run_beside_steps(forwards), is_long=True)
-            load.check_parity(await asyncio.wrap_future(check))
+            numbers = await asyncio.wrap_future(check)
+            load.check_parity(numbers)
         await self._call(lambda: self._engine.add_packed(packed))
         return load.loaded(packed)
 
