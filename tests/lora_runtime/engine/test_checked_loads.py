@@ -157,7 +157,7 @@ def test_steps_within_a_check_change_neither_it_nor_the_streams(
     monkeypatch.setattr(engine_of_steps, "step", noted_step)
 
     async def tokens_of(engine, name, digest):
-        request = greedy(name, [5, 6, 7], digest, 150)
+        request = greedy(name, [5, 6, 7], digest, 400)
         return [token async for out in engine.generate(request) for token in out.token_ids]
 
     async def run(is_loading):
@@ -177,7 +177,8 @@ def test_steps_within_a_check_change_neither_it_nor_the_streams(
 
     alone, _ = asyncio.run(run(is_loading=False))
     beside, num_steps = asyncio.run(run(is_loading=True))
-    assert beside == alone and num_steps >= 2 * NUM_ROWS * base.spec.num_layers
+    assert beside == alone
+    assert num_steps >= 2 * NUM_ROWS * base.spec.num_layers
     assert all(are_apart)
     for found, own in zip(judged[-1], expected, strict=True):
         assert torch.equal(found, own)
