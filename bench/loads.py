@@ -26,6 +26,7 @@ from bench.random_adapters import write_random_adapters, write_records
 from bench.served import serving
 from lora_runtime.base.loader import load_base
 from lora_runtime.config import BaseConfig
+from lora_runtime.kernels import torch_threads
 from loramux.server.client import AsyncClient
 
 KINDS = ("without a record", "with a record")
@@ -145,13 +146,15 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    facts = machine.facts()
+    torch_threads.compute_alone()  # this process writes adapters, and is the client
     with tempfile.TemporaryDirectory() as name:
         say(f"writing {args.loads} adapters of each kind")
         folders = write_adapters(args, Path(name))
         with serving(args.base, Path(name), args.streams) as served:
             found = asyncio.run(measure(args, served.grpc, folders, say))
     result = {
-        **machine.facts(),
+        **facts,
         "question": "what loads cost running streams",
         "workload": {key: value for key, value in vars(args).items() if key != "out"},
         **{kind.replace(" ", "_"): one.figures() for kind, one in found.items()},
