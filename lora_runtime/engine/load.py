@@ -31,7 +31,7 @@ from lora_runtime.base.dtype_view import as_bfloat16_holds
 from lora_runtime.base.loader import Base
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.engine.client import LoadedAdapter
-from lora_runtime.engine.probe import adapter_logits
+from lora_runtime.engine.probe import KnownRows, Pause, adapter_logits, no_pause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +68,15 @@ class AdapterLoad:
         check_depth(self.form.facts.layer_map, max_layers)
         return pack_for(self.base, self.form)
 
-    def parity_forwards(self, packed: PackedAdapter) -> list[Callable[[], Tensor]]:
+    def parity_forwards(
+        self, packed: PackedAdapter, known: KnownRows, pause: Pause
+    ) -> list[Callable[[], Tensor]]:
         """Return the gate's forwards, a row each, for the thread that runs the base; none without
-        a record. Other work may come between them.
+        a record. Other work may come between them, and in them where they call `pause`.
         """
-        return [] if self.record is None else chunks(self.record, self._logits(packed))
+        return (
+            [] if self.record is None else chunks(self.record, self._logits(packed, known, pause))
+        )
 
     def check_parity(self, numbers: Sequence[Tensor]) -> Parity | None:
         """Judge what all `parity_forwards` gave, in their order; None without a record.
@@ -92,11 +96,14 @@ class AdapterLoad:
         exceeds, logits = spec.exceeds_bfloat16, self._logits(packed)
         return gate(self.record, logits, spec.dtype, tensors_sha256, exceeds_bfloat16=exceeds)
 
-    def _logits(self, packed: PackedAdapter) -> Logits:
+    def _logits(
+        self, packed: PackedAdapter, known: KnownRows | None = None, pause: Pause = no_pause
+    ) -> Logits:
         """What the gate compares: of the base with its values as the record's held them."""
         was_rounded = self.record is not None and self.record.base_dtype == "bfloat16"
         must_round = was_rounded and self.base.spec.exceeds_bfloat16
-        return adapter_logits(as_bfloat16_holds(self.base) if must_round else self.base, packed)
+        base = as_bfloat16_holds(self.base) if must_round else self.base
+        return adapter_logits(base, packed, known, pause)
 
     def loaded(self, packed: PackedAdapter) -> LoadedAdapter:
         """Return what is told of it once it is kept."""

@@ -11,8 +11,8 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +25,7 @@ from lora_runtime.engine.client import EngineInfo, EngineStats, LoadedAdapter
 from lora_runtime.engine.engine import Engine, current_device, load_engine
 from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.load import AdapterLoad
+from lora_runtime.engine.probe import KnownRows
 from lora_runtime.engine.queue_places import check_place
 from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
@@ -41,6 +42,13 @@ CLOSE_S = 1.0
 NUM_READERS = 2
 """Adapters that are read at once."""
 MAX_WAITING_READS = 256
+CHECK_SHARE = 0.5
+"""Of the time of a step: what a parity check may take before running streams get the next one, in
+whole layers."""
+
+
+class _EngineDied(BaseException):
+    """A step within a command has failed beyond repair: not the command's error."""
 
 
 class _Command(NamedTuple):
@@ -66,6 +74,13 @@ class InThreadEngine:
         self._engine = engine
         self._stats = engine.stats()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._long: deque[_Command] = deque()
+        """Long commands out of the inbox, which wait for their turn."""
+        self._known_rows = KnownRows()
+        self._step_s = self._stepped_at = 0.0
+        """How long the last step took, and when it ended."""
+        self._has_computed = False
+        """Whether a long command has computed something since."""
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
         self._unloading: dict[str, list[Future[Any]]] = {}
         self._post_lock = threading.Lock()
@@ -128,12 +143,13 @@ class InThreadEngine:
     async def load_adapter(self, folder: Path, rules: FolderRules = ANY_FOLDER) -> LoadedAdapter:
         load = await self._readers.run(AdapterLoad.read, folder, self._engine.base, rules)
         packed = await self._readers.run(load.pack, self.info.max_adapter_layers)
-        forwards = await self._readers.run(load.parity_forwards, packed)
-        # One row of the parity gate at a time: running streams wait for one forward, not for all.
-        numbers = [
-            await asyncio.wrap_future(self._post(forward, is_long=True)) for forward in forwards
-        ]
-        load.check_parity(numbers)
+        forwards = await self._readers.run(
+            load.parity_forwards, packed, self._known_rows, self._pause
+        )
+        if forwards:
+            check = self._post(lambda: self._run_beside_steps(forwards), is_long=True)
+            numbers = await asyncio.wrap_future(check)
+            load.check_parity(numbers)
         await self._call(lambda: self._engine.add_packed(packed))
         return load.loaded(packed)
 
@@ -169,8 +185,8 @@ class InThreadEngine:
             await asyncio.sleep(POLL_S)
 
     def _post(self, action: Callable[[], Result], *, is_long: bool = False) -> Future[Result]:
-        """Queue `action` for the engine thread; fails at once when the engine is gone. Behind one
-        that `is_long` a step is run before the next.
+        """Queue `action` for the engine thread; fails at once when the engine is gone. One that
+        `is_long` lets others and steps come before it, within it by `_pause`, and behind it.
         """
         done: Future[Result] = Future()
         with self._post_lock:
@@ -197,6 +213,10 @@ class InThreadEngine:
 
     def _run_once(self) -> None:
         self._run_commands()
+        self._step()
+
+    def _step(self) -> None:
+        begun = time.monotonic()
         is_idle = self._engine.is_idle
         outputs = self._engine.take_outputs() if is_idle else self._engine.step()
         self._engine.collect()
@@ -205,23 +225,63 @@ class InThreadEngine:
         self._failures.note(outputs)
         self._deliver(outputs)
         self._resolve_unloads()
+        self._stepped_at = time.monotonic()
+        self._step_s = self._stepped_at - begun
+        self._has_computed = False
 
     def _run_commands(self) -> None:
-        """Run queued commands up to a long one; wait for one when there is nothing else to do."""
-        should_wait = self._engine.is_idle
+        """Run queued commands and one long one; wait for one when there is nothing else to do."""
+        self._run_short(should_wait=self._engine.is_idle and not self._long)
+        if self._long:
+            self._run_command(self._long.popleft())
+
+    def _run_short(self, *, should_wait: bool = False) -> None:
+        """Run queued commands that are not long; set the others aside."""
         while should_wait or not self._inbox.empty():
             self._is_busy = not should_wait  # waiting for work is no hang: the watchdog must know
             command = self._inbox.get()
-            self._num_beats += 1
             self._is_busy, should_wait = True, False
-            if not command.done.set_running_or_notify_cancel():
-                continue
-            self._running = command.done
-            with suppress(InvalidStateError):  # it was answered when the engine was abandoned
-                _do(command)
-            self._running = None
             if command.is_long:
-                return  # running streams get a step before the next long command
+                self._long.append(command)
+            else:
+                self._run_command(command)
+
+    def _run_command(self, command: _Command) -> None:
+        self._num_beats += 1
+        if not command.done.set_running_or_notify_cancel():
+            return
+        outer, self._running = self._running, command.done
+        with suppress(InvalidStateError):  # it was answered when the engine was abandoned
+            _do(command)
+        self._running = outer
+
+    def _run_beside_steps(self, actions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Call all `actions` of a long command; behind each that called `_pause` comes a step."""
+        results = []
+        for action in actions:
+            self._let_others_run(must_step=self._has_computed)
+            results.append(action())
+        return results
+
+    def _pause(self) -> None:
+        """Within a long command: let other commands run, and when it is time for one, a step.
+
+        Raises the error of an engine that has ended.
+        """
+        spent_s = time.monotonic() - self._stepped_at
+        self._let_others_run(must_step=spent_s >= CHECK_SHARE * self._step_s)
+        self._has_computed = True
+
+    def _let_others_run(self, *, must_step: bool) -> None:
+        has_commands = not self._inbox.empty()
+        try:
+            self._run_short()
+            if has_commands or (must_step and not self._engine.is_idle):
+                self._step()
+        except Exception as error:
+            raise _EngineDied from error
+        if self._failure is not None:
+            raise self._failure
 
     def _submit(self, request: Request, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
         self._engine.add_request(request)
@@ -289,6 +349,9 @@ class InThreadEngine:
         with suppress(queue.Empty):
             while True:
                 _settle(self._inbox.get_nowait().done, error)
+        with suppress(IndexError):
+            while True:
+                _settle(self._long.popleft().done, error)
         with suppress(KeyError):
             while True:
                 for freed in self._unloading.popitem()[1]:
@@ -304,7 +367,8 @@ def _do(command: _Command) -> None:
     except Exception as error:
         command.done.set_exception(error)
     except BaseException as error:
-        command.done.set_exception(Unavailable(f"the engine has died of {error!r}"))
+        cause = error.__cause__ if isinstance(error, _EngineDied) else error
+        command.done.set_exception(Unavailable(f"the engine has died of {cause!r}"))
         raise
     else:
         command.done.set_result(result)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,27 +14,65 @@ from lora_runtime.adapters.parity import Logits
 from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.adapters.serving_form import ServingForm
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.attention import Attention
 from lora_runtime.base.model.layer_order import LayerMap
 from lora_runtime.base.model.layer_steps import layer_steps
+from lora_runtime.base.model.recurrence import Recurrence
 from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.core import AdapterPlacement, activation_start
 from lora_runtime.kernels import SlotUse, Span, StepMeta, spans_of_rows
+from lora_runtime.kernels.cpu_library import num_threads, threads
 
 TokenRows = Sequence[Sequence[int]]
+Pause = Callable[[], None]
+"""Called within a forward, once a layer: other forwards of the base may run in it."""
+MAX_KNOWN_ROWS = 2
+"""As many as a record has."""
 
 
-def adapter_logits(base: Base, adapter: PackedAdapter) -> Logits:
+def no_pause() -> None:
+    """Go on at once."""
+
+
+class KnownRows:
+    """The base's logits on the rows of the last records: nothing changes the base, and records are
+    mostly of the same public rows. For the thread that runs the base.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[object, Tensor] = {}
+
+    def find(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `key` is known to give, made if it is not."""
+        found = self._found.pop(key, None)
+        self._found[key] = make() if found is None else found  # the last one used is the last
+        if len(self._found) > MAX_KNOWN_ROWS:
+            del self._found[next(iter(self._found))]
+        return self._found[key]
+
+
+def adapter_logits(
+    base: Base,
+    adapter: PackedAdapter,
+    known: KnownRows | None = None,
+    pause: Pause = no_pause,
+) -> Logits:
     """A function from token ids to logits for the parity gate, computed by the kernels that serve.
 
-    The function must be called on the thread that runs the base. The first call with the adapter
-    copies it to the device.
+    The function must be called on the thread that runs the base. On a GPU the first call with the
+    adapter copies it there. `known`: of this base, in whatever dtype it holds its values.
     """
-    pool = cache(lambda: _pool_of(adapter, base))
+    pool, known = cache(lambda: _pool_of(adapter, base)), known or KnownRows()
+    if base.device.type == "cpu":
+        pool()
 
     def logits(row: Sequence[int], positions: Sequence[int], with_adapter: bool) -> Tensor:
-        bound = _Bound(adapter, pool()) if with_adapter else None
-        return _logits(base, bound, [row], positions)
+        if with_adapter:
+            return _logits(base, _Bound(adapter, pool()), [row], positions, pause)
+        # What a base in float32 holds of a checkpoint is another function once it is rounded.
+        key = base.spec.exceeds_bfloat16, tuple(row), tuple(positions)
+        return known.find(key, lambda: _logits(base, None, [row], positions, pause))
 
     return logits
 
@@ -57,11 +95,51 @@ class _Bound(NamedTuple):
     pool: AdapterPool
 
 
-@torch.inference_mode()
-def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequence[int]) -> Tensor:
+class _Pausing:
+    """`Attention` that pauses before each layer's: a layer's q, k and v are there, and what was
+    before them is done.
+    """
+
+    def __init__(self, inner: Attention, pause: Pause) -> None:
+        self._inner, self._pause = inner, pause
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return self._inner.recurrence
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """See `Attention`."""
+        self._pause()
+        return self._inner.attend(q, k, v, **options)
+
+
+def _logits(
+    base: Base,
+    bound: _Bound | None,
+    rows: TokenRows,
+    logits_at: Sequence[int],
+    pause: Pause = no_pause,
+) -> Tensor:
     """Logits (n, vocab) at the tokens `logits_at` of all rows laid end to end."""
+    torchs, own = torch.get_num_threads(), num_threads()
+
+    def pause_as_before() -> None:
+        with base.context.set_aside(), threads(of_torch=torchs, of_library=own):
+            pause()
+
+    # torch's threads would look for more to do, and keep the cores, for longer than its small ops
+    # here take.
+    with threads(of_torch=1, of_library=own):
+        return _pausing_logits(base, bound, rows, logits_at, pause_as_before)
+
+
+@torch.inference_mode()
+def _pausing_logits(
+    base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequence[int], pause: Pause
+) -> Tensor:
+    """See `_logits`."""
     lengths = [len(row) for row in rows]
-    attention = VarlenAttention([RowLengths(lengths)], base.device)
+    attention = _Pausing(VarlenAttention([RowLengths(lengths)], base.device), pause)
     token_ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(length) for length in lengths])
     wanted = torch.tensor(logits_at, device=base.device)
@@ -72,7 +150,9 @@ def _logits(base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequen
     meta = StepMeta.build(spans, base.device)
     head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
     layer_map = bound.adapter.facts.layer_map
-    steps = None if layer_map is None else _layer_steps(layer_map, bound.adapter, rows, base)
+    steps = (
+        None if layer_map is None else _layer_steps(layer_map, bound.adapter, rows, base, attention)
+    )
     with base.context.adapters(meta, bound.pool.bindings, head_meta):
         return base.forward(*inputs, steps or attention, wanted)
 
@@ -85,11 +165,10 @@ def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:
 
 
 def _layer_steps(
-    layer_map: LayerMap, adapter: PackedAdapter, rows: TokenRows, base: Base
+    layer_map: LayerMap, adapter: PackedAdapter, rows: TokenRows, base: Base, attention: Attention
 ) -> LayerSteps:
     """The steps of one layer map that all rows share."""
     lengths = [len(row) for row in rows]
-    attention = VarlenAttention([RowLengths(lengths)], base.device)
 
     def adapters(_: tuple[int, ...], visits: tuple[int, ...]) -> StepMeta | None:
         return StepMeta.build(_spans(adapter, rows, visits), base.device)

@@ -119,6 +119,8 @@ def play(program: np.ndarray[Any, Any], calls: Sequence[object]) -> None:
 
 class _Threads(threading.local):
     are_torchs = False
+    number: int | None = None
+    """Of a call; None: as many as torch's ops of this thread use."""
 
 
 _threads = _Threads()
@@ -136,6 +138,21 @@ def beside_torch() -> Iterator[None]:
         _threads.are_torchs = before
 
 
+@contextmanager
+def threads(*, of_torch: int, of_library: int) -> Iterator[None]:
+    """Within it this thread's ops of torch use so many threads and its calls of the library so
+    many: for small ops of torch between calls that want all cores. Without the library nothing
+    changes.
+    """
+    torchs, own = set_torch_threads(of_torch), _threads.number
+    _threads.number = of_library
+    try:
+        yield
+    finally:
+        _threads.number = own
+        set_torch_threads(torchs)
+
+
 def set_torch_threads(number: int) -> int:
     """Let torch compute in `number` threads what this thread asks of it, and return how many they
     were; 0, and nothing is done, where there is no library, torch has no OpenMP, or `number` is
@@ -151,4 +168,5 @@ def num_threads() -> int:
     """Threads for a call of this thread, as the library takes them: a negative number is one of
     torch's threads.
     """
-    return -torch.get_num_threads() if _threads.are_torchs else torch.get_num_threads()
+    number = torch.get_num_threads() if _threads.number is None else _threads.number
+    return -number if _threads.are_torchs else number

@@ -154,6 +154,16 @@ class StepContext:
             self.routed = None
 
     @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within a forward: let another one run, and go on as before."""
+        kept = self.meta, self.bindings, self.head_meta, self.routed
+        self.meta, self.bindings, self.head_meta, self.routed = None, {}, None, None
+        try:
+            yield
+        finally:
+            self.meta, self.bindings, self.head_meta, self.routed = kept
+
+    @contextmanager
     def at(self, meta: Any) -> Iterator[None]:
         """Within `adapters`: run some layers for other tokens than the whole step's."""
         outer, self.meta = self.meta, meta
