@@ -3,6 +3,7 @@
 // one the processor has is chosen at every call.
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>

@@ -29,6 +29,7 @@ class Pool {
       return;
     }
     while (num_workers_ < num_threads - 1 && start_worker()) {}
+    callers_core_.store(this_core(), std::memory_order_relaxed);
     call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
     body_ = &body, count_ = count, grain_ = grain, max_helpers_ = num_threads - 1;
     next_.store(0, std::memory_order_relaxed);
@@ -44,7 +45,7 @@ class Pool {
   }
 
  private:
-  static constexpr auto PATIENCE = std::chrono::microseconds(200);
+  static constexpr auto PATIENCE = std::chrono::microseconds(200), REST = std::chrono::milliseconds(5);
   // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
   static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;
 
@@ -79,6 +80,22 @@ class Pool {
     std::this_thread::yield();  // who is waited for may have lost its core
   }
 
+  // -1 where the system does not say.
+  static int this_core() {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+  }
+
+  // Whether this helper has taken the core of the thread that it should help, as happens where
+  // others keep the rest of the cores busy: both would wait for each other in turns.
+  bool is_in_the_way() const {
+    const int core = this_core();
+    return core >= 0 && core == callers_core_.load(std::memory_order_relaxed);
+  }
+
   void work() {
     for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
   }
@@ -97,6 +114,10 @@ class Pool {
     for (;;) {
       uint64_t state = wait_for_job(seen);
       seen = state >> 32;
+      if (is_in_the_way()) {
+        std::this_thread::sleep_for(REST);  // not `wake_`: the next op would bring it back
+        continue;
+      }
       while (state >> 32 == seen && (state & OPEN) && (state & HELPERS) < max_helpers_)
         if (state_.compare_exchange_weak(state, state + 1)) {
           work();
@@ -106,14 +127,16 @@ class Pool {
     }
   }
 
-  // Returns the state once it is another job's than `seen`.
+  // Returns the state once it is another job's than `seen`, or this helper is in the way.
   uint64_t wait_for_job(uint64_t seen) {
     const auto end = std::chrono::steady_clock::now() + PATIENCE;
     for (long spins = 1;; spins++) {
       const uint64_t state = state_.load(std::memory_order_acquire);
       if (state >> 32 != seen) return state;
       pause(1);
-      if (spins % 32 == 0 && std::chrono::steady_clock::now() > end) {
+      if (spins % 32) continue;
+      if (is_in_the_way()) return state;
+      if (std::chrono::steady_clock::now() > end) {
         std::unique_lock<std::mutex> guard(sleep_);
         num_asleep_++;
         wake_.wait(guard, [&] { return state_.load() >> 32 != seen; });
@@ -126,7 +149,7 @@ class Pool {
   std::condition_variable wake_;
   std::atomic<uint64_t> state_{0};
   std::atomic<long> next_{0};
-  std::atomic<int> num_asleep_{0};
+  std::atomic<int> num_asleep_{0}, callers_core_{-1};
   std::atomic<uint64_t> max_helpers_{0};
   void (*call_)(const void*, long, long) = nullptr;
   const void* body_ = nullptr;

@@ -69,6 +69,28 @@ def test_a_forked_process_has_threads_of_its_own(run_alone):
     """)
 
 
+def test_a_helper_that_takes_the_callers_core_costs_nothing(run_alone):
+    """On one core, as where others keep the rest of the cores busy: two threads take as much of the
+    processor as one.
+    """
+    run_alone("""
+        import time
+
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+        def processor_s(num_threads):
+            torch.set_num_threads(num_threads)
+            begun = time.process_time()
+            for _ in range(400):
+                cpu.panel_product(x[:8], panels, 2048)
+            return time.process_time() - begun
+
+        processor_s(2)
+        pairs = [(processor_s(1), processor_s(2)) for _ in range(7)]
+        assert min(two / one for one, two in pairs) < 1.25
+    """)
+
+
 def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile(run_alone):
     run_alone("""
         failed = []
