@@ -440,12 +440,11 @@ def _frozen(
 
 
 def _refuse_non_finite_rest(model: PreTrainedModel) -> None:
-    """Raise BaseRefused for numbers that are not finite in what is not frozen: the vocabulary,
-    routers, biases of experts.
+    """Raise BaseRefused for numbers that are not finite in what is not quantised: the vocabulary.
+    Buffers are left alone: in some families they are bounds, which may be infinite.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            require_finite(name.replace(".linear.", "."), tensor)
+    for name, parameter in model.named_parameters():
+        require_finite(name.replace(".linear.", "."), parameter)
 
 
 def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:

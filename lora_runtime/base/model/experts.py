@@ -208,7 +208,9 @@ def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear])
             f"{BLOCK_SIZE * NESTED_BLOCK_SIZE}. Choose quantization {fitting}",
             field="quantization",
         )
-    joined.bias = None if unfrozen.bias is None else unfrozen.bias.to(device, dtype)
+    if unfrozen.bias is not None:
+        name = f"{experts.path}_bias"
+        joined.bias = require_finite(name, unfrozen.bias.to(device, dtype))
     experts.linear = joined
 
 

@@ -299,7 +299,7 @@ UNUSED_EXPERT, UNUSED_TOKEN = 3, 299
         ("embed_tokens.weight", UNUSED_TOKEN, "model.embed_tokens.weight"),
         ("layers.0.mlp.experts.down_proj", UNUSED_EXPERT, "expert 3 of model.*.experts.down_proj"),
         ("layers.2.mlp.experts.gate_up_proj", UNUSED_EXPERT, "expert 3 of .*gate_up_proj"),
-        ("layers.0.mlp.experts.down_proj_bias", UNUSED_EXPERT, "model.*.experts.down_proj.bias"),
+        ("layers.0.mlp.experts.down_proj_bias", UNUSED_EXPERT, "model.*.experts.down_proj_bias"),
     ],
 )
 def test_a_number_that_is_not_finite_is_found_where_no_token_of_the_check_meets_it(
