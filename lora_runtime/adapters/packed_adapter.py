@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_runtime.adapters.facts import AdapterFacts
-from lora_runtime.adapters.files.tensors import is_finite
 from lora_runtime.adapters.serving_form import ModuleForm, ServingForm
 from lora_runtime.base.loader import Base
+from lora_runtime.base.model.finite import is_finite
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.kernels import NO_EXTENT, AdapterMemory, Extent, adapter_dtype
 

@@ -33,6 +33,7 @@ from lora_runtime.base.model.experts import (
     freeze_experts,
     replace_experts,
 )
+from lora_runtime.base.model.finite import require_finite
 from lora_runtime.base.model.fused_modules import fuse_modules
 from lora_runtime.base.model.head_model import head_model
 from lora_runtime.base.model.int8_linear import Int8Linear
@@ -251,6 +252,7 @@ def prepare_base(
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_layers(layers.values(), freeze, device, dtype)
     _freeze_head(model, keep_copies=keep_copies)
+    _refuse_non_finite_rest(model)
     _settle_weights(model, linears)
     on_progress("fingerprinting")
     left_out = (*left_out, *dropped)
@@ -415,7 +417,8 @@ def _freeze_layers(
     dtype: torch.dtype,
 ) -> None:
     """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn; of
-    a mixture that of each expert. Routers stay as they are.
+    a mixture that of each expert. Routers stay as they are. Raises BaseRefused for weights that are
+    not finite.
     """
     for layer in layers:
         if isinstance(layer, AdaptedExperts):
@@ -423,7 +426,25 @@ def _freeze_layers(
         elif not isinstance(layer, AdaptedRouter):
             is_exact = isinstance(layer, RouterLinear) or layer.path.endswith(UNQUANTISED)
             maker = DenseLinear if is_exact else freeze
-            layer.linear = maker(layer.linear.weight_values().to(device, dtype), layer.linear.bias)
+            layer.linear = _frozen(layer, maker, device, dtype)
+
+
+def _frozen(
+    layer: AdaptedLinear,
+    maker: Callable[..., FrozenLinear],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FrozenLinear:
+    weight = layer.linear.weight_values().to(device, dtype)
+    return maker(require_finite(f"{layer.path}.weight", weight), layer.linear.bias)
+
+
+def _refuse_non_finite_rest(model: PreTrainedModel) -> None:
+    """Raise BaseRefused for numbers that are not finite in what is not quantised: the vocabulary.
+    Buffers are left alone: in some families they are bounds, which may be infinite.
+    """
+    for name, parameter in model.named_parameters():
+        require_finite(name.replace(".linear.", "."), parameter)
 
 
 def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:

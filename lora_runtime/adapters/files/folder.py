@@ -33,7 +33,7 @@ from lora_runtime.adapters.files.file_names import (
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
 from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
-from lora_runtime.adapters.files.tensors import is_finite
+from lora_runtime.base.model.finite import is_finite
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.strict_json import parse_object

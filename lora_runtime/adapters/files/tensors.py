@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from lora_runtime.adapters.files.tensor_names import Part, TensorName, parse_names
@@ -75,10 +73,3 @@ class AdapterTensors:
                 f"({len(unknown)} such tensors)",
                 field=unknown[0],
             )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True when all values are finite: the least or the largest is not, if one is NaN or infinite.
-    An eighth of the time of a mask, which a load beside running streams takes from them.
-    """
-    return tensor.numel() == 0 or all(map(math.isfinite, torch.aminmax(tensor)))

@@ -15,7 +15,7 @@ from lora_runtime.adapters.config.layer_sites import Site
 from lora_runtime.adapters.config.peft_config import AdapterSpec, TargetSpec
 from lora_runtime.adapters.config.values import shown
 from lora_runtime.adapters.files.tensor_names import Part
-from lora_runtime.adapters.files.tensors import AdapterTensors, is_finite
+from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm
 from lora_runtime.adapters.variants.dora import dora_gain
 from lora_runtime.adapters.variants.experts import site_shape, take_of_all_experts
@@ -26,6 +26,7 @@ from lora_runtime.adapters.variants.mutated_base import (
     rebalanced,
     recovered_initial,
 )
+from lora_runtime.base.model.finite import is_finite
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import AdapterRefused, BaseMismatch

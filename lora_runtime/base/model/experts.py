@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_runtime.base.model.adapted_linear import StepContext
+from lora_runtime.base.model.finite import require_finite
 from lora_runtime.base.model.fused_modules import ACTIVATIONS
 from lora_runtime.base.model.parts import (
     EXPERT_WEIGHTS,
@@ -188,11 +189,16 @@ def check_experts(model: PreTrainedModel) -> None:
 
 def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear]) -> None:
     """Freeze one expert's matrix after another, and forget them. Raises BaseRefused where their
-    format cannot hold them one after another.
+    format cannot hold them one after another, and for numbers that are not finite.
     """
     unfrozen: Any = experts.linear
     device, dtype = unfrozen.target
-    joined = join_layers([freeze(matrix, None) for matrix in unfrozen.matrices()])
+    joined = join_layers(
+        [
+            freeze(require_finite(f"expert {expert} of {experts.path}", matrix), None)
+            for expert, matrix in enumerate(unfrozen.matrices())
+        ]
+    )
     if joined is None:
         fitting = "'int8' or 'none'" + ("" if experts.in_features % BLOCK_SIZE else ", or 'nf4'")
         raise BaseRefused(
@@ -202,7 +208,9 @@ def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear])
             f"{BLOCK_SIZE * NESTED_BLOCK_SIZE}. Choose quantization {fitting}",
             field="quantization",
         )
-    joined.bias = None if unfrozen.bias is None else unfrozen.bias.to(device, dtype)
+    if unfrozen.bias is not None:
+        name = f"{experts.path}_bias"
+        joined.bias = require_finite(name, unfrozen.bias.to(device, dtype))
     experts.linear = joined
 
 

@@ -16,14 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_runtime.base.loader import configured_length, load_base
+from lora_runtime.base.loader import configured_length, load_base, prepare_base
 from lora_runtime.base.model.adapted_linear import AdaptedLinear
 from lora_runtime.base.model.parts import inner_linears
 from lora_runtime.base.outline import outline
 from lora_runtime.base.streamed_load import read_model, visiting
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
-from tests.tiny import CONFIGS, HYBRIDS, tiny_base, tiny_checkpoint
+from tests.tiny import CONFIGS, HYBRIDS, tiny_base, tiny_checkpoint, tiny_model
 
 GEMMA = dict(
     vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=3, head_dim=16,
@@ -286,6 +286,32 @@ def test_a_damaged_checkpoint_of_a_mixture_is_refused(tmp_path, damage, message)
     damage(tiny_checkpoint(tmp_path, "qwen3-moe"))
     with pytest.raises(BaseRefused, match=message):
         load_base(BaseConfig(model=str(tmp_path), dtype="float32", device="cpu"))
+
+
+UNUSED_EXPERT, UNUSED_TOKEN = 3, 299
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    ("parameter", "row", "named"),
+    [
+        ("embed_tokens.weight", UNUSED_TOKEN, "model.embed_tokens.weight"),
+        ("layers.0.mlp.experts.down_proj", UNUSED_EXPERT, "expert 3 of model.*.experts.down_proj"),
+        ("layers.2.mlp.experts.gate_up_proj", UNUSED_EXPERT, "expert 3 of .*gate_up_proj"),
+        ("layers.0.mlp.experts.down_proj_bias", UNUSED_EXPERT, "model.*.experts.down_proj_bias"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_found_where_no_token_of_the_check_meets_it(
+    parameter, row, named, number, quantization
+):
+    model = tiny_model("gpt-oss")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.router.bias[UNUSED_EXPERT] = -1e4
+        model.model.get_parameter(parameter)[row].view(-1)[5] = number
+    with pytest.raises(BaseRefused, match=f"^{named} holds numbers that are not finite"):
+        prepare_base(model, BaseConfig(quantization=quantization), "x", Path("."))
 
 
 @pytest.mark.parametrize(
