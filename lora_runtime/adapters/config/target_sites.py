@@ -5,7 +5,7 @@ Source: peft 0.21.2, `inject_adapter`, `_check_tied_modules`, `_add_targets_to_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lora_runtime.adapters.config.conflicts import mutates_base
@@ -57,6 +57,7 @@ def select_sites(
     inner = [site for site in sites if site.path not in (base.embedding, base.head)]
     parameters, unmatched = parameter_sites(selection.target_parameters, inner, base)
     refuse_expert_biases(unmatched, inner, base)
+    _refuse_ends(unmatched, ends.values())
     chosen: frozenset[str] = frozenset()
     if selection.target_modules:
         names = [site.name for site in layers]
@@ -78,6 +79,19 @@ def select_sites(
     found += tuple(parameters)
     _check_ends({site.path for site in found}, base, vocabulary, config)
     return found, ties_head
+
+
+def _refuse_ends(entries: Iterable[str], ends: Iterable[str]) -> None:
+    """Raise AdapterRefused for weights of embedding and output layer in target_parameters."""
+    for entry in entries:
+        meant = next((name for name in ends if f".{name}.weight".endswith(f".{entry}")), None)
+        if meant is not None:
+            raise AdapterRefused(
+                f"target_parameters names {entry[:80]!r}, a weight of the vocabulary: that is not "
+                f"served, though PEFT has it; train with {meant.rpartition('.')[2]!r} in "
+                "target_modules",
+                field="target_parameters",
+            )
 
 
 def _refuse_twice(parameters: Sequence[Site], modules: Sequence[Site]) -> None:

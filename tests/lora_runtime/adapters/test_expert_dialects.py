@@ -391,6 +391,19 @@ def test_biases_of_experts_are_refused_by_name(tmp_path, others):
     assert refusal.value.field == "target_parameters"
 
 
+@pytest.mark.parametrize("others", [[], EXPERTS])
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_weights_of_the_vocabulary_are_refused_by_name(base, twin, tmp_path, name, others):
+    folder = written(
+        twin, tmp_path / "a", target_modules=["q_proj"],
+        target_parameters=[f"{name}.weight", *others],
+    )  # fmt: skip
+    words = f"'{name}.weight', a weight of the vocabulary.*'{name}' in target_modules"
+    with pytest.raises(AdapterRefused, match=words) as refusal:
+        load_adapter(folder, base.spec, base.weights)
+    assert refusal.value.field == "target_parameters"
+
+
 def test_granite_s_older_names_of_experts_are_answered_by_the_newer(tmp_path):
     """Nearer in letters is the router's."""
     base = tiny_base("granite-moe")
