@@ -45,8 +45,8 @@ WIDE_WARPS = 8
 """Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
 wider than 128: with the usual 4 registers spill."""
 MAX_REGISTERS = 255
-"""Said of such a tile in float32: left to itself the compiler takes 80 a thread and spills, for the
-sake of programs that shared memory has no room for."""
+"""Said of a prefill tile in float32, or of heads below 64: left to itself the compiler takes 72 to
+128 a thread and spills, mostly for the sake of programs that shared memory has no room for."""
 DECODE_REGISTERS = 168
 """Said of a decode program of heads of 64 and more in bfloat16, for the same reason: as many as
 the three programs can have for which a multiprocessor has shared memory."""
@@ -121,7 +121,7 @@ def paged_attention(
             BLOCK_D=head_dim,
             CHUNK=64,
             num_warps=num_warps,
-            maxnreg=MAX_REGISTERS if is_wide and q.dtype == torch.float32 else None,
+            maxnreg=MAX_REGISTERS if q.dtype == torch.float32 or head_dim < 64 else None,
         )
     return out
 

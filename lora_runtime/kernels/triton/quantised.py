@@ -47,23 +47,29 @@ VALUES_BLOCK = 1024
 class Tiling(NamedTuple):
     """How a format's product is cut up.
 
-    block_m: rows of a tile; max_tiles: of a program; block_k: inputs a pass; num_stages: of the
-    loop, one more than the passes whose copies to shared memory are on their way.
+    block_m: rows of a tile; max_tiles: of a program; max_uneven_tiles: where the last pass has
+    fewer inputs; block_k: inputs a pass; num_stages: of the loop, one more than the passes whose
+    copies to shared memory are on their way; max_registers: of a thread, None for the compiler's
+    own choice.
     """
 
     block_m: int
     max_tiles: int
+    max_uneven_tiles: int
     block_k: int
     num_stages: int
+    max_registers: int | None
 
 
 TILINGS = {
-    ("four_bit", torch.bfloat16): Tiling(8, 8, 256, 3),
-    ("four_bit", torch.float32): Tiling(16, 1, 64, 1),
-    ("eight_bit", torch.bfloat16): Tiling(8, 8, 128, 3),
-    ("eight_bit", torch.float32): Tiling(16, 1, 64, 1),
+    ("four_bit", torch.bfloat16): Tiling(8, 8, 8, 256, 3, None),
+    ("four_bit", torch.float32): Tiling(16, 1, 1, 64, 1, 255),
+    ("eight_bit", torch.bfloat16): Tiling(8, 8, 4, 128, 3, None),
+    ("eight_bit", torch.float32): Tiling(16, 1, 1, 64, 1, 255),
 }
-"""By format and dtype. No format is called like a dtype: Triton's preload would make it one."""
+"""By format and dtype. No format is called like a dtype: Triton's preload would make it one. In
+float32 the compiler takes 80 to 128 registers by itself and spills some.
+"""
 
 
 def four_bit_product(
@@ -148,6 +154,7 @@ def _grouped_product(
         BLOCK_K=tiling.block_k,
         num_warps=4,
         num_stages=tiling.num_stages,
+        maxnreg=tiling.max_registers,
     )
     return y
 
@@ -245,7 +252,9 @@ def _product(
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
     tiles = triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
-    tiles = min(tiles, tiling.max_tiles, max_tiles(rows.device))
+    is_even = in_features % tiling.block_k == 0
+    most = tiling.max_tiles if is_even else tiling.max_uneven_tiles
+    tiles = min(tiles, most, max_tiles(rows.device))
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
     y = rows.new_empty(num_rows, out_features // 2 if gate else out_features)
@@ -259,7 +268,7 @@ def _product(
     options = {
         "FORMAT": name,
         "GATE": gate,
-        "IS_EVEN": in_features % tiling.block_k == 0,
+        "IS_EVEN": is_even,
         "SPLITS": num_splits,
         "TILES": tiles,
         "BLOCK_M": tiling.block_m,
@@ -267,6 +276,7 @@ def _product(
         "BLOCK_K": tiling.block_k,
         "num_warps": 4,
         "num_stages": tiling.num_stages,
+        "maxnreg": tiling.max_registers,
     }
     num_programs = num_units * num_splits
     if shrink is None:
