@@ -49,8 +49,7 @@ class Tiling(NamedTuple):
 
     block_m: rows of a tile; max_tiles: of a program; max_uneven_tiles: where the last pass has
     fewer inputs; block_k: inputs a pass; num_stages: of the loop, one more than the passes whose
-    copies to shared memory are on their way; max_registers: of a thread, None for the compiler's
-    own choice.
+    copies to shared memory are on their way.
     """
 
     block_m: int
@@ -58,18 +57,18 @@ class Tiling(NamedTuple):
     max_uneven_tiles: int
     block_k: int
     num_stages: int
-    max_registers: int | None
 
 
 TILINGS = {
-    ("four_bit", torch.bfloat16): Tiling(8, 8, 8, 256, 3, None),
-    ("four_bit", torch.float32): Tiling(16, 1, 1, 64, 1, 255),
-    ("eight_bit", torch.bfloat16): Tiling(8, 8, 4, 128, 3, None),
-    ("eight_bit", torch.float32): Tiling(16, 1, 1, 64, 1, 255),
+    ("four_bit", torch.bfloat16): Tiling(8, 8, 8, 256, 3),
+    ("four_bit", torch.float32): Tiling(16, 1, 1, 64, 1),
+    ("eight_bit", torch.bfloat16): Tiling(8, 8, 4, 128, 3),
+    ("eight_bit", torch.float32): Tiling(16, 1, 1, 64, 1),
 }
-"""By format and dtype. No format is called like a dtype: Triton's preload would make it one. In
-float32 the compiler takes 80 to 128 registers by itself and spills some.
-"""
+"""By format and dtype. No format is called like a dtype: Triton's preload would make it one."""
+MAX_REGISTERS = 255
+"""Said of products in float32, and of those whose last pass has fewer inputs: left to itself the
+compiler takes 80 to 128 registers a thread and spills some."""
 
 
 def four_bit_product(
@@ -143,18 +142,19 @@ def _grouped_product(
     tiling = TILINGS[name, x.dtype]
     tiles = row_tiles(starts, num_rows, tiling.block_m)
     y = x.new_empty(num_rows, out_features)
+    is_even = in_features % tiling.block_k == 0
     grouped_product_kernel[(len(tiles) * triton.cdiv(out_features, BLOCK_N),)](
         *(y, x, codes, absmax, table, tiles, len(tiles)),
         *(in_features, in_features // 64, out_features),
         FORMAT=name,
-        IS_EVEN=in_features % tiling.block_k == 0,
+        IS_EVEN=is_even,
         TILES=1,
         BLOCK_M=tiling.block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tiling.block_k,
         num_warps=4,
         num_stages=tiling.num_stages,
-        maxnreg=tiling.max_registers,
+        maxnreg=_max_registers(x.dtype, is_even),
     )
     return y
 
@@ -276,7 +276,7 @@ def _product(
         "BLOCK_K": tiling.block_k,
         "num_warps": 4,
         "num_stages": tiling.num_stages,
-        "maxnreg": tiling.max_registers,
+        "maxnreg": _max_registers(x.dtype, is_even),
     }
     num_programs = num_units * num_splits
     if shrink is None:
@@ -291,6 +291,11 @@ def _product(
             **{f"SHRINK_{name}": value for name, value in shrink.options.items()},
         )
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _max_registers(dtype: torch.dtype, is_even: bool) -> int | None:
+    """Of a thread; None for the compiler's own choice."""
+    return None if is_even and dtype == torch.bfloat16 else MAX_REGISTERS
 
 
 def _splits(out_features: int, in_features: int, block_k: int) -> tuple[int, int]:
