@@ -40,6 +40,9 @@ MAX_PROGRAMS = 512
 multiprocessor."""
 MAX_SPLITS = 16
 BLOCK_N = 128
+UNALIGNED_TILES = 2
+"""Tiles of rows of a program at most where rows of y begin anywhere: each number is written by an
+address of its own, and with more of them registers spill."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
 
@@ -254,6 +257,7 @@ def _product(
     tiles = triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
     is_even = in_features % tiling.block_k == 0
     most = tiling.max_tiles if is_even else tiling.max_uneven_tiles
+    most = most if out_features % 16 == 0 else min(most, UNALIGNED_TILES)
     tiles = min(tiles, most, max_tiles(rows.device))
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
