@@ -25,7 +25,15 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_engine, gpu_kernels, gpu_peers, gpu_training, machine
+from bench import (
+    gpu_engine,
+    gpu_experts,
+    gpu_kernels,
+    gpu_peers,
+    gpu_recurrent,
+    gpu_training,
+    machine,
+)
 from bench.gpu_rows import Recorder, Table
 from bench.gpu_timing import DEVICE, HAS_GPU, IS_INTERPRETED, Ceilings
 from lora_runtime.kernels import gpu
@@ -42,12 +50,15 @@ if HAS_GPU:  # the source needs a device to be compiled for
 
 def kernels_stage(folder: Path) -> Iterator[Table]:
     """Is everything right, and what share of its bytes' time does each kernel reach?"""
-    yield Table("checks", gpu_kernels.check_cases, gpu_kernels.check)
+    for module in (gpu_kernels, gpu_recurrent, gpu_experts):
+        yield Table("checks", module.check_cases, module.check)
     yield Table("ceilings", lambda: [{}], lambda: asdict(ceilings()))
     yield from gpu_kernels.product_tables(ceilings(), CANDIDATES)
     yield gpu_kernels.values_table(ceilings())
     yield gpu_kernels.adapter_table(ceilings())
     yield gpu_kernels.attention_table(ceilings())
+    yield gpu_recurrent.recurrent_table(ceilings())
+    yield gpu_experts.experts_table(ceilings())
 
 
 def engine_stage(folder: Path) -> Iterator[Table]:

@@ -97,7 +97,8 @@ class Engine:
         self.host = HostCache(config.adapters.host_bytes)
         has_state = base.spec.state_bytes > 0
         # How many segments a mixture's pairs have is read on the host.
-        has_graphs = config.cuda_graphs and base.device.type == "cuda" and not base.spec.routers
+        is_cuda = base.device.type == "cuda"
+        has_graphs = config.cuda_graphs and is_cuda and not base.spec.routers
         check_memory(base.device, config.adapters.pool_bytes, "adapter_pool_bytes")
         self.pool = AdapterPool(
             base.spec.shapes,
@@ -105,7 +106,7 @@ class Engine:
             max_slots,
             like,
             bound=base.spec.linears if has_graphs else None,
-            max_rank=USUAL_MAX_RANK if has_graphs else 0,
+            max_rank=USUAL_MAX_RANK if is_cuda else 0,  # what the warm-up compiles kernels for
         )
         num_blocks = num_kv_blocks(base, config)
         self.blocks = _block_manager(config, num_blocks, has_state)
@@ -121,7 +122,7 @@ class Engine:
         if has_graphs or (can_capture_on_cpu(base) and not has_state):
             capture = CudaCapture(base.device) if has_graphs else CpuCapture()
             self.runner.use_graphs(self.info.max_num_seqs, self.info.max_model_len, capture)
-        self.num_steps_ahead = int(base.device.type == "cuda")
+        self.num_steps_ahead = int(is_cuda)
         """0, or 1: a step runs on the device while the next one is planned and queued."""
         self._started: deque[tuple[ScheduledBatch, Draw]] = deque()
         self._live: dict[str, Row] = {}

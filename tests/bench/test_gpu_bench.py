@@ -21,11 +21,13 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 TABLES = {
-    "kernels": {"checks", "ceilings", "products", "values", "adapters", "attention"},
+    "kernels": {
+        "checks", "ceilings", "products", "values", "adapters", "attention", "recurrent", "experts",
+    },
     "engine": {"ceilings", "start", "decode", "steps", "prefill", "latency"},
     "serve": {"ceilings", "served", "graphs", "many", "memory", "formats"},
     "training": {"training"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.timeout(600)

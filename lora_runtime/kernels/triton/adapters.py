@@ -63,15 +63,15 @@ class Shape(NamedTuple):
     expand_warps: int
 
 
-SMALL_STEP = Shape(16, 512, 3, 512, 16, out_bytes=256, expand_stages=4, expand_warps=4)
+SMALL_STEP = Shape(16, 512, 3, 512, 15, out_bytes=256, expand_stages=4, expand_warps=4)
 LARGE_STEP = Shape(64, 128, 4, 2048, 4, out_bytes=128, expand_stages=3, expand_warps=4)
 EXPAND_PROGRAMS = 528
 """Programs of expand, four a multiprocessor, over which its blocks of outputs are spread: before it
 can ask for weights each waits for one table after another, which with a block a program is most of
 its time."""
-MAX_REGISTERS, FEW_SPLITS = 255, 8
-"""Said of programs of expand that are gated, of large tiles or of more splits: left to itself the
-compiler takes 128 or 168 a thread and spills some."""
+MAX_REGISTERS, UNLIMITED_SPLITS = 255, 8
+"""Said of programs of expand but those of small tiles and so many splits, which 4,096 inputs have:
+left to itself the compiler takes 128 or 168 a thread, and spills some of all others."""
 MAX_BLOCKS = 16
 """Blocks of outputs of a program of expand, at most: the last programs end alone."""
 
@@ -151,7 +151,7 @@ def apply_adapters(
     y = torch.empty_like(base)
     width = base.shape[1]
     starts = [*accumulate(widths[:-1]), *[width] * (MAX_PARTS - len(widths))]
-    out_block = shape.out_bytes // memory.weights.itemsize
+    out_block = _out_block(shape, memory, (*starts, width))
     blocks = _blocks_per_program(len(tiles.tokens), sum(widths), out_block)
     num_chunks = sum(triton.cdiv(part, out_block * blocks) for part in widths)
     expand_kernel[len(tiles.tokens), num_chunks](
@@ -160,8 +160,8 @@ def apply_adapters(
         blocks,
         *starts,
         width,
-        maxnreg=None if shape is SMALL_STEP and hidden.shape[1] <= FEW_SPLITS else MAX_REGISTERS,
-        **_expand_options(bias, hidden, memory, shape),
+        maxnreg=None if _is_unlimited(bias, hidden, shape) else MAX_REGISTERS,
+        **_expand_options(bias, hidden, memory, shape, out_block),
     )
     return y
 
@@ -182,7 +182,7 @@ def apply_gated_adapters(
     hidden = shrink(x, memory, extents, meta) if hidden is None else hidden
     width = base.shape[1] // 2
     y = base.new_empty(len(base), width)
-    out_block = shape.out_bytes // memory.weights.itemsize
+    out_block = _out_block(shape, memory, (width,))
     blocks = _blocks_per_program(len(tiles.tokens), width, out_block)
     gated_expand_kernel[len(tiles.tokens), triton.cdiv(width, out_block * blocks)](
         y,
@@ -191,9 +191,23 @@ def apply_gated_adapters(
         width,
         IS_SILU=kind == "silu",
         maxnreg=MAX_REGISTERS,
-        **_expand_options(bias, hidden, memory, shape),
+        **_expand_options(bias, hidden, memory, shape, out_block),
     )
     return y
+
+
+def _out_block(shape: Shape, memory: AdapterMemory, edges: tuple[int, ...]) -> int:
+    """Outputs that a program of expand has at once. Rows of 16-bit outputs that begin anywhere are
+    read and written one by one, each by an address of its own: for a quarter registers suffice.
+    """
+    block = shape.out_bytes // memory.weights.itemsize
+    is_even = all(edge % 16 == 0 for edge in edges)
+    return block if is_even or memory.weights.itemsize == 4 else block // 4
+
+
+def _is_unlimited(bias: Tensor | None, hidden: Tensor, shape: Shape) -> bool:
+    """True where the compiler chooses registers itself, and spills none."""
+    return shape is SMALL_STEP and bias is None and hidden.shape[1] == UNLIMITED_SPLITS
 
 
 def _blocks_per_program(num_tiles: int, width: int, out_block: int) -> int:
@@ -237,14 +251,14 @@ def _expand_arguments(
 
 
 def _expand_options(
-    bias: Tensor | None, hidden: Tensor, memory: AdapterMemory, shape: Shape
+    bias: Tensor | None, hidden: Tensor, memory: AdapterMemory, shape: Shape, out_block: int
 ) -> dict[str, Any]:
     return {
         "HAS_BIAS": bias is not None,
         "SPLITS": hidden.shape[1],
         "BLOCK_M": shape.block_rows,
         "BLOCK_R": EXPAND_RANKS,
-        "BLOCK_N": shape.out_bytes // memory.weights.itemsize,
+        "BLOCK_N": out_block,
         "STAGES": shape.expand_stages,
         "ALIGNMENT": _elements(memory, memory.weights),
         "VECTOR_ALIGNMENT": _elements(memory, memory.vectors),

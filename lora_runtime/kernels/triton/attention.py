@@ -45,11 +45,12 @@ WIDE_WARPS = 8
 """Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
 wider than 128: with the usual 4 registers spill."""
 MAX_REGISTERS = 255
-"""Said of such a tile in float32: left to itself the compiler takes 80 a thread and spills, for the
-sake of programs that shared memory has no room for."""
+"""Said of a prefill tile in float32, or of heads below 64: left to itself the compiler takes 72 to
+128 a thread and spills, mostly for the sake of programs that shared memory has no room for."""
 DECODE_REGISTERS = 168
 """Said of a decode program of heads of 64 and more in bfloat16, for the same reason: as many as
-the three programs can have for which a multiprocessor has shared memory."""
+the three programs can have for which a multiprocessor has shared memory. More than 16 query heads
+of a key head need more."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
 PREFILL_TILES = {torch.bfloat16: (64, 8192, 4), torch.float32: (16, 8192, 4)}
@@ -121,7 +122,7 @@ def paged_attention(
             BLOCK_D=head_dim,
             CHUNK=64,
             num_warps=num_warps,
-            maxnreg=MAX_REGISTERS if is_wide and q.dtype == torch.float32 else None,
+            maxnreg=MAX_REGISTERS if q.dtype == torch.float32 or head_dim < 64 else None,
         )
     return out
 
@@ -168,8 +169,15 @@ def _decode(
         BLOCK_K=tile_keys(q, head_dim, DECODE_BYTES),
         BLOCK_D=head_dim,
         num_warps=WIDE_WARPS if q.dtype == torch.float32 else 4,
-        maxnreg=DECODE_REGISTERS if q.dtype == torch.bfloat16 and head_dim >= 64 else None,
+        maxnreg=_decode_registers(q.dtype, head_dim, block_h),
     )
+
+
+def _decode_registers(dtype: torch.dtype, head_dim: int, block_h: int) -> int | None:
+    """Of a thread of a decode program; None for the compiler's own choice."""
+    if dtype == torch.float32 or head_dim < 64:
+        return None
+    return DECODE_REGISTERS if block_h == MIN_DOT else MAX_REGISTERS
 
 
 @cache

@@ -40,6 +40,9 @@ MAX_PROGRAMS = 512
 multiprocessor."""
 MAX_SPLITS = 16
 BLOCK_N = 128
+UNALIGNED_TILES = 2
+"""Tiles of rows of a program at most where rows of y begin anywhere: each number is written by an
+address of its own, and with more of them registers spill."""
 VALUES_BLOCK = 1024
 """Bytes of codes that one program dequantises."""
 
@@ -47,23 +50,28 @@ VALUES_BLOCK = 1024
 class Tiling(NamedTuple):
     """How a format's product is cut up.
 
-    block_m: rows of a tile; max_tiles: of a program; block_k: inputs a pass; num_stages: of the
-    loop, one more than the passes whose copies to shared memory are on their way.
+    block_m: rows of a tile; max_tiles: of a program; max_uneven_tiles: where the last pass has
+    fewer inputs; block_k: inputs a pass; num_stages: of the loop, one more than the passes whose
+    copies to shared memory are on their way.
     """
 
     block_m: int
     max_tiles: int
+    max_uneven_tiles: int
     block_k: int
     num_stages: int
 
 
 TILINGS = {
-    ("four_bit", torch.bfloat16): Tiling(8, 8, 256, 3),
-    ("four_bit", torch.float32): Tiling(16, 1, 64, 1),
-    ("eight_bit", torch.bfloat16): Tiling(8, 8, 128, 3),
-    ("eight_bit", torch.float32): Tiling(16, 1, 64, 1),
+    ("four_bit", torch.bfloat16): Tiling(8, 8, 8, 256, 3),
+    ("four_bit", torch.float32): Tiling(16, 1, 1, 64, 1),
+    ("eight_bit", torch.bfloat16): Tiling(8, 8, 4, 128, 3),
+    ("eight_bit", torch.float32): Tiling(16, 1, 1, 64, 1),
 }
 """By format and dtype. No format is called like a dtype: Triton's preload would make it one."""
+MAX_REGISTERS = 255
+"""Said of products in float32, and of those whose last pass has fewer inputs: left to itself the
+compiler takes 80 to 128 registers a thread and spills some."""
 
 
 def four_bit_product(
@@ -137,17 +145,19 @@ def _grouped_product(
     tiling = TILINGS[name, x.dtype]
     tiles = row_tiles(starts, num_rows, tiling.block_m)
     y = x.new_empty(num_rows, out_features)
+    is_even = in_features % tiling.block_k == 0
     grouped_product_kernel[(len(tiles) * triton.cdiv(out_features, BLOCK_N),)](
         *(y, x, codes, absmax, table, tiles, len(tiles)),
         *(in_features, in_features // 64, out_features),
         FORMAT=name,
-        IS_EVEN=in_features % tiling.block_k == 0,
+        IS_EVEN=is_even,
         TILES=1,
         BLOCK_M=tiling.block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tiling.block_k,
         num_warps=4,
         num_stages=tiling.num_stages,
+        maxnreg=_max_registers(x.dtype, is_even),
     )
     return y
 
@@ -245,7 +255,10 @@ def _product(
     num_rows, in_features = rows.shape
     tiling = TILINGS[name, x.dtype]
     tiles = triton.next_power_of_2(triton.cdiv(num_rows, tiling.block_m))
-    tiles = min(tiles, tiling.max_tiles, max_tiles(rows.device))
+    is_even = in_features % tiling.block_k == 0
+    most = tiling.max_tiles if is_even else tiling.max_uneven_tiles
+    most = most if out_features % 16 == 0 else min(most, UNALIGNED_TILES)
+    tiles = min(tiles, most, max_tiles(rows.device))
     num_units = triton.cdiv(num_rows, tiles * tiling.block_m) * triton.cdiv(out_features, BLOCK_N)
     num_splits, inputs_per_split = _splits(out_features, in_features, tiling.block_k)
     y = rows.new_empty(num_rows, out_features // 2 if gate else out_features)
@@ -259,7 +272,7 @@ def _product(
     options = {
         "FORMAT": name,
         "GATE": gate,
-        "IS_EVEN": in_features % tiling.block_k == 0,
+        "IS_EVEN": is_even,
         "SPLITS": num_splits,
         "TILES": tiles,
         "BLOCK_M": tiling.block_m,
@@ -267,6 +280,7 @@ def _product(
         "BLOCK_K": tiling.block_k,
         "num_warps": 4,
         "num_stages": tiling.num_stages,
+        "maxnreg": _max_registers(x.dtype, is_even),
     }
     num_programs = num_units * num_splits
     if shrink is None:
@@ -281,6 +295,11 @@ def _product(
             **{f"SHRINK_{name}": value for name, value in shrink.options.items()},
         )
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _max_registers(dtype: torch.dtype, is_even: bool) -> int | None:
+    """Of a thread; None for the compiler's own choice."""
+    return None if is_even and dtype == torch.bfloat16 else MAX_REGISTERS
 
 
 def _splits(out_features: int, in_features: int, block_k: int) -> tuple[int, int]:

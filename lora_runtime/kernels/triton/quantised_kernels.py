@@ -313,7 +313,7 @@ def product_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@batch_jit
 def grouped_product_kernel(
     y_ptr, x_ptr, codes_ptr, absmax_ptr, table_ptr, tiles_ptr, num_tiles, in_features, num_blocks,
     out_features, FORMAT: tl.constexpr, IS_EVEN: tl.constexpr, TILES: tl.constexpr,

@@ -27,6 +27,8 @@ BLOCK_ROWS = 32
 BLOCK_K, STAGES = 32, 5
 """Inputs that are multiplied at once, and how many such passes are loaded ahead. Wider passes spill
 registers."""
+MAX_REGISTERS = 255
+"""Said of such programs in float32, of which the compiler spills some by itself."""
 MAX_PROGRAMS = 512
 """Programs for one tile of tokens at most, about four a multiprocessor; not timed. Their number
 follows the bound of rows: once a pool has held a whole output layer, every adapter gets so many."""
@@ -72,6 +74,7 @@ def patch_logits(
             base.stride(0), y.shape[1], extents.shape[1],
             BLOCK_M=TILE, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K,
             ALIGNMENT=max(1, memory.alignment // memory.weights.itemsize), num_stages=STAGES,
+            maxnreg=MAX_REGISTERS if memory.weights.itemsize == 4 else None,
         )  # fmt: skip
     return y
 

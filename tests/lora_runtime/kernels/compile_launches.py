@@ -122,7 +122,7 @@ def while_serving() -> dict[str, object]:
     engines in all their ways, and of steps of real models' shapes.
     """
     late, num_launches = [], 0
-    for shape in ("llama-bias", "qwen3.5"):
+    for shape in ("llama-bias", "qwen3.5", "qwen3-moe"):
         tiny = tiny_base(shape, dtype=torch.bfloat16, dequantized_cache=False)
         with launches_on(CARDS[90]) as launches, gpu_drives.as_on_cuda():
             forms = gpu_drives.forms_of(tiny)
@@ -132,7 +132,7 @@ def while_serving() -> dict[str, object]:
             gpu_drives.varied_load(serving, forms)
         late += _late(launches, num_warm)
         num_launches += len(launches)
-    for shape in (gpu_drives.LLAMA, "granite-4-h-micro"):
+    for shape in (gpu_drives.LLAMA, "granite-4-h-micro", "qwen3-30b-a3b"):
         with launches_on(CARDS[90]) as launches:
             base = gpu_drives.sizeless_base(shape, torch.bfloat16)
             runner = gpu_drives.sizeless_runner(base, max_vocabulary_rows=64)

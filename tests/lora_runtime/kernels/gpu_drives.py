@@ -42,6 +42,7 @@ from lora_runtime.engine.engine import USUAL_MAX_RANK, Engine
 from lora_runtime.engine.memory_budget import largest_step
 from lora_runtime.engine.model_runner import ModelRunner
 from lora_runtime.engine.probe import probe_logits
+from lora_runtime.kernels import cpu
 from tests.driver import run, tiny_engine
 from tests.tiny import tiny_base
 
@@ -101,12 +102,24 @@ SHAPES = {
         model_type="lfm2", hidden_size=2048, intermediate_size=12288, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=65536, layer_types=["conv", "full_attention"],
     ),
+    "falcon-h1-7b": dict(
+        model_type="falcon_h1", hidden_size=3072, intermediate_size=12288, num_attention_heads=12,
+        num_key_value_heads=2, head_dim=128, vocab_size=130049, mamba_d_ssm=3072, mamba_n_heads=24,
+        mamba_d_head=128, mamba_n_groups=1, mamba_d_state=256, mamba_chunk_size=256,
+    ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+    ),
     "one key head": dict(
         model_type="llama", hidden_size=4544, intermediate_size=18176, num_attention_heads=71,
         num_key_value_heads=1, vocab_size=65024,
     ),
 }  # fmt: skip
-"""Of the families that are served, and queries that are no power of two over one key head."""
+"""Of the families that are served, and queries that are no power of two over one key head. Not of
+gpt-oss, whose attention with sinks is torch's, and reads how long rows are.
+"""
 
 
 RECURRENT = {
@@ -224,10 +237,16 @@ def steps_of(runner: ModelRunner, rows: Sequence[int] = ROWS) -> None:
             runner.logits(step([prompt], [prompt], adapters))
 
 
+def use_graphs(runner: ModelRunner, max_rows: int, max_length: int) -> None:
+    """As an engine on CUDA does: not over mixtures of experts."""
+    if not runner.base.spec.routers:
+        runner.use_graphs(max_rows, max_length, Captured())
+
+
 @torch.inference_mode()
 def graphs_of(runner: ModelRunner) -> None:
     """The steps that graphs are captured of, and what else is done before the first request."""
-    runner.use_graphs(MAX_ROWS, MAX_LENGTH, Captured())
+    use_graphs(runner, MAX_ROWS, MAX_LENGTH)
     runner.warm_up(lambda _: None)
     runner.graphs = None
 
@@ -322,6 +341,7 @@ def as_on_cuda() -> Iterator[None]:
         mock.patch.object(packed_adapter, "adapter_dtype", lambda device, compute: compute),
         mock.patch.object(engine, "adapter_dtype", lambda device, compute: compute),
         mock.patch.object(engine, "AdapterPool", bound_pool),
+        mock.patch.object(cpu, "can_sort", lambda *tensors: False),
         mock.patch.dict(
             self_check.SELF_CHECK_TOLERANCE, dict.fromkeys(DTYPES, float("inf")), clear=True
         ),
@@ -335,8 +355,10 @@ def forms_of(base: Base) -> list[ServingForm]:
 
     def low_rank(rank: int, path: str, **parts) -> ModuleForm:
         shape = base.spec.shapes[path]
-        a, b = torch.zeros(rank, shape.in_features), torch.zeros(shape.out_features, rank)
-        return ModuleForm(a=a, b=b, **parts)
+        num_experts = shape.experts.count if shape.experts else 1
+        a = torch.zeros(num_experts * rank, shape.in_features)
+        b = torch.zeros(shape.out_features, num_experts * rank)
+        return ModuleForm(a=a, b=b, num_experts=num_experts, **parts)
 
     def form(name: str, modules: dict[str, ModuleForm], **options) -> ServingForm:
         keyed = {ModuleKey(path): module for path, module in modules.items()}
@@ -347,6 +369,7 @@ def forms_of(base: Base) -> list[ServingForm]:
     gains = {
         path: low_rank(4, path, gain=torch.ones(shape.out_features))
         for path, shape in linears.items()
+        if not shape.experts
     }
     deep = (0, 1, *range(base.spec.num_layers))
     replicated = [] if base.spec.state_bytes else [form("replicated", everywhere, layer_map=deep)]
@@ -392,7 +415,7 @@ def cuda_engine(base: Base, forms: Sequence[ServingForm], **options) -> Engine:
     """
     options = {"max_num_seqs": 24, "max_num_batched_tokens": 48, "max_slots": 15, **options}
     serving = tiny_engine(base, poison=False, steps_ahead=1, **options)
-    serving.runner.use_graphs(24, 512, Captured())
+    use_graphs(serving.runner, 24, 512)
     for form in forms:
         serving.add_adapter(form)
     return serving
@@ -406,7 +429,10 @@ def varied_load(serving: Engine, forms: Sequence[ServingForm]) -> None:
     run(serving, requests, arrivals=arrivals)
 
 
-SERVED = ("llama-bias", "gemma2", "gemma3", "qwen3", "phi3", "qwen3.5", "granite-h", "lfm2")
+SERVED = (
+    "llama-bias", "gemma2", "gemma3", "qwen3", "phi3", "qwen3.5", "granite-h", "lfm2", "falcon-h1",
+    "qwen3-moe", "granite-moe",
+)  # fmt: skip
 
 
 def serving(shapes: Sequence[str] = SERVED) -> None:
@@ -423,6 +449,12 @@ def serving(shapes: Sequence[str] = SERVED) -> None:
                 varied_load(serving, forms)
 
 
+TRAINED = (
+    ("llama", "nf4"), ("llama", "nf4-double"), ("llama", "int8"), ("qwen3-moe", "nf4"),
+    ("qwen3-moe", "int8"), ("granite-h", "nf4"), ("qwen3.5", "nf4"),
+)  # fmt: skip
+
+
 def training() -> None:
     """Updates and evaluation of two units on a quantised base without dense copies."""
     from lora_runtime.training.config import UnitConfig
@@ -433,16 +465,19 @@ def training() -> None:
         folder = Path(name)
         tokenizer = make_tokenizer(folder)
         data, held_out = ragged_data(folder / "data", 8), ragged_data(folder / "eval", 4, seed=1)
-        for quantization in ("nf4", "nf4-double", "int8"):
+        for shape, quantization in TRAINED:
             for dtype in DTYPES:
                 base = tiny_base(
-                    "llama", dtype=dtype, quantization=quantization, dequantized_cache=False
+                    shape, dtype=dtype, quantization=quantization, dequantized_cache=False
                 )
+                dora: dict = {"use_dora": True}
+                if base.spec.routers:  # PEFT has no DoRA on experts
+                    dora["target_modules"] = ["q_proj", "o_proj"]
                 units = [
                     UnitConfig(name=kind, data=data, eval_data=held_out, max_steps=2, **options)
-                    for kind, options in (("lora", {}), ("dora", {"use_dora": True}))
+                    for kind, options in (("lora", {}), ("dora", dora))
                 ]
-                train(base, tokenizer, folder / f"{quantization}-{dtype}", units)
+                train(base, tokenizer, folder / f"{shape}-{quantization}-{dtype}", units)
 
 
 def bench() -> None:
@@ -467,30 +502,40 @@ def bench_sizes() -> None:
     timed without memory. In a process that has not imported the benchmark yet.
     """
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
-        from bench import gpu_kernels, gpu_timing
+        from bench import gpu_experts, gpu_kernels, gpu_recurrent, gpu_timing
     from bench.gpu import CANDIDATES
 
     def once(call: Callable[[int], object], num_calls: int) -> float:
         call(0)
         return 1.0
 
-    with mock.patch.object(gpu_kernels, "DEVICE", torch.device("cpu")):
-        for case in gpu_kernels.check_cases():
-            gpu_kernels.check(**case)
+    modules = (gpu_kernels, gpu_recurrent, gpu_experts)
     ceilings = gpu_timing.Ceilings(1.0, 1.0, 1.0)
     candidates = {"triton": CANDIDATES["triton"]}
-    with mock.patch.multiple(
-        gpu_kernels,
-        DEVICE=torch.device("meta"),
-        seconds_per_call=once,
-        error=lambda y, expected: 0.0,
-        copies_of=lambda num_bytes: 1,
-    ):
+    timed = {
+        "DEVICE": torch.device("meta"),
+        "seconds_per_call": once,
+        "error": lambda y, expected: 0.0,
+        "copies_of": lambda num_bytes: 1,
+    }
+    with contextlib.ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "DEVICE", torch.device("cpu")))
+        # A mixture's checks are as many multiplications as experts: fewer launch the same.
+        patches.enter_context(mock.patch.object(gpu_experts, "NUM_EXPERTS", 8))
+        for module in modules:
+            for case in module.check_cases():
+                module.check(**case)
+    with contextlib.ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.multiple(module, **timed))
         tables = [
             *gpu_kernels.product_tables(ceilings, candidates),
             gpu_kernels.values_table(ceilings),
             gpu_kernels.adapter_table(ceilings),
             gpu_kernels.attention_table(ceilings),
+            gpu_recurrent.recurrent_table(ceilings),
+            gpu_experts.experts_table(ceilings),
         ]
         for table in tables:
             for case in table.cases():
