@@ -159,6 +159,8 @@ def _watched(request: dict, facts: int, stdout: int, stderr: int) -> list[str]:
         with contextlib.suppress(BrokenPipeError):
             os.write(facts, str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
+    # As from a terminal: what a shell runs in its background ignores Ctrl-C, its children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate((stdout, stderr), 1):
         os.dup2(file, number)
     for file in (facts, stdout, stderr):

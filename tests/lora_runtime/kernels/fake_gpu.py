@@ -143,7 +143,7 @@ class Launch:
 
 class _Unread(TorchFunctionMode):
     """What is allocated for a kernel to fill holds zeros, and on a card without memory nothing;
-    tensors without memory count as equal.
+    tensors without memory count as equal, and their numbers as finite.
     """
 
     INSTEAD = {
@@ -151,6 +151,7 @@ class _Unread(TorchFunctionMode):
         torch.empty_like: torch.zeros_like,
         torch.Tensor.new_empty: torch.Tensor.new_zeros,
         torch.equal: lambda a, b: a.is_meta or b.is_meta or a.tolist() == b.tolist(),
+        torch.aminmax: lambda tensor: (0.0, 0.0) if tensor.is_meta else torch.aminmax(tensor),
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
