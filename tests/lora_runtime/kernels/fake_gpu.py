@@ -151,7 +151,7 @@ class _Unread(TorchFunctionMode):
         torch.empty_like: torch.zeros_like,
         torch.Tensor.new_empty: torch.Tensor.new_zeros,
         torch.equal: lambda a, b: a.is_meta or b.is_meta or a.tolist() == b.tolist(),
-        torch.aminmax: lambda tensor: (0.0, 0.0) if tensor.is_meta else torch.aminmax(tensor),
+        torch.aminmax: lambda x, **of: (0.0, 0.0) if x.is_meta else torch.aminmax(x, **of),
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
