@@ -42,8 +42,8 @@ DECODE_HEADS = {torch.bfloat16: 64, torch.float32: 16}
 """Query heads of one key head in a decode program, as prefill's tiles; more of them read the keys
 once more."""
 WIDE_WARPS = 8
-"""Warps of a float32 decode program, which has no tensor cores, and of a prefill tile of heads
-wider than 128: with the usual 4 registers spill."""
+"""Warps of a program in float32, which has no tensor cores, and of a prefill tile of heads wider
+than 128: with the usual 4 registers spill on some card."""
 MAX_REGISTERS = 255
 """Said of a prefill tile in float32, or of heads below 64: left to itself the compiler takes 72 to
 128 a thread and spills, mostly for the sake of programs that shared memory has no room for."""
@@ -53,7 +53,7 @@ the three programs can have for which a multiprocessor has shared memory. More t
 of a key head need more."""
 JOINED_VALUES = 512
 """Values of each split that the last program of a row looks at together."""
-PREFILL_TILES = {torch.bfloat16: (64, 8192, 4), torch.float32: (16, 8192, 4)}
+PREFILL_TILES = {torch.bfloat16: (64, 8192, 4), torch.float32: (16, 8192, WIDE_WARPS)}
 """Queries of one row and head in a tile, bytes of keys, and warps: what the registers hold, as
 float32 products run without tensor cores."""
 WARPGROUP_TILE = (128, 16384, 8)
@@ -104,11 +104,7 @@ def paged_attention(
     head_dim = max(MIN_DOT, triton.next_power_of_2(q.shape[2]))
     _decode(q, keys, meta, arguments, sizes, is_decode, head_dim)
     if not is_decode:
-        is_wide = head_dim > 128
-        tile = (WIDE_TILES if is_wide else PREFILL_TILES)[q.dtype]
-        if q.dtype == torch.bfloat16 and not is_wide and has_warpgroups(q.device):
-            tile = WARPGROUP_TILE
-        block_q, num_bytes, num_warps = tile
+        block_q, num_bytes, num_warps = _prefill_tile(q, head_dim)
         num_tiles = num_rows + len(q) // block_q
         prefill_kernel[num_tiles, q.shape[1]](
             *arguments,
@@ -125,6 +121,15 @@ def paged_attention(
             maxnreg=MAX_REGISTERS if q.dtype == torch.float32 or head_dim < 64 else None,
         )
     return out
+
+
+def _prefill_tile(q: Tensor, head_dim: int) -> tuple[int, int, int]:
+    """Queries of one row and head, bytes of keys, and warps."""
+    if head_dim > 128:
+        return WIDE_TILES[q.dtype]
+    if q.dtype == torch.bfloat16 and has_warpgroups(q.device):
+        return WARPGROUP_TILE
+    return PREFILL_TILES[q.dtype]
 
 
 def _decode(

@@ -151,7 +151,7 @@ class _Unread(TorchFunctionMode):
         torch.empty_like: torch.zeros_like,
         torch.Tensor.new_empty: torch.Tensor.new_zeros,
         torch.equal: lambda a, b: a.is_meta or b.is_meta or a.tolist() == b.tolist(),
-        torch.aminmax: lambda x, **of: (0.0, 0.0) if x.is_meta else torch.aminmax(x, **of),
+        torch.aminmax: lambda x, **by: (0, 0) if x.is_meta and not by else torch.aminmax(x, **by),
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
