@@ -25,7 +25,7 @@ from bench import machine
 from lora_runtime.adapters.files.folder import read_adapter, write_adapter
 from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
-from lora_runtime.adapters.parity import Parity, ParityRecord, chunks, compare
+from lora_runtime.adapters.parity import Parity, ParityRecord, compare, forwards
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.base.loader import Base, load_base
 from lora_runtime.config import BaseConfig
@@ -75,14 +75,14 @@ def train_all(base: Base, args: argparse.Namespace, output: Path) -> dict[str, P
 
 
 def checked(base: Base, folder: Path, record: ParityRecord) -> tuple[Parity, float]:
-    """The gate's numbers, and the longest of the chunks in seconds."""
+    """The gate's numbers, and the longest of the forwards in seconds."""
     form = load_adapter(folder, base.spec, base.weights)
-    numbers, longest = [], 0.0
-    for chunk in chunks(record, adapter_logits(base, pack_for(base, form))):
+    logits, longest = [], 0.0
+    for forward in forwards(record, adapter_logits(base, pack_for(base, form))):
         begun = time.perf_counter()
-        numbers.append(chunk())
+        logits.append(forward())
         longest = max(longest, time.perf_counter() - begun)
-    return compare(record, numbers, base.spec.dtype), longest
+    return compare(record, logits, base.spec.dtype), longest
 
 
 def changed(folder: Path, out: Path, *, everywhere: bool) -> Path:
@@ -105,7 +105,7 @@ def rows_of(base: Base, folders: dict[str, Path], scratch: Path) -> list[dict]:
         row = {
             "base": base.spec.name, "variant": name, "dtype": base.spec.dtype,
             "effect": honest.effect_rms, "noise": record.noise, "limit": honest.limit,
-            "error": honest.error, "passed": honest.passed, "longest_chunk_s": seconds,
+            "error": honest.error, "passed": honest.passed, "longest_forward_s": seconds,
         }  # fmt: skip
         for kind, everywhere in (("one", False), ("all", True)):
             other = changed(folder, scratch / f"{name}-{kind}", everywhere=everywhere)
@@ -153,11 +153,11 @@ def main() -> None:
 def show(table: list[dict]) -> None:
     """The table, for people."""
     names = ("effect", "noise", "limit", "error", "error_one_changed", "error_all_changed")
-    shown = Table("base", "variant", "dtype", *names, "passed", "chunk, s")
+    shown = Table("base", "variant", "dtype", *names, "passed", "forward, s")
     for row in table:
         numbers = [f"{row[name]:.3g}" for name in names]
         facts = [row["base"], row["variant"], row["dtype"], *numbers, str(row["passed"])]
-        shown.add_row(*facts, f"{row['longest_chunk_s']:.2f}")
+        shown.add_row(*facts, f"{row['longest_forward_s']:.2f}")
     Console(stderr=True, width=160).print(shown)
 
 

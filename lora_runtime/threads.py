@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
+NICENESS = 5
+"""Of a thread that gives way, above its process's: bench/NOTES.md has what 0 and 10 do."""
 
 
 def choose(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -50,6 +53,16 @@ def num_usable_cores() -> int:
         return os.cpu_count() or 1
     num_cores = len({_siblings(processor) for processor in processors})
     return max(1, math.ceil(min(num_cores, quota())))
+
+
+def give_way() -> None:
+    """Let the system prefer threads that compute to this one where there are too few cores: a share
+    of a third of theirs (`NICENESS`). On Linux alone a thread has a niceness of its own; elsewhere
+    nothing changes.
+    """
+    if sys.platform == "linux":
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + NICENESS)
 
 
 def usable_processors() -> set[int] | None:

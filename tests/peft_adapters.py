@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -76,3 +77,15 @@ def four_adapters(model, folder: Path, *, fused: bool = False, scale: float = 1.
         write_adapter(model, folder / f"a{index}", seed=index, scale=scale, **option)
         for index, option in enumerate(options)
     ]
+
+
+def logits_of(model):
+    """What the parity gate asks for, from a PEFT model."""
+
+    @torch.no_grad()
+    def logits(rows, logits_at, with_adapter):
+        with contextlib.nullcontext() if with_adapter else model.disable_adapter():
+            every = [model(torch.tensor([row])).logits[0] for row in rows]
+        return torch.cat(every)[list(logits_at)]
+
+    return logits

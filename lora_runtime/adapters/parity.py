@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -74,9 +75,9 @@ PUBLIC_TEXTS = (
 """The texts of the rows: see `public_rows`."""
 
 Row = Sequence[int]
-Logits = Callable[[Row, Sequence[int], bool], Tensor]
-"""Token ids of a row, positions in it, and True for the adapter or False for the base → the logits
-there, (positions, vocab)."""
+Logits = Callable[[Sequence[Row], Sequence[int], bool], Tensor]
+"""Rows of token ids, some of the tokens by their index in all rows laid end to end, and True for
+the adapter or False for the base → the logits (chosen tokens, vocab) there, in that order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,33 +158,30 @@ def measure(
         base_fingerprint=fingerprint,
         base_dtype=base_dtype,
         rows=tuple(map(tuple, rows)),
-        positions=tuple(
-            place for index, row in enumerate(rows) for place in _measured(index, row, exact)
-        ),
+        positions=tuple(_measured(rows, exact)),
         noise=0.0,
     )
-    found = _joined(record, [chunk() for chunk in chunks(record, rounded)])
+    found = [_numbers_of(record, forward()) for forward in forwards(record, rounded)]
     errors = [one - other for one, other in zip(found, _recorded(record), strict=True)]
     noise = sum(float(error.square().mean()) for error in errors) ** 0.5
     return replace(record, noise=noise)
 
 
-def chunks(record: ParityRecord, logits: Logits) -> list[Callable[[], Tensor]]:
-    """A check in parts of one row each, with or without the adapter, so that other work can come
+def forwards(record: ParityRecord, logits: Logits) -> list[Callable[[], Tensor]]:
+    """The two forwards of a check, of the base and of the adapter, so that other work can come
     between. What they return, in this order, is what `compare` takes.
     """
-    indices = range(len(record.rows))
-    return [
-        partial(_numbers_of, record, row, logits, on) for on in (False, True) for row in indices
-    ]
+    places = [(place.row, place.position) for place in record.positions]
+    logits_at = _laid_end_to_end(record.rows, places)
+    return [partial(logits, record.rows, logits_at, on) for on in (False, True)]
 
 
-def compare(record: ParityRecord, numbers: Sequence[Tensor], dtype: str) -> Parity:
-    """Compare the adapter's effect in `dtype`, given by all `chunks`, with the recorded one.
-    Numbers that are not finite never pass.
+def compare(record: ParityRecord, logits: Sequence[Tensor], dtype: str) -> Parity:
+    """Compare the adapter's effect in `dtype`, by the logits of both `forwards`, with the recorded
+    one. Numbers that are not finite never pass.
     """
     base, adapter = _recorded(record)
-    base_here, adapter_here = _joined(record, numbers)
+    base_here, adapter_here = (_numbers_of(record, found) for found in logits)
     effect = adapter - base
     is_coarse = "bfloat16" in (record.dtype, dtype)
     # A record of version 1 does not say how much of it is rounding: it is judged by wide limits.
@@ -250,15 +248,21 @@ def gate(
     """
     if record is None:
         return None
-    parity = compare(record, [chunk() for chunk in chunks(record, logits)], dtype)
+    parity = compare(record, [forward() for forward in forwards(record, logits)], dtype)
     require(parity, record, tensors_sha256, exceeds_bfloat16=exceeds_bfloat16)
     return parity
 
 
-def _measured(index: int, row: Row, exact: Logits) -> Iterator[Position]:
-    places = range(max(0, len(row) - NUM_POSITIONS), len(row))
-    found = (exact(row, places, with_adapter) for with_adapter in (False, True))
-    for position, base, adapter in zip(places, *found, strict=True):
+def _measured(rows: Sequence[Row], exact: Logits) -> Iterator[Position]:
+    """The last positions of every row."""
+    places = [
+        (index, position)
+        for index, row in enumerate(rows)
+        for position in range(max(0, len(row) - NUM_POSITIONS), len(row))
+    ]
+    logits_at = _laid_end_to_end(rows, places)
+    found = (exact(rows, logits_at, with_adapter) for with_adapter in (False, True))
+    for (index, position), base, adapter in zip(places, *found, strict=True):
         top = adapter.double().topk(min(NUM_TOP, len(adapter))).indices
         yield Position(
             row=index,
@@ -275,23 +279,21 @@ def _numbers(logits: Tensor, token_ids: Tensor) -> Tensor:
     return torch.cat([exact[token_ids], exact.logsumexp(0)[None]]).cpu()
 
 
-def _numbers_of(record: ParityRecord, index: int, logits: Logits, with_adapter: bool) -> Tensor:
-    """The numbers that `record` holds of one row, from other logits."""
-    places = [place for place in record.positions if place.row == index]
-    found = logits(record.rows[index], [place.position for place in places], with_adapter)
-    ids = [torch.tensor(place.token_ids, device=found.device) for place in places]
-    return torch.cat([torch.empty(0, dtype=torch.float64), *map(_numbers, found, ids)])
+def _numbers_of(record: ParityRecord, logits: Tensor) -> Tensor:
+    """The numbers that `record` holds of the base or of the adapter, from other logits."""
+    ids = [torch.tensor(place.token_ids, device=logits.device) for place in record.positions]
+    return torch.cat([_numbers(one, own) for one, own in zip(logits, ids, strict=True)])
 
 
-def _joined(record: ParityRecord, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All numbers of the base and all of the adapter, from those of the chunks."""
-    half = len(record.rows)
-    return torch.cat(list(numbers[:half])), torch.cat(list(numbers[half:]))
+def _laid_end_to_end(rows: Sequence[Row], places: Iterable[tuple[int, int]]) -> list[int]:
+    """Index in all rows laid end to end of each row and position in it."""
+    starts = list(accumulate(map(len, rows), initial=0))
+    return [starts[row] + position for row, position in places]
 
 
 def _recorded(record: ParityRecord) -> tuple[Tensor, Tensor]:
-    """All numbers of the base and all of the adapter, in the order of the chunks."""
-    places = sorted(record.positions, key=lambda place: place.row)
+    """All numbers of the base and all of the adapter, in the record's order."""
+    places = record.positions
     return _flat(place.base for place in places), _flat(place.adapter for place in places)
 
 

@@ -20,8 +20,8 @@ from lora_runtime.adapters.parity import (
     Logits,
     Parity,
     ParityRecord,
-    chunks,
     compare,
+    forwards,
     gate,
     require,
 )
@@ -71,22 +71,22 @@ class AdapterLoad:
     def parity_forwards(
         self, packed: PackedAdapter, known: KnownRows, pause: Pause
     ) -> list[Callable[[], Tensor]]:
-        """Return the gate's forwards, a row each, for the thread that runs the base; none without
-        a record. Other work may come between them, and in them where they call `pause`.
+        """Return the gate's forwards, of base and adapter, for the thread that runs the base; none
+        without a record. Other work may come between them, and in them where they call `pause`.
         """
-        return (
-            [] if self.record is None else chunks(self.record, self._logits(packed, known, pause))
-        )
+        if self.record is None:
+            return []
+        return forwards(self.record, self._logits(packed, known, pause))
 
-    def check_parity(self, numbers: Sequence[Tensor]) -> Parity | None:
-        """Judge what all `parity_forwards` gave, in their order; None without a record.
+    def check_parity(self, logits: Sequence[Tensor]) -> Parity | None:
+        """Judge what both `parity_forwards` gave, in their order; None without a record.
 
         Raises ParityFailed.
         """
         if self.record is None:
             return None
         spec, tensors_sha256 = self.base.spec, self.form.facts.tensors_sha256
-        parity = compare(self.record, numbers, spec.dtype)
+        parity = compare(self.record, logits, spec.dtype)
         require(parity, self.record, tensors_sha256, exceeds_bfloat16=spec.exceeds_bfloat16)
         return parity
 

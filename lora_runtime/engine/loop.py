@@ -31,6 +31,7 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
 from lora_runtime.kernels import torch_threads
 from lora_runtime.kernels.compiling import is_compiling
+from lora_runtime.threads import give_way
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -88,7 +89,7 @@ class InThreadEngine:
             "reading adapters",
             num_threads=NUM_READERS,
             max_waiting=MAX_WAITING_READS,
-            on_start=torch_threads.compute_alone,
+            on_start=_read_beside_steps,
         )
         self._failure: Unavailable | None = None
         self._is_draining = False
@@ -148,8 +149,8 @@ class InThreadEngine:
         )
         if forwards:
             check = self._post(lambda: self._run_beside_steps(forwards), is_long=True)
-            numbers = await asyncio.wrap_future(check)
-            load.check_parity(numbers)
+            logits = await asyncio.wrap_future(check)
+            await self._readers.run(load.check_parity, logits)
         await self._call(lambda: self._engine.add_packed(packed))
         return load.loaded(packed)
 
@@ -372,6 +373,11 @@ def _do(command: _Command) -> None:
         raise
     else:
         command.done.set_result(result)
+
+
+def _read_beside_steps() -> None:
+    torch_threads.compute_alone()
+    give_way()
 
 
 def _settle(future: Future[Any], error: Exception | None = None) -> None:

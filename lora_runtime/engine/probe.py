@@ -26,9 +26,12 @@ from lora_runtime.kernels.cpu_library import num_threads, threads
 
 TokenRows = Sequence[Sequence[int]]
 Pause = Callable[[], None]
-"""Called within a forward, once a layer: other forwards of the base may run in it."""
-MAX_KNOWN_ROWS = 2
-"""As many as a record has."""
+"""Called within a forward, before each layer and each part of the output layer: other forwards of
+the base may run in it."""
+MAX_KNOWN = 2
+"""The public rows, of the base as it is served and as bfloat16 would hold it."""
+HEAD_TOKENS = 16
+"""Tokens of one call of the output layer, which takes about as long as two layers then."""
 
 
 def no_pause() -> None:
@@ -47,7 +50,7 @@ class KnownRows:
         """What `key` is known to give, made if it is not."""
         found = self._found.pop(key, None)
         self._found[key] = make() if found is None else found  # the last one used is the last
-        if len(self._found) > MAX_KNOWN_ROWS:
+        if len(self._found) > MAX_KNOWN:
             del self._found[next(iter(self._found))]
         return self._found[key]
 
@@ -67,12 +70,12 @@ def adapter_logits(
     if base.device.type == "cpu":
         pool()
 
-    def logits(row: Sequence[int], positions: Sequence[int], with_adapter: bool) -> Tensor:
+    def logits(rows: TokenRows, logits_at: Sequence[int], with_adapter: bool) -> Tensor:
         if with_adapter:
-            return _logits(base, _Bound(adapter, pool()), [row], positions, pause)
+            return _logits(base, _Bound(adapter, pool()), rows, logits_at, pause).cpu()
         # What a base in float32 holds of a checkpoint is another function once it is rounded.
-        key = base.spec.exceeds_bfloat16, tuple(row), tuple(positions)
-        return known.find(key, lambda: _logits(base, None, [row], positions, pause))
+        key = base.spec.exceeds_bfloat16, tuple(map(tuple, rows)), tuple(logits_at)
+        return known.find(key, lambda: _logits(base, None, rows, logits_at, pause).cpu())
 
     return logits
 
@@ -138,23 +141,31 @@ def _pausing_logits(
     base: Base, bound: _Bound | None, rows: TokenRows, logits_at: Sequence[int], pause: Pause
 ) -> Tensor:
     """See `_logits`."""
+    spans = [] if bound is None else _spans(bound.adapter, rows)
+    bindings = {} if bound is None else bound.pool.bindings
+    with base.context.adapters(StepMeta.build(spans, base.device), bindings):
+        states = _hidden_states(base, bound, rows, pause)
+    parts = []
+    for first in range(0, len(logits_at), HEAD_TOKENS):
+        pause()
+        some = list(logits_at[first : first + HEAD_TOKENS])
+        head_meta = StepMeta.build(_spans_of_wanted(spans, some), base.device)
+        with base.context.adapters(None, bindings, head_meta):
+            parts.append(base.logits(states[some]))
+    return torch.cat(parts)
+
+
+def _hidden_states(base: Base, bound: _Bound | None, rows: TokenRows, pause: Pause) -> Tensor:
+    """What the output layer is given of each token, (T, H)."""
     lengths = [len(row) for row in rows]
     attention = _Pausing(VarlenAttention([RowLengths(lengths)], base.device), pause)
-    token_ids = torch.tensor([token for row in rows for token in row])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    wanted = torch.tensor(logits_at, device=base.device)
-    inputs = (token_ids.to(base.device), positions.to(base.device))
-    if bound is None:
-        return base.forward(*inputs, attention, wanted)
-    spans = _spans(bound.adapter, rows)
-    meta = StepMeta.build(spans, base.device)
-    head_meta = StepMeta.build(_spans_of_wanted(spans, logits_at), base.device)
-    layer_map = bound.adapter.facts.layer_map
-    steps = (
-        None if layer_map is None else _layer_steps(layer_map, bound.adapter, rows, base, attention)
-    )
-    with base.context.adapters(meta, bound.pool.bindings, head_meta):
-        return base.forward(*inputs, steps or attention, wanted)
+    token_ids = torch.tensor([token for row in rows for token in row], device=base.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(base.device)
+    layer_map = None if bound is None else bound.adapter.facts.layer_map
+    if bound is None or layer_map is None:
+        return base.hidden_states(token_ids, positions, attention)
+    steps = _layer_steps(layer_map, bound.adapter, rows, base, attention)
+    return base.hidden_states(token_ids, positions, steps)
 
 
 def _pool_of(adapter: PackedAdapter, base: Base) -> AdapterPool:

@@ -157,10 +157,12 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
     """The logits of a unit as training computes them: what the parity gate compares with."""
 
     @torch.no_grad()
-    def measured(row: Sequence[int], positions: Sequence[int], with_adapter: bool) -> Tensor:
+    def measured(
+        rows: Sequence[Sequence[int]], logits_at: Sequence[int], with_adapter: bool
+    ) -> Tensor:
         bindings = bind([unit], base) if with_adapter else {}
         layer_map = unit.layer_map if with_adapter else None
-        states = states_of_rows(base, bindings, [torch.tensor(row)], layer_map)
-        return logits(base, bindings, states[list(positions)], [len(positions)])
+        states = states_of_rows(base, bindings, list(map(torch.tensor, rows)), layer_map)
+        return logits(base, bindings, states[list(logits_at)], [len(logits_at)])
 
     return measured

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -120,3 +121,19 @@ def test_the_least_quota_of_a_group_and_those_above_it(own, files, expected, mon
     monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(threads, "GROUPS", tmp_path)
     assert threads.quota() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a niceness is a whole process's")
+def test_a_thread_that_gives_way_changes_no_other():
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def give_way():
+        threads.give_way()
+        found.append(niceness())
+
+    before, found = niceness(), []
+    thread = threading.Thread(target=give_way)
+    thread.start()
+    thread.join()
+    assert found == [min(19, before + threads.NICENESS)] and niceness() == before

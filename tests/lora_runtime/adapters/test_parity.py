@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -28,15 +27,15 @@ from lora_runtime.adapters.parity import (
     PUBLIC_TEXTS,
     ROUGH_LIMIT,
     ROW_LENGTH,
-    chunks,
     compare,
+    forwards,
     gate,
     measure,
     public_rows,
 )
 from lora_runtime.core import BaseSpec
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, BaseMismatch, ParityFailed
-from tests.peft_adapters import load_in_peft, write_adapter
+from tests.peft_adapters import load_in_peft, logits_of, write_adapter
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 FINGERPRINT = "f" * 64
@@ -56,23 +55,12 @@ def spread(text):
 ROWS = public_rows(spread, VOCAB_SIZE, 512)
 
 
-def logits_of(model):
-    """What the gate asks for, from a PEFT model."""
-
-    @torch.no_grad()
-    def logits(row, positions, with_adapter):
-        with contextlib.nullcontext() if with_adapter else model.disable_adapter():
-            return model(torch.tensor([row])).logits[0][list(positions)]
-
-    return logits
-
-
 def noisy(logits, size, seed=0):
     """The same, off by random numbers of this root mean square."""
     generator = torch.Generator().manual_seed(seed)
 
-    def run(row, positions, with_adapter):
-        found = logits(row, positions, with_adapter)
+    def run(rows, logits_at, with_adapter):
+        found = logits(rows, logits_at, with_adapter)
         return found + size * torch.randn(found.shape, generator=generator)
 
     return run
@@ -83,7 +71,7 @@ def recorded(logits, rounded=None):
 
 
 def checked(record, logits, dtype="float32"):
-    return compare(record, [chunk() for chunk in chunks(record, logits)], dtype)
+    return compare(record, [forward() for forward in forwards(record, logits)], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -243,16 +231,16 @@ def test_an_adapter_without_effect_passes_in_spite_of_rounding_only(adapted):
     assert not checked(record, logits_of(adapted)).passed
 
 
-def test_a_check_asks_for_its_recorded_positions_only_and_a_row_at_a_time(adapted, record):
+def test_a_check_asks_for_its_recorded_positions_only_of_base_and_adapter(adapted, record):
     asked = []
 
-    def logits(row, positions, with_adapter):
-        asked.append((tuple(row), tuple(positions), with_adapter))
-        return logits_of(adapted)(row, positions, with_adapter)
+    def logits(rows, logits_at, with_adapter):
+        asked.append((rows, tuple(logits_at), with_adapter))
+        return logits_of(adapted)(rows, logits_at, with_adapter)
 
-    parts = chunks(record, logits)
-    places = tuple(range(ROW_LENGTH - NUM_POSITIONS, ROW_LENGTH))
-    wanted = [(row, places, on) for on in (False, True) for row in ROWS]
+    parts = forwards(record, logits)
+    last = range(ROW_LENGTH - NUM_POSITIONS, ROW_LENGTH)
+    wanted = [(ROWS, (*last, *(ROW_LENGTH + place for place in last)), on) for on in (False, True)]
     for number, part in enumerate(parts, 1):
         part()
         assert asked == wanted[:number]

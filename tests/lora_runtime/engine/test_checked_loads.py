@@ -62,7 +62,7 @@ async def serve(base, folders, monkeypatch, length=120):
         cache=CacheConfig(num_blocks=64), adapters=AdapterConfig(pool_bytes=1 << 20)
     )
     inner = Engine(base, config)
-    step, chunks = inner.step, load.chunks
+    step, forwards = inner.step, load.forwards
 
     def logged(name, action):
         log.append(name)
@@ -70,7 +70,9 @@ async def serve(base, folders, monkeypatch, length=120):
 
     monkeypatch.setattr(inner, "step", partial(logged, "step", step))
     monkeypatch.setattr(
-        load, "chunks", lambda *args: [partial(logged, "chunk", part) for part in chunks(*args)]
+        load,
+        "forwards",
+        lambda *args: [partial(logged, "forward", part) for part in forwards(*args)],
     )
     engine = InThreadEngine(inner)
     running = asyncio.create_task(stream(engine, length))
@@ -85,16 +87,16 @@ async def serve(base, folders, monkeypatch, length=120):
     return tokens, loads, log, later
 
 
-def test_a_stream_takes_a_step_between_any_two_chunks(base, tmp_path, monkeypatch):
+def test_a_stream_takes_a_step_between_any_two_forwards(base, tmp_path, monkeypatch):
     folders = [recorded_adapter(base, tmp_path / str(s), s) for s in range(NUM_ADAPTERS)]
     tokens, loads, log, later = asyncio.run(serve(base, folders, monkeypatch))
     assert len(tokens) == 120 and later.digest == loads[0].digest
     assert len({adapter.digest for adapter in loads}) == NUM_ADAPTERS
     during = log[: log.index("over")]
-    assert during.count("chunk") == NUM_ADAPTERS * 2 * NUM_ROWS
+    assert during.count("forward") == NUM_ADAPTERS * 2
     first, last = during.index("step"), len(during) - 1 - during[::-1].index("step")
-    assert ("chunk", "chunk") not in set(pairwise(during[first : last + 1]))
-    assert log.count("chunk") == (NUM_ADAPTERS + 1) * 2 * NUM_ROWS
+    assert ("forward", "forward") not in set(pairwise(during[first : last + 1]))
+    assert log.count("forward") == (NUM_ADAPTERS + 1) * 2
     monkeypatch.undo()
     alone, *_ = asyncio.run(serve(base, folders[:1], monkeypatch))
     assert alone == tokens
@@ -109,19 +111,24 @@ def test_an_adapter_that_does_something_else_is_refused_alone(base, tmp_path, mo
 
 
 def test_logits_are_made_of_the_recorded_positions_only(base, tmp_path):
-    """Never a row times a vocabulary; the same numbers as those of every position."""
+    """Never all rows times a vocabulary; the same numbers as those of every position."""
     folder = recorded_adapter(base, tmp_path / "a", 3)
     form = load_adapter(folder, base.spec, base.weights)
     made = []
     hook = base.head.register_forward_hook(lambda *given: made.append(given[-1].logits.shape[1]))
-    row, places = [5, 9, 200, 17, 3, 44, 8], [1, 4, 6]
+    rows, logits_at = [[5, 9, 200, 17, 3, 44, 8], [7, 30, 11]], [8, 1, 4, 6]
     with hook:
         for with_adapter in (False, True):
-            found = adapter_logits(base, pack_for(base, form))(row, places, with_adapter)
-            (every,) = probe_logits(base, form if with_adapter else None, [row])
-            assert torch.allclose(found, every[places], atol=1e-5)
-            assert found.shape == (3, VOCAB_SIZE)
-    assert made == [3, 7, 3, 7]
+            found = adapter_logits(base, pack_for(base, form))(rows, logits_at, with_adapter)
+            every = torch.cat(
+                [
+                    *probe_logits(base, form if with_adapter else None, rows[:1]),
+                    *probe_logits(base, form if with_adapter else None, rows[1:]),
+                ]
+            )
+            assert torch.allclose(found, every[logits_at], atol=1e-5)
+            assert found.shape == (4, VOCAB_SIZE)
+    assert made == [4, 7, 3, 4, 7, 3]
 
 
 @pytest.fixture
@@ -178,7 +185,7 @@ def test_steps_within_a_check_change_neither_it_nor_the_streams(
     alone, _ = asyncio.run(run(is_loading=False))
     beside, num_steps = asyncio.run(run(is_loading=True))
     assert beside == alone
-    assert num_steps >= 2 * NUM_ROWS * base.spec.num_layers
+    assert num_steps >= 2 * base.spec.num_layers
     assert all(are_apart)
     for found, own in zip(judged[-1], expected, strict=True):
         assert torch.equal(found, own)
@@ -255,10 +262,10 @@ def test_the_base_is_run_once_for_rows_that_records_share(base, tmp_path):
             form = load_adapter(folder, base.spec, base.weights)
             made.clear()
             logits = adapter_logits(base, pack_for(base, form), known)
-            found = [logits(row, places, with_adapter) for with_adapter in (False, True, False)]
+            found = [logits([row], places, with_adapter) for with_adapter in (False, True, False)]
             (every,) = probe_logits(base, None, [row])
             assert torch.allclose(found[0], every[places], atol=1e-5)
             assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1])
             assert made == ([3, 3, 7] if seed == 9 else [3, 7])
-        other = logits(row, places[:2], False)
+        other = logits([row], places[:2], False)
     assert torch.allclose(other, every[places[:2]], atol=1e-5)

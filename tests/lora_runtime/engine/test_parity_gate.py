@@ -52,11 +52,16 @@ def recorded_by_peft(base, variant, form):
     twin = dense_twin(base, SHAPE)
 
     @torch.no_grad()
-    def logits(row, positions, with_adapter):
+    def last(row, with_adapter):
+        start = max(1, len(row) - NUM_POSITIONS + 1)
         if not with_adapter:
-            return twin(torch.tensor([row])).logits[0, list(positions)]
-        start = positions[0] + 1
+            return twin(torch.tensor([row])).logits[0, start - 1 :]
         return variant.expected(list(row[:start]), [*row[start:], 0], torch.float32)
+
+    def logits(rows, logits_at, with_adapter):
+        found = torch.cat([last(row, with_adapter) for row in rows])
+        assert len(found) == len(logits_at)
+        return found
 
     return measure(rows_for(form), logits, logits, fingerprint="")
 

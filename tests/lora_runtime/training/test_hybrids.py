@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import peft
 import pytest
-import torch
 
 from lora_runtime.adapters.files.parity_record import read_parity_record
 from lora_runtime.adapters.packed_adapter import pack_for
@@ -20,7 +18,7 @@ from lora_runtime.training.config import UnitConfig
 from lora_runtime.training.losses import window_losses
 from tests.lora_runtime.training.test_trainer import mean_loss, randomise
 from tests.lora_runtime.training.tiny_runs import WORDS, make_unit, run, write_jsonl
-from tests.peft_adapters import load_in_peft
+from tests.peft_adapters import load_in_peft, logits_of
 from tests.tiny import HYBRIDS, dense_twin, tiny_base
 
 TARGETS = {
@@ -112,12 +110,6 @@ def test_what_is_exported_does_the_same_in_peft_and_in_serving(tmp_path, tokeniz
         assert result.error is None
         record = read_parity_record(result.folder, base.spec)
         model = load_in_peft(twin, result.folder)
-
-        @torch.no_grad()
-        def in_peft(row, positions, with_adapter, model=model):
-            with contextlib.nullcontext() if with_adapter else model.disable_adapter():
-                return model(torch.tensor([row])).logits[0][list(positions)]
-
-        assert gate(record, in_peft, "float32").error < 1e-4
+        assert gate(record, logits_of(model), "float32").error < 1e-4
         form = load_adapter(result.folder, base.spec, base.weights)
         assert gate(record, adapter_logits(base, pack_for(base, form)), "float32").error < 1e-4

@@ -111,7 +111,7 @@ def run(
 
 def at_every_token(logits):
     """What the parity gate asks of a few tokens, of all tokens of some rows."""
-    return lambda rows, with_adapter: [logits(row, range(len(row)), with_adapter) for row in rows]
+    return lambda rows, with_adapter: [logits([row], range(len(row)), with_adapter) for row in rows]
 
 
 @contextmanager
