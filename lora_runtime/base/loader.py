@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lora_runtime.base.catalog import Progress, ResolvedBase, resolve_base
 from lora_runtime.base.device import dtype_name, resolve_device, resolve_dtype
 from lora_runtime.base.fingerprint import exceeds_bfloat16, fingerprint
+from lora_runtime.base.freed_memory import give_back_freed_memory
 from lora_runtime.base.model import attention
 from lora_runtime.base.model.adapted_linear import (
     AdaptedEmbedding,
@@ -176,7 +177,7 @@ def load_base(
     if holds_more(resolved.folder, model):
         left_out = parts_besides_text(resolved.folder)
         say("serving its text only")
-    return prepare_base(
+    base = prepare_base(
         model,
         config,
         resolved.name,
@@ -187,6 +188,8 @@ def load_base(
         left_out=left_out,
         on_progress=say,
     )
+    give_back_freed_memory()
+    return base
 
 
 @dataclass(frozen=True, slots=True)
