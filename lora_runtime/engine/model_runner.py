@@ -27,6 +27,7 @@ from lora_runtime.core import (
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
+from lora_runtime.engine.probe import probe_logits
 from lora_runtime.engine.reordered_batch import reordered_batch
 from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
@@ -98,11 +99,13 @@ class ModelRunner:
 
     def _warm_up_kernels(self) -> None:
         """Steps as no graph holds them, short and long, of the base and with an adapter: in a slot
-        that holds none, so that all kernels run and change nothing.
+        that holds none, so that all kernels run and change nothing. And a forward as a parity gate
+        runs it, which has no cache to write to.
         """
         for num_tokens in WARM_TOKENS:
             for slots in ((), (0,)):
                 self._warm_up_step(num_tokens, slots)
+        probe_logits(self.base, None, [range(WARM_TOKENS[0])])
 
     def _warm_up_step(self, num_tokens: int, slots: tuple[int, ...]) -> None:
         """Of so many tokens, or as many as there is room for."""

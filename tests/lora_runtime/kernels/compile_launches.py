@@ -30,6 +30,7 @@ from pkgutil import iter_modules
 import torch
 from triton.runtime import JITFunction
 
+from lora_runtime.engine.probe import probe_logits
 from lora_runtime.kernels import triton as triton_kernels
 from tests.lora_runtime.kernels import gpu_drives
 from tests.lora_runtime.kernels.fake_gpu import (
@@ -130,6 +131,7 @@ def while_serving() -> dict[str, object]:
             serving.runner.warm_up(lambda _: None)
             num_warm = len(distinct(launches))
             gpu_drives.varied_load(serving, forms)
+            probe_logits(tiny, forms[0], [range(64), range(64)])
         late += _late(launches, num_warm)
         num_launches += len(launches)
     for shape in (gpu_drives.LLAMA, "granite-4-h-micro", "qwen3-30b-a3b"):
