@@ -6,10 +6,10 @@ decode together; in turn they have one of 8 adapters or none. Four adapters chan
 
 Floor of a step: bytes of what it must read (4-bit layers, of the experts those that its tokens
 chose, the output layer, the blocks of the adapters that its pairs chose, keys and values) over the
-read bandwidth measured in the same run, or multiply-adds over the rate of a large product,
-whichever is larger. PEFT cannot mix adapters of experts in a batch, nor quantise them: it runs the
-same rows in bfloat16 without adapters of experts, and transformers without any. The last line
-printed is the result as JSON.
+read bandwidth, or multiply-adds over the rate of a large product, whichever is larger; both are
+measured in every round, and their medians taken. PEFT cannot mix adapters of experts in a batch,
+nor quantise them: it runs the same rows in bfloat16 without adapters of experts, and transformers
+without any. The last line printed is the result as JSON.
 """
 
 from __future__ import annotations
@@ -191,8 +191,9 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         Workload(args, base, folders).step_seconds(is_mixed=True)
     num_chosen = statistics.fmean(counts[len(counts) // 2 :])
     workload = Workload(args, base, folders)
-    times = {"mixed": [], "base_only": []}
+    times, ceilings = {"mixed": [], "base_only": []}, []
     for _ in range(args.rounds):
+        ceilings.append((machine.read_bandwidth(), machine.gemm_rate(torch.bfloat16)))
         for name, found in times.items():
             found += workload.step_seconds(is_mixed=name == "mixed")
     attention = folders[::2]
@@ -204,10 +205,10 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         "transformers_base_only": workload.generate_seconds(model),
         "peft_attention_mixed": workload.generate_seconds(peft, adapter_names=names),
     }
-    ceilings = machine.read_bandwidth(), machine.gemm_rate(torch.bfloat16)
+    bandwidth, rate = (statistics.median(found) for found in zip(*ceilings, strict=True))
     step = {name: statistics.median(found) for name, found in times.items()}
     floors = {
-        name: workload.floor(*ceilings, is_mixed=name == "mixed", num_chosen=num_chosen)
+        name: workload.floor(bandwidth, rate, is_mixed=name == "mixed", num_chosen=num_chosen)
         for name in times
     }
     return {
@@ -222,8 +223,8 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         "base_only_over_transformers": round(
             peers["transformers_base_only"] / step["base_only"], 2
         ),
-        "read_bytes_per_s": round(ceilings[0]),
-        "multiply_adds_per_s": round(ceilings[1]),
+        "read_bytes_per_s": round(bandwidth),
+        "multiply_adds_per_s": round(rate),
     }
 
 
@@ -236,11 +237,15 @@ def main() -> None:
              "pool-mib": 1024}  # fmt: skip
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, Path(folder))
-    question = {"question": "a decode step of a mixture of experts", "workload": vars(args)}
-    machine.save("experts", {**machine.facts(), **question, **found})
+    question = {
+        "question": "a decode step of a mixture of experts",
+        "workload": {key: value for key, value in vars(args).items() if key != "out"},
+    }
+    machine.save("experts", {**machine.facts(), **question, **found}, args.out)
 
 
 if __name__ == "__main__":
