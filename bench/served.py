@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -45,10 +46,13 @@ def serving(base: str, folder: Path, max_num_seqs: int, *flags: str) -> Iterator
     log = folder / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    # A benchmark that is told to end ends its server, as by Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         wait_until_ready(process, http, log)
         yield Served(process, grpc, http)
     finally:
+        signal.signal(signal.SIGTERM, before)
         process.terminate()
         process.wait()
 
