@@ -131,7 +131,8 @@ def while_serving() -> dict[str, object]:
             serving.runner.warm_up(lambda _: None)
             num_warm = len(distinct(launches))
             gpu_drives.varied_load(serving, forms)
-            probe_logits(tiny, forms[0], [range(64), range(64)])
+            for form in (None, *forms):  # a parity gate, of every kind of adapter
+                probe_logits(tiny, form, [range(64), range(64)])
         late += _late(launches, num_warm)
         num_launches += len(launches)
     for shape in (gpu_drives.LLAMA, "granite-4-h-micro", "qwen3-30b-a3b"):

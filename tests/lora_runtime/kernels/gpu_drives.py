@@ -395,6 +395,7 @@ def requests_of(forms: Sequence[ServingForm], lengths: Sequence[int]) -> list[Re
         dict(temperature=0.7, top_p=0.9),
         dict(temperature=1.0, top_k=5, min_p=0.1, num_logprobs=3),
         dict(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({1})),
+        dict(presence_penalty=0.5, logit_bias=((3, 1.0),), num_prompt_logprobs=2),
     ]
     return [
         Request(
