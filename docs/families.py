@@ -29,7 +29,7 @@ quantised, and either gives its own logits or is refused.
 - **serve**: a base row, LoRA, DoRA and rsLoRA of three ranks on every linear layer, in one batch.
 - **train**: the gradients of every factor, with and without activation checkpointing.
 - **NF4**, **int8**: as serve, over the quantised base.
-- **experts**: adapters on the fused weights of experts (`target_parameters`).
+- **experts**: adapters on the fused weights of experts (`target_parameters`); –: it has none.
 - **prefix**: a second prompt that begins as the first finds it in the cache; where layers carry a
   state, up to the last snapshot of it.
 """

@@ -33,6 +33,7 @@ from lora_runtime.base.model.experts import (
     AdaptedExperts,
     freeze_experts,
     replace_experts,
+    require_whole_blocks,
 )
 from lora_runtime.base.model.finite import require_finite
 from lora_runtime.base.model.fused_modules import fuse_modules
@@ -141,6 +142,18 @@ class Base:
         """The second part of `forward`: hidden_states (n, H) → logits (n, vocab)."""
         return self.head(inputs_embeds=hidden_states[None], use_cache=False).logits[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors take, private copies of weights included."""
+        storages = {}
+        for module in self.model.modules():
+            held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+            for tensor in held:
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
     def allocate_kv(self, num_cache_slots: int) -> KVCache:
         """An empty paged cache with room for the keys and values of `num_cache_slots` tokens."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -205,15 +218,15 @@ class Judgement:
 def judge_base(
     config: BaseConfig, resolved: ResolvedBase, on_progress: Progress = lambda _: None
 ) -> Judgement:
-    """Do all that `load_base` does before it quantises: read a base, replace its parts and see that
-    it gives its own logits.
+    """Do all that `load_base` does before it quantises: read a base, replace its parts, see that
+    its quantisation can hold them and that it gives its own logits.
 
     Raises as `load_base`.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     model = read_model(resolved.folder, dtype).eval().requires_grad_(False)
-    _, found, _ = _operate(model, StepContext(), device, dtype, on_progress)
+    _, found, _ = _operate(model, config, StepContext(), device, dtype, on_progress)
     kv_bytes = found.layout.values_per_token * dtype.itemsize
     return Judgement(model.config.model_type, kv_bytes, state_bytes(model))
 
@@ -248,7 +261,7 @@ def prepare_base(
     device, dtype = device or model.device, dtype or model.dtype
     model.eval().requires_grad_(False)
     context = StepContext()
-    layers, found, dropped = _operate(model, context, device, dtype, on_progress)
+    layers, found, dropped = _operate(model, config, context, device, dtype, on_progress)
     linears = _linears_of(layers)
     on_progress(f"freezing the linear layers ({config.quantization})")
     keep_copies = config.dequantized_cache and device.type == "cpu"
@@ -280,6 +293,7 @@ def prepare_base(
 
 def _operate(
     model: PreTrainedModel,
+    config: BaseConfig,
     context: StepContext,
     device: torch.device,
     dtype: torch.dtype,
@@ -303,6 +317,9 @@ def _operate(
         on_progress(f"serving its text only; left out: {', '.join(dropped)}")
     with refusing_errors(model, "replacing its layers"):
         layers = _replace_layers(model, context, device, dtype)
+    for layer in layers.values():
+        if isinstance(layer, AdaptedExperts):
+            require_whole_blocks(layer, config.quantization)
     with visiting([adapted.linear for adapted in _linears_of(layers)], device, dtype):
         found, observed = observe(model, original)
         set_attention(model, attention.NAME)

@@ -75,9 +75,16 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
         is_cpu = base.device.type == "cpu"
         where = f"{torch.get_num_threads()} threads" if is_cpu else str(base.device)
         say(f"computing in {base.spec.dtype} by {engine.info.kernel_backend} on {where}")
+        say(f"the base takes {base.nbytes / 1e6:,.0f} MB")
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
         if states := num_state_slots(base.spec.state_bytes, config):
-            say(f"beside it are {states} recurrent states of {base.spec.state_bytes} bytes each")
+            kept = num_snapshots(config)
+            say(
+                f"beside it are {states} recurrent states of {base.spec.state_bytes} bytes each, "
+                f"{kept} of them snapshots"
+            )
+        elif config.cache.state_snapshots is not None:
+            say("state_snapshots is of no use: the base has no recurrent layers")
         engine.runner.warm_up(say)
     return engine
 

@@ -84,7 +84,7 @@ def _measured(base: Base, data: Data, config: TrainConfig) -> DryRun:
     alone = tuple(_estimate(base, [unit]) for unit in units)
     together = _estimate(base, units) if len(units) > 1 else alone[0]
     named = ((unit.name, *datasets) for unit, datasets in zip(units, data, strict=True))
-    return DryRun(units=alone, together=together, base_bytes=_base_bytes(base), data=tuple(named))
+    return DryRun(units=alone, together=together, base_bytes=base.nbytes, data=tuple(named))
 
 
 def _estimate(base: Base, units: Sequence[Unit]) -> Estimate:
@@ -219,15 +219,3 @@ def _targets(base: Base, units: Sequence[Unit]) -> tuple[str, ...]:
     paths = dict.fromkeys(module.path for unit in units for module in unit.modules.values())
     num_parts = {path: 2 if path in base.spec.routers else 1 for path in paths}
     return tuple(dict.fromkeys(".".join(path.split(".")[-n:]) for path, n in num_parts.items()))
-
-
-def _base_bytes(base: Base) -> int:
-    """Every storage that a module of the base holds, also those that are no parameter or buffer."""
-    storages = {}
-    for module in base.model.modules():
-        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-        for tensor in held:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

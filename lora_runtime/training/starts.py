@@ -241,14 +241,23 @@ def _check_rank(config: UnitConfig, base: Base, path: str, rank: int) -> None:
 def _check_names(config: UnitConfig, base: BaseSpec) -> None:
     """Raise ConfigError for a target that matches nothing, proposing the nearest name."""
     modules = () if config.target_modules == "all-linear" else config.target_modules
-    _check_targets(config, "target_modules", modules, tuple(base.shapes))
+    if "all-linear" in modules:
+        raise ConfigError(
+            f"unit {config.name!r}: target_modules is a list with 'all-linear' in it; write "
+            "target_modules: all-linear, without other names",
+            field="target_modules",
+        )
+    linears = tuple(path for path, shape in base.shapes.items() if shape.experts is None)
+    has_experts = len(linears) < len(base.shapes)
+    hint = "; experts are named in target_parameters" if has_experts else ""
+    _check_targets(config, "target_modules", modules, linears, hint)
     sites = sites_of(base, {path: path for path in base.shapes}, None)
     weights = parameter_names(sites, base)
     _check_targets(config, "target_parameters", config.target_parameters, weights)
 
 
 def _check_targets(
-    config: UnitConfig, field: str, targets: Sequence[str], paths: Sequence[str]
+    config: UnitConfig, field: str, targets: Sequence[str], paths: Sequence[str], hint: str = ""
 ) -> None:
     """Raise ConfigError for a target that ends no path, proposing the nearest."""
     kind = "module" if field == "target_modules" else "weight"
@@ -256,6 +265,6 @@ def _check_targets(
         if not any(f".{path}".endswith(f".{target}") for path in paths):
             raise ConfigError(
                 f"unit {config.name!r}: {field} has {target!r}, and the base has no such {kind}; "
-                f"{likely_meant(target, paths)}",
+                f"{likely_meant(target, paths)}{hint}",
                 field=field,
             )

@@ -377,7 +377,10 @@ def _log(what: str, record: AdapterRecord, **facts: Any) -> None:
     if record.former is not None:
         facts["former_digest"] = record.former.digest
     size = record.loaded.nbytes if record.loaded else 0
-    logger.info(
+    log = logger.info
+    if record.notes:
+        facts["notes"], log = list(record.notes), logger.warning
+    log(
         f"adapter {what}",
         adapter=record.name,
         digest=record.digest,

@@ -49,13 +49,16 @@ async def show_model(exchange: Exchange) -> None:
 
 
 async def load_adapter(exchange: Exchange) -> None:
-    """POST /v1/load_lora_adapter: content that the name holds already is success."""
+    """POST /v1/load_lora_adapter: content that the name holds already is success. Notes follow
+    vLLM's sentence, each in a line of its own.
+    """
     request = parse_request(LoadAdapterRequest, exchange.body)
     name = adapter_name(request.lora_name, "lora_name")
-    await exchange.service.adapters.load(
+    record, _ = await exchange.service.adapters.load(
         exchange.caller, name, request.lora_path, replace=request.load_inplace
     )
-    await exchange.answer.text(f"Success: LoRA adapter '{name}' added successfully.")
+    success = f"Success: LoRA adapter '{name}' added successfully."
+    await exchange.answer.text("\n".join([success, *(f"Note: {note}" for note in record.notes)]))
 
 
 async def unload_adapter(exchange: Exchange) -> None:

@@ -305,6 +305,13 @@ def test_doctor_says_what_serve_would_refuse(invoke, tmp_path):
     assert "served no: diffllama cannot be served: layer 0" in checked
 
 
+def test_doctor_says_that_a_quantization_cannot_hold_a_mixture(invoke, tmp_path):
+    folder = str(tiny_checkpoint(tmp_path, "qwen3-moe"))
+    for quantization, said in (("nf4-double", "served no: the experts of"), ("nf4", "served yes")):
+        options = ("--base", folder, "--quantization", quantization)
+        assert said in shown_by_doctor(invoke, *options, "--check")
+
+
 def test_doctor_says_what_to_change(invoke, monkeypatch):
     needs = [Need(name="a", found="well"), Need(name="b", found="ill", advice="Mend it.")]
     monkeypatch.setattr(gpu_needs, "gpu_needs", lambda: iter(needs))

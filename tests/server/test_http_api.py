@@ -19,6 +19,7 @@ from lora_runtime.core import FinishReason, StructureKind
 from lora_runtime.errors import Overloaded, RequestFailed
 from lora_runtime.text.tool_calls import ToolCallDelta
 from loramux.server import http_connection
+from loramux.server.adapters import changes
 from loramux.server.calls import Delta, Finished, Started
 from loramux.server.openai import body as bodies
 from loramux.server.openai.json_text import encoded, encoded_in_parts
@@ -100,6 +101,17 @@ async def test_models_are_the_base_and_its_adapters(api) -> None:
         assert await api.client.models.retrieve("tiny") == base
         with pytest.raises(openai.NotFoundError):
             await api.client.models.retrieve("absent")
+
+
+async def test_what_is_doubtful_about_an_adapter_is_told_and_logged(api, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(changes.logger, "warning", lambda event, **facts: told.append(facts))
+    async with api() as (world, api):
+        source = world.write_adapter("a", "a", notes=["it was made for another base"])
+        answer = await api.post("/v1/load_lora_adapter", lora_name="a", lora_path=source)
+        first, note = answer.text.splitlines()
+        assert "added successfully" in first and note == "Note: it was made for another base"
+    assert [facts["notes"] for facts in told] == [["it was made for another base"]]
 
 
 async def test_adapters_come_and_go_as_vllm_and_its_controllers_have_it(api) -> None:

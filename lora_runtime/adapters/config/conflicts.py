@@ -65,10 +65,17 @@ _CONFLICTS = (
         lambda config: config.get("init_lora_weights") == "mica",
         "PEFT has no DoRA with MiCA",
     ),
-    _Conflict(
-        "target_parameters",
-        _is_set("use_dora", "lora_bias", "alora_invocation_tokens"),
-        "PEFT has no DoRA, lora_bias or activated LoRA on parameters",
+    *(
+        _Conflict(
+            "target_parameters",
+            _is_set(field),
+            f"PEFT has no {kind} of parameters: leave out {field}, or adapt modules alone",
+        )
+        for field, kind in (
+            ("use_dora", "DoRA"),
+            ("lora_bias", "bias"),
+            ("alora_invocation_tokens", "activated LoRA"),
+        )
     ),
     _Conflict(
         "target_parameters",

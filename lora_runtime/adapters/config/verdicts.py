@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,9 +28,9 @@ def field_verdicts(config: Config) -> Iterator[FieldVerdict]:
         if is_neutral(value):
             yield FieldVerdict(name, value, Treatment.INERT, "the same as absent")
         elif rule is None:
-            reason = (
-                "no such field is known, so its effect cannot be honoured. Remove it if it has none"
-            )
+            reason = "no such field is known, so its effect cannot be honoured"
+            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
+            reason += f": did you mean {near[0]!r}?" if near else ". Remove it if it has none"
             yield FieldVerdict(name, value, Treatment.REFUSED, reason)
         elif rule.accepted:
             accepted = Treatment.HONOURED if rule.treatment is Treatment.REFUSED else rule.treatment

@@ -187,9 +187,28 @@ def check_experts(model: PreTrainedModel) -> None:
             raise BaseRefused(f"{where} with {min(unknown)}, which those of no known family have")
 
 
+def require_whole_blocks(experts: AdaptedExperts, quantization: str) -> None:
+    """Raise BaseRefused where a format cannot hold experts one after another, as some of its blocks
+    would hold weights of two inputs' rows, or its scales' blocks those of two experts.
+    """
+    num_inputs, num_outputs = experts.in_features, experts.out_features
+    has_blocks = quantization in ("nf4", "nf4-double", "fp4")
+    is_nested = quantization == "nf4-double"
+    is_ragged = is_nested and num_inputs * num_outputs % (BLOCK_SIZE * NESTED_BLOCK_SIZE) != 0
+    if has_blocks and (num_inputs % BLOCK_SIZE or is_ragged):
+        fitting = "'int8' or 'none'" + ("" if num_inputs % BLOCK_SIZE else ", or 'nf4'")
+        raise BaseRefused(
+            f"the experts of {experts.path} have {num_inputs} inputs and {num_outputs} outputs: in "
+            f"4 bits an expert's inputs must be a multiple of {BLOCK_SIZE}, with double "
+            f"quantisation inputs × outputs also one of {BLOCK_SIZE * NESTED_BLOCK_SIZE}. Choose "
+            f"quantization {fitting}",
+            field="quantization",
+        )
+
+
 def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear]) -> None:
-    """Freeze one expert's matrix after another, and forget them. Raises BaseRefused where their
-    format cannot hold them one after another, and for numbers that are not finite.
+    """Freeze one expert's matrix after another, and forget them, in a format that holds them by
+    `require_whole_blocks`. Raises BaseRefused for numbers that are not finite.
     """
     unfrozen: Any = experts.linear
     device, dtype = unfrozen.target
@@ -199,15 +218,7 @@ def freeze_experts(experts: AdaptedExperts, freeze: Callable[..., FrozenLinear])
             for expert, matrix in enumerate(unfrozen.matrices())
         ]
     )
-    if joined is None:
-        fitting = "'int8' or 'none'" + ("" if experts.in_features % BLOCK_SIZE else ", or 'nf4'")
-        raise BaseRefused(
-            f"the experts of {experts.path} have {experts.in_features} inputs and "
-            f"{experts.out_features} outputs: in 4 bits an expert's inputs must be a multiple of "
-            f"{BLOCK_SIZE}, with double quantisation inputs × outputs also one of "
-            f"{BLOCK_SIZE * NESTED_BLOCK_SIZE}. Choose quantization {fitting}",
-            field="quantization",
-        )
+    assert joined is not None, f"{experts.path} in blocks of two experts"
     if unfrozen.bias is not None:
         name = f"{experts.path}_bias"
         joined.bias = require_finite(name, unfrozen.bias.to(device, dtype))

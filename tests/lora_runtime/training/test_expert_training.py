@@ -153,10 +153,21 @@ def test_what_is_not_trained_on_experts_is_refused(tmp_path, tokenizer, mixture)
         (dict(variant="dora"), "target_parameters"),
         (dict(variant="pissa"), "init"),
         (dict(target_parameters=("experts.gate_proj",), target_modules=()), "target_parameters"),
+        (dict(target_modules=("all-linear",)), "target_modules"),
+        (dict(target_modules=("up_poj",)), "target_modules"),
     ):
         with pytest.raises(ConfigError) as refusal:
             unit_of(mixture, tokenizer, tmp_path, **options)
         assert refusal.value.field == field
+
+
+@pytest.mark.parametrize("given", ["experts", "gate_up_proj", "in_proj_qkvz"])
+def test_no_expert_is_proposed_as_a_module(tmp_path, tokenizer, mixture, given):
+    with pytest.raises(ConfigError) as refusal:
+        unit_of(mixture, tokenizer, tmp_path, target_modules=("q_proj", given))
+    message = str(refusal.value)
+    assert "experts are named in target_parameters" in message
+    assert "gate_up_proj" not in message.replace(repr(given), "")
 
 
 @pytest.mark.parametrize(
