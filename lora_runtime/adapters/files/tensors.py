@@ -59,7 +59,8 @@ class AdapterTensors:
         if tuple(tensor.shape) != shape:
             raise AdapterRefused(
                 f"tensor {self._keys[name]} has shape {tuple(tensor.shape)}; the config and this "
-                f"base expect {shape}: serve it on the base that it was made for, with its own config",
+                f"base expect {shape}: serve it on the base that it was made for, with its own "
+                "config",
                 field=self._keys[name],
             )
         return tensor
