@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -57,12 +58,13 @@ def num_usable_cores() -> int:
 
 def give_way() -> None:
     """Let the system prefer threads that compute to this one where there are too few cores: a share
-    of a third of theirs (`NICENESS`). On Linux alone a thread has a niceness of its own; elsewhere
-    nothing changes.
+    of a third of theirs (`NICENESS`). On Linux alone a thread has a niceness of its own; elsewhere,
+    and where a sandbox forbids it, nothing changes.
     """
     if sys.platform == "linux":
         own = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + NICENESS)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + NICENESS)
 
 
 def usable_processors() -> set[int] | None:
