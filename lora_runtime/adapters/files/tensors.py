@@ -9,6 +9,11 @@ from torch import Tensor
 from lora_runtime.adapters.files.tensor_names import Part, TensorName, parse_names
 from lora_runtime.errors import AdapterRefused
 
+OTHER_BASE = (
+    "serve it with its own config on the base that it was made for; another may have other layers, "
+    "experts or sizes"
+)
+
 
 class AdapterTensors:
     """Every tensor of one file. Raises AdapterRefused for names that have no meaning."""
@@ -45,7 +50,8 @@ class AdapterTensors:
         if tensor is None:
             key = f"base_model.model.{module}.{part}"
             raise AdapterRefused(
-                f"tensor {key} is missing, though the config asks for it", field=key
+                f"tensor {key} is missing, though the config asks for it: {OTHER_BASE}",
+                field=key,
             )
         return tensor
 
@@ -59,8 +65,7 @@ class AdapterTensors:
         if tuple(tensor.shape) != shape:
             raise AdapterRefused(
                 f"tensor {self._keys[name]} has shape {tuple(tensor.shape)}; the config and this "
-                f"base expect {shape}: serve it on the base that it was made for, with its own "
-                "config",
+                f"base expect {shape}: {OTHER_BASE}",
                 field=self._keys[name],
             )
         return tensor
@@ -71,6 +76,6 @@ class AdapterTensors:
         if unknown:
             raise AdapterRefused(
                 f"tensor {unknown[0]} belongs to no module that the config adapts on this base "
-                f"({len(unknown)} such tensors)",
+                f"({len(unknown)} such tensors): {OTHER_BASE}",
                 field=unknown[0],
             )
