@@ -175,7 +175,7 @@ def summary(
                         "tokens_per_s": round(
                             num_rows * args.new_tokens / _median(rounds, form, num_rows), 1
                         ),
-                        "seconds": [round(found[form, num_rows], 3) for found in rounds],
+                        "seconds": [round(found[form, num_rows], 6) for found in rounds],
                     }
                     for num_rows in STREAMS
                 ],

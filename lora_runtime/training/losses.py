@@ -154,7 +154,9 @@ def _losses(
 
 
 def unit_logits(base: Base, unit: Unit) -> Logits:
-    """The logits of a unit as training computes them: what the parity gate compares with."""
+    """The logits of a unit as training computes them: what the parity gate compares with. A row at
+    a time, so that they fit where training did.
+    """
 
     @torch.no_grad()
     def measured(
@@ -162,7 +164,9 @@ def unit_logits(base: Base, unit: Unit) -> Logits:
     ) -> Tensor:
         bindings = bind([unit], base) if with_adapter else {}
         layer_map = unit.layer_map if with_adapter else None
-        states = states_of_rows(base, bindings, list(map(torch.tensor, rows)), layer_map)
+        states = torch.cat(
+            [states_of_rows(base, bindings, [torch.tensor(row)], layer_map) for row in rows]
+        )
         return logits(base, bindings, states[list(logits_at)], [len(logits_at)])
 
     return measured

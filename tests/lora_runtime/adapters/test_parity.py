@@ -161,11 +161,11 @@ def test_the_error_is_that_of_the_effect(adapted, record):
     """An adapter whose effect is 2 % too large is off by 2 %, whatever the base's own logits."""
     logits = logits_of(adapted)
 
-    def stretched(row, positions, with_adapter):
-        base = logits(row, positions, False)
+    def stretched(rows, logits_at, with_adapter):
+        base = logits(rows, logits_at, False)
         if not with_adapter:
             return base + 7.0
-        return base + 7.0 + 1.02 * (logits(row, positions, True) - base)
+        return base + 7.0 + 1.02 * (logits(rows, logits_at, True) - base)
 
     assert checked(record, stretched).error == pytest.approx(0.02, rel=0.05)
 

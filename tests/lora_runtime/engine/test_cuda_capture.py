@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_runtime.config import BaseConfig
+from lora_runtime.config import BaseConfig, EngineConfig
 from lora_runtime.core import ScheduledBatch
 from lora_runtime.engine import engine as engine_module
 from lora_runtime.engine import loop
@@ -159,13 +159,13 @@ class Engine:
 
 def test_the_engine_is_started_and_run_on_its_own_device(cuda, monkeypatch):
     spec = SimpleNamespace(state_bytes=0, dtype="bfloat16")
-    base = SimpleNamespace(device=torch.device("cuda:1"), spec=spec)
+    base = SimpleNamespace(device=torch.device("cuda:1"), spec=spec, nbytes=0)
     monkeypatch.setattr(engine_module, "resolve_base", lambda *_, **__: SimpleNamespace(folder=""))
     monkeypatch.setattr(engine_module, "outline", lambda *_: spec)
     monkeypatch.setattr(engine_module, "check_states", lambda *_: None)
     monkeypatch.setattr(engine_module, "load_base", lambda config, say, found: base)
     monkeypatch.setattr(engine_module, "Engine", lambda base, config: Engine(cuda))
-    engine = loop.start_engine(SimpleNamespace(base=BaseConfig(device="cpu", dtype="float32")))
+    engine = loop.start_engine(EngineConfig(base=BaseConfig(device="cpu", dtype="float32")))
     asyncio.run(engine.close(drain_s=0))
     seen = set(engine._engine.seen)
     assert seen == {("start", 1), ("warm-up", 1), ("step", 1)} and cuda.device_index == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 
@@ -20,7 +19,7 @@ from lora_runtime.errors import ParityFailed
 from lora_runtime.training import export
 from lora_runtime.training.config import UnitConfig
 from tests.lora_runtime.training.tiny_runs import ragged_data, run
-from tests.peft_adapters import load_in_peft
+from tests.peft_adapters import load_in_peft, logits_of
 from tests.tiny import dense_twin, float32_checkpoint, tiny_base
 
 
@@ -45,14 +44,7 @@ def float32_twin(base):
 
 
 def peft_logits(base, folder):
-    model = load_in_peft(float32_twin(base), folder)
-
-    @torch.no_grad()
-    def logits(row, positions, with_adapter):
-        with contextlib.nullcontext() if with_adapter else model.disable_adapter():
-            return model(torch.tensor([row])).logits[0][list(positions)]
-
-    return logits
+    return logits_of(load_in_peft(float32_twin(base), folder))
 
 
 @pytest.fixture(scope="module")
