@@ -243,7 +243,7 @@ def main() -> None:
         found = measured(args, Path(folder))
     question = {
         "question": "a decode step of a mixture of experts",
-        "workload": {key: value for key, value in vars(args).items() if key != "out"},
+        "workload": machine.asked(args),
     }
     machine.save("experts", {**machine.facts(), **question, **found}, args.out)
 

@@ -156,7 +156,7 @@ def main() -> None:
     result = {
         **facts,
         "question": "what loads cost running streams",
-        "workload": {key: value for key, value in vars(args).items() if key != "out"},
+        "workload": machine.asked(args),
         **{kind.replace(" ", "_"): one.figures() for kind, one in found.items()},
     }
     machine.save("loads", result, args.out)

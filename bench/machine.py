@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,6 +19,11 @@ from lora_runtime.kernels import BACKEND
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+
+
+def asked(args: argparse.Namespace) -> dict[str, object]:
+    """What a benchmark was asked for: its flags but `--out`, the folder of its result."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def facts() -> dict[str, object]:

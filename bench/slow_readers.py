@@ -105,7 +105,7 @@ def main() -> None:
     result = {
         **facts,
         "question": "what clients that read slowly cost others",
-        "workload": {key: value for key, value in vars(args).items() if key != "out"},
+        "workload": machine.asked(args),
         "ready_s": ready_s,
         **found,
     }

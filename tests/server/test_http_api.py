@@ -572,6 +572,7 @@ async def test_a_reader_who_does_not_read_loses_its_connection_in_time(api, monk
         writer.write(head(CHAT, len(content)) + content)
         await until(lambda: bool(world.engine.running))
         await until(lambda: not world.engine.running and not api.calls._tasks)
+        assert not world.engine.running and not api.calls._tasks
         writer.close()
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from lora_runtime.base.freed_memory import give_back_freed_memory
 
 MIB = 1 << 20
-PAGE = 4096
 
 
 def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    return psutil.Process().memory_info().rss
 
 
 @pytest.mark.skipif(
