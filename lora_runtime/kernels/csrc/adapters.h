@@ -72,14 +72,13 @@ class RowsAhead {
   static constexpr int DISTANCE = 32;  // rows
 
   void enter() {
-    segment_ = columns_->module->segments;
+    segment_ = columns_->first;
     pass_empty();
   }
 
   void pass_empty() {
-    const Segment* end = columns_->module->segments + columns_->module->num_segments;
-    while (segment_ != end && segment_->rank == 0) segment_++;
-    if (segment_ != end) return;
+    while (segment_ != columns_->last && segment_->rank == 0) segment_++;
+    if (segment_ != columns_->last) return;
     segment_ = nullptr;
     if (columns_ == next_) return;
     columns_ = next_;
@@ -141,13 +140,14 @@ void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& n
   const Module& m = *own.module;
   const int begin = own.begin, end = own.end, width = end - begin;
   const T* bias = p.bias ? p.bias + begin : nullptr;
-  for (long t = 0; t < p.num_tokens; t++) {
+  // Tokens without an adapter are done with the first segments.
+  for (long t = 0; t < p.num_tokens && own.first == m.segments; t++) {
     const long at = t * p.out + begin;
     if (m.places[t] >= 0) add_up(sums + long(m.places[t]) * MAX_COLUMNS, p.base + at, bias, nullptr, width);
     else if (m.places[t] == NO_ADAPTER && (bias || p.y != p.base)) add_up(p.y + at, p.base + at, bias, nullptr, width);
   }
   RowsAhead<T, W> ahead(p, own, next);
-  for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++) {
+  for (const Segment* s = own.first; s != own.last; s++) {
     for (int first = s->first; first < s->last; first += TOKENS)
       by_tokens(s->last - first, [&](auto n) {
         prefetch_outputs(p, *s, first + n, begin, end);
@@ -163,8 +163,6 @@ void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& n
       for (int c = 0; c < width; c++) store(p.y + t * p.out + begin + c, sums[long(m.places[t]) * MAX_COLUMNS + c]);
 }
 
-constexpr int RUNS = 4;  // of blocks for each thread
-
 template <class T, class W>
 void apply_adapters(const Adapters<T, W>& p, int num_threads) {
   static thread_local std::vector<Block> own_blocks;
@@ -173,15 +171,12 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
       for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  // A thread takes a run of neighbouring blocks, which often share A or have theirs side by side, and
-  // then likely the run after those of the other threads; only prefetches rest on it.
-  const long step = std::max(1, std::abs(num_threads)), count = blocks.size();
-  const long grain = std::max(1L, count / (RUNS * step));
-  Pool::get().run(count, grain, num_threads, [&](long begin, long end) {
+  // A thread's next block is likely the one that follows; only prefetches rest on it.
+  const long count = blocks.size();
+  Pool::get().run(count, 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) {
       const Segment& s = *blocks[i].segment;
-      const long after = i + 1 < end ? i + 1 : end + (step - 1) * grain;
-      const Block& next = blocks[std::min(after, count - 1)];
+      const Block& next = blocks[std::min(i + 1, count - 1)];
       by_tokens(s.last - blocks[i].first,
                 [&](auto n) { shrink_block<n>(p, s, blocks[i].first, p.memory + next.segment->extent->a); });
     }
@@ -191,6 +186,6 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
     for (long i = begin; i < end; i++)
-      apply_columns(p, columns[i], columns[std::min(i + step, long(columns.size()) - 1)], sums);
+      apply_columns(p, columns[i], columns[std::min(i + 1, long(columns.size()) - 1)], sums);
   });
 }

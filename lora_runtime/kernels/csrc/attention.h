@@ -22,8 +22,11 @@ inline float soften(const Attention<T>& p, float* scores, int count, float sink)
   return sum(totals) + std::exp(sink - largest);
 }
 
-// N query heads of one token that share a key-value head, over `count` cached positions. `scores`
-// has room for `count` of every head, and as many more as fill a vector.
+constexpr int AHEAD = 64;  // positions that a key is asked for before it is multiplied
+
+// N query heads of one token that share a key-value head, over `count` cached positions. Behind their
+// slots are those of AHEAD more, which are read next. `scores` has room for `count` of every head, and
+// as many more as fill a vector.
 template <int N, class T>
 void attend(const Attention<T>& p, int head, const T* q, T* out, const long* slots, int count, float* scores) {
   const int room = (count + LANES - 1) / LANES * LANES, size = (p.head_dim + LANES - 1) / LANES;
@@ -33,10 +36,10 @@ void attend(const Attention<T>& p, int head, const T* q, T* out, const long* slo
       queries[j][c] = load_part(q + long(j) * p.head_dim + c * LANES, std::min(LANES, p.head_dim - c * LANES));
   for (int begin = 0; begin < count; begin += LANES) {
     for (int i = 0; i < LANES; i++) {
-      const int place = std::min(begin + i, count - 1), ahead = std::min(place + LANES, count - 1);
+      const int place = std::min(begin + i, count - 1);
       const T* key = p.keys + slots[place];
-      for (int d = 0; d < p.head_dim; d += 64 / int(sizeof(T))) {
-        __builtin_prefetch(p.keys + slots[ahead] + d);
+      for (int d = 0; d < p.head_dim; d += CACHE_LINE / int(sizeof(T))) {
+        __builtin_prefetch(p.keys + slots[place + AHEAD] + d, 0, 2);
         __builtin_prefetch(p.values + slots[place] + d, 0, 2);
       }
       vec total[N] = {};
@@ -75,29 +78,42 @@ void attend(const Attention<T>& p, int head, const T* q, T* out, const long* slo
   }
 }
 
-// Where in `keys` the positions begin to end of a token's row lie, for one key-value head.
+// One key-value head of one token: where in `keys` what it sees lies.
 template <class T>
-void find_slots(const Attention<T>& p, int token, int kv_head, int begin, int end, long* slots) {
-  const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
-  const long step = long(p.num_kv_heads) * p.head_dim;
-  for (int block = begin / p.block_size; block * p.block_size < end; block++) {
-    const int first = std::max(begin, block * p.block_size), last = std::min(end, (block + 1) * p.block_size);
-    const long at = long(table[block]) * p.block_size - long(block) * p.block_size;
-    for (int i = first; i < last; i++) slots[i - begin] = (at + i) * step + long(kv_head) * p.head_dim;
+struct HeadTask {
+  const Attention<T>& p;
+  int token, kv_head, begin, end;  // positions
+  HeadTask(const Attention<T>& own, long task)
+      : p(own), token(int(task / p.num_kv_heads)), kv_head(int(task % p.num_kv_heads)), end(p.positions[token] + 1) {
+    begin = p.window > 0 ? std::max(0, end - p.window) : 0;
   }
-}
+  int count() const { return end - begin; }
+  void find_slots(int count, long* slots) const {
+    const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
+    const long step = long(p.num_kv_heads) * p.head_dim;
+    for (int i = 0; i < count;) {
+      const int block = (begin + i) / p.block_size, within = (begin + i) % p.block_size;
+      const int last = std::min(count, i + p.block_size - within);
+      long slot = (long(table[block]) * p.block_size + within) * step + long(kv_head) * p.head_dim;
+      for (; i < last; i++, slot += step) slots[i] = slot;
+    }
+  }
+};
 
+// next: what this thread likely does afterwards.
 template <class T>
-void attend_token(const Attention<T>& p, int token, int kv_head, Scratch& positions, Scratch& floats) {
-  const int end = p.positions[token] + 1, begin = p.window > 0 ? std::max(0, end - p.window) : 0;
-  const int count = end - begin, group = p.num_heads / p.num_kv_heads;
-  long* slots = positions.get<long>(count);
+void attend_task(const Attention<T>& p, const HeadTask<T>& own, const HeadTask<T>& next) {
+  static thread_local Scratch positions, floats;
+  const int count = own.count(), num_ahead = std::min(AHEAD, next.count()), group = p.num_heads / p.num_kv_heads;
+  long* slots = positions.get<long>(count + AHEAD);
   float* scores = floats.get<float>(long(TOKENS) * (count + LANES));
-  find_slots(p, token, kv_head, begin, end, slots);
-  const long at = (long(token) * p.num_heads + kv_head * group) * p.head_dim;
+  own.find_slots(count, slots);
+  next.find_slots(num_ahead, slots + count);
+  std::fill_n(slots + count + num_ahead, AHEAD - num_ahead, 0);
+  const long at = (long(own.token) * p.num_heads + own.kv_head * group) * p.head_dim;
   const T* q = p.q + at;
   T* out = p.out + at;
-  const int first = kv_head * group;
+  const int first = own.kv_head * group;
   int head = 0;
   for (; head + TOKENS <= group; head += TOKENS)
     attend<TOKENS>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
@@ -111,9 +127,9 @@ template <class T>
 void paged_attention(const Attention<T>& p, int num_threads) {
   const long work = long(p.num_tokens) * p.num_heads * p.head_dim * p.block_size;
   if (work < MIN_PARALLEL_WORK) num_threads = 1;
-  Pool::get().run(long(p.num_tokens) * p.num_kv_heads, 4, num_threads, [&](long begin, long end) {
-    static thread_local Scratch positions, floats;
+  const long count = long(p.num_tokens) * p.num_kv_heads;
+  Pool::get().run(count, 4, num_threads, [&](long begin, long end) {
     for (long task = begin; task < end; task++)
-      attend_token(p, int(task / p.num_kv_heads), int(task % p.num_kv_heads), positions, floats);
+      attend_task(p, HeadTask<T>(p, task), HeadTask<T>(p, std::min(task + 1, count - 1)));
   });
 }

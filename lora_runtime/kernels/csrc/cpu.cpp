@@ -12,6 +12,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -76,9 +77,15 @@ struct Segment {
 constexpr int NO_ADAPTER = -1, ONE_ADAPTER = -2;
 struct Module { int column, width, num_segments; const Segment* segments; const int* places; };
 struct Block { const Segment* segment; int first; };
-struct Columns { const Module* module; int begin, end; };
+// Columns of a module, and the segments that give them something.
+struct Columns {
+  const Module* module;
+  int begin, end;
+  const Segment *first, *last;
+};
 constexpr int CACHE_LINE = 64;  // bytes
 constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
+constexpr int SEGMENTS_A_THREAD = 2;  // from which threads divide segments and not columns
 constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
 
@@ -431,7 +438,7 @@ struct Work {
 
   void read(const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,
             int num_modules, const int32_t* tokens, const int32_t* slots, const int32_t* replicas,
-            const int32_t* starts, int count, long num_tokens, int in, bool in_tiles) {
+            const int32_t* starts, int count, long num_tokens, int in, bool in_tiles, int num_threads) {
     segments.clear();
     segments.reserve(size_t(num_modules) * count);  // so that none moves
     modules.clear();
@@ -458,11 +465,21 @@ struct Work {
       }
       const int own_count = int(segments.data() + segments.size() - first_segment);
       modules.push_back({column, width, own_count, first_segment, own_places});
-      num_sums = std::max(num_sums, find_places(modules.back(), tokens, own_places));
-      const int end = column + width, at_once = num_tokens > FEW_TOKENS ? MAX_COLUMNS : MIN_COLUMNS;
-      for (; column < end; column += at_once) columns.push_back({&modules.back(), column, std::min(column + at_once, end)});
-      column = end;
+      const long own_sums = find_places(modules.back(), tokens, own_places);
+      num_sums = std::max(num_sums, own_sums);
+      const bool are_few = num_tokens <= FEW_TOKENS;
+      // Many tokens' outputs are best written by whole segments, where a token's sum is of one of them.
+      if (are_few || in_tiles || own_sums > 0 || own_count < SEGMENTS_A_THREAD * std::abs(num_threads))
+        split(modules.back(), are_few ? MIN_COLUMNS : MAX_COLUMNS, first_segment, first_segment + own_count);
+      else
+        for (int i = 0; i < own_count; i++) split(modules.back(), MAX_COLUMNS, first_segment + i, first_segment + i + 1);
+      column += width;
     }
+  }
+
+  void split(const Module& m, int at_once, const Segment* first, const Segment* last) {
+    const int end = m.column + m.width;
+    for (int at = m.column; at < end; at += at_once) columns.push_back({&m, at, std::min(at + at_once, end), first, last});
   }
 
   int threads(int num_threads) const { return num_multiplications < MIN_PARALLEL_WORK ? 1 : num_threads; }
@@ -489,7 +506,7 @@ void apply_adapters(T* y, const T* base, const T* x, const T* bias, const float*
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens, in, false);
+            num_segments, num_tokens, in, false, num_threads);
   run(Adapters<T, float>{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,
                   hidden.get<float>(work.num_hidden), num_tokens, work.num_sums, in, out},
       work.threads(num_threads));
@@ -602,7 +619,7 @@ void loramux_apply_half_adapters(
   static thread_local Scratch hidden;
   static thread_local Work work;
   work.read(extents, num_slots, num_replicas, widths, num_modules, tokens, slots, replicas, starts,
-            num_segments, num_tokens, in, level() == 4);
+            num_segments, num_tokens, in, level() == 4, num_threads);
   if (level() == 4)
     return amx::apply_adapters(
         HalfAdapters{y, base, x, bias, memory, vectors, weights, tokens, &work.modules, &work.columns,

@@ -19,6 +19,8 @@ class Pool {
   // Call body(begin, end) for parts of 0 to count, `grain` long, on up to num_threads threads: this
   // one and those that come in time. Alone where the others are at work for another thread, and with
   // fewer where the system gives no more. A negative number: that many of torch's threads.
+  // Each thread begins with a share of its own, whose parts follow one another: two cores that read
+  // far apart get more out of the memory than two that read close to each other.
   template <class Body>
   void run(long count, long grain, int num_threads, const Body& body) {
     if (num_threads < 0) return run_beside_torch(count, grain, -num_threads, body);
@@ -31,14 +33,14 @@ class Pool {
     while (num_workers_ < num_threads - 1 && start_worker()) {}
     callers_core_.store(this_core(), std::memory_order_relaxed);
     call_ = [](const void* own, long begin, long end) { (*static_cast<const Body*>(own))(begin, end); };
-    body_ = &body, count_ = count, grain_ = grain, max_helpers_ = num_threads - 1;
-    next_.store(0, std::memory_order_relaxed);
+    body_ = &body, grain_ = grain, max_helpers_ = num_threads - 1;
+    share_out(count, num_threads);
     {
       std::lock_guard<std::mutex> guard(sleep_);
       state_.store(((state_.load() >> 32) + 1) << 32 | OPEN);
     }
     if (num_asleep_.load() > 0) wake_.notify_all();
-    work();
+    work(0);
     // Nobody is waited for who has not begun: a thread that sleeps, or has lost its core, is left out.
     state_.fetch_and(~OPEN);
     for (long spins = 0; state_.load(std::memory_order_acquire) & HELPERS; spins++) pause(spins);
@@ -96,8 +98,29 @@ class Pool {
     return core >= 0 && core == callers_core_.load(std::memory_order_relaxed);
   }
 
-  void work() {
-    for (long begin; (begin = next_.fetch_add(grain_)) < count_;) call_(body_, begin, std::min(begin + grain_, count_));
+  struct alignas(64) Share {
+    std::atomic<long> next{0};
+    long end = 0;
+  };
+
+  // Only while nobody is at work.
+  void share_out(long count, int num_threads) {
+    if (room_ < num_threads) shares_.reset(new Share[room_ = num_threads]);
+    num_shares_ = num_threads;
+    const long num_parts = (count + grain_ - 1) / grain_;
+    for (int i = 0; i < num_threads; i++) {
+      shares_[i].next.store(num_parts * i / num_threads * grain_, std::memory_order_relaxed);
+      shares_[i].end = std::min(num_parts * (i + 1) / num_threads * grain_, count);
+    }
+  }
+
+  // The own share, then what is left of the others'.
+  void work(int own) {
+    for (int i = 0; i < num_shares_; i++) {
+      Share& share = shares_[(own + i) % num_shares_];
+      for (long begin; (begin = share.next.fetch_add(grain_)) < share.end;)
+        call_(body_, begin, std::min(begin + grain_, share.end));
+    }
   }
 
   bool start_worker() {
@@ -120,7 +143,7 @@ class Pool {
       }
       while (state >> 32 == seen && (state & OPEN) && (state & HELPERS) < max_helpers_)
         if (state_.compare_exchange_weak(state, state + 1)) {
-          work();
+          work(int(state & HELPERS) + 1);
           state_.fetch_sub(1, std::memory_order_release);
           break;
         }
@@ -148,11 +171,11 @@ class Pool {
   std::mutex one_job_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> state_{0};
-  std::atomic<long> next_{0};
   std::atomic<int> num_asleep_{0}, callers_core_{-1};
   std::atomic<uint64_t> max_helpers_{0};
   void (*call_)(const void*, long, long) = nullptr;
   const void* body_ = nullptr;
-  long count_ = 0, grain_ = 1;
-  int num_workers_ = 0;
+  long grain_ = 1;
+  std::unique_ptr<Share[]> shares_;
+  int room_ = 0, num_shares_ = 0, num_workers_ = 0;
 };

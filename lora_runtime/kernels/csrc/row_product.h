@@ -9,6 +9,7 @@
 
 constexpr int ROWS = 4;
 constexpr int KEPT_UNITS = 24;  // of a row, decoded at a time
+constexpr int SOME_TOKENS = 16;  // from which the next four rows come in time while four are multiplied
 constexpr int MANY_TOKENS = 128;  // that share what is kept
 
 // Consecutive rows of a weight, from row `first` on. halves(r, unit): 64 inputs of row r.
@@ -143,7 +144,6 @@ void multiply_part(const Data& w, const RowJob& p, int row, long ahead, int firs
                    float* kept) {
   const Rows rows(w, p.first_row + row, ahead, p.in);
   const auto decoded = [&](int r, long unit) INLINED {
-    if (r == 0) rows.prefetch(unit, R);
     const Halves h = rows.halves(r, unit);
     if (Rows::IS_DENSE) return h;
     bf16* to = buffer + ((unit - part.first) * R + r) * UNIT;
@@ -156,29 +156,45 @@ void multiply_part(const Data& w, const RowJob& p, int row, long ahead, int firs
     const bf16* own = buffer + ((unit - part.first) * R + r) * UNIT;
     return Halves{_mm512_load_si512(own), _mm512_load_si512(own + UNIT / 2)};
   };
+  // Each four tokens ask for some of the rows ahead: all at once would wait for each other.
+  const long units_each = ((part.last - part.first) * TOKENS + last - first - 1) / (last - first);
+  long unit_ahead = part.first;
+  const auto ask = [&]() INLINED {
+    const long end = std::min(part.last, unit_ahead + units_each);
+    for (; unit_ahead < end; unit_ahead++) rows.prefetch(unit_ahead, R);
+  };
+  ask();
   by_tokens(last - first, [&](auto n) { multiply_block<R, n>(p, row, first, part, kept, decoded); });
   for (int token = first + TOKENS; token < last; token += TOKENS) {
+    ask();
     kept += TOKENS * R * LANES;
     by_tokens(last - token, [&](auto n) { multiply_block<R, n>(p, row, token, part, kept, again); });
   }
 }
 #undef INLINED
 
-// Of the rows of a panel, ROWS at a time and then singly: run(how many as a constant, row, ahead).
+// Of the rows of a panel, ROWS at a time and then singly: run(how many as a constant, row, ahead), where
+// `ahead` is the row that comes `distance` rows later, in this panel or in the one that begins with
+// row `after`.
 template <class Run>
-inline void by_rows(const RowJob& p, int panel, long ahead, Run run) {
+inline void by_rows(const RowJob& p, int panel, long after, int distance, Run run) {
   const int end = std::min((panel + 1) * PANEL, p.out);
+  const auto ahead = [&](int row) {
+    const int left = end - distance - row;
+    return left > 0 ? long(p.first_row) + row + distance : after - left;
+  };
   int row = panel * PANEL;
-  for (; row + ROWS <= end; row += ROWS, ahead += ROWS) run(std::integral_constant<int, ROWS>(), row, ahead);
-  for (; row < end; row++, ahead++) run(std::integral_constant<int, 1>(), row, ahead);
+  for (; row + ROWS <= end; row += ROWS) run(std::integral_constant<int, ROWS>(), row, ahead(row));
+  for (; row < end; row++) run(std::integral_constant<int, 1>(), row, ahead(row));
 }
 
 // ahead: the first row of the panel that comes next, in this group or another one.
 template <class Rows, class Data>
 void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead) {
   static thread_local Scratch decoded, sums;
+  const int distance = p.num_tokens < SOME_TOKENS ? PANEL : ROWS;
   if (p.num_tokens <= TOKENS)
-    return by_rows(p, panel, ahead, [&](auto r, int row, long next) { multiply_few<r, Rows>(w, p, row, next); });
+    return by_rows(p, panel, ahead, distance, [&](auto r, int row, long next) { multiply_few<r, Rows>(w, p, row, next); });
   const long units = p.in / UNIT, row_sums = MANY_TOKENS * LANES;
   bf16* buffer = decoded.get<bf16>(ROWS * KEPT_UNITS * UNIT);
   float* kept = sums.get<float>(units > KEPT_UNITS ? PANEL * row_sums : 0);
@@ -186,7 +202,7 @@ void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead) {
     for (long unit = 0; unit < units; unit += KEPT_UNITS) {
       const Part part{unit, std::min(unit + KEPT_UNITS, units), unit == 0, unit + KEPT_UNITS >= units};
       const int last = std::min(first + MANY_TOKENS, p.num_tokens);
-      by_rows(p, panel, ahead, [&](auto r, int row, long next) {
+      by_rows(p, panel, ahead, distance, [&](auto r, int row, long next) {
         multiply_part<r, Rows>(w, p, row, next, first, last, part, buffer, kept + row % PANEL * row_sums);
       });
     }
@@ -227,7 +243,7 @@ void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, i
     if (count > 0) jobs_of_all.push_back({y + long(first) * out, x + long(first) * in, count, in, out, g * out});
   }
   const Panels<RowJob> panels(jobs_of_all, out);
-  Pool::get().run(panels.count, panels.at_a_time(num_threads), num_threads, [&](long begin, long end) {
+  Pool::get().run(panels.count, 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) multiply_panel<Rows>(w, panels.job(i), panels.number(i), panels.ahead(i));
   });
 }

@@ -180,7 +180,7 @@ void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* start
   });
   const Weight w(data);
   const Panels<TileJob> panels(jobs_of_all, out);
-  Pool::get().run(panels.count, panels.at_a_time(num_threads), num_threads, [&](long begin, long end) {
+  Pool::get().run(panels.count, 1, num_threads, [&](long begin, long end) {
     static thread_local Scratch decoded;
     bf16* buffer = decoded.get<bf16>(most <= 2 * TILE ? 4 * HALF : long(PANEL) * in);
     Tiles registers;

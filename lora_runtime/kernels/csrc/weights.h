@@ -19,7 +19,6 @@ struct Panels {
     const long next = std::min(i + 1, count - 1);
     return job(next).first_row + long(number(next)) * PANEL;
   }
-  long at_a_time(int num_threads) const { return std::max(1L, std::min(8L, count / (4 * num_threads))); }
 };
 
 struct Halves { __m512i first, second; };  // of a unit of one row
