@@ -31,6 +31,7 @@ from lora_runtime.engine.worker_pool import WorkerPool
 from lora_runtime.errors import Unavailable
 from lora_runtime.kernels import torch_threads
 from lora_runtime.kernels.compiling import is_compiling
+from lora_runtime.kernels.cpu_library import before_first_call
 from lora_runtime.threads import give_way
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class InThreadEngine:
         self._has_computed = False
         """Whether a long command has computed something since."""
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
+        self._undelivered: list[StepOutput] = []
+        """Of the last step, until the next one computes: an event loop that wakes up for them
+        sooner has the interpreter while the next step is planned, and the cores stand still."""
         self._unloading: dict[str, list[Future[Any]]] = {}
         self._post_lock = threading.Lock()
         self._readers = WorkerPool(
@@ -219,12 +223,16 @@ class InThreadEngine:
     def _step(self) -> None:
         begun = time.monotonic()
         is_idle = self._engine.is_idle
-        outputs = self._engine.take_outputs() if is_idle else self._engine.step()
+        with before_first_call(self._deliver) as last_delivery:
+            outputs = self._engine.take_outputs() if is_idle else self._engine.step()
         self._engine.collect()
         self._num_beats += 1
         self._stats = self._engine.stats()
         self._failures.note(outputs)
-        self._deliver(outputs)
+        self._undelivered += outputs
+        # Without another step, or one that calls the library, nobody would say when.
+        if self._engine.is_idle or not last_delivery.is_made:
+            self._deliver()
         self._resolve_unloads()
         self._stepped_at = time.monotonic()
         self._step_s = self._stepped_at - begun
@@ -234,6 +242,7 @@ class InThreadEngine:
         """Run queued commands and one long one; wait for one when there is nothing else to do."""
         self._run_short(should_wait=self._engine.is_idle and not self._long)
         if self._long:
+            self._deliver()
             self._run_command(self._long.popleft())
 
     def _run_short(self, *, should_wait: bool = False) -> None:
@@ -294,7 +303,8 @@ class InThreadEngine:
             self._engine.abort(request_id)
 
     def _drop(self, digest: str, ending: Collection[str], freed: Future[Any]) -> None:
-        self._deliver(self._engine.drop_adapter(digest, ending=ending))
+        self._deliver()
+        self._send(self._engine.drop_adapter(digest, ending=ending))
         self._unloading.setdefault(digest, []).append(freed)
 
     def _resolve_unloads(self) -> None:
@@ -306,8 +316,13 @@ class InThreadEngine:
                 for freed in self._unloading.pop(digest):
                     _settle(freed)
 
-    def _deliver(self, outputs: list[StepOutput]) -> None:
-        """Hand outputs to their streams, waking each event loop once."""
+    def _deliver(self) -> None:
+        """Hand what has been made to its streams."""
+        outputs, self._undelivered = self._undelivered, []
+        self._send(outputs)
+
+    def _send(self, outputs: list[StepOutput]) -> None:
+        """Put outputs into their streams' queues, waking each event loop once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Outputs, StepOutput]]] = {}
         for output in outputs:
             is_over = output.finish_reason is not None
@@ -317,7 +332,7 @@ class InThreadEngine:
             if stream is not None:
                 by_loop.setdefault(stream[0], []).append((stream[1], output))
         for loop, pairs in by_loop.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(_put_all, pairs)
 
     def _stop(self) -> None:
@@ -327,8 +342,9 @@ class InThreadEngine:
         """End every request and refuse every later command with `error`."""
         with self._post_lock:
             self._failure = self._failure or error
+        self._deliver()
         try:
-            self._deliver(self._engine.abort_all(error))
+            self._send(self._engine.abort_all(error))
         except Exception:
             log.exception("the engine could not free what its requests held")
         self._end_all(error)
@@ -337,7 +353,7 @@ class InThreadEngine:
         """Give every stream and every command that is left its end. Called on either side, also
         on both at once: who takes one out ends it.
         """
-        self._deliver(
+        self._send(
             [
                 StepOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=error)
                 for request_id in list(self._streams)

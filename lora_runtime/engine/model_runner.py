@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.adapter_loads import AdapterLoads, CopyStream
 from lora_runtime.engine.batch import ForwardBatch, build_batch
+from lora_runtime.engine.cpu_capture import can_capture_on_cpu
 from lora_runtime.engine.decode_graphs import Capture, DecodeGraphs, Outputs, buckets
 from lora_runtime.engine.probe import probe_logits
 from lora_runtime.engine.reordered_batch import reordered_batch
 from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
 from lora_runtime.kernels import can_run_on_gpu, most_likely
+from lora_runtime.kernels.cpu_library import num_threads, threads
 
 WARM_TOKENS = (2, 16, 32, 64, 96, 320)
 """Tokens of the steps that are run before any request: one of every size by which a kernel is
@@ -57,6 +60,7 @@ class ModelRunner:
         is_cuda = base.device.type == "cuda"
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
+        self._has_fused_layers = can_capture_on_cpu(base)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
@@ -162,6 +166,14 @@ class ModelRunner:
         batch = build_batch(plan, self.block_size, self.base.device, self.states)
         return self.forward(batch, reordered_batch(plan, batch, self.cache))
 
+    def _one_torch_thread(self) -> AbstractContextManager[None]:
+        """Between fused layers torch has little to do, and the threads that help it with that would
+        look for more for milliseconds, on cores that the next layer wants.
+        """
+        if not self._has_fused_layers:
+            return nullcontext()
+        return threads(of_torch=1, of_library=num_threads())
+
     def _forward_and_choose(self, batch: ForwardBatch) -> Outputs:
         logits = self.forward(batch)
         return logits, most_likely(logits)
@@ -184,7 +196,8 @@ class ModelRunner:
             self.cache, batch.attention, recurrence=batch.recurrence
         )
         bound = self.pool.bindings if bindings is None else bindings
-        with self.base.context.adapters(batch.adapters, bound, batch.head_adapters):
+        adapters = self.base.context.adapters(batch.adapters, bound, batch.head_adapters)
+        with adapters, self._one_torch_thread():
             if not batch.scored:
                 return self.base.forward(token_ids, batch.positions, attention, batch.logits_at)
             states = self.base.hidden_states(token_ids, batch.positions, attention)

@@ -10,7 +10,7 @@ import importlib.util
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
@@ -86,6 +86,7 @@ class Function:
         self._played = ctypes.cast(getattr(found, f"loramux_played_{name}"), c_void_p).value
 
     def __call__(self, *arguments: Any) -> None:
+        _announce_call()
         self._call(*arguments)
 
     def words(self, arguments: Sequence[Any]) -> list[int]:
@@ -114,7 +115,46 @@ def play(program: np.ndarray[Any, Any], calls: Sequence[object]) -> None:
     """
     found = library()
     assert found is not None
+    _announce_call()
     found.loramux_play(c_void_p(program.ctypes.data), c_long(len(calls)))
+
+
+class Announcement:
+    """Something that is done once, before the next call of the library."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.is_made = False
+
+    def make(self) -> None:
+        if not self.is_made:
+            self.is_made = True
+            self._action()
+
+
+class _Announcements(threading.local):
+    current: Announcement | None = None
+
+
+_announcements = _Announcements()
+
+
+@contextmanager
+def before_first_call(action: Callable[[], None]) -> Iterator[Announcement]:
+    """Within it `action` is done before this thread's first call of the library, if there is one.
+    From then on other threads have the interpreter for a while: what wakes them, and would
+    otherwise hold this thread up, should come then.
+    """
+    before, _announcements.current = _announcements.current, Announcement(action)
+    try:
+        yield _announcements.current
+    finally:
+        _announcements.current = before
+
+
+def _announce_call() -> None:
+    if _announcements.current is not None:
+        _announcements.current.make()
 
 
 class _Threads(threading.local):

@@ -11,12 +11,15 @@ from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lora_runtime.core import FinishReason, StepOutput
 from lora_runtime.engine.client import EngineStats
 from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.loop import InThreadEngine
 from lora_runtime.errors import Overloaded, RequestFailed, Unavailable
+from lora_runtime.kernels import most_likely
+from lora_runtime.kernels.cpu_library import library
 from tests.driver import greedy
 
 
@@ -82,6 +85,46 @@ def hanging(steps: ScriptedSteps) -> threading.Event:
     release = threading.Event()
     steps.on_step = release.wait
     return release
+
+
+@pytest.mark.parametrize("calls_library", [True, False])
+def test_a_step_s_tokens_come_when_the_next_one_computes(calls_library):
+    if calls_library and library() is None:
+        pytest.skip("needs the compiled library")
+
+    async def run() -> None:
+        steps, tokens = ScriptedSteps(), []
+        has_planned, may_compute, has_computed, may_end = (threading.Event() for _ in range(4))
+
+        def step() -> None:
+            if steps.num_steps > 0:
+                has_planned.set()
+                may_compute.wait()
+            if calls_library:
+                most_likely(torch.zeros(1, 4))
+            if steps.num_steps > 0:
+                has_computed.set()
+                may_end.wait()
+            steps.num_steps += 1
+
+        steps.num_steps, steps.on_step = 0, step
+        engine = InThreadEngine(steps)
+
+        async def collect() -> None:
+            async for output in engine.generate(greedy("a", [1], None, 10_000)):
+                tokens.append(output)
+
+        stream = asyncio.create_task(collect())
+        await until(has_planned.is_set)
+        await asyncio.sleep(0.02)
+        assert len(tokens) == (0 if calls_library else 1)
+        may_compute.set()
+        await until(lambda: has_computed.is_set() and len(tokens) == 1)
+        may_end.set()
+        await engine.close(drain_s=0)
+        await asyncio.wait([stream])
+
+    asyncio.run(run())
 
 
 def test_a_stuck_engine_stands_still_and_can_be_abandoned():
