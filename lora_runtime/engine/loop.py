@@ -242,7 +242,6 @@ class InThreadEngine:
         """Run queued commands and one long one; wait for one when there is nothing else to do."""
         self._run_short(should_wait=self._engine.is_idle and not self._long)
         if self._long:
-            self._deliver()
             self._run_command(self._long.popleft())
 
     def _run_short(self, *, should_wait: bool = False) -> None:
@@ -257,6 +256,7 @@ class InThreadEngine:
                 self._run_command(command)
 
     def _run_command(self, command: _Command) -> None:
+        self._deliver()  # the next step waits for the command, and tokens should not
         self._num_beats += 1
         if not command.done.set_running_or_notify_cancel():
             return
@@ -288,6 +288,7 @@ class InThreadEngine:
             self._run_short()
             if has_commands or (must_step and not self._engine.is_idle):
                 self._step()
+                self._deliver()  # the long command goes on next, and no step
         except Exception as error:
             raise _EngineDied from error
         if self._failure is not None:
