@@ -127,6 +127,7 @@ class Announcement:
         self.is_made = False
 
     def make(self) -> None:
+        """Do it, if it has not been done."""
         if not self.is_made:
             self.is_made = True
             self._action()

@@ -468,7 +468,8 @@ struct Work {
       const long own_sums = find_places(modules.back(), tokens, own_places);
       num_sums = std::max(num_sums, own_sums);
       const bool are_few = num_tokens <= FEW_TOKENS;
-      // Many tokens' outputs are best written by whole segments, where a token's sum is of one of them.
+      // Of many tokens a thread writes whole segments' outputs, unless a token has several adapters,
+      // whose sum one thread makes.
       if (are_few || in_tiles || own_sums > 0 || own_count < SEGMENTS_A_THREAD * std::abs(num_threads))
         split(modules.back(), are_few ? MIN_COLUMNS : MAX_COLUMNS, first_segment, first_segment + own_count);
       else

@@ -180,7 +180,9 @@ void tile_product(const Data& data, bf16* y, const bf16* x, const int32_t* start
   });
   const Weight w(data);
   const Panels<TileJob> panels(jobs_of_all, out);
-  Pool::get().run(panels.count, 1, num_threads, [&](long begin, long end) {
+  // Several at a time: the tiles are configured for each.
+  const long at_a_time = std::max(1L, std::min(8L, panels.count / (4 * std::abs(num_threads))));
+  Pool::get().run(panels.count, at_a_time, num_threads, [&](long begin, long end) {
     static thread_local Scratch decoded;
     bf16* buffer = decoded.get<bf16>(most <= 2 * TILE ? 4 * HALF : long(PANEL) * in);
     Tiles registers;
