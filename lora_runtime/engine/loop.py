@@ -84,7 +84,7 @@ class InThreadEngine:
         self._has_computed = False
         """Whether a long command has computed something since."""
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
-        self._undelivered: list[StepOutput] = []
+        self._undelivered: deque[StepOutput] = deque()
         """Of the last step, until the next one computes: an event loop that wakes up for them
         sooner has the interpreter while the next step is planned, and the cores stand still."""
         self._unloading: dict[str, list[Future[Any]]] = {}
@@ -169,6 +169,7 @@ class InThreadEngine:
     def abandon(self, error: Unavailable) -> None:
         with self._post_lock:
             self._failure = self._failure or error
+        self._deliver()
         self._end_all(error)
 
     async def close(self, *, drain_s: float) -> None:
@@ -231,7 +232,7 @@ class InThreadEngine:
         self._failures.note(outputs)
         self._undelivered += outputs
         # Without another step, or one that calls the library, nobody would say when.
-        if self._engine.is_idle or not last_delivery.is_made:
+        if self._engine.is_idle or self._unloading or not last_delivery.is_made:
             self._deliver()
         self._resolve_unloads()
         self._stepped_at = time.monotonic()
@@ -319,7 +320,10 @@ class InThreadEngine:
 
     def _deliver(self) -> None:
         """Hand what has been made to its streams."""
-        outputs, self._undelivered = self._undelivered, []
+        outputs = []
+        with suppress(IndexError):  # taken one by one: two threads may be here, see `abandon`
+            while True:
+                outputs.append(self._undelivered.popleft())
         self._send(outputs)
 
     def _send(self, outputs: list[StepOutput]) -> None:
