@@ -305,7 +305,6 @@ class InThreadEngine:
             self._engine.abort(request_id)
 
     def _drop(self, digest: str, ending: Collection[str], freed: Future[Any]) -> None:
-        self._deliver()
         self._send(self._engine.drop_adapter(digest, ending=ending))
         self._unloading.setdefault(digest, []).append(freed)
 

@@ -33,7 +33,7 @@ from lora_runtime.engine.probe import probe_logits
 from lora_runtime.engine.reordered_batch import reordered_batch
 from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
-from lora_runtime.kernels import can_run_on_gpu, most_likely
+from lora_runtime.kernels import can_multiply_dense, can_run_on_gpu, most_likely
 from lora_runtime.kernels.cpu_library import num_threads, threads
 
 WARM_TOKENS = (2, 16, 32, 64, 96, 320)
@@ -60,7 +60,8 @@ class ModelRunner:
         is_cuda = base.device.type == "cuda"
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
-        self._has_fused_layers = can_capture_on_cpu(base)
+        like = torch.empty(0, base.spec.hidden_size, dtype=base.dtype, device=base.device)
+        self._leaves_torch_little = can_capture_on_cpu(base) and can_multiply_dense(like)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
@@ -167,10 +168,10 @@ class ModelRunner:
         return self.forward(batch, reordered_batch(plan, batch, self.cache))
 
     def _one_torch_thread(self) -> AbstractContextManager[None]:
-        """Between fused layers torch has little to do, and the threads that help it with that would
-        look for more for milliseconds, on cores that the next layer wants.
+        """Where layers are fused and the library multiplies, torch has little to do, and threads
+        that help it would look for more for milliseconds, on cores that the library wants.
         """
-        if not self._has_fused_layers:
+        if not self._leaves_torch_little:
             return nullcontext()
         return threads(of_torch=1, of_library=num_threads())
 

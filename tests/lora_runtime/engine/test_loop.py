@@ -89,8 +89,7 @@ def hanging(steps: ScriptedSteps) -> threading.Event:
 
 @pytest.mark.parametrize("calls_library", [True, False])
 def test_a_step_s_tokens_come_when_the_next_one_computes(calls_library):
-    if calls_library and library() is None:
-        pytest.skip("needs the compiled library")
+    is_told = calls_library and library() is not None
 
     async def run() -> None:
         steps, tokens = ScriptedSteps(), []
@@ -117,12 +116,81 @@ def test_a_step_s_tokens_come_when_the_next_one_computes(calls_library):
         stream = asyncio.create_task(collect())
         await until(has_planned.is_set)
         await asyncio.sleep(0.02)
-        assert len(tokens) == (0 if calls_library else 1)
+        assert len(tokens) == (0 if is_told else 1)
         may_compute.set()
         await until(lambda: has_computed.is_set() and len(tokens) == 1)
         may_end.set()
         await engine.close(drain_s=0)
         await asyncio.wait([stream])
+
+    asyncio.run(run())
+
+
+def ending_a_stream(steps: ScriptedSteps, when: threading.Event) -> threading.Event:
+    """Every step calls the library; one that finds `when` set gives "a" its last token and frees
+    all adapters. The next one waits, before it computes, for the event that is returned.
+    """
+    release = threading.Event()
+
+    def step() -> list[StepOutput]:
+        if "a" not in steps.live and steps.live:
+            release.wait()
+        most_likely(torch.zeros(1, 4))
+        if not when.is_set() or steps.live.pop("a", None) is None:
+            return []
+        steps.host = ()
+        return [StepOutput(request_id="a", token_ids=(7,), finish_reason=FinishReason.LENGTH)]
+
+    steps.step = step
+    return release
+
+
+async def two_streams(engine, steps: ScriptedSteps) -> list[asyncio.Task]:
+    streams = []
+    for name in "ab":
+        streams.append(asyncio.create_task(consume(engine, name)))
+        await until(lambda name=name: name in steps.live)
+    return streams
+
+
+def test_tokens_that_are_held_when_an_engine_is_abandoned_are_not_lost():
+    async def run() -> None:
+        steps, when = ScriptedSteps(), threading.Event()
+        release = ending_a_stream(steps, when)
+        engine = InThreadEngine(steps)
+        streams = await two_streams(engine, steps)
+        when.set()
+        await until(lambda: list(steps.live) == ["b"])
+        await asyncio.sleep(0.02)
+        engine.abandon(Unavailable("it hangs"))
+        last, failed = await asyncio.wait_for(asyncio.gather(*streams), 1)
+        assert (last.finish_reason, last.token_ids) == (FinishReason.LENGTH, (7,))
+        assert (failed.finish_reason, str(failed.error)) == (FinishReason.ERROR, "it hangs")
+        release.set()
+
+    asyncio.run(run())
+
+
+def test_who_unloads_an_adapter_finds_its_streams_at_their_ends():
+    class Host(tuple):
+        def is_referenced(self, digest: str) -> bool:
+            return False
+
+    async def run() -> None:
+        steps, when = ScriptedSteps(), threading.Event()
+        steps.host, steps.drop_adapter = Host("x"), lambda digest, ending: []
+        release = ending_a_stream(steps, when)
+        engine = InThreadEngine(steps)
+        streams = await two_streams(engine, steps)
+        unload = asyncio.create_task(engine.unload_adapter("x"))
+        await until(lambda: "x" in engine._unloading)
+        when.set()
+        await asyncio.wait_for(unload, 1)
+        last = await asyncio.wait_for(streams[0], 1)  # while the next step waits
+        assert last.token_ids == (7,) and not release.is_set()
+        release.set()
+        await engine.close(drain_s=0)
+        await asyncio.wait(streams)
 
     asyncio.run(run())
 
