@@ -7,8 +7,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import threading
-import time
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -379,28 +377,27 @@ async def test_a_stored_adapter_is_checked_when_it_is_used(serve, tmp_path, chan
         assert (await world.client.load_adapter("x", info.source)).adapter.digest == info.digest
 
 
-def test_a_client_announces_one_state_of_a_folder(tmp_path) -> None:
-    """Its hashes are of one moment, though the folder is written to while they are made."""
+def test_a_client_announces_one_state_of_a_folder(tmp_path, monkeypatch) -> None:
+    """A folder that is written to between two hashes is hashed anew."""
     folder = tmp_path / "x"
     folder.mkdir()
 
-    def write(number: int) -> None:
+    def write(content: bytes) -> None:
         for name in (CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE):
-            (folder / name).write_bytes(b"%d" % number * 4000)
-            time.sleep(0.003)
-        time.sleep(0.25 if number % 2 else 0.0)
+            (folder / name).write_bytes(content)
 
-    write(0)
-    stop = threading.Event()
-    writer = threading.Thread(
-        target=lambda: [write(n % 9) for n in range(10**6) if not stop.wait(0)]
-    )
-    writer.start()
-    known = {hashlib.sha256(b"%d" % number * 4000).hexdigest(): number for number in range(9)}
-    try:
-        for _ in range(8):
-            start = next(Outgoing("x", folder, False).parts()).start
-            assert len({known.get(file.sha256) for file in start.files}) == 1
-    finally:
-        stop.set()
-        writer.join()
+    hash_of = hashlib.file_digest
+    hashes_of_old = []
+
+    def written_to_after_the_first_hash(file, algorithm):
+        digest = hash_of(file, algorithm)
+        if not hashes_of_old:
+            hashes_of_old.append(digest.hexdigest())
+            write(b"new")
+        return digest
+
+    write(b"old")
+    monkeypatch.setattr(hashlib, "file_digest", written_to_after_the_first_hash)
+    start = next(Outgoing("x", folder, False).parts()).start
+    assert hashes_of_old == [hashlib.sha256(b"old").hexdigest()]
+    assert [file.sha256 for file in start.files] == [hashlib.sha256(b"new").hexdigest()] * 3
