@@ -145,6 +145,8 @@ class Pool {
         if (state_.compare_exchange_weak(state, state + 1)) {
           work(int(state & HELPERS) + 1);
           state_.fetch_sub(1, std::memory_order_release);
+          // Whoever waits for this core gets it now, and not within a part that is waited for.
+          std::this_thread::yield();
           break;
         }
     }
