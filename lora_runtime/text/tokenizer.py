@@ -80,11 +80,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
-        return str(
-            self._inner.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        # Not `_inner.decode`: it looks at every id in Python first, for each token of each stream.
+        backend = self._inner.backend_tokenizer
+        return str(backend.decode(list(token_ids), skip_special_tokens=True))
 
     def with_added(self, added: Iterable[tuple[int, str, bool]] | None) -> TokenDecoder | Tokenizer:
         """A decoder with other added tokens, each (id, text, whether special); None: the base's."""

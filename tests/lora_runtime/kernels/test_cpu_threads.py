@@ -7,6 +7,7 @@ import textwrap
 import pytest
 
 from lora_runtime.kernels.cpu_library import library
+from lora_runtime.threads import usable_processors
 from tests.fork_server import run_program
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs the compiled library")
@@ -88,6 +89,33 @@ def test_a_helper_that_takes_the_callers_core_costs_nothing(run_alone):
         processor_s(2)
         pairs = [(processor_s(1), processor_s(2)) for _ in range(7)]
         assert min(two / one for one, two in pairs) < 1.25
+    """)
+
+
+@pytest.mark.skipif(len(usable_processors() or ()) < 2, reason="there is no other core")
+def test_a_helper_on_the_callers_core_takes_another(run_alone):
+    """As where a neighbour keeps the other cores busy, and the system leaves it where it woke."""
+    run_alone("""
+        import time
+
+        before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+        torch.set_num_threads(2)
+        cpu.panel_product(x[:8], panels, 2048)
+        (helper,) = {int(task.name) for task in Path("/proc/self/task").iterdir()} - before
+
+        def own_core():
+            return int(Path("/proc/thread-self/stat").read_text().rsplit(")", 1)[1].split()[36])
+
+        all_cores, until = os.sched_getaffinity(0), time.monotonic() + 30
+        while True:
+            assert time.monotonic() < until
+            core = own_core()
+            os.sched_setaffinity(helper, {core})
+            for _ in range(20):
+                cpu.panel_product(x[:8], panels, 2048)
+            if (cores := os.sched_getaffinity(helper)) != {core}:
+                break
+        assert len(cores) == len(all_cores) - 1 and cores < all_cores, cores
     """)
 
 
