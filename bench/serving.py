@@ -182,7 +182,7 @@ def ratios(rounds: list[Round]) -> dict[str, float | None]:
         "extra time of 32 adapters over its floor": extra(MANY),
         "share of the floor, base": of_floor(BASE, most),
         "share of the floor, 8 adapters": of_floor(EIGHT, most),
-        "share of the floor, one row": of_floor(BASE, 1),
+        "share of the floor, base, one row": of_floor(BASE, 1),
     }
 
 
@@ -221,6 +221,7 @@ def show(result: dict, console: Console) -> None:
     for (side, mix), speed in lines.items():
         table.add_row(side, mix, *(f"{speed[n]:.0f}" if n in speed else "" for n in rows))
     console.print(table)
+    say(console, f"at {rows_of(rows[-1])}, medians of ratios within one round:")
     for name, ratio in result["ratios"].items():
         if ratio is not None:
             say(console, f"{name}: {ratio}")

@@ -41,7 +41,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Read the tokenizer in `folder`; no network, no code from the folder.
 
-        Raises BaseRefused when there is none or it needs code of its own.
+        Raises BaseRefused when there is none, it needs code of its own or is written in Python.
         """
         try:
             inner = AutoTokenizer.from_pretrained(
@@ -49,6 +49,11 @@ class Tokenizer:
             )
         except (OSError, ValueError, ImportError) as error:
             raise BaseRefused(f"no usable tokenizer in {folder}: {error}") from error
+        if getattr(inner, "backend_tokenizer", None) is None:
+            raise BaseRefused(
+                f"no usable tokenizer in {folder}: {type(inner).__name__} is written in Python; "
+                "only those that the tokenizers library runs, as from tokenizer.json, are served"
+            )
         configured = configured_eos_ids(folder)
         own = () if inner.eos_token_id is None else (inner.eos_token_id,)
         return cls(inner, configured.union(own))

@@ -71,6 +71,12 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "memory", decimal(memory_bytes)
 
 
+def _threads(number: int, num_cores: int) -> str:
+    if number == num_cores:
+        return f"{number}, one for every core that may be used; OMP_NUM_THREADS sets fewer"
+    return f"{number} for {num_cores} cores, by OMP_NUM_THREADS"
+
+
 def _processors() -> str:
     """How many there are, and what keeps this process from some of them."""
     limits, own = [], threads.usable_processors()
@@ -91,7 +97,7 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     yield "device", str(device)
     yield "dtype", dtype_name(resolve_dtype(chosen.dtype, device))
     yield "quantization", chosen.quantization
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
+    yield "threads", _threads(torch.get_num_threads(), threads.num_usable_cores())
     yield "kernel backend", kernels.BACKEND
 
 

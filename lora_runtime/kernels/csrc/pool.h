@@ -95,11 +95,10 @@ class Pool {
 #endif
   }
 
-  // 0 where the system has no number for it.
+  // 0 where the system has no number for it. Asked for anew: a child of a fork has another.
   static int this_thread() {
 #ifdef __linux__
-    static thread_local const int own = int(syscall(SYS_gettid));
-    return own;
+    return int(syscall(SYS_gettid));
 #else
     return 0;
 #endif
@@ -113,13 +112,14 @@ class Pool {
   }
 
   // Take another of the cores that the caller may use, though others are busy there: left alone,
-  // the system wakes a thread where it slept. False where there is none.
+  // the system wakes a thread where it slept. A caller that may use more cores later gives them to its
+  // helpers when one is in its way again. False where there is no other core.
   bool made_way() const {
 #ifdef __linux__
     cpu_set_t cores;
     if (sched_getaffinity(caller_.load(std::memory_order_relaxed), sizeof cores, &cores)) return false;
     CPU_CLR(callers_core_.load(std::memory_order_relaxed), &cores);
-    return CPU_COUNT(&cores) > 0 && !sched_setaffinity(0, sizeof cores, &cores);
+    return CPU_COUNT(&cores) > 0 && !sched_setaffinity(0, sizeof cores, &cores) && !is_in_the_way();
 #else
     return false;
 #endif

@@ -119,6 +119,25 @@ def test_a_helper_on_the_callers_core_takes_another(run_alone):
     """)
 
 
+@pytest.mark.skipif(len(usable_processors() or ()) < 2, reason="there is no other core")
+def test_a_helper_keeps_to_the_cores_of_the_child_that_it_helps(run_alone):
+    run_alone("""
+        import time
+
+        torch.set_num_threads(2)
+        check()
+        if os.fork() == 0:
+            allowed = {min(os.sched_getaffinity(0))}
+            os.sched_setaffinity(0, allowed)
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                cpu.panel_product(x[:8], panels, 2048)
+            tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+            os._exit(any(os.sched_getaffinity(task) != allowed for task in tasks))
+        assert os.wait()[1] == 0
+    """)
+
+
 def test_threads_that_call_at_once_and_a_process_that_ends_meanwhile(run_alone):
     run_alone("""
         failed = []

@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from lora_runtime.errors import BaseRefused, DataError, InvalidRequest
 from lora_runtime.text.tokenizer import Tokenizer
@@ -74,6 +74,12 @@ def test_end_tokens_come_from_tokenizer_and_configs(tmp_path: Path) -> None:
 
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseRefused, match="no usable tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BaseRefused, match="ByT5Tokenizer is written in Python"):
         Tokenizer.load(tmp_path)
 
 
