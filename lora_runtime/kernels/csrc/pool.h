@@ -49,8 +49,9 @@ class Pool {
 
  private:
   static constexpr auto PATIENCE = std::chrono::microseconds(200), REST = std::chrono::milliseconds(5);
-  // A thread that wakes is kept waiting for about 700 µs before it takes this core within a part.
-  // More often is a gift to those that compute: who yields gives up the rest of its slice.
+  // How long a helper computes before it yields. Linux keeps a thread that wakes waiting for about
+  // 700 µs, then gives it this core, within a part if need be. Shorter turns leave the core to
+  // whoever computes beside: who yields gives up the rest of its slice.
   static constexpr auto TURN = std::chrono::microseconds(500);
   // Of `state_`: the job's number in the upper half, whether it may be joined, and who is at it.
   static constexpr uint64_t OPEN = 1u << 31, HELPERS = OPEN - 1;

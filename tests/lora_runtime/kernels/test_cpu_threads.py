@@ -13,7 +13,7 @@ from tests.fork_server import run_program
 pytestmark = pytest.mark.skipif(library() is None, reason="needs the compiled library")
 
 SETUP = """
-import os, resource, threading
+import os, resource, threading, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from lora_runtime.kernels.tape import Tape, recorded_on
 torch.set_num_threads(1)  # torch's own threads, which do not live through a fork, stay out of it
 x, weight = torch.randn(64, 512), torch.randn(2048, 512)
 panels, expected = cpu.pack_panels(weight), x.double().numpy() @ weight.double().numpy().T
+
+def tasks():
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
 
 def check():
     y = cpu.panel_product(x, panels, 2048).numpy()
@@ -75,8 +78,6 @@ def test_a_helper_that_takes_the_callers_core_costs_nothing(run_alone):
     processor as one.
     """
     run_alone("""
-        import time
-
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
         def processor_s(num_threads):
@@ -96,12 +97,10 @@ def test_a_helper_that_takes_the_callers_core_costs_nothing(run_alone):
 def test_a_helper_on_the_callers_core_takes_another(run_alone):
     """As where a neighbour keeps the other cores busy, and the system leaves it where it woke."""
     run_alone("""
-        import time
-
-        before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+        before = tasks()
         torch.set_num_threads(2)
         cpu.panel_product(x[:8], panels, 2048)
-        (helper,) = {int(task.name) for task in Path("/proc/self/task").iterdir()} - before
+        (helper,) = tasks() - before
 
         def own_core():
             return int(Path("/proc/thread-self/stat").read_text().rsplit(")", 1)[1].split()[36])
@@ -122,8 +121,6 @@ def test_a_helper_on_the_callers_core_takes_another(run_alone):
 @pytest.mark.skipif(len(usable_processors() or ()) < 2, reason="there is no other core")
 def test_a_helper_keeps_to_the_cores_of_the_child_that_it_helps(run_alone):
     run_alone("""
-        import time
-
         torch.set_num_threads(2)
         check()
         if os.fork() == 0:
@@ -132,8 +129,7 @@ def test_a_helper_keeps_to_the_cores_of_the_child_that_it_helps(run_alone):
             until = time.monotonic() + 2
             while time.monotonic() < until:
                 cpu.panel_product(x[:8], panels, 2048)
-            tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
-            os._exit(any(os.sched_getaffinity(task) != allowed for task in tasks))
+            os._exit(any(os.sched_getaffinity(task) != allowed for task in tasks()))
         assert os.wait()[1] == 0
     """)
 
