@@ -437,16 +437,20 @@ def _freeze_layers(
     dtype: torch.dtype,
 ) -> None:
     """Let each layer's dense weight go to the device, be frozen there and be forgotten in turn; of
-    a mixture that of each expert. Routers stay as they are. Raises BaseRefused for weights that are
-    not finite.
+    a mixture that of each expert. Routers keep their weights. Raises BaseRefused for weights that
+    are not finite.
     """
+    # What chooses must not depend on the rows beside one: on a CPU it has copies, small ones, that
+    # are multiplied row by row in one order, whatever the settings.
+    exact = partial(DenseLinear, keep_copies=device.type == "cpu")
     for layer in layers:
         if isinstance(layer, AdaptedExperts):
             freeze_experts(layer, freeze)
-        elif not isinstance(layer, AdaptedRouter):
+        elif isinstance(layer, AdaptedRouter):
+            layer.linear.keep_copies = device.type == "cpu"
+        else:
             is_exact = isinstance(layer, RouterLinear) or layer.path.endswith(UNQUANTISED)
-            maker = DenseLinear if is_exact else freeze
-            layer.linear = _frozen(layer, maker, device, dtype)
+            layer.linear = _frozen(layer, exact if is_exact else freeze, device, dtype)
 
 
 def _frozen(

@@ -13,6 +13,7 @@ from lora_runtime.adapters.pool import AdapterPool
 from lora_runtime.base.loader import Base
 from lora_runtime.base.model.adapted_linear import PooledBinding
 from lora_runtime.base.model.attention import KVCache, PagedAttention
+from lora_runtime.base.model.quant_linear import FrozenLinear
 from lora_runtime.base.model.recurrence import StatePool
 from lora_runtime.base.model.reordered_model import LayerSteps
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
@@ -33,7 +34,7 @@ from lora_runtime.engine.probe import probe_logits
 from lora_runtime.engine.reordered_batch import reordered_batch
 from lora_runtime.engine.sampler import Draw, PromptScores, draw
 from lora_runtime.engine.step_buffers import StepBuffers
-from lora_runtime.kernels import can_multiply_dense, can_run_on_gpu, most_likely
+from lora_runtime.kernels import can_run_on_gpu, most_likely
 from lora_runtime.kernels.cpu_library import num_threads, threads
 
 WARM_TOKENS = (2, 16, 32, 64, 96, 320)
@@ -60,8 +61,7 @@ class ModelRunner:
         is_cuda = base.device.type == "cuda"
         self.loads = AdapterLoads(pool, CopyStream(base.device) if is_cuda else None)
         self.graphs: DecodeGraphs | None = None
-        like = torch.empty(0, base.spec.hidden_size, dtype=base.dtype, device=base.device)
-        self._leaves_torch_little = can_capture_on_cpu(base) and can_multiply_dense(like)
+        self._leaves_torch_little = can_capture_on_cpu(base) and _are_compiled(base)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=base.device)
         """(max_num_seqs,) int64: the token that the last step gave each row that sampled."""
         self._best: Tensor | None = None
@@ -208,6 +208,15 @@ class ModelRunner:
                 own = self.base.logits(states[scored.positions])
             self._prompts.append(PromptScores.of(own, scored))
         return logits
+
+
+def _are_compiled(base: Base) -> bool:
+    """True if products with all of the base's weights run in the CPU's compiled library."""
+    return all(
+        layer.is_compiled_for(torch.empty(0, layer.in_features, dtype=base.dtype))
+        for layer in base.model.modules()
+        if isinstance(layer, FrozenLinear)
+    )
 
 
 def _warm_plan(num_tokens: int, slots: tuple[int, ...], block_size: int) -> ScheduledBatch:

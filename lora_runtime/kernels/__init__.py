@@ -519,7 +519,9 @@ def can_use_panels(x: Tensor) -> bool:
 
 
 def pack_panels(weight: Tensor) -> Tensor:
-    """Lay W (out, in) out as zero-padded panels (⌈out / w⌉, in, w); w is the processor's."""
+    """Lay W (out, in) out as zero-padded panels (⌈out / 32⌉, in, 32): in bfloat16 where that holds
+    every one of its values, else in float32.
+    """
     return cpu.pack_panels(weight)
 
 
@@ -551,16 +553,17 @@ def can_fuse_elementwise(x: Tensor) -> bool:
 
 def can_multiply_codes(x: Tensor, *, is_four_bit: bool = False) -> bool:
     """True when `int8_product`, or with `is_four_bit` `four_bit_product`, takes x without a
-    gradient: on CUDA few rows, on a CPU bfloat16 if the processor multiplies it.
+    gradient: on CUDA few rows, on a CPU float32 from AVX2 on, and bfloat16 if the processor
+    multiplies it.
     """
     if gpu.can_run(x):
         return gpu.can_multiply_codes(x, is_four_bit=is_four_bit)
-    return cpu.can_multiply(x)
+    return cpu.can_multiply_codes(x)
 
 
 def can_multiply_dense(x: Tensor) -> bool:
-    """True when `dense_product` takes x: as `can_multiply_codes` on a CPU."""
-    return cpu.can_multiply(x)
+    """True when `dense_product` takes x: bfloat16 on a CPU that multiplies it, no gradient."""
+    return cpu.can_multiply_dense(x)
 
 
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -686,10 +689,12 @@ def quantize_four_bit(weight: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_multiply_groups(x: Tensor, *, is_dense: bool = False) -> bool:
-    """True when the grouped products take x without a gradient: CUDA, but for those of a dense
-    weight (`is_dense`), and bfloat16 on a CPU that multiplies it.
+    """True when the grouped products take x without a gradient: on CUDA those of codes, on a CPU
+    as far as those of one group do (`is_dense`: of a dense weight).
     """
-    return cpu.can_multiply(x) or (gpu.can_run(x) and not is_dense)
+    if is_dense:
+        return cpu.can_multiply_dense(x)
+    return gpu.can_run(x) or cpu.can_multiply_codes(x)
 
 
 def can_shrink_with_product(x: Tensor, adapters: PooledAdapters) -> bool:

@@ -22,10 +22,12 @@ from lora_runtime.kernels.types import (
     wants_gradient,
 )
 
-FIRST_LEVEL_WITH_BFLOAT16 = 3
-"""From it on the processor multiplies bfloat16, and `*_product` below take it."""
+FIRST_LEVEL_WITH_CODES, FIRST_LEVEL_WITH_BFLOAT16 = 1, 3
+"""From it on products read codes, of float32 activations and of bfloat16 ones."""
 UNIT_INPUTS = 64
-"""The products of bfloat16 take inputs in multiples of it."""
+"""Products take inputs in multiples of it, those of panels any number."""
+PANEL = 32
+"""Outputs of a panel: PANEL in panels.h."""
 FOUR_BIT_BLOCK = 64
 """Weights that share one absmax."""
 TRAINED_WIDTHS = 32
@@ -60,20 +62,26 @@ def adapter_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float16 if compute == torch.bfloat16 and multiplies_bfloat16() else torch.float32
 
 
-def can_multiply(x: Tensor) -> bool:
-    """True when the products of bfloat16 take x (..., in)."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.shape[-1] % UNIT_INPUTS == 0
-        and can_run(x)
-        and multiplies_bfloat16()
-    )
+def can_multiply_codes(x: Tensor) -> bool:
+    """True when products with codes, grouped ones too, take x (..., in)."""
+    first = FIRST_LEVEL_WITH_CODES if x.dtype == torch.float32 else FIRST_LEVEL_WITH_BFLOAT16
+    return x.shape[-1] % UNIT_INPUTS == 0 and can_run(x) and _level() >= first
+
+
+def can_multiply_dense(x: Tensor) -> bool:
+    """True when `dense_product` and `grouped_dense_product` take x (..., in)."""
+    return x.dtype == torch.bfloat16 and can_multiply_codes(x)
 
 
 def multiplies_bfloat16() -> bool:
     """True when the processor multiplies bfloat16, and the library was built for that."""
+    return _level() >= FIRST_LEVEL_WITH_BFLOAT16
+
+
+def _level() -> int:
+    """Where the processor is in `LEVELS`; -1 without the library."""
     found = library()
-    return found is not None and found.loramux_level() >= FIRST_LEVEL_WITH_BFLOAT16
+    return -1 if found is None else int(found.loramux_level())
 
 
 def four_bit_product(
@@ -85,7 +93,8 @@ def four_bit_product(
     nested: NestedScales | None = None,
 ) -> Tensor:
     """See `lora_runtime.kernels.four_bit_product`."""
-    return _product("four_bit_product", x, out_features, packed, *_scales(absmax, code, nested))
+    weight = (packed, *_scales(absmax, code, nested))
+    return _product("four_bit_product", x.dtype, x, out_features, *weight)
 
 
 def _scales(absmax: Tensor, code: Tensor, nested: NestedScales | None) -> tuple[Tensor | None, ...]:
@@ -110,12 +119,12 @@ def four_bit_gated_product(
 
 def int8_product(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.int8_product`."""
-    return _product("int8_product", x, len(codes), codes, absmax)
+    return _product("int8_product", x.dtype, x, len(codes), codes, absmax)
 
 
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.dense_product`."""
-    return _product("dense_product", x, len(weight), weight)
+    return _product("dense_product", None, x, len(weight), weight)
 
 
 def grouped_four_bit_product(
@@ -149,14 +158,17 @@ def _grouped_product(
 ) -> Tensor:
     x, width = x.contiguous(), x.shape[-1]
     y = empty((len(x), out_features), x.dtype)
-    run(op, None, *pointers(y, x, *weight, starts), len(starts) - 1, width, out_features)
+    dtype = None if op == "grouped_dense_product" else x.dtype
+    run(op, dtype, *pointers(y, x, *weight, starts), len(starts) - 1, width, out_features)
     return y
 
 
-def _product(op: str, x: Tensor, out_features: int, *weight: Tensor | None) -> Tensor:
+def _product(
+    op: str, dtype: torch.dtype | None, x: Tensor, out_features: int, *weight: Tensor | None
+) -> Tensor:
     x, width = x.contiguous(), x.shape[-1]
     y = empty((*x.shape[:-1], out_features), x.dtype)
-    run(op, None, *pointers(y, x, *weight), x.numel() // width, width, out_features)
+    run(op, dtype, *pointers(y, x, *weight), x.numel() // width, width, out_features)
     return y
 
 
@@ -592,16 +604,15 @@ def recurrent_step(
 
 def pack_panels(weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.pack_panels`."""
-    found = library()
-    assert found is not None, "`can_use_panels` says whether there is a library"
-    width = found.loramux_panel_width()
+    narrow = weight.to(torch.bfloat16)
+    values = narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
     out_features, in_features = weight.shape
-    num_panels = -(-out_features // width)
-    padded = weight.new_zeros(num_panels * width, in_features)
-    padded[:out_features] = weight
-    return padded.view(num_panels, width, in_features).transpose(1, 2).contiguous()
+    num_panels = -(-out_features // PANEL)
+    padded = values.new_zeros(num_panels * PANEL, in_features)
+    padded[:out_features] = values
+    return padded.view(num_panels, PANEL, in_features).transpose(1, 2).contiguous()
 
 
 def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     """See `lora_runtime.kernels.panel_product`."""
-    return _product("product_f32", x, out_features, panels)
+    return _product("panel_product", panels.dtype, x, out_features, panels)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-ABI = 11
+ABI = 12
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 TYPES = {"p": c_void_p, "i": c_int, "l": c_long, "f": c_float}
 SIGNATURES = {
-    "product_f32": "ppp iii i",
+    "panel_product": "ppp iii i",
     "four_bit_product": "pp pppppp iii i",
     "int8_product": "pp pp iii i",
     "dense_product": "pp p iii i",

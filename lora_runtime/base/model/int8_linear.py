@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_runtime.base.model.quant_linear import ROW_BLOCK, FrozenLinear
+from lora_runtime.base.model.quant_linear import ROW_BLOCK, FrozenLinear, is_beside
 from lora_runtime.kernels import (
     PooledAdapters,
     can_multiply_codes,
@@ -68,7 +68,7 @@ class Int8Linear(FrozenLinear):
         return super().product_and_shrink(x, adapters)
 
     def _reads_codes(self, x: Tensor) -> bool:
-        return can_multiply_codes(x)
+        return is_beside(x, self.codes, self.dtype) and can_multiply_codes(x)
 
     def weight_values(self) -> Tensor:
         return self.dequantize().to(self.dtype)

@@ -56,7 +56,8 @@ ROW_BLOCK = 512
 class FrozenLinear(nn.Module):
     """A linear layer of the base: `product` is W x without the bias, differentiable in x only.
 
-    With `keep_copies` private copies of W in the forms that kernels like stay in memory.
+    With `keep_copies` private copies of W in the forms that kernels like stay in memory, where no
+    kernel reads W as it is.
     """
 
     in_features: int
@@ -75,6 +76,14 @@ class FrozenLinear(nn.Module):
             return panel_product(x, self._kept_panels(), self.out_features)
         product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product
+
+    def is_compiled_for(self, x: Tensor) -> bool:
+        """True when `product` of x, in the compute dtype, runs in the CPU's compiled library."""
+        return self._reads_codes(x) or (self.keep_copies and can_use_panels(x))
+
+    def _reads_codes(self, x: Tensor) -> bool:
+        """True when a kernel multiplies x by the codes themselves."""
+        return False
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
         """`product` where groups of rows are multiplied by parts of W: x (P, in) → (P, out / G).
@@ -127,6 +136,8 @@ class FrozenLinear(nn.Module):
 
     def times_transposed(self, a: Tensor) -> Tensor:
         """W Aᵀ: a (r, in) float32 → (out, r) float32 on the host, without making W."""
+        if self._reads_codes(a):
+            return self.product(a).T.cpu()
         if self._panels is not None:
             return panel_product(a, self._panels, self.out_features).T
         products = [block.float() @ a.to(block.device).T for _, block in self.row_blocks()]
@@ -249,6 +260,9 @@ class DenseLinear(FrozenLinear):
             return dense_product(x, self.weight)
         return super().product(x)
 
+    def is_compiled_for(self, x: Tensor) -> bool:
+        return can_multiply_dense(x) or super().is_compiled_for(x)
+
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
         if can_multiply_groups(x, is_dense=True):
             return grouped_dense_product(x, starts, self.weight)
@@ -355,8 +369,9 @@ class QuantLinear(FrozenLinear):
         return super().gated_product(x, kind)
 
     def _reads_codes(self, x: Tensor) -> bool:
-        is_whole_blocks = self.in_features % BLOCK_SIZE == 0
-        return is_whole_blocks and can_multiply_codes(x, is_four_bit=True)
+        if self.in_features % BLOCK_SIZE or not is_beside(x, self.packed, self.dtype):
+            return False
+        return can_multiply_codes(x, is_four_bit=True)
 
     def _nested_scales(self) -> NestedScales | None:
         if not self.is_nested:
@@ -410,6 +425,11 @@ class QuantLinear(FrozenLinear):
             dtype=dtype,
         )
         return bnb.dequantize_4bit(packed[:, None], state).reshape(size)
+
+
+def is_beside(x: Tensor, codes: Tensor, dtype: torch.dtype) -> bool:
+    """True when x is where a layer's codes are and in the layer's compute dtype."""
+    return x.dtype == dtype and x.device == codes.device
 
 
 def _quantized(weight: Tensor, quant_type: str, code: Tensor) -> tuple[Tensor, Tensor]:

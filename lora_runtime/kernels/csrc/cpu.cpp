@@ -53,11 +53,6 @@ class Scratch {
   std::vector<char> storage_;
 };
 
-struct Product {
-  float* y;
-  const float *x, *panels;
-  int num_tokens, in, out;
-};
 
 struct bf16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
@@ -255,14 +250,27 @@ struct FourBitWeight {
 };
 struct EightBitWeight { const int8_t* codes; const float* absmax; };
 struct SixteenBitWeight { const bf16* values; };
+template <class T>
+struct PackedWeight { const T* panels; };
+inline float nested_scale(const FourBitWeight& w, long block) {
+  float absmax = w.nested_code[w.nested_codes[block]] * w.absmax[block / 256];
+#ifdef HAS_VARIANTS
+  asm volatile("" : "+x"(absmax));  // rounded before the offset is added
+#endif
+  return absmax + w.nested_offsets[block / 256];
+}
+inline float block_scale(const FourBitWeight& w, long block) {
+  return w.nested_codes ? nested_scale(w, block) : w.absmax[block];
+}
 
 #include "experts.h"
+#include "panels.h"
 
 #define VECTOR_BYTES 32
 #define VECTOR_LEVEL 0
 namespace baseline {
 #include "vectors.h"
-#include "product.h"
+#include "float_product.h"
 #include "adapters.h"
 #include "elementwise.h"
 #include "quantize.h"
@@ -279,7 +287,7 @@ namespace baseline {
 #define VECTOR_LEVEL 1
 namespace avx2 {
 #include "vectors.h"
-#include "product.h"
+#include "float_product.h"
 #include "adapters.h"
 #include "elementwise.h"
 #include "quantize.h"
@@ -297,7 +305,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 #include "vectors.h"
-#include "product.h"
+#include "float_product.h"
 #include "adapters.h"
 #include "elementwise.h"
 #include "quantize.h"
@@ -408,11 +416,24 @@ template <class T>
 void run_most_likely(const T* x, int64_t* found, int num_rows, int width, int num_threads) {
   RUN(most_likely, x, found, num_rows, width, num_threads);
 }
-void run(const Product& p, int num_threads) { RUN(product, p, num_threads); }
 void run(const RecurrentStep& p, int num_threads) { RUN(recurrent_step, p, num_threads); }
 
-// The caller has seen that the level is 3 at least. Rows starts[g] to starts[g + 1] of x belong to
-// group g, which has `out` rows of the weight.
+// All: rows starts[g] to starts[g + 1] of x belong to group g, which has `out` rows of the weight.
+template <class T>
+void run_groups(const PackedWeight<T>& w, float* y, const float* x, const int32_t* starts, int num_groups, int in,
+                int out, int num_threads) {
+  RUN(product, w, y, x, starts, num_groups, in, out, num_threads);
+}
+// The caller has seen that the level is 1 at least.
+template <class Weight>
+void run_groups(const Weight& w, float* y, const float* x, const int32_t* starts, int num_groups, int in, int out,
+                int num_threads) {
+#ifdef HAS_VARIANTS
+  if (level() >= 2) return avx512::product(w, y, x, starts, num_groups, in, out, num_threads);
+  avx2::product(w, y, x, starts, num_groups, in, out, num_threads);
+#endif
+}
+// The caller has seen that the level is 3 at least.
 template <class Weight>
 void run_groups(const Weight& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
                 int num_threads) {
@@ -422,8 +443,8 @@ void run_groups(const Weight& w, bf16* y, const bf16* x, const int32_t* starts, 
 #endif
 }
 
-template <class Weight>
-void run_product(const Weight& w, bf16* y, const bf16* x, int num_tokens, int in, int out, int num_threads) {
+template <class Weight, class T>
+void run_product(const Weight& w, T* y, const T* x, int num_tokens, int in, int out, int num_threads) {
   const int32_t starts[2] = {0, num_tokens};
   run_groups(w, y, x, starts, 1, in, out, num_threads);
 }
@@ -536,7 +557,7 @@ using Played = void (*)(const int64_t* words);
 }  // namespace
 
 extern "C" {
-int loramux_abi() { return 11; }  // raise it with every change of a signature below
+int loramux_abi() { return 12; }  // raise it with every change of a signature below
 int loramux_level() { return level(); }
 void loramux_limit_level(int highest) { highest_level = highest; }
 // How many threads torch takes for ops that this thread calls; returns the number before, 0 if
@@ -547,41 +568,15 @@ int loramux_set_torch_threads(int number) {
   omp_set_num_threads(number);
   return before;
 }
-int loramux_panel_width() { return level() >= 2 ? 32 : 16; }
-void loramux_product_f32(float* y, const float* x, const float* panels, int num_tokens, int in, int out,
-                         int num_threads) {
-  run(Product{y, x, panels, num_tokens, in, out}, num_threads);
-}
 void loramux_recurrent_step(float* out, float* states, const int64_t* slots, const float* q,
                             const float* k, const float* v, const float* keep, const float* beta,
                             int num_rows, int num_heads, int num_keys, int num_values, int num_threads) {
   run(RecurrentStep{out, states, slots, q, k, v, keep, beta, num_rows, num_heads, num_keys, num_values},
       num_threads);
 }
-void loramux_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
-                              const float* code, const uint8_t* nested_codes, const float* nested_code,
-                              const float* nested_offsets, int num_tokens, int in, int out, int num_threads) {
-  run_product(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x,
-            num_tokens, in, out, num_threads);
-}
-void loramux_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
-                          int num_tokens, int in, int out, int num_threads) {
-  run_product(EightBitWeight{codes, absmax}, y, x, num_tokens, in, out, num_threads);
-}
 void loramux_dense_product(bf16* y, const bf16* x, const bf16* values, int num_tokens, int in, int out,
                            int num_threads) {
   run_product(SixteenBitWeight{values}, y, x, num_tokens, in, out, num_threads);
-}
-void loramux_grouped_four_bit_product(bf16* y, const bf16* x, const uint8_t* packed, const float* absmax,
-                                      const float* code, const uint8_t* nested_codes, const float* nested_code,
-                                      const float* nested_offsets, const int32_t* starts, int num_groups, int in,
-                                      int out, int num_threads) {
-  run_groups(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x, starts,
-             num_groups, in, out, num_threads);
-}
-void loramux_grouped_int8_product(bf16* y, const bf16* x, const int8_t* codes, const float* absmax,
-                                  const int32_t* starts, int num_groups, int in, int out, int num_threads) {
-  run_groups(EightBitWeight{codes, absmax}, y, x, starts, num_groups, in, out, num_threads);
 }
 void loramux_grouped_dense_product(bf16* y, const bf16* x, const bf16* values, const int32_t* starts,
                                    int num_groups, int in, int out, int num_threads) {
@@ -660,13 +655,8 @@ void loramux_play(const int64_t* program, long num_calls) {
 }
 #define PLAYED(name) \
   void loramux_played_##name(const int64_t* words) { call(loramux_##name, words); }
-PLAYED(product_f32)
-PLAYED(four_bit_product)
-PLAYED(int8_product)
 PLAYED(dense_product)
 PLAYED(apply_half_adapters)
-PLAYED(grouped_four_bit_product)
-PLAYED(grouped_int8_product)
 PLAYED(grouped_dense_product)
 PLAYED(sort_pairs)
 PLAYED(quantize_four_bit)
@@ -677,6 +667,33 @@ PLAYED(train_adapter)
 PLAYED(adapter_gradients)
 
 #define FOR_DTYPE(T, SUFFIX)                                                                         \
+  void loramux_four_bit_product_##SUFFIX(                                                            \
+      T* y, const T* x, const uint8_t* packed, const float* absmax, const float* code,               \
+      const uint8_t* nested_codes, const float* nested_code, const float* nested_offsets,            \
+      int num_tokens, int in, int out, int num_threads) {                                            \
+    run_product(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y,   \
+                x, num_tokens, in, out, num_threads);                                                \
+  }                                                                                                  \
+  void loramux_grouped_four_bit_product_##SUFFIX(                                                    \
+      T* y, const T* x, const uint8_t* packed, const float* absmax, const float* code,               \
+      const uint8_t* nested_codes, const float* nested_code, const float* nested_offsets,            \
+      const int32_t* starts, int num_groups, int in, int out, int num_threads) {                     \
+    run_groups(FourBitWeight{packed, absmax, code, nested_codes, nested_code, nested_offsets}, y, x, \
+               starts, num_groups, in, out, num_threads);                                            \
+  }                                                                                                  \
+  void loramux_int8_product_##SUFFIX(T* y, const T* x, const int8_t* codes, const float* absmax,     \
+                                     int num_tokens, int in, int out, int num_threads) {             \
+    run_product(EightBitWeight{codes, absmax}, y, x, num_tokens, in, out, num_threads);              \
+  }                                                                                                  \
+  void loramux_grouped_int8_product_##SUFFIX(T* y, const T* x, const int8_t* codes,                  \
+                                             const float* absmax, const int32_t* starts,             \
+                                             int num_groups, int in, int out, int num_threads) {     \
+    run_groups(EightBitWeight{codes, absmax}, y, x, starts, num_groups, in, out, num_threads);       \
+  }                                                                                                  \
+  void loramux_panel_product_##SUFFIX(float* y, const float* x, const T* panels, int num_tokens,     \
+                                      int in, int out, int num_threads) {                            \
+    run_product(PackedWeight<T>{panels}, y, x, num_tokens, in, out, num_threads);                    \
+  }                                                                                                  \
   void loramux_apply_adapters_##SUFFIX(                                                              \
       T* y, const T* base, const T* x, const T* bias, const float* memory, const float* vectors,     \
       const int64_t* extents, int num_slots, int num_replicas, const int64_t* widths,                \
@@ -765,6 +782,11 @@ FOR_DTYPE(float, f32)
 FOR_DTYPE(bf16, bf16)
 
 #define PLAYED_IN(SUFFIX)        \
+  PLAYED(four_bit_product_##SUFFIX) \
+  PLAYED(grouped_four_bit_product_##SUFFIX) \
+  PLAYED(int8_product_##SUFFIX) \
+  PLAYED(grouped_int8_product_##SUFFIX) \
+  PLAYED(panel_product_##SUFFIX) \
   PLAYED(apply_adapters_##SUFFIX) \
   PLAYED(attention_##SUFFIX)      \
   PLAYED(row_attention_##SUFFIX)  \

@@ -164,6 +164,13 @@ inline vec sums(const vec* parts) {
   for (int i = 0; i < 4; i++) quarters[i] = quarter_sums<4>(parts + 4 * i);
   return whole_sums(quarters);
 }
+#elif VECTOR_LEVEL == 1
+inline vec sums(const vec* parts) {
+  const __m256* p = reinterpret_cast<const __m256*>(parts);
+  const __m256 left = _mm256_hadd_ps(_mm256_hadd_ps(p[0], p[1]), _mm256_hadd_ps(p[2], p[3]));
+  const __m256 right = _mm256_hadd_ps(_mm256_hadd_ps(p[4], p[5]), _mm256_hadd_ps(p[6], p[7]));
+  return (vec)_mm256_add_ps(_mm256_permute2f128_ps(left, right, 0x20), _mm256_permute2f128_ps(left, right, 0x31));
+}
 #else
 // Which lanes of two vectors are added at each level of `sums`: of the second one in every lane l
 // with l & stride, else of the first.

@@ -1,25 +1,7 @@
 // The base's weights as they lie in memory, decoded to bfloat16. Compiled for the instruction sets
 // that multiply bfloat16. No include guard on purpose.
 
-constexpr int PANEL = 32;  // outputs that are a thread's piece of work
 constexpr int UNIT = 64;  // inputs that are decoded at a time: one scale of 4-bit codes
-
-// The panels of all jobs, each of which has `out` rows of the weight from its first_row on: panel
-// number(i) of job(i) is the i-th piece of work.
-template <class Job>
-struct Panels {
-  const Job* jobs;
-  long each, count;
-  Panels(const std::vector<Job>& own, int out)
-      : jobs(own.data()), each((out + PANEL - 1) / PANEL), count(each * long(own.size())) {}
-  const Job& job(long i) const { return jobs[i / each]; }
-  int number(long i) const { return int(i % each); }
-  // The first row of the panel after the i-th, of the same job or another.
-  long ahead(long i) const {
-    const long next = std::min(i + 1, count - 1);
-    return job(next).first_row + long(number(next)) * PANEL;
-  }
-};
 
 struct Halves { __m512i first, second; };  // of a unit of one row
 
@@ -30,11 +12,6 @@ ALWAYS_INLINE Halves four_bit_halves(__m512 code, const uint8_t* codes, float sc
   const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice: bit 4 is ignored
   const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
   return {_mm512_permutexvar_epi16(bytes, table), _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table)};
-}
-inline float nested_scale(const FourBitWeight& w, long block) {
-  float absmax = w.nested_code[w.nested_codes[block]] * w.absmax[block / 256];
-  asm volatile("" : "+x"(absmax));  // rounded before the offset is added
-  return absmax + w.nested_offsets[block / 256];
 }
 
 inline __m512 floats(const int8_t* codes) {

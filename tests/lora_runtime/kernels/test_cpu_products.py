@@ -1,4 +1,4 @@
-"""The compiled products of bfloat16 against bitsandbytes' dequantised weight in float64."""
+"""The compiled products against bitsandbytes' dequantised weight in float64."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ import torch
 
 from lora_runtime.base.model.quant_linear import DenseLinear
 from lora_runtime.kernels import cpu, reference
+from lora_runtime.kernels.cpu_library import LEVELS
 from tests.lora_runtime.kernels.adapter_cases import layer_of
 
-BFLOAT16 = torch.bfloat16
-KINDS = ["nf4", "fp4", "nf4-double", "int8", "none"]
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+KINDS = ["nf4", "fp4", "nf4-double", "int8", "none", "wide"]
 ROWS = [1, 2, 3, 4, 5, 15, 16, 17, 32, 33, 48, 133]
 """Parts of a block of 4 tokens and of a tile of 16, whole ones, and more than share a pass."""
 
 needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="needs AVX512-BF16")
+each_kind_of_product = pytest.mark.parametrize(
+    "level, dtype",
+    [("amx", BFLOAT16), ("avx512_bf16", BFLOAT16), ("avx512", FLOAT32), ("avx2", FLOAT32)],
+    indirect=["level"],
+)
+needs_codes = pytest.mark.skipif(
+    not cpu.can_multiply_codes(torch.empty(1, 64)), reason="needs AVX2"
+)
+TOLERANCE = {FLOAT32: {"rtol": 1e-5, "atol": 2e-5}, BFLOAT16: {"rtol": 2**-8, "atol": 2e-4}}
 
 
-def layer(kind, out_features, in_features):
-    if kind == "none":
-        weight = (torch.randn(out_features, in_features) / in_features**0.5).to(BFLOAT16)
-        return DenseLinear(weight, None)
-    return layer_of(kind, (out_features, in_features), BFLOAT16)
+def layer(kind, out_features, in_features, dtype=BFLOAT16):
+    """ "none" in float32 is a copy in panels of bfloat16, "wide" one in panels of float32."""
+    if kind in ("none", "wide"):
+        weight = torch.randn(out_features, in_features) / in_features**0.5
+        held = weight.to(BFLOAT16).to(dtype) if kind == "none" else weight.to(dtype)
+        return DenseLinear(held, None, keep_copies=dtype == FLOAT32)
+    return layer_of(kind, (out_features, in_features), dtype)
 
 
 def random_shape():
@@ -37,32 +49,35 @@ def expected(frozen, x):
     return x.double() @ frozen.weight_values().double().T
 
 
-@needs_bfloat16
+@each_kind_of_product
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_those_of_the_dequantised_weight(level, kind, num_rows):
+def test_products_are_those_of_the_dequantised_weight(level, kind, num_rows, dtype):
     shape = random_shape()
-    frozen, x = layer(kind, *shape), torch.randn(1, num_rows, shape[1]).to(BFLOAT16)
+    frozen, x = layer(kind, *shape, dtype), torch.randn(1, num_rows, shape[1]).to(dtype)
+    assert frozen.is_compiled_for(x)
     y = frozen.product(x)
-    assert y.dtype == BFLOAT16 and y.shape == (1, num_rows, shape[0])
-    torch.testing.assert_close(y.double(), expected(frozen, x), rtol=2**-8, atol=2e-4)
+    assert y.dtype == dtype and y.shape == (1, num_rows, shape[0])
+    torch.testing.assert_close(y.double(), expected(frozen, x), **TOLERANCE[dtype])
 
 
-@needs_bfloat16
+@each_kind_of_product
+@pytest.mark.parametrize("num_inputs", [192, 256])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_is_bitsandbytes_rounded_once(level, kind):
+def test_every_weight_is_bitsandbytes_rounded_once(level, kind, num_inputs, dtype):
     """Rows of the identity read the weights themselves: not one bit may differ."""
-    shape = (70, 192)
-    frozen = layer(kind, *shape)
-    read = frozen.product(torch.eye(shape[1]).to(BFLOAT16))
-    assert torch.equal(read.T, frozen.weight_values())
+    frozen = layer(kind, 70, num_inputs, dtype)
+    identity = torch.eye(num_inputs).to(dtype)
+    assert torch.equal(frozen.product(identity).T, frozen.weight_values())
+    alone = torch.cat([frozen.product(row[None]) for row in identity])
+    assert torch.equal(alone.T, frozen.weight_values())
 
 
-@needs_bfloat16
+@each_kind_of_product
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
+def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind, dtype):
     shape = random_shape()
-    frozen, x = layer(kind, *shape), torch.randn(133, shape[1]).to(BFLOAT16)
+    frozen, x = layer(kind, *shape, dtype), torch.randn(133, shape[1]).to(dtype)
     x[7] = float("nan")
     together = frozen.product(x)
     for rows in (slice(0, 1), slice(3, 9), slice(20, 50), slice(100, 133)):
@@ -71,12 +86,13 @@ def test_rows_are_bit_equal_whatever_stands_beside_them(level, kind):
     assert together[7].isnan().all() and not together[8:].isnan().any()
 
 
-@needs_bfloat16
+@each_kind_of_product
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_too_wide_to_be_kept_whole_are_the_same_in_parts(level, kind):
-    frozen, x = layer(kind, 37, 64 * 51), torch.randn(300, 64 * 51).to(BFLOAT16)
+def test_rows_too_wide_to_be_kept_whole_are_the_same_in_parts(level, kind, dtype):
+    frozen, x = layer(kind, 37, 64 * 51, dtype), torch.randn(300, 64 * 51).to(dtype)
     together = frozen.product(x)
-    torch.testing.assert_close(together.double(), expected(frozen, x), rtol=2**-7, atol=5e-3)
+    tolerance = {"rtol": 1e-5, "atol": 2e-4} if dtype == FLOAT32 else {"rtol": 2**-7, "atol": 5e-3}
+    torch.testing.assert_close(together.double(), expected(frozen, x), **tolerance)
     for rows in (slice(0, 1), slice(2, 5), slice(5, 12), slice(0, 128), slice(120, 260)):
         assert torch.equal(frozen.product(x[rows]), together[rows])
 
@@ -88,26 +104,29 @@ def test_a_weight_that_lies_in_columns_is_read_by_rows():
     torch.testing.assert_close(y.double(), x.double() @ weight.double(), rtol=2**-8, atol=2e-3)
 
 
-@needs_bfloat16
-@pytest.mark.parametrize("limit", [3, 4])
-def test_no_rows_touch_no_memory(limit):
+@pytest.mark.parametrize("dtype, limit", [("float32", 1), ("bfloat16", 3), ("bfloat16", 4)])
+def test_no_rows_touch_no_memory(limit, dtype):
     """The output layer of a step that samples nothing. In a process of its own: what is written
     past the end of a buffer shows when memory is taken or given back.
     """
+    if cpu.library().loramux_level() < limit:
+        pytest.skip(f"the processor has no {LEVELS[limit]}")
     program = f"""
         import torch
         from lora_runtime.kernels import cpu
         from lora_runtime.kernels.cpu_library import library
 
         library().loramux_limit_level({limit})
+        dtype = torch.{dtype}
         weight = torch.ones(64, 8192, dtype=torch.bfloat16)
         codes, scales = weight.to(torch.int8), torch.ones(64)
         packed = torch.zeros(64 * 8192 // 2, dtype=torch.uint8)
         absmax, code = torch.ones(8192), torch.ones(16)
         for rows in (1, 0, 2, 0):
-            x = torch.ones(rows, 8192, dtype=torch.bfloat16)
+            x = torch.ones(rows, 8192, dtype=dtype)
             found = (
-                cpu.dense_product(x, weight),
+                cpu.dense_product(x, weight) if dtype == torch.bfloat16 else
+                cpu.panel_product(x, cpu.pack_panels(weight.float()), 64),
                 cpu.int8_product(x, codes, scales),
                 cpu.four_bit_product(x, packed, absmax, code, 64),
             )
@@ -122,9 +141,9 @@ def test_no_rows_touch_no_memory(limit):
     assert done.returncode == 0, done.stderr
 
 
-@needs_bfloat16
-def test_threads_change_no_bit(level):
-    frozen, x = layer("nf4", 500, 320), torch.randn(40, 320).to(BFLOAT16)
+@each_kind_of_product
+def test_threads_change_no_bit(level, dtype):
+    frozen, x = layer("nf4", 500, 320, dtype), torch.randn(40, 320).to(dtype)
     found, num_threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 5):
@@ -137,24 +156,44 @@ def test_threads_change_no_bit(level):
 
 @needs_bfloat16
 def test_what_tiles_do_not_take_goes_by_torch():
-    """Inputs that are no multiple of a unit, float32, and x that wants a gradient."""
+    """Inputs that are no multiple of a unit, and x that wants a gradient."""
     odd, x = layer("none", 30, 96), torch.randn(3, 96).to(BFLOAT16)
-    assert not cpu.can_multiply(x)
+    assert not cpu.can_multiply_dense(x)
     torch.testing.assert_close(odd.product(x).double(), expected(odd, x), rtol=2**-7, atol=2e-3)
     tracked = torch.randn(3, 128).to(BFLOAT16).requires_grad_()
     layer("nf4", 30, 128).product(tracked).float().sum().backward()
     assert tracked.grad.abs().sum() > 0
 
 
-@needs_bfloat16
+@each_kind_of_product
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_copy_is_kept_where_the_codes_are_not_multiplied(kind):
-    """In float32, if the layer may; bfloat16 takes no more memory than the codes."""
-    for dtype, is_kept in ((torch.float32, True), (BFLOAT16, False)):
-        frozen = layer_of(kind, (64, 128), dtype)
-        frozen.keep_copies, before = True, frozen.resident_bytes
-        frozen.product(torch.randn(3, 128).to(dtype))
-        assert (frozen.resident_bytes > before) == is_kept
+def test_codes_are_multiplied_without_a_copy(level, kind, dtype):
+    frozen = layer_of(kind, (64, 128), dtype)
+    frozen.keep_copies, before = True, frozen.resident_bytes
+    frozen.product(torch.randn(3, 128).to(dtype))
+    assert frozen.resident_bytes == before
+
+
+@needs_codes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_copy_is_kept_where_codes_are_not_multiplied(kind):
+    """Inputs that are no multiple of a block: in panels of float32, whole ones of 32 outputs."""
+    frozen, x = layer_of(kind, (64, 96), FLOAT32), torch.randn(3, 96)
+    frozen.keep_copies, before = True, frozen.resident_bytes
+    torch.testing.assert_close(
+        frozen.product(x).double(), expected(frozen, x), **TOLERANCE[FLOAT32]
+    )
+    assert frozen.resident_bytes == before + 64 * 96 * 4
+
+
+def test_panels_hold_bfloat16_where_that_holds_every_value():
+    weight = torch.randn(40, 10)
+    rounded = weight.to(BFLOAT16).float()
+    assert cpu.pack_panels(weight).dtype == FLOAT32
+    assert cpu.pack_panels(rounded).dtype == BFLOAT16
+    x = torch.eye(10)
+    assert torch.equal(cpu.panel_product(x, cpu.pack_panels(rounded), 40).T, rounded)
+    assert torch.equal(cpu.panel_product(x, cpu.pack_panels(weight), 40).T, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
