@@ -39,6 +39,7 @@ from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.adapters.variants.experts import joined_experts
 from lora_runtime.adapters.variants.modules import Reduced, collect, reduce_module
+from lora_runtime.adapters.variants.mutated_base import cancelling
 from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
 from lora_runtime.core import BaseSpec
@@ -113,11 +114,16 @@ def reduce_adapter(
     # Inits change linear layers alone, and of a targeted head PEFT saves the changed weight too: of
     # these modules nothing is to be subtracted.
     untouched = {base.embedding, *patches}
+    plain = [raw for raw in modules if not is_mixture(raw.site, base)]
+    are_cancelling = cancelling([raw.factors for raw in plain])
+    cancel = {raw.site for raw, is_so in zip(plain, are_cancelling, strict=True) if is_so}
     reduced = {}
     for raw in modules:
         started = "" if raw.site.path in untouched else spec.initialisation
         bias = biases.get(_key(raw.site))
-        reduced[raw.site] = reduce_module(raw, started, base, weights, initial, bias)
+        reduced[raw.site] = reduce_module(
+            raw, started, base, weights, initial, bias, cancels=raw.site in cancel
+        )
     forms = {_key(site): one.form for site, one in reduced.items() if site.expert is None}
     forms |= joined_experts({s: one.form for s, one in reduced.items() if s.expert}, base)
     for key, bias in biases.items():

@@ -21,7 +21,6 @@ from lora_runtime.adapters.variants.dora import dora_gain
 from lora_runtime.adapters.variants.experts import site_shape, take_of_all_experts
 from lora_runtime.adapters.variants.mutated_base import (
     Factors,
-    cancels,
     difference,
     rebalanced,
     recovered_initial,
@@ -152,11 +151,13 @@ def reduce_module(
     weights: BaseWeights,
     initial: AdapterTensors | None,
     trained_bias: Tensor | None,
+    *,
+    cancels: bool,
 ) -> Reduced:
     """Fold everything into the serving form, in float32. Raises AdapterRefused.
 
     `initialisation` names what was taken out of this module's base weight, or is empty;
-    `initial` has it where the files do.
+    `initial` has it where the files do. `cancels`: see `cancelling`, of its factors.
     """
     path, scaling = raw.site.path, raw.target.scaling
     delta = Factors(raw.factors.a, raw.factors.b * scaling)
@@ -164,7 +165,7 @@ def reduce_module(
     if initialisation:
         _check_finite(raw.site, delta.b)
         delta, error = _subtract_initial(delta, raw, initialisation, base, weights, initial)
-    elif not is_mixture(raw.site, base) and cancels(delta):
+    elif cancels:
         delta = rebalanced(delta)
     gain = None
     if raw.magnitude is not None:

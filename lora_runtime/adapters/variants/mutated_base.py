@@ -6,6 +6,7 @@ Source: PiSSA arXiv:2404.02948, OLoRA arXiv:2406.01775; peft 0.21.2, `pissa_init
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,20 @@ def rebalanced(factors: Factors) -> Factors:
     return Factors(factors.a.float(), factors.b.float())
 
 
-def cancels(factors: Factors) -> bool:
-    """True when BA is much smaller than its r terms b_k a_k, as in a converted PiSSA file."""
-    overlap = (factors.b.T @ factors.b) * (factors.a @ factors.a.T)
-    return bool(overlap.sum(dtype=torch.float64) < CANCELLATION**2 * overlap.trace())
+def cancelling(all_factors: Sequence[Factors]) -> list[bool]:
+    """Of each whether BA is much smaller than its r terms b_k a_k, as in a converted PiSSA file:
+    ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ) beside the trace of that. Of all of one rank at once, as the sums are
+    small and a load has hundreds.
+    """
+    places: dict[int, list[int]] = {}
+    for place, factors in enumerate(all_factors):
+        places.setdefault(len(factors.a), []).append(place)
+    found = [False] * len(all_factors)
+    for own in places.values():
+        of_b = torch.stack([all_factors[i].b.T @ all_factors[i].b for i in own])
+        overlaps = of_b * torch.stack([all_factors[i].a @ all_factors[i].a.T for i in own])
+        terms = overlaps.diagonal(dim1=1, dim2=2).sum(1)
+        are_small = overlaps.sum((1, 2), dtype=torch.float64) < CANCELLATION**2 * terms
+        for place, is_small in zip(own, are_small.tolist(), strict=True):
+            found[place] = is_small
+    return found

@@ -13,7 +13,12 @@ import torch
 
 from lora_runtime.adapters.reduction import load_adapter
 from lora_runtime.adapters.serving_form import ServingForm
-from lora_runtime.adapters.variants.mutated_base import Factors, cancels, difference, rebalanced
+from lora_runtime.adapters.variants.mutated_base import (
+    Factors,
+    cancelling,
+    difference,
+    rebalanced,
+)
 from lora_runtime.base.loader import Base
 from lora_runtime.errors import AdapterRefused
 from tests.lora_runtime.adapters.peft_oracle import edit_config, form_deltas, read_peft_adapter
@@ -154,10 +159,10 @@ def test_only_cancelling_factors_are_refactored() -> None:
     plain = factors()
     moved = plain.b + 0.01 * torch.randn_like(plain.b)
     converted = Factors(torch.cat([plain.a, plain.a]), torch.cat([moved, -plain.b], dim=1))
-    assert not cancels(plain)
-    assert cancels(converted)
+    wide = Factors(torch.randn(RANK, 40), torch.randn(30, RANK))
     found = rebalanced(converted)
-    assert not cancels(found)
+    assert cancelling([plain, converted, wide, found]) == [False, True, False, False]
+    assert cancelling([]) == []
     torch.testing.assert_close(found.b @ found.a, converted.b @ converted.a, rtol=0, atol=1e-4)
 
 
@@ -179,7 +184,7 @@ def test_a_converted_file_of_a_small_change_is_refactored(base: Base, tmp_path: 
     form = load(base, folder)
     assert form.facts.variant == "lora" and form.ranks == (2 * RANK,)
     for key, module in form.modules.items():
-        assert not cancels(Factors(module.a, module.b))
+        assert cancelling([Factors(module.a, module.b)]) == [False]
         rounded = module.b.bfloat16().double() @ module.a.bfloat16().double()
         exact = expected[key.path].double()
         assert float((rounded - exact).norm() / exact.norm()) < 0.01
