@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from bench import machine, streams
 from bench.random_adapters import write_random_adapters, write_records
 from bench.served import serving
@@ -129,15 +132,43 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--loads", type=int, default=20, help="of each kind, in each round")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quiet-s", type=float, default=5.0)
-    parser.add_argument("--settle-s", type=float, default=3.0)
+    parser.add_argument("--base", default="smollm2-135m", help="name or folder (%(default)s)")
+    parser.add_argument(
+        "--streams", type=int, default=8, help="that run all the time (%(default)s)"
+    )
+    parser.add_argument(
+        "--loads", type=int, default=20, help="of each kind, in each round (%(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of quiet, loads without, quiet, loads with a record"
+    )
+    parser.add_argument(
+        "--quiet-s", type=float, default=5.0, help="seconds of each quiet part (%(default)s)"
+    )
+    parser.add_argument(
+        "--settle-s", type=float, default=3.0, help="seconds before the first one (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result")
     return parser.parse_args()
+
+
+def show(found: Mapping[str, Measured], console: Console) -> None:
+    """A row for each kind of adapters, in milliseconds."""
+    table = Table("", "a load, median", "p95", title="milliseconds")
+    for when in ("quiet", "while loading"):
+        table.add_column(f"between two tokens, {when}: p50, p99, largest")
+    table.add_column("p99 beside quiet, median of rounds")
+    for kind, one in found.items():
+        figures = one.figures()
+        gaps = (figures[when] for when in ("quiet_ms", "loading_ms"))
+        table.add_row(
+            kind,
+            *(f"{ms:.0f}" for ms in figures["load_ms"].values()),
+            *(", ".join(f"{ms:.1f}" for ms in own.values()) for own in gaps),
+            f"{figures['p99_ratio']['median']:.2f}",
+        )
+    console.print(table)
 
 
 def main() -> None:
@@ -159,6 +190,7 @@ def main() -> None:
         "workload": machine.asked(args),
         **{kind.replace(" ", "_"): one.figures() for kind, one in found.items()},
     }
+    show(found, Console(stderr=True))
     machine.save("loads", result, args.out)
 
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -79,18 +80,22 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=90)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--slow-streams", type=int, default=200)
+    parser.add_argument("--base", default="smollm2-135m", help="name or folder (%(default)s)")
+    parser.add_argument(
+        "--streams", type=int, default=32, help="whose speed is measured (%(default)s)"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=90, help="of each (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of each (%(default)s)")
+    parser.add_argument(
+        "--slow-streams", type=int, default=200, help="that read slowly beside them (%(default)s)"
+    )
     parser.add_argument(
         "--pause-s", type=float, default=10.0, help="after each message that a slow client takes"
     )
     parser.add_argument(
         "--settle-s", type=float, default=30.0, help="until the answers of slow clients are made"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="alone and beside (%(default)s)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result")
     return parser.parse_args()
 
@@ -109,6 +114,11 @@ def main() -> None:
         "ready_s": ready_s,
         **found,
     }
+    print(
+        f"{found['alone_tokens_per_s']} tokens/s alone, {found['beside_tokens_per_s']} beside "
+        f"{args.slow_streams} slow streams: {found['ratio']['median']}; ready in {ready_s} s",
+        file=sys.stderr,
+    )
     machine.save("slow_readers", result, args.out)
 
 
