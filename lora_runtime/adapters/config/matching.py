@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import regex
@@ -29,6 +30,8 @@ and the largest bases have about a thousand."""
 _READ_DIFFERENTLY = re.compile(r"\[\[|\[:|\{(?!\d+(,\d*)?\}|,\d+\})|--|&&|~~|\|\||[^\x00-\x7f]")
 """Nested sets, POSIX classes, braces that are no plain count ({e}, {1<=e<=2}: fuzzy matches) and,
 without regard to case, letters beyond ASCII mean something else to `regex` than to PEFT's `re`."""
+_NAME = re.compile(r"[A-Za-z0-9_.]+")
+"""A pattern that is a name, as PEFT writes one for each module."""
 _FIRST_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _INDEX_AFTER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
@@ -89,11 +92,17 @@ class PatternMatcher:
         self, patterns: Mapping[str, Value], field: str
     ) -> Callable[[str], Value | None]:
         """Return a lookup of the first pattern that a name ends with, after a dot or as a whole."""
-        compiled = [
-            (self.compile(pattern, field, r"(.*\.)?({})$"), value)
-            for pattern, value in patterns.items()
-        ]
+        compiled = [(self._at_end(pattern, field), value) for pattern, value in patterns.items()]
         return lambda name: next((value for match, value in compiled if match(name)), None)
+
+    def _at_end(self, pattern: str, field: str) -> Callable[[str], object]:
+        """A matcher of what a name ends with. Names, of which a config may have hundreds for as
+        many modules, are compared without an engine: a hundredth of the time.
+        """
+        if not _NAME.fullmatch(pattern):
+            return self.compile(pattern, field, r"(.*\.)?({})$")
+        self._check(pattern, field)
+        return partial(_ends_with, pattern, pattern.rpartition(".")[2])
 
     def _check(self, pattern: str, field: str) -> None:
         self._check_time(field)
@@ -152,6 +161,19 @@ def select_modules(
             field="target_modules",
         )
     return frozenset(selected)
+
+
+def _ends_with(pattern: str, last: str, name: str) -> bool:
+    """What `(.*\\.)?(pattern)$` says of a name in one line, for a pattern of letters, digits,
+    underscores and dots, each of which stands for any character; `last`: what is behind all dots.
+    """
+    if not name.endswith(last):
+        return False
+    before = len(name) - len(pattern)
+    if before < 0 or (before and name[before - 1] != "."):
+        return False
+    tail = name[before:]
+    return tail == pattern or all(p in (".", own) for p, own in zip(pattern, tail, strict=True))
 
 
 def _too_slow(field: str) -> AdapterRefused:

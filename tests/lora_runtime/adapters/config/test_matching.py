@@ -152,6 +152,13 @@ def test_an_accepted_pattern_means_what_re_means(pattern: str, name: str) -> Non
     assert bool(match(name)) == bool(re.fullmatch(pattern, name))
 
 
+@given(st.text("ab.1_", min_size=1, max_size=6), st.text("ab.1_", max_size=8))
+@settings(max_examples=1000)
+def test_a_name_as_a_pattern_means_what_re_means(pattern: str, name: str) -> None:
+    lookup = PatternMatcher().first_match({pattern: "found"}, "rank_pattern")
+    assert (lookup(name) == "found") == bool(re.match(rf"(.*\.)?({pattern})$", name))
+
+
 @pytest.mark.parametrize("num_patterns", [2049, 9000])
 def test_a_config_of_too_many_patterns_is_refused_at_once(num_patterns: int) -> None:
     patterns = {f"layers.{number}.self_attn.q_proj": 4 for number in range(num_patterns)}
