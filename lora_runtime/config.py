@@ -108,9 +108,9 @@ class BaseConfig:
     device: DeviceName = setting(default="auto", group=BASE)
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dequantized_cache: bool = setting(default=True, group=BASE)
-    """CPU only, in float32: keep a private copy of weights that no kernel multiplies as they are,
-    which are those that are not quantised, as the output layer, and without AVX2 all of them;
-    faster, more memory. In bfloat16 there is none."""
+    """CPU only, in float32: keep a private copy of layers that no kernel multiplies as they are,
+    which are those that are not quantised and without AVX2 all; faster, more memory. In bfloat16
+    there is none; the output layer and routers have one in float32 whatever is set."""
 
 
 @settings

@@ -267,7 +267,7 @@ def prepare_base(
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_layers(layers.values(), freeze, device, dtype)
-    _freeze_head(model, keep_copies=keep_copies)
+    _freeze_head(model, keep_copies=device.type == "cpu")
     _refuse_non_finite_rest(model)
     _settle_weights(model, linears)
     on_progress("fingerprinting")
@@ -440,8 +440,8 @@ def _freeze_layers(
     a mixture that of each expert. Routers keep their weights. Raises BaseRefused for weights that
     are not finite.
     """
-    # What chooses must not depend on the rows beside one: on a CPU it has copies, small ones, that
-    # are multiplied row by row in one order, whatever the settings.
+    # What chooses experts, as what gives logits, must not depend on the rows beside one: on a CPU
+    # each has a copy that is multiplied row by row in one order, whatever the settings.
     exact = partial(DenseLinear, keep_copies=device.type == "cpu")
     for layer in layers:
         if isinstance(layer, AdaptedExperts):

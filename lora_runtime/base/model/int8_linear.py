@@ -56,7 +56,7 @@ class Int8Linear(FrozenLinear):
         return super().product(x)
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
-        if can_multiply_groups(x):
+        if is_beside(x, self.codes, self.dtype) and can_multiply_groups(x):
             return grouped_int8_product(x, starts, self.codes, self.absmax)
         return super().grouped_product(x, starts)
 

@@ -68,7 +68,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.keep_copies = keep_copies
         self._dense: Tensor | None = None
-        self._panels: Tensor | None = None
+        self._panels: dict[int, Tensor] = {}
+        """Copies in panels, by the number of groups whose rows begin with a panel."""
 
     def product(self, x: Tensor) -> Tensor:
         """W x: x (..., in) → (..., out), in the compute dtype."""
@@ -97,13 +98,9 @@ class FrozenLinear(nn.Module):
 
     def product_of_group(self, x: Tensor, group: int, num_groups: int) -> Tensor:
         """One part of `grouped_product`."""
-        out_features = self.out_features // num_groups
         if self.keep_copies and can_use_panels(x):
-            panels = self._kept_panels()
-            height, rest = divmod(out_features, panels.shape[-1])
-            if not rest:
-                own = panels[group * height : (group + 1) * height]
-                return panel_product(x, own, out_features)
+            own = self._kept_panels(num_groups).chunk(num_groups)[group]
+            return panel_product(x, own, self.out_features // num_groups)
         return F.linear(x, self.group_values(group, num_groups))
 
     def group_values(self, group: int, num_groups: int) -> Tensor:
@@ -138,8 +135,8 @@ class FrozenLinear(nn.Module):
         """W Aᵀ: a (r, in) float32 → (out, r) float32 on the host, without making W."""
         if self._reads_codes(a):
             return self.product(a).T.cpu()
-        if self._panels is not None:
-            return panel_product(a, self._panels, self.out_features).T
+        if (panels := self._panels.get(1)) is not None:
+            return panel_product(a, panels, self.out_features).T
         products = [block.float() @ a.to(block.device).T for _, block in self.row_blocks()]
         return torch.cat(products).cpu()
 
@@ -159,12 +156,13 @@ class FrozenLinear(nn.Module):
             self._dense = self.weight_values()
         return self._dense
 
-    def _kept_panels(self) -> Tensor:
-        """W in panels, made once."""
-        if self._panels is None:
+    def _kept_panels(self, num_groups: int = 1) -> Tensor:
+        """W in panels, made once: those of each group of its rows, one after another."""
+        if num_groups not in self._panels:
             with unrecorded():
-                self._panels = pack_panels(self.weight_values())
-        return self._panels
+                groups = self.weight_values().chunk(num_groups)
+                self._panels[num_groups] = torch.cat([pack_panels(rows) for rows in groups])
+        return self._panels[num_groups]
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.product(x)
@@ -188,7 +186,7 @@ class FrozenLinear(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes that the weight takes now, private copies included."""
         canonical = [part for name, part in self.state_dict().items() if name != "bias"]
-        copies = [copy for copy in (self._dense, self._panels) if copy is not None]
+        copies = [*self._panels.values(), *([] if self._dense is None else [self._dense])]
         return sum(part.nbytes for part in (*canonical, *copies))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
@@ -199,7 +197,7 @@ class FrozenLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
-        self._dense = self._panels = None
+        self._dense, self._panels = None, {}
         return self
 
 
@@ -269,7 +267,10 @@ class DenseLinear(FrozenLinear):
         return super().grouped_product(x, starts)
 
     def weight_values(self) -> Tensor:
-        return self.weight.detach()  # a Parameter kept as a copy would join the state dict
+        return self.weight.detach()
+
+    def kept_values(self) -> Tensor:
+        return self.weight_values()  # no copy
 
     def row_values(self, rows: slice) -> Tensor:
         return self.weight[rows]
@@ -353,7 +354,8 @@ class QuantLinear(FrozenLinear):
         return super().product_and_shrink(x, adapters)
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
-        if self.in_features % BLOCK_SIZE or not can_multiply_groups(x):
+        is_whole = self.in_features % BLOCK_SIZE == 0 and is_beside(x, self.packed, self.dtype)
+        if not is_whole or not can_multiply_groups(x):
             return super().grouped_product(x, starts)
         out_features, nested = self.out_features // (len(starts) - 1), self._nested_scales()
         return grouped_four_bit_product(

@@ -124,7 +124,7 @@ def test_a_view_holds_no_second_model(tmp_path):
     assert new and all(tensor.ndim == 1 for tensor in new)
     linears = [m for m in view.model.modules() if hasattr(m, "keep_copies")]
     viewed = [m for m in linears if not m.keep_copies]
-    assert viewed and all(m._dense is None and m._panels is None for m in viewed)
+    assert viewed and all(m._dense is None and not m._panels for m in viewed)
     assert in_dtype(base, torch.bfloat16) is base
 
 

@@ -254,6 +254,15 @@ def test_copies_of_weights_are_made_once_and_not_at_every_step(quantization, dty
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_played_steps_are_plain_steps_without_copies(tmp_path, quantization):
+    base = tiny_base("llama", quantization=quantization, dequantized_cache=False)
+    folders = four_adapters(dense_twin(base, "llama"), tmp_path)
+    forms = [load_adapter(folder, base.spec, base.weights) for folder in folders]
+    counts = check_played_is_plain(base, forms)
+    assert (counts["played"] > 10) == cpu.can_multiply_codes(torch.empty(0, 64))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_steps_that_decode_weights_are_not_captured(quantization, monkeypatch):
     """Where no kernel multiplies codes, without copies of the weights: a tape would be one."""
     monkeypatch.setattr(cpu, "can_multiply_codes", lambda x: False)

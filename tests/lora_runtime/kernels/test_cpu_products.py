@@ -186,6 +186,21 @@ def test_a_copy_is_kept_where_codes_are_not_multiplied(kind):
     assert frozen.resident_bytes == before + 64 * 96 * 4
 
 
+@pytest.mark.parametrize("height", [5, 40, 48, 64])
+def test_a_row_of_a_group_is_bit_equal_whatever_stands_beside_it(height):
+    """Of unquantised experts in float32, with heights that are no whole panels."""
+    frozen = DenseLinear(torch.randn(3 * height, 100) / 10, None, keep_copies=True)
+    x, starts = torch.randn(24, 100), torch.tensor([0, 9, 9, 24], dtype=torch.int32)
+    with torch.inference_mode():
+        together = frozen.grouped_product(x, starts)
+        for row, group in ((3, 0), (20, 2)):
+            alone = torch.tensor([0] * (group + 1) + [1] * (3 - group), dtype=torch.int32)
+            assert torch.equal(frozen.grouped_product(x[row : row + 1], alone)[0], together[row])
+    groups = frozen.weight.double().view(3, height, 100)
+    wanted = torch.cat([x[:9].double() @ groups[0].T, x[9:].double() @ groups[2].T])
+    torch.testing.assert_close(together.double(), wanted, **TOLERANCE[FLOAT32])
+
+
 def test_panels_hold_bfloat16_where_that_holds_every_value():
     weight = torch.randn(40, 10)
     rounded = weight.to(BFLOAT16).float()
