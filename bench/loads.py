@@ -153,14 +153,13 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show(found: Mapping[str, Measured], console: Console) -> None:
+def show(found: Mapping[str, dict[str, Any]], console: Console) -> None:
     """A row for each kind of adapters, in milliseconds."""
     table = Table("", "a load, median", "p95", title="milliseconds")
     for when in ("quiet", "while loading"):
         table.add_column(f"between two tokens, {when}: p50, p99, largest")
     table.add_column("p99 beside quiet, median of rounds")
-    for kind, one in found.items():
-        figures = one.figures()
+    for kind, figures in found.items():
         gaps = (figures[when] for when in ("quiet_ms", "loading_ms"))
         table.add_row(
             kind,
@@ -184,13 +183,14 @@ def main() -> None:
         folders = write_adapters(args, Path(name))
         with serving(args.base, Path(name), args.streams) as served:
             found = asyncio.run(measure(args, served.grpc, folders, say))
+    figures = {kind: one.figures() for kind, one in found.items()}
     result = {
         **facts,
         "question": "what loads cost running streams",
         "workload": machine.asked(args),
-        **{kind.replace(" ", "_"): one.figures() for kind, one in found.items()},
+        **{kind.replace(" ", "_"): one for kind, one in figures.items()},
     }
-    show(found, Console(stderr=True))
+    show(figures, Console(stderr=True))
     machine.save("loads", result, args.out)
 
 

@@ -38,7 +38,7 @@ from lora_runtime.adapters.files.tensor_names import (
 from lora_runtime.adapters.files.tensors import AdapterTensors
 from lora_runtime.adapters.serving_form import ModuleForm, ModuleKey, ServingForm
 from lora_runtime.adapters.variants.experts import joined_experts
-from lora_runtime.adapters.variants.modules import Reduced, collect, reduce_module
+from lora_runtime.adapters.variants.modules import RawModule, Reduced, collect, reduce_module
 from lora_runtime.adapters.variants.mutated_base import cancelling
 from lora_runtime.adapters.variants.vocabulary import row_patches
 from lora_runtime.base.weights import BaseWeights
@@ -114,10 +114,7 @@ def reduce_adapter(
     # Inits change linear layers alone, and of a targeted head PEFT saves the changed weight too: of
     # these modules nothing is to be subtracted.
     untouched = {base.embedding, *patches}
-    plain = [raw for raw in modules if not is_mixture(raw.site, base)]
-    are_cancelling = cancelling([raw.factors for raw in plain])
-    cancel = {raw.site for raw, is_so in zip(plain, are_cancelling, strict=True) if is_so}
-    reduced = {}
+    cancel, reduced = _cancelling_sites(modules, base), {}
     for raw in modules:
         started = "" if raw.site.path in untouched else spec.initialisation
         bias = biases.get(_key(raw.site))
@@ -140,6 +137,13 @@ def reduce_adapter(
         notes=(*passed_over(spec, base), *_subtracted(spec, reduced.values(), initial)),
     )
     return ServingForm(facts=facts, modules=forms)
+
+
+def _cancelling_sites(modules: Iterable[RawModule], base: BaseSpec) -> set[Site]:
+    """Where the factors cancel; of experts, which stay as they are, none."""
+    plain = [raw for raw in modules if not is_mixture(raw.site, base)]
+    found = cancelling([raw.factors for raw in plain])
+    return {raw.site for raw, is_so in zip(plain, found, strict=True) if is_so}
 
 
 def _left_out(tensors: AdapterTensors, base: BaseSpec) -> dict[TensorName, str]:

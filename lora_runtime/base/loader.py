@@ -267,7 +267,7 @@ def prepare_base(
     keep_copies = config.dequantized_cache and device.type == "cpu"
     freeze = partial(_freezer(config.quantization), keep_copies=keep_copies)
     _freeze_layers(layers.values(), freeze, device, dtype)
-    _freeze_head(model, keep_copies=device.type == "cpu")
+    _freeze_head(model)
     _refuse_non_finite_rest(model)
     _settle_weights(model, linears)
     on_progress("fingerprinting")
@@ -440,14 +440,14 @@ def _freeze_layers(
     a mixture that of each expert. Routers keep their weights. Raises BaseRefused for weights that
     are not finite.
     """
-    # What chooses experts, as what gives logits, must not depend on the rows beside one: on a CPU
-    # each has a copy that is multiplied row by row in one order, whatever the settings.
-    exact = partial(DenseLinear, keep_copies=device.type == "cpu")
+    # What chooses experts, as what gives logits, must not depend on the rows beside one: in float32
+    # on a CPU each has a copy that is multiplied row by row in one order, whatever the settings.
+    exact = partial(DenseLinear, keep_copies=True)
     for layer in layers:
         if isinstance(layer, AdaptedExperts):
             freeze_experts(layer, freeze)
         elif isinstance(layer, AdaptedRouter):
-            layer.linear.keep_copies = device.type == "cpu"
+            layer.linear.keep_copies = True
         else:
             is_exact = isinstance(layer, RouterLinear) or layer.path.endswith(UNQUANTISED)
             layer.linear = _frozen(layer, exact if is_exact else freeze, device, dtype)
@@ -486,9 +486,9 @@ def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) ->
     )
 
 
-def _freeze_head(model: PreTrainedModel, *, keep_copies: bool) -> None:
+def _freeze_head(model: PreTrainedModel) -> None:
     """Give lm_head, which stays unquantised, the kernels of the other layers."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        frozen = DenseLinear(head.weight, head.bias, keep_copies=keep_copies)
+        frozen = DenseLinear(head.weight, head.bias, keep_copies=True)
         model.set_output_embeddings(frozen)

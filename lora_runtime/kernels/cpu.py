@@ -138,27 +138,31 @@ def grouped_four_bit_product(
 ) -> Tensor:
     """See `lora_runtime.kernels.grouped_four_bit_product`."""
     weight = (packed, *_scales(absmax, code, nested))
-    return _grouped_product("grouped_four_bit_product", x, starts, out_features, *weight)
+    return _grouped_product("grouped_four_bit_product", x.dtype, x, starts, out_features, *weight)
 
 
 def grouped_int8_product(x: Tensor, starts: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     """See `lora_runtime.kernels.grouped_int8_product`."""
     out_features = len(codes) // (len(starts) - 1)
-    return _grouped_product("grouped_int8_product", x, starts, out_features, codes, absmax)
+    return _grouped_product("grouped_int8_product", x.dtype, x, starts, out_features, codes, absmax)
 
 
 def grouped_dense_product(x: Tensor, starts: Tensor, weight: Tensor) -> Tensor:
     """See `lora_runtime.kernels.grouped_dense_product`."""
     out_features = len(weight) // (len(starts) - 1)
-    return _grouped_product("grouped_dense_product", x, starts, out_features, weight)
+    return _grouped_product("grouped_dense_product", None, x, starts, out_features, weight)
 
 
 def _grouped_product(
-    op: str, x: Tensor, starts: Tensor, out_features: int, *weight: Tensor | None
+    op: str,
+    dtype: torch.dtype | None,
+    x: Tensor,
+    starts: Tensor,
+    out_features: int,
+    *weight: Tensor | None,
 ) -> Tensor:
     x, width = x.contiguous(), x.shape[-1]
     y = empty((len(x), out_features), x.dtype)
-    dtype = None if op == "grouped_dense_product" else x.dtype
     run(op, dtype, *pointers(y, x, *weight, starts), len(starts) - 1, width, out_features)
     return y
 

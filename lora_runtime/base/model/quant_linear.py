@@ -354,8 +354,7 @@ class QuantLinear(FrozenLinear):
         return super().product_and_shrink(x, adapters)
 
     def grouped_product(self, x: Tensor, starts: Tensor) -> Tensor:
-        is_whole = self.in_features % BLOCK_SIZE == 0 and is_beside(x, self.packed, self.dtype)
-        if not is_whole or not can_multiply_groups(x):
+        if not (self._has_whole_blocks_for(x) and can_multiply_groups(x)):
             return super().grouped_product(x, starts)
         out_features, nested = self.out_features // (len(starts) - 1), self._nested_scales()
         return grouped_four_bit_product(
@@ -371,9 +370,10 @@ class QuantLinear(FrozenLinear):
         return super().gated_product(x, kind)
 
     def _reads_codes(self, x: Tensor) -> bool:
-        if self.in_features % BLOCK_SIZE or not is_beside(x, self.packed, self.dtype):
-            return False
-        return can_multiply_codes(x, is_four_bit=True)
+        return self._has_whole_blocks_for(x) and can_multiply_codes(x, is_four_bit=True)
+
+    def _has_whole_blocks_for(self, x: Tensor) -> bool:
+        return self.in_features % BLOCK_SIZE == 0 and is_beside(x, self.packed, self.dtype)
 
     def _nested_scales(self) -> NestedScales | None:
         if not self.is_nested:

@@ -10,13 +10,6 @@ constexpr int PART = DEPTH;  // inputs that are decoded at a time, whose product
 constexpr int PANEL_VECTORS = PANEL / LANES;
 constexpr int MANY_ROWS = 12 / PANEL_VECTORS;  // tokens whose sums fill 12 registers of the 16 of AVX2
 
-// Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
-struct FloatJob {
-  float* y;
-  const float* x;
-  int num_tokens, in, out, first_row;
-};
-
 // Adds sums of a panel to the first `width` columns of y, or writes them there if they are the first.
 ALWAYS_INLINE void add_columns(float* y, const vec (&sums)[PANEL_VECTORS], bool are_first, int width) {
   if (width == PANEL) {
@@ -53,24 +46,11 @@ inline void multiply_block(const float* x, long x_stride, const float* w, int co
 
 // A weight that was laid out for this product: (⌈out / PANEL⌉, in, PANEL).
 template <class T>
-class PackedPanels {
- public:
+struct PackedPanels {
   static constexpr bool IS_CODED = false;
-  PackedPanels(const PackedWeight<T>& w, int in) : w_(w), in_(in) {}
-  // `num_inputs` inputs from `first` on of the panel that begins with `row`, in `to` unless they are
-  // float32 already.
-  const float* part(long row, int first, int num_inputs, float* to) const {
-    const T* own = w_.panels + (row * in_ + first * PANEL);
-    if constexpr (std::is_same<T, float>::value) return own;
-    else {
-      for (int i = 0; i < num_inputs * PANEL; i += LANES) store(to + i, load(own + i));
-      return to;
-    }
-  }
-
- private:
-  const PackedWeight<T>& w_;
-  const long in_;
+  const T* panels;
+  long in;
+  PackedPanels(const PackedWeight<T>& w, int in) : panels(w.panels), in(in) {}
 };
 
 #if VECTOR_LEVEL >= 1
@@ -210,10 +190,16 @@ class EightBitPanels {
 };
 #endif
 
-// The values, `to` or elsewhere, of `num_inputs` inputs from `first` on of the `count` rows from `row` on.
+// The values of `num_inputs` inputs from `first` on of the `count` rows from `row` on: in `to`, unless
+// they lie in memory as float32. Those of the rows from `ahead` on are asked for.
 template <class T>
 const float* decode(const PackedPanels<T>& weight, long row, int, long, int first, int num_inputs, float* to) {
-  return weight.part(row, first, num_inputs, to);
+  const T* own = weight.panels + (row * weight.in + first * PANEL);
+  if constexpr (std::is_same<T, float>::value) return own;
+  else {
+    for (int i = 0; i < num_inputs * PANEL; i += LANES) store(to + i, load(own + i));
+    return to;
+  }
 }
 #if VECTOR_LEVEL >= 1
 template <class Weight>
@@ -226,7 +212,7 @@ const float* decode(const Weight& weight, long row, int count, long ahead, int f
 
 // One token by a panel's codes, whose values stay in registers. The sums are those of `multiply_block`.
 template <class Weight>
-void multiply_one(const Weight& weight, const FloatJob& p, int column, int width, long ahead) {
+void multiply_one(const Weight& weight, const RowJob<float>& p, int column, int width, long ahead) {
   for (int first = 0; first < p.in; first += PART) {
     __m256 sums[4] = {};
     weight.visit(p.first_row + column, width, ahead, first, PART, [&sums, x = p.x + first](const __m256 (&values)[4]) mutable {
@@ -242,7 +228,7 @@ void multiply_one(const Weight& weight, const FloatJob& p, int column, int width
 
 // The outputs of one panel of a job's rows. ahead: the first row of the panel that comes next.
 template <class Weight>
-void multiply_panel(const Weight& weight, const FloatJob& p, int panel, long ahead) {
+void multiply_panel(const Weight& weight, const RowJob<float>& p, int panel, long ahead) {
   alignas(64) float decoded[PART * PANEL];
   const int column = panel * PANEL, width = std::min(PANEL, p.out - column);
 #if VECTOR_LEVEL >= 1
@@ -267,14 +253,10 @@ void multiply_panel(const Weight& weight, const FloatJob& p, int panel, long ahe
 // groups g in one go: panels of any of them are a thread's next piece of work.
 template <class Weight>
 void multiply_groups(const Weight& weight, float* y, const float* x, const int32_t* starts, int num_groups, int in, int out,
-             int num_threads) {
-  static thread_local std::vector<FloatJob> jobs_of_all;
-  jobs_of_all.clear();
-  for (int g = 0; g < num_groups; g++) {
-    const int first = starts[g], count = starts[g + 1] - first;
-    if (count > 0) jobs_of_all.push_back({y + long(first) * out, x + long(first) * in, count, in, out, g * out});
-  }
-  const Panels<FloatJob> panels(jobs_of_all, out);
+                     int num_threads) {
+  static thread_local std::vector<RowJob<float>> jobs_of_all;
+  find_jobs(y, x, starts, num_groups, in, out, jobs_of_all);
+  const Panels<RowJob<float>> panels(jobs_of_all, out);
   Pool::get().run(panels.count, 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) multiply_panel(weight, panels.job(i), panels.number(i), panels.ahead(i));
   });

@@ -18,3 +18,21 @@ struct Panels {
     return job(next).first_row + long(number(next)) * PANEL;
   }
 };
+
+// Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
+template <class T>
+struct RowJob {
+  T* y;
+  const T* x;
+  int num_tokens, in, out, first_row;
+};
+
+// Those of all groups that have tokens: starts[g] to starts[g + 1] times rows g · out to (g + 1) · out.
+template <class T>
+void find_jobs(T* y, const T* x, const int32_t* starts, int num_groups, int in, int out, std::vector<RowJob<T>>& jobs) {
+  jobs.clear();
+  for (int g = 0; g < num_groups; g++) {
+    const int first = starts[g], count = starts[g + 1] - first;
+    if (count > 0) jobs.push_back({y + long(first) * out, x + long(first) * in, count, in, out, g * out});
+  }
+}

@@ -83,13 +83,6 @@ struct SixteenBitRows {
   }
 };
 
-// Tokens that are multiplied by the same `out` rows of the weight, which begin at `first_row`.
-struct RowJob {
-  bf16* y;
-  const bf16* x;  // a unit's odd inputs first, if the weight has them so
-  int num_tokens, in, out, first_row;
-};
-
 // Units first to last of a row; whether they are its first and its last ones.
 struct Part {
   long first, last;
@@ -100,7 +93,7 @@ struct Part {
 // 64 inputs of row r of them. kept: the sums of the parts before, and then with this one, (N, R)
 // vectors.
 template <int R, int N, class Rows>
-ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Part& part, float* kept, const Rows& halves) {
+ALWAYS_INLINE void multiply_block(const RowJob<bf16>& p, int row, int token, const Part& part, float* kept, const Rows& halves) {
   const long in = p.in;
   const bf16* x = p.x + token * in + part.first * UNIT;
   vec totals[N][R] = {};
@@ -128,7 +121,7 @@ ALWAYS_INLINE void multiply_block(const RowJob& p, int row, int token, const Par
 #define INLINED __attribute__((always_inline))  // of lambdas, which the `inline` of ALWAYS_INLINE does not fit
 // Few tokens: rows go through registers.
 template <int R, class Rows, class Data>
-void multiply_few(const Data& w, const RowJob& p, int row, long ahead) {
+void multiply_few(const Data& w, const RowJob<bf16>& p, int row, long ahead) {
   const Rows rows(w, p.first_row + row, ahead, p.in);
   const Part whole{0, p.in / UNIT, true, true};
   const auto decoded = [&](int r, long unit) INLINED {
@@ -140,7 +133,7 @@ void multiply_few(const Data& w, const RowJob& p, int row, long ahead) {
 
 // Tokens from `first` to `last`, by one part of R rows, which the first four of them decode.
 template <int R, class Rows, class Data>
-void multiply_part(const Data& w, const RowJob& p, int row, long ahead, int first, int last, const Part& part, bf16* buffer,
+void multiply_part(const Data& w, const RowJob<bf16>& p, int row, long ahead, int first, int last, const Part& part, bf16* buffer,
                    float* kept) {
   const Rows rows(w, p.first_row + row, ahead, p.in);
   const auto decoded = [&](int r, long unit) INLINED {
@@ -177,7 +170,7 @@ void multiply_part(const Data& w, const RowJob& p, int row, long ahead, int firs
 // `ahead` is the row that comes `distance` rows later, in this panel or in the one that begins with
 // row `after`.
 template <class Run>
-inline void by_rows(const RowJob& p, int panel, long after, int distance, Run run) {
+inline void by_rows(const RowJob<bf16>& p, int panel, long after, int distance, Run run) {
   const int end = std::min((panel + 1) * PANEL, p.out);
   const auto ahead = [&](int row) {
     const int left = end - distance - row;
@@ -190,7 +183,7 @@ inline void by_rows(const RowJob& p, int panel, long after, int distance, Run ru
 
 // ahead: the first row of the panel that comes next, in this group or another one.
 template <class Rows, class Data>
-void multiply_panel(const Data& w, const RowJob& p, int panel, long ahead) {
+void multiply_panel(const Data& w, const RowJob<bf16>& p, int panel, long ahead) {
   static thread_local Scratch decoded, sums;
   const int distance = p.num_tokens < SOME_TOKENS ? PANEL : ROWS;
   if (p.num_tokens <= TOKENS)
@@ -229,8 +222,7 @@ template <class Rows, class Data>
 void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, int num_groups, int in, int out,
                  int num_threads) {
   static thread_local Scratch arranged;
-  static thread_local std::vector<RowJob> jobs_of_all;
-  jobs_of_all.clear();
+  static thread_local std::vector<RowJob<bf16>> jobs_of_all;
   if (Rows::IS_ODD_FIRST) {
     const long count = long(starts[num_groups]) * in;
     bf16* to = arranged.get<bf16>(count);
@@ -238,11 +230,8 @@ void row_product(const Data& w, bf16* y, const bf16* x, const int32_t* starts, i
                     [&](long begin, long end) { odd_first(x + begin * in, (end - begin) * in, to + begin * in); });
     x = to;
   }
-  for (int g = 0; g < num_groups; g++) {
-    const int first = starts[g], count = starts[g + 1] - first;
-    if (count > 0) jobs_of_all.push_back({y + long(first) * out, x + long(first) * in, count, in, out, g * out});
-  }
-  const Panels<RowJob> panels(jobs_of_all, out);
+  find_jobs(y, x, starts, num_groups, in, out, jobs_of_all);
+  const Panels<RowJob<bf16>> panels(jobs_of_all, out);
   Pool::get().run(panels.count, 1, num_threads, [&](long begin, long end) {
     for (long i = begin; i < end; i++) multiply_panel<Rows>(w, panels.job(i), panels.number(i), panels.ahead(i));
   });

@@ -32,7 +32,7 @@ TOLERANCE = {FLOAT32: {"rtol": 1e-5, "atol": 2e-5}, BFLOAT16: {"rtol": 2**-8, "a
 
 
 def layer(kind, out_features, in_features, dtype=BFLOAT16):
-    """ "none" in float32 is a copy in panels of bfloat16, "wide" one in panels of float32."""
+    """In float32 "none" has a copy in panels of bfloat16, "wide" one in panels of float32."""
     if kind in ("none", "wide"):
         weight = torch.randn(out_features, in_features) / in_features**0.5
         held = weight.to(BFLOAT16).to(dtype) if kind == "none" else weight.to(dtype)
