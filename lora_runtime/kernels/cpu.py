@@ -619,4 +619,6 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     """See `lora_runtime.kernels.panel_product`."""
+    if (len(panels), panels.shape[1]) != (-(-out_features // PANEL), x.shape[-1]):
+        raise ValueError(f"panels {tuple(panels.shape)} of {x.shape[-1]} × {out_features}")
     return _product("panel_product", panels.dtype, x, out_features, panels)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import bitsandbytes.functional as bnb
 import torch
@@ -163,6 +163,18 @@ class FrozenLinear(nn.Module):
                 groups = self.weight_values().chunk(num_groups)
                 self._panels[num_groups] = torch.cat([pack_panels(rows) for rows in groups])
         return self._panels[num_groups]
+
+    def __copy__(self) -> Self:
+        """A layer of the same tensors, which can be replaced, and with no private copies of W."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = {
+            **self.__dict__,
+            "_parameters": dict(self._parameters),
+            "_buffers": dict(self._buffers),
+            "_dense": None,
+            "_panels": {},
+        }
+        return copied
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.product(x)

@@ -126,7 +126,6 @@ def join_layers(layers: Sequence[FrozenLinear]) -> FrozenLinear | None:
     if len(kinds) > 1 or not first.joined_parts:
         return None
     joined = copy.copy(first)
-    joined._buffers, joined._parameters = dict(first._buffers), dict(first._parameters)
     joined.out_features = sum(layer.out_features for layer in layers)
     for name in (*first.joined_parts, *(() if first.bias is None else ("bias",))):
         parts = [getattr(layer, name).detach() for layer in layers]

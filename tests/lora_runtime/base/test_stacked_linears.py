@@ -80,6 +80,28 @@ def test_joined_layers_keep_their_bits_and_share_their_memory(kind, has_bias):
         assert len(storages) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_joined_layers_and_their_members_keep_copies_of_their_own(kind):
+    """Whoever multiplies first, before or after they are joined."""
+    width = 16384 if kind == "nf4-double" else 128
+    x = torch.randn(5, width)
+    for is_used_before in (True, False):
+        weights = [torch.randn(rows, width).bfloat16().float() for rows in (64, 33)]
+        layers = [KINDS[kind](weight, None) for weight in weights]
+        for layer in layers:
+            layer.keep_copies = True
+        if is_used_before:
+            for layer in layers:
+                layer.product(x), layer.kept_values()
+        joined = join_layers(layers)
+        expected = [x @ layer.weight_values().T for layer in layers]
+        torch.testing.assert_close(joined.product(x), torch.cat(expected, 1), rtol=1e-4, atol=1e-3)
+        assert torch.equal(joined.kept_values(), joined.weight_values())
+        for layer, product in zip(layers, expected, strict=True):
+            torch.testing.assert_close(layer.product(x), product, rtol=1e-4, atol=1e-3)
+
+
 def test_what_cannot_be_joined_is_left_alone():
     weight = torch.randn(8, 64)
     plain = QuantLinear(weight, None)
