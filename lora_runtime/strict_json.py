@@ -37,14 +37,16 @@ def parse_object(
         return value
 
     try:
+        text = content.decode()
         parsed = json.loads(
-            content.decode(),
+            text,
             object_pairs_hook=unique,
             parse_int=_whole,
             parse_float=finite if is_finite else None,
             parse_constant=finite if is_finite else None,
         )
-        _check_texts(parsed)
+        if "\\u" in text:  # UTF-8 has no half of a surrogate pair, an escape may be one
+            _check_texts(parsed)
     except (ValueError, RecursionError) as error:
         raise refusal(f"{source} is not usable JSON: {error}", field=source) from None
     if not isinstance(parsed, dict):

@@ -89,10 +89,10 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
 
     Raises AdapterRefused where float16 cannot hold them.
     """
-    size = packed_bytes(form, dtype.itemsize)
+    places = tuple(_places(form, dtype.itemsize))
+    size = places[-1].end if places else 0
     storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     memory, offsets = AdapterMemory.over(storage, dtype, ALIGNMENT), {}
-    places = tuple(_places(form, dtype.itemsize))
     scales = _scales(places) if dtype == torch.float16 else {}
     for place in places:
         target: Tensor = getattr(memory, place.part.view)
@@ -115,11 +115,6 @@ def pack(form: ServingForm, dtype: torch.dtype, *, pin: bool = False) -> PackedA
         max_rows=max((len(m.patch.values) for m in form.modules.values() if m.patch), default=0),
         has_whole_patch=form.has_whole_patch,
     )
-
-
-def packed_bytes(form: ServingForm, weight_bytes: int) -> int:
-    """Bytes an adapter takes in the pool: `weight_bytes` a weight, 4 a gain, bias or row id."""
-    return sum(_aligned(place.part, weight_bytes) for place in _places(form, weight_bytes))
 
 
 def _write_halves(place: _Place, room: Tensor, scales: Mapping[Key, Tensor]) -> None:
@@ -191,23 +186,27 @@ class _Part(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a part lies in its adapter's storage: from byte `start` on."""
+    """Where a part lies in its adapter's storage: bytes `start` to `end`, the last ones unused."""
 
     path: str
     part: _Part
     start: int
+    end: int
 
 
 def _places(form: ServingForm, weight_bytes: int) -> Iterator[_Place]:
-    """Every part once, in the order of the modules, though modules may share some."""
+    """Every part once, in the order of the modules, though modules may share some: `weight_bytes`
+    a weight, 4 a gain, bias or row id.
+    """
     start, seen = 0, set()
     # Sorted, so that equal content gives equal bytes. PEFT's visits of one layer share tensors.
     for key in sorted(form.modules):
         for part in _parts(form.modules[key]):
             if part.key not in seen:
                 seen.add(part.key)
-                yield _Place(key.path, part, start)
-                start += _aligned(part, weight_bytes)
+                end = start + _aligned(part, weight_bytes)
+                yield _Place(key.path, part, start, end)
+                start = end
 
 
 def _parts(module: ModuleForm) -> Iterator[_Part]:
@@ -234,8 +233,10 @@ def _extents(form: ServingForm, paths: tuple[str, ...], offsets: Offsets) -> Ten
     layer_map = form.facts.layer_map
     num_visits = 1 if layer_map is None else max(Counter(layer_map).values())
     extents = empty_extents(len(paths), num_visits)
-    for key, module in form.modules.items():
-        extents[index[key.path], key.replica] = torch.tensor(_extent(module, offsets))
+    if form.modules:
+        rows, replicas = zip(*((index[key.path], key.replica) for key in form.modules), strict=True)
+        found = [_extent(module, offsets) for module in form.modules.values()]
+        extents[list(rows), list(replicas)] = torch.tensor(found)
     return extents
 
 
