@@ -1,24 +1,40 @@
 // Every row's own adapters: shrink by token blocks, then expand by blocks of columns.
 
-template <int R, int N, class T, class W>
-inline void shrink_ranks(const Adapters<T, W>& p, const Segment& s, int first, int rank, const T* const* xs, const W* ahead) {
-  float found[TOKENS * RANKS];
-  dots<R, N>(p.memory + s.extent->a + long(rank) * p.in, xs, p.in, found, ahead);
-  for (int j = 0; j < N; j++)
-    for (int r = 0; r < R; r++)
-      p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * found[RANKS * j + r];
+// Call `run` with as many entries as a block takes, as a constant, and the first of them. One more than
+// that are two blocks alike: the sums of a single token are too few to keep the multipliers busy.
+template <class Run>
+inline void in_blocks(int first, int last, Run run) {
+  while (first < last) {
+    const int left = last - first;
+    by_tokens(left == TOKENS + 1 ? (left + 1) / 2 : left, [&](auto n) {
+      run(n, first);
+      first += n;
+    });
+  }
 }
 
-// ahead: the rows that are multiplied next.
-template <int N, class T, class W>
-void shrink_block(const Adapters<T, W>& p, const Segment& s, int first, const W* ahead) {
-  const T* xs[N];
-  for (int j = 0; j < N; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
-  const W* own = p.memory + s.extent->a;
-  const auto next = [&](int rank) { return rank < s.rank ? own + long(rank) * p.in : ahead; };
+// hidden[t][rank:rank + R] = weight · A x of the block's tokens. The rows that come next are asked for.
+template <int R, class T, class W>
+inline void shrink_ranks(const Adapters<T, W>& p, const Block& block, int rank) {
+  const Segment& s = *block.segment;
+  const W* rows = p.memory + s.extent->a + long(rank) * p.in;
+  in_blocks(block.first, block.last, [&](auto n, int first) {
+    const T* xs[n];
+    for (int j = 0; j < n; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
+    float found[NUM_SUMS];
+    dots<R, n>(rows, xs, p.in, found, first == block.first ? rows + long(R) * p.in : nullptr);
+    for (int j = 0; j < n; j++)
+      for (int r = 0; r < R; r++)
+        p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * found[RANKS * j + r];
+  });
+}
+
+// A few rows of A at a time are multiplied by all tokens, so that they are read from memory once.
+template <class T, class W>
+void shrink_block(const Adapters<T, W>& p, const Block& block) {
   int rank = 0;
-  for (; rank + RANKS <= s.rank; rank += RANKS) shrink_ranks<RANKS, N>(p, s, first, rank, xs, next(rank + RANKS));
-  for (; rank < s.rank; rank++) shrink_ranks<1, N>(p, s, first, rank, xs, next(rank + 1));
+  for (; rank + RANKS <= block.segment->rank; rank += RANKS) shrink_ranks<RANKS>(p, block, rank);
+  for (; rank < block.segment->rank; rank++) shrink_ranks<1>(p, block, rank);
 }
 
 // (g − 1) · base + (b − bias) of one column of the segment's module.
@@ -46,80 +62,53 @@ inline void add_up(Y* y, const T* base, const T* bias, const float* delta, int w
     store(y + c, value(base[c]) + (bias ? value(bias[c]) : 0.f) + (delta ? delta[c] : 0.f));
 }
 
-// Asks for the rows of B that columns need, in the order in which they are added: memory that is
-// read in short pieces is not foreseen by the processor.
-template <class T, class W>
-class RowsAhead {
- public:
-  // next: the columns that this thread likely does afterwards.
-  RowsAhead(const Adapters<T, W>& p, const Columns& own, const Columns& next) : p_(p), columns_(&own), next_(&next) {
-    enter();
-    for (int k = 0; k < DISTANCE; k++) ask();
-  }
-
-  // For the row that lies DISTANCE after the last one.
-  ALWAYS_INLINE void ask() {
-    if (!segment_) return;
-    const W* row = p_.memory + segment_->extent->b - segment_->column + long(k_) * segment_->width;
-    for (int c = columns_->begin; c < columns_->end; c += CACHE_LINE / int(sizeof(W))) __builtin_prefetch(row + c, 0, 2);
-    if (++k_ < segment_->rank) return;
-    k_ = 0;
-    segment_++;
-    pass_empty();
-  }
-
- private:
-  static constexpr int DISTANCE = 32;  // rows
-
-  void enter() {
-    segment_ = columns_->first;
-    pass_empty();
-  }
-
-  void pass_empty() {
-    while (segment_ != columns_->last && segment_->rank == 0) segment_++;
-    if (segment_ != columns_->last) return;
-    segment_ = nullptr;
-    if (columns_ == next_) return;
-    columns_ = next_;
-    enter();
-  }
-
-  const Adapters<T, W>& p_;
-  const Columns *columns_, *next_;
-  const Segment* segment_;  // null: there is nothing more
-  int k_ = 0;
-};
-
-// What one adapter gives N tokens in `width` columns, at most VECTORS of them: the whole of what a
-// token gets, or a part that is added to the token's sums, which lie from column `begin` on.
-// ahead: null but where the segment's rows of B are first read.
-template <int N, class T, class W>
-void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int column, int width, float* all_sums, int begin,
-                  RowsAhead<T, W>* ahead) {
-  constexpr int V = VECTORS<N>;
-  const float* hidden[N];
-  float deltas[N][V * LANES];
-  for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
-  const auto row = [rows = p.memory + s.extent->b + (column - s.column), &s](int k) { return rows + long(k) * s.width; };
-  const auto row_and_ahead = [&](int k) {
-    ahead->ask();
-    return row(k);
+// sums[j][0:width] += Σ_r scales[j][r] · rows[r · stride : r · stride + width] for K rows and N tokens, or
+// that itself if they are the first.
+template <int K, int N, class W>
+inline void add_rows(const W* rows, long stride, const float* const* scales, int width, bool are_first,
+                     float (*sums)[LONG_COLUMNS]) {
+  vec filled_scales[N][K], totals[N];
+  for (int j = 0; j < N; j++)
+    for (int r = 0; r < K; r++) filled_scales[j][r] = filled(scales[j][r]);
+  const auto add = [&](int c, auto read) {
+    for (int j = 0; j < N; j++) totals[j] = are_first ? vec{} : load(sums[j] + c);
+    for (int r = 0; r < K; r++) {
+      const vec values = read(rows + r * stride + c);
+      for (int j = 0; j < N; j++) totals[j] = fused(totals[j], filled_scales[j][r], values);
+    }
+    for (int j = 0; j < N; j++) store(sums[j] + c, totals[j]);
   };
-  // A narrow block goes over the rows once for each vector: it asks for as many as it has before.
-  const bool is_whole = width == V * LANES;
-  for (int k = 0; k < s.rank && ahead && !is_whole; k++) ahead->ask();
-  if (ahead && is_whole) combine<N, V>(hidden, s.rank, width, row_and_ahead, deltas);
-  else combine<N, V>(hidden, s.rank, width, row, deltas);
+  int c = 0;
+  for (; c + LANES <= width; c += LANES) add(c, [](const W* own) { return load(own); });
+  if (c < width) add(c, [&](const W* own) { return load_part(own, width - c); });
+}
+
+// What one adapter gives N tokens in some columns: the whole of what a token gets, or a part that is
+// added to the token's sums.
+template <int N, class T, class W>
+void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int begin, int end, float* all_sums) {
+  const int width = end - begin;
+  alignas(64) float deltas[N][LONG_COLUMNS];
+  const float* hidden[N];
+  for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
+  const W* rows = p.memory + s.extent->b + (begin - s.column);
+  const auto add = [&](auto count, int k) {
+    add_rows<count, N>(rows + long(k) * s.width, s.width, hidden, width, k == 0, deltas);
+    for (int j = 0; j < N; j++) hidden[j] += count;
+  };
+  int k = 0;
+  for (; k + RANKS <= s.rank; k += RANKS) add(std::integral_constant<int, RANKS>(), k);
+  for (; k < s.rank; k++) add(std::integral_constant<int, 1>(), k);
   for (int j = 0; j < N; j++) {
-    const long token = p.tokens[first + j], at = token * p.out + column;
+    if (s.rank == 0) std::fill_n(deltas[j], width, 0.f);
+    const long token = p.tokens[first + j], at = token * p.out + begin;
     if (s.extent->gain >= 0 || s.extent->bias >= 0)
-      for (int c = 0; c < width; c++) deltas[j][c] = std::fma(p.weights[first + j], shift(p, s, token, column + c), deltas[j][c]);
+      for (int c = 0; c < width; c++) deltas[j][c] = std::fma(p.weights[first + j], shift(p, s, token, begin + c), deltas[j][c]);
     const int place = s.places[token];
     if (place == ONE_ADAPTER)
-      add_up(p.y + at, p.base + at, p.bias ? p.bias + column : nullptr, deltas[j], width);
+      add_up(p.y + at, p.base + at, p.bias ? p.bias + begin : nullptr, deltas[j], width);
     else {
-      float* sums = all_sums + long(place) * MAX_COLUMNS + (column - begin);
+      float* sums = all_sums + long(place) * MAX_COLUMNS;
       for (int c = 0; c < width; c++) sums[c] += deltas[j][c];
     }
   }
@@ -134,9 +123,8 @@ ALWAYS_INLINE void prefetch_outputs(const Adapters<T, W>& p, const Segment& s, i
 }
 
 // Columns of one module. What several adapters give a token is summed in float32 and rounded once.
-// next: what this thread likely does afterwards; its first rows of B are asked for at the end.
 template <class T, class W>
-void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& next, float* sums) {
+void apply_columns(const Adapters<T, W>& p, const Columns& own, float* sums) {
   const Module& m = *own.module;
   const int begin = own.begin, end = own.end, width = end - begin;
   const T* bias = p.bias ? p.bias + begin : nullptr;
@@ -146,18 +134,11 @@ void apply_columns(const Adapters<T, W>& p, const Columns& own, const Columns& n
     if (m.places[t] >= 0) add_up(sums + long(m.places[t]) * MAX_COLUMNS, p.base + at, bias, nullptr, width);
     else if (m.places[t] == NO_ADAPTER && (bias || p.y != p.base)) add_up(p.y + at, p.base + at, bias, nullptr, width);
   }
-  RowsAhead<T, W> ahead(p, own, next);
-  for (const Segment* s = own.first; s != own.last; s++) {
-    for (int first = s->first; first < s->last; first += TOKENS)
-      by_tokens(s->last - first, [&](auto n) {
-        prefetch_outputs(p, *s, first + n, begin, end);
-        constexpr int WIDTH = VECTORS<n> * LANES;
-        for (int c = begin; c < end; c += WIDTH) {
-          const bool is_first = first == s->first && c == begin;
-          expand_block<n>(p, *s, first, c, std::min(WIDTH, end - c), sums, begin, is_first ? &ahead : nullptr);
-        }
-      });
-  }
+  for (const Segment* s = own.first; s != own.last; s++)
+    in_blocks(s->first, s->last, [&](auto n, int first) {
+      prefetch_outputs(p, *s, first + n, begin, end);
+      expand_block<n>(p, *s, first, begin, end, sums);
+    });
   for (long t = 0; t < p.num_tokens; t++)
     if (m.places[t] >= 0)
       for (int c = 0; c < width; c++) store(p.y + t * p.out + begin + c, sums[long(m.places[t]) * MAX_COLUMNS + c]);
@@ -169,23 +150,16 @@ void apply_adapters(const Adapters<T, W>& p, int num_threads) {
   own_blocks.clear();
   for (const Module& m : *p.modules)
     for (const Segment* s = m.segments; s != m.segments + m.num_segments; s++)
-      for (int first = s->first; first < s->last; first += TOKENS) own_blocks.push_back({s, first});
+      for (int first = s->first; first < s->last; first += BLOCK_TOKENS)
+        own_blocks.push_back({s, first, std::min(first + BLOCK_TOKENS, s->last)});
   const std::vector<Block>& blocks = own_blocks;  // the caller's, seen by every thread
-  // A thread's next block is likely the one that follows; only prefetches rest on it.
-  const long count = blocks.size();
-  Pool::get().run(count, 1, num_threads, [&](long begin, long end) {
-    for (long i = begin; i < end; i++) {
-      const Segment& s = *blocks[i].segment;
-      const Block& next = blocks[std::min(i + 1, count - 1)];
-      by_tokens(s.last - blocks[i].first,
-                [&](auto n) { shrink_block<n>(p, s, blocks[i].first, p.memory + next.segment->extent->a); });
-    }
+  Pool::get().run(blocks.size(), 1, num_threads, [&](long begin, long end) {
+    for (long i = begin; i < end; i++) shrink_block(p, blocks[i]);
   });
   const std::vector<Columns>& columns = *p.columns;
   Pool::get().run(columns.size(), 1, num_threads, [&](long begin, long end) {
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(p.num_sums * MAX_COLUMNS);
-    for (long i = begin; i < end; i++)
-      apply_columns(p, columns[i], columns[std::min(i + 1, long(columns.size()) - 1)], sums);
+    for (long i = begin; i < end; i++) apply_columns(p, columns[i], sums);
   });
 }

@@ -22,6 +22,7 @@ inline float soften(const Attention<T>& p, float* scores, int count, float sink)
   return sum(totals) + std::exp(sink - largest);
 }
 
+constexpr int HEADS = 4;  // query heads that share each load of a key
 constexpr int AHEAD = 64;  // positions that a key is asked for before it is multiplied
 
 // N query heads of one token that share a key-value head, over `count` cached positions. Behind their
@@ -106,7 +107,7 @@ void attend_task(const Attention<T>& p, const HeadTask<T>& own, const HeadTask<T
   static thread_local Scratch positions, floats;
   const int count = own.count(), num_ahead = std::min(AHEAD, next.count()), group = p.num_heads / p.num_kv_heads;
   long* slots = positions.get<long>(count + AHEAD);
-  float* scores = floats.get<float>(long(TOKENS) * (count + LANES));
+  float* scores = floats.get<float>(long(HEADS) * (count + LANES));
   own.find_slots(count, slots);
   next.find_slots(num_ahead, slots + count);
   std::fill_n(slots + count + num_ahead, AHEAD - num_ahead, 0);
@@ -115,8 +116,8 @@ void attend_task(const Attention<T>& p, const HeadTask<T>& own, const HeadTask<T
   T* out = p.out + at;
   const int first = own.kv_head * group;
   int head = 0;
-  for (; head + TOKENS <= group; head += TOKENS)
-    attend<TOKENS>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
+  for (; head + HEADS <= group; head += HEADS)
+    attend<HEADS>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
   for (; head + 3 <= group; head += 3)
     attend<3>(p, first + head, q + head * p.head_dim, out + head * p.head_dim, slots, count, scores);
   for (; head < group; head++)

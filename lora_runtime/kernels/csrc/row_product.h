@@ -113,7 +113,7 @@ ALWAYS_INLINE void multiply_block(const RowJob<bf16>& p, int row, int token, con
     return;
   }
   static_assert(ROWS == RANKS, "lane_sums lays a token's rows side by side");
-  bf16 found[TOKENS * ROWS];
+  bf16 found[NUM_SUMS];
   lane_sums(totals, found);
   for (int t = 0; t < N; t++) std::memcpy(p.y + long(token + t) * p.out + row, found + t * ROWS, R * sizeof(bf16));
 }

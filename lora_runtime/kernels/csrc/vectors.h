@@ -13,8 +13,14 @@ constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipl
 constexpr int DEPTH = 64;  // products summed before they join the total: short sums round less
 constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
 constexpr int RANKS = 4;  // rows of A that share each load of a token
-constexpr int TOKENS = 4;  // tokens (or query heads) that share each load
-constexpr int MAX_TOTALS = LANES;  // vectors in which `combine` adds up at a time: half of the registers of AVX2 and AVX-512
+#if VECTOR_LEVEL >= 2
+constexpr int TOKENS = 4;  // that share each load
+constexpr int MAX_TOTALS = 16;  // vectors in which `combine` adds up at a time, of 32 registers
+#else
+constexpr int TOKENS = 3;  // whose sums by four rows leave 4 of 16 registers
+constexpr int MAX_TOTALS = 12;
+#endif
+constexpr int NUM_SUMS = (TOKENS * RANKS + LANES - 1) / LANES * LANES;  // that `lane_sums` writes
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
@@ -213,7 +219,7 @@ inline vec sums(vec* parts) {
 #endif
 
 // found[RANKS · j + r]: the lanes' sum of totals[j][r]. The order in which lanes are added is the same
-// for every j, r, N and R. All TOKENS · RANKS values of found are written, 0 where there is no j or r.
+// for every j, r, N and R. All NUM_SUMS values of found are written, 0 where there is no j or r.
 template <int N, int R, class Y>
 ALWAYS_INLINE void lane_sums(const vec (&totals)[N][R], Y* found) {
 #if VECTOR_LEVEL >= 2
@@ -222,16 +228,15 @@ ALWAYS_INLINE void lane_sums(const vec (&totals)[N][R], Y* found) {
   for (int j = 0; j < TOKENS; j++) quarters[j] = j < N ? quarter_sums<R>(totals[j]) : vec{};
   store(found, whole_sums(quarters));
 #else
-  static_assert(TOKENS * RANKS % LANES == 0, "whole vectors of sums");
-  vec parts[TOKENS * RANKS] = {};
+  vec parts[NUM_SUMS] = {};
   for (int j = 0; j < N; j++)
     for (int r = 0; r < R; r++) parts[RANKS * j + r] = totals[j][r];
-  for (int i = 0; i < TOKENS * RANKS; i += LANES) store(found + i, sums(parts + i));
+  for (int i = 0; i < NUM_SUMS; i += LANES) store(found + i, sums(parts + i));
 #endif
 }
 
 // found, as `lane_sums` writes it: row r · xs[j] for R rows that lie behind each other and N vectors of length n.
-// Meanwhile as much is asked for from `ahead` on.
+// Meanwhile as much is asked for from `ahead` on, unless that is null.
 template <int R, int N, class T, class W>
 inline void dots(const W* rows, const T* const* xs, int n, float* found, const W* ahead) {
   vec totals[N][R] = {};
@@ -240,7 +245,7 @@ inline void dots(const W* rows, const T* const* xs, int n, float* found, const W
     vec x[N];
     for (int j = 0; j < N; j++) x[j] = load(xs[j] + i);
     for (int r = 0; r < R; r++) {
-      __builtin_prefetch(ahead + long(r) * n + i, 0, 2);
+      if (ahead) __builtin_prefetch(ahead + long(r) * n + i, 0, 2);
       const vec row = load(rows + long(r) * n + i);
       for (int j = 0; j < N; j++) totals[j][r] = fused(totals[j][r], row, x[j]);
     }
@@ -285,7 +290,7 @@ inline void combine(const float* const* scales, int count, int width, Row row, f
 // Call `run` with as many tokens as a block takes of those that are left, as a constant.
 template <class Run>
 inline void by_tokens(int left, Run run) {
-  if (left >= 4) run(std::integral_constant<int, 4>());
+  if (left >= TOKENS) run(std::integral_constant<int, TOKENS>());
   else if (left == 3) run(std::integral_constant<int, 3>());
   else if (left == 2) run(std::integral_constant<int, 2>());
   else run(std::integral_constant<int, 1>());
