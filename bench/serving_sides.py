@@ -59,7 +59,7 @@ class Ours:
         config = EngineConfig(
             cache=CacheConfig(prefix_cache=False),
             scheduler=SchedulerConfig(max_num_seqs=max(ROWS)),
-            adapters=AdapterConfig(pool_bytes=1 << 30),
+            adapters=AdapterConfig(pool_bytes=2 << 30),  # all at once, in float32 too
         )
         self._engine = Engine(base, config)
         self._digests = []
