@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_runtime.errors import InvalidRequest, PromptTooLong
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, PromptTooLong
 from loramux.server.calls import PromptLimits
 
 MAX_VALUES = 1 << 20
@@ -59,6 +59,15 @@ def adapter_name(name: str, field: str = "name") -> str:
             field=field,
         )
     return name
+
+
+def not_loaded(name: str, field: str) -> AdapterNotFound:
+    """What asking for a name that nothing is loaded under gets."""
+    return AdapterNotFound(
+        f"adapter {name!r} is not loaded; GET /v1/models, ListAdapters and `loramux adapters list` "
+        "show what is",
+        field=field,
+    )
 
 
 def printable(text: str, field: str) -> str:

@@ -28,6 +28,7 @@ from loramux.server.adapters.names import Content, KeptName, NameStore
 from loramux.server.adapters.shares import givers
 from loramux.server.adapters.sources.location import stored_digest
 from loramux.server.calls import AdapterRecord, AdapterState
+from loramux.server.fields import not_loaded
 
 MAX_FAILED_RECORDS = 64
 """Names that never held anything and could not be loaded; older ones are forgotten."""
@@ -81,7 +82,7 @@ class Registry:
         if record is not None and record.state is AdapterState.LOADED:
             return record
         if record is None or name not in self._kept:
-            raise AdapterNotFound(f"adapter {name!r} is not loaded", field=field)
+            raise not_loaded(name, field)
         if record.state is AdapterState.FAILED:
             raise AdapterNotFound(
                 f"adapter {name!r} could not be loaded again: {record.error}", field=field

@@ -18,7 +18,6 @@ from lora_runtime.core import (
 )
 from lora_runtime.engine.request_rules import check_choices, check_count, check_stops, logit_bias
 from lora_runtime.errors import (
-    AdapterNotFound,
     InvalidRequest,
     LoramuxError,
     UnsupportedFeature,
@@ -30,6 +29,7 @@ from loramux.server.fields import (
     adapter_name,
     check_bytes,
     check_tokens,
+    not_loaded,
     printable,
 )
 from loramux.server.openai.boundary import Exchange
@@ -270,8 +270,7 @@ def model_adapter(model: str) -> str:
     try:
         return adapter_name(model)
     except InvalidRequest:
-        shown = model[:MAX_NAME_LENGTH]
-        raise AdapterNotFound(f"adapter {shown!r} is not loaded", field="model") from None
+        raise not_loaded(model[:MAX_NAME_LENGTH], "model") from None
 
 
 def token_ids(value: Any, field: str, limits: PromptLimits) -> TokenPrompt:
