@@ -165,12 +165,19 @@ class FrozenLinear(nn.Module):
         return self._panels[num_groups]
 
     def __copy__(self) -> Self:
-        """A layer of the same tensors, which can be replaced, and with no private copies of W."""
+        """A layer in the same memory, whose tensors can be replaced and cast without changing this
+        one's, and with no private copies of W.
+        """
         copied = type(self).__new__(type(self))
+        parameters = {
+            name: None if own is None else nn.Parameter(own.detach(), requires_grad=False)
+            for name, own in self._parameters.items()
+        }
         copied.__dict__ = {
             **self.__dict__,
-            "_parameters": dict(self._parameters),
+            "_parameters": parameters,
             "_buffers": dict(self._buffers),
+            "_modules": dict(self._modules),
             "_dense": None,
             "_panels": {},
         }

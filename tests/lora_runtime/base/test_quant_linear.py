@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -166,6 +168,17 @@ def test_resident_bytes_count_the_private_copies(kind):
         layer(x)
     has_panels = can_use_panels(x) and not can_multiply_codes(x)
     assert layer.resident_bytes == packed_bytes + (1 + has_panels) * dense_bytes
+
+
+def test_a_copy_is_in_the_same_memory_until_one_of_both_is_cast():
+    layer = DenseLinear(torch.randn(32, 64), None, keep_copies=True)
+    x, weight = torch.randn(3, 64), layer.weight.clone()
+    layer(x)  # makes a private copy of the weight
+    copied = copy.copy(layer)
+    assert copied.weight.data_ptr() == layer.weight.data_ptr()
+    layer.to(torch.bfloat16)
+    assert torch.equal(copied.weight, weight) and layer.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(copied(x), x @ weight.T)
 
 
 def test_int8_rows_do_not_touch_each_other():
