@@ -32,19 +32,12 @@ from lora_runtime.adapters.files.file_names import (
     content_digest,
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
-from lora_runtime.adapters.files.safetensors_header import (
-    ITEM_BYTES,
-    LENGTH_BYTES,
-    Entry,
-    parse_header,
-)
+from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
 from lora_runtime.base.model.finite import is_finite
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.strict_json import parse_object
 from lora_runtime.text.text_files import TEXT_FILES
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +225,11 @@ def _refuse_pickle(names: frozenset[str]) -> None:
 
 
 def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    header = parse_header(data, TENSORS_FILE)
-    own = torch.frombuffer(bytearray(memoryview(data)[header.data_start :]), dtype=torch.uint8)
-    tensors = {entry.name: _tensor(entry, own) for entry in header.entries}
-    kinds = {entry.dtype for entry in header.entries}
-    if len(kinds) == 1 and "F64" not in kinds and is_finite(own.view(DTYPES[kinds.pop()])):
-        return tensors, header.metadata
+    metadata = check_safetensors(data, TENSORS_FILE)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise AdapterRefused(f"{TENSORS_FILE} is refused: {error}", field=TENSORS_FILE) from None
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:  # PEFT copies it into float32 parameters
             tensors[name] = tensor.float()
@@ -245,12 +237,4 @@ def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise AdapterRefused(
                 f"tensor {name} holds NaN, infinity or more than float32 can hold", field=name
             )
-    return tensors, header.metadata
-
-
-def _tensor(entry: Entry, data: Tensor) -> Tensor:
-    """A view of the data, but where its dtype cannot begin there."""
-    own = data[entry.begin : entry.end]
-    if entry.begin % ITEM_BYTES[entry.dtype]:
-        own = own.clone()
-    return own.view(DTYPES[entry.dtype]).view(entry.shape)
+    return tensors, metadata

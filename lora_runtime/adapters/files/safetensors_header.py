@@ -21,28 +21,14 @@ MAX_DIMENSION = 1 << 24
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-class Entry(NamedTuple):
-    """A tensor: bytes `begin` to `end` of the data that follows the header."""
-
+class _Entry(NamedTuple):
     name: str
-    dtype: str
-    """One of ITEM_BYTES."""
-    shape: list[int]
     begin: int
     end: int
 
 
-class Header(NamedTuple):
-    """What the header of a well-formed file says; its tensors fill the data without a gap."""
-
-    metadata: dict[str, str]
-    entries: list[Entry]
-    data_start: int
-    """Byte of the file at which the data begins."""
-
-
-def parse_header(data: bytes, source: str) -> Header:
-    """Read the header of a file, and check that the file is well-formed.
+def check_safetensors(data: bytes, source: str) -> dict[str, str]:
+    """Return the `__metadata__` of a well-formed file.
 
     Raises: AdapterRefused; `field` is the tensor, or `source` where no tensor is to blame.
     """
@@ -55,7 +41,7 @@ def parse_header(data: bytes, source: str) -> Header:
     entries = [_entry(name, description) for name, description in header.items()]
     data_start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     _check_layout(entries, len(data) - data_start, source)
-    return Header(metadata, entries, data_start)
+    return metadata
 
 
 def _header(data: bytes, source: str) -> dict[str, object]:
@@ -80,7 +66,7 @@ def _metadata(value: object, source: str) -> dict[str, str]:
     raise AdapterRefused(f"__metadata__ of {source} must hold strings only", field="__metadata__")
 
 
-def _entry(name: str, description: object) -> Entry:
+def _entry(name: str, description: object) -> _Entry:
     """Check one tensor's dtype, shape and extent in isolation."""
     if len(name) > MAX_NAME_LENGTH:
         raise _malformed(name, f"its name has {len(name)} characters")
@@ -100,7 +86,7 @@ def _entry(name: str, description: object) -> Entry:
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _malformed(name, f"{end - begin} bytes cannot hold {dtype} of shape {shape}")
-    return Entry(name, dtype, shape, begin, end)
+    return _Entry(name, begin, end)
 
 
 def _of_no_linear_layer(name: str, shape: list[int]) -> AdapterRefused:
@@ -128,7 +114,7 @@ def _are_integers(values: object, low: int, high: int | None) -> bool:
     )
 
 
-def _check_layout(entries: list[Entry], available: int, source: str) -> None:
+def _check_layout(entries: list[_Entry], available: int, source: str) -> None:
     """The tensors must fill the data exactly, without a gap or an overlap."""
     position = 0
     for entry in sorted(entries, key=lambda entry: entry.begin):

@@ -125,13 +125,31 @@ def assert_rounded_rows(found, values):
     assert torch.equal(found, values.to(torch.float16))
 
 
+def bytes_of_parts(form, weight_bytes):
+    """Of each part once, though modules share some: whole multiples of ALIGNMENT."""
+    parts = {}
+    for module in form.modules.values():
+        for name in ("a", "b"):
+            factor = getattr(module, name)
+            if factor is not None:
+                pair = name, id(module.a), id(module.b)
+                parts[pair] = factor.numel() * weight_bytes
+        vectors = [module.gain, module.bias]
+        if module.patch is not None:
+            values = module.patch.values
+            parts["rows", id(values)] = values.numel() * weight_bytes
+            vectors.append(module.patch.ids)
+        parts |= {id(vector): 4 * vector.numel() for vector in vectors if vector is not None}
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", variant_names(has_bias=True))
 def test_every_part_is_read_back_from_any_place(base, forms, name, dtype):
     form = forms[name]
     adapter = pack(form, dtype)
     size = adapter.nbytes
-    assert size % ALIGNMENT == 0
+    assert size == bytes_of_parts(form, dtype.itemsize) and size % ALIGNMENT == 0
     pool = poisoned_pool(base, dtype, 2 * size + 5 * ALIGNMENT)
     first, second = 3 * ALIGNMENT, size + 4 * ALIGNMENT
     pool.load(AdapterPlacement(form.digest, 2, first), adapter)
