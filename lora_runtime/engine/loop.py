@@ -37,6 +37,7 @@ from lora_runtime.threads import give_way
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Outputs = asyncio.Queue[StepOutput]
+Stream = tuple[asyncio.AbstractEventLoop, Outputs]
 POLL_S = 0.02
 """How often `close` looks whether the engine is idle."""
 CLOSE_S = 1.0
@@ -74,7 +75,15 @@ class InThreadEngine:
     def __init__(self, engine: Engine) -> None:
         self.base_folder = engine.base.folder
         self._engine = engine
+        self._stats_lock = threading.Lock()
+        """Held where `_stats` and `_arriving` change together, and where both are read: a request
+        is in one of them.
+        """
         self._stats = engine.stats()
+        self._arriving: dict[Stream, str] = {}
+        """Clients of the requests that `_stats` does not count yet."""
+        self._submitted: list[Stream] = []
+        """Streams of those that the engine has, until the end of its next step."""
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._long: deque[_Command] = deque()
         """Long commands out of the inbox, which wait for their turn."""
@@ -83,7 +92,7 @@ class InThreadEngine:
         """How long the last step took, and when it ended."""
         self._has_computed = False
         """Whether a long command has computed something since."""
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, Outputs]] = {}
+        self._streams: dict[str, Stream] = {}
         self._undelivered: deque[StepOutput] = deque()
         """Of the last step, until the next one computes: an event loop that wakes up for them
         sooner has the interpreter while the next step is planned, and the cores stand still."""
@@ -102,8 +111,6 @@ class InThreadEngine:
         self._is_busy = False
         self._num_beats = 0
         self._failures = FailureStreak()
-        self._arriving: Counter[str] = Counter()
-        """Requests on their way to the engine's queue, by client."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -112,11 +119,13 @@ class InThreadEngine:
         return self._engine.info
 
     def stats(self) -> EngineStats:
+        with self._stats_lock:
+            stats, arriving = self._stats, Counter(self._arriving.values())
         return replace(
-            self._stats,
+            stats,
             is_alive=self._failure is None and self._thread.is_alive(),
-            num_waiting=self._stats.num_waiting + self._arriving.total(),
-            waiting_by_client=self._arriving + Counter(self._stats.waiting_by_client),
+            num_waiting=stats.num_waiting + arriving.total(),
+            waiting_by_client=arriving + Counter(stats.waiting_by_client),
             is_busy=self._is_busy and not is_compiling(),
             num_beats=self._num_beats + self._engine.base.context.num_calls,
             num_failed_in_a_row=self._failures.length,
@@ -132,11 +141,14 @@ class InThreadEngine:
         stream = (asyncio.get_running_loop(), Outputs())
         is_over = False
         try:
-            self._arriving[request.client] += 1
+            with self._stats_lock:
+                self._arriving[stream] = client
             try:
                 await self._call(lambda: self._submit(request, stream))
-            finally:
-                self._arriving -= Counter([request.client])  # and forget who has none
+            except BaseException:
+                with self._stats_lock:
+                    self._arriving.pop(stream, None)
+                raise
             while not is_over:
                 output = await stream[1].get()
                 is_over = output.finish_reason is not None
@@ -171,6 +183,7 @@ class InThreadEngine:
             self._failure = self._failure or error
         self._deliver()
         self._end_all(error)
+        self._inbox.put(_Command(lambda: None, Future(), is_long=False))  # should it wait for work
 
     async def close(self, *, drain_s: float) -> None:
         self._is_draining = True
@@ -213,6 +226,8 @@ class InThreadEngine:
             with current_device(self._engine.base.device):
                 while self._failure is None:
                     self._run_once()
+            # Of what was between the inbox and the streams, `abandon` saw nothing.
+            self._end_all(self._failure)
         except BaseException:  # whatever ends this thread ends the engine
             log.exception("the engine has died")
             self._fail(Unavailable("the engine has died; the server's log says why"))
@@ -228,7 +243,12 @@ class InThreadEngine:
             outputs = self._engine.take_outputs() if is_idle else self._engine.step()
         self._engine.collect()
         self._num_beats += 1
-        self._stats = self._engine.stats()
+        stats = self._engine.stats()
+        with self._stats_lock:
+            self._stats = stats
+            for stream in self._submitted:
+                self._arriving.pop(stream, None)
+        self._submitted.clear()
         self._failures.note(outputs)
         self._undelivered += outputs
         # Without another step, or one that calls the library, nobody would say when.
@@ -295,11 +315,12 @@ class InThreadEngine:
         if self._failure is not None:
             raise self._failure
 
-    def _submit(self, request: Request, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
+    def _submit(self, request: Request, stream: Stream) -> None:
         self._engine.add_request(request)
         self._streams[request.request_id] = stream
+        self._submitted.append(stream)
 
-    def _cancel(self, request_id: str, stream: tuple[asyncio.AbstractEventLoop, Outputs]) -> None:
+    def _cancel(self, request_id: str, stream: Stream) -> None:
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
             self._engine.abort(request_id)

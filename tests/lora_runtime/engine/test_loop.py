@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from lora_runtime.core import FinishReason, StepOutput
 from lora_runtime.engine.client import EngineStats
 from lora_runtime.engine.failure_streak import FailureStreak
 from lora_runtime.engine.loop import InThreadEngine
-from lora_runtime.errors import Overloaded, RequestFailed, Unavailable
+from lora_runtime.errors import InvalidRequest, Overloaded, RequestFailed, Unavailable
 from lora_runtime.kernels import most_likely
 from lora_runtime.kernels.cpu_library import library
 from tests.driver import greedy
@@ -295,13 +296,81 @@ def test_a_full_queue_refuses_without_asking_the_engine():
         streams.append(asyncio.create_task(consume(engine, "d", "other")))
         await until(lambda: engine.stats().num_waiting == 4)
         assert engine.stats().waiting_by_client == {"": 3, "other": 1}
-        begun = time.monotonic()
-        with pytest.raises(Overloaded, match="4 requests"):
-            await consume(engine, "late", "third")
-        assert time.monotonic() - begun < 0.01
+        async with asyncio.timeout(1):  # its step never ends
+            with pytest.raises(Overloaded, match="4 requests"):
+                await consume(engine, "late", "third")
         engine.abandon(Unavailable("over"))
         release.set()
         await asyncio.gather(*streams, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_request_is_counted_once_while_its_caller_is_not_told_yet():
+    async def run() -> None:
+        steps, num_steps = ScriptedSteps(), Counter()
+        steps.on_step = lambda: num_steps.update(["any"])
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a", "client"))
+        await asyncio.sleep(0)  # it posts its request, and its event loop stands still from here
+        while num_steps["any"] < 2:
+            time.sleep(0.001)
+        assert engine.stats().waiting_by_client == {"client": 1}
+        assert engine.stats().num_waiting == 1
+        stream.cancel()
+        await until(lambda: engine.stats().num_waiting == 0)
+        engine.abandon(Unavailable("over"))
+
+    asyncio.run(run())
+
+
+def test_a_request_refused_by_the_engine_is_no_longer_counted():
+    def refuse(request) -> None:
+        raise InvalidRequest("no")
+
+    async def run() -> None:
+        steps = ScriptedSteps()
+        steps.add_request = refuse
+        engine = InThreadEngine(steps)
+        for _ in range(2 * steps.info.max_queued_requests):
+            with pytest.raises(InvalidRequest, match="no"):
+                await consume(engine, "a")
+        assert engine.stats().num_waiting == 0
+        engine.abandon(Unavailable("over"))
+
+    asyncio.run(run())
+
+
+def test_a_request_that_the_thread_has_just_taken_ends_with_an_abandoned_engine(monkeypatch):
+    has_taken, may_go_on = threading.Event(), threading.Event()
+
+    class Inbox(queue.SimpleQueue):
+        def get(self):
+            command = super().get()
+            has_taken.set()
+            may_go_on.wait()
+            return command
+
+    monkeypatch.setattr(queue, "SimpleQueue", Inbox)
+
+    async def run() -> None:
+        engine = InThreadEngine(ScriptedSteps())
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(has_taken.is_set)
+        engine.abandon(Unavailable("over"))
+        may_go_on.set()
+        async with asyncio.timeout(5):
+            assert str((await stream).error) == "over"
+
+    asyncio.run(run())
+
+
+def test_an_idle_engine_s_thread_ends_when_it_is_abandoned():
+    async def run() -> None:
+        before = set(threading.enumerate())
+        engine = InThreadEngine(ScriptedSteps())
+        engine.abandon(Unavailable("over"))
+        await until(lambda: set(threading.enumerate()) <= before)
 
     asyncio.run(run())
 
