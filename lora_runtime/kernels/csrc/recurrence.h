@@ -8,10 +8,12 @@ inline void state_columns(const RecurrentStep& p, long index, float* state, int 
   const int width = p.num_values;
   const float *q = p.q + index * p.num_keys, *k = p.k + index * p.num_keys;
   const float keep = p.keep[index];
-  vec given[COUNT], out[COUNT] = {};
+  vec given[COUNT], out[COUNT];
+  for (int i = 0; i < COUNT; i++) out[i] = vec{};
   for (int i = 0; i < COUNT; i++) given[i] = load(p.v + index * width + column + i * LANES);
   if (p.beta) {
-    vec held[COUNT] = {};
+    vec held[COUNT];
+    for (int i = 0; i < COUNT; i++) held[i] = vec{};
     for (int key = 0; key < p.num_keys; key++) {
       const float* row = state + long(key) * width + column;
       for (int i = 0; i < COUNT; i++) held[i] = fused(held[i], k[key], load(row + i * LANES));

@@ -96,7 +96,8 @@ template <int R, int N, class Rows>
 ALWAYS_INLINE void multiply_block(const RowJob<bf16>& p, int row, int token, const Part& part, float* kept, const Rows& halves) {
   const long in = p.in;
   const bf16* x = p.x + token * in + part.first * UNIT;
-  vec totals[N][R] = {};
+  vec totals[N][R];
+  clear(totals);
   for (int i = 0; i < N * R && !part.is_first; i++) totals[i / R][i % R] = load(kept + i * LANES);
   for (long unit = part.first; unit < part.last; unit++, x += UNIT) {
     Halves w[R];

@@ -132,6 +132,14 @@ inline float sum(vec v) {
 #endif
 }
 
+// Zeros, one by one, so that they stay in registers. A whole array of them (`= {}`) GCC writes to
+// memory by `rep stos`, which takes as long as a hundred products, and reads it again.
+template <int N, int M>
+ALWAYS_INLINE void clear(vec (&sums)[N][M]) {
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < M; j++) sums[i][j] = vec{};
+}
+
 // exp(x) for x ≤ 0 within 2 ulp; 0 below -87; NaN stays (Cephes' polynomial).
 inline vec exp_negative(vec x) {
   const vec y = x < -87.f ? vec{} - 87.f : x;
@@ -239,7 +247,8 @@ ALWAYS_INLINE void lane_sums(const vec (&totals)[N][R], Y* found) {
 // Meanwhile as much is asked for from `ahead` on, unless that is null.
 template <int R, int N, class T, class W>
 inline void dots(const W* rows, const T* const* xs, int n, float* found, const W* ahead) {
-  vec totals[N][R] = {};
+  vec totals[N][R];
+  clear(totals);
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
     vec x[N];
@@ -265,7 +274,8 @@ constexpr int VECTORS = std::min(8, std::max(2, MAX_TOTALS / N / 2 * 2));
 template <int N, int V, class Row>
 inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[V * LANES]) {
   if (width == V * LANES) {
-    vec totals[N][V] = {};
+    vec totals[N][V];
+    clear(totals);
     for (int k = 0; k < count; k++) {
       const auto* own = row(k);
       for (int i = 0; i < V; i++) {
