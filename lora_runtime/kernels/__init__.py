@@ -305,8 +305,6 @@ def paged_attention(
     Source: PagedAttention, arXiv:2309.06180.
     """
     backend = _fastest(q, keys, values)
-    if backend is cpu and q.shape[-1] > cpu.MAX_HEAD_DIM:
-        backend = _reference()
     if backend is gpu:
         if sinks is None:
             return gpu.paged_attention(q, keys, values, meta, scale, window, softcap)

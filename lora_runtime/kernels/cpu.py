@@ -32,8 +32,6 @@ FOUR_BIT_BLOCK = 64
 """Weights that share one absmax."""
 TRAINED_WIDTHS = 32
 """Adapters in training have inputs and outputs in multiples of it."""
-MAX_HEAD_DIM = 512
-"""Values of a head that `paged_attention` has room for: MAX_CHUNKS vectors in vectors.h."""
 
 
 def can_run(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:

@@ -11,7 +11,6 @@
 constexpr int LANES = VECTOR_BYTES / 4;  // floats of a vector
 constexpr int WIDE = 2 * LANES;  // floats a step; two vectors keep both multipliers busy
 constexpr int DEPTH = 64;  // products summed before they join the total: short sums round less
-constexpr int MAX_CHUNKS = 512 / LANES;  // vectors of a head: heads of up to 512 values
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 #if VECTOR_LEVEL >= 2
 constexpr int TOKENS = 4;  // that share each load
@@ -264,37 +263,6 @@ inline void dots(const W* rows, const T* const* xs, int n, float* found, const W
       for (int j = 0; j < N; j++)
         totals[j][r] = fused(totals[j][r], load_part(rows + long(r) * n + i, n - i), load_part(xs[j] + i, n - i));
   lane_sums(totals, found);
-}
-
-// Vectors that N sums have at a time.
-template <int N>
-constexpr int VECTORS = std::min(8, std::max(2, MAX_TOTALS / N / 2 * 2));
-
-// sums[j][0:width] = Σ_k scales[j][k] · row(k)[0:width] for N sets of scales and at most V vectors.
-template <int N, int V, class Row>
-inline void combine(const float* const* scales, int count, int width, Row row, float (*sums)[V * LANES]) {
-  if (width == V * LANES) {
-    vec totals[N][V];
-    clear(totals);
-    for (int k = 0; k < count; k++) {
-      const auto* own = row(k);
-      for (int i = 0; i < V; i++) {
-        const vec values = load(own + i * LANES);
-        for (int j = 0; j < N; j++) totals[j][i] = fused(totals[j][i], scales[j][k], values);
-      }
-    }
-    for (int j = 0; j < N; j++)
-      for (int i = 0; i < V; i++) store(sums[j] + i * LANES, totals[j][i]);
-    return;
-  }
-  for (int at = 0; at < width; at += LANES) {
-    vec totals[N] = {};
-    for (int k = 0; k < count; k++) {
-      const vec values = width - at >= LANES ? load(row(k) + at) : load_part(row(k) + at, width - at);
-      for (int j = 0; j < N; j++) totals[j] = fused(totals[j], scales[j][k], values);
-    }
-    for (int j = 0; j < N; j++) store(sums[j] + at, totals[j]);
-  }
 }
 
 // Call `run` with as many tokens as a block takes of those that are left, as a constant.

@@ -137,9 +137,8 @@ def test_a_token_at_a_negative_position_sees_nothing(backend, window):
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("head_dim", [cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 8, 1000])
+@pytest.mark.parametrize("head_dim", [1, 100, 512, 1000])
 def test_heads_of_any_size_are_served(head_dim):
-    """Those that the compiled backend has no room for go by torch."""
     q, keys = torch.randn(2, 4, head_dim), torch.randn(12, 2, head_dim)
     positions = torch.tensor([6, 7], dtype=torch.int32)
     rows, table = torch.zeros(2, dtype=torch.int32), torch.tensor([[2, 1]], dtype=torch.int32)
@@ -150,6 +149,41 @@ def test_heads_of_any_size_are_served(head_dim):
         scores = torch.einsum("hd,jhd->hj", q[token].double(), seen[:count]) * head_dim**-0.5
         expected = torch.einsum("hj,jhd->hd", scores.softmax(1), seen[:count])
         torch.testing.assert_close(y[token].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [40, 7_000])
+@pytest.mark.parametrize("num_heads", [2, 6, 10])
+def test_a_token_s_attention_has_the_same_bits_alone(num_heads, length):
+    """Alone its heads are tasks of their own; of a long row some heads at a time."""
+    generator = torch.Generator().manual_seed(length + num_heads)
+    keys, values = torch.randn(2, length, 2, 24, generator=generator)
+    q = torch.randn(17, num_heads, 24, generator=generator)
+    tables = torch.randperm(length // 4, generator=generator).int()[None]
+    positions = torch.arange(length - 17, length, dtype=torch.int32)
+
+    def attention(first: int, last: int) -> torch.Tensor:
+        count = last - first
+        rows, none = torch.zeros(count, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+        meta = AttentionMeta(rows, positions[first:last], none, tables, block_size=4)
+        return kernels.paged_attention(q[first:last], keys, values, meta, scale=0.2)
+
+    num_threads, together = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            together.append(attention(0, 17))
+            alone = torch.cat([attention(token, token + 1) for token in range(17)])
+            assert torch.equal(alone, together[0])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(*together)
+    order = (tables[0].long()[:, None] * 4 + torch.arange(4)).flatten()
+    seen, paid = (
+        part[order].double().repeat_interleave(num_heads // 2, dim=1) for part in (keys, values)
+    )
+    weights = (torch.einsum("hd,jhd->hj", q[-1].double(), seen) * 0.2).softmax(1)
+    expected = torch.einsum("hj,jhd->hd", weights, paid)
+    torch.testing.assert_close(together[0][-1].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
