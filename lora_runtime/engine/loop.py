@@ -76,8 +76,8 @@ class InThreadEngine:
         self.base_folder = engine.base.folder
         self._engine = engine
         self._stats_lock = threading.Lock()
-        """Held where `_stats` and `_arriving` change together, and where both are read: a request
-        is in one of them.
+        """Held where `_stats` and `_arriving` change together, and where both are read: no request
+        is in both.
         """
         self._stats = engine.stats()
         self._arriving: dict[Stream, str] = {}
@@ -143,17 +143,14 @@ class InThreadEngine:
         try:
             with self._stats_lock:
                 self._arriving[stream] = client
-            try:
-                await self._call(lambda: self._submit(request, stream))
-            except BaseException:
-                with self._stats_lock:
-                    self._arriving.pop(stream, None)
-                raise
+            await self._call(lambda: self._submit(request, stream))
             while not is_over:
                 output = await stream[1].get()
                 is_over = output.finish_reason is not None
                 yield output
         finally:
+            with self._stats_lock:
+                self._arriving.pop(stream, None)
             if not is_over:
                 self._post(lambda: self._cancel(request.request_id, stream))
 
@@ -234,7 +231,8 @@ class InThreadEngine:
 
     def _run_once(self) -> None:
         self._run_commands()
-        self._step()
+        if self._failure is None:  # else `abandon` may not have seen what a command has begun
+            self._step()
 
     def _step(self) -> None:
         begun = time.monotonic()
@@ -281,9 +279,13 @@ class InThreadEngine:
         self._num_beats += 1
         if not command.done.set_running_or_notify_cancel():
             return
+        # From here on `abandon` answers it; if it has looked before, its error is there by now.
         outer, self._running = self._running, command.done
         with suppress(InvalidStateError):  # it was answered when the engine was abandoned
-            _do(command)
+            if self._failure is None:
+                _do(command)
+            else:
+                command.done.set_exception(self._failure)
         self._running = outer
 
     def _run_beside_steps(self, actions: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -307,7 +309,8 @@ class InThreadEngine:
         has_commands = not self._inbox.empty()
         try:
             self._run_short()
-            if has_commands or (must_step and not self._engine.is_idle):
+            must_step = has_commands or (must_step and not self._engine.is_idle)
+            if must_step and self._failure is None:
                 self._step()
                 self._deliver()  # the long command goes on next, and no step
         except Exception as error:

@@ -3,7 +3,7 @@
 // to foresee. Each row asks for one that comes later, as many at once would wait for each other.
 
 // scores[0:count] → unnormalised softmax weights; returns their sum and that of the sink, a score
-// more. NaN or ∞ gives NaN. What lies behind them in the last vector becomes 0.
+// more. NaN or +∞ gives NaN. What lies behind them in the last vector becomes 0.
 template <class T>
 inline float soften(const Attention<T>& p, float* scores, int count, float sink) {
   if (p.softcap > 0)
@@ -31,7 +31,7 @@ constexpr int VALUE_POSITIONS = 32;  // whose values are added up in registers
 constexpr long SCORES = 1 << 15;  // of a token that are kept at a time, unless one key-value head has more
 
 // Where in the cache what a token sees lies: of each of `count` positions the first key-value head
-// of a task. Behind them are AHEAD more, which are read next.
+// of a task. Behind them are AHEAD more, which are likely read next.
 struct Seen { const long* slots; int count; };
 
 // Ask for `count` values that lie behind each other.
@@ -176,7 +176,7 @@ struct TokenTask {
         end(p.positions[token] + 1) {
     begin = p.window > 0 ? std::max(0, end - p.window) : 0;
   }
-  int count() const { return end - begin; }
+  int count() const { return std::max(0, end - begin); }
   void find_slots(int count, long* slots) const {
     const int32_t* table = p.tables + long(p.rows[token]) * p.table_width;
     const long step = long(p.num_kv_heads) * p.head_dim;

@@ -341,7 +341,8 @@ def test_a_request_refused_by_the_engine_is_no_longer_counted():
     asyncio.run(run())
 
 
-def test_a_request_that_the_thread_has_just_taken_ends_with_an_abandoned_engine(monkeypatch):
+@pytest.mark.parametrize("hangs", ["nothing", "on_step", "add_request"])
+def test_a_request_that_the_thread_has_just_taken_ends_with_an_abandoned_engine(monkeypatch, hangs):
     has_taken, may_go_on = threading.Event(), threading.Event()
 
     class Inbox(queue.SimpleQueue):
@@ -354,13 +355,33 @@ def test_a_request_that_the_thread_has_just_taken_ends_with_an_abandoned_engine(
     monkeypatch.setattr(queue, "SimpleQueue", Inbox)
 
     async def run() -> None:
-        engine = InThreadEngine(ScriptedSteps())
+        steps = ScriptedSteps()
+        if hangs != "nothing":
+            setattr(steps, hangs, lambda *_: threading.Event().wait())
+        engine = InThreadEngine(steps)
         stream = asyncio.create_task(consume(engine, "a"))
         await until(has_taken.is_set)
         engine.abandon(Unavailable("over"))
         may_go_on.set()
+        with pytest.raises(Unavailable, match="over"):
+            async with asyncio.timeout(5):
+                await stream
+        assert engine.stats().num_waiting == 0
+
+
+def test_a_request_of_a_step_that_hangs_is_not_counted_once_it_is_abandoned():
+    async def run() -> None:
+        steps = ScriptedSteps()
+        release = hanging(steps)
+        engine = InThreadEngine(steps)
+        stream = asyncio.create_task(consume(engine, "a"))
+        await until(lambda: "a" in steps.live)
+        assert engine.stats().num_waiting == 1
+        engine.abandon(Unavailable("over"))
         async with asyncio.timeout(5):
             assert str((await stream).error) == "over"
+        assert engine.stats().num_waiting == 0
+        release.set()
 
     asyncio.run(run())
 

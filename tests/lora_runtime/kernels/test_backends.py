@@ -132,7 +132,8 @@ def test_a_token_at_a_negative_position_sees_nothing(backend, window):
     q, keys, values, meta, _ = attention_case(6, 2, 16, torch.float32)
     expected = backend.paged_attention(q, keys, values, meta, 0.25, window, None)
     padding = [1, 5]
-    meta.positions[padding], expected[padding] = -1, 0
+    meta.positions[padding] = torch.tensor([-1, -9], dtype=torch.int32)
+    expected[padding] = 0
     out = backend.paged_attention(q, keys, values, meta, 0.25, window, None)
     torch.testing.assert_close(out, expected)
 
