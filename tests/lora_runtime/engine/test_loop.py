@@ -368,6 +368,8 @@ def test_a_request_that_the_thread_has_just_taken_ends_with_an_abandoned_engine(
                 await stream
         assert engine.stats().num_waiting == 0
 
+    asyncio.run(run())
+
 
 def test_a_request_of_a_step_that_hangs_is_not_counted_once_it_is_abandoned():
     async def run() -> None:
@@ -390,8 +392,10 @@ def test_an_idle_engine_s_thread_ends_when_it_is_abandoned():
     async def run() -> None:
         before = set(threading.enumerate())
         engine = InThreadEngine(ScriptedSteps())
+        (thread,) = set(threading.enumerate()) - before
         engine.abandon(Unavailable("over"))
-        await until(lambda: set(threading.enumerate()) <= before)
+        thread.join(timeout=5)
+        assert not thread.is_alive()
 
     asyncio.run(run())
 
