@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from lora_runtime.adapters.files import folder as files
 from lora_runtime.adapters.files.folder import (
@@ -276,6 +277,37 @@ def test_the_size_limit_is_the_callers(tmp_path: Path) -> None:
     folder = write_raw(tmp_path / "a")
     assert read_adapter(folder, max_bytes=len(GOOD)).tensors
     assert str(len(GOOD) - 1) in refusal(folder, max_bytes=len(GOOD) - 1).message
+
+
+@given(
+    st.dictionaries(
+        st.text("abc.", min_size=1, max_size=9),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+            st.lists(st.integers(1, 150), min_size=1, max_size=2),
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    st.integers(0, 9),
+)
+@settings(max_examples=40)
+def test_tensors_are_read_as_safetensors_reads_them(tmp_path_factory, sizes, seed) -> None:
+    """Of every dtype and size, in whatever order they lie; with the SHA-256 of the file."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, (dtype, shape) in sizes.items()
+    }
+    data = save(tensors, {"format": "pt"})
+    found = read_adapter(write_raw(tmp_path_factory.getbasetemp() / "read", data))
+    expected = load(data)
+    assert found.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        narrow = tensor.float() if tensor.dtype == torch.float64 else tensor
+        assert found.tensors[name].dtype == narrow.dtype
+        assert torch.equal(found.tensors[name], narrow)
+    assert found.tensors_sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
