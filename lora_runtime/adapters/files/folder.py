@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lora_runtime.adapters.files.file_names import (
@@ -31,8 +32,8 @@ from lora_runtime.adapters.files.file_names import (
     content_digest,
 )
 from lora_runtime.adapters.files.open_folder import OpenFolder, open_folder, read_settled
-from lora_runtime.adapters.files.safetensors_file import TensorsFile, read_tensors
-from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES
+from lora_runtime.adapters.files.safetensors_header import LENGTH_BYTES, check_safetensors
+from lora_runtime.base.model.finite import is_finite
 from lora_runtime.core import ANY_FOLDER, FolderRules
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.strict_json import parse_object
@@ -80,61 +81,44 @@ def read_folder(
         roots=rules.roots,
         must_rest=not rules.sha256,
     )
+    hashes = _hashes(found)
     if rules.sha256:
-        _check_digest(found.hashes, rules.sha256)
-    texts = found.texts
+        _check_digest(hashes, rules.sha256)
+    adapter = _adapter_files(found, "", hashes)
     initial = {
-        name: _adapter_files(found, f"{name}/")
+        name: _adapter_files(found, f"{name}/", hashes)
         for name in INITIAL_FOLDERS
-        if f"{name}/{CONFIG_FILE}" in texts
+        if f"{name}/{CONFIG_FILE}" in found
     }
     return FolderContent(
-        adapter=_adapter_files(found, ""),
-        initial=initial,
-        parity_record=texts.get(PARITY_FILE),
-        text={name: texts[name] for name in TEXT_FILES if name in texts},
+        adapter=adapter, initial=initial, parity_record=found.pop(PARITY_FILE, None), text=found
     )
 
 
 def read_adapter(folder: Path, *, max_bytes: int = MAX_TENSORS_BYTES) -> AdapterFiles:
     """Read only the two files of a folder that nobody else writes to; see `read_folder`."""
     found = read_settled(folder, lambda opened: _read_two(opened, "", max_bytes), must_rest=False)
-    return _adapter_files(found, "")
+    return _adapter_files(found, "", _hashes(found))
 
 
-class _Found(NamedTuple):
-    """Files by their names in the folder."""
-
-    texts: dict[str, bytes]
-    tensors: dict[str, TensorsFile]
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file, in hexadecimal."""
-        texts = {name: hashlib.sha256(content).hexdigest() for name, content in self.texts.items()}
-        return texts | {name: file.sha256 for name, file in self.tensors.items()}
-
-
-def _read_files(opened: OpenFolder, max_bytes: int) -> _Found:
+def _read_files(opened: OpenFolder, max_bytes: int) -> dict[str, bytes]:
     found = _read_two(opened, "", max_bytes)
-    start = _initial_folder(found.texts[CONFIG_FILE])
+    start = _initial_folder(found[CONFIG_FILE])
     if start in opened.names:
         with opened.inner(start) as inner:
-            initial = _read_two(inner, f"{start}/", max_bytes)
-        found.texts.update(initial.texts)
-        found.tensors.update(initial.tensors)
+            found |= _read_two(inner, f"{start}/", max_bytes)
     for name, limit in {PARITY_FILE: MAX_PARITY_BYTES, **TEXT_FILES}.items():
         if name in opened.names:
-            found.texts[name] = opened.read(name, limit)
+            found[name] = opened.read(name, limit)
     return found
 
 
-def _read_two(opened: OpenFolder, prefix: str, max_bytes: int) -> _Found:
+def _read_two(opened: OpenFolder, prefix: str, max_bytes: int) -> dict[str, bytes]:
     _refuse_pickle(opened.names)
-    config = opened.read(CONFIG_FILE, MAX_CONFIG_BYTES)
-    with opened.file(TENSORS_FILE, max_bytes) as file:
-        tensors = read_tensors(file)
-    return _Found({f"{prefix}{CONFIG_FILE}": config}, {f"{prefix}{TENSORS_FILE}": tensors})
+    return {
+        f"{prefix}{CONFIG_FILE}": opened.read(CONFIG_FILE, MAX_CONFIG_BYTES),
+        f"{prefix}{TENSORS_FILE}": opened.read(TENSORS_FILE, max_bytes),
+    }
 
 
 def _initial_folder(config: bytes) -> str:
@@ -142,6 +126,11 @@ def _initial_folder(config: bytes) -> str:
     value = parse_object(config, CONFIG_FILE).get("init_lora_weights")
     name = f"{value.partition('_')[0]}_init" if isinstance(value, str) else ""
     return name if name in INITIAL_FOLDERS else ""
+
+
+def _hashes(found: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each file, in hexadecimal: of large ones a fifth of the time of a load."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def _check_digest(hashes: Mapping[str, str], expected: str) -> None:
@@ -154,14 +143,15 @@ def _check_digest(hashes: Mapping[str, str], expected: str) -> None:
         )
 
 
-def _adapter_files(found: _Found, prefix: str) -> AdapterFiles:
-    """Two of the files, of the folder itself or of a sub-folder in it."""
-    file = found.tensors[f"{prefix}{TENSORS_FILE}"]
+def _adapter_files(found: dict[str, bytes], prefix: str, hashes: Mapping[str, str]) -> AdapterFiles:
+    """Take the two files out of `found`, so that their bytes are freed when they are parsed."""
+    config, data = found.pop(f"{prefix}{CONFIG_FILE}"), found.pop(f"{prefix}{TENSORS_FILE}")
+    tensors, metadata = _load_tensors(data)
     return AdapterFiles(
-        config=parse_object(found.texts[f"{prefix}{CONFIG_FILE}"], CONFIG_FILE),
-        tensors=file.tensors,
-        metadata=file.metadata,
-        tensors_sha256=file.sha256,
+        config=parse_object(config, CONFIG_FILE),
+        tensors=tensors,
+        metadata=metadata,
+        tensors_sha256=hashes[f"{prefix}{TENSORS_FILE}"],
     )
 
 
@@ -232,3 +222,19 @@ def _refuse_pickle(names: frozenset[str]) -> None:
             f"adapter to {TENSORS_FILE} (PEFT's save_pretrained does)",
             field=pickles[0],
         )
+
+
+def _load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    metadata = check_safetensors(data, TENSORS_FILE)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise AdapterRefused(f"{TENSORS_FILE} is refused: {error}", field=TENSORS_FILE) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:  # PEFT copies it into float32 parameters
+            tensors[name] = tensor.float()
+        if not is_finite(tensors[name]):
+            raise AdapterRefused(
+                f"tensor {name} holds NaN, infinity or more than float32 can hold", field=name
+            )
+    return tensors, metadata

@@ -15,7 +15,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
@@ -105,12 +104,6 @@ class OpenFolder:
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a whole file."""
-        with self.file(name, max_bytes) as file:
-            return file.read(file.num_bytes)
-
-    @contextmanager
-    def file(self, name: str, max_bytes: int) -> Iterator[PlainFile]:
-        """Yield a file that is to be read to its end."""
         with self.open(name) as descriptor:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -121,9 +114,10 @@ class OpenFolder:
                     field=name,
                 )
             with open(descriptor, "rb", closefd=False) as file:
-                yield PlainFile(name, status.st_size, file)
-                if file.read(1):
-                    raise _changed(name)
+                content = file.read(status.st_size + 1)
+        if len(content) != status.st_size:
+            raise AdapterSourceRefused(f"{name} changed while it was read", field=name)
+        return content
 
     @contextmanager
     def open(self, name: str) -> Iterator[int]:
@@ -197,31 +191,6 @@ class OpenFolder:
                 field=name,
             )
         return _open_below(self._roots, real, _FILE)
-
-
-class PlainFile:
-    """A file of an OpenFolder. Raises AdapterSourceRefused where it is not as long as it was."""
-
-    def __init__(self, name: str, num_bytes: int, file: BufferedReader) -> None:
-        self.name, self.num_bytes = name, num_bytes
-        """The size that it had when it was opened."""
-        self._file = file
-
-    def read(self, num_bytes: int) -> bytes:
-        """The next bytes, so many."""
-        content = self._file.read(num_bytes)
-        if len(content) != num_bytes:
-            raise _changed(self.name)
-        return content
-
-    def fill(self, room: memoryview) -> None:
-        """Write the next bytes into `room`, all of it."""
-        if self._file.readinto(room) != len(room):
-            raise _changed(self.name)
-
-
-def _changed(name: str) -> AdapterSourceRefused:
-    return AdapterSourceRefused(f"{name} changed while it was read", field=name)
 
 
 def _own_root(real: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Checks a safetensors file's header before any tensor is made of what follows it.
+"""Checks a safetensors file's bytes before any tensor is made of them.
 
 Stricter than the format: small headers, 1-D and 2-D tensors of four dtypes, no gaps, nothing
 missing and nothing left over. Source: https://huggingface.co/docs/safetensors (format).
@@ -7,10 +7,7 @@ missing and nothing left over. Source: https://huggingface.co/docs/safetensors (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from lora_runtime.errors import AdapterRefused
 from lora_runtime.strict_json import parse_object
@@ -21,66 +18,46 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16384
 MAX_NAME_LENGTH = 512
 MAX_DIMENSION = 1 << 24
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
-}  # fmt: skip
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-class Entry(NamedTuple):
-    """A tensor: bytes `begin` to `end` of what follows the header."""
-
+class _Entry(NamedTuple):
     name: str
-    dtype: torch.dtype
-    shape: list[int]
     begin: int
     end: int
 
 
-class Header(NamedTuple):
-    """What a file says of its tensors."""
-
-    metadata: dict[str, str]
-    """`__metadata__`."""
-    entries: list[Entry]
-    """In the order of their bytes, which follow one another and fill the file."""
-    content: bytes
-    """The file up to the first tensor."""
-
-
-def parse_header(read: Callable[[int], bytes], num_bytes: int, source: str) -> Header:
-    """Read the header of a file of `num_bytes`; `read` gives that many of the next bytes.
+def check_safetensors(data: bytes, source: str) -> dict[str, str]:
+    """Return the `__metadata__` of a well-formed file.
 
     Raises: AdapterRefused; `field` is the tensor, or `source` where no tensor is to blame.
     """
-    content = _content(read, num_bytes, source)
-    header = parse_object(content[LENGTH_BYTES:], source)
+    header = _header(data, source)
     metadata = _metadata(header.pop("__metadata__", {}), source)
     if not 0 < len(header) <= MAX_TENSORS:
         raise AdapterRefused(
             f"{source} holds {len(header)} tensors; it must hold 1 to {MAX_TENSORS}", field=source
         )
     entries = [_entry(name, description) for name, description in header.items()]
-    entries.sort(key=lambda entry: entry.begin)
-    _check_layout(entries, num_bytes - len(content), source)
-    return Header(metadata, entries, content)
+    data_start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    _check_layout(entries, len(data) - data_start, source)
+    return metadata
 
 
-def _content(read: Callable[[int], bytes], num_bytes: int, source: str) -> bytes:
-    """The file up to the end of its header."""
-    first = read(min(LENGTH_BYTES, num_bytes))
-    length = int.from_bytes(first, "little")
-    if len(first) < LENGTH_BYTES or length > MAX_HEADER_BYTES:
+def _header(data: bytes, source: str) -> dict[str, object]:
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if len(data) < LENGTH_BYTES or length > MAX_HEADER_BYTES:
         raise AdapterRefused(
             f"{source} is not a safetensors file: no header of at most {MAX_HEADER_BYTES} bytes",
             field=source,
         )
-    available = num_bytes - LENGTH_BYTES
+    available = len(data) - LENGTH_BYTES
     if available < length:
         raise AdapterRefused(
             f"{source} is truncated: {length - available} bytes of its header are missing",
             field=source,
         )
-    return first + read(length)
+    return parse_object(data[LENGTH_BYTES : LENGTH_BYTES + length], source)
 
 
 def _metadata(value: object, source: str) -> dict[str, str]:
@@ -89,15 +66,17 @@ def _metadata(value: object, source: str) -> dict[str, str]:
     raise AdapterRefused(f"__metadata__ of {source} must hold strings only", field="__metadata__")
 
 
-def _entry(name: str, description: object) -> Entry:
+def _entry(name: str, description: object) -> _Entry:
     """Check one tensor's dtype, shape and extent in isolation."""
     if len(name) > MAX_NAME_LENGTH:
         raise _malformed(name, f"its name has {len(name)} characters")
     if not isinstance(description, dict) or set(description) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(name, "its header entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = (description[key] for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _malformed(name, f"its dtype is {str(dtype)[:20]!r}, not one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _malformed(
+            name, f"its dtype is {str(dtype)[:20]!r}, not one of {', '.join(ITEM_BYTES)}"
+        )
     if not _are_integers(shape, 1, MAX_DIMENSION) or len(shape) > 2:
         if name.startswith("base_model.") and _are_integers(shape, 1, MAX_DIMENSION):
             raise _of_no_linear_layer(name, shape)
@@ -105,9 +84,9 @@ def _entry(name: str, description: object) -> Entry:
     if not _are_integers(offsets, 0, None) or len(offsets) != 2:
         raise _malformed(name, "its data_offsets are not two positions")
     begin, end = offsets
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _malformed(name, f"{end - begin} bytes cannot hold {dtype} of shape {shape}")
-    return Entry(name, DTYPES[dtype], shape, begin, end)
+    return _Entry(name, begin, end)
 
 
 def _of_no_linear_layer(name: str, shape: list[int]) -> AdapterRefused:
@@ -135,10 +114,10 @@ def _are_integers(values: object, low: int, high: int | None) -> bool:
     )
 
 
-def _check_layout(entries: list[Entry], available: int, source: str) -> None:
+def _check_layout(entries: list[_Entry], available: int, source: str) -> None:
     """The tensors must fill the data exactly, without a gap or an overlap."""
     position = 0
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.begin):
         if entry.begin != position:
             raise _malformed(entry.name, f"it starts at byte {entry.begin} instead of {position}")
         position = entry.end

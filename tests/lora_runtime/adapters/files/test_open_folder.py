@@ -22,7 +22,7 @@ from lora_runtime.adapters.files.file_names import (
     TENSORS_FILE,
 )
 from lora_runtime.adapters.files.folder import FolderContent, read_folder
-from lora_runtime.adapters.files.open_folder import SETTLE_S, open_folder
+from lora_runtime.adapters.files.open_folder import SETTLE_S
 from lora_runtime.core import FolderRules
 from lora_runtime.errors import AdapterRefused, AdapterSourceRefused, LoramuxError
 from lora_runtime.text.text_files import GENERATION_FILE, TEMPLATE_FILE
@@ -168,24 +168,6 @@ def test_a_load_is_of_one_version_or_refused(
     """One way after the other: a writer that waits long for its turn looks as if it had ended."""
     seen = loads_while(write, tmp_path)
     assert write is without_rest or seen["whole"] > 5, seen
-
-
-@pytest.mark.parametrize("num_bytes", [0, 7, 9, 40_000, 99_999, 100_001])
-def test_a_file_that_gets_another_length_while_it_is_read_is_refused(
-    num_bytes: int, tmp_path: Path
-) -> None:
-    path = tmp_path / TENSORS_FILE
-    path.write_bytes(bytes(100_000))
-    with (
-        open_folder(tmp_path) as opened,
-        pytest.raises(AdapterSourceRefused, match="changed while it was read") as raised,
-        opened.file(TENSORS_FILE, 100_000) as file,
-    ):
-        assert file.num_bytes == 100_000
-        os.truncate(path, num_bytes)
-        assert file.read(8) == bytes(8)
-        file.fill(memoryview(bytearray(file.num_bytes - 8)))
-    assert raised.value.field == TENSORS_FILE
 
 
 def test_a_folder_at_rest_is_read_without_waiting(tmp_path: Path) -> None:
