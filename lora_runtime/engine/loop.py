@@ -45,7 +45,7 @@ CLOSE_S = 1.0
 NUM_READERS = 2
 """Adapters that are read at once."""
 MAX_WAITING_READS = 256
-CHECK_SHARE = 0.25
+CHECK_SHARE = 0.5
 """Of the time of a step: what a parity check may take before running streams get the next one, in
 whole layers."""
 

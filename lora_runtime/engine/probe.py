@@ -28,9 +28,8 @@ TokenRows = Sequence[Sequence[int]]
 Pause = Callable[[], None]
 """Called within a forward, before each layer and each part of the output layer: other forwards of
 the base may run in it."""
-MAX_KNOWN = 4
-"""The public rows, short and as long as older records have them, of the base as it is served and as
-bfloat16 would hold it."""
+MAX_KNOWN = 2
+"""The public rows, of the base as it is served and as bfloat16 would hold it."""
 HEAD_TOKENS = 16
 """Tokens of one call of the output layer, which takes about as long as two layers then."""
 

@@ -14,10 +14,10 @@ from typing import Any
 from lora_runtime.adapters.files.file_names import MAX_PARITY_BYTES, PARITY_FILE
 from lora_runtime.adapters.files.folder import read_optional, write_file
 from lora_runtime.adapters.parity import (
-    MAX_ROW_LENGTH,
     NUM_POSITIONS,
     NUM_TOP,
     PUBLIC_TEXTS,
+    ROW_LENGTH,
     ParityRecord,
     Position,
 )
@@ -37,8 +37,8 @@ MAX_NOISE = 2.0
 """In logits: ten times what bfloat16 moved them by on any base so far. A record of more noise would
 let anything pass."""
 MAX_POSITIONS = MAX_ROWS * NUM_POSITIONS
-"""With MAX_ROW_LENGTH and NUM_TOP what the trainer writes, or has written, so that no record asks
-for more work than ours do."""
+"""With ROW_LENGTH and NUM_TOP what the trainer writes, or wrote in version 1, so that no record
+asks for more work than ours does."""
 
 
 def write_parity_record(folder: Path, record: ParityRecord) -> None:
@@ -92,7 +92,7 @@ def _parse(content: Mapping[str, Any], base: BaseSpec) -> ParityRecord:
     if type(version) is not int or version not in KEYS:
         raise ValueError(f"version {version!r}; known are {', '.join(map(str, KEYS))}")
     _check_keys(content, {"version", "base_fingerprint", "rows", "positions"} | KEYS[version])
-    longest = min(MAX_ROW_LENGTH, base.max_model_len)
+    longest = min(ROW_LENGTH, base.max_model_len)
     rows = [_ids(row, longest, base.vocab_size) for row in _items(content["rows"], MAX_ROWS)]
     places = _items(content["positions"], MAX_POSITIONS)
     positions = tuple(_parse_position(place, rows, base.vocab_size) for place in places)
