@@ -1,9 +1,13 @@
 // Every row's own adapters: shrink by token blocks, then expand by blocks of columns.
 
+constexpr int BLOCK_TOKENS = (8 + TOKENS - 1) / TOKENS * TOKENS;  // whose A x is one piece of work
+
 // Call `run` with as many entries as a block takes, as a constant, and the first of them. One more than
-// that are two blocks alike: the sums of a single token are too few to keep the multipliers busy.
+// that are two blocks alike: the sums of a single token are too few to keep the multipliers busy. But
+// four alone are one block: their adapter comes from memory, which is what takes time, and passes once.
 template <class Run>
 inline void in_blocks(int first, int last, Run run) {
+  if (last - first == MOST_TOKENS) return run(std::integral_constant<int, MOST_TOKENS>(), first);
   while (first < last) {
     const int left = last - first;
     by_tokens(left == TOKENS + 1 ? (left + 1) / 2 : left, [&](auto n) {
@@ -13,28 +17,38 @@ inline void in_blocks(int first, int last, Run run) {
   }
 }
 
-// hidden[t][rank:rank + R] = weight · A x of the block's tokens. The rows that come next are asked for.
+// hidden[t][rank:rank + R] = weight · A x of the block's tokens. A segment's first tokens ask for the
+// rows that come next; for those behind they are in a cache.
 template <int R, class T, class W>
 inline void shrink_ranks(const Adapters<T, W>& p, const Block& block, int rank) {
   const Segment& s = *block.segment;
   const W* rows = p.memory + s.extent->a + long(rank) * p.in;
   in_blocks(block.first, block.last, [&](auto n, int first) {
+    if constexpr (R * n > MAX_TOTALS) return;  // never: `shrink_block` gives so many tokens fewer rows
     const T* xs[n];
     for (int j = 0; j < n; j++) xs[j] = p.x + long(p.tokens[first + j]) * p.in;
     float found[NUM_SUMS];
-    dots<R, n>(rows, xs, p.in, found, first == block.first ? rows + long(R) * p.in : nullptr);
+    dots<R, n>(rows, xs, p.in, found, first == s.first ? rows + long(R) * p.in : nullptr);
     for (int j = 0; j < n; j++)
       for (int r = 0; r < R; r++)
         p.hidden[s.hidden + long(first + j - s.first) * s.rank + rank + r] = p.weights[first + j] * found[RANKS * j + r];
   });
 }
 
+// `shrink_ranks` of as many times R rows as there are from `rank` on; where they end.
+template <int R, class T, class W>
+int shrink_rows(const Adapters<T, W>& p, const Block& block, int rank) {
+  for (; rank + R <= block.segment->rank; rank += R) shrink_ranks<R>(p, block, rank);
+  return rank;
+}
+
 // A few rows of A at a time are multiplied by all tokens, so that they are read from memory once.
 template <class T, class W>
 void shrink_block(const Adapters<T, W>& p, const Block& block) {
-  int rank = 0;
-  for (; rank + RANKS <= block.segment->rank; rank += RANKS) shrink_ranks<RANKS>(p, block, rank);
-  for (; rank < block.segment->rank; rank++) shrink_ranks<1>(p, block, rank);
+  const bool is_most = block.last - block.first == MOST_TOKENS;
+  int rank = is_most ? shrink_rows<MAX_TOTALS / MOST_TOKENS>(p, block, 0) : shrink_rows<RANKS>(p, block, 0);
+  rank = shrink_rows<2>(p, block, rank);
+  shrink_rows<1>(p, block, rank);
 }
 
 // (g − 1) · base + (b − bias) of one column of the segment's module.
@@ -63,16 +77,17 @@ inline void add_up(Y* y, const T* base, const T* bias, const float* delta, int w
 }
 
 // sums[j][0:width] += Σ_r scales[j][r] · rows[r · stride : r · stride + width] for K rows and N tokens, or
-// that itself if they are the first.
+// that itself if they are the first. Meanwhile as much is asked for from `ahead` on, unless that is null.
 template <int K, int N, class W>
 inline void add_rows(const W* rows, long stride, const float* const* scales, int width, bool are_first,
-                     float (*sums)[LONG_COLUMNS]) {
+                     float (*sums)[LONG_COLUMNS], const W* ahead) {
   vec filled_scales[N][K], totals[N];
   for (int j = 0; j < N; j++)
     for (int r = 0; r < K; r++) filled_scales[j][r] = filled(scales[j][r]);
   const auto add = [&](int c, auto read) {
     for (int j = 0; j < N; j++) totals[j] = are_first ? vec{} : load(sums[j] + c);
     for (int r = 0; r < K; r++) {
+      if (ahead) __builtin_prefetch(ahead + r * stride + c, 0, 2);
       const vec values = read(rows + r * stride + c);
       for (int j = 0; j < N; j++) totals[j] = fused(totals[j], filled_scales[j][r], values);
     }
@@ -92,8 +107,11 @@ void expand_block(const Adapters<T, W>& p, const Segment& s, int first, int begi
   const float* hidden[N];
   for (int j = 0; j < N; j++) hidden[j] = p.hidden + s.hidden + long(first + j - s.first) * s.rank;
   const W* rows = p.memory + s.extent->b + (begin - s.column);
+  // One token is added faster than memory brings its rows, whatever is asked for.
+  const bool asks = N > 1 && first == s.first;
   const auto add = [&](auto count, int k) {
-    add_rows<count, N>(rows + long(k) * s.width, s.width, hidden, width, k == 0, deltas);
+    const W *own = rows + long(k) * s.width, *next = own + long(count) * s.width;
+    add_rows<count, N>(own, s.width, hidden, width, k == 0, deltas, asks && k + count < s.rank ? next : nullptr);
     for (int j = 0; j < N; j++) hidden[j] += count;
   };
   int k = 0;

@@ -72,7 +72,6 @@ struct Segment {
 constexpr int NO_ADAPTER = -1, ONE_ADAPTER = -2;
 struct Module { int column, width, num_segments; const Segment* segments; const int* places; };
 struct Block { const Segment* segment; int first, last; };
-constexpr int BLOCK_TOKENS = 8;  // whose A x is one piece of work
 // Columns of a module, and the segments that give them something.
 struct Columns {
   const Module* module;
@@ -82,6 +81,7 @@ struct Columns {
 constexpr int CACHE_LINE = 64;  // bytes
 constexpr int MIN_COLUMNS = 128, MAX_COLUMNS = 512;  // outputs that one thread adds up at a time
 constexpr int LONG_COLUMNS = 1536;  // those of one segment, whose rows of B are read in pieces of 3 and 6 KB
+constexpr int LONG_ENTRIES = 16;  // up to which, as more would read B from a cache: then in pieces that it holds
 constexpr int SHARES_A_THREAD = 2;  // pieces of work that a thread should have, so that none waits long
 constexpr int FEW_TOKENS = 64;  // up to which as little as possible is given to one thread
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiplications below which a second thread costs more
@@ -495,7 +495,8 @@ struct Work {
       // token has several adapters, whose sum one thread makes.
       const int num_shares = SHARES_A_THREAD * std::abs(num_threads);
       if (!in_tiles && own_sums == 0 && own_count >= num_shares)
-        for (int i = 0; i < own_count; i++) split(modules.back(), LONG_COLUMNS, first_segment + i, first_segment + i + 1);
+        for (const Segment* s = first_segment; s != first_segment + own_count; s++)
+          split(modules.back(), s->last - s->first > LONG_ENTRIES ? MAX_COLUMNS : LONG_COLUMNS, s, s + 1);
       else {
         const int share = in_tiles ? 0 : (width / num_shares + 63) / 64 * 64;
         const int at_once = are_few ? std::clamp(share, MIN_COLUMNS, MAX_COLUMNS) : MAX_COLUMNS;

@@ -14,12 +14,13 @@ constexpr int DEPTH = 64;  // products summed before they join the total: short 
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 #if VECTOR_LEVEL >= 2
 constexpr int TOKENS = 4;  // that share each load
-constexpr int MAX_TOTALS = 16;  // vectors in which `add_values` adds up at a time, of 32 registers
+constexpr int MAX_TOTALS = 16;  // vectors in which is added up at a time, of 32 registers
 #else
 constexpr int TOKENS = 3;  // whose sums by four rows leave 4 of 16 registers
 constexpr int MAX_TOTALS = 12;
 #endif
-constexpr int NUM_SUMS = (TOKENS * RANKS + LANES - 1) / LANES * LANES;  // that `lane_sums` writes
+constexpr int MOST_TOKENS = 4;  // that share each load of at most MAX_TOTALS / MOST_TOKENS rows
+constexpr int NUM_SUMS = (MOST_TOKENS * RANKS + LANES - 1) / LANES * LANES;  // that `lane_sums` writes
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));

@@ -62,19 +62,29 @@ def test_apply_adapters_agrees_at_every_popularity(kind, num_tokens, sizes):
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_rows_are_bit_equal_whatever_stands_beside_them():
+@pytest.mark.parametrize("sizes", [(40, 24), (72, 1700)])
+def test_compiled_rows_are_bit_equal_whatever_stands_beside_them(sizes):
+    in_features, out_features = sizes
+    counts = range(1, 21)
+    ranks = [int(rank) for rank in torch.randperm(20) + 1]
+    pairs = [(torch.randn(r, in_features), torch.randn(r, out_features)) for r in ranks]
     scattered = Scattered()
-    extents = table(
-        [[scattered.extent(a=torch.randn(r, 40), b=torch.randn(r, 24))] for r in (16, 9)],
-    )
+    extents = table([[scattered.extent(a=a, b=b)] for a, b in pairs])
     memory = scattered.memory(torch.float32)
-    x, base = torch.randn(11, 40), torch.randn(11, 24)
-    spans = [Span(slot=0, first_token=0, num_tokens=6), Span(slot=1, first_token=6, num_tokens=5)]
+    owners = torch.arange(20).repeat_interleave(torch.tensor(counts))
+    x, base = torch.randn(len(owners), in_features), torch.randn(len(owners), out_features)
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    spans = [
+        Span(slot=i, first_token=starts[i], num_tokens=count) for i, count in enumerate(counts)
+    ]
     together = of_one_module(cpu, base, x, None, memory, extents, StepMeta.build(spans))
-    for t in range(11):
-        alone = StepMeta.build([Span(slot=int(t >= 6), first_token=0, num_tokens=1)])
+    for t, owner in enumerate(owners.tolist()):
+        alone = StepMeta.build([Span(slot=owner, first_token=0, num_tokens=1)])
         y = of_one_module(cpu, base[t : t + 1], x[t : t + 1], None, memory, extents, alone)
         assert torch.equal(y[0], together[t])
+        a, b = (part.double() for part in pairs[owner])
+        expected = base[t].double() + a @ x[t].double() @ b
+        torch.testing.assert_close(together[t].double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def attention_case(num_heads, num_kv_heads, head_dim, dtype):
