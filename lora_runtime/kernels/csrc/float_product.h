@@ -211,13 +211,17 @@ class EightBitPanels {
 #endif
 
 // The values of `num_inputs` inputs from `first` on of the `count` rows from `row` on: in `to`, unless
-// they lie in memory as float32. Those of the rows from `ahead` on are asked for.
+// they lie in memory as float32. Those that are decoded next are asked for: bit by bit, as a processor
+// drops what it is asked for beyond what it can wait for.
 template <class T>
 const float* decode(const PackedPanels<T>& weight, long row, int, long, int first, int num_inputs, float* to) {
   const T* own = weight.panels + (row * weight.in + first * PANEL);
   if constexpr (std::is_same<T, float>::value) return own;
   else {
-    for (int i = 0; i < num_inputs * PANEL; i += LANES) store(to + i, load(own + i));
+    for (int i = 0; i < num_inputs * PANEL; i += LANES) {
+      __builtin_prefetch(own + num_inputs * PANEL + i, 0, 2);
+      store(to + i, load(own + i));
+    }
     return to;
   }
 }
