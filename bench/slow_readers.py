@@ -17,9 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
 from bench import machine
 from bench.first_tokens import prompt
-from bench.served import serving
+from bench.served import Served, serving
 from bench.streams import end
 from loramux.server.client import AsyncClient
 
@@ -50,10 +53,33 @@ async def read_slowly(client: AsyncClient, seed: int, args: argparse.Namespace) 
             await asyncio.sleep(args.pause_s)
 
 
-async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
+async def until_made(http: httpx.AsyncClient, limit_s: float) -> None:
+    """Returns once the server computes nothing: answers are made, read or not. Raises TimeoutError
+    where that takes longer than `limit_s`.
+    """
+    async with asyncio.timeout(limit_s):
+        while await num_computed(http):
+            await asyncio.sleep(1)
+
+
+async def num_computed(http: httpx.AsyncClient) -> int:
+    """Requests that run or wait."""
+    text = (await http.get("/metrics")).raise_for_status().text
+    values = {
+        family.name: sum(sample.value for sample in family.samples)
+        for family in text_string_to_metric_families(text)
+    }
+    return int(values["vllm:num_requests_running"] + values["vllm:num_requests_waiting"])
+
+
+async def measure(args: argparse.Namespace, served: Served) -> dict[str, object]:
     seeds = itertools.count()
     alone, beside = [], []
-    async with AsyncClient(address) as client, AsyncClient(address) as other:
+    async with (
+        AsyncClient(served.grpc) as client,
+        AsyncClient(served.grpc) as other,
+        httpx.AsyncClient(base_url=f"http://{served.http}") as http,
+    ):
         await fast_batch(client, seeds, args)  # warms up
         for number in range(args.rounds):
             alone.append(await fast_batch(client, seeds, args))
@@ -61,7 +87,8 @@ async def measure(args: argparse.Namespace, address: str) -> dict[str, object]:
                 asyncio.create_task(read_slowly(other, next(seeds), args))
                 for _ in range(args.slow_streams)
             ]
-            await asyncio.sleep(args.settle_s)
+            await asyncio.sleep(1)  # so that all have begun
+            await until_made(http, args.patience_s)
             beside.append(await fast_batch(client, seeds, args))
             await end(slow)
             print(f"round {number + 1} of {args.rounds}: {beside[-1] / alone[-1]:.2f}", flush=True)
@@ -93,8 +120,9 @@ def parsed() -> argparse.Namespace:
         "--pause-s", type=float, default=10.0, help="after each message that a slow client takes"
     )
     parser.add_argument(
-        "--settle-s", type=float, default=30.0, help="until the answers of slow clients are made"
-    )
+        "--patience-s", type=float, default=300.0,
+        help="how long the answers of slow clients may take to be made (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="alone and beside (%(default)s)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result")
     return parser.parse_args()
@@ -106,7 +134,7 @@ def main() -> None:
         begun = time.monotonic()
         with serving(args.base, Path(name), 64) as served:
             ready_s = round(time.monotonic() - begun, 2)
-            found = asyncio.run(measure(args, served.grpc))
+            found = asyncio.run(measure(args, served))
     result = {
         **facts,
         "question": "what clients that read slowly cost others",

@@ -8,7 +8,7 @@ from tests.bench.running import run_bench
 
 SIZES = {
     "streams": 2, "slow-streams": 3, "prompt-tokens": 4, "new-tokens": 6, "rounds": 2, "pause-s": 1,
-    "settle-s": 1,
+    "patience-s": 60,
 }  # fmt: skip
 
 
