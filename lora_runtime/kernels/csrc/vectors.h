@@ -14,7 +14,7 @@ constexpr int DEPTH = 64;  // products summed before they join the total: short 
 constexpr int RANKS = 4;  // rows of A that share each load of a token
 #if VECTOR_LEVEL >= 2
 constexpr int TOKENS = 4;  // that share each load
-constexpr int MAX_TOTALS = 16;  // vectors in which is added up at a time, of 32 registers
+constexpr int MAX_TOTALS = 16;  // vectors that hold sums at a time, of 32 registers
 #else
 constexpr int TOKENS = 3;  // whose sums by four rows leave 4 of 16 registers
 constexpr int MAX_TOTALS = 12;
