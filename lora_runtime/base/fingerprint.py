@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ UNHASHED_CONFIG = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type"}
 """Config entries that every model has: how and by which version it was loaded, not what it is."""
 QUANTIZER_STATE = (".absmax", ".nested_absmax", ".nested_offset")
 """Ends of the names of buffers that the quantiser computed, in float32."""
+CONVERTED_AT_ONCE = 1 << 20
+"""Values."""
 
 
 def fingerprint(model: PreTrainedModel, quantization: str) -> str:
@@ -37,7 +40,8 @@ def fingerprint(model: PreTrainedModel, quantization: str) -> str:
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_canonical_bytes(name, tensor))
+        for part in _parts(tensor):
+            digest.update(_canonical_bytes(name, part))
     return digest.hexdigest()
 
 
@@ -46,16 +50,22 @@ def exceeds_bfloat16(model: PreTrainedModel) -> bool:
     quantiser computed.
     """
     return any(
-        tensor.is_floating_point()
+        not torch.equal(part, part.to(torch.bfloat16).to(part.dtype))
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
         and not name.endswith(QUANTIZER_STATE)
         and tensor.dtype != torch.bfloat16
-        and not torch.equal(tensor, tensor.to(torch.bfloat16).to(tensor.dtype))
-        for name, tensor in model.state_dict().items()
+        for part in _parts(tensor)
     )
 
 
-def _canonical_bytes(name: str, tensor: Tensor) -> memoryview:
-    if tensor.is_floating_point() and not name.endswith(QUANTIZER_STATE):
-        tensor = tensor.to(torch.bfloat16)
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy().data)
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    """Its values in order, some at a time: copies of a whole table would be gigabytes."""
+    return tensor.detach().flatten().split(CONVERTED_AT_ONCE)
+
+
+def _canonical_bytes(name: str, part: Tensor) -> memoryview:
+    """Of some of a tensor's values, (n,)."""
+    if part.is_floating_point() and not name.endswith(QUANTIZER_STATE):
+        part = part.to(torch.bfloat16)
+    return memoryview(part.cpu().view(torch.uint8).numpy().data)

@@ -8,6 +8,7 @@ inner linears visit the device one at a time, so that it never holds all of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,15 @@ from lora_runtime.base.weights import BaseWeights
 from lora_runtime.config import BaseConfig
 from lora_runtime.core import BaseSpec, LinearShape
 from lora_runtime.errors import BaseRefused
-from lora_runtime.kernels import can_fuse, huge_pages
+from lora_runtime.kernels import can_fuse, can_use_panels, huge_pages
+from lora_runtime.kernels.cpu_library import num_threads, threads
+
+
+SMALL_CHECKPOINT = 1 << 30
+"""Bytes up to which torch loads a checkpoint for a CPU in one thread, beside the compiled library's.
+Its ops are so short there that a second thread gains 0.3 of 2.4 s; but each op waits for it, which
+takes ten times as long as all of them where other programs want its core.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,24 +194,33 @@ def load_base(
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     say(f"loading {resolved.name}")
-    model = read_model(resolved.folder, dtype)
-    left_out: tuple[str, ...] = ()
-    if holds_more(resolved.folder, model):
-        left_out = parts_besides_text(resolved.folder)
-        say("serving its text only")
-    base = prepare_base(
-        model,
-        config,
-        resolved.name,
-        resolved.folder,
-        name_or_path=resolved.name_or_path,
-        device=device,
-        dtype=dtype,
-        left_out=left_out,
-        on_progress=say,
-    )
+    with _threads_of_a_load(resolved.folder, device):
+        model = read_model(resolved.folder, dtype)
+        left_out: tuple[str, ...] = ()
+        if holds_more(resolved.folder, model):
+            left_out = parts_besides_text(resolved.folder)
+            say("serving its text only")
+        base = prepare_base(
+            model,
+            config,
+            resolved.name,
+            resolved.folder,
+            name_or_path=resolved.name_or_path,
+            device=device,
+            dtype=dtype,
+            left_out=left_out,
+            on_progress=say,
+        )
     give_back_freed_memory()
     return base
+
+
+def _threads_of_a_load(folder: Path, device: torch.device) -> AbstractContextManager[object]:
+    """In how many threads torch loads the checkpoint in `folder`: see `SMALL_CHECKPOINT`."""
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device.type == "cpu" and num_bytes <= SMALL_CHECKPOINT:
+        return threads(of_torch=1, of_library=num_threads())
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +243,9 @@ def judge_base(
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    model = read_model(resolved.folder, dtype).eval().requires_grad_(False)
-    _, found, _ = _operate(model, config, StepContext(), device, dtype, on_progress)
+    with _threads_of_a_load(resolved.folder, device):
+        model = read_model(resolved.folder, dtype).eval().requires_grad_(False)
+        _, found, _ = _operate(model, config, StepContext(), device, dtype, on_progress)
     kv_bytes = found.layout.values_per_token * dtype.itemsize
     return Judgement(model.config.model_type, kv_bytes, state_bytes(model))
 
@@ -472,18 +491,35 @@ def _refuse_non_finite_rest(model: PreTrainedModel) -> None:
 
 
 def _settle_weights(model: PreTrainedModel, linears: Iterable[AdaptedLinear]) -> None:
-    """Join layers that are given the same x. Let all weights of a model on a CPU lie in huge pages,
-    joined layers' included.
+    """Join layers that are given the same x. Let all weights that a step on a CPU reads in full lie
+    in huge pages, joined layers' included.
     """
     if can_fuse(cast(Tensor, model.get_input_embeddings().weight)):
         stack_linears(model)
     if model.device.type != "cpu":
         return
+    looked_up = _looked_up_weights(model)
     joined = {id(linear.stack.joined): linear.stack.joined for linear in linears if linear.stack}
     modules = [model, *joined.values()]
     huge_pages.move_there(
-        tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
+        tensor
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.data_ptr() not in looked_up
     )
+
+
+def _looked_up_weights(model: PreTrainedModel) -> set[int]:
+    """Where the embedding's table lies, of which a step reads a few rows: unless it is the output
+    layer's weight too, and no copy of it is multiplied instead.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    table, weight = embedding.weight, head.weight
+    multiplies_copy = isinstance(head, FrozenLinear) and head.keep_copies and can_use_panels(weight)
+    if table.data_ptr() == weight.data_ptr() and not multiplies_copy:
+        return set()
+    return {table.data_ptr()}
 
 
 def _freeze_head(model: PreTrainedModel) -> None:

@@ -25,8 +25,6 @@ class Outline:
     model_type: str
     state_bytes: int
     """As `BaseSpec.state_bytes`."""
-    num_weights: int
-    """Of all parts; an output layer that is the embedding counts as well."""
 
 
 def outline(folder: Path, dtype: torch.dtype) -> Outline:
@@ -38,5 +36,4 @@ def outline(folder: Path, dtype: torch.dtype) -> Outline:
     with refusing_errors(model, "looking at its parts"):
         refuse_unsupported(model)
         replace_recurrent_layers(model)
-        num_weights = sum(parameter.numel() for parameter in model.parameters())
-        return Outline(model.config.model_type, state_bytes(model), num_weights)
+        return Outline(model.config.model_type, state_bytes(model))

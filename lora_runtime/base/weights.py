@@ -23,6 +23,10 @@ from lora_runtime.errors import AdapterRefused
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 UNQUANTISED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SQUARED_ROWS = 128
+"""Rows that are squared at once: whole blocks of them are so large on a CPU that the system takes
+their memory back after each, and gives it out again page by page.
+"""
 
 
 class BaseWeights:
@@ -145,10 +149,11 @@ class BaseWeights:
     def _compute_squared_norms(self, path: str) -> Tensor:
         of_table = path == self._spec.embedding
         parts = [
-            block.to(torch.promote_types(block.dtype, torch.float32))
+            part.to(torch.promote_types(part.dtype, torch.float32))
             .square()
             .sum(0 if of_table else 1, dtype=torch.float64)
             for _, block in self._blocks(path)
+            for part in block.split(SQUARED_ROWS)
         ]
         return (torch.stack(parts).sum(0) if of_table else torch.cat(parts)).cpu()
 

@@ -51,17 +51,11 @@ from lora_runtime.engine.state_slots import StatefulBlockManager, num_snapshots
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError, PromptTooLong
 from lora_runtime.kernels import BACKEND, adapter_dtype
 from lora_runtime.kernels.compiling import watch_compiles
-from lora_runtime.kernels.cpu_library import num_threads, threads
 
 log = logging.getLogger(__name__)
 
 USUAL_MAX_RANK = 64
 """Graphs are captured for adapters of up to this rank; one of a larger rank captures them anew."""
-SMALL_BASE = 500_000_000
-"""Weights up to which torch loads a base on a CPU in one thread, beside the compiled library's. Its
-ops are so short there that a second thread gains 0.3 of 2.4 s; but each op waits for it, which
-takes ten times as long as all of them where other programs want its core.
-"""
 
 
 def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None = None) -> Engine:
@@ -73,8 +67,7 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
     device = resolve_device(config.base.device)
     described = outline(found.folder, resolve_dtype(config.base.dtype, device))
     check_states(described.state_bytes, device, config)
-    with _threads_of_a_load(device, described.num_weights):
-        base = load_base(config.base, on_progress, found)
+    base = load_base(config.base, on_progress, found)
     if base.device.type == "cuda":
         watch_compiles()
     with current_device(base.device):
@@ -94,13 +87,6 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
             say("state_snapshots is of no use: the base has no recurrent layers")
         engine.runner.warm_up(say)
     return engine
-
-
-def _threads_of_a_load(device: torch.device, num_weights: int) -> AbstractContextManager[object]:
-    """In how many threads a base is loaded: see `SMALL_BASE`."""
-    if device.type == "cpu" and num_weights <= SMALL_BASE:
-        return threads(of_torch=1, of_library=num_threads())
-    return nullcontext()
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

@@ -516,11 +516,12 @@ def can_use_panels(x: Tensor) -> bool:
     return x.dtype == torch.float32 and cpu.can_run(x)
 
 
-def pack_panels(weight: Tensor) -> Tensor:
-    """Lay W (out, in) out as zero-padded panels (⌈out / 32⌉, in, 32): in bfloat16 where that holds
-    every one of its values, else in float32.
+def pack_panels(weight: Tensor, num_groups: int = 1) -> Tensor:
+    """Lay W (out, in) out as zero-padded panels (⌈out / 32⌉, in, 32) in huge pages: in bfloat16
+    where that holds every one of its values, else in float32. Of G equal groups of rows each begins
+    with a panel: (G · ⌈out / G / 32⌉, in, 32).
     """
-    return cpu.pack_panels(weight)
+    return cpu.pack_panels(weight, num_groups)
 
 
 def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:

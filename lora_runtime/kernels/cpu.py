@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from lora_runtime.kernels import huge_pages
 from lora_runtime.kernels.cpu_library import SUFFIXES, library
 from lora_runtime.kernels.reference import copy_states
 from lora_runtime.kernels.tape import empty, pointers, run
@@ -28,6 +29,8 @@ UNIT_INPUTS = 64
 """Products take inputs in multiples of it, those of panels any number."""
 PANEL = 32
 """Outputs of a panel: PANEL in panels.h."""
+EXAMINED_ROWS = 1024
+"""Rows whose values are compared with bfloat16 at once: few enough for a processor's cache."""
 FOUR_BIT_BLOCK = 64
 """Weights that share one absmax."""
 TRAINED_WIDTHS = 32
@@ -604,15 +607,21 @@ def recurrent_step(
     return out
 
 
-def pack_panels(weight: Tensor) -> Tensor:
+def pack_panels(weight: Tensor, num_groups: int = 1) -> Tensor:
     """See `lora_runtime.kernels.pack_panels`."""
-    narrow = weight.to(torch.bfloat16)
-    values = narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
-    out_features, in_features = weight.shape
-    num_panels = -(-out_features // PANEL)
-    padded = values.new_zeros(num_panels * PANEL, in_features)
-    padded[:out_features] = values
-    return padded.view(num_panels, PANEL, in_features).transpose(1, 2).contiguous()
+    is_exact = all(torch.equal(part.bfloat16().float(), part) for part in weight.split(EXAMINED_ROWS))
+    dtype = torch.bfloat16 if is_exact else torch.float32
+    in_features = weight.shape[1]
+    groups = weight.view(num_groups, -1, in_features)
+    height = groups.shape[1]
+    num_panels, num_whole = -(-height // PANEL), height // PANEL
+    num_values = num_groups * num_panels * in_features * PANEL
+    panels = huge_pages.zeros(num_values * dtype.itemsize).view(dtype)
+    panels = panels.view(num_groups, num_panels, in_features, PANEL)
+    whole, rest = groups.split([num_whole * PANEL, height % PANEL], dim=1)
+    panels[:, :num_whole] = whole.unflatten(1, (num_whole, PANEL)).transpose(2, 3)
+    panels[:, num_whole:, :, : height % PANEL] = rest.transpose(1, 2)[:, None]
+    return panels.flatten(0, 1)
 
 
 def panel_product(x: Tensor, panels: Tensor, out_features: int) -> Tensor:

@@ -160,8 +160,7 @@ class FrozenLinear(nn.Module):
         """W in panels, made once: those of each group of its rows, one after another."""
         if num_groups not in self._panels:
             with unrecorded():
-                groups = self.weight_values().chunk(num_groups)
-                self._panels[num_groups] = torch.cat([pack_panels(rows) for rows in groups])
+                self._panels[num_groups] = pack_panels(self.weight_values(), num_groups)
         return self._panels[num_groups]
 
     def __copy__(self) -> Self:

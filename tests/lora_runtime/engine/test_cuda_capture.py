@@ -158,7 +158,7 @@ class Engine:
 
 
 def test_the_engine_is_started_and_run_on_its_own_device(cuda, monkeypatch):
-    spec = SimpleNamespace(state_bytes=0, num_weights=0, dtype="bfloat16")
+    spec = SimpleNamespace(state_bytes=0, dtype="bfloat16")
     base = SimpleNamespace(device=torch.device("cuda:1"), spec=spec, nbytes=0)
     monkeypatch.setattr(engine_module, "resolve_base", lambda *_, **__: SimpleNamespace(folder=""))
     monkeypatch.setattr(engine_module, "outline", lambda *_: spec)

@@ -211,6 +211,24 @@ def test_panels_hold_bfloat16_where_that_holds_every_value():
     assert torch.equal(cpu.panel_product(x, cpu.pack_panels(weight), 40).T, weight)
 
 
+@pytest.mark.parametrize("height", [1, 32, 40, 1100])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_each_group_of_rows_begins_with_a_panel(height, dtype):
+    weight = torch.randn(3 * height, 7).to(dtype).float()
+    panels = cpu.pack_panels(weight, 3)
+    assert panels.dtype == dtype
+    for own, rows in zip(panels.chunk(3), weight.split(height), strict=True):
+        assert torch.equal(own.float(), cpu.pack_panels(rows).float())
+        assert torch.equal(cpu.panel_product(torch.eye(7), own, height).T, rows)
+        assert own.sum(dtype=torch.float64) == pytest.approx(rows.sum(dtype=torch.float64))
+
+
+def test_one_value_beyond_bfloat16_keeps_all_in_float32():
+    weight = torch.randn(3000, 5).bfloat16().float()
+    weight[2999, 4] = 1 + 2**-20
+    assert cpu.pack_panels(weight).dtype == FLOAT32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("width", [1, 15, 49, 1024, 5000])
 def test_the_most_likely_token_is_the_first_of_the_largest(dtype, width):
