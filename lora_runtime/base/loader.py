@@ -88,11 +88,10 @@ from lora_runtime.errors import BaseRefused
 from lora_runtime.kernels import can_fuse, can_use_panels, huge_pages
 from lora_runtime.kernels.cpu_library import num_threads, threads
 
-
 SMALL_CHECKPOINT = 1 << 30
-"""Bytes up to which torch loads a checkpoint for a CPU in one thread, beside the compiled library's.
-Its ops are so short there that a second thread gains 0.3 of 2.4 s; but each op waits for it, which
-takes ten times as long as all of them where other programs want its core.
+"""Bytes of a checkpoint up to which torch loads it for a CPU in one thread, beside the compiled
+library's. Its ops are so short there that a second thread gains 0.3 of 2.4 s; but each op waits for
+it, which takes ten times as long as all of them where other programs want its core.
 """
 
 

@@ -49,7 +49,7 @@ from lora_runtime.engine.sampler import Draw
 from lora_runtime.engine.scheduler import Scheduler, terminal_output
 from lora_runtime.engine.state_slots import StatefulBlockManager, num_snapshots
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, LoramuxError, PromptTooLong
-from lora_runtime.kernels import BACKEND, adapter_dtype
+from lora_runtime.kernels import BACKEND, LIBRARY_MISSING, adapter_dtype
 from lora_runtime.kernels.compiling import watch_compiles
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,12 @@ def load_engine(config: EngineConfig, on_progress: Callable[[str], None] | None 
     with current_device(base.device):
         engine = Engine(base, config)
         is_cpu = base.device.type == "cpu"
-        where = f"{torch.get_num_threads()} threads" if is_cpu else str(base.device)
+        num_threads = torch.get_num_threads()
+        threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+        where = threads if is_cpu else str(base.device)
         say(f"computing in {base.spec.dtype} by {engine.info.kernel_backend} on {where}")
+        if is_cpu and BACKEND == "torch":
+            log.warning("%s", LIBRARY_MISSING)
         say(f"the base takes {base.nbytes / 1e6:,.0f} MB")
         say(f"the cache has room for {engine.info.num_blocks * engine.info.block_size} tokens")
         if states := num_state_slots(base.spec.state_bytes, config):

@@ -34,6 +34,7 @@ from lora_runtime.kernels.types import (
 
 __all__ = [
     "BACKEND",
+    "LIBRARY_MISSING",
     "NO_EXTENT",
     "AdapterMemory",
     "AttentionMeta",
@@ -104,6 +105,11 @@ __all__ = [
 
 BACKEND = gpu.name() or cpu_library.name() or "torch"
 """The fastest backend of this installation."""
+LIBRARY_MISSING = (
+    "the compiled library is missing or of another version, and a CPU computes at a quarter of its "
+    "speed without it: install again with a C++ compiler, and run from where it was installed"
+)
+"""What is said of the backend `torch`."""
 
 
 def _fastest(*activations: Tensor) -> ModuleType:

@@ -609,7 +609,9 @@ def recurrent_step(
 
 def pack_panels(weight: Tensor, num_groups: int = 1) -> Tensor:
     """See `lora_runtime.kernels.pack_panels`."""
-    is_exact = all(torch.equal(part.bfloat16().float(), part) for part in weight.split(EXAMINED_ROWS))
+    is_exact = all(
+        torch.equal(part.bfloat16().float(), part) for part in weight.split(EXAMINED_ROWS)
+    )
     dtype = torch.bfloat16 if is_exact else torch.float32
     in_features = weight.shape[1]
     groups = weight.view(num_groups, -1, in_features)

@@ -98,7 +98,8 @@ def _runtime(chosen: BaseConfig) -> Iterator[tuple[str, str]]:
     yield "dtype", dtype_name(resolve_dtype(chosen.dtype, device))
     yield "quantization", chosen.quantization
     yield "threads", _threads(torch.get_num_threads(), threads.num_usable_cores())
-    yield "kernel backend", kernels.BACKEND
+    missing = f": {kernels.LIBRARY_MISSING}" if kernels.BACKEND == "torch" else ""
+    yield "kernel backend", f"{kernels.BACKEND}{missing}"
 
 
 def _base(chosen: BaseConfig, is_checked: bool) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from lora_runtime.adapters.files.file_names import (
     OPTIONAL_FILES,
     REQUIRED_FILES,
 )
-from lora_runtime.adapters.files.open_folder import OpenFolder, read_settled
+from lora_runtime.adapters.files.open_folder import OpenFolder, inner_hint, read_settled
 from lora_runtime.errors import AdapterSourceRefused
 from loramux.v1 import adapters_pb2
 
@@ -62,7 +62,8 @@ class Outgoing:
 def _paths(folder: Path) -> list[Path]:
     for name in REQUIRED_FILES:
         if not (folder / name).is_file():
-            raise _refused(f"{folder} has no {name}: it is no adapter in safetensors format")
+            hint = inner_hint(folder, name) or ": it is no adapter in safetensors format"
+            raise _refused(f"{folder} has no {name}{hint}")
     for name in INITIAL_FOLDERS:
         if (folder / name).exists():
             raise _refused(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lora_runtime import kernels
 from lora_runtime.kernels import gpu_needs
 from lora_runtime.kernels.gpu_needs import Need
 from lora_runtime.terminal import Terminal
@@ -279,6 +280,14 @@ def shown_by_doctor(invoke, *flags) -> str:
     result = invoke("doctor", "--dtype", "float32", "--device", "cpu", *flags)
     assert result.exit_code == 0
     return " ".join(result.stdout.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("backend", "is_missing"), [("torch", True), ("cpu-avx2", False)])
+def test_doctor_says_that_the_compiled_library_is_missing(invoke, monkeypatch, backend, is_missing):
+    monkeypatch.setattr(kernels, "BACKEND", backend)
+    shown = shown_by_doctor(invoke, "--base", "someone/model")
+    assert f"kernel backend {backend}" in shown
+    assert ("the compiled library is missing" in shown) is is_missing
 
 
 def test_doctor_says_whether_a_base_would_be_served_and_what_its_rows_take(invoke, tmp_path):

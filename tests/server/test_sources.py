@@ -117,6 +117,18 @@ def test_pickle_and_missing_files(tmp_path: Path) -> None:
     assert allowed.resolve("both") == tmp_path / "both"
 
 
+def test_the_folder_of_a_training_run_is_told_where_its_adapter_is(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "adapter")
+    write(tmp_path / "elsewhere")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterSourceRefused, match=r"config.json; its folder 'adapter' has one"):
+        Sources([tmp_path]).resolve("run")
+    with pytest.raises(AdapterSourceRefused, match=r"has no adapter_config.json$"):
+        Sources([tmp_path]).resolve("linked")
+    assert Sources([tmp_path]).resolve("run/adapter") == tmp_path / "run" / "adapter"
+
+
 def test_without_roots_nothing_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(AdapterSourceRefused, match="outside"):
         Sources([]).resolve(str(write(tmp_path / "good")))

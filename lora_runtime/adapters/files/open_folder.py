@@ -214,3 +214,10 @@ def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:
         return os.open(last, flags | os.O_NOFOLLOW, dir_fd=descriptor)
     finally:
         os.close(descriptor)
+
+
+def inner_hint(folder: Path, name: str) -> str:
+    """Which folder in `folder` has the file: of a training run that is its `adapter`."""
+    inner = (path for path in sorted(folder.iterdir()) if not path.is_symlink())
+    found = next((path.name for path in inner if (path / name).is_file()), None)
+    return "" if found is None else f"; its folder {found[:80]!r} has one: name that"

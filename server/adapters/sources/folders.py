@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_runtime.adapters.files.file_names import OPTIONAL_FILES, PICKLE_SUFFIXES, REQUIRED_FILES
+from lora_runtime.adapters.files.open_folder import inner_hint
 from lora_runtime.errors import AdapterSourceRefused, LoramuxError
 from lora_runtime.shortages import shortage
 
@@ -75,7 +76,7 @@ class Sources:
         if not self._is_inside(path):
             raise refused(source, f"has a {name} that leads out of the adapter roots")
         if not path.exists():
-            raise refused(source, f"has no {name}{_pickle_hint(folder)}")
+            raise refused(source, f"has no {name}{_pickle_hint(folder)}{inner_hint(folder, name)}")
         if not stat.S_ISREG(path.stat().st_mode):
             raise refused(source, f"has a {name} that is not a plain file")
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_runtime.base import fingerprint as fingerprint_module
 from lora_runtime.base.loader import load_base, prepare_base
 from lora_runtime.base.model.rotary import fix_rotary
 from lora_runtime.base.model.varlen_attention import RowLengths, VarlenAttention
 from lora_runtime.config import BaseConfig
 from lora_runtime.errors import BaseRefused
+from lora_runtime.kernels import cpu_library
 from tests.tiny import (
     CONFIGS,
     HYBRIDS,
@@ -73,6 +75,41 @@ def test_fingerprint_is_the_same_in_every_dtype_and_sees_every_change():
             model.get_parameter(name).view(-1)[0] += 0.5
         others.append(prepare_base(model, BaseConfig(), "x", "."))
     assert len({*prints, *(base.spec.fingerprint for base in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double", "int8", "none"])
+def test_tables_looked_at_in_parts_have_the_same_fingerprint(quantization, monkeypatch):
+    bases = [tiny_base("llama", quantization=quantization)]
+    monkeypatch.setattr(fingerprint_module, "CONVERTED_AT_ONCE", 7)
+    bases.append(tiny_base("llama", quantization=quantization))
+    assert bases[0].spec.fingerprint == bases[1].spec.fingerprint
+
+
+def test_the_last_value_of_a_table_is_looked_at(monkeypatch):
+    monkeypatch.setattr(fingerprint_module, "CONVERTED_AT_ONCE", 7)
+    model = tiny_model("llama").bfloat16().float()
+    assert not fingerprint_module.exceeds_bfloat16(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1, -1] = 1 + 2**-20
+    assert fingerprint_module.exceeds_bfloat16(model)
+
+
+def shares_memory(tensor):
+    """With other weights: all that lie in huge pages are in one run of them."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+@pytest.mark.skipif(cpu_library.library() is None, reason="panels are of the compiled library")
+@pytest.mark.parametrize(
+    ("name", "dtype", "is_moved"),
+    [("llama", "float32", False), ("llama", "bfloat16", True), ("qwen3", "float32", False),
+     ("qwen3", "bfloat16", False)],
+)  # fmt: skip
+def test_a_table_that_is_only_looked_up_is_not_moved_to_huge_pages(name, dtype, is_moved):
+    base = tiny_base(name, dtype=getattr(torch, dtype))
+    assert base.spec.is_tied is (name == "llama")
+    assert shares_memory(base.model.get_input_embeddings().weight) is is_moved
+    assert shares_memory(base.model.get_submodule("model.norm").weight)
 
 
 def test_a_checkpoint_on_disk_gives_the_same_base(tmp_path):
