@@ -17,7 +17,9 @@ UNHASHED_CONFIG = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type"}
 QUANTIZER_STATE = (".absmax", ".nested_absmax", ".nested_offset")
 """Ends of the names of buffers that the quantiser computed, in float32."""
 CONVERTED_AT_ONCE = 1 << 20
-"""Values."""
+"""Values of a tensor that are copied to bfloat16 at once: few enough that the next are copied to
+the same memory.
+"""
 
 
 def fingerprint(model: PreTrainedModel, quantization: str) -> str:
@@ -60,7 +62,7 @@ def exceeds_bfloat16(model: PreTrainedModel) -> bool:
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:
-    """Its values in order, some at a time: copies of a whole table would be gigabytes."""
+    """Its values in order, some at a time: see `CONVERTED_AT_ONCE`."""
     return tensor.detach().flatten().split(CONVERTED_AT_ONCE)
 
 

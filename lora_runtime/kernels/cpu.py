@@ -614,7 +614,7 @@ def pack_panels(weight: Tensor, num_groups: int = 1) -> Tensor:
     )
     dtype = torch.bfloat16 if is_exact else torch.float32
     in_features = weight.shape[1]
-    groups = weight.view(num_groups, -1, in_features)
+    groups = weight.unflatten(0, (num_groups, -1))
     height = groups.shape[1]
     num_panels, num_whole = -(-height // PANEL), height // PANEL
     num_values = num_groups * num_panels * in_features * PANEL

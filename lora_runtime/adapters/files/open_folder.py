@@ -14,7 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -217,7 +217,11 @@ def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:
 
 
 def inner_hint(folder: Path, name: str) -> str:
-    """Which folder in `folder` has the file: of a training run that is its `adapter`."""
-    inner = (path for path in sorted(folder.iterdir()) if not path.is_symlink())
-    found = next((path.name for path in inner if (path / name).is_file()), None)
-    return "" if found is None else f"; its folder {found[:80]!r} has one: name that"
+    """Which folder in `folder` has the file: of a training run that is its `adapter`. Links are not
+    followed, and what cannot be read is passed over.
+    """
+    for inner in sorted(folder.iterdir()):
+        with suppress(OSError):
+            if not inner.is_symlink() and (inner / name).is_file():
+                return f"; its folder {inner.name[:80]!r} has one: name that"
+    return ""
