@@ -307,6 +307,18 @@ def test_a_client_sends_whole_adapters_only(tmp_path, missing):
     assert caught.value.field == "folder"
 
 
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("run", "its folder 'adapter' has one"), ("empty", "it is no adapter"), ("none", "it is no")],
+)
+def test_a_client_says_where_a_run_has_its_adapter(tmp_path, folder, why):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / CONFIG_FILE).write_text("{}")
+    with pytest.raises(AdapterSourceRefused, match=why):
+        Outgoing("x", tmp_path / folder, replace=False)
+
+
 def test_a_client_does_not_drop_the_start_of_a_mutated_base(tmp_path):
     (local_adapter(tmp_path / "a") / "pissa_init").mkdir()
     with pytest.raises(AdapterSourceRefused, match="pissa_init"):

@@ -218,10 +218,11 @@ def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:
 
 def inner_hint(folder: Path, name: str) -> str:
     """Which folder in `folder` has the file: of a training run that is its `adapter`. Links are not
-    followed, and what cannot be read is passed over.
+    followed, and what is not there or cannot be read is passed over.
     """
-    for inner in sorted(folder.iterdir()):
-        with suppress(OSError):
-            if not inner.is_symlink() and (inner / name).is_file():
-                return f"; its folder {inner.name[:80]!r} has one: name that"
+    with suppress(OSError):
+        for inner in sorted(folder.iterdir()):
+            with suppress(OSError):
+                if not inner.is_symlink() and (inner / name).is_file():
+                    return f"; its folder {inner.name[:80]!r} has one: name that"
     return ""
