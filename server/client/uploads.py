@@ -59,10 +59,17 @@ class Outgoing:
                     yield data
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a folder that may not be looked into
+        raise _refused(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _paths(folder: Path) -> list[Path]:
     for name in REQUIRED_FILES:
-        if not (folder / name).is_file():
-            hint = inner_hint(folder, name) or ": it is no adapter in safetensors format"
+        if not _is_file(folder / name):
+            hint = inner_hint(folder) or ": it is no adapter in safetensors format"
             raise _refused(f"{folder} has no {name}{hint}")
     for name in INITIAL_FOLDERS:
         if (folder / name).exists():

@@ -122,7 +122,11 @@ def test_the_folder_of_a_training_run_is_told_where_its_adapter_is(tmp_path: Pat
     write(tmp_path / "elsewhere")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(AdapterSourceRefused, match=r"config.json; its folder 'adapter' has one"):
+    write(tmp_path / "linked" / ".hidden")
+    (tmp_path / "linked" / "links").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "linked" / "links" / name).symlink_to(tmp_path / "elsewhere" / name)
+    with pytest.raises(AdapterSourceRefused, match=r"config.json; its folder 'adapter' is one"):
         Sources([tmp_path]).resolve("run")
     with pytest.raises(AdapterSourceRefused, match=r"has no adapter_config.json$"):
         Sources([tmp_path]).resolve("linked")

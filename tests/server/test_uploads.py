@@ -309,12 +309,12 @@ def test_a_client_sends_whole_adapters_only(tmp_path, missing):
 
 @pytest.mark.parametrize(
     ("folder", "why"),
-    [("run", "its folder 'adapter' has one"), ("empty", "it is no adapter"), ("none", "it is no")],
+    [("run", "its folder 'adapter' is one"), ("empty", "it is no adapter"), ("none", "it is no")],
 )
 def test_a_client_says_where_a_run_has_its_adapter(tmp_path, folder, why):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    (tmp_path / "run" / "adapter" / CONFIG_FILE).write_text("{}")
+    (tmp_path / "run").mkdir()
+    local_adapter(tmp_path / "run" / "adapter")
     with pytest.raises(AdapterSourceRefused, match=why):
         Outgoing("x", tmp_path / folder, replace=False)
 

@@ -216,13 +216,19 @@ def _open_below(roots: Sequence[Path], real: Path, flags: int) -> int:
         os.close(descriptor)
 
 
-def inner_hint(folder: Path, name: str) -> str:
-    """Which folder in `folder` has the file: of a training run that is its `adapter`. Links are not
-    followed, and what is not there or cannot be read is passed over.
+def inner_hint(folder: Path) -> str:
+    """Which folder in `folder` is an adapter's: of a training run that is its `adapter`. Links are
+    not followed, and what is not there or cannot be read is passed over.
     """
     with suppress(OSError):
         for inner in sorted(folder.iterdir()):
-            with suppress(OSError):
-                if not inner.is_symlink() and (inner / name).is_file():
-                    return f"; its folder {inner.name[:80]!r} has one: name that"
+            is_open = not (inner.is_symlink() or inner.name.startswith("."))
+            if is_open and all(_is_plain_file(inner / required) for required in REQUIRED_FILES):
+                return f"; its folder {inner.name!r} is one: name that"
     return ""
+
+
+def _is_plain_file(path: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False

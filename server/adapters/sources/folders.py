@@ -76,7 +76,7 @@ class Sources:
         if not self._is_inside(path):
             raise refused(source, f"has a {name} that leads out of the adapter roots")
         if not path.exists():
-            raise refused(source, f"has no {name}{_pickle_hint(folder)}{inner_hint(folder, name)}")
+            raise refused(source, f"has no {name}{_pickle_hint(folder)}{inner_hint(folder)}")
         if not stat.S_ISREG(path.stat().st_mode):
             raise refused(source, f"has a {name} that is not a plain file")
 

@@ -55,3 +55,10 @@ def test_a_load_that_fails_leaves_the_threads_as_they_were(two_threads, tmp_path
     with pytest.raises(loader.BaseRefused):
         load(BaseConfig(model=str(tmp_path), dtype="float32", device="cpu"), print)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("act", [load, judge])
+def test_a_dead_link_beside_the_weights_is_passed_over(act, tmp_path):
+    tiny_checkpoint(tmp_path)
+    (tmp_path / "extra.safetensors").symlink_to("gone")
+    act(BaseConfig(model=str(tmp_path), dtype="bfloat16", device="cpu"), print)
