@@ -21,11 +21,11 @@ def two_threads():
 
 
 def load(config, on_progress):
-    loader.load_base(config, on_progress=on_progress)
+    return loader.load_base(config, on_progress=on_progress).spec.model_type
 
 
 def judge(config, on_progress):
-    loader.judge_base(config, resolve_base(config.model), on_progress)
+    return loader.judge_base(config, resolve_base(config.model), on_progress).model_type
 
 
 @pytest.mark.skipif(library() is None, reason="needs the compiled library")
@@ -61,4 +61,5 @@ def test_a_load_that_fails_leaves_the_threads_as_they_were(two_threads, tmp_path
 def test_a_dead_link_beside_the_weights_is_passed_over(act, tmp_path):
     tiny_checkpoint(tmp_path)
     (tmp_path / "extra.safetensors").symlink_to("gone")
-    act(BaseConfig(model=str(tmp_path), dtype="bfloat16", device="cpu"), print)
+    config = BaseConfig(model=str(tmp_path), dtype="bfloat16", device="cpu")
+    assert act(config, print) == "llama"
